@@ -1,0 +1,62 @@
+"""Blocking checks: a dataset that fails one stops the run before anything is built on it."""
+
+from collections.abc import Callable, Mapping
+from math import isfinite
+from typing import Any
+
+import dagster as dg
+
+from assets.resources import Pipeline
+from notellm2_core.config import Checks
+
+Figures = Mapping[str, Any]
+Verdict = tuple[bool, dict[str, Any]]
+
+
+def dropped_share(figures: Figures, limits: Checks) -> Verdict:
+    """Not more of the rows than allowed lie in quarantine."""
+    share = figures["dropped_share"]
+    return share <= limits.max_dropped_share, {"dropped_share": share, "allowed": limits.max_dropped_share}
+
+
+def no_leakage(figures: Figures, limits: Checks) -> Verdict:
+    """Every count of the leakage report is zero."""
+    return not any(figures["leakage"].values()), dict(figures["leakage"])
+
+
+def enough_pairs(figures: Figures, limits: Checks) -> Verdict:
+    """There are enough training and test pairs to learn from and to measure with."""
+    train, test = figures["train_pairs"], figures["test_pairs"]
+    passed = train >= limits.min_train_pairs and test >= limits.min_test_pairs
+    return passed, {"train_pairs": train, "test_pairs": test, "needed": f"{limits.min_train_pairs}, {limits.min_test_pairs}"}
+
+
+def finite_loss(figures: Figures, limits: Checks) -> Verdict:
+    """Training ended with a finite loss."""
+    return isfinite(figures["loss"]), {"loss": figures["loss"]}
+
+
+def not_collapsed(figures: Figures, limits: Checks) -> Verdict:
+    """Random pairs of embeddings are not all alike."""
+    cosine = figures["mean_cosine"]
+    return cosine <= limits.max_mean_cosine, {"mean_cosine": cosine, "allowed": limits.max_mean_cosine}
+
+
+def _check(asset: str, judge: Callable[[Figures, Checks], Verdict]) -> dg.AssetChecksDefinition:
+    @dg.asset_check(asset=asset, name=judge.__name__, description=judge.__doc__, blocking=True)
+    def check(pipeline: Pipeline) -> dg.AssetCheckResult:
+        recipe = pipeline.recipe()
+        passed, metadata = judge(recipe.dataset(asset).manifest.metrics, recipe.config.checks)
+        return dg.AssetCheckResult(passed=bool(passed), severity=dg.AssetCheckSeverity.ERROR, metadata=metadata)
+
+    return check
+
+
+CHECKS = [
+    _check("notes", dropped_share),
+    _check("events", dropped_share),
+    _check("pair_datasets", no_leakage),
+    _check("pair_datasets", enough_pairs),
+    _check("checkpoint", finite_loss),
+    _check("note_embeddings", not_collapsed),
+]

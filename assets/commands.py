@@ -1,0 +1,72 @@
+"""Run a pasteable command as a step: progress to the terminal, Pipes messages to Dagster, no orphan left behind."""
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+import dagster as dg
+
+_PR_SET_PDEATHSIG = 1
+_TAIL_BYTES = 65_536
+
+
+def run_command(context: dg.AssetExecutionContext, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+    """Run `command` to its end in a process group of its own.
+
+    The group is killed when this step ends in any way, and by the kernel when this process is killed. Raises
+    dg.Failure: with the command's own sentence and no retry where it ended with exit code 2 (the user's to mend), with
+    the end of its output where it crashed.
+    """
+    context.log.info(f"running: {shlex.join(command)}")
+    with dg.open_pipes_session(
+        context, dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
+    ) as session:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **session.get_bootstrap_env_vars(), **(env or {})},
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        try:
+            tail = _forward(process)
+            code = process.wait()
+        finally:
+            _kill_group(process)
+    if code == 0:
+        return
+    sentences = [line for line in tail.splitlines() if "error: " in line and not line.startswith(" ")]
+    if code == 2 or (sentences and "Traceback" not in tail):
+        said = sentences[0].split("error: ", 1)[1] if sentences else tail.strip().splitlines()[-1]
+        raise dg.Failure(said, allow_retries=False)
+    raise dg.Failure(
+        f"the command ended with exit code {code}: {shlex.join(command)}",
+        metadata={"output": dg.MetadataValue.md(f"```\n{tail[-4000:]}\n```")},
+    )
+
+
+def _forward(process: subprocess.Popen) -> str:
+    """Copy the child's stderr to ours as it comes (progress bars included); return its last part."""
+    assert process.stderr is not None
+    tail = b""
+    while chunk := os.read(process.stderr.fileno(), 4096):
+        os.write(sys.stderr.fileno(), chunk)
+        tail = (tail + chunk)[-_TAIL_BYTES:]
+    return tail.decode(errors="replace").replace("\r", "\n")
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        process.wait()

@@ -1,0 +1,108 @@
+"""From the user's source to clean notes and events."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import dagster as dg
+
+from assets.resources import Pipeline, dataset_deps
+from assets.tracking import TrackedRun
+from notellm2_core.config import Config, config_from_environment
+from notellm2_core.lake import Dataset, Draft
+from notellm2_core.recipe import Recipe
+
+SPARK_RETRIES = dg.RetryPolicy(max_retries=1)
+
+
+def raw_event_partitions(config: Config) -> dg.TimeWindowPartitionsDefinition:
+    """Weeks from Sunday to Saturday, or years, from the source's first day."""
+    cron = {"week": "0 0 * * 0", "year": "0 0 1 1 *"}[config.source.partition]
+    return dg.TimeWindowPartitionsDefinition(
+        start=config.source.first_day.isoformat(), fmt="%Y-%m-%d", cron_schedule=cron, timezone="UTC"
+    )
+
+
+PARTITIONS = raw_event_partitions(config_from_environment())
+
+
+@dg.asset(
+    group_name="logs",
+    kinds={"spark", "parquet"},
+    partitions_def=PARTITIONS,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    pool="spark",
+    retry_policy=SPARK_RETRIES,
+)
+def raw_events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """The behaviour logs as they came, placed in time: one folder per period, and one for rows without a readable time."""
+    recipe = pipeline.recipe()
+    ensure_demo_world(context, recipe)
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        from spark_jobs.clean import land
+
+        with pipeline.spark(recipe.config, "raw_events") as spark:
+            draft.metrics |= land(spark, recipe.source, draft.path, recipe.config.source.partition)
+
+    return pipeline.publish(context, build)
+
+
+@dg.asset(group_name="logs", kinds={"spark", "parquet"}, pool="spark", retry_policy=SPARK_RETRIES)
+def notes(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """Notes that can be used; the others lie in quarantine with their reasons."""
+    recipe = pipeline.recipe()
+    ensure_demo_world(context, recipe)
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        from spark_jobs.clean import prepare_notes
+
+        with pipeline.spark(recipe.config, "notes") as spark:
+            draft.metrics |= prepare_notes(spark, recipe.source, draft.path)
+
+    return pipeline.publish(context, build)
+
+
+@dg.asset(
+    group_name="logs", kinds={"spark", "parquet"}, deps=dataset_deps("events"), pool="spark", retry_policy=SPARK_RETRIES
+)
+def events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """The clean events of the training days and of the test days."""
+    recipe = pipeline.recipe()
+    source = recipe.config.source
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        from spark_jobs.clean import prepare_events
+
+        window = recipe.window
+        with pipeline.spark(recipe.config, "events") as spark:
+            draft.metrics |= prepare_events(
+                spark,
+                raw_paths=_period_folders(inputs["raw_events"]),
+                notes=inputs["notes"].path / "notes",
+                out=draft.path,
+                view_events=source.view_events,
+                click_events=source.click_events,
+                ignored_events=source.ignored_events,
+                train_start=window.train.start,
+                train_end=window.train.end,
+                test_start=window.test.start,
+                test_end=window.test.end,
+            )
+
+    return pipeline.publish(context, build)
+
+
+def ensure_demo_world(context: dg.AssetExecutionContext, recipe: Recipe) -> None:
+    """Without a source of the user's, the demo world is generated into the lake, once."""
+    if recipe.config.source.path is not None or recipe.lake.find("demo_world", recipe.source.name):
+        return
+    from notellm2_core.demo import generate
+
+    world = recipe.config.source.demo
+    context.log.info(f"no source.path: generating the demo world at {recipe.source}")
+    with recipe.lake.publish("demo_world", recipe.source.name, {}, world.model_dump()) as draft:
+        draft.metrics |= generate(draft.path, world.num_notes, world.num_users, world.num_days, world.seed)
+
+
+def _period_folders(raw_events: Dataset) -> list[Path]:
+    return sorted({path.parent for path in raw_events.table_files()})

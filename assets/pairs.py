@@ -1,0 +1,117 @@
+"""From clean events to related pairs, split without leaks (Eq. 2, section 2.3)."""
+
+from collections.abc import Mapping
+
+import dagster as dg
+
+from assets.logs import SPARK_RETRIES
+from assets.resources import Pipeline, dataset_deps
+from assets.tracking import TrackedRun
+from notellm2_core.lake import Dataset, Draft
+
+
+@dg.asset(
+    group_name="pairs",
+    kinds={"spark", "parquet"},
+    deps=dataset_deps("cooccurrence"),
+    pool="spark",
+    retry_policy=SPARK_RETRIES,
+)
+def cooccurrence(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """Eq. 2: how strongly reading one note leads to clicking another, in the training days and in the test days."""
+    config = pipeline.recipe().config
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        from spark_jobs.cooccurrence import score
+
+        with pipeline.spark(config, "cooccurrence") as spark:
+            draft.metrics |= score(
+                spark,
+                events=inputs["events"].path,
+                out=draft.path,
+                view_events=config.source.view_events,
+                click_events=config.source.click_events,
+                simultaneous=config.pairs.simultaneous,
+            )
+
+    return pipeline.publish(context, build)
+
+
+@dg.asset(
+    group_name="pairs",
+    kinds={"spark", "parquet"},
+    deps=dataset_deps("note_sides"),
+    pool="spark",
+    retry_policy=SPARK_RETRIES,
+)
+def note_sides(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """Which notes train and which form the test pool; near-duplicates stay on one side."""
+    config = pipeline.recipe().config
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        from spark_jobs.split import assign_sides
+
+        with pipeline.spark(config, "note_sides") as spark:
+            draft.metrics |= assign_sides(
+                spark,
+                notes=inputs["notes"].path / "notes",
+                events=inputs["events"].path,
+                out=draft.path,
+                by=config.split.by,
+                pool_share=config.split.pool_share,
+                max_pool_notes=config.split.max_pool_notes,
+            )
+
+    return pipeline.publish(context, build)
+
+
+@dg.asset(
+    group_name="pairs",
+    kinds={"spark", "parquet"},
+    deps=dataset_deps("related_pairs"),
+    pool="spark",
+    retry_policy=SPARK_RETRIES,
+)
+def related_pairs(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """Section 2.3: scores outside [low, up] removed, then the top t of each note."""
+    config = pipeline.recipe().config
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        from spark_jobs.related_pairs import relate
+
+        with pipeline.spark(config, "related_pairs") as spark:
+            draft.metrics |= relate(
+                spark,
+                scores=inputs["cooccurrence"].path,
+                sides=inputs["note_sides"].path,
+                out=draft.path,
+                **config.pairs.model_dump(exclude={"simultaneous"}),
+            )
+
+    return pipeline.publish(context, build)
+
+
+@dg.asset(
+    group_name="pairs",
+    kinds={"spark", "parquet"},
+    deps=dataset_deps("pair_datasets"),
+    pool="spark",
+    retry_policy=SPARK_RETRIES,
+)
+def pair_datasets(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """Training, validation and test pairs and the test pool, with the leakage report."""
+    config = pipeline.recipe().config
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        from spark_jobs.split import split
+
+        with pipeline.spark(config, "pair_datasets") as spark:
+            draft.metrics |= split(
+                spark,
+                pairs=inputs["related_pairs"].path,
+                sides=inputs["note_sides"].path,
+                out=draft.path,
+                validation_share=config.split.validation_share,
+            )
+
+    return pipeline.publish(context, build)

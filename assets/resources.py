@@ -1,0 +1,113 @@
+"""What the assets ask for: the configuration, its lake, Spark, and `publish`, the one way a dataset comes to be."""
+
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from assets.tracking import TrackedRun, flatten, tracked_run
+from notellm2_core import __version__
+from notellm2_core.config import Config, load_config
+from notellm2_core.lake import Dataset, Draft
+from notellm2_core.recipe import STAGES, Recipe
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+Build = Callable[[Draft, Mapping[str, Dataset], TrackedRun], None]
+
+
+class Pipeline(dg.ConfigurableResource):
+    """The configuration in force. `week`: any day of the week that the window shall end with; empty: the last one."""
+
+    config_path: str
+    source: str = ""
+    week: str = ""
+
+    def recipe(self) -> Recipe:
+        overrides = {"source.path": self.source} if self.source else None
+        week = date.fromisoformat(self.week) if self.week else None
+        return Recipe(load_config(Path(self.config_path), overrides), week)
+
+    @contextmanager
+    def spark(self, config: Config, app_name: str) -> Iterator["SparkSession"]:
+        from spark_jobs.session import spark_session
+
+        settings = config.spark
+        yield spark_session(
+            app_name, settings.master, settings.driver_memory, settings.shuffle_partitions, dict(settings.extra)
+        )  # left open: the next step of this process uses it, and it ends with the process
+
+    def publish(
+        self,
+        context: dg.AssetExecutionContext,
+        build: Build,
+        show: Callable[[Dataset], Mapping[str, Any]] | None = None,
+    ) -> dg.MaterializeResult:
+        """Make the asset's dataset unless it is there, track it, and say whether it is good.
+
+        `build` writes into the draft; `show` adds metadata (tables, pictures). What the user can mend ends the step
+        with one sentence and no retry.
+        """
+        name = context.asset_key.path[-1]
+        with _one_sentence():
+            recipe = self.recipe()
+            inputs, fingerprint, found = recipe.inputs(name), recipe.fingerprint(name), recipe.find(name)
+        reused = found is not None
+        tags = {
+            "dagster_run_id": context.run_id,
+            "asset_key": name,
+            "partition": context.partition_key_range.start if context.has_partition_key_range else "",
+            "code_version": code_version(),
+            "config": recipe.config.name,
+            "fingerprint": fingerprint,
+        }
+        with tracked_run(context, recipe.config.tracking, recipe.lake.root, tags) as run, _one_sentence():
+            if found is None:
+                upstream = {n: d.manifest.fingerprint for n, d in inputs.items()}
+                with recipe.lake.publish(name, fingerprint, upstream, recipe.settings(name)) as draft:
+                    build(draft, inputs, run)
+            dataset = recipe.dataset(name)
+            run.log_dataset(dataset)
+        context.log.info(f"{name}: {'already there' if reused else 'made'} at {dataset.path}")
+        figures = {k: v for k, v in flatten(dataset.manifest.metrics).items() if isinstance(v, int | float | str)}
+        return dg.MaterializeResult(
+            metadata={
+                **figures,
+                **(show(dataset) if show else {}),
+                "dagster/row_count": dataset.manifest.num_rows,
+                "reused": reused,
+                "path": dg.MetadataValue.path(str(dataset.path)),
+                "fingerprint": fingerprint,
+                "mlflow_run": run.url or "not tracked",
+            },
+            data_version=dg.DataVersion(fingerprint),
+        )
+
+
+def dataset_deps(name: str) -> list[dg.AssetDep]:
+    """The asset's upstream assets, from the one table that says what is made from what."""
+    return [
+        dg.AssetDep(n, partition_mapping=dg.AllPartitionMapping()) if n == "raw_events" else dg.AssetDep(n)
+        for n in STAGES[name].inputs
+    ]
+
+
+def code_version() -> str:
+    """The package version, with the commit where the code runs from a checkout."""
+    folder = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    return f"{__version__}+{git.stdout.strip()}" if git.returncode == 0 else __version__
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turn what the user can mend into a failure of one sentence that is not retried; bugs keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        raise dg.Failure(" ".join(str(e).split()), allow_retries=False) from None

@@ -1,0 +1,87 @@
+"""Embeddings of the test pool by each model, and the FAISS index."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import dagster as dg
+
+from assets.commands import run_command
+from assets.resources import Pipeline, dataset_deps
+from assets.tracking import TrackedRun
+from assets.training import GPU_RETRIES, data_arguments
+from notellm2_core.lake import Dataset, Draft
+from notellm2_core.recipe import Recipe
+
+_INPUTS = "multimodal,image,text"
+
+
+@dg.asset(
+    group_name="retrieval", kinds={"pytorch", "parquet"}, deps=dataset_deps("start_embeddings"), pool="gpu",
+    retry_policy=GPU_RETRIES,
+)  # fmt: skip
+def start_embeddings(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """Embeddings of the pool before the first training step, for the zero-shot rows."""
+    return pipeline.publish(context, _export(context, pipeline.recipe(), "start_model"))
+
+
+@dg.asset(
+    group_name="retrieval", kinds={"pytorch", "parquet"}, deps=dataset_deps("note_embeddings"), pool="gpu",
+    retry_policy=GPU_RETRIES,
+)  # fmt: skip
+def note_embeddings(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """Embeddings of the pool by the fine-tuned model: multimodal, image-only and text-only input."""
+    return pipeline.publish(context, _export(context, pipeline.recipe(), "checkpoint"))
+
+
+@dg.asset(
+    group_name="retrieval", kinds={"pytorch", "parquet"}, deps=dataset_deps("baseline_embeddings"), pool="gpu",
+    retry_policy=GPU_RETRIES,
+)  # fmt: skip
+def baseline_embeddings(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """Embeddings of the pool by a plain sentence encoder, where the configuration asks for that row."""
+    recipe = pipeline.recipe()
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        if "minilm" not in recipe.config.evaluation.baselines:
+            return
+        command = [sys.executable, "-m", "notellm2_core.baselines.encoders", "--encoder", "minilm",
+                   "--notes", inputs["notes"].path / "notes", "--note-ids", _pool(inputs),
+                   "--out", draft.path / "minilm"]  # fmt: skip
+        run_command(context, [str(c) for c in command])
+
+    return pipeline.publish(context, build)
+
+
+@dg.asset(group_name="retrieval", kinds={"faiss"}, deps=dataset_deps("faiss_index"), retry_policy=GPU_RETRIES)
+def faiss_index(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """The ANN index of the pool's multimodal embeddings, with its recall against exact search."""
+    settings = pipeline.recipe().config.index
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        from notellm2_core.retrieval.index import ann_recall, build_index
+
+        embeddings = inputs["note_embeddings"].path / "multimodal"
+        index = build_index(embeddings, draft.path, settings.factory)
+        draft.metrics["num_vectors"] = index.num_vectors
+        draft.metrics[f"ann_recall_at_{settings.search_k}"] = ann_recall(index, embeddings, settings.search_k)
+
+    return pipeline.publish(context, build)
+
+
+def _export(context: dg.AssetExecutionContext, recipe: Recipe, model: str):  # noqa: ANN202
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        arguments = data_arguments(recipe, inputs)
+        arguments = arguments[: arguments.index("--pairs")]
+        command = [sys.executable, "-m", "notellm2_core.retrieval.export", *arguments,
+                   "--model", str(inputs[model].path), "--note-ids", str(_pool(inputs)),
+                   "--inputs", _INPUTS, "--out", str(draft.path)]  # fmt: skip
+        run_command(context, command)
+        draft.metrics |= json.loads((draft.path / "export.json").read_text())
+
+    return build
+
+
+def _pool(inputs: Mapping[str, Dataset]) -> Path:
+    return inputs["pair_datasets"].path / "pool"

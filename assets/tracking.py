@@ -1,0 +1,149 @@
+"""MLflow as the pipeline needs it: one parent run per Dagster run, one child run per materialization.
+
+A server that is dead or slow costs one timeout per step and a warning; the materialization goes on without it.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import dagster as dg
+
+from notellm2_core.config import Tracking
+from notellm2_core.lake import Dataset
+
+_PICTURES = (".png", ".jpg", ".md", ".json", ".yaml")
+_MAX_ARTIFACT_BYTES = 2_000_000
+_PARENT_TAG = "dagster_run_id"
+
+
+class TrackedRun:
+    """The child run of one materialization. Without a reachable server every method does nothing."""
+
+    def __init__(self, uri: str, url: str | None, run_id: str | None, attempt: Callable[[Callable[[], Any]], Any]):
+        self.uri, self.url, self.run_id, self._attempt = uri, url, run_id, attempt
+
+    def log_dataset(self, dataset: Dataset) -> None:
+        """Settings as parameters, figures as metrics, manifest and pictures as artifacts."""
+        if self.run_id is not None:
+            self._attempt(lambda: self._log(dataset))
+
+    def _log(self, dataset: Dataset) -> None:
+        from mlflow.entities import Metric, Param
+
+        client, run_id = _client(self.uri), str(self.run_id)
+        stamp = int(Path(dataset.path).stat().st_mtime * 1000)
+        metrics = [Metric(k, v, stamp, 0) for k, v in flatten(dataset.manifest.metrics).items() if _is_number(v)]
+        params = [Param(k, str(v)[:500]) for k, v in flatten(dataset.manifest.settings).items()]
+        for start in range(0, max(len(metrics), len(params)), 100):
+            client.log_batch(run_id, metrics=metrics[start : start + 100], params=params[start : start + 100])
+        for path in sorted(dataset.path.iterdir()):
+            if path.suffix in _PICTURES and path.stat().st_size <= _MAX_ARTIFACT_BYTES:
+                client.log_artifact(run_id, str(path))
+
+
+def tracking_uri(settings: Tracking, lake: Path) -> str:
+    """The configured address, else MLFLOW_TRACKING_URI, else sqlite inside the lake."""
+    return settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{lake / 'mlflow' / 'mlflow.db'}"
+
+
+@contextmanager
+def tracked_run(
+    context: dg.AssetExecutionContext, settings: Tracking, lake: Path, tags: Mapping[str, str]
+) -> Iterator[TrackedRun]:
+    """A child run that ends FINISHED, or FAILED where the block raises."""
+    uri = tracking_uri(settings, lake)
+    attempt = _attempter(context)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(settings.timeout_seconds)))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    started = attempt(lambda: _start(uri, settings, lake, context, tags))
+    url, run_id = started or (None, None)
+    run = TrackedRun(uri, url, run_id, attempt)
+    status = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    finally:
+        if run_id is not None:
+            attempt(lambda: _client(uri).set_terminated(run_id, status))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole. MLflow allows letters, digits and _-./ in a name."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + "".join(c if c.isalnum() or c in "_-./ " else "_" for c in str(key))
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _attempter(context: dg.AssetExecutionContext) -> Callable[[Callable[[], Any]], Any]:
+    """Run a call to the server; after the first failure of this step no further call is made."""
+    dead = False
+
+    def attempt(call: Callable[[], Any]) -> Any:
+        nonlocal dead
+        if dead:
+            return None
+        from mlflow.exceptions import MlflowException
+        from requests import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            return call()
+        except (MlflowException, RequestException, SQLAlchemyError, OSError) as e:
+            dead = True
+            context.log.warning(f"MLflow does not answer, this step is not tracked: {str(e).splitlines()[0]}")
+            return None
+
+    return attempt
+
+
+def _client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _start(
+    uri: str, settings: Tracking, lake: Path, context: dg.AssetExecutionContext, tags: Mapping[str, str]
+) -> tuple[str, str]:
+    address = urlparse(uri)
+    if address.scheme.startswith("http"):  # a refused or silent host is noticed before MLflow starts to retry
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), timeout=settings.timeout_seconds).close()
+    elif address.scheme == "sqlite":
+        Path(address.path[1:] if address.path.startswith("//") else address.path).parent.mkdir(
+            parents=True, exist_ok=True
+        )
+    client = _client(uri)
+    experiment = client.get_experiment_by_name(settings.experiment)
+    if experiment is None:
+        location = None if address.scheme.startswith("http") else (lake / "mlflow" / "artifacts").as_uri()
+        experiment_id = client.create_experiment(settings.experiment, artifact_location=location)
+    else:
+        experiment_id = experiment.experiment_id
+    parents = client.search_runs([experiment_id], f"tags.{_PARENT_TAG} = '{context.run_id}'", max_results=1)
+    if parents:
+        parent = parents[0]
+    else:
+        parent = client.create_run(
+            experiment_id, tags={_PARENT_TAG: context.run_id}, run_name=f"dagster {context.run_id[:8]}"
+        )
+        client.set_terminated(parent.info.run_id)  # it only holds the children together: it must not stay "running"
+    child = client.create_run(
+        experiment_id,
+        tags={"mlflow.parentRunId": parent.info.run_id, **tags},
+        run_name=context.asset_key.to_user_string(),
+    )
+    run_id = child.info.run_id
+    page = f"#/experiments/{experiment_id}/runs/{run_id}"
+    return (f"{uri}/{page}" if address.scheme.startswith("http") else page), run_id

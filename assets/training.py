@@ -1,0 +1,105 @@
+"""GPU work: vision features, the untrained start and the fine-tuned model. Each is a command that can be pasted."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import dagster as dg
+import yaml
+
+from assets.commands import run_command
+from assets.resources import Pipeline, dataset_deps
+from assets.tracking import TrackedRun
+from notellm2_core.config import Config
+from notellm2_core.lake import Dataset, Draft, fingerprint
+from notellm2_core.recipe import Recipe
+
+GPU_RETRIES = dg.RetryPolicy(max_retries=2)
+
+
+@dg.asset(
+    group_name="model", kinds={"pytorch", "parquet"}, deps=dataset_deps("vision_features"), pool="gpu",
+    retry_policy=GPU_RETRIES,
+)  # fmt: skip
+def vision_features(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """Patch and global features of the frozen encoder, once per distinct image; the store outlives this dataset."""
+    recipe = pipeline.recipe()
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        command = [sys.executable, "-m", "notellm2_core.model.features", "--config", write_config(recipe),
+                   "--notes", inputs["notes"].path / "notes", "--source", recipe.source,
+                   "--store", feature_store(recipe), "--out", draft.path]  # fmt: skip
+        run_command(context, [str(c) for c in command])
+        draft.metrics |= json.loads((draft.path / "counts.json").read_text())
+
+    return pipeline.publish(context, build)
+
+
+@dg.asset(
+    group_name="model", kinds={"pytorch", "huggingface"}, deps=dataset_deps("start_model"), pool="gpu",
+    retry_policy=GPU_RETRIES,
+)  # fmt: skip
+def start_model(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """The model before its first step: what the zero-shot rows of the report measure."""
+    recipe = pipeline.recipe()
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        command = [sys.executable, "-m", "notellm2_core.training.start", *data_arguments(recipe, inputs)]
+        run_command(context, [*command, "--out", str(draft.path)])
+
+    return pipeline.publish(context, build)
+
+
+@dg.asset(
+    group_name="model", kinds={"pytorch", "deepspeed", "huggingface"}, deps=dataset_deps("checkpoint"), pool="gpu",
+    retry_policy=GPU_RETRIES,
+)  # fmt: skip
+def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """The fine-tuned model (Eq. 1, 7-9; Table 8). A killed training goes on from its last checkpoint."""
+    recipe = pipeline.recipe()
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        work = recipe.work / "training" / recipe.fingerprint("checkpoint")
+        ranks = recipe.config.training.num_ranks
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+                   "-m", "notellm2_core.training", *data_arguments(recipe, inputs),
+                   "--work", str(work), "--out", str(draft.path)]  # fmt: skip
+        if run.run_id is not None:
+            command += ["--mlflow-uri", run.uri, "--mlflow-run-id", run.run_id]
+        run_command(context, command)
+        draft.metrics |= json.loads((draft.path / "training.json").read_text())
+
+    return pipeline.publish(context, build)
+
+
+def data_arguments(recipe: Recipe, inputs: Mapping[str, Dataset]) -> list[str]:
+    """The options that every command on notes, images and pairs takes."""
+    return [
+        "--config", write_config(recipe),
+        "--notes", str(inputs["notes"].path / "notes"),
+        "--images", str(inputs["vision_features"].path),
+        "--store", str(feature_store(recipe)),
+        "--pairs", str(inputs["pair_datasets"].path),
+    ]  # fmt: skip
+
+
+def feature_store(recipe: Recipe) -> Path:
+    """One folder per encoder; every source and every week of this lake shares it."""
+    return recipe.lake.root / "vision_store"
+
+
+def write_config(recipe: Recipe) -> str:
+    """The resolved configuration as a file, so that the logged command can be pasted later."""
+    config: Config = recipe.config
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    folder = recipe.work / "configs"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{config.name}-{fingerprint(text)}.yaml"
+    if not path.exists():
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(text)
+        draft.replace(path)
+    return str(path)
+

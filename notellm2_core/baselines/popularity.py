@@ -1,0 +1,37 @@
+"""What knowing nothing, and knowing only the click counts, is worth: the two floors of every table."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+ScoreRows = Callable[[Sequence[str]], np.ndarray]  # query ids -> scores [Q, M]
+
+
+def read_clicks(path: Path) -> dict[str, int]:
+    """Clicks of each note from a Parquet file or folder with the columns note_id and clicks."""
+    names = set(pq.ParquetDataset(path).schema.names)
+    if not {"note_id", "clicks"} <= names:
+        raise ValueError(f"{path} needs the columns note_id and clicks, it has {sorted(names)}.")
+    table = pq.read_table(path, columns=["note_id", "clicks"])
+    return dict(zip(table["note_id"].to_pylist(), table["clicks"].to_pylist(), strict=True))
+
+
+def popularity_rows(clicks: Mapping[str, int], pool_ids: Sequence[str]) -> ScoreRows:
+    """Every query ranks the pool by clicks; a note that nobody clicked has 0."""
+    counts = np.array([clicks.get(i, 0) for i in pool_ids], dtype=np.float64)
+    return lambda query_ids: np.broadcast_to(counts, (len(query_ids), len(counts)))
+
+
+def random_rows(pool_ids: Sequence[str], seed: int) -> ScoreRows:
+    """Every query ranks the pool at random; the order depends on the seed and the query only."""
+
+    def rows(query_ids: Sequence[str]) -> np.ndarray:
+        digests = [hashlib.sha256(q.encode()).digest() for q in query_ids]
+        return np.stack(
+            [np.random.default_rng([seed, int.from_bytes(d[:8], "big")]).random(len(pool_ids)) for d in digests]
+        )
+
+    return rows

@@ -1,0 +1,92 @@
+"""`notellm2 ...`: stages that are useful by themselves, as commands. Each imports what it needs when it runs."""
+
+import argparse
+import json
+from pathlib import Path
+
+from notellm2_core.cli_errors import one_line_errors
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="notellm2", description="Multimodal item-to-item recall (NoteLLM-2).")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="write the demo world: notes, pictures and behaviour logs")
+    demo.add_argument("--out", type=Path, required=True)
+    demo.add_argument("--notes", type=int, default=2600)
+    demo.add_argument("--users", type=int, default=2500)
+    demo.add_argument("--days", type=int, default=21)
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    describe = commands.add_parser("describe", help="parameters of each part, as JSON; reads no weights")
+    describe.add_argument("--config", type=Path, required=True)
+    describe.set_defaults(run=_describe)
+
+    index = commands.add_parser("index", help="build or search a FAISS index")
+    index_commands = index.add_subparsers(required=True, metavar="build|search")
+    build = index_commands.add_parser("build")
+    build.add_argument("--embeddings", type=Path, required=True)
+    build.add_argument("--out", type=Path, required=True)
+    build.add_argument("--factory", default="HNSW32", help="a FAISS factory string")
+    build.set_defaults(run=_index_build)
+    search = index_commands.add_parser("search")
+    search.add_argument("--index", type=Path, required=True)
+    search.add_argument("--embeddings", type=Path, required=True, help="the queries' embeddings")
+    search.add_argument("--note-id", required=True, help="the query note")
+    search.add_argument("--k", type=int, default=10)
+    search.set_defaults(run=_index_search)
+
+    evaluate = commands.add_parser("evaluate", help="exact recall of pairs, as JSON")
+    evaluate.add_argument("--embeddings", type=Path, required=True)
+    evaluate.add_argument("--pairs", type=Path, required=True)
+    evaluate.add_argument("--ks", default="100,1000,10000")
+    evaluate.set_defaults(run=_evaluate)
+
+    options = parser.parse_args(arguments)
+    with one_line_errors():
+        options.run(options)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from notellm2_core.demo import generate
+
+    counts = generate(options.out, options.notes, options.users, options.days, options.seed)
+    print(json.dumps(counts))
+
+
+def _describe(options: argparse.Namespace) -> None:
+    from notellm2_core.config import load_config
+    from notellm2_core.model.describe import describe
+
+    print(json.dumps(describe(load_config(options.config)), indent=1))
+
+
+def _index_build(options: argparse.Namespace) -> None:
+    from notellm2_core.retrieval.index import build_index
+
+    index = build_index(options.embeddings, options.out, options.factory)
+    print(json.dumps({"num_vectors": index.num_vectors, "index": str(options.out)}))
+
+
+def _index_search(options: argparse.Namespace) -> None:
+    from notellm2_core.embeddings import read_embeddings
+    from notellm2_core.retrieval.index import Index
+
+    ids, vectors = read_embeddings(options.embeddings)
+    rows = [i for i, note_id in enumerate(ids) if note_id == options.note_id]
+    if not rows:
+        raise ValueError(f"--note-id {options.note_id} is not among the embeddings of {options.embeddings}")
+    found, scores = Index.load(options.index).search(vectors[rows[:1]], options.k)
+    print(json.dumps([{"note_id": n, "score": round(float(s), 6)} for n, s in zip(found[0], scores[0], strict=True)]))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from notellm2_core.evaluation.evaluate import evaluate_embeddings
+
+    ks = tuple(int(k) for k in options.ks.split(","))
+    print(json.dumps(evaluate_embeddings(options.embeddings, options.pairs, ks)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""The settings: one frozen tree, read from YAML. The only place with defaults, which are the paper's where it has one.
+
+An unknown key, a wrong type or an unknown choice is an error that names the file and the setting. Units are in the
+names or the field comments; counts are `num_*`.
+"""
+
+import os
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+DEFAULT_CONFIG = "pipelines/configs/demo.yaml"  # relative to the repository root
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line for the person who wrote it."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DemoWorld(Section):
+    """The embedded source (`notellm2_core.demo`), generated where `source.path` is not set."""
+
+    num_notes: int = Field(2600, ge=50)
+    num_users: int = Field(2500, ge=20)
+    num_days: int = Field(21, ge=14)
+    seed: int = 0
+
+
+class Source(Section):
+    """Where the notes and logs are, and how to read them."""
+
+    path: str | None = None  # folder with notes.parquet, events.csv.gz or events/, images; None: the demo world
+    demo: DemoWorld = DemoWorld()
+    view_events: tuple[str, ...] = ("view", "click")  # event names that count as "viewed"
+    click_events: tuple[str, ...] = ("click",)  # event names that count as "clicked"; a clicked note counts as viewed
+    ignored_events: tuple[str, ...] = ()  # known names that are neither; any other name is quarantined
+    first_day: date = date(1990, 1, 1)  # first partition of the raw events
+    partition: Literal["week", "year"] = "week"  # how the raw events are cut (years for logs that spread over decades)
+    max_image_pixels: int = Field(50_000_000, gt=0)  # larger images are counted as too large, never decoded
+
+
+class Window(Section):
+    """Which days are read. `end` is exclusive, 00:00 UTC; the test days come last, the training days before them."""
+
+    end: date | None = None  # None: the end of the last complete week of the source
+    train_days: int = Field(14, gt=0)
+    test_days: int | None = Field(7, gt=0)  # None: test pairs come from the training days (needs split.by = hash)
+
+
+class Pairs(Section):
+    """Eq. 2 and section 2.3: which notes are related."""
+
+    simultaneous: bool = False  # whether a click at the very time of the view counts as subsequent (day-resolution logs)
+    low: float = 0.01  # scores below are outliers; inclusive bound
+    up: float = 30.0  # scores above are outliers; inclusive bound
+    bounds: Literal["absolute", "quantile"] = "absolute"  # quantile: low and up are shares of the score distribution
+    top_t: int = Field(3, gt=0)
+    popularity_power: float = Field(0.0, ge=0)  # divide a score by (clicks of its target) ** power; 0: the paper
+    min_users: int = Field(1, gt=0)  # pairs seen by fewer users are dropped
+
+    @model_validator(mode="after")
+    def _bounds(self) -> "Pairs":
+        if self.low > self.up:
+            raise ValueError(f"low = {self.low} is above up = {self.up}")
+        if self.bounds == "quantile" and not (0 <= self.low and self.up <= 1):
+            raise ValueError(f"with bounds = quantile, low and up are shares in [0, 1], got {self.low} and {self.up}")
+        return self
+
+
+class Split(Section):
+    """How notes are kept apart: no note, and no near-duplicate, is on both sides."""
+
+    by: Literal["time", "hash"] = "time"  # time: the pool is what the training days have not seen; hash: by note group
+    pool_share: float = Field(0.3, gt=0, lt=1)  # of the note groups, where by = hash
+    validation_share: float = Field(0.1, ge=0, lt=1)  # of the training pairs (the paper), cut by connected component
+    max_pool_notes: int | None = None  # the pool is cut to this many notes by hash; None: all
+
+
+class Checks(Section):
+    """Thresholds of the blocking asset checks."""
+
+    max_dropped_share: float = Field(0.2, ge=0, le=1)  # of the notes or events, quarantined
+    min_train_pairs: int = Field(50, ge=1)
+    min_test_pairs: int = Field(20, ge=1)
+    max_mean_cosine: float = Field(0.95, gt=0, le=1)  # of random pairs of embeddings; above: collapsed
+
+
+class Text(Section):
+    """Section 2.3: how much of a note is read."""
+
+    title_words: int = Field(20, gt=0)
+    content_words: int = Field(80, gt=0)
+    topic_words: int = Field(20, gt=0)  # over all topics together; the paper truncates titles and contents only
+    word_unit: Literal["auto", "space", "character"] = "auto"  # auto: a CJK character is a word, else split at spaces
+    short_tokens: int = Field(50, gt=0)  # a note with fewer tokens of text is short
+    long_tokens: int = Field(165, gt=0)  # a note with more is long
+    length_tokenizer: str | None = None  # pinned tokenizer for the two lengths; None: the LLM's
+
+
+class Vision(Section):
+    """The frozen encoder V_theta."""
+
+    library: Literal["open_clip", "timm", "tiny"] = "open_clip"  # tiny: random weights for tests
+    name: str = "ViT-B-16"
+    pretrained: str | None = "openai"  # open_clip tag, file or folder; "package:efficientnet-lite0" reads pip's weights
+    batch_size: int = Field(32, gt=0)
+
+
+class LLM(Section):
+    """The decoder LLM_mu."""
+
+    name: str  # hub name, folder, "package:smollm2" (pip's weights), or "tiny" (random weights for tests)
+    num_layers: int | None = Field(None, gt=0)  # keep the first N layers; None: all
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    config: dict[str, Any] | None = None  # its architecture (model_type and sizes), so that `describe` needs no hub
+
+
+class Connector(Section):
+    """The Q-Former C_pi (Table 9)."""
+
+    num_queries: int = Field(16, gt=0)  # L_c
+    num_layers: int = Field(6, gt=0)
+    hidden_size: int = Field(768, gt=0)
+    num_heads: int = Field(12, gt=0)
+    intermediate_size: int = Field(3072, gt=0)
+    cross_attention_every: int = Field(2, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads(self) -> "Connector":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size = {self.hidden_size} is not a multiple of num_heads = {self.num_heads}")
+        return self
+
+
+class Start(Section):
+    """How the new modules start. All off in the paper; small models with short runs need them (docs/paper_map.md)."""
+
+    pca_projector: bool = False  # projector = PCA of training notes' states, instead of random
+    num_pca_notes: int = Field(512, gt=1)
+    fusion_scale: float | None = Field(None, gt=0)  # spread of the late-fusion branch, relative to the LLM state's
+    gate_bias: float = 0.0  # below zero: the gate starts nearer to the LLM's state
+
+
+class Model(Section):
+    """The MLRM."""
+
+    method: Literal["basic", "notellm2"] = "notellm2"  # the rows of notellm2_core.model.methods
+    llm: LLM
+    vision: Vision = Vision()
+    connector: Connector = Connector()
+    projection_dim: int = Field(64, gt=0)
+    temperature: float = 3.0  # tau at the start (Eq. 1); the scale is e^tau
+    start: Start = Start()
+
+
+class Training(Section):
+    """Appendix A, Table 8."""
+
+    num_steps: int = Field(7956, gt=0)
+    batch_pairs: int = Field(128, gt=1)  # B, over all ranks
+    num_ranks: int = Field(1, gt=0)  # processes that torchrun starts on this node
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    precision: Literal["bf16", "fp32", "auto"] = "bf16"  # auto: whichever is faster here, measured at the start
+    learning_rate: float = Field(3e-6, gt=0)  # peak, of the LLM
+    new_module_learning_rate: float | None = Field(None, gt=0)  # connector, fusion, projector; None: learning_rate
+    temperature_learning_rate: float | None = Field(None, gt=0)  # tau; None: learning_rate
+    train_word_embeddings: bool = True
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(1e-3, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    alpha: float = Field(9.0, ge=0)  # Eq. 9
+    mask_known_positives: bool = True  # a note's other known positives are no negatives
+    gradient_checkpointing: bool = False
+    checkpoint_every_steps: int = Field(500, gt=0)
+    validate_every_steps: int = Field(500, gt=0)
+    log_every_steps: int = Field(10, gt=0)
+
+
+class Export(Section):
+    batch_notes: int = Field(64, gt=0)
+    shard_notes: int = Field(4096, gt=0)
+
+
+class Index(Section):
+    factory: str = "HNSW32"  # a FAISS factory string; inner product on unit vectors
+    search_k: int = Field(10, gt=0)  # ANN recall is measured against the exact k nearest
+
+
+class Evaluation(Section):
+    ks: tuple[int, ...] = (100, 1000, 10000)
+    baselines: tuple[Literal["random", "popularity", "bm25", "minilm", "zero_shot"], ...] = (
+        "random", "popularity", "bm25", "zero_shot",
+    )  # fmt: skip
+    num_sheet_queries: int = Field(6, gt=0)  # rows of the picture of neighbours
+
+
+class Tracking(Section):
+    uri: str | None = None  # None: MLFLOW_TRACKING_URI, else sqlite beside the lake
+    experiment: str = "notellm2"
+    timeout_seconds: float = Field(10, gt=0)  # a dead server delays a step by this much at most
+
+
+class Spark(Section):
+    master: str = "local[*]"
+    driver_memory: str = "2g"
+    shuffle_partitions: int = Field(8, gt=0)
+    extra: dict[str, str] = {}
+
+
+class Config(Section):
+    name: str
+    seed: int = 42
+    lake: Path = Path(".dagster/lake")
+    source: Source = Source()
+    window: Window = Window()
+    pairs: Pairs = Pairs()
+    split: Split = Split()
+    checks: Checks = Checks()
+    text: Text = Text()
+    model: Model
+    training: Training = Training()
+    export: Export = Export()
+    index: Index = Index()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    spark: Spark = Spark()
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Config":
+        if self.window.test_days is None and self.split.by == "time":
+            raise ValueError("window.test_days = null needs split.by = hash: one window cannot be split by time")
+        if self.training.batch_pairs % self.training.num_ranks:
+            raise ValueError(
+                f"training.batch_pairs = {self.training.batch_pairs} is not a multiple of "
+                f"training.num_ranks = {self.training.num_ranks}"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read `path`; `overrides` are dotted keys ("source.path") that win over the file.
+
+    Raises ConfigError naming the file and the setting.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as e:
+        raise ConfigError(f"cannot read the configuration {path}: {e.strerror}") from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} is not a mapping of settings")
+    for key, value in (overrides or {}).items():
+        _set(raw, key, value, path)
+    try:
+        return Config(**raw)
+    except ValidationError as e:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'settings'}: {p['msg']}" for p in e.errors())
+        raise ConfigError(f"{path}: {problems}") from e
+
+
+def config_from_environment() -> Config:
+    """The configuration of this process: the file NOTELLM2_CONFIG (default: demo), its source replaced by SOURCE."""
+    path = os.environ.get("NOTELLM2_CONFIG") or DEFAULT_CONFIG
+    source = os.environ.get("SOURCE")
+    return load_config(Path(path), {"source.path": source} if source else None)
+
+
+def _set(raw: dict[str, Any], key: str, value: Any, path: Path) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: {section} is not a section, so {key} cannot be set")
+    raw[leaf] = value

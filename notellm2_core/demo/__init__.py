@@ -1,0 +1,5 @@
+"""The embedded source: a small made-up platform whose signal is known (see `world`)."""
+
+from notellm2_core.demo.world import generate
+
+__all__ = ["generate"]

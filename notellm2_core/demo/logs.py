@@ -1,0 +1,88 @@
+"""Who looked at what, and clicked: sessions of users with tastes in a feed of fresh notes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+DAY = 86_400  # seconds
+MIN_TASTES, MAX_TASTES = 2, 4  # topics a user likes (fewer where there are few topics)
+FRESHNESS_DAYS = 2.5  # a note's weight in the feed falls by e in this time
+TASTE_SHARE = 0.85  # of what a user is shown fits one of the user's tastes; the rest is anything
+CLICK_ON_TASTE, CLICK_ON_ANYTHING = 0.6, 0.4  # so that about one click in nine is noise
+SESSIONS_PER_DAY = 1.0  # of the mean user
+ACTIVITY_SPREAD = 0.7  # between users: the standard deviation of its logarithm, so a few read very much
+VIEWS_PER_SESSION = 7.0
+
+
+@dataclass(frozen=True)
+class Impressions:
+    """What was shown, ordered by time; no user is shown a note twice. All `[E]`."""
+
+    user: np.ndarray
+    note: np.ndarray
+    second: np.ndarray  # since the first midnight
+    clicked_after: np.ndarray  # seconds from the view to the click; 0: not clicked
+
+
+def simulate(
+    rng: np.random.Generator, topic: np.ndarray, published: np.ndarray, num_users: int, num_days: int
+) -> Impressions:
+    """Let `num_users` read for `num_days` days.
+
+    `topic` [N]: of each note, 0..T-1. `published` [N]: the day from whose midnight a note can be seen; may be negative.
+    """
+    num_notes, num_topics = len(topic), int(topic.max()) + 1
+    by_topic = np.argsort(topic, kind="stable")  # the feed draws from one topic = one slice of this order
+    edges = np.searchsorted(topic[by_topic], np.arange(num_topics + 1))
+    appeal = rng.lognormal(0.0, 0.5, num_notes)
+
+    activity = SESSIONS_PER_DAY * rng.lognormal(-(ACTIVITY_SPREAD**2) / 2, ACTIVITY_SPREAD, num_users)
+    tastes = rng.random((num_users, num_topics), dtype=np.float32).argsort(axis=1)[:, :MAX_TASTES]
+    num_tastes = np.minimum(rng.integers(MIN_TASTES, MAX_TASTES + 1, num_users), max(1, num_topics // 4))
+
+    days = []
+    for day in tqdm(range(num_days), desc="demo logs", unit="day"):
+        age = (day - published)[by_topic]
+        weight = np.where(age >= 0, appeal[by_topic] * np.exp(-age / FRESHNESS_DAYS), 0.0)
+        cumulative = np.concatenate([[0.0], np.cumsum(weight)])
+
+        session_user = np.repeat(np.arange(num_users), rng.poisson(activity))
+        length = 1 + rng.poisson(VIEWS_PER_SESSION - 1, len(session_user))
+        session = np.repeat(np.arange(len(session_user)), length)  # [E] which session shows it
+        user = session_user[session]
+        second = _session_starts(rng, len(session_user))[session] + _running_sum(rng.integers(20, 60, len(user)), length)
+
+        fits = rng.random(len(user)) < TASTE_SHARE
+        wanted = tastes[user, (rng.random(len(user)) * num_tastes[user]).astype(np.int64)]
+        low = np.where(fits, cumulative[edges[wanted]], 0.0)
+        high = np.where(fits, cumulative[edges[wanted + 1]], cumulative[-1])
+        drawn = low + rng.random(len(user)) * (high - low)
+        place = np.minimum(np.searchsorted(cumulative, drawn, side="right") - 1, num_notes - 1)
+        note = by_topic[place]
+
+        chance = np.where(fits, CLICK_ON_TASTE, CLICK_ON_ANYTHING)
+        clicked_after = np.where(rng.random(len(user)) < chance, rng.integers(2, 20, len(user)), 0)
+        # A topic of which nothing has been published yet shows nothing; nor is anything shown after the log's end.
+        kept = (high > low) & (day * DAY + second + clicked_after < num_days * DAY)
+        days.append(np.stack([user, note, day * DAY + second, clicked_after])[:, kept])
+
+    shown = np.concatenate(days, axis=1)  # [4, E]
+    shown = shown[:, np.lexsort((shown[1], shown[0], shown[2]))]
+    _, first = np.unique(shown[0] * num_notes + shown[1], return_index=True)
+    return Impressions(*shown[:, np.sort(first)])
+
+
+def _session_starts(rng: np.random.Generator, num: int) -> np.ndarray:
+    """Seconds of the day `[num]`: a few in the morning, most in the evening."""
+    evening = rng.random(num) < 0.65
+    hour = np.where(evening, rng.normal(20.0, 2.2, num), rng.normal(9.5, 2.5, num))
+    return np.round(hour % 24 * 3600).astype(np.int64)
+
+
+def _running_sum(gaps: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Cumulative sum of `gaps` [E] that starts anew with each group of `lengths` [S] (sum of lengths = E)."""
+    total = np.cumsum(gaps)
+    ends = np.cumsum(lengths)
+    before = np.concatenate([[0], total[ends[:-1] - 1]]) if len(lengths) else total[:0]
+    return total - np.repeat(before, lengths)

@@ -1,0 +1,218 @@
+"""The demo world: notes, pictures, users and logs whose signal is known, in the form of any other source.
+
+A note belongs to a hidden topic, and users click on the few topics they like; that is all the logs know. A topic is
+a pair (theme, style): the theme is what the note writes about, the style is what its picture looks like. Themes and
+styles lie on one ring
+
+    style 0 - theme 0 - style 1 - theme 1 - style 2 - ... - style 0
+
+and every edge is a topic. So each theme goes with two styles and each style with two themes: text alone leaves two
+topics to choose from, the picture alone leaves two *other* ones, both together leave one. What one modality can
+explain is therefore a fact, not a hope, and `oracle.parquet` states it for each note: `text_key` (the theme, null
+for a note whose text says nothing) and `image_key` (the style, null for a note without a readable picture).
+15 % of the notes are text-poor: a model that neglects pictures is lost there. Nothing downstream reads the oracle
+except the report, which shows what an oracle for text, for pictures and for both could have recalled.
+
+What is written to the folder:
+    notes.parquet    note_id, title, topics, content, image_path (null: no picture)
+    events.csv.gz    user_id, note_id, timestamp (ISO 8601, UTC), event (view | click); with some dirty rows
+    images/*.jpg     some of them broken
+    oracle.parquet   note_id, text_key, image_key
+
+Equal arguments give equal bytes (with equal versions of numpy, Pillow, pyarrow and zlib).
+"""
+
+import gzip
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from notellm2_core.demo.logs import DAY, Impressions, simulate
+from notellm2_core.demo.pictures import STYLES, draw_picture
+from notellm2_core.demo.texts import poor_titles, write_note
+from notellm2_core.demo.words import THEMES
+
+FIRST_DAY = np.datetime64("2025-01-06T00:00:00")  # a Monday; days count from here, in UTC
+MIN_NOTES_PER_TOPIC = 20  # fewer topics in a small world, so that each one still has training and test notes
+TEXT_POOR_SHARE = 0.15
+NO_IMAGE_SHARE = 0.01
+BACKLOG_SHARE, BACKLOG_DAYS = 0.1, 7  # notes that are already there when the log begins
+DUPLICATE_SHARE, UNKNOWN_NOTE_SHARE, BAD_TIME_SHARE = 0.002, 0.001, 0.0005  # of the events: what a real log has too
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is decided about the notes before anything is written. All `[N]` or `[T]`."""
+
+    theme_of_topic: np.ndarray
+    style_of_topic: np.ndarray
+    topic: np.ndarray
+    published: np.ndarray  # day, see `simulate`
+    text_poor: np.ndarray
+    image: np.ndarray  # "ok" | "missing" | "broken"
+
+
+def generate(
+    out: Path, num_notes: int = 2600, num_users: int = 2500, num_days: int = 21, seed: int = 0
+) -> dict[str, int]:
+    """Write the world to `out` and return its counts.
+
+    Raises ValueError where a number is too small or `out` already holds a source.
+    """
+    for name, value, least in (("num_notes", num_notes, 50), ("num_users", num_users, 20), ("num_days", num_days, 14)):
+        if value < least:
+            raise ValueError(f"{name} = {value} is too small for a demo world; take {least} or more.")
+    if (out / "notes.parquet").exists():
+        raise ValueError(f"{out} already holds a source (notes.parquet); name a new folder.")
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    # One stream per part: a change in one of them leaves the others as they are.
+    layout = lay_out(np.random.default_rng([seed, 0]), num_notes, num_days)
+    shown = simulate(np.random.default_rng([seed, 1]), layout.topic, layout.published, num_users, num_days)
+    counts = {"num_notes": num_notes, "num_users": num_users, "num_topics": len(layout.theme_of_topic)}
+    counts |= _write_events(out / "events.csv.gz", np.random.default_rng([seed, 2]), shown, num_notes, num_days)
+    _write_images(out / "images", seed, layout)
+    _write_oracle(out / "oracle.parquet", layout)
+    _write_notes(out / "notes.parquet", seed, layout)  # last: a folder without it is no source
+    return counts | {
+        "num_text_poor": int(layout.text_poor.sum()),
+        "num_without_image": int((layout.image == "missing").sum()),
+        "num_broken_images": int((layout.image == "broken").sum()),
+    }
+
+
+def lay_out(rng: np.random.Generator, num_notes: int, num_days: int) -> Layout:
+    """Topics, days and gaps of all notes."""
+    num_themes = int(np.clip(num_notes // (2 * MIN_NOTES_PER_TOPIC), 2, min(len(THEMES), len(STYLES))))
+    styles = rng.permutation(num_themes)
+    topic = rng.permutation(np.arange(num_notes) % (2 * num_themes))
+    # Within a topic the notes are spread evenly over time, so that every topic has old notes and new ones.
+    age_rank = (_nth_of_its_kind(topic) + rng.random(num_notes)) / np.bincount(topic)[topic]  # 0 (old) .. 1 (new)
+    in_backlog = (age_rank / BACKLOG_SHARE - 1) * BACKLOG_DAYS
+    in_log = (age_rank - BACKLOG_SHARE) / (1 - BACKLOG_SHARE) * num_days
+    published = np.floor(np.where(age_rank < BACKLOG_SHARE, in_backlog, in_log)).astype(np.int64)
+    # Every note has something to go by: one whose text says nothing has a picture that can be read.
+    order = rng.permutation(num_notes)
+    num_poor, num_missing = round(TEXT_POOR_SHARE * num_notes), max(1, round(NO_IMAGE_SHARE * num_notes))
+    image = np.full(num_notes, "ok", dtype="<U7")
+    image[order[num_poor : num_poor + num_missing]] = "missing"
+    image[order[num_poor + num_missing :][: 1 if num_notes < 1000 else 2]] = "broken"
+    return Layout(
+        theme_of_topic=np.repeat(np.arange(num_themes), 2),
+        style_of_topic=np.stack([styles, np.roll(styles, -1)], axis=1).ravel(),
+        topic=topic,
+        published=published,
+        text_poor=np.isin(np.arange(num_notes), order[:num_poor]),
+        image=image,
+    )
+
+
+def note_id(index: int) -> str:
+    return f"n{index:06d}"
+
+
+def _nth_of_its_kind(kind: np.ndarray) -> np.ndarray:
+    """How many equal values stand before each value `[N]`."""
+    order = np.argsort(kind, kind="stable")
+    counts = np.bincount(kind)
+    nth = np.empty(len(kind), dtype=np.int64)
+    nth[order] = np.arange(len(kind)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return nth
+
+
+def _write_events(
+    path: Path, rng: np.random.Generator, shown: Impressions, num_notes: int, num_days: int
+) -> dict[str, int]:
+    """Views, and clicks after them, ordered by time, with duplicates, unknown notes and bad timestamps among them."""
+    clicked = shown.clicked_after > 0
+    user = np.concatenate([shown.user, shown.user[clicked]])
+    note = np.concatenate([shown.note, shown.note[clicked]])
+    second = np.concatenate([shown.second, (shown.second + shown.clicked_after)[clicked]])
+    is_click = np.repeat([False, True], [len(shown.user), int(clicked.sum())])
+    order = np.lexsort((note, user, is_click, second))
+    second[order[-1]] = num_days * DAY - 1  # somebody is always awake: the log lasts to the end of its last day
+
+    stamps = np.datetime_as_string(FIRST_DAY + second[order].astype("timedelta64[s]"), unit="s")
+    rows = [
+        f"u{u:05d},{note_id(n)},{stamp}Z,{'click' if c else 'view'}"
+        for u, n, stamp, c in zip(user[order], note[order], stamps, is_click[order], strict=True)
+    ]
+    num_good = len(rows)
+    dirty = {
+        "num_duplicate_events": [rows[i] for i in _some(rng, num_good, DUPLICATE_SHARE)],
+        "num_unknown_note_events": [
+            rows[i].replace(f",{note_id(n)},", f",{note_id(num_notes + n)},")
+            for i in _some(rng, num_good, UNKNOWN_NOTE_SHARE)
+            for n in [int(note[order[i]])]
+        ],
+        "num_bad_timestamps": [
+            rows[i].replace("2025-", "yesterday ") for i in _some(rng, num_good, BAD_TIME_SHARE)
+        ],
+    }
+    for bad_rows in dirty.values():
+        rows += bad_rows
+    with path.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0, compresslevel=6) as file:
+        file.write(("user_id,note_id,timestamp,event\n" + "\n".join(rows) + "\n").encode())
+    counts = {"num_events": len(rows), "num_clicks": int(clicked.sum())}
+    return counts | {name: len(bad_rows) for name, bad_rows in dirty.items()}
+
+
+def _some(rng: np.random.Generator, num: int, share: float) -> np.ndarray:
+    """At least one of `num` row numbers, about `share` of them."""
+    return rng.choice(num, size=max(1, round(share * num)), replace=False)
+
+
+def _write_images(folder: Path, seed: int, layout: Layout) -> None:
+    for i in tqdm(range(len(layout.topic)), desc="demo pictures", unit="picture"):
+        if layout.image[i] == "missing":
+            continue
+        path = folder / f"{note_id(i)}.jpg"
+        style = STYLES[layout.style_of_topic[layout.topic[i]]]
+        draw_picture(np.random.default_rng([seed, 3, i]), *style).save(path, quality=80)
+        if layout.image[i] == "broken":
+            os.truncate(path, path.stat().st_size // 3)
+
+
+def _write_notes(path: Path, seed: int, layout: Layout) -> None:
+    themes = list(THEMES)
+    poor = iter(poor_titles(np.random.default_rng([seed, 4]), int(layout.text_poor.sum())))
+    texts: list[tuple[str, list[str], str]] = []
+    for i, topic in enumerate(layout.topic):
+        theme = themes[layout.theme_of_topic[topic]]
+        texts.append((next(poor), [], "") if layout.text_poor[i] else write_note(np.random.default_rng([seed, 5, i]), theme))
+    titles, topics, contents = zip(*texts, strict=True)
+    table = pa.table(
+        {
+            "note_id": [note_id(i) for i in range(len(texts))],
+            "title": list(titles),
+            "topics": pa.array(list(topics), pa.list_(pa.string())),
+            "content": list(contents),
+            "image_path": [
+                None if image == "missing" else f"images/{note_id(i)}.jpg" for i, image in enumerate(layout.image)
+            ],
+        }
+    )
+    draft = path.with_suffix(".draft")
+    pq.write_table(table, draft)
+    os.replace(draft, path)
+
+
+def _write_oracle(path: Path, layout: Layout) -> None:
+    themes, styles = list(THEMES), [" ".join(style) for style in STYLES]
+    theme, style = layout.theme_of_topic[layout.topic], layout.style_of_topic[layout.topic]
+    table = pa.table(
+        {
+            "note_id": [note_id(i) for i in range(len(layout.topic))],
+            "text_key": pa.array(
+                [None if poor else themes[t] for t, poor in zip(theme, layout.text_poor, strict=True)], pa.string()
+            ),
+            "image_key": pa.array(
+                [styles[s] if image == "ok" else None for s, image in zip(style, layout.image, strict=True)], pa.string()
+            ),
+        }
+    )
+    pq.write_table(table, path)

@@ -1,0 +1,161 @@
+"""Note embeddings on disk and in memory: a shard is written whole, a folder is read back checked. No torch.
+
+N: notes, d: embedding width.
+"""
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from notellm2_core import schema
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Unit vectors [N, d] (fp32) and the notes they belong to, row by row."""
+
+    note_ids: tuple[str, ...]
+    vectors: np.ndarray
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """note_id -> row."""
+        return {note_id: row for row, note_id in enumerate(self.note_ids)}
+
+    def rows(self, note_ids: Sequence[str]) -> np.ndarray:
+        """Rows [n] of these notes. Raises ValueError with the number of notes that have no embedding."""
+        missing = [i for i in note_ids if i not in self.positions]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(note_ids)} notes have no embedding (the first is {missing[0]!r}): "
+                "export the embeddings of the notes that the pairs and the pool name."
+            )
+        return np.fromiter((self.positions[i] for i in note_ids), dtype=np.int64, count=len(note_ids))
+
+
+def write_shard(path: Path, note_ids: Sequence[str], vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
+    """Write one Parquet shard (schema.embeddings) under a hidden name and move it in: it is there whole or not at all.
+
+    Raises ValueError where a vector is not finite or not of unit length.
+    """
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    lengths = np.linalg.norm(vectors, axis=1)
+    wrong = ~(np.abs(lengths - 1) < 1e-3)  # also true for NaN
+    if wrong.any():
+        first = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"{int(wrong.sum())} embeddings are not unit vectors (note {note_ids[first]!r} has length "
+            f"{lengths[first]}): the model gives NaN or zero there; check its training loss."
+        )
+    dim = vectors.shape[1]
+    columns = [
+        pa.array(list(note_ids), pa.string()),
+        pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim),
+    ]
+    table = pa.Table.from_arrays(columns, schema=schema.embeddings(dim).with_metadata(dict(metadata)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.tmp")  # a killed writer's draft is overwritten by the next
+    try:
+        with draft.open("wb") as f:
+            pq.write_table(table, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_shards(
+    out: Path,
+    note_ids: Sequence[str],
+    embed: Callable[[Sequence[str]], np.ndarray],
+    fingerprint: Callable[[Sequence[str]], str],
+    shard_notes: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    progress: "tqdm[Any] | None" = None,
+) -> list[Path]:
+    """Embed the notes in id order, `shard_notes` per file part-00000.parquet; rank r does every num_ranks-th shard.
+
+    A shard that is there and carries the fingerprint of its notes is kept: a run that was killed goes on where it
+    stopped. Shards of another model, other notes or another plan are written again or removed, never mixed in.
+    `progress` is moved over the notes of kept shards, without counting them in its speed; `embed` moves it itself.
+    Returns the shards of this rank.
+    """
+    ids = sorted(set(note_ids))
+    if not ids:
+        raise ValueError(f"there are no notes to embed into {out}.")
+    out.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(ids), shard_notes)
+    plan = {out / f"part-{n:05d}.parquet": ids[i : i + shard_notes] for n, i in enumerate(starts)}
+    if rank == 0:
+        for path in out.glob("*.parquet"):
+            if path not in plan:
+                path.unlink()
+    mine = list(plan)[rank::num_ranks]
+    for path in mine:
+        name = fingerprint(plan[path])
+        if not path.exists() or (pq.read_schema(path).metadata or {}).get(b"fingerprint", b"").decode() != name:
+            write_shard(path, plan[path], embed(plan[path]), {"fingerprint": name})
+        elif progress is not None and not progress.disable:
+            progress.initial += len(plan[path])
+            progress.update(len(plan[path]))
+    return mine
+
+
+def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Embeddings:
+    """The embeddings of `folder` (its *.parquet, or one file), in file and row order; of `note_ids` only where given.
+
+    Raises ValueError where there are none, columns or widths differ from schema.embeddings, or a note comes twice.
+    """
+    files = [folder] if folder.is_file() else sorted(p for p in folder.glob("*.parquet") if p.name[0] not in "._")
+    if not files:
+        raise ValueError(f"{folder} holds no embeddings (no *.parquet): run `notellm2 embed --out {folder}` first.")
+    ids: list[str] = []
+    parts: list[np.ndarray] = []
+    for file in files:
+        table = pq.read_table(file)
+        found = table.schema.field("embedding").type if "embedding" in table.column_names else pa.null()
+        if "note_id" not in table.column_names or not isinstance(found, pa.FixedSizeListType):
+            raise ValueError(f"{file} is not an embedding table: it needs note_id and a fixed-size list embedding.")
+        column = table["embedding"].combine_chunks()
+        vectors = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+        vectors = vectors.reshape(-1, found.list_size)
+        if parts and vectors.shape[1] != parts[0].shape[1]:
+            raise ValueError(f"{file} has width {vectors.shape[1]}, {files[0]} has {parts[0].shape[1]}: two releases?")
+        names = table["note_id"].to_pylist()
+        if note_ids is not None:
+            keep = np.fromiter((n in note_ids for n in names), dtype=bool, count=len(names))
+            names, vectors = [n for n, k in zip(names, keep, strict=True) if k], vectors[keep]
+        ids.extend(names)
+        parts.append(vectors)
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"{folder}: {len(ids) - len(set(ids))} notes come twice; export into an empty folder.")
+    return Embeddings(tuple(ids), np.concatenate(parts))
+
+
+def mean_cosine(vectors: np.ndarray, num_pairs: int = 10_000, seed: int = 0) -> float:
+    """Mean cosine of random pairs of different rows of unit vectors [N, d]: near 1 means that they have collapsed."""
+    if len(vectors) < 2:
+        raise ValueError(f"the mean cosine needs two embeddings at least, got {len(vectors)}.")
+    rng = np.random.default_rng(seed)
+    left = rng.integers(0, len(vectors), num_pairs)
+    right = (left + rng.integers(1, len(vectors), num_pairs)) % len(vectors)
+    return float(np.einsum("nd,nd->n", vectors[left], vectors[right], dtype=np.float64).mean())
+
+
+def read_note_ids(path: Path) -> list[str]:
+    """The note_id column of a Parquet file or folder, in order, each once. Raises ValueError where it is not there."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; it must be Parquet with a note_id column.")
+    if "note_id" not in pq.ParquetDataset(path).schema.names:
+        raise ValueError(f"{path} has no column note_id.")
+    return list(dict.fromkeys(pq.read_table(path, columns=["note_id"])["note_id"].to_pylist()))

@@ -1,0 +1,137 @@
+"""Everything of the recall evaluation in one place: embeddings and test pairs in, a report and a contact sheet out.
+
+Reads what the lake has: pairs folders with test/*.parquet (schema.RELATED_PAIRS) and pool/*.parquet (note_id), notes
+(schema.NOTES), clicks (note_id, clicks), embedding folders. No torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from notellm2_core.baselines.bm25 import BM25
+from notellm2_core.baselines.popularity import popularity_rows, random_rows, read_clicks
+from notellm2_core.config import Config
+from notellm2_core.embeddings import Embeddings, mean_cosine, read_embeddings, read_note_ids
+from notellm2_core.evaluation.oracle import KEYS, Oracle
+from notellm2_core.evaluation.recall import Pairs, Ranks, cosine_rows, count_ranks, recall_at, target_ranks
+from notellm2_core.evaluation.report import Report, build_report
+from notellm2_core.evaluation.sheet import Neighbour, Picture, SheetRow, contact_sheet
+from notellm2_core.evaluation.slices import load_tokenizer, slice_masks, token_lengths
+from notellm2_core.notes.records import Note, read_notes
+
+NEIGHBOURS = 5  # per row of the contact sheet
+
+
+def read_pairs(path: Path) -> Pairs:
+    """Pairs of a Parquet file, of a folder of them, or of its sub-folder test/, in (query, target) order.
+
+    Raises ValueError where there are no such columns.
+    """
+    path = path / "test" if (path / "test").is_dir() else path
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; the pairs are Parquet with the columns query_id and target_id.")
+    names = pq.ParquetDataset(path).schema.names
+    if not {"query_id", "target_id"} <= set(names):
+        raise ValueError(f"{path} needs the columns query_id and target_id, it has {names}.")
+    table = pq.read_table(path, columns=["query_id", "target_id"]).sort_by(
+        [("query_id", "ascending"), ("target_id", "ascending")]
+    )
+    return Pairs(tuple(table["query_id"].to_pylist()), tuple(table["target_id"].to_pylist()))
+
+
+def evaluate(
+    embeddings: Mapping[tuple[str, str], Path],
+    notes: Path,
+    pairs: Path,
+    config: Config,
+    tokenizer: str | Path,
+    clicks: Path | None = None,
+    oracle: Path | None = None,
+) -> Report:
+    """Exact Recall@k of every method on every slice.
+
+    embeddings: (method, inputs) -> folder, e.g. ("notellm2", "image"); "zero_shot" and "minilm" are known names.
+    tokenizer: folder or hub name that the notes' lengths are counted with where text.length_tokenizer is not set.
+    clicks: clicks of the window before the test, for the popularity row. oracle: oracle.parquet, where there is one.
+    """
+    test, pool_ids = read_pairs(pairs), sorted(read_note_ids(pairs / "pool"))
+    wanted = {*pool_ids, *test.query_ids, *test.target_ids}
+    texts = read_notes(notes, wanted)
+
+    ranks: dict[tuple[str, str], Ranks] = {}
+    cosines: dict[str, float] = {}
+    for (method, inputs), folder in embeddings.items():
+        table = read_embeddings(folder, wanted)
+        pool = Embeddings(tuple(pool_ids), table.vectors[table.rows(pool_ids)])
+        ranks[method, inputs] = target_ranks(table, pool, test)
+        cosines[f"{method} {inputs}"] = mean_cosine(pool.vectors)
+    baselines = config.evaluation.baselines
+    if "random" in baselines:
+        ranks["random", ""] = count_ranks(random_rows(pool_ids, config.seed), pool_ids, test)
+    if "popularity" in baselines:
+        if clicks is None:
+            raise ValueError("evaluation.baselines names popularity, which needs the notes' clicks; none were given.")
+        ranks["popularity", ""] = count_ranks(popularity_rows(read_clicks(clicks), pool_ids), pool_ids, test)
+    if "bm25" in baselines:
+        ranks["bm25", "text"] = count_ranks(BM25(texts, pool_ids).rows, pool_ids, test)
+    if oracle is not None:
+        known = Oracle(oracle)
+        for inputs in KEYS:
+            ranks["oracle", inputs] = count_ranks(known.rows(inputs, pool_ids), pool_ids, test)
+
+    lengths = token_lengths(texts, load_tokenizer(config.text.length_tokenizer or tokenizer))
+    masks = slice_masks(test, lengths, config.text.short_tokens, config.text.long_tokens)
+    ks = config.evaluation.ks
+    candidates = next(iter(ranks.values())).candidates if ranks else np.zeros(0, dtype=np.int64)
+    chance = {str(k): 100 * float(np.minimum(1, k / candidates).mean()) if len(candidates) else None for k in ks}
+    return build_report(ranks, masks, ks, len(pool_ids), {"chance": chance, "mean_cosine": cosines})
+
+
+def evaluate_embeddings(embeddings: Path, pairs: Path, ks: Sequence[int]) -> dict[str, Any]:
+    """Exact Recall@k of one embedding folder; the pool is all its notes without the query. JSON-able, in percent."""
+    table, test = read_embeddings(embeddings), read_pairs(pairs)
+    recalls = recall_at(target_ranks(table, table, test), ks)
+    return {
+        "num_pairs": len(test),
+        "pool_notes": len(table.note_ids),
+        "recall": {str(r.k): r.expected for r in recalls},
+        "recall_pessimistic": {str(r.k): r.pessimistic for r in recalls},
+        "recall_optimistic": {str(r.k): r.optimistic for r in recalls},
+    }
+
+
+def neighbour_sheet(
+    embeddings: Path, notes: Path, pairs: Path, num_queries: int, picture: Picture, seed: int = 0
+) -> bytes:
+    """The contact sheet (JPEG bytes) of random test queries with their nearest notes of the pool, exactly searched.
+
+    The queries are drawn, not picked: the seed decides.
+    """
+    test, pool_ids = read_pairs(pairs), sorted(read_note_ids(pairs / "pool"))
+    table = read_embeddings(embeddings, {*pool_ids, *test.query_ids})
+    pool = Embeddings(tuple(pool_ids), table.vectors[table.rows(pool_ids)])
+    distinct = sorted(set(test.query_ids))
+    chosen = [distinct[n] for n in np.random.default_rng(seed).permutation(len(distinct))[:num_queries]]
+    related = set(zip(test.query_ids, test.target_ids, strict=True))
+    rows = [_sheet_row(query, scores, pool_ids, related) for query, scores in _scored(chosen, table, pool)]
+    shown = {i for row in rows for i in (row.query_id, *(n.note_id for n in row.neighbours))}
+    texts = read_notes(notes, shown)
+    return contact_sheet(rows, lambda note_id: _title(texts[note_id]), picture)
+
+
+def _scored(queries: Sequence[str], table: Embeddings, pool: Embeddings) -> list[tuple[str, np.ndarray]]:
+    return list(zip(queries, cosine_rows(table, pool)(queries), strict=True)) if queries else []
+
+
+def _sheet_row(query: str, scores: np.ndarray, pool_ids: Sequence[str], related: set[tuple[str, str]]) -> SheetRow:
+    order = [n for n in np.argsort(-scores, kind="stable")[: NEIGHBOURS + 1] if pool_ids[n] != query][:NEIGHBOURS]
+    return SheetRow(
+        query, tuple(Neighbour(pool_ids[n], float(scores[n]), (query, pool_ids[n]) in related) for n in order)
+    )
+
+
+def _title(note: Note) -> str:
+    return note.title or note.content or ", ".join(note.topics) or note.note_id

@@ -1,0 +1,47 @@
+"""What perfect knowledge of one modality could recall, where a source says so: a source may ship `oracle.parquet`.
+
+Its columns are note_id, text_key and image_key (strings, null where a note's text or picture says nothing). A note
+scores the number of keys that it shares with the query; all that score alike tie, so the expected recall under random
+tie order is exactly what text alone, the picture alone, or both together can explain.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+COLUMNS = ("note_id", "text_key", "image_key")
+KEYS = {"text": ("text_key",), "image": ("image_key",), "multimodal": ("text_key", "image_key")}
+
+
+class Oracle:
+    """The keys of every note."""
+
+    def __init__(self, path: Path) -> None:
+        """Read oracle.parquet. Raises ValueError naming the columns that it lacks."""
+        lacking = [c for c in COLUMNS if c not in pq.read_schema(path).names]
+        if lacking:
+            raise ValueError(f"{path} lacks the columns {lacking}; an oracle has {list(COLUMNS)}.")
+        table = pq.read_table(path, columns=list(COLUMNS)).to_pydict()
+        self._keys = {
+            column: {i: key for i, key in zip(table["note_id"], table[column], strict=True) if key is not None}
+            for column in KEYS["multimodal"]
+        }
+
+    def rows(self, inputs: str, pool_ids: Sequence[str]) -> Callable[[Sequence[str]], np.ndarray]:
+        """Score rows (queries -> [Q, M]) for what an oracle of these inputs (text | image | multimodal) knows."""
+        codes, pool = {}, {}
+        for column in KEYS[inputs]:
+            names = {key: n for n, key in enumerate(sorted(set(self._keys[column].values())))}
+            codes[column] = {note_id: names[key] for note_id, key in self._keys[column].items()}
+            pool[column] = np.array([codes[column].get(i, -1) for i in pool_ids], dtype=np.int64)
+
+        def rows(query_ids: Sequence[str]) -> np.ndarray:
+            scores = np.zeros((len(query_ids), len(pool_ids)), dtype=np.float32)
+            for column in KEYS[inputs]:
+                query = np.array([codes[column].get(i, -2) for i in query_ids], dtype=np.int64)  # -2: shares with none
+                scores += query[:, None] == pool[column][None, :]
+            return scores
+
+        return rows

@@ -1,0 +1,164 @@
+"""The recall report: rows of figures, as JSON for programs, as a Markdown table and a plot for people. No torch."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from notellm2_core.evaluation.recall import Ranks, Recall, recall_at
+
+# The order of the table: what knows nothing first, then what is not trained, then what is, and what cannot be beaten.
+FIRST = {"random": "random", "popularity": "popularity", "bm25": "BM25", "minilm": "MiniLM", "zero_shot": "zero-shot"}
+LAST = {"oracle": "oracle"}
+INPUTS = ("", "multimodal", "image", "text")
+TABLE_SLICES = ("all", "short_query", "short_target")
+DIGITS = 1  # of a percentage in the table
+
+
+@dataclass(frozen=True)
+class Row:
+    """Recall@k of one method with one kind of input on one slice."""
+
+    method: str
+    inputs: str  # "multimodal" | "image" | "text" | "": the method reads no note
+    slice: str
+    recalls: tuple[Recall, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows, and the facts that make them readable."""
+
+    rows: tuple[Row, ...]
+    ks: tuple[int, ...]
+    num_pairs: Mapping[str, int]  # by slice
+    pool_notes: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def recall(self, method: str, inputs: str = "multimodal", slice: str = "all", k: int | None = None) -> float | None:
+        """The expected Recall@k in percent (k: the smallest by default); None where the slice is empty.
+
+        Raises ValueError where the report has no such row.
+        """
+        k = k or min(self.ks)
+        for row in self.rows:
+            if (row.method, row.inputs, row.slice) == (method, inputs, slice):
+                for recall in row.recalls:
+                    if recall.k == k:
+                        return recall.expected
+        raise ValueError(f"the report has no Recall@{k} of {method} with {inputs or 'no'} input on slice {slice!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What recall.json holds. Recalls are in percent, null where a slice has no pairs."""
+
+        def figures(row: Row, name: str) -> dict[str, float | None]:
+            return {str(r.k): getattr(r, name) for r in row.recalls}
+
+        return {
+            "ks": list(self.ks),
+            "num_pairs": dict(self.num_pairs),
+            "pool_notes": self.pool_notes,
+            "rows": [
+                {
+                    "method": row.method,
+                    "input": row.inputs,
+                    "slice": row.slice,
+                    "num_pairs": self.num_pairs[row.slice],
+                    "recall": figures(row, "expected"),
+                    "recall_pessimistic": figures(row, "pessimistic"),
+                    "recall_optimistic": figures(row, "optimistic"),
+                }
+                for row in self.rows
+            ],
+            **self.facts,
+        }
+
+
+def build_report(
+    ranks: Mapping[tuple[str, str], Ranks],
+    masks: Mapping[str, np.ndarray],
+    ks: Sequence[int],
+    pool_notes: int,
+    facts: Mapping[str, Any] | None = None,
+) -> Report:
+    """A report from the ranks of each (method, inputs) and the slices' masks over the pairs."""
+    rows = tuple(
+        Row(method, inputs, name, tuple(recall_at(ranks[method, inputs].select(mask), ks)))
+        for method, inputs in sorted(ranks, key=_order(list(ranks)))
+        for name, mask in masks.items()
+    )
+    return Report(rows, tuple(ks), {n: int(m.sum()) for n, m in masks.items()}, pool_notes, facts or {})
+
+
+def label(method: str) -> str:
+    """How a method is called in tables and plots."""
+    return {**FIRST, **LAST}.get(method, method)
+
+
+def to_markdown(report: Report, slices: Sequence[str] = TABLE_SLICES) -> str:
+    """The table people read: a row per method and input, Recall@k in percent per slice, the best in bold.
+
+    Oracles compete with nobody. An empty slice shows dashes.
+    """
+    cells = {
+        (r.method, r.inputs, r.slice, c.k): None if c.expected is None else round(c.expected, DIGITS)
+        for r in report.rows
+        for c in r.recalls
+    }
+    lines = list(dict.fromkeys((r.method, r.inputs) for r in report.rows))
+    columns = [(name, k) for name in slices for k in report.ks]
+    best = {
+        (name, k): max((cells[m, i, name, k] or 0 for m, i in lines if m not in LAST), default=0) for name, k in columns
+    }
+
+    def cell(method: str, inputs: str, name: str, k: int) -> str:
+        value = cells[method, inputs, name, k]
+        if value is None:
+            return "–"
+        text = f"{value:.{DIGITS}f}"
+        return f"**{text}**" if method not in LAST and value > 0 and value == best[name, k] else text
+
+    counts = ", ".join(f"{name.replace('_', ' ')} {report.num_pairs[name]:,}" for name in slices)
+    head = ["method", "input", *(f"{name.replace('_', ' ')} R@{k}" for name, k in columns)]
+    table = [head, ["---", "---", *["---:"] * len(columns)]]
+    table += [[label(m), i or "–", *(cell(m, i, name, k) for name, k in columns)] for m, i in lines]
+    title = f"Recall@k in percent over a pool of {report.pool_notes:,} notes. Test pairs: {counts}."
+    return "\n".join([title, "", *("| " + " | ".join(row) + " |" for row in table), ""])
+
+
+def to_plot(report: Report, slice: str = "all") -> bytes:
+    """Bars of Recall@k for every row of one slice, one panel per k. PNG bytes."""
+    from matplotlib.figure import Figure  # no pyplot: it keeps state and looks for a display; a Figure draws with Agg
+
+    rows = [r for r in report.rows if r.slice == slice]
+    figure = Figure(figsize=(3.2 * len(report.ks) + 2.2, 0.34 * len(rows) + 1.1), dpi=100, layout="constrained")
+    panels = figure.subplots(1, len(report.ks), sharey=True, squeeze=False)[0]
+    names = [f"{label(r.method)} {r.inputs}".strip() for r in rows]
+    colours = ["0.75" if r.method in LAST else "tab:gray" if r.method in FIRST else "tab:green" for r in rows]
+    for n, (panel, k) in enumerate(zip(panels, report.ks, strict=True)):
+        values = [r.recalls[n].expected or 0.0 for r in rows]
+        bars = panel.barh(range(len(rows)), values, color=colours)
+        panel.bar_label(bars, fmt=f"%.{DIGITS}f", padding=2, fontsize=8)
+        panel.set_title(f"R@{k} (%)", fontsize=10)
+        panel.set_xlim(0, max([*values, 1.0]) * 1.2)
+        panel.set_yticks(range(len(rows)), names, fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    if rows:
+        panels[0].invert_yaxis()
+    figure.suptitle(f"{slice.replace('_', ' ')}: {report.num_pairs[slice]:,} pairs", fontsize=10)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def _order(given: list[tuple[str, str]]) -> Any:
+    """A sort key: FIRST in its order, other methods as they were given, LAST; then the inputs."""
+    middle = list(dict.fromkeys(m for m, _ in given if m not in FIRST and m not in LAST))
+    methods = {m: n for n, m in enumerate([*FIRST, *middle, *LAST])}
+
+    def key(row: tuple[str, str]) -> tuple[int, int]:
+        return methods[row[0]], INPUTS.index(row[1]) if row[1] in INPUTS else len(INPUTS)
+
+    return key

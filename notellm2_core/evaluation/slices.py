@@ -1,0 +1,59 @@
+"""The slices of the test pairs: short and long notes as query or as target (sections 4.1 and C of the paper).
+
+A note's length is the number of tokens of its whole plain text under a pinned tokenizer, so that the slices stay the
+same whatever model is evaluated.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from notellm2_core.evaluation.recall import Pairs
+from notellm2_core.notes.plain_text import plain_text
+from notellm2_core.notes.records import Note
+
+SLICES = ("all", "short_query", "short_target", "long_query", "long_target")
+BATCH_NOTES = 1000
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The fast tokenizer in a folder (its tokenizer.json), or under a hub name.
+
+    Raises ValueError where there is none.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise ValueError(f"{folder} holds no tokenizer.json: give text.length_tokenizer a folder that does.")
+        return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_pretrained(str(name))
+    except Exception as e:  # the hub client raises its own kinds, without a common base
+        raise ValueError(f"text.length_tokenizer = {name} is neither a folder nor reachable on the hub ({e}).") from e
+
+
+def token_lengths(notes: Mapping[str, Note], tokenizer: Tokenizer) -> dict[str, int]:
+    """Tokens of each note's plain text, without special tokens and without truncation."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = list(notes)
+    lengths: dict[str, int] = {}
+    for start in range(0, len(ids), BATCH_NOTES):
+        batch = ids[start : start + BATCH_NOTES]
+        encoded = tokenizer.encode_batch_fast([plain_text(notes[i]) for i in batch], add_special_tokens=False)
+        lengths.update((note_id, len(e.ids)) for note_id, e in zip(batch, encoded, strict=True))
+    return lengths
+
+
+def slice_masks(pairs: Pairs, lengths: Mapping[str, int], short: int, long: int) -> dict[str, np.ndarray]:
+    """Boolean masks [P] over the pairs, by slice name: short is fewer than `short` tokens, long more than `long`."""
+    missing = {i for i in (*pairs.query_ids, *pairs.target_ids) if i not in lengths}
+    if missing:
+        raise ValueError(f"{len(missing)} notes of the pairs have no text to measure (the first is {min(missing)!r}).")
+    query = np.array([lengths[i] for i in pairs.query_ids], dtype=np.int64)
+    target = np.array([lengths[i] for i in pairs.target_ids], dtype=np.int64)
+    masks = (np.ones(len(pairs), dtype=bool), query < short, target < short, query > long, target > long)
+    return dict(zip(SLICES, masks, strict=True))

@@ -1,0 +1,194 @@
+"""The lake: a dataset is published whole, with a manifest, or it is not there.
+
+A dataset lives at `<root>/<name>/<fingerprint>/`. The fingerprint names everything that went into it (settings,
+code, upstream fingerprints), so equal inputs meet the same address and nothing is computed twice. Files are written
+into a folder that no reader looks at and moved in with one rename; the manifest inside lists every file with its
+size, rows and checksum. `open` refuses whatever the manifest does not vouch for.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from notellm2_core import __version__
+from notellm2_core.schema import SCHEMA_VERSION
+
+MANIFEST = "manifest.json"
+
+
+class LakeError(ValueError):
+    """A dataset that is missing, damaged, or was written by code that this code does not understand."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset is: where it came from and exactly which files it has."""
+
+    name: str
+    fingerprint: str
+    inputs: Mapping[str, str]  # dataset name -> fingerprint
+    settings: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]  # relative path -> {bytes, sha256, rows?}
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # counts and figures worth showing
+    schema_version: int = SCHEMA_VERSION
+    code_version: str = __version__
+    created: str = ""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(f.get("rows", 0) for f in self.files.values())
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A published dataset: its folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    def table_files(self, table: str = "") -> list[Path]:
+        """The Parquet files below the sub-folder `table`, in name order."""
+        prefix = f"{table}/" if table else ""
+        names = [n for n in self.manifest.files if n.startswith(prefix) and n.endswith(".parquet")]
+        return [self.path / n for n in sorted(names)]
+
+    def num_rows(self, table: str) -> int:
+        return sum(f.get("rows", 0) for n, f in self.manifest.files.items() if n.startswith(f"{table}/"))
+
+
+def fingerprint(parts: Any) -> str:
+    """A stable 16-digit name for a JSON-able value."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class Lake:
+    """Publishes and opens datasets below one root folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, name: str, fingerprint: str) -> Path:
+        return self.root / name / fingerprint
+
+    def find(self, name: str, fingerprint: str) -> Dataset | None:
+        """The published dataset, or None. Raises LakeError where it is there but cannot be trusted."""
+        path = self.path(name, fingerprint)
+        if not (path / MANIFEST).exists():
+            return None
+        return open_dataset(path)
+
+    @contextmanager
+    def publish(
+        self, name: str, fingerprint: str, inputs: Mapping[str, str], settings: Mapping[str, Any]
+    ) -> Iterator["Draft"]:
+        """A folder to write into; it becomes the dataset when the block ends without an error, and vanishes otherwise.
+
+        Two writers of one fingerprint do the same work: the second finds the first's and drops its own.
+        """
+        target = self.path(name, fingerprint)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._sweep(target.parent)
+        work = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.{os.getpid()}.", dir=target.parent))
+        draft = Draft(work)
+        try:
+            yield draft
+            manifest = Manifest(
+                name=name,
+                fingerprint=fingerprint,
+                inputs=dict(inputs),
+                settings=dict(settings),
+                files=_describe(work),
+                metrics=draft.metrics,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            _write_durably(work / MANIFEST, json.dumps(asdict(manifest), indent=1, default=str))
+            if target.exists() and not (target / MANIFEST).exists():
+                shutil.rmtree(target)  # not a dataset: nothing that publishes leaves such a folder
+            try:
+                os.rename(work, target)
+            except OSError:
+                if not (target / MANIFEST).exists():
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    @staticmethod
+    def _sweep(folder: Path) -> None:
+        """Remove the drafts of writers that are no longer alive (killed before they could clean up)."""
+        for draft in folder.glob(".*.*.*"):
+            pid = int(draft.name.split(".")[2])
+            if not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+@dataclass
+class Draft:
+    """A dataset being written: the folder, and figures that go into the manifest."""
+
+    path: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def open_dataset(path: Path) -> Dataset:
+    """The dataset in `path`. Raises LakeError if it is missing, incomplete, or of another schema version."""
+    file = path / MANIFEST
+    if not file.exists():
+        raise LakeError(f"{path} holds no dataset (no {MANIFEST}).")
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as e:
+        raise LakeError(f"{file} is not readable as JSON ({e}); delete {path} and run again.") from e
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        raise LakeError(
+            f"{path} was written with schema version {raw.get('schema_version')}, this code reads version "
+            f"{SCHEMA_VERSION}: point `lake` at a new folder, or delete {path} and run again."
+        )
+    manifest = Manifest(**raw)
+    for name, facts in manifest.files.items():
+        if not (path / name).exists() or (path / name).stat().st_size != facts["bytes"]:
+            raise LakeError(f"{path / name} does not match its manifest; delete {path} and run again.")
+    return Dataset(path, manifest)
+
+
+def verify(dataset: Dataset) -> None:
+    """Recompute every checksum. Raises LakeError naming the first file that differs."""
+    for name, facts in dataset.manifest.files.items():
+        if sha256_of(dataset.path / name) != facts["sha256"]:
+            raise LakeError(f"{dataset.path / name} does not match its checksum; delete {dataset.path} and run again.")
+
+
+def _describe(folder: Path) -> dict[str, dict[str, Any]]:
+    """Facts of every file. Spark's markers and hidden checksums are dropped: the manifest replaces them."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.name.startswith((".", "_")):
+            path.unlink()
+            continue
+        facts: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        if path.suffix == ".parquet":
+            facts["rows"] = pq.read_metadata(path).num_rows
+        files[str(path.relative_to(folder))] = facts
+    return files
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())

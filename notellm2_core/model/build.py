@@ -1,0 +1,88 @@
+"""From a configuration, or a checkpoint's folder, to a model and its processor."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import notellm2_core.torch_compat  # noqa: F401, before transformers
+
+# isort: split
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from notellm2_core.config import Config
+from notellm2_core.model.connector import QFormerSizes
+from notellm2_core.model.llm import load_llm
+from notellm2_core.model.methods import get_method
+from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
+from notellm2_core.model.vision import vision_dims
+from notellm2_core.notes.batch import MLRMProcessor
+
+
+def build_model(config: Config, cache_dir: Path) -> tuple[MLRMModel, MLRMProcessor]:
+    """The pretrained LLM with new, random modules around it: the same for the same configuration and seed.
+
+    fp32, on the CPU. `cache_dir` takes converted weights. Raises ValueError where the LLM cannot be loaded.
+    """
+    method = get_method(config.model.method)
+    num_patches, vision_width = vision_dims(config.model.vision)
+    decoder, tokenizer = load_llm(config.model.llm, cache_dir)
+    num_known_tokens = len(tokenizer)
+    processor = MLRMProcessor(
+        tokenizer, config.text, method.prompt, config.model.connector.num_queries, num_patches, vision_width
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        add_word_embeddings(decoder, processor.new_token_ids, num_known_tokens)
+        model = MLRMModel(mlrm_config(config, decoder.config, num_patches, vision_width), decoder)
+    return model.eval(), processor
+
+
+def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
+    """What `save_pretrained` of both wrote into `folder`, in fp32, on the CPU. Raises ValueError if it is incomplete."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no model (no config.json); give the folder of a trained model.")
+    try:
+        model = MLRMModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    except OSError as e:
+        raise ValueError(f"the model in {folder} cannot be read: {e}") from e
+    return model.eval(), MLRMProcessor.from_pretrained(folder)
+
+
+@torch.no_grad()
+def add_word_embeddings(decoder: PreTrainedModel, token_ids: list[int], num_known_tokens: int) -> None:
+    """Word embeddings of new tokens start as the mean of the known ones.
+
+    The table grows only where the ids do not fit (Qwen's has spare rows already, and keeps them). Tokens that the
+    tokenizer knew before (ids below `num_known_tokens`) keep the row that they have.
+    """
+    new = [i for i in token_ids if i >= num_known_tokens]
+    table = decoder.get_input_embeddings().weight
+    mean = table[:num_known_tokens].mean(0)
+    if new and max(new) >= len(table):
+        decoder.resize_token_embeddings(max(new) + 1, mean_resizing=False)
+    decoder.get_input_embeddings().weight[new] = mean
+
+
+def mlrm_config(config: Config, llm: PreTrainedConfig, num_patches: int, vision_width: int) -> MLRMConfig:
+    """The model's config, from ours and the decoder's."""
+    connector = config.model.connector
+    sizes = QFormerSizes(
+        num_queries=connector.num_queries,
+        num_layers=connector.num_layers,
+        hidden_size=connector.hidden_size,
+        num_heads=connector.num_heads,
+        intermediate_size=connector.intermediate_size,
+        cross_attention_every=connector.cross_attention_every,
+        vision_width=vision_width,
+        dropout=connector.dropout,
+    )
+    private = ("_name_or_path", "transformers_version")  # where and by what it was read is not part of the model
+    return MLRMConfig(
+        llm={key: value for key, value in llm.to_dict().items() if key not in private},
+        connector=asdict(sizes),
+        num_patches=num_patches,
+        method=config.model.method,
+        projection_dim=config.model.projection_dim,
+        temperature=config.model.temperature,
+        attention=config.model.llm.attention,
+    )

@@ -1,0 +1,149 @@
+"""The multimodal large representation model (Fig. 2): the whole forward on one page.
+
+The vision encoder is not inside: it is frozen, and its features are computed once per image.
+
+Shapes: N notes, T tokens, L patches of width h_v, L_c visual embeddings, h_t the LLM's width, d = 64.
+"""
+
+from typing import Any, NamedTuple
+
+import notellm2_core.torch_compat  # noqa: F401, before transformers
+
+# isort: split
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
+
+from notellm2_core.model.connector import Connector, QFormerSizes, init_linear
+from notellm2_core.model.fusion import LateFusion
+from notellm2_core.model.llm import require_complete
+from notellm2_core.model.methods import get_method
+from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
+
+
+class MLRMConfig(PreTrainedConfig):
+    """What the model is made of. `llm` and `connector` are plain dicts: a config.json names everything."""
+
+    model_type = "mlrm"
+
+    llm: dict[str, Any] | None = None  # the decoder's config, model_type included
+    connector: dict[str, Any] | None = None  # QFormerSizes
+    num_patches: int = 0  # L
+    method: str = "notellm2"
+    projection_dim: int = 64  # d
+    temperature: float = 3.0  # tau at the start
+    attention: str = "sdpa"
+
+
+class States(NamedTuple):
+    """The representations before the projector."""
+
+    multimodal: Tensor  # [N, h_t] n_m, fused where the method fuses
+    visual: Tensor | None  # [N, h_t] n_v, likewise; None where the prompt has no visual word
+    llm_multimodal: Tensor  # [N, h_t] n_m before the fusion
+    global_branch: Tensor | None  # [N, h_t] v of Eq. 7
+    gate_mean: Tensor | None  # [1] mean of z over the multimodal gate
+
+
+class MLRMOutput(NamedTuple):
+    """The representations after the projector, not normalised."""
+
+    multimodal: Tensor  # [N, d]
+    visual: Tensor | None  # [N, d]
+    gate_mean: Tensor | None  # [1]
+
+
+class MLRMModel(PreTrainedModel):
+    """LLM_mu with connector C_pi, late fusion, projector and temperature."""
+
+    config_class = MLRMConfig
+    supports_gradient_checkpointing = True  # the LLM's layers do it
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MLRMConfig, llm: PreTrainedModel | None = None) -> None:
+        """`llm`: the pretrained decoder; None: a random one of `config.llm`, to be filled by a checkpoint."""
+        super().__init__(config)
+        assert config.llm is not None and config.connector is not None
+        method, sizes = get_method(config.method), QFormerSizes(**config.connector)
+        self.llm = llm if llm is not None else _random_llm(config)
+        width = self.llm.config.hidden_size
+        self.connector = Connector(sizes, width)
+        self.fusion = LateFusion(sizes.vision_width, width) if method.late_fusion else None
+        self.projector = nn.Linear(width, config.projection_dim)
+        init_linear(self.projector)
+        self.tau = nn.Parameter(torch.full((1,), config.temperature))  # [1], not []: 0-d tensors break bf16 broadcasts
+        self.post_init()
+
+    def forward(self, batch: NoteBatch) -> MLRMOutput:
+        """Notes -> embeddings after the 64-d projector; whoever compares them normalises them, in fp32."""
+        states = self.states(batch)
+        return MLRMOutput(
+            multimodal=self.projector(states.multimodal),  # [N, d]
+            visual=None if states.visual is None else self.projector(states.visual),  # [N, d]
+            gate_mean=states.gate_mean,
+        )
+
+    def states(self, batch: NoteBatch) -> States:
+        """Sections 2.2 and 3 up to the projector."""
+        dtype = self.projector.weight.dtype  # features are fp32, the weights may be bf16
+        shown = batch.has_image.to(dtype)[:, None]  # [N, 1]; without image, zeros, but every module runs
+
+        words = self.llm.get_input_embeddings()(batch.input_ids)  # [N, T, h_t]
+        visual_words = self.connector(batch.patches.to(dtype)) * shown[:, :, None]  # [N, L_c, h_t]
+        embedded = words.masked_scatter(batch.image_mask[:, :, None], visual_words.to(words.dtype))  # [N, T, h_t]
+
+        hidden = self.llm(
+            inputs_embeds=embedded,
+            attention_mask=batch.attention_mask,
+            position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0),  # the same, wherever the padding is
+            use_cache=False,
+        ).last_hidden_state  # [N, T, h_t]
+
+        rows = torch.arange(len(batch), device=hidden.device)
+        n_m = hidden[rows, batch.last_index]  # [N, h_t]
+        n_v = hidden[rows, batch.visual_index] if get_method(self.config.method).prompt == "micl" else None
+        if self.fusion is None:
+            return States(n_m, n_v, n_m, None, None)
+        v = self.fusion.project(batch.global_feature.to(dtype)) * shown  # [N, h_t]
+        fused_m, z = self.fusion(v, n_m)
+        fused_v = None if n_v is None else self.fusion(v, n_v)[0]
+        return States(fused_m, fused_v, n_m, v, z.detach().float().mean().reshape(1))
+
+    def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Named parameters by how they are trained: "llm", "new" (connector, fusion, projector), "tau"."""
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {"llm": [], "new": [], "tau": []}
+        for name, parameter in self.named_parameters():
+            groups["tau" if name == "tau" else "llm" if name.startswith("llm.") else "new"].append((name, parameter))
+        return groups
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a weight that is missing or of another shape is a ValueError, not a random one."""
+        wants_report = kwargs.pop("output_loading_info", False)
+        try:
+            model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except RuntimeError as e:  # transformers' answer to weights of another shape
+            raise ValueError(f"{args[0]} does not fit its config.json: {' '.join(str(e).split())[:300]}") from e
+        require_complete(report, str(args[0]))
+        if report["unexpected_keys"]:
+            raise ValueError(f"{args[0]} has weights that its config.json does not know: {min(report['unexpected_keys'])}")
+        return (model, report) if wants_report else model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: each part initialises itself, and a checkpoint is complete or refused."""
+
+
+def _random_llm(config: MLRMConfig) -> PreTrainedModel:
+    fields = dict(config.llm or {})
+    llm_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return AutoModel.from_config(llm_config, attn_implementation=config.attention)
+
+
+AutoConfig.register("mlrm", MLRMConfig)
+AutoModel.register(MLRMConfig, MLRMModel)
+AutoProcessor.register(MLRMConfig, MLRMProcessor)

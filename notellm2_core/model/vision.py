@@ -1,0 +1,173 @@
+"""The frozen vision encoder V_theta: pixels -> patch features and a global feature.
+
+It is not part of the trained model: its features are computed once per distinct image (`notes/features.py`), and a
+copy of it stands beside every checkpoint. `encoder_id` names exactly what it computes.
+
+Shapes: N images, S input side in pixels, L patches, h_v width.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from notellm2_core import config
+from notellm2_core.model.vision_towers import SUPPORTED, Architecture, Preprocess, architecture_of, build_tower
+from notellm2_core.model.vision_weights import load_tower
+
+FEATURES_VERSION = 1  # part of encoder_id: raise it when this code computes other features from the same weights
+_MAX_ASPECT = 8  # longer pictures are cut to their middle before they are resized
+
+
+class VisionEncoder(nn.Module):
+    """A tower with its preprocessing. Always in eval mode, in fp32, without gradients."""
+
+    def __init__(self, architecture: Architecture, tower: nn.Module) -> None:
+        """Raises ValueError if the tower has no patch features as wide as its global feature."""
+        super().__init__()
+        self.architecture = architecture
+        self.tower = tower
+        self.requires_grad_(False)
+        self.eval()
+        self.num_patches, self.width = _measure(architecture, tower)
+        self.encoder_id = _encoder_id(architecture, self.state_dict())
+
+    def train(self, mode: bool = True) -> "VisionEncoder":
+        """Stays in eval mode, also when the model around it trains: batch norm would move, dropout would act."""
+        return super().train(False)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """An RGB picture of any size -> [3, S, S]."""
+        return to_pixels(image, self.architecture.preprocess)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 3, S, S] -> patches [N, L, h_v], global feature [N, h_v]."""
+        patches, pooled = self.tower(pixels)
+        return patches.contiguous(), pooled
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {"encoder_id": self.encoder_id, "num_patches": self.num_patches, "width": self.width}
+        text = json.dumps(facts | {"architecture": self.architecture.to_json()}, indent=1)
+        (folder / "config.json").write_text(text + "\n")
+        weights = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "VisionEncoder":
+        """What `save_pretrained` wrote. Raises ValueError if a file is missing, or does not give its encoder_id."""
+        facts = _read_facts(Path(folder))
+        architecture = Architecture.from_json(facts["architecture"])
+        tower = build_tower(architecture)
+        file = Path(folder) / "model.safetensors"
+        try:
+            weights = load_file(file)
+            tower.load_state_dict({k.removeprefix("tower."): v for k, v in weights.items()}, strict=True)
+        except (OSError, SafetensorError, RuntimeError) as e:
+            raise ValueError(f"{file} cannot be loaded as a {architecture.library} encoder: {e}") from e
+        encoder = cls(architecture, tower)
+        if encoder.encoder_id != facts["encoder_id"]:
+            raise ValueError(
+                f"{folder} does not match its checksum: its config.json says encoder {facts['encoder_id']}, its "
+                f"weights and settings are {encoder.encoder_id}; copy it again."
+            )
+        return encoder
+
+
+def load_vision_encoder(settings: config.Vision) -> VisionEncoder:
+    """The encoder that the settings name, with its weights.
+
+    Raises ValueError for an unknown name, for a model without patch features, and where weights cannot be had.
+    """
+    if (folder := _saved_folder(settings)) is not None:
+        return VisionEncoder.from_pretrained(folder)
+    architecture, tower = load_tower(settings)
+    return VisionEncoder(architecture, tower.float())
+
+
+def vision_dims(settings: config.Vision) -> tuple[int, int]:
+    """(L, h_v) of the encoder that the settings name, without reading weights."""
+    if (folder := _saved_folder(settings)) is not None:
+        facts = _read_facts(folder)
+        return facts["num_patches"], facts["width"]
+    with torch.device("meta"):
+        architecture = architecture_of(settings)
+        return _measure(architecture, build_tower(architecture).eval())
+
+
+def to_pixels(image: Image.Image, how: Preprocess) -> Tensor:
+    """Resize, cut the middle, normalise: [3, S, S], the same numbers as the library's own transform.
+
+    Pictures longer than 8:1 are cut to their middle 8:1 first. Only the middle 1:1 is looked at anyway, and a line of
+    10,000 x 1 pixels would be blown up to gigabytes.
+    """
+    width, height = image.size
+    if how.resize == "shortest" and max(width, height) > _MAX_ASPECT * min(width, height):
+        longest = _MAX_ASPECT * min(width, height)
+        left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+        image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+        width, height = image.size
+    side = math.floor(how.size_px / how.crop_ratio)
+    if how.resize == "squash":
+        new = (side, side)
+    else:
+        short = min(width, height)
+        new = (int(side * width / short), int(side * height / short))
+    image = image.resize(new, Image.Resampling[how.interpolation.upper()])
+    left, top = round((new[0] - how.size_px) / 2), round((new[1] - how.size_px) / 2)
+    image = image.crop((left, top, left + how.size_px, top + how.size_px))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255  # [3, S, S]
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (how.mean, how.std))
+    return (pixels - mean) / std
+
+
+def _measure(architecture: Architecture, tower: nn.Module) -> tuple[int, int]:
+    """(L, h_v), from one empty picture on the tower's device (which may be meta)."""
+    side = architecture.preprocess.size_px
+    device = next(tower.parameters()).device
+    with torch.inference_mode():
+        patches, pooled = tower(torch.zeros(1, 3, side, side, device=device))
+    if patches.ndim != 3 or pooled.shape != (1, patches.shape[2]):
+        raise ValueError(
+            f"{architecture.model.get('name', architecture.library)}: patch features of shape {tuple(patches.shape)} "
+            f"and a global feature of shape {tuple(pooled.shape)} do not go together; supported: {SUPPORTED}"
+        )
+    return patches.shape[1], patches.shape[2]
+
+
+def _encoder_id(architecture: Architecture, weights: dict[str, Tensor]) -> str:
+    """16 hex digits over all that the features depend on. Where the weights were read from is not part of it."""
+    digest = hashlib.sha256(json.dumps([FEATURES_VERSION, architecture.to_json()], sort_keys=True).encode())
+    for name in sorted(weights):
+        tensor = weights[name].cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _saved_folder(settings: config.Vision) -> Path | None:
+    """`pretrained`, if it is a folder that `save_pretrained` wrote."""
+    folder = settings.pretrained and Path(settings.pretrained)
+    return folder if folder and (folder / "config.json").is_file() and (folder / "model.safetensors").is_file() else None
+
+
+def _read_facts(folder: Path) -> dict:
+    file = folder / "config.json"
+    try:
+        facts = json.loads(file.read_text())
+        _ = facts["architecture"]["preprocess"], facts["encoder_id"], facts["num_patches"], facts["width"]
+    except OSError as e:
+        raise ValueError(f"{folder} holds no vision encoder: {file} cannot be read ({e.strerror})") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{file} is not the configuration of a saved vision encoder ({e!r})") from e
+    return facts

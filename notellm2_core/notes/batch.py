@@ -1,0 +1,206 @@
+"""Notes -> tensors: tokens, the places of the visual embeddings and of the compressed words, padding.
+
+Shapes: N notes, T tokens of the longest, L_c visual embeddings, L patches of width h_v.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import notellm2_core.torch_compat  # noqa: F401, before transformers
+
+# isort: split
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from notellm2_core.config import Text
+from notellm2_core.notes.records import Note
+from notellm2_core.notes.text import (
+    IMAGE_TOKEN,
+    PROMPTS,
+    VISUAL_WORD_TOKEN,
+    Field,
+    Mark,
+    PromptName,
+    field_text,
+    max_field_tokens,
+)
+
+InputKind = Literal["multimodal", "image", "text"]
+_SETTINGS_FILE = "processor_config.json"  # where AutoProcessor looks
+
+
+@dataclass(frozen=True)
+class EncodedNote:
+    """A tokenised note."""
+
+    token_ids: np.ndarray  # [T_i] int64; L_c placeholders stand where the image goes
+    image_start: int  # position of the first placeholder; -1 where the prompt has none
+    visual_index: int  # position of the visual compressed word, before <IMG_EMB>; -1 where the prompt has none
+    reads_image: bool  # False: the image is left out, whatever the note has
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass
+class NoteBatch:
+    """What the model reads."""
+
+    input_ids: Tensor  # [N, T] int64
+    attention_mask: Tensor  # [N, T] int64, 0 on padding
+    image_mask: Tensor  # [N, T] bool, the L_c places of the visual embeddings
+    visual_index: Tensor  # [N] int64, where n_v is; -1 where the prompt has none
+    last_index: Tensor  # [N] int64, where n_m is: the last token of the prompt
+    patches: Tensor  # [N, L, h_v] fp32, zeros without image
+    global_feature: Tensor  # [N, h_v] fp32, zeros without image
+    has_image: Tensor  # [N] bool
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str) -> "NoteBatch":
+        return NoteBatch(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+
+
+class MLRMProcessor:
+    """Turns notes into token ids, and token ids with image features into a batch."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: Text,
+        prompt: PromptName,
+        num_queries: int,
+        num_patches: int,
+        vision_width: int,
+        padding_side: Literal["right", "left"] = "right",
+    ) -> None:
+        """Adds the two special tokens to `tokenizer` where it has not got them. `num_queries` is L_c."""
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VISUAL_WORD_TOKEN]}, False)
+        self.tokenizer = tokenizer
+        self.new_token_ids: list[int] = [tokenizer.convert_tokens_to_ids(t) for t in (IMAGE_TOKEN, VISUAL_WORD_TOKEN)]
+        self.text = text
+        self.prompt = prompt
+        self.num_queries = num_queries
+        self.num_patches = num_patches
+        self.vision_width = vision_width
+        self.padding_side = padding_side
+        self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # Padding is told apart by the mask, never by its id, so any id will do (many tokenizers pad with eos).
+        self._padding_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self._literal_ids = {p: self._tokenize(p) for p in PROMPTS[prompt] if isinstance(p, str)}
+        self._start_ids = self._start_of_sequence()
+
+    def encode(self, note: Note, inputs: InputKind = "multimodal") -> EncodedNote:
+        """Tokenise `note` in this method's prompt.
+
+        inputs = image: the text fields are empty; text: the image is left out. The template is kept either way.
+        """
+        image_id, visual_word_id = self.new_token_ids
+        ids: list[int] = list(self._start_ids)
+        image_start = visual_index = -1
+        for piece in PROMPTS[self.prompt]:
+            if isinstance(piece, str):
+                ids += self._literal_ids[piece]
+            elif isinstance(piece, Field):
+                if inputs != "image":
+                    words = field_text(note, piece.name, self.text)
+                    ids += self._tokenize(words)[: max_field_tokens(piece.name, self.text)]
+            elif piece == Mark(IMAGE_TOKEN):
+                image_start = len(ids)
+                ids += [image_id] * self.num_queries
+            else:
+                visual_index = len(ids) - 1  # "the previous hidden state of the token <IMG_EMB>"
+                ids.append(visual_word_id)
+        return EncodedNote(np.array(ids, dtype=np.int64), image_start, visual_index, reads_image=inputs != "text")
+
+    def collate(
+        self,
+        encoded: Sequence[EncodedNote],
+        patches: np.ndarray | None,
+        global_feature: np.ndarray | None,
+        has_image: np.ndarray,
+    ) -> NoteBatch:
+        """A batch of N notes.
+
+        patches [N, L, h_v] and global_feature [N, h_v] of any float type (None: no note has an image), has_image [N]
+        bool. Rows without image may hold anything: they become zeros. Raises ValueError if a shape does not fit.
+        """
+        n, length = len(encoded), max(map(len, encoded))
+        input_ids = torch.full((n, length), self._padding_id, dtype=torch.int64)
+        attention_mask = torch.zeros(n, length, dtype=torch.int64)
+        image_mask = torch.zeros(n, length, dtype=torch.bool)
+        start = torch.tensor([length - len(e) if self.padding_side == "left" else 0 for e in encoded])
+        for i, note in enumerate(encoded):
+            first = int(start[i])
+            input_ids[i, first : first + len(note)] = torch.from_numpy(note.token_ids)
+            attention_mask[i, first : first + len(note)] = 1
+            if note.image_start >= 0:
+                image_mask[i, first + note.image_start : first + note.image_start + self.num_queries] = True
+        visual_index = torch.tensor([e.visual_index for e in encoded])
+        shown = np.asarray(has_image, dtype=bool) & np.array([e.reads_image for e in encoded])
+        return NoteBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_mask=image_mask,
+            visual_index=torch.where(visual_index < 0, visual_index, visual_index + start),
+            last_index=start + torch.tensor([len(e) for e in encoded]) - 1,
+            patches=_features(patches, shown, (n, self.num_patches, self.vision_width)),
+            global_feature=_features(global_feature, shown, (n, self.vision_width)),
+            has_image=torch.from_numpy(shown),
+        )
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the tokenizer and `processor_config.json` into `folder`."""
+        self.tokenizer.save_pretrained(folder)
+        settings = {
+            "processor_class": type(self).__name__,
+            "text": self.text.model_dump(),
+            "prompt": self.prompt,
+            "num_queries": self.num_queries,
+            "num_patches": self.num_patches,
+            "vision_width": self.vision_width,
+            "padding_side": self.padding_side,
+        }
+        (Path(folder) / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, **_: Any) -> "MLRMProcessor":
+        """What `save_pretrained` wrote. Raises ValueError if it is not there or is not of this code."""
+        file = Path(folder) / _SETTINGS_FILE
+        if not file.exists():
+            raise ValueError(f"{folder} holds no {_SETTINGS_FILE}; give the folder of a trained model.")
+        settings = json.loads(file.read_text())
+        if settings.pop("processor_class", None) != cls.__name__:
+            raise ValueError(f"{file} is not of a {cls.__name__}; give the folder of a trained model.")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return cls(tokenizer, Text(**settings.pop("text")), **settings)
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Ids of plain text: what looks like a special token is spelled out, so none can be smuggled in."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [i for i in ids if i not in self._special_ids]  # for tokenizers that do not know how to split them
+
+    def _start_of_sequence(self) -> list[int]:
+        """[bos] where the tokenizer puts one before a text (LLaMA does, Qwen does not)."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else []
+
+
+def _features(values: np.ndarray | None, shown: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """`values` as fp32, zeros where `shown` [N] is False."""
+    if values is None:
+        if shown.any():
+            raise ValueError("has_image is true for some notes, but no image features are given.")
+        return torch.zeros(shape)
+    if values.shape != shape:
+        raise ValueError(f"image features have shape {values.shape}, this model reads {shape}.")
+    out = torch.zeros(shape)
+    out[torch.from_numpy(shown)] = torch.from_numpy(values[shown].astype(np.float32))
+    return out

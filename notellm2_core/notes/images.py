@@ -1,0 +1,134 @@
+"""Reading pictures that others made: whatever is in the file, the answer is an RGB picture or a counted reason.
+
+A picture is named by the sha256 of its encoded bytes. Nothing outside the source folder is read, nothing is decoded
+before its header says how large it is, and a picture that cannot be used is never replaced by a black one.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Status = Literal["ok", "missing", "broken", "too_large", "escapes"]
+STATUSES: tuple[Status, ...] = ("ok", "missing", "broken", "too_large", "escapes")
+# Plain bitmaps only: Pillow would run Ghostscript for EPS, and lets ICO and ICNS hide a larger picture inside.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
+_MAX_BYTES_PER_PIXEL = 8  # 16 bits x 4 channels, uncompressed: no file of allowed pixels is larger (plus a margin)
+_MARGIN_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """The bytes of a note's picture, not yet decoded, or why there are none."""
+
+    status: Status
+    data: bytes = b""
+
+    @property
+    def image_id(self) -> str:
+        """sha256 of the encoded bytes."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def read_image(
+    source: Path, image_path: str | None, data: bytes | None, max_pixels: int
+) -> tuple[Status, str | None, Image.Image | None]:
+    """(status, image id, RGB picture) of one note; id and picture are None unless the status is "ok"."""
+    encoded = fetch(source, image_path, data, max_pixels)
+    if encoded.status != "ok":
+        return encoded.status, None, None
+    status, image = decode(encoded.data, max_pixels)
+    return status, encoded.image_id if status == "ok" else None, image
+
+
+def fetch(source: Path, image_path: str | None, data: bytes | None, max_pixels: int) -> EncodedImage:
+    """The encoded bytes: `data` where the note carries them, else the file `image_path` relative to `source`.
+
+    escapes: the path is absolute or leaves the folder (by "..", or through a link). missing: no path, or no regular
+    file there. broken: no bytes, or not readable. too_large: more bytes than `max_pixels` pixels can take.
+    """
+    max_bytes = max_pixels * _MAX_BYTES_PER_PIXEL + _MARGIN_BYTES
+    if data is None:
+        if not image_path or "\0" in image_path:
+            return EncodedImage("missing")
+        try:
+            root = source.resolve()
+            path = (root / image_path).resolve()
+            if Path(image_path).is_absolute() or not path.is_relative_to(root):
+                return EncodedImage("escapes")
+            if not path.is_file():  # a pipe or a device would block
+                return EncodedImage("missing")
+            if path.stat().st_size > max_bytes:
+                return EncodedImage("too_large")
+            data = path.read_bytes()
+        except (OSError, RuntimeError):  # no permission, a disk error, a name that is too long, links in a circle
+            return EncodedImage("broken")
+    if len(data) > max_bytes:
+        return EncodedImage("too_large")
+    return EncodedImage("ok", data) if data else EncodedImage("broken")
+
+
+def check_header(data: bytes, max_pixels: int) -> Status:
+    """"ok", "broken" or "too_large", from the header alone; the pixels may still turn out to be broken."""
+    return _open(data, max_pixels)[0]
+
+
+def decode(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
+    """("ok", RGB picture), or ("broken" | "too_large", None).
+
+    The first frame of an animation; turned as its EXIF tag says; transparency composited on white; greys of more than
+    8 bits scaled down to 8.
+    """
+    status, image = _open(data, max_pixels)
+    if image is None:
+        return status, None
+    try:
+        image.load()
+        return "ok", _to_rgb(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
+    except Exception:  # damaged bytes make Pillow's decoders raise nearly anything; the caller counts it
+        return "broken", None
+
+
+def _open(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:  # Pillow's own bound; `allow_pixels` moves it out of the way
+        return "too_large", None
+    except MemoryError:
+        raise
+    except Exception:  # as in `decode`
+        return "broken", None
+    width, height = image.size
+    if width * height > max_pixels:
+        return "too_large", None
+    return ("ok", image) if width and height else ("broken", None)
+
+
+def allow_pixels(max_pixels: int) -> None:
+    """Make Pillow's process-wide bound at least `max_pixels`: the check here is the one that counts."""
+    bound = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None if bound is None else max(bound, max_pixels)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Greys: 16 bits keep their range (65535 is white); 32 bits and floats, which have none, are stretched to theirs."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (values.min(), values.max())
+    scaled = (values - low) / max(high - low, 1e-12) * 255
+    return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))

@@ -1,0 +1,53 @@
+"""A note as the models read it, and how notes are read from the lake. Imports no torch."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from notellm2_core.schema import NOTES
+
+TEXT_COLUMNS = ("note_id", "title", "topics", "content")
+
+
+@dataclass(frozen=True)
+class Note:
+    """The text of one note: n_i = (t_i, tp_i, ct_i) of section 2.1, without its image."""
+
+    note_id: str
+    title: str
+    topics: tuple[str, ...]
+    content: str
+
+
+def read_notes(path: Path, note_ids: Collection[str] | None = None) -> dict[str, Note]:
+    """The notes of the Parquet files in the folder `path` (columns of schema.NOTES), by id, in the files' order.
+
+    Only the text columns are read, so images that lie in the table cost nothing. `note_ids` keeps only those notes.
+    Raises ValueError where the folder holds no Parquet, a column is missing, an id comes twice or is not there.
+    """
+    files = sorted(path.glob("*.parquet"))
+    if not files:
+        raise ValueError(f"{path} holds no Parquet file; give the folder of the notes dataset.")
+    wanted = None if note_ids is None else pa.array(sorted(set(note_ids)), pa.string())
+    notes: dict[str, Note] = {}
+    for file in files:
+        with pq.ParquetFile(file) as parquet:
+            missing = [name for name in TEXT_COLUMNS if name not in parquet.schema_arrow.names]
+            if missing:
+                raise ValueError(f"{file} has no column {missing[0]!r}; notes need {', '.join(TEXT_COLUMNS)}.")
+            for batch in parquet.iter_batches(columns=list(TEXT_COLUMNS)):
+                table = pa.table(batch).select(TEXT_COLUMNS).cast(pa.schema([NOTES.field(n) for n in TEXT_COLUMNS]))
+                if wanted is not None:
+                    table = table.filter(pc.is_in(table["note_id"], value_set=wanted))
+                for note_id, title, topics, content in zip(*(c.to_pylist() for c in table.columns), strict=True):
+                    if note_id in notes:
+                        raise ValueError(f"note {note_id!r} comes twice in {path}; ids must be unique.")
+                    notes[note_id] = Note(note_id, title, tuple(topics), content)
+    absent = set() if note_ids is None else set(note_ids) - notes.keys()
+    if absent:
+        raise ValueError(f"{len(absent)} notes are not in {path}, among them {min(absent)!r}.")
+    return notes

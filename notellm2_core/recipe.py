@@ -1,0 +1,193 @@
+"""What is made from what: one row per dataset, and from it the address of every dataset of a configuration.
+
+A dataset's fingerprint covers its settings, its inputs' fingerprints and the version of the code that makes it. So
+the address of `eval_recall` is known before anything runs, a dataset that is there is never computed again, and
+embeddings of one model can never meet the index of another.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from notellm2_core.config import Config
+from notellm2_core.lake import Dataset, Lake, LakeError, fingerprint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One dataset: the datasets it reads, the settings it depends on (dotted), and the version of its code."""
+
+    inputs: tuple[str, ...]
+    settings: tuple[str, ...]
+    version: int = 1  # raise it when the code that makes the dataset changes its result
+
+
+_MODEL = ("seed", "text", "model.method", "model.llm", "model.connector", "model.projection_dim", "model.temperature",
+          "model.start", "model.vision")  # fmt: skip
+
+STAGES: Mapping[str, Stage] = {
+    "raw_events": Stage((), ("source.partition",)),
+    "notes": Stage((), ()),
+    "events": Stage(
+        ("raw_events", "notes"),
+        ("source.view_events", "source.click_events", "source.ignored_events", "window.train_days", "window.test_days"),
+    ),
+    "cooccurrence": Stage(("events",), ("source.view_events", "source.click_events", "pairs.simultaneous")),
+    "note_sides": Stage(("notes", "events"), ("split.by", "split.pool_share", "split.max_pool_notes")),
+    "related_pairs": Stage(
+        ("cooccurrence", "note_sides"),
+        ("pairs.low", "pairs.up", "pairs.bounds", "pairs.top_t", "pairs.popularity_power", "pairs.min_users"),
+    ),
+    "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",)),
+    "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels")),
+    "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL),
+    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "training")),
+    "start_embeddings": Stage(("start_model", "notes", "vision_features", "pair_datasets"), ("export",)),
+    "baseline_embeddings": Stage(("notes", "pair_datasets"), ("evaluation.baselines",)),
+    "note_embeddings": Stage(("checkpoint", "notes", "vision_features", "pair_datasets"), ("export",)),
+    "faiss_index": Stage(("note_embeddings",), ("index",)),
+    "eval_recall": Stage(
+        ("note_embeddings", "faiss_index", "start_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
+         "checkpoint", "notes"),
+        ("evaluation", "text", "seed"),
+    ),
+}  # fmt: skip
+
+
+class MissingDataset(LakeError):
+    """A dataset that has not been made yet for this configuration."""
+
+    def __init__(self, name: str, command: str) -> None:
+        super().__init__(f"{name} has not been made yet for this configuration and window; run: {command}")
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Days:
+    """A half-open range of days [start, end), UTC."""
+
+    start: date
+    end: date
+
+
+@dataclass(frozen=True)
+class ResolvedWindow:
+    train: Days
+    test: Days
+
+
+class Recipe:
+    """The addresses of one configuration's datasets in its lake."""
+
+    def __init__(self, config: Config, week: date | None = None) -> None:
+        """`week`: any day of the week the window shall end with; None: the configured end, else the last complete."""
+        self.config = config
+        self.lake = Lake(config.lake.resolve())
+        self.week = week
+        self._fingerprints: dict[str, str] = {}
+
+    @cached_property
+    def source(self) -> Path:
+        """The source folder: the user's, or the demo world's place in the lake."""
+        if self.config.source.path is not None:
+            return Path(self.config.source.path)
+        return self.lake.path("demo_world", fingerprint(self.config.source.demo.model_dump()))
+
+    @cached_property
+    def source_fingerprint(self) -> str:
+        """Names, sizes and times of the source's files: cheap at any size, and any change is noticed."""
+        if self.config.source.path is None:
+            return self.source.name
+        if not self.source.is_dir():
+            raise ValueError(f"source.path {self.source} is not a folder; set source.path, or SOURCE=..., to your data")
+        return fingerprint([str(self.source.resolve()), sorted(_listing(self.source))])
+
+    @cached_property
+    def window(self) -> ResolvedWindow:
+        """Training and test days. Raises MissingDataset where the end depends on raw events that are not landed."""
+        window = self.config.window
+        if self.week is not None:
+            end = first_day_of_week(self.week) + timedelta(days=7)
+        elif window.end is not None:
+            end = window.end
+        else:
+            last = datetime.fromisoformat(self.dataset("raw_events").manifest.metrics["last_timestamp"])
+            end = last_complete_week_end(last)
+        if window.test_days is None:
+            days = Days(end - timedelta(days=window.train_days), end)
+            return ResolvedWindow(days, days)
+        middle = end - timedelta(days=window.test_days)
+        return ResolvedWindow(Days(middle - timedelta(days=window.train_days), middle), Days(middle, end))
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """The settings that `name` itself depends on."""
+        tree = self.config.model_dump(mode="json")
+        settings = {key: _get(tree, key) for key in STAGES[name].settings}
+        if name in ("raw_events", "notes"):
+            settings["source"] = self.source_fingerprint
+        if name == "events":
+            settings["window"] = [str(d) for days in (self.window.train, self.window.test) for d in (days.start, days.end)]
+        return settings
+
+    def fingerprint(self, name: str) -> str:
+        if name not in self._fingerprints:
+            inputs = {n: self.fingerprint(n) for n in STAGES[name].inputs}
+            self._fingerprints[name] = fingerprint([name, STAGES[name].version, inputs, self.settings(name)])
+        return self._fingerprints[name]
+
+    def find(self, name: str) -> Dataset | None:
+        return self.lake.find(name, self.fingerprint(name))
+
+    def dataset(self, name: str) -> Dataset:
+        """The dataset `name` of this configuration. Raises MissingDataset with the command that makes it."""
+        found = self.find(name)
+        if found is None:
+            raise MissingDataset(name, self.command())
+        return found
+
+    def inputs(self, name: str) -> dict[str, Dataset]:
+        return {n: self.dataset(n) for n in STAGES[name].inputs}
+
+    def command(self) -> str:
+        """What to type to make everything that is missing."""
+        path = os.environ.get("NOTELLM2_CONFIG")
+        source = os.environ.get("SOURCE")
+        return "make recall" + (f" CONFIG={path}" if path else "") + (f" SOURCE={source}" if source else "")
+
+    @property
+    def work(self) -> Path:
+        """Where unfinished work waits to be resumed: training checkpoints and the like. No dataset is ever read there."""
+        return self.lake.root / ".work"
+
+
+def first_day_of_week(day: date) -> date:
+    """Weeks run from Sunday to Saturday, so that the Sunday 03:00 retrain reads the week that has just ended."""
+    return day - timedelta(days=(day.weekday() + 1) % 7)
+
+
+def last_complete_week_end(last_event: datetime) -> date:
+    """The exclusive end of the last week that the log covers to its last day.
+
+    A log whose last event falls on a Saturday covers that week; one that stops on a Friday does not.
+    """
+    return first_day_of_week(last_event.astimezone(UTC).date() + timedelta(days=1))
+
+
+def _listing(folder: Path) -> list[tuple[str, int, int]]:
+    facts = []
+    for root, _, files in os.walk(folder):
+        for name in files:
+            path = Path(root) / name
+            stat = path.stat()
+            facts.append((str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns))
+    return facts
+
+
+def _get(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree

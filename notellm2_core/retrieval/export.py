@@ -1,0 +1,204 @@
+"""Notes -> embeddings: sharded, resumable, with multimodal, image-only or text-only inputs.
+
+    python -m notellm2_core.retrieval.export --config FILE --model DIR --notes DIR --images DIR --store DIR
+        [--note-ids PARQUET] --inputs multimodal,image,text --out DIR
+
+writes OUT/<inputs>/part-00000.parquet (schema.embeddings: unit vectors, fp32). Started by torchrun, each rank does
+every WORLD_SIZE-th shard on its own device, on as many machines as share OUT.
+
+A shard is written whole; a killed export goes on with the shards that it had not finished, and gives the same files
+as one that was not killed, because batches never reach over a shard.
+
+Precision: fp32 on a CPU; on a GPU the weights are bf16 unless training.precision is fp32 (what training's forward
+computes in), with the normalisation in fp32 either way.
+
+Shapes: N notes of a batch, d embedding width.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from notellm2_core import lake
+from notellm2_core.cli_errors import one_line_errors
+from notellm2_core.config import Config, load_config
+from notellm2_core.embeddings import read_note_ids, write_shards
+from notellm2_core.model.build import load_model
+from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.notes.batch import InputKind, MLRMProcessor
+from notellm2_core.notes.features import FeatureStore, read_note_images
+from notellm2_core.notes.records import Note, read_notes
+
+WINDOW_BATCHES = 8  # batches whose notes are sorted by length together, and whose features are held at a time
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A model, and everything that it reads of the notes."""
+
+    model: MLRMModel
+    processor: MLRMProcessor
+    notes: Mapping[str, Note]
+    images: Mapping[str, str | None]  # note_id -> image_id; None: no usable picture
+    store: FeatureStore
+    batch_notes: int
+    device: torch.device
+
+    def embed(self, note_ids: Sequence[str], inputs: InputKind, progress: "tqdm[Any] | None" = None) -> np.ndarray:
+        """Unit vectors [len(note_ids), d] in fp32, in the order given.
+
+        Notes of like length share a batch, so that little is computed on padding; padding is masked, so what a note
+        gets does not depend on its company (up to rounding).
+        """
+        vectors = np.empty((len(note_ids), self.model.config.projection_dim), dtype=np.float32)
+        window = WINDOW_BATCHES * self.batch_notes
+        for first in range(0, len(note_ids), window):
+            ids = note_ids[first : first + window]
+            encoded = [self.processor.encode(self.notes[i], inputs) for i in ids]
+            rows, patches, pooled = self._features(ids, inputs)
+            order = sorted(range(len(ids)), key=lambda n: (len(encoded[n]), n))
+            for start in range(0, len(order), self.batch_notes):
+                batch = np.array(order[start : start + self.batch_notes])
+                shown = rows[batch]  # -1: no picture; reads any row, which collate blanks
+                collated = self.processor.collate(
+                    [encoded[n] for n in batch],
+                    patches[shown] if len(patches) else None,
+                    pooled[shown] if len(patches) else None,
+                    shown >= 0,
+                )
+                with torch.inference_mode():
+                    output = self.model(collated.to(self.device)).multimodal  # [N, d]
+                vectors[first + batch] = functional.normalize(output.float(), dim=-1).cpu().numpy()
+                if progress is not None:
+                    progress.update(len(batch))
+        return vectors
+
+    def _features(self, ids: Sequence[str], inputs: InputKind) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows [n] of the notes in the features, -1 without picture, and the features of the distinct pictures."""
+        image_ids = [None if inputs == "text" else self.images[i] for i in ids]
+        distinct = list(dict.fromkeys(i for i in image_ids if i is not None))
+        features = self.store.load(distinct)
+        row = {image_id: n for n, image_id in enumerate(distinct)}
+        return np.array([-1 if i is None else row[i] for i in image_ids]), features.patches, features.global_feature
+
+
+def export(
+    config: Config, model_dir: Path, notes_dir: Path, images_dir: Path, store_dir: Path, inputs: Sequence[InputKind],
+    out: Path, note_ids: Sequence[str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Embed the notes (or those of `note_ids`) for each kind of input into OUT/<inputs>. Returns counts and speed.
+
+    Raises ValueError where model, notes and images do not belong together.
+    """
+    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    encoder_id = _encoder_id(model_dir, images_dir)
+    notes = read_notes(notes_dir, note_ids)
+    images = read_note_images(images_dir)
+    unknown = notes.keys() - images.keys()
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} notes are not in {images_dir}: run notellm2_core.notes.features on them first."
+        )
+    model, processor = load_model(model_dir)
+    device, dtype = _device(config)
+    nn.Module.to(model, device, dtype)
+    exporter = Exporter(
+        model, processor, notes, images, FeatureStore(store_dir / encoder_id),
+        config.export.batch_notes, device,
+    )  # fmt: skip
+    weights = {p.name: lake.sha256_of(p) for p in sorted(model_dir.iterdir()) if p.suffix in (".safetensors", ".json")}
+    counts: dict[str, Any] = {
+        "notes": len(notes),
+        "notes_without_picture": sum(images[i] is None for i in notes),
+        "device": str(device),
+        "precision": str(dtype).removeprefix("torch."),
+        "notes_per_second": {},
+    }
+    for kind in inputs:
+
+        def fingerprint(ids: Sequence[str], kind: InputKind = kind) -> str:
+            rows = [[asdict(notes[i]), images[i] if kind != "text" else None] for i in ids]
+            return lake.fingerprint([weights, encoder_id, kind, str(dtype), config.export.batch_notes, rows])
+
+        def embed(ids: Sequence[str], kind: InputKind = kind) -> np.ndarray:
+            return exporter.embed(ids, kind, progress)
+
+        with tqdm(total=-(-len(notes) // num_ranks), desc=f"embed {kind}", unit="notes", disable=rank != 0) as progress:
+            began = time.monotonic()
+            write_shards(
+                out / kind, list(notes), embed, fingerprint, config.export.shard_notes, rank, num_ranks, progress,
+            )  # fmt: skip
+            seconds = max(time.monotonic() - began, 1e-6)
+            if rank == 0:
+                counts["notes_per_second"][kind] = round((progress.n - progress.initial) / seconds * num_ranks, 1)
+    return counts
+
+
+def parse_inputs(text: str) -> list[InputKind]:
+    """ "multimodal,image" -> its kinds of input. Raises ValueError listing the choices."""
+    kinds = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    wrong = [k for k in kinds if k not in get_args(InputKind)]
+    if wrong or not kinds:
+        raise ValueError(f"--inputs {text!r} must be a list out of {', '.join(get_args(InputKind))}.")
+    return kinds  # type: ignore[return-value]  # checked above
+
+
+def _encoder_id(model_dir: Path, images_dir: Path) -> str:
+    """The vision encoder of the features. Raises ValueError where the model was trained with another one."""
+    found = {}
+    for folder in (images_dir / "vision", model_dir / "vision"):
+        if folder == images_dir / "vision" or folder.is_dir():
+            file = folder / "config.json"
+            if not file.is_file():
+                raise ValueError(f"{file} does not exist: run notellm2_core.notes.features with --out {images_dir}.")
+            found[folder] = json.loads(file.read_text())["encoder_id"]
+    if len(set(found.values())) > 1:
+        raise ValueError(
+            f"the model {model_dir} was trained with vision encoder {found[model_dir / 'vision']}, the features in "
+            f"{images_dir} are of {found[images_dir / 'vision']}: compute them with the model's own."
+        )
+    return str(found[images_dir / "vision"])
+
+
+def _device(config: Config) -> tuple[torch.device, torch.dtype]:
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), torch.float32
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return device, torch.float32 if config.training.precision == "fp32" else torch.bfloat16
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Embed notes with a trained model.")
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a trained (or start) model")
+    parser.add_argument("--notes", type=Path, required=True, help="folder of Parquet with the notes")
+    parser.add_argument("--images", type=Path, required=True, help="output folder of notellm2_core.notes.features")
+    parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
+    parser.add_argument("--note-ids", type=Path, help="Parquet with a note_id column; default: all notes")
+    parser.add_argument("--inputs", default="multimodal", help="list out of multimodal, image, text")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        counts = export(
+            load_config(args.config), args.model, args.notes, args.images, args.store, parse_inputs(args.inputs),
+            args.out, read_note_ids(args.note_ids) if args.note_ids else None,
+        )  # fmt: skip
+        if os.environ.get("RANK", "0") == "0":
+            json.dump(counts, sys.stdout)
+            print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The nearest-neighbour index: FAISS by factory string, inner product on unit vectors. No torch.
+
+An index is a folder: `index.faiss`, `ids.parquet` (position -> note_id) and `index.json`, which says what was built,
+by which format, with the checksums of the two. FAISS numbers vectors by position; only the table knows note ids, and
+the two never part: `Index.load` refuses a folder whose checksums do not match.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from notellm2_core.embeddings import Embeddings, read_embeddings
+from notellm2_core.lake import sha256_of
+
+FORMAT_VERSION = 1
+IDS = pa.schema(
+    [pa.field("position", pa.int64(), nullable=False), pa.field("note_id", pa.string(), nullable=False)],
+    metadata={"format_version": str(FORMAT_VERSION)},
+)
+
+
+@dataclass(frozen=True)
+class Index:
+    """A built index and the notes at its positions."""
+
+    faiss_index: Any  # faiss.Index; its Python wrapper has no types
+    note_ids: np.ndarray  # [N] object: position -> note_id
+    factory: str
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest notes of unit vectors [Q, d]: note ids [Q, k] (object) and inner products [Q, k].
+
+        Where the index finds fewer than k, the rest is None and -inf. Raises ValueError for another width.
+        """
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.faiss_index.d:
+            raise ValueError(f"queries of shape {queries.shape} do not fit an index of width {self.faiss_index.d}.")
+        if k < 1:
+            raise ValueError(f"k = {k} must be 1 or more.")
+        scores, positions = self.faiss_index.search(queries, k)
+        found = positions >= 0
+        note_ids = self.note_ids[positions]  # position -1 reads the last note, and is blanked below
+        note_ids[~found] = None
+        scores[~found] = -np.inf
+        return note_ids, scores
+
+    @staticmethod
+    def load(folder: Path) -> "Index":
+        """Raises ValueError where the folder is no index, is damaged, or has another format version."""
+        facts_file = folder / "index.json"
+        if not facts_file.is_file():
+            raise ValueError(f"{folder} is no index (no index.json): run `notellm2 index build` with --out {folder}.")
+        facts = json.loads(facts_file.read_text())
+        if facts["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{folder} has index format {facts['format_version']}, this code reads {FORMAT_VERSION}; build again."
+            )
+        for name, checksum in facts["sha256"].items():
+            if not (folder / name).is_file() or sha256_of(folder / name) != checksum:
+                raise ValueError(f"{folder / name} does not match its checksum: build the index again.")
+        note_ids = np.array(pq.read_table(folder / "ids.parquet")["note_id"].to_pylist(), dtype=object)
+        index = faiss.read_index(str(folder / "index.faiss"))
+        if index.ntotal != len(note_ids):
+            raise ValueError(f"{folder} has {index.ntotal} vectors for {len(note_ids)} notes: build the index again.")
+        return Index(index, note_ids, facts["factory"])
+
+
+def make_index(embeddings: Embeddings, factory: str, num_threads: int = 1) -> Index:
+    """Train (where the factory needs it) and fill an index.
+
+    One thread by default: the graph of HNSW depends on the order in which threads insert, and an index that is built
+    again shall be the same. Raises ValueError naming index.factory where FAISS cannot build it from these vectors.
+    """
+    vectors = np.ascontiguousarray(embeddings.vectors, dtype=np.float32)
+    num_notes, dim = vectors.shape
+    try:
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as e:
+        raise ValueError(f"index.factory = {factory!r} is no FAISS factory string for width {dim}: {_reason(e)}") from e
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(num_threads)
+    try:
+        if not index.is_trained:
+            index.train(vectors)
+        index.add(vectors)
+    except RuntimeError as e:
+        raise ValueError(
+            f"index.factory = {factory!r} cannot be built from {num_notes} vectors of width {dim}: {_reason(e)}. "
+            "Give it fewer clusters or codes, or take Flat or HNSW32, which need no training."
+        ) from e
+    finally:
+        faiss.omp_set_num_threads(threads)
+    return Index(index, np.array(embeddings.note_ids, dtype=object), factory)
+
+
+def build_index(embeddings_dir: Path, out: Path, factory: str, num_threads: int = 1) -> dict[str, Any]:
+    """Build the index of an embedding folder and save it as the folder `out`. Returns what index.json says."""
+    embeddings = read_embeddings(embeddings_dir)
+    index = make_index(embeddings, factory, num_threads)
+    draft = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)  # what a killed build left
+    draft.mkdir(parents=True)
+    try:
+        faiss.write_index(index.faiss_index, str(draft / "index.faiss"))
+        positions = pa.array(range(len(embeddings.note_ids)), pa.int64())
+        ids = pa.Table.from_arrays([positions, pa.array(embeddings.note_ids, pa.string())], schema=IDS)
+        pq.write_table(ids, draft / "ids.parquet")
+        facts: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "factory": factory,
+            "metric": "inner_product",
+            "dim": int(embeddings.vectors.shape[1]),
+            "num_notes": len(embeddings.note_ids),
+            "sha256": {name: sha256_of(draft / name) for name in ("index.faiss", "ids.parquet")},
+        }
+        (draft / "index.json").write_text(json.dumps(facts, indent=1))
+        if out.exists() and not any(out.iterdir()):
+            out.rmdir()
+        elif (out / "index.json").is_file():
+            shutil.rmtree(out)
+        os.rename(draft, out)  # fails where `out` holds something else: nothing foreign is deleted
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return facts
+
+
+def ann_recall(index: Index, embeddings: Embeddings, k: int, num_queries: int = 1000, seed: int = 0) -> float:
+    """Share, in percent, of the exact k nearest notes that the index finds; the query itself does not count.
+
+    Measured on random notes of the index, each searching all others. A note that ties with the exact k-th is right.
+    """
+    num_notes = len(embeddings.note_ids)
+    k = min(k, num_notes - 1)
+    if k < 1:
+        raise ValueError(f"the index recall needs two notes at least, got {num_notes}.")
+    chosen = np.random.default_rng(seed).permutation(num_notes)[:num_queries]
+    found_ids, _ = index.search(embeddings.vectors[chosen], k + 1)
+    vectors = embeddings.vectors.astype(np.float64)
+    hits = 0
+    for query, found in zip(chosen, found_ids, strict=True):
+        exact = (vectors @ vectors[query]).astype(np.float32)
+        kth = np.partition(np.delete(exact, query), -k)[-k]
+        own = embeddings.note_ids[query]
+        others = [embeddings.positions[i] for i in found if i is not None and i != own][:k]
+        hits += int((exact[others] >= kth).sum())
+    return 100 * hits / (k * len(chosen))
+
+
+def _reason(error: RuntimeError) -> str:
+    """What a FAISS error says, without the C++ function, place and condition."""
+    return re.sub(r"^.*(\.cpp:\d+: |failed: )", "", " ".join(str(error).split())).rstrip(".")

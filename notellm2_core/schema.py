@@ -1,0 +1,85 @@
+"""The columns of every dataset, in the order the data flows. The one place that names them.
+
+Imports pyarrow only, so that `spark_jobs` and the asset processes can read it without loading torch.
+Raise `SCHEMA_VERSION` whenever a column changes its name, type or meaning: lakes written before are then refused
+with one sentence instead of being misread.
+"""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+# --- source (what the user brings; extra columns are ignored) -------------------------------------------------------
+SOURCE_NOTE_COLUMNS = ("note_id", "title", "topics", "content")  # plus one of SOURCE_IMAGE_COLUMNS, or no image at all
+SOURCE_IMAGE_COLUMNS = ("image_path", "image")  # path relative to the source folder, or the encoded bytes
+SOURCE_EVENT_COLUMNS = ("user_id", "note_id", "timestamp", "event")
+
+# --- lake: notes and events -----------------------------------------------------------------------------------------
+NOTES = pa.schema(
+    [
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("title", pa.string(), nullable=False),
+        pa.field("topics", pa.list_(pa.string()), nullable=False),
+        pa.field("content", pa.string(), nullable=False),
+        pa.field("image_path", pa.string()),  # relative to the source folder; null: bytes in `image`, or no image
+        pa.field("image", pa.binary()),  # encoded bytes, where the source carries them in the table
+    ]
+)
+EVENTS = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("timestamp", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("event", pa.string(), nullable=False),
+    ]
+)
+# Everything that was dropped, as it came, with the reason.
+QUARANTINE = pa.schema([pa.field("reason", pa.string(), nullable=False), pa.field("row", pa.string(), nullable=False)])
+
+# --- lake: pairs ----------------------------------------------------------------------------------------------------
+NOTE_SIDES = pa.schema(
+    [
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("side", pa.string(), nullable=False),  # "train" | "pool"
+        pa.field("group_id", pa.string(), nullable=False),  # near-duplicates share it and never straddle the split
+    ]
+)
+SCORES = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("target_id", pa.string(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),  # Eq. 2
+        pa.field("num_users", pa.int64(), nullable=False),  # |U(query -> target)|
+    ]
+)
+RELATED_PAIRS = SCORES.append(pa.field("rank", pa.int32(), nullable=False))  # 1 = the strongest of its query
+
+# --- lake: images ---------------------------------------------------------------------------------------------------
+NOTE_IMAGES = pa.schema(
+    [
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("image_id", pa.string()),  # sha256 of the encoded bytes; null: no usable image
+        pa.field("status", pa.string(), nullable=False),  # "ok" | "missing" | "broken" | "too_large" | "escapes"
+    ]
+)
+
+
+def vision_features(num_patches: int, width: int) -> pa.Schema:
+    """Columns of the feature cache: patch features `[num_patches * width]` and the global feature `[width]`, fp16."""
+    return pa.schema(
+        [
+            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("patches", pa.list_(pa.float16(), num_patches * width), nullable=False),
+            pa.field("global_feature", pa.list_(pa.float16(), width), nullable=False),
+        ]
+    )
+
+
+def embeddings(dim: int) -> pa.Schema:
+    """Columns of an embedding shard: unit vectors `[dim]` in fp32."""
+    return pa.schema(
+        [
+            pa.field("note_id", pa.string(), nullable=False),
+            pa.field("embedding", pa.list_(pa.float32(), dim), nullable=False),
+        ]
+    )

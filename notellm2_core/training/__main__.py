@@ -1,0 +1,56 @@
+"""Fine-tune the model: one process per rank, started by torchrun.
+
+    torchrun --standalone --nproc-per-node 2 -m notellm2_core.training --config pipelines/configs/demo.yaml \
+        --notes DIR --images DIR --store DIR --pairs DIR --work DIR --out DIR
+
+The same command with the same --work goes on where a killed one stopped.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from notellm2_core.cli_errors import one_line_errors
+from notellm2_core.config import load_config
+from notellm2_core.training.launch import die_with_parent
+
+
+def main() -> None:
+    die_with_parent()
+    parser = argparse.ArgumentParser(prog="python -m notellm2_core.training", description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset")
+    parser.add_argument("--images", type=Path, required=True, help="what the features command wrote")
+    parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
+    parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints and curves; the same again to resume")
+    parser.add_argument("--out", type=Path, required=True, help="empty folder for the trained model")
+    parser.add_argument("--mlflow-uri", help="tracking server for the curves")
+    parser.add_argument("--mlflow-run-id")
+    args = parser.parse_args()
+    if os.environ.get("RANK", "0") != "0":  # every rank meets the same user error; one of them says so
+        sys.stderr = open(os.devnull, "w") if "NOTELLM2_ALL_RANKS" not in os.environ else sys.stderr
+    with one_line_errors(), _pipes_log() as log:
+        from notellm2_core.training.loop import Paths, Reports, run  # torch, after the arguments are known to be right
+
+        paths = Paths(args.notes, args.images, args.store, args.pairs, args.work, args.out)
+        run(load_config(args.config), paths, Reports(log, args.mlflow_uri, args.mlflow_run_id))
+
+
+@contextmanager
+def _pipes_log() -> Iterator[Callable[[str], None] | None]:
+    """Writes into the log of the Dagster step that started this command; None where there is none, and on other ranks."""
+    if "DAGSTER_PIPES_CONTEXT" not in os.environ or os.environ.get("RANK", "0") != "0":
+        yield None
+        return
+    from dagster_pipes import open_dagster_pipes
+
+    with open_dagster_pipes() as pipes:
+        yield pipes.log.info
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Training data: notes, pairs and features in, global batches out. What a step sees is a function of (seed, step).
+
+Notes are numbered by their place in `note_ids`; a batch is an array of such numbers, in which rows 2k and 2k + 1 are
+the query and the target of pair k.
+
+Shapes: P pairs, B pairs per batch, N = 2B rows.
+"""
+
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as pads
+import torch
+from torch import Tensor
+
+from notellm2_core.config import Config
+from notellm2_core.notes.batch import EncodedNote, MLRMProcessor, NoteBatch
+from notellm2_core.notes.features import FeatureStore, read_note_images
+from notellm2_core.notes.records import Note, read_notes
+from notellm2_core.training.feature_table import FeatureTable
+
+_LOOKAHEAD_BATCHES = 4  # how long a pair may wait for a batch that has neither of its notes
+
+
+@dataclass(frozen=True)
+class KnownPositives:
+    """[N, N] bool masks for `note_losses`: rows that belong together, by their pair, their note or what they show."""
+
+    multimodal: Tensor
+    visual: Tensor
+
+    def to(self, device: torch.device) -> "KnownPositives":
+        return KnownPositives(self.multimodal.to(device), self.visual.to(device))
+
+
+class TrainingData:
+    """The notes of the training and validation pairs, ready to be batched."""
+
+    def __init__(
+        self,
+        processor: MLRMProcessor,
+        notes: Mapping[str, Note],
+        images: Mapping[str, str | None],
+        features: FeatureTable,
+        train_pairs: Sequence[tuple[str, str]],
+        validation_pairs: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """`images`: note_id -> image_id or None. Raises ValueError where a pair names a note that `notes` lacks."""
+        self.note_ids = tuple(sorted({n for pair in (*train_pairs, *validation_pairs) for n in pair}))
+        missing = [n for n in self.note_ids if n not in notes]
+        if missing:
+            raise ValueError(f"{len(missing)} notes of the pairs are not among the notes, the first is {missing[0]!r}")
+        self._processor = processor
+        self._notes = [notes[n] for n in self.note_ids]
+        self._encoded: dict[int, EncodedNote] = {}  # each note is tokenised once, when a batch first asks for it
+        self._features = features
+        image_ids = [images.get(n) for n in self.note_ids]
+        self._feature_rows = np.array([features.row(i) for i in image_ids], dtype=np.int64)  # [notes]; -1: no image
+        self._texts = _codes([(n.title, n.topics, n.content) for n in self._notes])
+        self.train_pairs = self._numbers(train_pairs)  # [P, 2]
+        self.validation_pairs = self._numbers(validation_pairs)
+        pairs = np.concatenate([self.train_pairs, self.validation_pairs])
+        both = np.concatenate([pairs, pairs[:, ::-1]])
+        self._related = np.unique(both[:, 0] * len(self.note_ids) + both[:, 1])  # the pair graph, as sorted numbers
+
+    @property
+    def train_notes(self) -> np.ndarray:
+        """The notes of the training pairs, each once."""
+        return np.unique(self.train_pairs)
+
+    def has_image(self, rows: np.ndarray) -> np.ndarray:
+        return self._feature_rows[rows] >= 0
+
+    def note_batch(self, rows: np.ndarray) -> NoteBatch:
+        """The model input of these notes, padded to the longest of them."""
+        for row in rows:
+            if row not in self._encoded:
+                self._encoded[row] = self._processor.encode(self._notes[row])
+        patches, global_feature = self._features.take(self._feature_rows[rows])
+        encoded = [self._encoded[row] for row in rows]
+        return self._processor.collate(encoded, patches, global_feature, self.has_image(rows))
+
+    def known_positives(self, rows: np.ndarray) -> KnownPositives:
+        """Which rows of a batch are no negatives of each other: related in either direction, or the same.
+
+        The same for L^m is the same note, or the same text with the same image (or both without). For L^v the same
+        image is enough.
+        """
+        graph, size = self._related, len(self.note_ids)
+        numbers = rows[:, None] * size + rows[None, :]  # [N, N]
+        related = graph[np.searchsorted(graph, numbers).clip(max=len(graph) - 1)] == numbers
+        images, texts = self._feature_rows[rows], self._texts[rows]
+        same_note = rows[:, None] == rows[None, :]
+        same_image = images[:, None] == images[None, :]
+        same_text = texts[:, None] == texts[None, :]
+        multimodal = related | same_note | (same_text & same_image)
+        visual = related | same_note | (same_image & (images >= 0)[:, None])
+        return KnownPositives(torch.from_numpy(multimodal), torch.from_numpy(visual))
+
+    def _numbers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        number = {n: i for i, n in enumerate(self.note_ids)}
+        return np.array([(number[a], number[b]) for a, b in pairs], dtype=np.int64).reshape(-1, 2)
+
+
+def load_training_data(
+    processor: MLRMProcessor, notes: Path, images: Path, store: Path, pairs: Path, cache: Path
+) -> TrainingData:
+    """Read everything the pairs name, and nothing else. `cache`: where the feature table is kept (feature_table.py).
+
+    Raises ValueError where there are no training pairs, or a note or a feature is missing.
+    """
+    train, validation = read_pairs(pairs / "train"), read_pairs(pairs / "validation")
+    if not train:
+        raise ValueError(f"{pairs / 'train'} holds no pairs: nothing to train on")
+    wanted = {n for pair in (*train, *validation) for n in pair}
+    note_images = {n: i for n, i in read_note_images(images).items() if n in wanted}
+    image_ids = sorted({i for i in note_images.values() if i is not None})
+    table = FeatureTable.build(FeatureStore(store / encoder_id(images)), image_ids, cache)
+    return TrainingData(processor, read_notes(notes, wanted), note_images, table, train, validation)
+
+
+def encoder_id(images: Path) -> str:
+    """Which vision encoder made the features. Raises ValueError where `images` is not the features command's output."""
+    file = images / "vision" / "config.json"
+    if not file.exists():
+        raise ValueError(f"{images} has no vision/config.json: give --images the folder that the features command wrote")
+    return str(json.loads(file.read_text())["encoder_id"])
+
+
+def model_cache(config: Config) -> Path:
+    """Where converted LLM weights are kept between runs."""
+    return config.lake / ".work" / "models"
+
+
+def read_pairs(folder: Path) -> list[tuple[str, str]]:
+    """The (query_id, target_id) of the Parquet files of `folder`, sorted; none where there is no such folder."""
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        return []
+    table = pads.dataset(files).to_table(columns=["query_id", "target_id"])
+    return sorted(zip(table["query_id"].to_pylist(), table["target_id"].to_pylist(), strict=True))
+
+
+def schedule(pairs: np.ndarray, batch_pairs: int, num_steps: int, seed: int) -> np.ndarray:
+    """Which pairs each step sees: [num_steps, B] indices into `pairs` [P, 2].
+
+    The pairs come in random permutations, one after the other. A pair that shares a note with the batch being filled
+    waits for the next one, so no note is twice in a batch, unless waiting does not help (few pairs, or a note that is
+    in very many): then the pair that waited longest is taken, and the masks of known positives do the rest. The first
+    steps do not depend on how many follow.
+    """
+    if not len(pairs):
+        raise ValueError("there are no pairs to make batches of")
+    stream = _permutations(len(pairs), seed)
+    waiting: deque[int] = deque()
+    batches = np.empty((num_steps, batch_pairs), dtype=np.int64)
+    for step in range(num_steps):
+        taken: list[int] = []
+        in_batch: set[int] = set()
+        passed_over: deque[int] = deque()
+        while len(taken) < batch_pairs:
+            if not waiting and len(passed_over) >= _LOOKAHEAD_BATCHES * batch_pairs:
+                taken.append(passed_over.popleft())
+                continue
+            index = waiting.popleft() if waiting else next(stream)
+            if in_batch.isdisjoint(pairs[index].tolist()):
+                taken.append(index)
+                in_batch.update(pairs[index].tolist())
+            else:
+                passed_over.append(index)
+        waiting.extendleft(reversed(passed_over))
+        batches[step] = taken
+    return batches
+
+
+def rank_slice(rows: np.ndarray, rank: int, num_ranks: int) -> np.ndarray:
+    """The part of the batch that this rank embeds; together, in rank order, the parts are the batch."""
+    size = len(rows) // num_ranks
+    return rows[rank * size : (rank + 1) * size]
+
+
+def _permutations(num_pairs: int, seed: int) -> Iterator[int]:
+    epoch = 0
+    while True:
+        yield from np.random.default_rng([seed, epoch]).permutation(num_pairs).tolist()
+        epoch += 1
+
+
+def _codes(values: Sequence[object]) -> np.ndarray:
+    """A number for each value, the same for equal ones."""
+    code: dict[object, int] = {}
+    return np.array([code.setdefault(v, len(code)) for v in values], dtype=np.int64)

@@ -1,0 +1,179 @@
+"""DeepSpeed from our configuration: its dictionary, its cures for a CPU, parameter groups and the learning rate.
+
+Precision. On a GPU, bf16 is DeepSpeed's: bf16 weights, fp32 master weights in the optimiser. On a CPU the weights stay
+fp32 and only the forward runs under torch's bf16 autocast: the optimiser has no second copy to keep, and small updates
+are not lost.
+"""
+
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from notellm2_core.config import Config, Training
+from notellm2_core.model.methods import get_method
+from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.training.launch import num_threads
+from notellm2_core.training.step import TrainingStep
+
+Precision = Literal["bf16", "fp32"]
+
+
+def set_up_processes() -> torch.device:
+    """Join the other ranks (torchrun's environment, or alone without it); the device of this rank.
+
+    On a CPU: without the shared-memory extension, whose first start needs a C++ compiler and two minutes.
+    """
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(alone)
+        os.environ.setdefault("MASTER_PORT", "0")
+    on_gpu = torch.cuda.is_available()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(num_threads(int(os.environ["LOCAL_WORLD_SIZE"])))
+    deepspeed = import_deepspeed()
+    device = torch.device("cpu")
+    if on_gpu:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        torch.use_deterministic_algorithms(True)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    return device
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed without its chatter; a late import, because it takes seconds."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+@contextmanager
+def first_on_machine() -> Iterator[None]:
+    """The block runs on the first rank of each machine, then on its others: for what one writes and all read."""
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if not first:
+        dist.barrier()
+    yield
+    if first:
+        dist.barrier()
+
+
+def deepspeed_config(training: Training, precision: Precision, num_ranks: int, on_gpu: bool) -> dict[str, Any]:
+    """The DeepSpeed dictionary of a configuration (Table 8).
+
+    Raises ValueError where the batch cannot be shared out evenly.
+    """
+    if training.batch_pairs % num_ranks:
+        raise ValueError(
+            f"training.batch_pairs = {training.batch_pairs} cannot be shared by {num_ranks} ranks: use a multiple of it"
+        )
+    return {
+        "train_micro_batch_size_per_gpu": training.batch_pairs // num_ranks,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": training.max_grad_norm,
+        "bf16": {"enabled": precision == "bf16" and on_gpu},
+        "zero_optimization": {"stage": training.zero_stage, "overlap_comm": on_gpu, "contiguous_gradients": True},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": training.learning_rate,
+                "betas": list(training.betas),
+                "eps": training.epsilon,
+                "weight_decay": training.weight_decay,
+                "torch_adam": True,  # DeepSpeed's own is compiled at its first use; torch's needs no compiler
+                **({"fused": True} if on_gpu else {}),
+            },
+        },
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def optimizer_groups(named: dict[str, list[tuple[str, nn.Parameter]]], training: Training) -> list[dict[str, Any]]:
+    """Parameter groups with their peak learning rates, from `MLRMModel.parameter_groups()`; frozen ones are left out.
+
+    Weight decay is for matrices: not for tau, biases and norms, nor for the query tokens.
+    """
+    peaks = {
+        "llm": training.learning_rate,
+        "new": training.new_module_learning_rate or training.learning_rate,
+        "tau": training.temperature_learning_rate or training.learning_rate,
+    }
+    groups: list[dict[str, Any]] = []
+    for part, parameters in named.items():
+        for decays in (True, False):
+            chosen = [p for name, p in parameters if p.requires_grad and _decays(part, name, p) == decays]
+            if chosen:
+                weight_decay = training.weight_decay if decays else 0.0
+                groups.append({"params": chosen, "lr": peaks[part], "peak_lr": peaks[part], "weight_decay": weight_decay})
+    return groups
+
+
+def _decays(part: str, name: str, parameter: nn.Parameter) -> bool:
+    return part != "tau" and parameter.ndim == 2 and "quer" not in name.rsplit(".", 1)[-1]
+
+
+def learning_rate_factor(step: int, num_steps: int, warmup_ratio: float) -> float:
+    """Table 8: the share of the peak learning rate at `step` (from 0): linear warm-up, then linear decay.
+
+    Worked example, 10 steps and a ratio of 0.2: 1/2, 1, 8/8, 7/8, ... 1/8. Neither end is 0: no step is wasted.
+    """
+    num_warmup = math.ceil(warmup_ratio * num_steps)
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return (num_steps - step) / (num_steps - num_warmup)
+
+
+def set_learning_rate(optimizer: Any, factor: float) -> None:
+    """Every group's rate := its peak times `factor`. A function of the step alone, so a resume restores nothing."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def broadcast_from_first(module: nn.Module) -> None:
+    """All ranks take rank 0's weights: a start that was computed must be the same everywhere to the last bit."""
+    if dist.get_world_size() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.data, src=0)
+
+
+def make_engine(model: MLRMModel, config: Config, precision: Precision) -> Any:
+    """The DeepSpeed engine around Eq. 9 of `model`."""
+    training = config.training
+    on_gpu = next(model.parameters()).is_cuda
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with_visual = "visual" in get_method(config.model.method).losses
+    step = TrainingStep(model, training.alpha, with_visual, autocast=precision == "bf16" and not on_gpu)
+    engine, *_ = import_deepspeed().initialize(
+        model=step,
+        model_parameters=optimizer_groups(model.parameter_groups(), training),
+        config=deepspeed_config(training, precision, dist.get_world_size(), on_gpu),
+    )
+    return engine
+
+
+def optimizer_step(engine: Any) -> float:
+    """Clip, update every weight, forget the gradients. Returns the norm of the gradient before it was clipped."""
+    norm = None
+    if engine.zero_optimization_stage() == 0:  # there DeepSpeed clips in fp32, and does not say what it saw
+        norm = torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+    engine.step()
+    return float(engine.get_global_grad_norm() if norm is None else norm)

@@ -1,0 +1,55 @@
+"""How the training command is started, and how it ends with whoever started it. Imports no torch."""
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def launch_command(
+    config_file: Path,
+    num_ranks: int,
+    *,
+    notes: Path,
+    images: Path,
+    store: Path,
+    pairs: Path,
+    work: Path,
+    out: Path,
+    mlflow_uri: str | None = None,
+    mlflow_run_id: str | None = None,
+) -> list[str]:
+    """The torchrun command that trains on this machine, ready for `subprocess` or a shell.
+
+    Cores are shared out over the ranks unless OMP_NUM_THREADS is set (torchrun would give each rank one thread).
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    if "OMP_NUM_THREADS" not in os.environ:
+        command = ["env", f"OMP_NUM_THREADS={num_threads(num_ranks)}", *command]
+    folders = {"notes": notes, "images": images, "store": store, "pairs": pairs, "work": work, "out": out}
+    command += ["-m", "notellm2_core.training", "--config", str(config_file)]
+    for name, folder in folders.items():
+        command += [f"--{name}", str(folder)]
+    if mlflow_uri and mlflow_run_id:
+        command += ["--mlflow-uri", mlflow_uri, "--mlflow-run-id", mlflow_run_id]
+    return command
+
+
+def num_threads(num_ranks: int) -> int:
+    """Threads of each rank, so that all ranks of a machine together have as many as it has cores."""
+    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its launcher dies, however it dies: no rank is left behind.
+
+    Nothing happens where there is no prctl (other systems than Linux).
+    """
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died between the two calls
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,211 @@
+"""Fine-tuning from start to saved model. `_train` is the loop; `run` is what has to be there before and after it."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from notellm2_core.config import Config
+from notellm2_core.lake import fingerprint
+from notellm2_core.model.build import build_model
+from notellm2_core.training import engine as engines
+from notellm2_core.training.checkpoints import Checkpoints, open_work, write_atomically
+from notellm2_core.training.data import TrainingData, load_training_data, model_cache, rank_slice, schedule
+from notellm2_core.training.losses import Losses
+from notellm2_core.training.precision import choose_precision
+from notellm2_core.training.progress import MlflowCurves, Progress
+from notellm2_core.training.save import DONE, save_model
+from notellm2_core.training.start import apply_start
+from notellm2_core.training.step import TrainingStep
+from notellm2_core.training.validation import validate, validation_sample
+
+# What a run may be continued with although it differs: it changes no weight.
+_FREE_SETTINGS = {"num_ranks", "checkpoint_every_steps", "validate_every_steps", "log_every_steps"}
+
+
+class TrainingError(ValueError):
+    """The training cannot go on; the message is one line for the person who started it."""
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The folders of one training."""
+
+    notes: Path
+    images: Path  # what the features command wrote: NOTE_IMAGES and vision/
+    store: Path  # parent of the feature stores
+    pairs: Path  # with train/ and validation/
+    work: Path  # checkpoints and curves; give the same again to resume
+    out: Path
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Where the figures go besides the terminal and metrics.jsonl."""
+
+    log: Callable[[str], None] | None = None  # Dagster Pipes
+    mlflow_uri: str | None = None
+    mlflow_run_id: str | None = None
+
+
+def run(config: Config, paths: Paths, reports: Reports = Reports()) -> None:
+    """Train as `config` says and save the model into `paths.out`. Called on every rank, after `set_up_processes`.
+
+    Goes on from the last checkpoint of `paths.work`; the weights are then those of an uninterrupted run, bit for bit
+    on the same machine and number of ranks. Raises ValueError for inputs and settings that do not fit.
+    """
+    device = engines.set_up_processes()
+    rank, num_ranks, training = dist.get_rank(), dist.get_world_size(), config.training
+    if (paths.out / DONE).exists():
+        raise ValueError(f"{paths.out} holds a trained model already: give --out an empty folder")
+    with engines.first_on_machine():
+        model, processor = build_model(config, model_cache(config))
+        data = load_training_data(processor, paths.notes, paths.images, paths.store, paths.pairs, paths.work)
+    settings = run_settings(config, data, num_ranks)
+    known_run = open_work(paths.work, settings)
+    dist.barrier()  # all ranks have looked before rank 0 writes
+    checkpoints = Checkpoints(paths.work / "checkpoints")
+    first_step = checkpoints.latest_step()
+    if not training.train_word_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+    if first_step == 0:
+        apply_start(model, processor, data, config)
+    model.to(device).train()
+    engines.broadcast_from_first(model)
+    batches = schedule(data.train_pairs, training.batch_pairs, training.num_steps, config.seed)
+    if not known_run:
+        known_run = {"settings": settings, "precision": choose_precision(model, data, batches[0], config, device)}
+        if rank == 0:
+            write_atomically(paths.work / "run.json", json.dumps(known_run, indent=1))
+    engine = engines.make_engine(model, config, known_run["precision"])
+    if first_step:
+        checkpoints.load(engine)
+    progress = Progress(
+        paths.work / "metrics.jsonl", first_step, training.num_steps, rank == 0, reports.log, _curves(config, reports, rank)
+    )
+    try:
+        _train(engine, data, batches, first_step, config, device, checkpoints, progress, paths.work)
+        facts = _facts(progress, config, data, known_run["precision"], num_ranks)
+        save_model(model, processor, paths.images / "vision", paths.out, facts)
+    finally:
+        progress.close()
+
+
+def _train(
+    engine: Any,
+    data: TrainingData,
+    batches: np.ndarray,
+    first_step: int,
+    config: Config,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    work: Path,
+) -> None:
+    training, rank, num_ranks = config.training, dist.get_rank(), dist.get_world_size()
+    validation_pairs = validation_sample(data, config.seed)
+    for step in range(first_step, training.num_steps):
+        # A step's random numbers depend on the seed, the step and the rank alone, so a resume restores none.
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
+        rows = data.train_pairs[batches[step]].reshape(-1)  # [2B], pair k in rows 2k and 2k + 1
+        batch = data.note_batch(rank_slice(rows, rank, num_ranks)).to(device)  # this rank's 2B / R notes
+        known = data.known_positives(rows).to(device) if training.mask_known_positives else None
+        has_image = torch.from_numpy(data.has_image(rows)).to(device)
+
+        embedded, losses, tau = engine(batch, known, has_image)  # Eq. 9 over all 2B rows, the same on every rank
+        _require_finite("loss", float(losses.total), step, data, batches[step], work)
+        engine.backward(losses.total)
+        factor = engines.learning_rate_factor(step, training.num_steps, training.warmup_ratio)
+        engines.set_learning_rate(engine.optimizer, factor)
+        grad_norm = engines.optimizer_step(engine)
+        _require_finite("gradient norm", grad_norm, step, data, batches[step], work)
+
+        done, last = step + 1, step + 1 == training.num_steps
+        rate = training.learning_rate * factor
+        progress.add(len(rows), _figures(losses, tau, embedded.gate_mean, rate, grad_norm))
+        if done == 1 or done % training.log_every_steps == 0 or last:
+            progress.report_steps(done)
+        if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):
+            progress.report(done, validate(engine, data, validation_pairs, config, device))
+            progress.restart_clock()
+        if done % training.checkpoint_every_steps == 0 or last:
+            progress.report_steps(done)
+            checkpoints.save(engine, done)
+            progress.restart_clock()
+
+
+def run_settings(config: Config, data: TrainingData, num_ranks: int) -> dict[str, Any]:
+    """Whatever changes the weights that come out: settings by their dotted names, the pairs, the number of ranks."""
+    tree = config.model_dump(mode="json", include={"seed", "text", "model", "training"})
+    tree["training"] = {k: v for k, v in tree["training"].items() if k not in _FREE_SETTINGS}
+    pairs = [data.train_pairs.tolist(), data.note_ids]
+    return {**_flat(tree), "number of ranks": num_ranks, "training pairs": fingerprint(pairs)}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _curves(config: Config, reports: Reports, rank: int) -> MlflowCurves | None:
+    if rank or not reports.mlflow_uri or not reports.mlflow_run_id:
+        return None
+    return MlflowCurves(reports.mlflow_uri, reports.mlflow_run_id, config.tracking.timeout_seconds)
+
+
+def _figures(losses: Losses, tau: Tensor, gate_mean: Tensor | None, rate: float, grad_norm: float) -> dict[str, float]:
+    figures = {"loss": float(losses.total), "loss_m": float(losses.multimodal)}
+    if losses.visual is not None:
+        figures["loss_v"] = float(losses.visual)
+    figures["tau"] = float(tau)
+    if gate_mean is not None:
+        figures["gate_mean"] = float(gate_mean)
+    return figures | {"lr": rate, "grad_norm": grad_norm}
+
+
+def _require_finite(what: str, value: float, step: int, data: TrainingData, pairs: np.ndarray, work: Path) -> None:
+    """Raises TrainingError on every rank at once, before anything spoiled can reach a checkpoint."""
+    if math.isfinite(value) and value >= 0:  # DeepSpeed's answer to a gradient that is not finite is a norm of -1
+        return
+    file = work / "nan_batch.json"
+    if dist.get_rank() == 0:
+        ids = [[data.note_ids[n] for n in pair] for pair in data.train_pairs[pairs].tolist()]
+        write_atomically(file, json.dumps({"step": step + 1, "what": what, "value": repr(value), "pairs": ids}))
+    raise TrainingError(
+        f"the {what} of step {step + 1} is {value}: lower the learning rates or use precision: fp32 (pairs in {file})"
+    )
+
+
+def _facts(
+    progress: Progress, config: Config, data: TrainingData, precision: str, num_ranks: int
+) -> dict[str, Any]:
+    """training.json: was it good?"""
+    losses, speed = progress.series("loss"), progress.series("notes_per_s")
+    if not losses:
+        return {}
+    facts: dict[str, Any] = {
+        "steps": config.training.num_steps,
+        "seconds": round(progress.seconds, 1),
+        "notes_per_s": round(sum(speed) / len(speed), 2),
+        "precision": precision,
+        "num_ranks": num_ranks,
+        "zero_stage": config.training.zero_stage,
+        "num_train_pairs": len(data.train_pairs),
+        "num_train_notes": len(data.train_notes),
+        "num_validation_pairs": len(data.validation_pairs),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+    }
+    for key in ("loss_m", "loss_v", "tau", "gate_mean", "validation_loss", "validation_recall_at_10"):
+        if series := progress.series(key):
+            facts[key] = series[-1]
+    return facts

@@ -1,0 +1,157 @@
+"""Where the figures of a running training go: a bar in the terminal, WORK/metrics.jsonl, Dagster's log, MLflow's curves.
+
+Only rank 0 has one. The file is the record; the others are views of it and never stop or delay the training.
+"""
+
+import json
+import math
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+Metrics = Mapping[str, float]
+_MLFLOW_CLOSE_SECONDS = 15
+
+
+class Progress:
+    """Gathers the figures of the steps and reports their means. On ranks other than 0 it does nothing."""
+
+    def __init__(
+        self,
+        path: Path,
+        first_step: int,
+        num_steps: int,
+        enabled: bool = True,
+        log: Callable[[str], None] | None = None,
+        curves: "MlflowCurves | None" = None,
+    ) -> None:
+        """`path`: metrics.jsonl; what an earlier, killed run wrote after `first_step` is taken back. `log`: Pipes."""
+        self.enabled = enabled
+        self._path = path
+        self._log, self._curves = log, curves
+        self._first_step, self._num_steps = first_step, num_steps
+        self._lines: list[dict[str, Any]] = []
+        self._window: list[Metrics] = []
+        self._start = self._window_start = time.monotonic()
+        self._bar = tqdm(
+            total=num_steps, initial=first_step, desc="training", unit="step", file=sys.stderr, disable=not enabled
+        )
+        if enabled:
+            self._lines = [line for line in read_metrics(path) if line["step"] <= first_step]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
+        self._seconds_before = max((line["seconds"] for line in self._lines), default=0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, over all runs that led here (of killed ones up to their last report)."""
+        return self._seconds_before + time.monotonic() - self._start
+
+    def add(self, num_notes: int, metrics: Metrics) -> None:
+        """The figures of one step."""
+        self._window.append({"notes": num_notes, **metrics})
+        self._bar.update()
+
+    def report_steps(self, step: int) -> None:
+        """The means over the steps since the last report, and the notes per second."""
+        if not self._window:
+            return
+        elapsed = time.monotonic() - self._window_start
+        means = {key: sum(m[key] for m in self._window) / len(self._window) for key in self._window[0]}
+        means["notes_per_s"] = means.pop("notes") * len(self._window) / elapsed
+        self.restart_clock()
+        self.report(step, means)
+
+    def restart_clock(self) -> None:
+        """Time spent on other things than steps is not counted in notes per second."""
+        self._window, self._window_start = [], time.monotonic()
+
+    def report(self, step: int, metrics: Metrics) -> None:
+        """`metrics` after `step` steps."""
+        if not self.enabled:
+            return
+        eta = (time.monotonic() - self._start) / max(step - self._first_step, 1) * (self._num_steps - step)
+        line = {"step": step, **metrics, "seconds": round(self.seconds, 2), "eta_s": round(eta, 1)}
+        self._lines.append(line)
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        text = f"step {step}/{self._num_steps}, {eta:.0f} s to go: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        tqdm.write(text, file=sys.stderr)
+        if self._log is not None:
+            self._log(text)
+        if self._curves is not None:
+            self._curves.send(step, metrics)
+
+    def series(self, key: str) -> list[float]:
+        """All values of one metric so far, in order."""
+        return [line[key] for line in self._lines if key in line]
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._curves is not None:
+            self._curves.close()
+
+
+class MlflowCurves:
+    """Sends metrics to an MLflow run from a thread of its own, so that a slow or dead server delays nothing."""
+
+    def __init__(self, uri: str, run_id: str, timeout_seconds: float) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(math.ceil(timeout_seconds)))
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        self._uri, self._run_id = uri, run_id
+        self._queue: queue.SimpleQueue[tuple[int, int, dict[str, float]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="mlflow-curves")
+        self._thread.start()
+
+    def send(self, step: int, metrics: Metrics) -> None:
+        self._queue.put((step, int(time.time() * 1000), dict(metrics)))
+
+    def close(self) -> None:
+        """Wait for what is still unsent, but not for long."""
+        self._queue.put(None)
+        self._thread.join(_MLFLOW_CLOSE_SECONDS)
+        if self._thread.is_alive():
+            _warn(f"the MLflow server at {self._uri} is slow: its last curves may be missing (metrics.jsonl has them)")
+
+    def _work(self) -> None:
+        unsent: list[tuple[int, int, dict[str, float]]] = []
+        warned = False
+        client: Any = None
+        done = False
+        while not done:
+            item = self._queue.get()
+            done = item is None
+            if item is not None:
+                unsent.append(item)
+            try:
+                import mlflow
+
+                client = client or mlflow.MlflowClient(self._uri)
+                metrics = [
+                    mlflow.entities.Metric(key, value, at, step) for step, at, m in unsent for key, value in m.items()
+                ]
+                for i in range(0, len(metrics), 1000):  # the most that one request may hold
+                    client.log_batch(self._run_id, metrics[i : i + 1000])
+                unsent = []
+            except Exception as e:  # whatever the server does, the training goes on; the next line tries again
+                if not warned:
+                    _warn(f"no curves in MLflow at {self._uri} ({' '.join(str(e).split())[:200]}); training goes on")
+                warned = True
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)

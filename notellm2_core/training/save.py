@@ -1,0 +1,71 @@
+"""The trained model as a Hugging Face folder that needs nothing beside it."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.training.checkpoints import write_atomically
+from notellm2_core.training.losses import MAX_TAU
+
+DONE = "training.json"
+
+
+def save_model(
+    model: MLRMModel, processor: MLRMProcessor, vision: Path, out: Path, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Write model, processor and a copy of the `vision` folder into `out`; training.json with `facts` comes last.
+
+    Called on all ranks; rank 0 writes. The weights are as they were trained: fp32 on a CPU, bf16 on a GPU.
+    """
+    weights = full_weights(model)
+    if weights is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / DONE).unlink(missing_ok=True)
+        shutil.copytree(vision, out / "vision", dirs_exist_ok=True)
+        processor.save_pretrained(out)
+        model.save_pretrained(out, state_dict=weights, safe_serialization=True)
+        if facts is not None:
+            write_atomically(out / DONE, json.dumps(facts, indent=1))
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """Every parameter and buffer of `model`, frozen ones too, on rank 0's CPU; None on the other ranks.
+
+    Under ZeRO-3 one parameter at a time is gathered from the ranks.
+    """
+    keep = not dist.is_initialized() or dist.get_rank() == 0
+    saved = model.state_dict()
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with gathered([parameter]):
+            if keep:
+                weights[name] = parameter.detach().cpu().clone()
+    if "tau" in weights:
+        weights["tau"].clamp_(max=MAX_TAU)
+    buffers = {name: b.detach().cpu() for name, b in model.named_buffers() if name in saved}
+    return weights | buffers if keep else None
+
+
+def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    """Inside, these parameters are whole on every rank, whatever the ZeRO stage."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    return _gathered(parameters)
+
+
+@contextmanager
+def _gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield

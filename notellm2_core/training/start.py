@@ -1,0 +1,131 @@
+"""How the new modules start, measured on a few hundred training notes. None of it is in the paper, whose batches and
+step counts can afford a random start; a short run of a small model cannot (docs/paper_map.md). All of it is a setting.
+
+1. gate bias: below zero, the gate of Eq. 7 starts nearer to the LLM's state.
+2. fusion scale: the late-fusion branch v gets this share of the spread of the LLM's state, so neither drowns the other.
+3. PCA projector: raw last-token states are collapsed (mean cosine 0.94 to 0.999). The projector starts as their
+   principal directions with the common part taken out, so that embeddings start spread out.
+
+    python -m notellm2_core.training.start ... --out DIR     saves the model as it starts: the zero-shot row
+"""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from notellm2_core.cli_errors import one_line_errors
+from notellm2_core.config import Config, load_config
+from notellm2_core.model.build import build_model
+from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.training.data import TrainingData, load_training_data, model_cache
+
+_BATCH_NOTES = 32
+
+
+def apply_start(model: MLRMModel, processor: MLRMProcessor, data: TrainingData, config: Config) -> None:
+    """Set the new modules of `model` as `config.model.start` says. Deterministic by config.seed.
+
+    `processor` is what `data` was made with. Raises ValueError where there are too few notes to measure on.
+    """
+    start = config.model.start
+    if model.fusion is not None:
+        with torch.no_grad():
+            model.fusion.gate.bias.fill_(start.gate_bias)
+    if start.fusion_scale is None and not start.pca_projector:
+        return
+    notes = data.train_notes
+    chosen = np.random.default_rng([config.seed, 1]).permutation(notes)[: start.num_pca_notes]
+    if len(chosen) < 2:
+        raise ValueError(f"model.start needs at least 2 training notes to measure on, there are {len(chosen)}")
+    was_training = model.training
+    model.eval()
+    if start.fusion_scale is not None and model.fusion is not None:
+        with_image = chosen[data.has_image(chosen)]
+        if len(with_image) > 1:
+            parts = [(s.llm_multimodal, s.global_branch) for s in _states(model, data, with_image)]
+            llm, branch = (torch.cat(side) for side in zip(*parts, strict=True))
+            with torch.no_grad():
+                factor = start.fusion_scale * spread(llm) / spread(branch).clamp(min=1e-12)
+                for weight in model.fusion.visual.parameters():
+                    weight.mul_(factor)
+    if start.pca_projector:
+        fused = torch.cat([s.multimodal for s in _states(model, data, chosen)])
+        set_pca(model.projector, fused)
+    model.train(was_training)
+
+
+def spread(states: Tensor) -> Tensor:
+    """The root mean square distance of states [n, h] from their mean, per dimension."""
+    return states.double().var(dim=0, correction=0).mean().sqrt()
+
+
+@torch.no_grad()
+def set_pca(projector: nn.Linear, states: Tensor) -> None:
+    """projector := the whitened principal directions of `states` [n, h]: their outputs have mean 0 and equal spread.
+
+    Every direction is weighed by 1 / sqrt(its spread): between plain PCA, where the first two or three directions are
+    the whole cosine, and full whitening, where the noise of the last counts as much as the first.
+
+    With a bias the mean is subtracted. Without one, the directions are sought in the complement of the mean, so that
+    the mean is mapped to 0 all the same. Rows for which there is no direction left keep a small random start. The
+    matrix as a whole keeps the size of its random start: the learning rate was made for that.
+    """
+    size = projector.weight.norm()
+    x = states.double().cpu()
+    mean = x.mean(dim=0)
+    centred = x - mean
+    if projector.bias is None:
+        direction = mean / mean.norm().clamp(min=1e-12)
+        centred = centred - (centred @ direction)[:, None] * direction
+    _, singular, directions = torch.linalg.svd(centred, full_matrices=False)  # [k], [k, h]
+    rank = int((singular > 1e-6 * singular[0]).sum())
+    num = min(projector.out_features, rank)
+    largest = directions.abs().argmax(dim=1, keepdim=True)
+    directions = directions * directions.gather(1, largest).sign()  # the sign of a direction is arbitrary: fix it
+    deviations = singular[:num] / len(x) ** 0.5
+    weight = projector.weight.double().cpu() * 0.01
+    weight[:num] = directions[:num] / deviations.sqrt()[:, None]
+    weight = weight * (size.double().cpu() / weight.norm())
+    projector.weight.copy_(weight)
+    if projector.bias is not None:
+        projector.bias.copy_(-weight @ mean)
+
+
+@torch.no_grad()
+def _states(model: MLRMModel, data: TrainingData, rows: np.ndarray) -> Iterator:
+    device = next(model.parameters()).device
+    for i in tqdm(range(0, len(rows), _BATCH_NOTES), desc="measuring the start", unit="batch"):
+        yield model.states(data.note_batch(rows[i : i + _BATCH_NOTES]).to(device))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m notellm2_core.training.start", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset")
+    parser.add_argument("--images", type=Path, required=True, help="what the features command wrote")
+    parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
+    parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    with one_line_errors(), tempfile.TemporaryDirectory() as cache:
+        config = load_config(args.config)
+        torch.manual_seed(config.seed)
+        model, processor = build_model(config, model_cache(config))
+        data = load_training_data(processor, args.notes, args.images, args.store, args.pairs, Path(cache))
+        apply_start(model, processor, data, config)
+        args.out.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(args.images / "vision", args.out / "vision", dirs_exist_ok=True)
+        processor.save_pretrained(args.out)
+        model.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

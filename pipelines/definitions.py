@@ -1,0 +1,25 @@
+"""Everything gathered for Dagster. Imports neither torch nor pyspark: it loads in a blink, on a machine without either."""
+
+import os
+
+import dagster as dg
+
+import assets
+from assets.checks import CHECKS
+from assets.resources import Pipeline
+from notellm2_core.config import DEFAULT_CONFIG
+from pipelines.jobs import weekly_retrain, weekly_retrain_schedule
+
+defs = dg.Definitions(
+    assets=dg.load_assets_from_package_module(assets),
+    asset_checks=CHECKS,
+    jobs=[weekly_retrain],
+    schedules=[weekly_retrain_schedule],
+    # One step at a time: the machine is one resource. Raise it where Spark and the GPUs are machines of their own.
+    executor=dg.multi_or_in_process_executor.configured({"multiprocess": {"max_concurrent": 1}}),
+    resources={
+        "pipeline": Pipeline(
+            config_path=os.environ.get("NOTELLM2_CONFIG") or DEFAULT_CONFIG, source=os.environ.get("SOURCE", "")
+        )
+    },
+)

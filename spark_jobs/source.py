@@ -1,0 +1,159 @@
+"""The source contract: what a person brings, read as it is and checked where it must hold.
+
+A source is a folder with `notes.parquet` and one of `events.csv.gz`, `events.csv`, `events/` (Parquet). Extra columns
+are ignored. A file or column that cannot be used is a ValueError naming it; a row that cannot be used is kept, to be
+quarantined with its reason by `spark_jobs.clean`.
+
+A `timestamp` is one of
+  - a number: unix time. Seconds below 1e11 in size, milliseconds below 1e14, microseconds below 1e17, nanoseconds
+    above. The unit of a time after 1973-03-03 is thereby never mistaken; in finer units than seconds, earlier times are;
+  - ISO 8601 text: a date, or a date and time with or without an offset (none: UTC);
+  - a Parquet timestamp or date (without a zone: UTC).
+Anything else, and any time outside the years 1 to 9999, cannot be placed.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from notellm2_core.schema import SOURCE_EVENT_COLUMNS, SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
+from spark_jobs.tables import counts_by, figures, readable, write_partitions
+
+UNDATED = "undated"  # the partition of rows whose time cannot be read
+_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+_ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]\d{1,2}:.*)?$"  # Spark alone would also take a year, or a time of today
+_MICROS_OF_YEARS = (-62135596800000000, 253402300799999999)  # 0001-01-01 .. 9999-12-31, what Python can show
+_ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType, T.NullType)
+
+
+def land(spark: SparkSession, source: Path, out: Path, partition: Literal["week", "year"]) -> dict[str, Any]:
+    """Place the raw events in time: `out/<period>/*.parquet`, the rest in `out/undated/`.
+
+    A period is named by its first day (the Monday, or January 1st). Returns rows, undated rows, rows by event name,
+    first and last day, and the periods with their rows. Raises ValueError for a source that cannot be used.
+    """
+    with readable(find_events(source)):
+        raw = land_events(read_source_events(spark, source), partition)
+        write_partitions(raw, out, "period", ["timestamp", "user_id", "note_id", "event", "row"])
+    landed = spark.read.parquet(*(str(p) for p in sorted(out.iterdir())))
+    day = F.date_format("timestamp", "yyyy-MM-dd")
+    counts = figures(
+        landed, rows=F.count("*"), undated=F.count_if(F.isnull("timestamp")), first_day=F.min(day), last_day=F.max(day)
+    )
+    if counts["rows"] == 0:
+        raise ValueError(f"{find_events(source)} holds no rows.")
+    # One row per file that Spark opened: its folder is the period.
+    names = landed.select(F.element_at(F.split(F.col("_metadata.file_path"), "/"), -2).alias("period"))
+    periods = [{"period": period, "rows": rows} for period, rows in sorted(counts_by(names, "period").items())]
+    return {**counts, "events": counts_by(landed, "event"), "periods": periods}
+
+
+def find_events(source: Path) -> Path:
+    """The one file or folder of events in `source`."""
+    if not source.is_dir():
+        raise ValueError(f"the source {source} is not a folder; set source.path.")
+    found = [p for name in ("events.csv.gz", "events.csv", "events") if (p := source / name).exists()]
+    if not found:
+        raise ValueError(f"{source} holds no events.csv.gz, events.csv or events/ (Parquet).")
+    if len(found) > 1:
+        raise ValueError(f"{source} holds both {found[0].name} and {found[1].name}; keep one of them.")
+    return found[0]
+
+
+def read_source_events(spark: SparkSession, source: Path) -> DataFrame:
+    """The events of `source` as they came, every column of a CSV as text.
+
+    `source` is a source folder, or directly a .csv(.gz) file or a folder of Parquet. Raises ValueError naming the file,
+    and the column that is missing or of the wrong type.
+    """
+    is_source = source.is_dir() and not any(source.glob("*.parquet")) or not source.exists()
+    path = find_events(source) if is_source or (source / "notes.parquet").exists() else source
+    with readable(path):
+        if path.name.endswith((".csv", ".csv.gz")):
+            events = spark.read.csv(str(path), header=True, quote='"', escape='"', enforceSchema=False)
+        elif path.is_dir() and not any(path.rglob("*.parquet")):
+            raise ValueError(f"{path} holds no Parquet files.")
+        else:
+            events = spark.read.parquet(str(path))
+    _require(events, SOURCE_EVENT_COLUMNS, path)
+    for column in ("user_id", "note_id", "event"):
+        _require_type(events, column, _ID_TYPES, "text or whole numbers", path)
+    dated = (T.StringType, T.NumericType, T.TimestampType, T.TimestampNTZType, T.DateType, T.NullType)
+    _require_type(events, "timestamp", dated, "text, numbers or timestamps", path)
+    return events
+
+
+def land_events(events: DataFrame, partition: Literal["week", "year"] = "week") -> DataFrame:
+    """Source events -> user_id, note_id, event (trimmed; "" is null), timestamp (UTC; null: unreadable), row, period.
+
+    `row` is the whole row as it came, in JSON.
+    """
+    # Dates alone, not the text of a partition: date_trunc's "week" starts on Monday.
+    period = F.date_format(F.date_trunc(partition, "timestamp"), "yyyy-MM-dd")
+    return events.select(
+        *(trimmed(F.col(c).cast("string")).alias(c) for c in ("user_id", "note_id", "event")),
+        _time(events.schema["timestamp"].dataType).alias("timestamp"),
+        F.to_json(F.struct("*"), {"ignoreNullFields": "false"}).alias("row"),
+    ).withColumn("period", F.coalesce(period, F.lit(UNDATED)))
+
+
+def _time(kind: T.DataType) -> Column:
+    """The column `timestamp` of type `kind` as a UTC timestamp, or null (see the head of this file)."""
+    raw = F.col("timestamp")
+    if isinstance(kind, T.TimestampType | T.TimestampNTZType | T.DateType):
+        micros = F.unix_micros(raw.cast("timestamp"))
+    elif isinstance(kind, T.StringType):
+        text = trimmed(raw)
+        iso = F.when(text.rlike(_ISO), F.unix_micros(text.try_cast("timestamp")))
+        micros = F.when(text.rlike(_NUMBER), _unix_micros(text.try_cast("double"))).otherwise(iso)
+    else:
+        micros = _unix_micros(raw.cast("double"))
+    return F.timestamp_micros(F.when(micros.between(*_MICROS_OF_YEARS), micros))
+
+
+def _unix_micros(number: Column) -> Column:
+    size = F.abs(number)
+    per_second = F.when(size < 1e11, 1e6).when(size < 1e14, 1e3).when(size < 1e17, 1.0).otherwise(1e-3)
+    return F.round(number * per_second).try_cast("bigint")
+
+
+def read_source_notes(spark: SparkSession, source: Path) -> DataFrame:
+    """`notes.parquet` of `source`, plus `position`, the row's place in the file. Raises ValueError naming the column."""
+    path = source / "notes.parquet"
+    if not path.exists():
+        raise ValueError(f"{source} holds no notes.parquet; set source.path to a folder that does.")
+    with readable(path):
+        notes = spark.read.parquet(str(path))
+    _require(notes, SOURCE_NOTE_COLUMNS, path)
+    _require_type(notes, "note_id", _ID_TYPES, "text or whole numbers", path)
+    for column in ("title", "content", *(c for c in SOURCE_IMAGE_COLUMNS[:1] if c in notes.columns)):
+        _require_type(notes, column, (T.StringType, T.NullType), "text", path)
+    _require_type(notes, "topics", (T.StringType, T.ArrayType, T.NullType), "text or a list of texts", path)
+    topics = notes.schema["topics"].dataType
+    if isinstance(topics, T.ArrayType) and not isinstance(topics.elementType, _ID_TYPES):
+        raise ValueError(f"{path}: the column topics has type {topics.simpleString()}, not a list of texts.")
+    if "image" in notes.columns:
+        _require_type(notes, "image", (T.BinaryType, T.NullType), "bytes", path)
+    return notes.withColumn("position", F.struct("_metadata.file_path", "_metadata.row_index"))
+
+
+def trimmed(text: Column) -> Column:
+    """`text` without white space at its ends; null where nothing is left."""
+    return F.nullif(F.btrim(text, F.lit(" \t\r\n")), F.lit(""))
+
+
+def _require(df: DataFrame, columns: tuple[str, ...], path: Path) -> None:
+    if not df.columns:
+        raise ValueError(f"{path} is empty.")
+    missing = [c for c in columns if c not in df.columns]
+    if missing:
+        raise ValueError(f"{path} lacks the column {missing[0]}; it has {', '.join(df.columns)}.")
+
+
+def _require_type(df: DataFrame, column: str, types: tuple[type, ...], wanted: str, path: Path) -> None:
+    kind = df.schema[column].dataType
+    if not isinstance(kind, types):
+        raise ValueError(f"{path}: the column {column} has type {kind.simpleString()}, not {wanted}.")

@@ -1,0 +1,107 @@
+"""Reading and writing Parquet tables so that two runs write the same bytes, and figures about them."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+_UNREADABLE = ("FAILED_READ_FILE", "CANNOT_READ_FILE_FOOTER", "UNABLE_TO_INFER_SCHEMA", "is not a Parquet file")
+
+
+def write_table(df: DataFrame, out: Path, sort: Sequence[str], num_files: int = 1) -> None:
+    """Write `df` to the new folder `out` as `num_files` Parquet files, each sorted by `sort`.
+
+    Rows are placed by the hash of `sort[0]`, so the same rows make the same files on every run.
+    """
+    placed = df.repartition(1) if num_files == 1 else df.repartition(num_files, sort[0])
+    placed.sortWithinPartitions(*sort).write.parquet(str(out))
+    _settle(out)
+
+
+def write_partitions(df: DataFrame, out: Path, partition: str, sort: Sequence[str]) -> None:
+    """Write `df` to `out/<value of partition>/`, one sorted Parquet file in each; `out` may exist."""
+    placed = df.repartition(partition).sortWithinPartitions(partition, *sort)
+    placed.write.mode("append").partitionBy(partition).parquet(str(out))
+    for folder in out.glob(f"{partition}=*"):
+        _settle(folder.rename(out / folder.name.partition("=")[2]))
+
+
+def _settle(folder: Path) -> None:
+    """Give Spark's files plain names in their order, and drop its hidden checksums and markers."""
+    for file in folder.iterdir():
+        if file.name.startswith((".", "_")):
+            file.unlink()
+    for i, file in enumerate(sorted(folder.iterdir())):
+        file.rename(folder / f"part-{i:05d}.parquet")
+
+
+def read_table(spark: SparkSession, *paths: Path) -> DataFrame:
+    """The rows of the Parquet folders `paths`. Raises ValueError naming the first that is not there."""
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path} is not there; run the step that writes it.")
+    with readable(", ".join(map(str, paths))):
+        return spark.read.parquet(*map(str, paths))
+
+
+@contextmanager
+def readable(path: Path | str) -> Iterator[None]:
+    """Turn Spark's failure to read a damaged file into a ValueError that names it."""
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as e:
+        if any(sign in str(e) for sign in _UNREADABLE):
+            raise ValueError(f"{path} is damaged, or not of the format its name says; replace it.") from e
+        raise
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A fresh folder beside `out` that takes its place when the block ends without an error.
+
+    Raises ValueError where `out` holds anything but Parquet: only a former result is ever overwritten.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder.")
+    foreign = [f.name for f in out.iterdir() if not _is_result(f)] if out.exists() else []
+    if foreign:
+        raise ValueError(f"--out {out} holds {sorted(foreign)[0]}, which is no Parquet file; name another folder.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield work / "new"
+        if out.exists():
+            os.rename(out, work / "old")
+        os.rename(work / "new", out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_result(file: Path) -> bool:
+    return file.is_file() and (file.name.endswith((".parquet", ".crc")) or file.name == "_SUCCESS")
+
+
+def counts_by(df: DataFrame, column: str) -> dict[str, int]:
+    """Rows per value of `column`, the most frequent first; null is counted as ""."""
+    rows = df.groupBy(F.coalesce(F.col(column), F.lit("")).alias("key")).count().collect()
+    return {r["key"]: r["count"] for r in sorted(rows, key=lambda r: (-r["count"], r["key"]))}
+
+
+def figures(df: DataFrame, **expressions: Column) -> dict[str, Any]:
+    """One row of aggregates, by name."""
+    return df.agg(*(e.alias(name) for name, e in expressions.items())).collect()[0].asDict()
+
+
+def score_quantiles(df: DataFrame) -> dict[str, float | None]:
+    """Exact quantiles of `score`; None where there are no rows."""
+    shares = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    values = df.agg(F.percentile("score", F.array(*map(F.lit, shares.values())))).collect()[0][0]
+    return dict(zip(shares, values or [None] * len(shares), strict=True))

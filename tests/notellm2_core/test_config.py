@@ -1,0 +1,72 @@
+"""Every configuration in the repository loads; a wrong one is refused with one sentence that names the setting."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from notellm2_core.config import ConfigError, Model, load_config
+from notellm2_core.model.methods import METHODS
+
+CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_configuration_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+
+
+def test_the_defaults_are_the_papers() -> None:
+    """Table 8 and section 2.3."""
+    config = load_config(Path("pipelines/configs/paper_mtomato_base.yaml"))
+    training, pairs = config.training, config.pairs
+    assert (training.learning_rate, training.weight_decay, training.betas, training.epsilon) == (
+        3e-6, 1e-3, (0.9, 0.999), 1e-8,
+    )  # fmt: skip
+    assert (training.num_steps, training.batch_pairs, training.warmup_ratio, training.max_grad_norm) == (7956, 128, 0.1, 1)
+    assert (training.precision, training.zero_stage, training.alpha) == ("bf16", 3, 9)
+    assert (pairs.low, pairs.up, pairs.top_t, pairs.popularity_power) == (0.01, 30, 3, 0)
+    assert (config.text.title_words, config.text.content_words, config.text.short_tokens, config.text.long_tokens) == (
+        20, 80, 50, 165,
+    )  # fmt: skip
+    assert (config.window.train_days, config.window.test_days, config.split.validation_share) == (14, 7, 0.1)
+    assert (config.model.connector.num_queries, config.model.projection_dim, config.model.temperature) == (16, 64, 3)
+    start = config.model.start
+    assert (start.pca_projector, start.fusion_scale, start.gate_bias) == (False, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("training: {num_step: 3}", "training.num_step: Extra inputs"),
+        ("training: {num_steps: many}", "training.num_steps"),
+        ("pairs: {low: 3, up: 1}", "low = 3.0 is above up = 1.0"),
+        ("pairs: {bounds: quantile, low: 0.1, up: 30}", "shares in"),
+        ("window: {test_days: null}", "needs split.by = hash"),
+        ("training: {batch_pairs: 9, num_ranks: 2}", "not a multiple"),
+        ("model: {llm: {name: tiny}, method: notelm}", "model.method: Input should be 'basic' or 'notellm2'"),
+        ("seed: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, line: str, says: str) -> None:
+    path = tmp_path / "c.yaml"
+    model = "" if line.startswith("model") else "model: {llm: {name: tiny}}\n"
+    path.write_text(f"name: c\n{model}{line}\n")
+    with pytest.raises(ConfigError, match=says) as refused:
+        load_config(path)
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_overrides_win() -> None:
+    config = load_config(CONFIGS[0], {"source.path": "/data", "training.num_steps": 3})
+    assert (config.source.path, config.training.num_steps) == ("/data", 3)
+
+
+def test_the_methods_of_the_settings_are_the_rows_of_the_table() -> None:
+    assert get_args(Model.model_fields["method"].annotation) == tuple(METHODS)

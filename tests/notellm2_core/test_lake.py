@@ -1,0 +1,104 @@
+"""A dataset is there whole, or not at all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from notellm2_core.lake import MANIFEST, Lake, LakeError, fingerprint, open_dataset, verify
+
+
+def _publish(lake: Lake, fp: str = "f1", rows: int = 3) -> Path:
+    with lake.publish("things", fp, {"up": "u1"}, {"a": 1}) as draft:
+        (draft.path / "part").mkdir()
+        pq.write_table(pa.table({"x": list(range(rows))}), draft.path / "part" / "0.parquet")
+        draft.metrics["count"] = rows
+    return lake.path("things", fp)
+
+
+def test_published_dataset_tells_what_it_is(tmp_path: Path) -> None:
+    lake = Lake(tmp_path)
+    path = _publish(lake)
+    dataset = lake.find("things", "f1")
+    assert dataset is not None and dataset.path == path
+    assert dataset.manifest.num_rows == dataset.num_rows("part") == 3
+    assert dataset.manifest.inputs == {"up": "u1"} and dataset.manifest.metrics == {"count": 3}
+    assert dataset.table_files("part") == [path / "part" / "0.parquet"]
+    verify(dataset)
+
+
+def test_a_writer_that_raises_leaves_nothing(tmp_path: Path) -> None:
+    lake = Lake(tmp_path)
+    with pytest.raises(OSError, match="No space left"), lake.publish("things", "f1", {}, {}) as draft:
+        (draft.path / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+    assert lake.find("things", "f1") is None
+    assert list((tmp_path / "things").iterdir()) == []
+
+
+def test_a_killed_writer_is_never_read_and_its_draft_is_swept(tmp_path: Path) -> None:
+    code = f"""
+        from pathlib import Path
+        from notellm2_core.lake import Lake
+        import time
+        with Lake(Path({str(tmp_path)!r})).publish("things", "f1", {{}}, {{}}) as draft:
+            (draft.path / "half").write_text("half")
+            print("ready", flush=True)
+            time.sleep(60)
+    """
+    writer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    lake = Lake(tmp_path)
+    assert lake.find("things", "f1") is None
+    assert len(list((tmp_path / "things").iterdir())) == 1  # the draft
+    _publish(lake)
+    assert [p.name for p in (tmp_path / "things").iterdir()] == ["f1"]
+
+
+def test_the_second_writer_of_a_fingerprint_keeps_the_first(tmp_path: Path) -> None:
+    lake = Lake(tmp_path)
+    path = _publish(lake, rows=3)
+    _publish(lake, rows=3)
+    dataset = lake.find("things", "f1")
+    assert dataset is not None and dataset.manifest.num_rows == 3
+    assert [p.name for p in path.parent.iterdir()] == ["f1"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda p: (p / "part" / "0.parquet").unlink(), "does not match its manifest"),
+        (lambda p: (p / "part" / "0.parquet").write_bytes(b"x"), "does not match its manifest"),
+        (lambda p: (p / MANIFEST).write_text("{"), "not readable as JSON"),
+        (lambda p: (p / MANIFEST).write_text(json.dumps({"schema_version": 99})), "schema version 99, this code reads"),
+    ],
+)
+def test_a_dataset_that_cannot_be_trusted_is_refused_in_one_sentence(tmp_path: Path, damage, says: str) -> None:
+    path = _publish(Lake(tmp_path))
+    damage(path)
+    with pytest.raises(LakeError, match=says) as refused:
+        open_dataset(path)
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+
+
+def test_a_changed_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
+    path = _publish(Lake(tmp_path)) / "part" / "0.parquet"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(bytes(raw))
+    with pytest.raises(LakeError, match="checksum"):
+        verify(open_dataset(path.parent.parent))
+
+
+def test_fingerprint_is_stable_and_sensitive() -> None:
+    assert fingerprint({"b": 1, "a": [1, 2]}) == fingerprint({"a": [1, 2], "b": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})

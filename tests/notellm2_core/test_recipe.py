@@ -1,0 +1,81 @@
+"""Addresses: what changes them and what does not; and which days a window has."""
+
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import pytest
+
+from notellm2_core.config import load_config
+from notellm2_core.recipe import (
+    STAGES,
+    MissingDataset,
+    Recipe,
+    first_day_of_week,
+    last_complete_week_end,
+)
+
+TINY = Path("pipelines/configs/tiny.yaml")
+
+
+def _recipe(lake: Path, **overrides: object) -> Recipe:
+    changes = {key.replace("__", "."): value for key, value in overrides.items()}
+    return Recipe(load_config(TINY, {"lake": str(lake), "window.end": "2025-01-26", **changes}))
+
+
+def _changed(a: Recipe, b: Recipe) -> set[str]:
+    return {name for name in STAGES if a.fingerprint(name) != b.fingerprint(name)}
+
+
+def _downstream(*names: str) -> set[str]:
+    found = set(names)
+    while more := {n for n, s in STAGES.items() if set(s.inputs) & found} - found:
+        found |= more
+    return found
+
+
+def test_a_setting_changes_its_stage_and_all_after_it_and_nothing_else(tmp_path: Path) -> None:
+    base = _recipe(tmp_path)
+    assert _changed(base, _recipe(tmp_path)) == set()
+    assert _changed(base, _recipe(tmp_path, pairs__top_t=5)) == _downstream("related_pairs")
+    assert _changed(base, _recipe(tmp_path, training__alpha=3)) == _downstream("checkpoint")
+    assert _changed(base, _recipe(tmp_path, index__factory="HNSW8")) == _downstream("faiss_index")
+    assert _changed(base, _recipe(tmp_path, window__end="2025-01-19")) == _downstream("events")
+    assert _changed(base, _recipe(tmp_path, spark__driver_memory="3g")) == set()
+
+
+def test_another_source_changes_everything(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "notes.parquet").write_text("a")
+    before = _recipe(tmp_path, source__path=str(source))
+    before_all = {name: before.fingerprint(name) for name in STAGES}
+    (source / "notes.parquet").write_text("ab")
+    after = _recipe(tmp_path, source__path=str(source))
+    assert all(after.fingerprint(name) != before_all[name] for name in STAGES)
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(MissingDataset, match="^note_embeddings has not been made yet .* run: make recall"):
+        _recipe(tmp_path).inputs("eval_recall")
+    with pytest.raises(ValueError, match=r"source.path .*/nowhere is not a folder"):
+        _recipe(tmp_path, source__path=str(tmp_path / "nowhere")).fingerprint("notes")
+
+
+def test_weeks_run_from_sunday_and_only_a_covered_week_is_complete() -> None:
+    """2025-01-05 is a Sunday."""
+    assert first_day_of_week(date(2025, 1, 5)) == date(2025, 1, 5)
+    assert first_day_of_week(date(2025, 1, 11)) == date(2025, 1, 5)
+    friday, saturday = datetime(2025, 1, 10, 23, tzinfo=UTC), datetime(2025, 1, 11, 1, tzinfo=UTC)
+    assert last_complete_week_end(friday) == date(2025, 1, 5)
+    assert last_complete_week_end(saturday) == date(2025, 1, 12)
+
+
+def test_windows(tmp_path: Path) -> None:
+    """Test days last, training days before them; a named week ends the window with its Saturday."""
+    window = _recipe(tmp_path).window
+    assert (window.test.start, window.test.end) == (date(2025, 1, 19), date(2025, 1, 26))
+    assert (window.train.start, window.train.end) == (date(2025, 1, 5), date(2025, 1, 19))
+    named = Recipe(load_config(TINY, {"lake": str(tmp_path)}), week=date(2025, 1, 15)).window
+    assert named.test.end == date(2025, 1, 19)
+    one = Recipe(load_config(TINY, {"window.end": "2025-01-26", "window.test_days": None, "split.by": "hash"})).window
+    assert one.train == one.test

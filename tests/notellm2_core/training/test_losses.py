@@ -1,0 +1,123 @@
+"""Eq. 1, 8 and 9 against numbers worked out by hand and against a loop that follows the paper line by line."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from notellm2_core.training.losses import MAX_TAU, capped_tau, contrastive_loss, note_losses
+
+TAU = torch.tensor([3.0])
+
+
+def loop_loss(x: np.ndarray, tau: float, known: np.ndarray, valid: np.ndarray) -> float:
+    """Eq. 1, one row and one column at a time, in fp64."""
+
+    def similarity(i: int, j: int) -> float:
+        return float(x[i] @ x[j] / (np.linalg.norm(x[i]) * np.linalg.norm(x[j])) * math.exp(tau))
+
+    losses = []
+    for i in range(len(x)):
+        p = i + 1 if i % 2 == 0 else i - 1
+        if not (valid[i] and valid[p]):
+            continue
+        columns = [j for j in range(len(x)) if j == p or (j != i and valid[j] and not known[i, j])]
+        denominator = sum(math.exp(similarity(i, j)) for j in columns)
+        losses.append(-math.log(math.exp(similarity(i, p)) / denominator))
+    return sum(losses) / len(losses) if losses else 0.0
+
+
+def test_worked_example() -> None:
+    """Two pairs, equal inside, orthogonal across, scale e^tau = 2: each row is -log(e^2 / (e^2 + 2))."""
+    x = torch.tensor([[1.0, 0.0], [5.0, 0.0], [0.0, 1.0], [0.0, 0.1]])  # lengths do not matter
+    tau = torch.tensor([math.log(2)])
+    each = math.log(1 + 2 * math.exp(-2))
+    assert contrastive_loss(x, tau).item() == pytest.approx(each, abs=1e-6)
+    known = torch.zeros(4, 4, dtype=torch.bool)
+    known[0, 2] = True  # row 0 has one negative left: log(1 + e^-2)
+    expected = (math.log(1 + math.exp(-2)) + 3 * each) / 4
+    assert contrastive_loss(x, tau, known).item() == pytest.approx(expected, abs=1e-6)
+
+
+@given(
+    num_pairs=st.integers(1, 6), dim=st.integers(2, 8), seed=st.integers(0, 10_000), tau=st.floats(-1, 4),
+    known_share=st.floats(0, 1), valid_share=st.floats(0, 1),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_equals_the_loop(
+    num_pairs: int, dim: int, seed: int, tau: float, known_share: float, valid_share: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    n = 2 * num_pairs
+    x = rng.normal(size=(n, dim)).astype(np.float32)
+    known, valid = rng.random((n, n)) < known_share, rng.random(n) < valid_share
+    rows = torch.tensor(x, requires_grad=True)
+    loss = contrastive_loss(rows, torch.tensor([tau]), torch.tensor(known), torch.tensor(valid))
+    assert loss.item() == pytest.approx(loop_loss(x.astype(np.float64), tau, known, valid), rel=1e-4, abs=1e-5)
+    loss.backward()
+    assert rows.grad is not None and rows.grad.isfinite().all()
+    assert (rows.grad[~torch.tensor(valid)] == 0).all()  # a note without an image is not moved by L_v
+
+
+def test_gradients_by_finite_differences() -> None:
+    """Of the rows and of tau, with masks, in fp64 steps through the fp32 function (so to 1e-2)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 5, generator=generator)
+    known = torch.rand(8, 8, generator=generator) < 0.2
+    rows, tau = x.clone().requires_grad_(), torch.tensor([1.0], requires_grad=True)
+    contrastive_loss(rows, tau, known).backward()
+    valid = np.ones(8, dtype=bool)
+
+    def at(x: torch.Tensor, tau: float) -> float:
+        return loop_loss(x.double().numpy(), tau, known.numpy(), valid)
+
+    step = torch.zeros(8, 5, dtype=torch.float64)
+    step[3, 2] = 1e-4
+    assert rows.grad is not None and tau.grad is not None
+    assert rows.grad[3, 2].item() == pytest.approx((at(x + step, 1.0) - at(x - step, 1.0)) / 2e-4, abs=1e-4)
+    assert tau.grad.item() == pytest.approx((at(x, 1.0 + 1e-4) - at(x, 1.0 - 1e-4)) / 2e-4, abs=1e-4)
+
+
+def test_no_query_left_gives_zero_and_no_nan() -> None:
+    rows = torch.zeros(4, 3, requires_grad=True)
+    loss = contrastive_loss(rows, TAU, valid=torch.tensor([True, False, False, True]))
+    loss.backward()
+    assert loss.item() == 0 and rows.grad is not None and (rows.grad == 0).all()
+
+
+def test_half_precision_is_computed_in_fp32() -> None:
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = contrastive_loss(x, TAU)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(contrastive_loss(x.float(), TAU).item(), abs=1e-6)
+
+
+def test_odd_number_of_rows_is_an_error() -> None:
+    with pytest.raises(ValueError, match="even number of rows, got 3"):
+        contrastive_loss(torch.ones(3, 2), TAU)
+
+
+def test_eq_9_weighs_the_parts() -> None:
+    """(L_v + 9 L_m) / 10; without visual embeddings only Eq. 1."""
+    generator = torch.Generator().manual_seed(2)
+    m, v = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    has_image = torch.tensor([True, True, True, False, True, True])
+    losses = note_losses(m, v, TAU, 9.0, has_image=has_image)
+    loss_m, loss_v = contrastive_loss(m, TAU), contrastive_loss(v, TAU, valid=has_image)
+    assert losses.total.item() == pytest.approx((loss_v.item() + 9 * loss_m.item()) / 10, rel=1e-6)
+    alone = note_losses(m, None, TAU, 9.0, has_image=has_image)
+    assert alone.total.item() == loss_m.item() and alone.visual is None
+
+
+@pytest.mark.parametrize(("tau", "pull", "expected"), [(3.0, -1.0, -1.0), (5.0, -1.0, 0.0), (5.0, 1.0, 1.0)])
+def test_tau_is_capped_at_a_scale_of_100(tau: float, pull: float, expected: float) -> None:
+    """Below ln 100 nothing changes; above, the value is ln 100 and only a gradient that lowers tau (positive) passes."""
+    weight = torch.tensor([tau], requires_grad=True)
+    capped = capped_tau(weight)
+    assert capped.item() == pytest.approx(min(tau, MAX_TAU))
+    (capped * pull).backward()
+    assert weight.grad is not None and weight.grad.item() == expected

@@ -1,0 +1,124 @@
+"""The whole graph on the tiny configuration, run as a user runs it: by command, in a home of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from notellm2_core.config import load_config
+from notellm2_core.lake import sha256_of
+from notellm2_core.recipe import STAGES, Recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A Dagster home and a lake in one folder, with a configuration that points to it."""
+
+    home: Path
+
+    @property
+    def config(self) -> Path:
+        return self.home / "tiny.yaml"
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(load_config(self.config))
+
+    def environment(self, **more: str) -> dict[str, str]:
+        env = {k: v for k, v in os.environ.items() if k not in ("SOURCE", "MLFLOW_TRACKING_URI")}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+        return env | {
+            "PATH": path,
+            "DAGSTER_HOME": str(self.home),
+            "DAGSTER_MODULE_NAME": "pipelines.definitions",
+            "NOTELLM2_CONFIG": str(self.config),
+            "OMP_NUM_THREADS": "1",
+            **more,
+        }
+
+    def start(self, *command: str, **env: str) -> subprocess.Popen:
+        """Run a command from the repository root in a process group of its own; output to `log`."""
+        with self.log.open("w") as log:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=self.environment(**env), stdout=log, stderr=log, start_new_session=True
+            )
+
+    def run(self, *command: str, **env: str) -> tuple[int, str]:
+        code = self.start(*command, **env).wait(timeout=400)
+        return code, self.log.read_text()
+
+    def recall(self, **env: str) -> tuple[int, str]:
+        return self.run(sys.executable, "-W", "ignore", "-m", "pipelines.recall", **env)
+
+    @property
+    def log(self) -> Path:
+        return self.home / "log.txt"
+
+    def files(self) -> dict[str, str]:
+        """Checksums of every data file of every dataset of this configuration; reports of times are left out."""
+        found = {}
+        for name in STAGES:
+            dataset = self.recipe.dataset(name)
+            for file in dataset.manifest.files:
+                if file.endswith((".parquet", ".safetensors", ".faiss", "recall.json")):
+                    found[f"{name}/{file}"] = sha256_of(dataset.path / file)
+        return found
+
+    def forget(self, *names: str) -> None:
+        for name in names:
+            shutil.rmtree(self.recipe.lake.root / name, ignore_errors=True)
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything alive whose command line or environment belongs to this workplace."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                text = " ".join(process.cmdline()) + process.environ().get("DAGSTER_HOME", "")
+            except psutil.Error:
+                continue
+            if str(self.home) in text and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        return found
+
+
+def make_workplace(home: Path, changes: Mapping[str, object] | None = None) -> Workplace:
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "dagster.yaml", home / "dagster.yaml")
+    raw = yaml.safe_load((ROOT / "pipelines/configs/tiny.yaml").read_text())
+    raw["lake"] = str(home / "lake")
+    for key, value in (changes or {}).items():
+        section = raw
+        *parts, leaf = key.split(".")
+        for part in parts:
+            section = section.setdefault(part, {})
+        section[leaf] = value
+    (home / "tiny.yaml").write_text(yaml.safe_dump(raw))
+    return Workplace(home)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A workplace where everything up to eval_recall has been made, without a kill."""
+    workplace = make_workplace(tmp_path_factory.mktemp("finished"))
+    code, output = workplace.recall()
+    assert code == 0, output[-6000:]
+    return workplace
+
+
+@pytest.fixture
+def copy_of_finished(finished: Workplace, tmp_path: Path) -> Workplace:
+    """The same lake in another home: what a test takes away there has to be made again."""
+    workplace = make_workplace(tmp_path / "copy")
+    shutil.copytree(finished.home / "lake", workplace.home / "lake")
+    return workplace
+
+

@@ -1,0 +1,182 @@
+"""The whole graph with real parts: Spark, two DeepSpeed ranks, FAISS, MLflow on sqlite; then kills at four places."""
+
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.pipelines.conftest import Workplace, make_workplace
+
+pytestmark = pytest.mark.slow
+
+
+def test_recall_ends_with_a_table_and_a_second_run_makes_nothing_again(finished: Workplace) -> None:
+    assert "fine-tuned" in finished.log.read_text()
+    files = finished.files()
+    code, output = finished.recall()
+    assert code == 0 and "R@10" in output
+    assert " made at " not in output and output.count("already there at") >= 15
+    assert finished.files() == files
+    assert finished.processes() == []
+
+
+def test_every_materialization_is_a_child_run_with_its_tags(finished: Workplace) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{finished.home / 'lake' / 'mlflow' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("notellm2")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    parents = {r.info.run_id: r for r in runs if "mlflow.parentRunId" not in r.data.tags}
+    assert all(parent.info.status == "FINISHED" for parent in parents.values())
+    first = [r for r in runs if r.data.tags.get("asset_key") == "checkpoint"][-1]
+    assert first.data.tags["mlflow.parentRunId"] in parents
+    assert {"dagster_run_id", "asset_key", "partition", "code_version", "fingerprint"} <= set(first.data.tags)
+    curve = client.get_metric_history(first.info.run_id, "loss")
+    assert len({m.step for m in curve}) >= 3
+    artifacts = {a.path for a in client.list_artifacts(first.info.run_id)}
+    assert "manifest.json" in artifacts
+    report = next(r for r in runs if r.data.tags.get("asset_key") == "eval_recall")
+    assert "neighbours.jpg" in {a.path for a in client.list_artifacts(report.info.run_id)}
+
+
+def test_asset_materialize_works_by_itself_and_says_what_is_missing(copy_of_finished: Workplace, tmp_path: Path) -> None:
+    command = (str(Path(sys.executable).parent / "dagster"), "asset", "materialize", "--select", "eval_recall")
+    copy_of_finished.forget("eval_recall")
+    code, output = copy_of_finished.run(*command)
+    assert code == 0, output[-3000:]
+    empty = make_workplace(tmp_path / "empty", {"window.end": "2025-01-26"})
+    code, output = empty.run(*command)
+    assert code != 0
+    assert re.search(r"has not been made yet for this configuration and window; run: make recall CONFIG=", output)
+    assert "RETRY" not in output
+
+
+def _wait_for(condition: Callable[[], object], seconds: float = 120) -> object:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+def _training_ranks(workplace: Workplace) -> list[psutil.Process]:
+    """The ranks, once training has left its first checkpoint behind."""
+    if not list((workplace.home / "lake" / ".work").rglob("checkpoints/latest*")):
+        return []
+    return [p for p in workplace.processes() if "LOCAL_RANK" in p.environ()]
+
+
+
+class Recall:
+    """`make recall` in the background."""
+
+    def __init__(self, workplace: Workplace) -> None:
+        self.workplace = workplace
+        self.process = workplace.start(sys.executable, "-W", "ignore", "-m", "pipelines.recall")
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+FROM_CHECKPOINT = ("checkpoint", "note_embeddings", "faiss_index", "eval_recall")
+
+
+def _same_as(finished: Workplace, killed: Workplace) -> None:
+    expected, found = finished.files(), killed.files()
+    assert set(found) == set(expected)
+    assert {n for n in expected if found[n] != expected[n]} == set()
+    _wait_for(lambda: not killed.processes(), 20)
+
+
+def test_a_killed_rank_is_tried_again_and_ends_with_the_same_weights(
+    finished: Workplace, copy_of_finished: Workplace
+) -> None:
+    copy_of_finished.forget(*FROM_CHECKPOINT)
+    run = Recall(copy_of_finished)
+    ranks = _wait_for(lambda: _training_ranks(copy_of_finished))
+    ranks[0].kill()  # type: ignore[index]
+    assert run.process.wait(timeout=300) == 0, copy_of_finished.log.read_text()[-5000:]
+    _same_as(finished, copy_of_finished)
+
+
+def test_a_killed_run_leaves_no_process_and_the_next_one_completes(
+    finished: Workplace, copy_of_finished: Workplace
+) -> None:
+    copy_of_finished.forget(*FROM_CHECKPOINT)
+    run = Recall(copy_of_finished)
+    _wait_for(lambda: _training_ranks(copy_of_finished))
+    run.kill()
+    _wait_for(lambda: not copy_of_finished.processes(), 20)
+    assert copy_of_finished.recipe.find("checkpoint") is None
+    code, output = copy_of_finished.recall()
+    assert code == 0, output[-5000:]
+    _same_as(finished, copy_of_finished)
+
+
+@pytest.mark.spark
+def test_a_killed_jvm_is_tried_again(finished: Workplace, copy_of_finished: Workplace) -> None:
+    copy_of_finished.forget("events", "cooccurrence", "note_sides", "related_pairs", "pair_datasets")
+    run = Recall(copy_of_finished)
+
+    def jvm() -> list[psutil.Process]:
+        making = list((copy_of_finished.home / "lake").glob("*/.*"))
+        return [p for p in copy_of_finished.processes() if "java" in p.name()] if making else []
+
+    _wait_for(jvm)[0].kill()  # type: ignore[index]
+    assert run.process.wait(timeout=300) == 0, copy_of_finished.log.read_text()[-5000:]
+    _same_as(finished, copy_of_finished)
+
+
+@pytest.mark.spark
+def test_a_run_killed_while_spark_writes_is_made_good(finished: Workplace, copy_of_finished: Workplace) -> None:
+    copy_of_finished.forget("cooccurrence", "related_pairs")
+    run = Recall(copy_of_finished)
+    _wait_for(lambda: list((copy_of_finished.home / "lake" / "cooccurrence").glob(".*")))
+    run.kill()
+    _wait_for(lambda: not copy_of_finished.processes(), 30)
+    code, output = copy_of_finished.recall()
+    assert code == 0, output[-5000:]
+    assert list((copy_of_finished.home / "lake").glob("*/.*")) == []
+    _same_as(finished, copy_of_finished)
+
+
+def test_a_silent_tracking_server_neither_stops_nor_delays_the_run(copy_of_finished: Workplace) -> None:
+    """A host that accepts the connection and never answers: the worst kind of dead."""
+    copy_of_finished.forget("faiss_index", "eval_recall")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        command = (str(Path(sys.executable).parent / "dagster"), "asset", "materialize", "--select", "faiss_index")
+        code, output = copy_of_finished.run(*command, MLFLOW_TRACKING_URI=uri, MLFLOW_HTTP_REQUEST_TIMEOUT="2")
+    assert code == 0, output[-3000:]
+    assert "this step is not tracked" in output
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"source.path": "/nowhere"}, "source.path /nowhere is not a folder"),
+        ({"window.end": "2031-01-05"}, "window.end"),
+        ({"source.click_events": ["purchase"], "source.view_events": ["view", "purchase"]}, "source.click_events"),
+        ({"pairs.low": 29.0}, "pairs.low"),
+        ({"index.factory": "NoSuchIndex"}, "index.factory"),
+    ],
+)
+def test_what_the_user_can_mend_ends_with_one_sentence(
+    copy_of_finished: Workplace, changes: dict[str, object], says: str
+) -> None:
+    workplace = make_workplace(copy_of_finished.home, changes)
+    code, output = workplace.recall()
+    last = output.strip().splitlines()[-1]
+    assert code != 0 and last.startswith("error: ") and says in last, output[-3000:]
