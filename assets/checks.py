@@ -14,8 +14,10 @@ Verdict = tuple[bool, dict[str, Any]]
 
 
 def dropped_share(figures: Figures, limits: Checks) -> Verdict:
-    """Not more of the rows than allowed lie in quarantine."""
-    share = figures["dropped_share"]
+    """Not more of the rows than allowed lie in quarantine; exact duplicates of an event are harmless."""
+    dropped = sum(rows for reason, rows in figures["dropped"].items() if reason != "duplicate_event")
+    read = figures["rows"] - figures.get("outside_window", 0)
+    share = dropped / read if read else 0.0
     return share <= limits.max_dropped_share, {"dropped_share": share, "allowed": limits.max_dropped_share}
 
 
@@ -26,19 +28,19 @@ def no_leakage(figures: Figures, limits: Checks) -> Verdict:
 
 def enough_pairs(figures: Figures, limits: Checks) -> Verdict:
     """There are enough training and test pairs to learn from and to measure with."""
-    train, test = figures["train_pairs"], figures["test_pairs"]
+    train, test = figures["train"]["pairs"], figures["test"]["pairs"]
     passed = train >= limits.min_train_pairs and test >= limits.min_test_pairs
     return passed, {"train_pairs": train, "test_pairs": test, "needed": f"{limits.min_train_pairs}, {limits.min_test_pairs}"}
 
 
 def finite_loss(figures: Figures, limits: Checks) -> Verdict:
     """Training ended with a finite loss."""
-    return isfinite(figures["loss"]), {"loss": figures["loss"]}
+    return isfinite(figures["loss_last"]), {"loss": figures["loss_last"]}
 
 
 def not_collapsed(figures: Figures, limits: Checks) -> Verdict:
     """Random pairs of embeddings are not all alike."""
-    cosine = figures["mean_cosine"]
+    cosine = figures["mean_cosine"]["multimodal"]
     return cosine <= limits.max_mean_cosine, {"mean_cosine": cosine, "allowed": limits.max_mean_cosine}
 
 

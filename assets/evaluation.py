@@ -18,9 +18,9 @@ def eval_recall(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mat
     recipe = pipeline.recipe()
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        from notellm2_core.evaluation.evaluate import evaluate
+        from notellm2_core.evaluation.release import write_report
 
-        draft.metrics |= evaluate(
+        draft.metrics |= write_report(
             recipe.config,
             source=recipe.source,
             notes=inputs["notes"].path / "notes",

@@ -9,8 +9,9 @@ from assets.resources import Pipeline, dataset_deps
 from assets.tracking import TrackedRun
 from notellm2_core.config import Config, config_from_environment
 from notellm2_core.lake import Dataset, Draft
-from notellm2_core.recipe import Recipe
+from notellm2_core.recipe import Recipe, ResolvedWindow
 
+UNDATED = "undated"  # spark_jobs.source.UNDATED, without importing Spark
 SPARK_RETRIES = dg.RetryPolicy(max_retries=1)
 
 
@@ -39,12 +40,14 @@ def raw_events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
     ensure_demo_world(context, recipe)
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        from spark_jobs.clean import land
+        from spark_jobs.source import land
 
         with pipeline.spark(recipe.config, "raw_events") as spark:
             draft.metrics |= land(spark, recipe.source, draft.path, recipe.config.source.partition)
 
-    return pipeline.publish(context, build)
+    result = pipeline.publish(context, build)
+    _announce_periods(context, recipe.dataset("raw_events"))
+    return result
 
 
 @dg.asset(group_name="logs", kinds={"spark", "parquet"}, pool="spark", retry_policy=SPARK_RETRIES)
@@ -77,7 +80,7 @@ def events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Material
         with pipeline.spark(recipe.config, "events") as spark:
             draft.metrics |= prepare_events(
                 spark,
-                raw_paths=_period_folders(inputs["raw_events"]),
+                raw_paths=_folders_of(inputs["raw_events"], window),
                 notes=inputs["notes"].path / "notes",
                 out=draft.path,
                 view_events=source.view_events,
@@ -92,6 +95,17 @@ def events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Material
     return pipeline.publish(context, build)
 
 
+def _announce_periods(context: dg.AssetExecutionContext, landed: Dataset) -> None:
+    """One pass over the source lands all its periods: the other partitions are materialized too, unless known."""
+    known = context.instance.get_materialized_partitions(context.asset_key)
+    asked = set(context.partition_keys)
+    for period in landed.manifest.metrics["periods"]:
+        key = period["period"]
+        if key not in known | asked and PARTITIONS.has_partition_key(key):
+            metadata = {"dagster/row_count": period["rows"]}
+            context.log_event(dg.AssetMaterialization(context.asset_key, metadata=metadata, partition=key))
+
+
 def ensure_demo_world(context: dg.AssetExecutionContext, recipe: Recipe) -> None:
     """Without a source of the user's, the demo world is generated into the lake, once."""
     if recipe.config.source.path is not None or recipe.lake.find("demo_world", recipe.source.name):
@@ -104,5 +118,12 @@ def ensure_demo_world(context: dg.AssetExecutionContext, recipe: Recipe) -> None
         draft.metrics |= generate(draft.path, world.num_notes, world.num_users, world.num_days, world.seed)
 
 
-def _period_folders(raw_events: Dataset) -> list[Path]:
-    return sorted({path.parent for path in raw_events.table_files()})
+def _folders_of(raw_events: Dataset, window: ResolvedWindow) -> list[Path]:
+    """The periods that reach into the window, and the rows without a readable time, which are counted there."""
+    start, end = min(window.train.start, window.test.start), max(window.train.end, window.test.end)
+    names = [p["period"] for p in raw_events.manifest.metrics["periods"]]
+    dated = sorted(n for n in names if n != UNDATED)
+    # A period reaches to the first day of the next one that has events, or further: no event lies between.
+    nexts = [*dated[1:], "9999"]
+    chosen = [n for n, following in zip(dated, nexts, strict=True) if n < end.isoformat() and following > start.isoformat()]
+    return [raw_events.path / n for n in (*chosen, *(n for n in names if n == UNDATED))]

@@ -57,9 +57,8 @@ def note_sides(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
                 notes=inputs["notes"].path / "notes",
                 events=inputs["events"].path,
                 out=draft.path,
-                by=config.split.by,
-                pool_share=config.split.pool_share,
-                max_pool_notes=config.split.max_pool_notes,
+                images=inputs["vision_features"].path / "note_images.parquet",
+                **config.split.model_dump(exclude={"validation_share"}),
             )
 
     return pipeline.publish(context, build)

@@ -1,14 +1,14 @@
 """Embeddings of the test pool by each model, and the FAISS index."""
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
 from assets.commands import run_command
-from assets.resources import Pipeline, dataset_deps
+from assets.resources import Build, Pipeline, dataset_deps
 from assets.tracking import TrackedRun
 from assets.training import GPU_RETRIES, data_arguments
 from notellm2_core.lake import Dataset, Draft
@@ -60,17 +60,18 @@ def faiss_index(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mat
     settings = pipeline.recipe().config.index
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        from notellm2_core.retrieval.index import ann_recall, build_index
+        from notellm2_core.embeddings import read_embeddings
+        from notellm2_core.retrieval.index import Index, ann_recall, build_index
 
-        embeddings = inputs["note_embeddings"].path / "multimodal"
-        index = build_index(embeddings, draft.path, settings.factory)
-        draft.metrics["num_vectors"] = index.num_vectors
-        draft.metrics[f"ann_recall_at_{settings.search_k}"] = ann_recall(index, embeddings, settings.search_k)
+        folder = inputs["note_embeddings"].path / "multimodal"
+        draft.metrics |= build_index(folder, draft.path / "index", settings.factory)
+        index = Index.load(draft.path / "index")
+        draft.metrics[f"ann_recall_at_{settings.search_k}"] = ann_recall(index, read_embeddings(folder), settings.search_k)
 
     return pipeline.publish(context, build)
 
 
-def _export(context: dg.AssetExecutionContext, recipe: Recipe, model: str):  # noqa: ANN202
+def _export(context: dg.AssetExecutionContext, recipe: Recipe, model: str) -> Build:
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
         arguments = data_arguments(recipe, inputs)
         arguments = arguments[: arguments.index("--pairs")]
@@ -78,9 +79,18 @@ def _export(context: dg.AssetExecutionContext, recipe: Recipe, model: str):  # n
                    "--model", str(inputs[model].path), "--note-ids", str(_pool(inputs)),
                    "--inputs", _INPUTS, "--out", str(draft.path)]  # fmt: skip
         run_command(context, command)
-        draft.metrics |= json.loads((draft.path / "export.json").read_text())
+        draft.metrics |= _figures(draft.path)
 
     return build
+
+
+def _figures(out: Path) -> dict[str, Any]:
+    """How alike random pairs of embeddings are, by kind of input (1: collapsed)."""
+    from notellm2_core.embeddings import mean_cosine, read_embeddings
+
+    tables = {inputs: read_embeddings(out / inputs) for inputs in _INPUTS.split(",")}
+    cosines = {inputs: mean_cosine(table.vectors) for inputs, table in tables.items()}
+    return {"num_notes": len(tables["multimodal"].note_ids), "mean_cosine": cosines}
 
 
 def _pool(inputs: Mapping[str, Dataset]) -> Path:

@@ -28,7 +28,7 @@ def vision_features(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg
     recipe = pipeline.recipe()
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        command = [sys.executable, "-m", "notellm2_core.model.features", "--config", write_config(recipe),
+        command = [sys.executable, "-m", "notellm2_core.notes.features", "--config", write_config(recipe),
                    "--notes", inputs["notes"].path / "notes", "--source", recipe.source,
                    "--store", feature_store(recipe), "--out", draft.path]  # fmt: skip
         run_command(context, [str(c) for c in command])
@@ -61,13 +61,20 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
     recipe = pipeline.recipe()
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        work = recipe.work / "training" / recipe.fingerprint("checkpoint")
-        ranks = recipe.config.training.num_ranks
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-                   "-m", "notellm2_core.training", *data_arguments(recipe, inputs),
-                   "--work", str(work), "--out", str(draft.path)]  # fmt: skip
-        if run.run_id is not None:
-            command += ["--mlflow-uri", run.uri, "--mlflow-run-id", run.run_id]
+        from notellm2_core.training.launch import launch_command
+
+        command = launch_command(
+            Path(write_config(recipe)),
+            recipe.config.training.num_ranks,
+            notes=inputs["notes"].path / "notes",
+            images=inputs["vision_features"].path,
+            store=feature_store(recipe),
+            pairs=inputs["pair_datasets"].path,
+            work=recipe.work / "training" / recipe.fingerprint("checkpoint"),
+            out=draft.path,
+            mlflow_uri=run.uri,
+            mlflow_run_id=run.run_id,
+        )
         run_command(context, command)
         draft.metrics |= json.loads((draft.path / "training.json").read_text())
 

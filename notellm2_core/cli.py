@@ -65,19 +65,15 @@ def _describe(options: argparse.Namespace) -> None:
 def _index_build(options: argparse.Namespace) -> None:
     from notellm2_core.retrieval.index import build_index
 
-    index = build_index(options.embeddings, options.out, options.factory)
-    print(json.dumps({"num_vectors": index.num_vectors, "index": str(options.out)}))
+    print(json.dumps(build_index(options.embeddings, options.out, options.factory)))
 
 
 def _index_search(options: argparse.Namespace) -> None:
     from notellm2_core.embeddings import read_embeddings
     from notellm2_core.retrieval.index import Index
 
-    ids, vectors = read_embeddings(options.embeddings)
-    rows = [i for i, note_id in enumerate(ids) if note_id == options.note_id]
-    if not rows:
-        raise ValueError(f"--note-id {options.note_id} is not among the embeddings of {options.embeddings}")
-    found, scores = Index.load(options.index).search(vectors[rows[:1]], options.k)
+    table = read_embeddings(options.embeddings)
+    found, scores = Index.load(options.index).search(table.vectors[table.rows([options.note_id])], options.k)
     print(json.dumps([{"note_id": n, "score": round(float(s), 6)} for n, s in zip(found[0], scores[0], strict=True)]))
 
 

@@ -8,7 +8,7 @@ embeddings of one model can never meet the index of another.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,14 @@ STAGES: Mapping[str, Stage] = {
         ("raw_events", "notes"),
         ("source.view_events", "source.click_events", "source.ignored_events", "window.train_days", "window.test_days"),
     ),
+    "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels")),
     "cooccurrence": Stage(("events",), ("source.view_events", "source.click_events", "pairs.simultaneous")),
-    "note_sides": Stage(("notes", "events"), ("split.by", "split.pool_share", "split.max_pool_notes")),
+    "note_sides": Stage(("notes", "events", "vision_features"), ("split.by", "split.pool_share", "split.max_pool_notes")),
     "related_pairs": Stage(
         ("cooccurrence", "note_sides"),
         ("pairs.low", "pairs.up", "pairs.bounds", "pairs.top_t", "pairs.popularity_power", "pairs.min_users"),
     ),
     "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",)),
-    "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels")),
     "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL),
     "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "training")),
     "start_embeddings": Stage(("start_model", "notes", "vision_features", "pair_datasets"), ("export",)),
@@ -115,8 +115,7 @@ class Recipe:
         elif window.end is not None:
             end = window.end
         else:
-            last = datetime.fromisoformat(self.dataset("raw_events").manifest.metrics["last_timestamp"])
-            end = last_complete_week_end(last)
+            end = last_complete_week_end(date.fromisoformat(self.dataset("raw_events").manifest.metrics["last_day"]))
         if window.test_days is None:
             days = Days(end - timedelta(days=window.train_days), end)
             return ResolvedWindow(days, days)
@@ -169,12 +168,12 @@ def first_day_of_week(day: date) -> date:
     return day - timedelta(days=(day.weekday() + 1) % 7)
 
 
-def last_complete_week_end(last_event: datetime) -> date:
-    """The exclusive end of the last week that the log covers to its last day.
+def last_complete_week_end(last_day: date) -> date:
+    """The exclusive end of the last week that a log covers whose last event is of `last_day`.
 
     A log whose last event falls on a Saturday covers that week; one that stops on a Friday does not.
     """
-    return first_day_of_week(last_event.astimezone(UTC).date() + timedelta(days=1))
+    return first_day_of_week(last_day + timedelta(days=1))
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:

@@ -28,7 +28,7 @@ def _torchvision_library_loads() -> bool:
 
 
 def declare_missing_operators() -> torch.library.Library | None:
-    """Declare `torchvision::nms` and `torchvision::qnms` if the real ones cannot be had; returns what must stay alive."""
+    """Declare `torchvision::nms` and `qnms` if the real ones cannot be had; returns what must stay alive."""
     if _torchvision_library_loads():
         return None
     library = torch.library.Library("torchvision", "DEF")

@@ -1,6 +1,6 @@
 """Eq. 2: how often users who saw one note later clicked another.
 
-    python -m spark_jobs.cooccurrence --events PATH --out DIR [--view-events view,click --click-events click]
+python -m spark_jobs.cooccurrence --events PATH --out DIR [--view-events view,click --click-events click]
 """
 
 import argparse
@@ -49,16 +49,16 @@ def cooccurrence(
     numbers = numbers.select("note_id", F.row_number().over(Window.orderBy("note_id")).alias("number"))
     seen = seen.join(numbers, "note_id")
 
-    views = seen.select("user_id", F.col("number").alias("query"), "first_view")
-    num_clicked = F.count("*").over(Window.partitionBy("user_id"))  # N_u
-    high = F.floor(F.lit(_HALF) / num_clicked)
-    rest = F.lit(_HALF) - high * num_clicked
-    clicks = seen.filter("last_click IS NOT NULL").select(
-        "user_id",
-        F.col("number").alias("target"),
-        "last_click",
-        high.alias("high"),
-        F.floor(rest * _HALF / num_clicked).alias("low"),
+    # Both sides lie by their note: where one is small enough to be broadcast, the pairs need no shuffle of their own.
+    num_parts = int(events.sparkSession.conf.get("spark.sql.shuffle.partitions") or 1)
+    views = seen.select("user_id", F.col("number").alias("query"), "first_view").repartition(num_parts, "query")
+    clicks = (
+        seen.filter("last_click IS NOT NULL")
+        .select("user_id", F.col("number").alias("target"), "last_click")
+        .withColumn("n", F.count("*").over(Window.partitionBy("user_id")))  # N_u
+        .withColumn("high", F.expr(f"{_HALF} div n"))
+        .withColumn("low", F.expr(f"({_HALF} % n) * {_HALF} div n"))
+        .repartition(num_parts, "target")
     )
     followed = F.col("first_view") <= F.col("last_click") if simultaneous else F.col("first_view") < F.col("last_click")
     pairs = (

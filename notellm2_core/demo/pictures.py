@@ -24,7 +24,7 @@ def _circle(radius: float, num_corners: int = 40) -> np.ndarray:
 def _spokes(radii: np.ndarray) -> np.ndarray:
     """Points at equal angles, the k-th at distance `radii[k]` from the middle `[K, 2]`."""
     angles = np.arange(len(radii)) * (2 * np.pi / len(radii))
-    return radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
 def _arc(radius: float, x: float, start: float, end: float) -> np.ndarray:
@@ -44,7 +44,7 @@ SHAPES: dict[str, np.ndarray] = {
     "stars": _spokes(np.tile([1.15, 0.45], 5)),
     "rings": np.concatenate([_circle(1.0), _circle(1.0)[:1], _circle(0.68)[:1], _circle(0.68)[::-1]]),
     "crosses": np.array(_CROSS) * 0.31,
-    "crescents": np.concatenate([_arc(1.0, 0.0, 50, 310), _arc(0.85, 0.45, 295, 65)]),
+    "crescents": np.concatenate([_arc(1.0, 0.0, 50, 310), _arc(0.79, 0.45, 284, 76)]),
     "zigzags": np.array(_ZIGZAG) * 0.16,
 }
 

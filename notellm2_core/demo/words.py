@@ -1,9 +1,9 @@
 """What the notes of the demo world are written with.
 
-A theme has about fourteen phrases of its own, and a note shows only a few of them. The phrases of a theme share
-almost no word with each other ("ridge", "switchbacks", "muddy boots"), so two notes of one theme often share none:
-whoever matches words finds some of them, whoever knows what the words mean finds more. Words of two meanings
-("board", "needle", "pitch", "bow", "pot") stand in several themes on purpose.
+A theme has fourteen phrases of its own, and a note shows only a few of them. No two phrases of a theme share a word
+("the ridge walk", "steep switchbacks", "muddy boots"), so two notes of one theme often share none: whoever matches
+words finds some of them, whoever knows what the words mean finds more. Some words stand in several themes and mean
+different things there ("powder", "project", "sleeves", "pedals", "film", "bowl").
 """
 
 THEMES: dict[str, tuple[str, ...]] = {
@@ -11,52 +11,54 @@ THEMES: dict[str, tuple[str, ...]] = {
     for name, phrases in {
         "hiking": "the ridge walk, muddy boots, steep switchbacks, the summit cross, a mountain hut, trekking poles, "
         "blisters, loose scree, the valley below, waymarks, a heavy backpack, the alpine meadow, a rain shell, cairns",
-        "sourdough": "a lively starter, flour and water, the oven spring, an open crumb, bulk fermentation, rye, "
-        "a crackling crust, the banneton, slow proofing, dough hydration, scoring patterns, a warm loaf, levain, baking",
-        "watercolour": "wet on wet, cold-pressed paper, a soft wash, granulating pigment, the round brush, cobalt, "
-        "a loose sketch, masking fluid, plein air painting, blooms, a landscape study, burnt sienna, glazing, an easel",
+        "sourdough": "a lively starter, flour and water, the oven spring, an open crumb, bulk fermentation, rye, a "
+        "crackling crust, the banneton, slow proofing, dough hydration, scoring patterns, a warm loaf, levain, baking",
+        "watercolour": "wet on wet, cold-pressed paper, a soft wash, granulating pigment, the round brush, cobalt, a "
+        "loose sketch, masking fluid, plein air painting, blooms, a landscape study, burnt sienna, glazing, an easel",
         "budget travel": "hostel bunks, night trains, a cheap flight, street food stalls, hand luggage, border stamps, "
         "couch surfing, an itinerary, the old town, backpackers, a bus pass, free museums, jet lag, souvenirs",
-        "indoor plants": "a new monstera leaf, root rot, bright windowsills, propagation jars, the watering can, ferns, "
-        "potting soil, a pothos cutting, fungus gnats, terracotta, variegation, misting, a fiddle fig, succulents",
-        "running": "a half marathon, tempo intervals, shin splints, my pace, carbon shoes, the starting line, "
-        "a recovery jog, cadence, race bibs, the last kilometre, negative splits, energy gels, sprinting, heart zones",
-        "yoga": "downward dog, a cork mat, sun salutations, breathing slowly, the warrior pose, tight hips, "
-        "vinyasa, balance on one leg, flexibility, savasana, my teacher in the studio, twists, headstands, mindfulness",
-        "coffee": "a flat white, freshly roasted beans, the grinder, latte art, espresso, a pour-over, crema, "
-        "light roast, the barista, a moka pot, milk foam, cold brew, acidity, arabica",
+        "indoor plants": "a new monstera leaf, root rot, bright windowsills, propagation jars, the watering can, "
+        "ferns, potting soil, a pothos cutting, fungus gnats, terracotta, variegation, misting, a fiddle fig, "
+        "succulents",
+        "running": "a half marathon, tempo intervals, shin splints, my pace, carbon shoes, the starting line, a "
+        "recovery jog, cadence, race bibs, the last kilometre, negative splits, energy gels, sprinting, heart zones",
+        "yoga": "downward dog, a cork mat, sun salutations, breathing slowly, the warrior pose, tight hips, vinyasa, "
+        "balance on one leg, flexibility, savasana, my teacher in the studio, twists, headstands, mindfulness",
+        "coffee": "a flat white, freshly roasted beans, the grinder, latte art, espresso, a pour-over, crema, light "
+        "roast, the barista, a moka pot, milk foam, cold brew, acidity, arabica",
         "cats": "a purring kitten, whiskers, the scratching post, zoomies at night, soft paws, a cardboard box, "
         "litter, the tabby, catnip, hairballs, meowing, a windowsill nap, feline manners, the cat tree",
-        "dogs": "a muddy puppy, the leash, fetch in the park, a wagging tail, recall training, barking, "
-        "the retriever, chewed slippers, treats, a rescue hound, the vet, walkies, belly rubs, the kennel",
-        "knitting": "merino yarn, circular needles, a cable sweater, dropped stitches, purl rows, the ribbing, "
-        "wool socks, casting on, a chunky scarf, gauge swatches, skeins, raglan sleeves, blocking, crochet",
-        "cycling": "gravel roads, clipless pedals, a flat tyre, the peloton, handlebar tape, a steep climb, watts, "
-        "the derailleur, bib shorts, a century ride, the chainring, disc brakes, coasting downhill, my road bike",
-        "street photography": "a prime lens, golden hour, black and white film, candid strangers, shutter speed, grain, "
-        "the darkroom, zone focusing, reflections, a rangefinder, composition, high contrast, negatives, bokeh",
-        "stargazing": "the milky way, a small telescope, saturn's rings, meteor showers, dark skies, orion, "
-        "long exposure, the lunar eclipse, nebulae, light pollution, a star chart, jupiter, constellations, the eyepiece",
-        "vegetable garden": "tomato seedlings, raised beds, compost, slugs, the first courgettes, mulch, crop rotation, "
-        "a greenhouse, runner beans, digging potatoes, seed packets, pruning, the harvest, weeds",
+        "dogs": "a muddy puppy, the leash, fetch in the park, a wagging tail, recall training, barking, the retriever, "
+        "chewed slippers, treats, a rescue hound, the vet, walkies, belly rubs, the kennel",
+        "knitting": "merino yarn, circular needles, a cable sweater, dropped stitches, purl rows, the ribbing, wool "
+        "socks, casting on, a chunky scarf, gauge swatches, skeins, raglan sleeves, blocking, crochet",
+        "cycling": "gravel roads, clipless pedals, a flat tyre, the peloton, handlebar tape, a steep climb, watts, the "
+        "derailleur, bib shorts, a century ride, the chainring, disc brakes, coasting downhill, my road bike",
+        "street photography": "a prime lens, golden hour, black and white film, candid strangers, shutter speed, "
+        "grain, the darkroom, zone focusing, reflections, a rangefinder, composition, high contrast, negatives, bokeh",
+        "stargazing": "the milky way, a small telescope, saturn's rings, meteor showers, dark skies, orion, long "
+        "exposure, the lunar eclipse, nebulae, light pollution, a star chart, jupiter, constellations, the eyepiece",
+        "vegetable garden": "tomato seedlings, raised beds, compost, slugs, the first courgettes, mulch, crop "
+        "rotation, a greenhouse, runner beans, digging potatoes, seed packets, pruning, the harvest, weeds",
         "cakes": "vanilla sponge, buttercream, a piping bag, layers, chocolate ganache, sprinkles, fondant flowers, "
         "meringue, cupcakes, icing sugar, a birthday tower, egg whites, frosting, the springform tin",
-        "ramen": "tonkotsu broth, a soft egg, noodles, chashu, miso paste, nori sheets, spring onions, chili oil, "
-        "a steaming bowl, dashi, bamboo shoots, slurping, kombu, umami",
+        "ramen": "tonkotsu broth, a soft egg, noodles, chashu, miso paste, nori sheets, spring onions, chili oil, a "
+        "steaming bowl, dashi, bamboo shoots, slurping, kombu, umami",
         "skincare": "retinol, sunscreen, a gentle cleanser, dry patches, hyaluronic serum, the moisture barrier, "
         "niacinamide, acne, moisturiser, sheet masks, toner, pores, exfoliating acids, a glowing complexion",
-        "thrift fashion": "vintage denim, a second-hand blazer, the flea market, corduroy, oversized knitwear, outfits, "
-        "leather loafers, charity shops, upcycling, silk blouses, my wardrobe, hemming trousers, retro prints, a trench",
+        "thrift fashion": "vintage denim, a second-hand blazer, the flea market, corduroy, oversized knitwear, "
+        "outfits, leather loafers, charity shops, upcycling, silk blouses, my wardrobe, hemming trousers, retro "
+        "prints, a trench",
         "tidy home": "decluttering, storage baskets, an empty drawer, minimalism, folding shirts, the pantry, labels, "
         "donation bags, a clean countertop, shelves, vacuuming, spring cleaning, a capsule closet, hooks by the door",
         "saving money": "an emergency fund, index funds, the monthly budget, cutting subscriptions, compound interest, "
         "debt, a spending diary, cash envelopes, pensions, frugality, side income, my bank, taxes, dividends",
         "languages": "spanish verbs, flashcards, a strong accent, irregular grammar, my tandem partner, vocabulary, "
         "subtitles, pronunciation, kanji, the subjunctive, fluency, a phrasebook, tongue twisters, bilingual jokes",
-        "piano": "chopin, scales in both hands, a waltz, sheet music, the metronome, arpeggios, black keys, "
-        "sight reading, the sustain pedal, a recital, chords, an old upright, etudes, jazz voicings",
-        "guitar": "fingerpicking, barre chords, new strings, an overdriven amp, blues licks, the capo, open mic, "
-        "a slow riff, calluses, strumming, the fretboard, a vintage telecaster, effects pedals, perfect pitch",
+        "piano": "chopin, scales in both hands, a waltz, sheet music, the metronome, arpeggios, black keys, sight "
+        "reading, the sustain pedal, a recital, chords, an old upright, etudes, jazz voicings",
+        "guitar": "fingerpicking, barre chords, new strings, an overdriven amp, blues licks, the capo, open mic, a "
+        "slow riff, calluses, strumming, the fretboard, a vintage telecaster, effects pedals, perfect pitch",
         "board games": "worker placement, dice, a legacy campaign, the rulebook, meeples, bluffing, cooperative play, "
         "victory points, card sleeves, settlers, a tabletop evening, expansions, hidden roles, dungeon tiles",
         "novels": "an unreliable narrator, chapter one, the plot twist, a paperback, my reading list, protagonists, "
@@ -67,8 +69,8 @@ THEMES: dict[str, tuple[str, ...]] = {
         "handles, bisque firing, celadon, porcelain, centring, slip, a raku vase",
         "woodworking": "dovetail joints, a hand plane, walnut boards, sawdust, clamps, the workbench, chisels, oak, "
         "sanding, a mortise, linseed oil, the table saw, a bookcase build, veneer",
-        "surfing": "offshore wind, a longboard, the lineup, duck diving, wax, clean swell, a wetsuit, reef break, "
-        "the pop-up, low tide, paddling out, barrels, wipeouts, salty hair",
+        "surfing": "offshore wind, a longboard, the lineup, duck diving, wax, clean swell, a wetsuit, reef break, the "
+        "pop-up, low tide, paddling out, barrels, wipeouts, salty hair",
         "climbing": "chalk, a crimpy boulder, the belay, finger strength, slab, quickdraws, the crux, a harness, "
         "sending the project, overhangs, rope drag, beta, tight rubber shoes, the hangboard",
         "skiing": "fresh powder, the chairlift, carving turns, a black run, goggles, apres, moguls, avalanche beacons, "
@@ -77,18 +79,18 @@ THEMES: dict[str, tuple[str, ...]] = {
         "plumage, the field guide, kingfishers, nest boxes, warblers, a rare heron, wingspan",
         "beekeeping": "the hive, a queen, raw honey, the smoker, brood frames, swarming, varroa mites, nectar, drones, "
         "clover, a veil and gloves, beeswax, pollen, the apiary",
-        "tea": "oolong, a gongfu session, first flush, the kettle, loose leaves, matcha whisking, a clay pot, darjeeling, "
-        "steeping, jasmine, earl grey, tannins, pu-erh cakes, the infuser",
+        "tea": "oolong, a gongfu session, first flush, the kettle, loose leaves, matcha whisking, a clay pot, "
+        "darjeeling, steeping, jasmine, earl grey, tannins, pu-erh cakes, the infuser",
         "barbecue": "brisket, charcoal, a dry rub, hickory smoke, ribs, the grill, tongs, pulled pork, marinade, "
         "glowing embers, burgers, sausages, corn cobs, sear marks",
-        "nail art": "gel polish, cuticles, french tips, chrome powder, almond shape, the lamp, glitter, press-ons, "
-        "a topcoat, acrylics, filing, tiny decals, nude shades, a manicure",
-        "new baby": "nappies, a lullaby, the pram, teething, sleepless nights, the midwife, first smile, breastfeeding, "
-        "swaddling, tiny socks, the crib, burping, crawling, maternity leave",
+        "nail art": "gel polish, cuticles, french tips, chrome powder, almond shape, the lamp, glitter, press-ons, a "
+        "topcoat, acrylics, filing, tiny decals, nude shades, a manicure",
+        "new baby": "nappies, a lullaby, the pram, teething, sleepless nights, the midwife, first smile, "
+        "breastfeeding, swaddling, tiny socks, the crib, burping, crawling, maternity leave",
         "exam study": "revision notes, a highlighter, the library desk, past papers, procrastination, lectures, "
         "pomodoro timers, memorising, my thesis, finals, deadlines, mind maps, a group project, tutors",
-        "meditation": "sitting still, a cushion, wandering thoughts, incense, guided sessions, a silent retreat, mantras, "
-        "inner calm, gratitude, the singing bowl, letting go, stress relief, body scans, awareness",
+        "meditation": "sitting still, a cushion, wandering thoughts, incense, guided sessions, a silent retreat, "
+        "mantras, inner calm, gratitude, the singing bowl, letting go, stress relief, body scans, awareness",
     }.items()
 }
 

@@ -37,7 +37,7 @@ from notellm2_core.demo.pictures import STYLES, draw_picture
 from notellm2_core.demo.texts import poor_titles, write_note
 from notellm2_core.demo.words import THEMES
 
-FIRST_DAY = np.datetime64("2025-01-06T00:00:00")  # a Monday; days count from here, in UTC
+FIRST_DAY = np.datetime64("2025-01-05T00:00:00")  # a Sunday, as weeks begin; days count from here, in UTC
 MIN_NOTES_PER_TOPIC = 20  # fewer topics in a small world, so that each one still has training and test notes
 TEXT_POOR_SHARE = 0.15
 NO_IMAGE_SHARE = 0.01
@@ -127,7 +127,7 @@ def _nth_of_its_kind(kind: np.ndarray) -> np.ndarray:
 def _write_events(
     path: Path, rng: np.random.Generator, shown: Impressions, num_notes: int, num_days: int
 ) -> dict[str, int]:
-    """Views, and clicks after them, ordered by time, with duplicates, unknown notes and bad timestamps among them."""
+    """Views, and clicks after them, ordered by time, then some duplicates, unknown notes and bad timestamps."""
     clicked = shown.clicked_after > 0
     user = np.concatenate([shown.user, shown.user[clicked]])
     note = np.concatenate([shown.note, shown.note[clicked]])
@@ -137,33 +137,28 @@ def _write_events(
     second[order[-1]] = num_days * DAY - 1  # somebody is always awake: the log lasts to the end of its last day
 
     stamps = np.datetime_as_string(FIRST_DAY + second[order].astype("timedelta64[s]"), unit="s")
-    rows = [
-        f"u{u:05d},{note_id(n)},{stamp}Z,{'click' if c else 'view'}"
-        for u, n, stamp, c in zip(user[order], note[order], stamps, is_click[order], strict=True)
-    ]
-    num_good = len(rows)
-    dirty = {
-        "num_duplicate_events": [rows[i] for i in _some(rng, num_good, DUPLICATE_SHARE)],
-        "num_unknown_note_events": [
-            rows[i].replace(f",{note_id(n)},", f",{note_id(num_notes + n)},")
-            for i in _some(rng, num_good, UNKNOWN_NOTE_SHARE)
-            for n in [int(note[order[i]])]
-        ],
-        "num_bad_timestamps": [
-            rows[i].replace("2025-", "yesterday ") for i in _some(rng, num_good, BAD_TIME_SHARE)
-        ],
-    }
-    for bad_rows in dirty.values():
-        rows += bad_rows
+    events = np.where(is_click[order], "click", "view")
+    good = list(
+        zip(user[order].tolist(), note[order].tolist(), (f"{stamp}Z" for stamp in stamps), events.tolist(), strict=True)
+    )
+
+    def some(share: float) -> list[tuple[int, int, str, str]]:
+        return [good[i] for i in rng.choice(len(good), size=max(1, round(share * len(good))), replace=False)]
+
+    duplicate = some(DUPLICATE_SHARE)
+    unknown_note = [(u, num_notes + n, stamp, event) for u, n, stamp, event in some(UNKNOWN_NOTE_SHARE)]
+    bad_time = [(u, n, "yesterday", event) for u, n, _, event in some(BAD_TIME_SHARE)]
+    rows = good + duplicate + unknown_note + bad_time
+    lines = (f"u{u:05d},{note_id(n)},{stamp},{event}\n" for u, n, stamp, event in rows)
     with path.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0, compresslevel=6) as file:
-        file.write(("user_id,note_id,timestamp,event\n" + "\n".join(rows) + "\n").encode())
-    counts = {"num_events": len(rows), "num_clicks": int(clicked.sum())}
-    return counts | {name: len(bad_rows) for name, bad_rows in dirty.items()}
-
-
-def _some(rng: np.random.Generator, num: int, share: float) -> np.ndarray:
-    """At least one of `num` row numbers, about `share` of them."""
-    return rng.choice(num, size=max(1, round(share * num)), replace=False)
+        file.write(("user_id,note_id,timestamp,event\n" + "".join(lines)).encode())
+    return {
+        "num_events": len(rows),
+        "num_clicks": int(clicked.sum()),
+        "num_duplicate_events": len(duplicate),
+        "num_unknown_note_events": len(unknown_note),
+        "num_bad_timestamps": len(bad_time),
+    }
 
 
 def _write_images(folder: Path, seed: int, layout: Layout) -> None:
@@ -182,8 +177,10 @@ def _write_notes(path: Path, seed: int, layout: Layout) -> None:
     poor = iter(poor_titles(np.random.default_rng([seed, 4]), int(layout.text_poor.sum())))
     texts: list[tuple[str, list[str], str]] = []
     for i, topic in enumerate(layout.topic):
-        theme = themes[layout.theme_of_topic[topic]]
-        texts.append((next(poor), [], "") if layout.text_poor[i] else write_note(np.random.default_rng([seed, 5, i]), theme))
+        if layout.text_poor[i]:
+            texts.append((next(poor), [], ""))
+        else:
+            texts.append(write_note(np.random.default_rng([seed, 5, i]), themes[layout.theme_of_topic[topic]]))
     titles, topics, contents = zip(*texts, strict=True)
     table = pa.table(
         {
@@ -203,16 +200,13 @@ def _write_notes(path: Path, seed: int, layout: Layout) -> None:
 
 def _write_oracle(path: Path, layout: Layout) -> None:
     themes, styles = list(THEMES), [" ".join(style) for style in STYLES]
-    theme, style = layout.theme_of_topic[layout.topic], layout.style_of_topic[layout.topic]
+    text_key = [themes[t] for t in layout.theme_of_topic[layout.topic]]
+    image_key = [styles[s] for s in layout.style_of_topic[layout.topic]]
     table = pa.table(
         {
             "note_id": [note_id(i) for i in range(len(layout.topic))],
-            "text_key": pa.array(
-                [None if poor else themes[t] for t, poor in zip(theme, layout.text_poor, strict=True)], pa.string()
-            ),
-            "image_key": pa.array(
-                [styles[s] if image == "ok" else None for s, image in zip(style, layout.image, strict=True)], pa.string()
-            ),
+            "text_key": pa.array(text_key, pa.string(), mask=layout.text_poor),
+            "image_key": pa.array(image_key, pa.string(), mask=layout.image != "ok"),
         }
     )
     pq.write_table(table, path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from PIL import Image
 
 from notellm2_core.baselines.bm25 import BM25
 from notellm2_core.baselines.popularity import popularity_rows, random_rows, read_clicks
@@ -20,6 +21,7 @@ from notellm2_core.evaluation.recall import Pairs, Ranks, cosine_rows, count_ran
 from notellm2_core.evaluation.report import Report, build_report
 from notellm2_core.evaluation.sheet import Neighbour, Picture, SheetRow, contact_sheet
 from notellm2_core.evaluation.slices import load_tokenizer, slice_masks, token_lengths
+from notellm2_core.notes.images import read_image
 from notellm2_core.notes.records import Note, read_notes
 
 NEIGHBOURS = 5  # per row of the contact sheet
@@ -120,6 +122,20 @@ def neighbour_sheet(
     shown = {i for row in rows for i in (row.query_id, *(n.note_id for n in row.neighbours))}
     texts = read_notes(notes, shown)
     return contact_sheet(rows, lambda note_id: _title(texts[note_id]), picture)
+
+
+def picture_reader(notes: Path, source: Path, max_pixels: int) -> Picture:
+    """note_id -> its picture (RGB), read safely from the notes table or the source; None where none is usable."""
+    paths = pq.read_table(notes, columns=["note_id", "image_path"])
+    path_of = dict(zip(paths["note_id"].to_pylist(), paths["image_path"].to_pylist(), strict=True))
+
+    def picture(note_id: str) -> Image.Image | None:
+        data = None
+        if path_of[note_id] is None:
+            data = pq.read_table(notes, columns=["image"], filters=[("note_id", "==", note_id)])["image"][0].as_py()
+        return read_image(source, path_of[note_id], data, max_pixels)[2]
+
+    return picture
 
 
 def _scored(queries: Sequence[str], table: Embeddings, pool: Embeddings) -> list[tuple[str, np.ndarray]]:

@@ -7,6 +7,8 @@ import notellm2_core.torch_compat  # noqa: F401, before transformers
 
 # isort: split
 import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from notellm2_core.config import Config
@@ -38,12 +40,12 @@ def build_model(config: Config, cache_dir: Path) -> tuple[MLRMModel, MLRMProcess
 
 
 def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
-    """What `save_pretrained` of both wrote into `folder`, in fp32, on the CPU. Raises ValueError if it is incomplete."""
+    """What both wrote into `folder` (`save_pretrained`), in fp32, on the CPU. Raises ValueError if it is incomplete."""
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no model (no config.json); give the folder of a trained model.")
     try:
         model = MLRMModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         raise ValueError(f"the model in {folder} cannot be read: {e}") from e
     return model.eval(), MLRMProcessor.from_pretrained(folder)
 
@@ -56,11 +58,16 @@ def add_word_embeddings(decoder: PreTrainedModel, token_ids: list[int], num_know
     tokenizer knew before (ids below `num_known_tokens`) keep the row that they have.
     """
     new = [i for i in token_ids if i >= num_known_tokens]
-    table = decoder.get_input_embeddings().weight
-    mean = table[:num_known_tokens].mean(0)
-    if new and max(new) >= len(table):
+    mean = _word_embeddings(decoder)[:num_known_tokens].mean(0)
+    if new and max(new) >= len(_word_embeddings(decoder)):
         decoder.resize_token_embeddings(max(new) + 1, mean_resizing=False)
-    decoder.get_input_embeddings().weight[new] = mean
+    _word_embeddings(decoder)[new] = mean
+
+
+def _word_embeddings(decoder: PreTrainedModel) -> Tensor:
+    embeddings = decoder.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    return embeddings.weight
 
 
 def mlrm_config(config: Config, llm: PreTrainedConfig, num_patches: int, vision_width: int) -> MLRMConfig:

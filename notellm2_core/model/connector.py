@@ -123,9 +123,7 @@ class Connector(nn.Module):
     def __init__(self, sizes: QFormerSizes, llm_width: int) -> None:
         super().__init__()
         self.qformer = QFormer(sizes)
-        self.mlp = nn.Sequential(
-            nn.Linear(sizes.hidden_size, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width)
-        )
+        self.mlp = nn.Sequential(nn.Linear(sizes.hidden_size, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width))
         self.apply(init_linear)
 
     def forward(self, patches: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 Nothing is unpickled (safetensors only) and no remote code runs.
 """
 
-import os
+import fcntl
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ import notellm2_core.torch_compat  # noqa: F401, before transformers
 
 # isort: split
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -44,6 +44,7 @@ def load_llm(settings: config.LLM, cache_dir: Path) -> tuple[PreTrainedModel, Pr
     A packaged GGUF is converted to safetensors once, below `cache_dir`. Raises ValueError where the weights cannot be
     had, are incomplete, or have fewer layers than asked for.
     """
+    tokenizer: PreTrainedTokenizerBase
     if settings.name == "tiny":
         tokenizer = tiny_tokenizer()
         architecture = _cut(_tiny_architecture(len(tokenizer)), settings)
@@ -115,8 +116,12 @@ def _converted_package(name: str, cache_dir: Path) -> Path:
     if target.exists():
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=cache_dir))
-    try:
+    with (cache_dir / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process converts, the others wait for it; a kill releases it
+        if target.exists():
+            return target
+        work = cache_dir / f".{target.name}.partial"
+        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
         with _errors_of(name), _quiet():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             decoder = AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -124,13 +129,7 @@ def _converted_package(name: str, cache_dir: Path) -> Path:
         del decoder.config.quantization_config, decoder.hf_quantizer
         decoder.save_pretrained(work)
         tokenizer.save_pretrained(work)
-        try:
-            os.rename(work, target)
-        except OSError:
-            if not target.exists():  # another process has made the same meanwhile
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        work.rename(target)
     return target
 
 
@@ -186,7 +185,7 @@ def _errors_of(name: str) -> Iterator[None]:
     """Whatever transformers says about weights that cannot be had becomes one sentence."""
     try:
         yield
-    except (OSError, ImportError, ValueError, KeyError) as e:
+    except (OSError, ImportError, ValueError, KeyError, SafetensorError) as e:
         first_line = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise ValueError(
             f"the LLM {name!r} cannot be loaded ({first_line}); set model.llm.name to {_DECODER_MODES}."

@@ -126,12 +126,15 @@ class MLRMModel(PreTrainedModel):
         """As in transformers, but a weight that is missing or of another shape is a ValueError, not a random one."""
         wants_report = kwargs.pop("output_loading_info", False)
         try:
-            model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except RuntimeError as e:  # transformers' answer to weights of another shape
             raise ValueError(f"{args[0]} does not fit its config.json: {' '.join(str(e).split())[:300]}") from e
+        model, report = loaded
         require_complete(report, str(args[0]))
         if report["unexpected_keys"]:
-            raise ValueError(f"{args[0]} has weights that its config.json does not know: {min(report['unexpected_keys'])}")
+            raise ValueError(
+                f"{args[0]} has weights that its config.json does not know: {min(report['unexpected_keys'])}"
+            )
         return (model, report) if wants_report else model
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ class VisionEncoder(nn.Module):
         """Raises ValueError if the tower has no patch features as wide as its global feature."""
         super().__init__()
         self.architecture = architecture
-        self.tower = tower
+        # convolutions on a CPU take half the time
+        self.tower = tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False)
         self.eval()
         self.num_patches, self.width = _measure(architecture, tower)
@@ -50,7 +52,7 @@ class VisionEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 3, S, S] -> patches [N, L, h_v], global feature [N, h_v]."""
-        patches, pooled = self.tower(pixels)
+        patches, pooled = self.tower(pixels.contiguous(memory_format=torch.channels_last))
         return patches.contiguous(), pooled
 
     def save_pretrained(self, folder: Path) -> None:
@@ -151,17 +153,19 @@ def _encoder_id(architecture: Architecture, weights: dict[str, Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
 def _saved_folder(settings: config.Vision) -> Path | None:
     """`pretrained`, if it is a folder that `save_pretrained` wrote."""
     folder = settings.pretrained and Path(settings.pretrained)
-    return folder if folder and (folder / "config.json").is_file() and (folder / "model.safetensors").is_file() else None
+    return (
+        folder if folder and (folder / "config.json").is_file() and (folder / "model.safetensors").is_file() else None
+    )
 
 
-def _read_facts(folder: Path) -> dict:
+def _read_facts(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         facts = json.loads(file.read_text())

@@ -78,7 +78,7 @@ class TimmTower(nn.Module):
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk: Any = trunk
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.trunk.forward_features(pixels)
@@ -102,7 +102,7 @@ class TinyTower(nn.Module):
             fan_in = conv.weight[0].numel()
             weight = torch.randn(conv.weight.shape, generator=generator, device="cpu") * math.sqrt(2 / fan_in)
             conv.weight.data = weight.to(conv.weight.device)
-            nn.init.zeros_(conv.bias)
+            conv.bias = nn.Parameter(torch.zeros(len(weight)))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.second(nn.functional.gelu(self.first(pixels)))  # [N, 32, 4, 4]
@@ -154,7 +154,7 @@ def build_tower(architecture: Architecture) -> nn.Module:
     return open_clip_tower(_build_vision_tower(**architecture.model))
 
 
-def open_clip_tower(visual: nn.Module) -> nn.Module:
+def open_clip_tower(visual: Any) -> nn.Module:
     """SigLIP and its like are timm models inside open_clip."""
     return TimmTower(visual.trunk) if hasattr(visual, "trunk") else OpenClipTower(visual)
 
@@ -175,7 +175,7 @@ def open_clip_preprocess(cfg: dict[str, Any]) -> Preprocess:
     )
 
 
-def timm_architecture(model: nn.Module) -> Architecture:
+def timm_architecture(model: Any) -> Architecture:
     cfg = importlib.import_module("timm.data").resolve_data_config({}, model=model)
     squash = cfg["crop_mode"] == "squash"
     pre = Preprocess(

@@ -84,7 +84,9 @@ class MLRMProcessor:
         """Adds the two special tokens to `tokenizer` where it has not got them. `num_queries` is L_c."""
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VISUAL_WORD_TOKEN]}, False)
         self.tokenizer = tokenizer
-        self.new_token_ids: list[int] = [tokenizer.convert_tokens_to_ids(t) for t in (IMAGE_TOKEN, VISUAL_WORD_TOKEN)]
+        new_token_ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VISUAL_WORD_TOKEN])
+        assert isinstance(new_token_ids, list)
+        self.new_token_ids = new_token_ids
         self.text = text
         self.prompt = prompt
         self.num_queries = num_queries

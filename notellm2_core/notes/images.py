@@ -16,7 +16,12 @@ from PIL import Image, ImageOps
 Status = Literal["ok", "missing", "broken", "too_large", "escapes"]
 STATUSES: tuple[Status, ...] = ("ok", "missing", "broken", "too_large", "escapes")
 # Plain bitmaps only: Pillow would run Ghostscript for EPS, and lets ICO and ICNS hide a larger picture inside.
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
+Image.init()
+FORMATS = tuple(  # MPO opens as JPEG; AVIF is not in every build of Pillow
+    name
+    for name in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
+    if name in Image.OPEN
+)
 _MAX_BYTES_PER_PIXEL = 8  # 16 bits x 4 channels, uncompressed: no file of allowed pixels is larger (plus a margin)
 _MARGIN_BYTES = 1 << 20
 
@@ -73,7 +78,7 @@ def fetch(source: Path, image_path: str | None, data: bytes | None, max_pixels: 
 
 
 def check_header(data: bytes, max_pixels: int) -> Status:
-    """"ok", "broken" or "too_large", from the header alone; the pixels may still turn out to be broken."""
+    """ "ok", "broken" or "too_large", from the header alone; the pixels may still turn out to be broken."""
     return _open(data, max_pixels)[0]
 
 
@@ -127,7 +132,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Greys: 16 bits keep their range (65535 is white); 32 bits and floats, which have none, are stretched to theirs."""
+    """Greys: 16 bits keep their range (65535 is white); 32 bits and floats have none and are stretched."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (values.min(), values.max())
     scaled = (values - low) / max(high - low, 1e-12) * 255

@@ -37,7 +37,15 @@ class Mark:
 
 
 _IMAGE = Mark(IMAGE_TOKEN)
-_TEXT_FIELDS = ("'title': '", Field("title"), "', 'topic': '", Field("topic"), "', 'content': '", Field("content"), "'}")
+_TEXT_FIELDS = (
+    "'title': '",
+    Field("title"),
+    "', 'topic': '",
+    Field("topic"),
+    "', 'content': '",
+    Field("content"),
+    "'}",
+)
 
 PROMPTS: dict[PromptName, tuple[str | Field | Mark, ...]] = {
     # Section 2.2, "Note Compression Prompt".
@@ -51,7 +59,10 @@ PROMPTS: dict[PromptName, tuple[str | Field | Mark, ...]] = {
 
 # Kana, Han (with extensions and compatibility forms), Bopomofo, and the full-width punctuation between them. Korean
 # is written with spaces and is not among them.
-_CJK = "\u3001-\u30ff\u3100-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uffef\U00020000-\U0003ffff"
+_CJK = (
+    "\u3001-\u30ff\u3100-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uffef"
+    "\U00020000-\U0003ffff"
+)
 _WORDS = {
     "auto": re.compile(rf"[{_CJK}]|[^\s{_CJK}]+"),
     "space": re.compile(r"\S+"),

@@ -8,14 +8,14 @@ The same command with the same --work goes on where a killed one stopped.
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import load_config
-from notellm2_core.training.launch import die_with_parent
+from notellm2_core.training.checkpoints import write_atomically
+from notellm2_core.training.launch import ERROR_FILE, die_with_parent
 
 
 def main() -> None:
@@ -31,25 +31,42 @@ def main() -> None:
     parser.add_argument("--mlflow-uri", help="tracking server for the curves")
     parser.add_argument("--mlflow-run-id")
     args = parser.parse_args()
-    if os.environ.get("RANK", "0") != "0":  # every rank meets the same user error; one of them says so
-        sys.stderr = open(os.devnull, "w") if "NOTELLM2_ALL_RANKS" not in os.environ else sys.stderr
-    with one_line_errors(), _pipes_log() as log:
-        from notellm2_core.training.loop import Paths, Reports, run  # torch, after the arguments are known to be right
+    with one_line_errors(), _error_file(args.work), _pipes_log() as log:
+        config = load_config(args.config)
+        from notellm2_core.training.loop import Paths, Reports, run  # torch, once there is something to do
 
         paths = Paths(args.notes, args.images, args.store, args.pairs, args.work, args.out)
-        run(load_config(args.config), paths, Reports(log, args.mlflow_uri, args.mlflow_run_id))
+        run(config, paths, Reports(log, args.mlflow_uri, args.mlflow_run_id))
+
+
+@contextmanager
+def _error_file(work: Path) -> Iterator[None]:
+    """Leaves the one sentence of a user error in WORK/error.txt too: torchrun buries it under words of its own."""
+    file = work / ERROR_FILE
+    if _is_first_rank():
+        file.unlink(missing_ok=True)
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        if _is_first_rank():
+            write_atomically(file, " ".join(str(e).split()))
+        raise
 
 
 @contextmanager
 def _pipes_log() -> Iterator[Callable[[str], None] | None]:
-    """Writes into the log of the Dagster step that started this command; None where there is none, and on other ranks."""
-    if "DAGSTER_PIPES_CONTEXT" not in os.environ or os.environ.get("RANK", "0") != "0":
+    """Writes into the log of the Dagster step that started this command; None where there is none."""
+    if "DAGSTER_PIPES_CONTEXT" not in os.environ or not _is_first_rank():
         yield None
         return
     from dagster_pipes import open_dagster_pipes
 
     with open_dagster_pipes() as pipes:
         yield pipes.log.info
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

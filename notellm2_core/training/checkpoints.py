@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 _NUM_KEPT = 2
 _LATEST = "latest"
 
@@ -45,6 +43,8 @@ class Checkpoints:
         assert path is not None, f"DeepSpeed did not load {self.latest()} of {self.folder}"
 
     def save(self, engine: Any, step: int) -> None:
+        import torch.distributed as dist
+
         name, draft = f"step-{step}", f"draft-{step}"
         if dist.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,7 @@ def encoder_id(images: Path) -> str:
     """Which vision encoder made the features. Raises ValueError where `images` is not the features command's output."""
     file = images / "vision" / "config.json"
     if not file.exists():
-        raise ValueError(f"{images} has no vision/config.json: give --images the folder that the features command wrote")
+        raise ValueError(f"{file} is not there: give --images the folder that the features command wrote")
     return str(json.loads(file.read_text())["encoder_id"])
 
 

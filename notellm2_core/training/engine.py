@@ -62,6 +62,7 @@ def import_deepspeed() -> Any:
         warnings.simplefilter("ignore")
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
 
 
@@ -121,8 +122,8 @@ def optimizer_groups(named: dict[str, list[tuple[str, nn.Parameter]]], training:
         for decays in (True, False):
             chosen = [p for name, p in parameters if p.requires_grad and _decays(part, name, p) == decays]
             if chosen:
-                weight_decay = training.weight_decay if decays else 0.0
-                groups.append({"params": chosen, "lr": peaks[part], "peak_lr": peaks[part], "weight_decay": weight_decay})
+                rates = {"lr": peaks[part], "peak_lr": peaks[part]}
+                groups.append({"params": chosen, **rates, "weight_decay": training.weight_decay if decays else 0.0})
     return groups
 
 

@@ -47,8 +47,8 @@ class FeatureTable:
                 os.replace(draft, path)
             finally:
                 draft.unlink(missing_ok=True)
-        values = np.load(path, mmap_mode="r") if len(image_ids) else np.zeros(shape, np.float16)
-        return cls(values, {image_id: row for row, image_id in enumerate(image_ids)})
+        table = np.load(path, mmap_mode="r") if len(image_ids) else np.zeros(shape, np.float16)
+        return cls(table, {image_id: row for row, image_id in enumerate(image_ids)})
 
     def row(self, image_id: str | None) -> int:
         """The row of this image; -1 for None, which has no features."""

@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+ERROR_FILE = "error.txt"  # in WORK: why the last run stopped, where the user can mend it
 _PR_SET_PDEATHSIG = 1
 
 

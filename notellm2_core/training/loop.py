@@ -23,7 +23,6 @@ from notellm2_core.training.precision import choose_precision
 from notellm2_core.training.progress import MlflowCurves, Progress
 from notellm2_core.training.save import DONE, save_model
 from notellm2_core.training.start import apply_start
-from notellm2_core.training.step import TrainingStep
 from notellm2_core.training.validation import validate, validation_sample
 
 # What a run may be continued with although it differs: it changes no weight.
@@ -87,9 +86,8 @@ def run(config: Config, paths: Paths, reports: Reports = Reports()) -> None:
     engine = engines.make_engine(model, config, known_run["precision"])
     if first_step:
         checkpoints.load(engine)
-    progress = Progress(
-        paths.work / "metrics.jsonl", first_step, training.num_steps, rank == 0, reports.log, _curves(config, reports, rank)
-    )
+    metrics, curves = paths.work / "metrics.jsonl", _curves(config, reports, rank)
+    progress = Progress(metrics, first_step, training.num_steps, rank == 0, reports.log, curves)
     try:
         _train(engine, data, batches, first_step, config, device, checkpoints, progress, paths.work)
         facts = _facts(progress, config, data, known_run["precision"], num_ranks)
@@ -120,7 +118,7 @@ def _train(
         has_image = torch.from_numpy(data.has_image(rows)).to(device)
 
         embedded, losses, tau = engine(batch, known, has_image)  # Eq. 9 over all 2B rows, the same on every rank
-        _require_finite("loss", float(losses.total), step, data, batches[step], work)
+        _require_finite("loss", losses.total.item(), step, data, batches[step], work)
         engine.backward(losses.total)
         factor = engines.learning_rate_factor(step, training.num_steps, training.warmup_ratio)
         engines.set_learning_rate(engine.optimizer, factor)
@@ -163,12 +161,12 @@ def _curves(config: Config, reports: Reports, rank: int) -> MlflowCurves | None:
 
 
 def _figures(losses: Losses, tau: Tensor, gate_mean: Tensor | None, rate: float, grad_norm: float) -> dict[str, float]:
-    figures = {"loss": float(losses.total), "loss_m": float(losses.multimodal)}
+    figures = {"loss": losses.total.item(), "loss_m": losses.multimodal.item()}
     if losses.visual is not None:
-        figures["loss_v"] = float(losses.visual)
-    figures["tau"] = float(tau)
+        figures["loss_v"] = losses.visual.item()
+    figures["tau"] = tau.item()
     if gate_mean is not None:
-        figures["gate_mean"] = float(gate_mean)
+        figures["gate_mean"] = gate_mean.item()
     return figures | {"lr": rate, "grad_norm": grad_norm}
 
 
@@ -185,9 +183,7 @@ def _require_finite(what: str, value: float, step: int, data: TrainingData, pair
     )
 
 
-def _facts(
-    progress: Progress, config: Config, data: TrainingData, precision: str, num_ranks: int
-) -> dict[str, Any]:
+def _facts(progress: Progress, config: Config, data: TrainingData, precision: str, num_ranks: int) -> dict[str, Any]:
     """training.json: was it good?"""
     losses, speed = progress.series("loss"), progress.series("notes_per_s")
     if not losses:

@@ -105,7 +105,7 @@ class _CappedTau(torch.autograd.Function):
         return tau.clamp(max=MAX_TAU)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
         (at_cap,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return torch.where(at_cap & (gradient < 0), 0.0, gradient)
 

@@ -1,6 +1,6 @@
-"""Where the figures of a running training go: a bar in the terminal, WORK/metrics.jsonl, Dagster's log, MLflow's curves.
+"""Where the figures of a training go: a bar in the terminal, WORK/metrics.jsonl, Dagster's log, MLflow's curves.
 
-Only rank 0 has one. The file is the record; the others are views of it and never stop or delay the training.
+The file is the record; the others are views of it and never stop or delay the training.
 """
 
 import json
@@ -82,7 +82,8 @@ class Progress:
         self._lines.append(line)
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        text = f"step {step}/{self._num_steps}, {eta:.0f} s to go: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+        text = f"step {step}/{self._num_steps}, {eta:.0f} s to go: {figures}"
         tqdm.write(text, file=sys.stderr)
         if self._log is not None:
             self._log(text)

@@ -69,16 +69,16 @@ def spread(states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_pca(projector: nn.Linear, states: Tensor) -> None:
-    """projector := the whitened principal directions of `states` [n, h]: their outputs have mean 0 and equal spread.
+    """projector := the principal directions of `states` [n, h], half whitened: the outputs have mean 0 and spread 1.
 
     Every direction is weighed by 1 / sqrt(its spread): between plain PCA, where the first two or three directions are
-    the whole cosine, and full whitening, where the noise of the last counts as much as the first.
+    the whole cosine, and full whitening, where the noise of the last counts as much as the first. The outputs together
+    have spread 1, so that the first steps of Adam, which move every weight by the learning rate however small the
+    outputs are, cannot bring the common part back.
 
     With a bias the mean is subtracted. Without one, the directions are sought in the complement of the mean, so that
-    the mean is mapped to 0 all the same. Rows for which there is no direction left keep a small random start. The
-    matrix as a whole keeps the size of its random start: the learning rate was made for that.
+    the mean is mapped to 0 all the same. Rows for which there is no direction left keep a small random start.
     """
-    size = projector.weight.norm()
     x = states.double().cpu()
     mean = x.mean(dim=0)
     centred = x - mean
@@ -90,10 +90,10 @@ def set_pca(projector: nn.Linear, states: Tensor) -> None:
     num = min(projector.out_features, rank)
     largest = directions.abs().argmax(dim=1, keepdim=True)
     directions = directions * directions.gather(1, largest).sign()  # the sign of a direction is arbitrary: fix it
-    deviations = singular[:num] / len(x) ** 0.5
-    weight = projector.weight.double().cpu() * 0.01
-    weight[:num] = directions[:num] / deviations.sqrt()[:, None]
-    weight = weight * (size.double().cpu() / weight.norm())
+    spreads = (singular[:num] / len(x) ** 0.5).sqrt()  # of the outputs, after the division
+    weight = projector.weight.double().cpu() * 1e-3
+    weight[:num] = directions[:num] / spreads[:, None]
+    weight /= (spreads.square().sum() / projector.out_features).sqrt()
     projector.weight.copy_(weight)
     if projector.bias is not None:
         projector.bias.copy_(-weight @ mean)

@@ -33,7 +33,11 @@ class TrainingStep(nn.Module):
         self.autocast = autocast
 
     def forward(
-        self, batch: NoteBatch, known: KnownPositives | None = None, has_image: Tensor | None = None, embed_only: bool = False
+        self,
+        batch: NoteBatch,
+        known: KnownPositives | None = None,
+        has_image: Tensor | None = None,
+        embed_only: bool = False,
     ) -> tuple[Embedded, Losses | None, Tensor | None]:
         """Embeddings of the global batch, its losses and the tau they were computed with (None with `embed_only`).
 
@@ -48,6 +52,6 @@ class TrainingStep(nn.Module):
         if embed_only:
             return embedded, None, None
         tau = capped_tau(self.model.tau)
-        masks = (known.multimodal, known.visual) if known is not None else (None, None)
-        losses = note_losses(embedded.multimodal, embedded.visual, tau, self.alpha, *masks, has_image)
+        known_m, known_v = (known.multimodal, known.visual) if known is not None else (None, None)
+        losses = note_losses(embedded.multimodal, embedded.visual, tau, self.alpha, known_m, known_v, has_image)
         return embedded, losses, tau.detach()

@@ -28,7 +28,9 @@ def validation_sample(data: TrainingData, seed: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def validate(engine: Any, data: TrainingData, pairs: np.ndarray, config: Config, device: torch.device) -> dict[str, float]:
+def validate(
+    engine: Any, data: TrainingData, pairs: np.ndarray, config: Config, device: torch.device
+) -> dict[str, float]:
     """`validation_loss` and `validation_recall_at_10` on `pairs` [V, 2]; the notes are shared out over the ranks."""
     notes, places = np.unique(pairs, return_inverse=True)  # [n], [V, 2]
     engine.eval()
@@ -42,7 +44,7 @@ def validate(engine: Any, data: TrainingData, pairs: np.ndarray, config: Config,
         has_image = torch.from_numpy(data.has_image(notes[batch]))
         views = multimodal[batch], None if visual is None else visual[batch]
         losses = note_losses(*views, tau, config.training.alpha, known.multimodal, known.visual, has_image)
-        total += float(losses.total) * len(batch)
+        total += losses.total.item() * len(batch)
     return {
         "validation_loss": total / places.size,
         f"validation_recall_at_{RECALL_K}": recall_at(multimodal, torch.from_numpy(places), RECALL_K),

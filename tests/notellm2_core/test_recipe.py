@@ -1,6 +1,6 @@
 """Addresses: what changes them and what does not; and which days a window has."""
 
-from datetime import UTC, date, datetime
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -65,9 +65,9 @@ def test_weeks_run_from_sunday_and_only_a_covered_week_is_complete() -> None:
     """2025-01-05 is a Sunday."""
     assert first_day_of_week(date(2025, 1, 5)) == date(2025, 1, 5)
     assert first_day_of_week(date(2025, 1, 11)) == date(2025, 1, 5)
-    friday, saturday = datetime(2025, 1, 10, 23, tzinfo=UTC), datetime(2025, 1, 11, 1, tzinfo=UTC)
+    friday, saturday, sunday = date(2025, 1, 10), date(2025, 1, 11), date(2025, 1, 12)
     assert last_complete_week_end(friday) == date(2025, 1, 5)
-    assert last_complete_week_end(saturday) == date(2025, 1, 12)
+    assert last_complete_week_end(saturday) == last_complete_week_end(sunday) == sunday
 
 
 def test_windows(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ GRAPH = {
     "notes": set(),
     "events": {"raw_events", "notes"},
     "cooccurrence": {"events"},
-    "note_sides": {"notes", "events"},
+    "note_sides": {"notes", "events", "vision_features"},
     "related_pairs": {"cooccurrence", "note_sides"},
     "pair_datasets": {"related_pairs", "note_sides"},
     "vision_features": {"notes"},

@@ -115,7 +115,7 @@ def test_eq_9_weighs_the_parts() -> None:
 
 @pytest.mark.parametrize(("tau", "pull", "expected"), [(3.0, -1.0, -1.0), (5.0, -1.0, 0.0), (5.0, 1.0, 1.0)])
 def test_tau_is_capped_at_a_scale_of_100(tau: float, pull: float, expected: float) -> None:
-    """Below ln 100 nothing changes; above, the value is ln 100 and only a gradient that lowers tau (positive) passes."""
+    """Below ln 100 nothing changes; above, the value is ln 100 and only a gradient that lowers tau passes."""
     weight = torch.tensor([tau], requires_grad=True)
     capped = capped_tau(weight)
     assert capped.item() == pytest.approx(min(tau, MAX_TAU))

@@ -1,0 +1,59 @@
+"""The report of a release as files: recall.json, the table, the plot and the picture of neighbours."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from notellm2_core.config import Config
+from notellm2_core.evaluation.evaluate import evaluate, neighbour_sheet, picture_reader
+from notellm2_core.evaluation.report import Report, to_markdown, to_plot
+
+ORACLE = "oracle.parquet"
+
+
+def write_report(
+    config: Config,
+    *,
+    source: Path,
+    notes: Path,
+    pairs: Path,
+    clicks: Path,
+    model: Path,
+    embeddings: Path,
+    start_embeddings: Path,
+    baseline_embeddings: Path,
+    out: Path,
+) -> dict[str, Any]:
+    """Measure, and write recall.json, recall.md, recall.png and neighbours.jpg into `out`.
+
+    Returns R@k by method, input and slice, in percent, nested: {"notellm2": {"multimodal": {"all": {"10": ...}}}}.
+    """
+    folders: dict[tuple[str, str], Path] = {(config.model.method, folder.name): folder for folder in _inputs(embeddings)}
+    if "zero_shot" in config.evaluation.baselines:
+        folders |= {("zero_shot", folder.name): folder for folder in _inputs(start_embeddings)}
+    if "minilm" in config.evaluation.baselines:
+        folders["minilm", "text"] = baseline_embeddings / "minilm"
+    oracle = source / ORACLE if (source / ORACLE).exists() else None
+    report = evaluate(folders, notes, pairs, config, tokenizer=model, clicks=clicks, oracle=oracle)
+    (out / "recall.json").write_text(json.dumps(report.to_dict(), indent=1))
+    (out / "recall.md").write_text(to_markdown(report))
+    (out / "recall.png").write_bytes(to_plot(report))
+    picture = picture_reader(notes, source, config.source.max_image_pixels)
+    sheet = neighbour_sheet(
+        embeddings / "multimodal", notes, pairs, config.evaluation.num_sheet_queries, picture, config.seed
+    )
+    (out / "neighbours.jpg").write_bytes(sheet)
+    return _figures(report)
+
+
+def _inputs(embeddings: Path) -> list[Path]:
+    return sorted(p for p in embeddings.iterdir() if p.is_dir())
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for row in report.rows:
+        figures.setdefault(row.method, {}).setdefault(row.inputs or "-", {})[row.slice] = {
+            str(recall.k): recall.expected for recall in row.recalls if recall.expected is not None
+        }
+    return figures

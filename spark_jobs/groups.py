@@ -1,0 +1,73 @@
+"""Groups of notes that belong together: connected components, near-duplicates, clusters of related notes."""
+
+from functools import reduce
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+
+def components(edges: DataFrame) -> DataFrame:
+    """Undirected edges (a, b) -> (node, component): the smallest node that can be reached names the component.
+
+    Every round takes the smallest label among a node's neighbours and then that label's own label, so that even a
+    chain needs only about log2(length) rounds; the loop ends when no label changes.
+    """
+    edges = edges.select("a", "b").union(edges.select("b", "a")).distinct().localCheckpoint()
+    labels = edges.select(F.col("a").alias("node"), F.col("a").alias("component")).distinct()
+    while True:
+        neighbours = edges.join(labels, F.col("b") == F.col("node")).groupBy("a").agg(F.min("component").alias("least"))
+        nearer = labels.join(neighbours, F.col("node") == F.col("a")).select(
+            "node", F.col("component").alias("before"), F.least("component", "least").alias("hop")
+        )
+        jump = nearer.select(F.col("node").alias("via"), F.col("hop").alias("component"))
+        moved = nearer.join(jump, F.col("hop") == F.col("via")).select("node", "before", "component").localCheckpoint()
+        if not moved.filter(F.col("before") != F.col("component")).head(1):
+            return moved.select("node", "component")
+        labels = moved.select("node", "component")
+
+
+def near_duplicates(notes: DataFrame, images: DataFrame | None = None) -> DataFrame:
+    """NOTES -> (note_id, group_id): notes with the same text or the same picture share a group, also in a chain.
+
+    Text is the same after lower-casing and collapsing white space, over title, topics and content; notes without text
+    have no text in common. A picture is the same by its path, its bytes, or its `image_id` in `images` (NOTE_IMAGES).
+    The group is named by its smallest note id.
+    """
+    text = F.concat_ws(" ", "title", F.array_join("topics", " "), "content")
+    words = F.btrim(F.regexp_replace(F.lower(text), r"\s+", " "))
+    keys: list[tuple[DataFrame, Column]] = [
+        (notes, F.when(words != "", F.sha2(words, 256))),
+        (notes, F.col("image_path")),
+        (notes, F.sha2("image", 256)),
+    ]
+    if images is not None:
+        keys.append((images, F.col("image_id")))
+    tables = [
+        df.select("note_id", key.alias("key"), F.lit(i).alias("kind")).filter("key IS NOT NULL")
+        for i, (df, key) in enumerate(keys)
+    ]
+    shared = reduce(DataFrame.union, tables)
+    first = F.min("note_id").over(Window.partitionBy("kind", "key"))
+    edges = shared.select(F.col("note_id").alias("a"), first.alias("b")).filter("a != b")
+    grouped = components(edges).select(F.col("node").alias("note_id"), F.col("component").alias("group_id"))
+    group = F.coalesce("group_id", "note_id")
+    return notes.select("note_id").join(grouped, "note_id", "left").select("note_id", group.alias("group_id"))
+
+
+def clusters(edges: DataFrame) -> DataFrame:
+    """Weighted edges (a, b, score) -> (node, cluster): every node joins its strongest neighbour.
+
+    Strongest: most edges between the two, then the highest score, then the smallest id (the first step of first-
+    neighbour clustering, https://arxiv.org/abs/1902.11266). Clusters are small where the whole graph hangs together.
+    """
+    both = edges.select("a", "b", "score").union(edges.select("b", "a", "score"))
+    links = both.groupBy("a", "b").agg(F.count("*").alias("links"), F.max("score").alias("score"))
+    order = Window.partitionBy("a").orderBy(F.desc("links"), F.desc("score"), F.asc("b"))
+    strongest = links.withColumn("place", F.row_number().over(order)).filter("place = 1")
+    return components(strongest).withColumnRenamed("component", "cluster")
+
+
+def position(name: Column, salt: str) -> Column:
+    """A fixed place of `name` in [0, 1): the first 52 bits of the SHA-256 of `salt` and `name`."""
+    digits = F.substring(F.sha2(F.concat(F.lit(salt), name), 256), 1, 13)
+    return F.conv(digits, 16, 10).cast("double") / float(1 << 52)

@@ -1,0 +1,197 @@
+"""How notes are kept apart: train side and pool, training and validation pairs, and the proof that nothing leaks."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from notellm2_core.schema import NOTE_SIDES, RELATED_PAIRS
+from spark_jobs.groups import clusters, components, near_duplicates, position
+from spark_jobs.tables import counts_by, figures, read_table, write_table
+
+By = Literal["time", "hash"]
+
+
+def assign_sides(
+    spark: SparkSession,
+    notes: Path,
+    events: Path,
+    out: Path,
+    by: By,
+    pool_share: float,
+    max_pool_notes: int | None,
+    images: Path | None = None,
+) -> dict[str, Any]:
+    """Notes and `events/{train,test}` -> `out/*.parquet` (NOTE_SIDES).
+
+    Returns notes, notes_in_train_days, notes_in_test_days, train, pool, near_duplicate_groups (of two notes or more on
+    a side) and unassigned (notes in the windows that are on neither side). Raises ValueError for an empty side.
+    """
+    tables = [read_table(spark, p) for p in (notes, events / "train", events / "test")]
+    pictures = read_table(spark, images) if images is not None else None
+    write_table(note_sides(*tables, by, pool_share, max_pool_notes, pictures), out, ["note_id"])
+    sides = read_table(spark, out)
+    counts = {"train": 0, "pool": 0, **counts_by(sides, "side")}
+    in_train, in_test = (t.select("note_id").distinct() for t in tables[1:])
+    num_seen = in_train.union(in_test).distinct().count()
+    for side, setting in (("train", "window.train_days"), ("pool", "window.test_days")):
+        if not counts[side]:
+            raise ValueError(
+                f"no note is left for the {side} side of {num_seen} notes in the windows (split.by = {by}); set "
+                f"split.by, split.pool_share = {pool_share} or {setting}."
+            )
+    return {
+        "notes": tables[0].count(),
+        "notes_in_train_days": in_train.count(),
+        "notes_in_test_days": in_test.count(),
+        **counts,
+        "near_duplicate_groups": sides.groupBy("group_id").count().filter("count > 1").count(),
+        "unassigned": num_seen - counts["train"] - counts["pool"],
+    }
+
+
+def note_sides(
+    notes: DataFrame,
+    train_events: DataFrame,
+    test_events: DataFrame,
+    by: By,
+    pool_share: float = 0.3,
+    max_pool_notes: int | None = None,
+    images: DataFrame | None = None,
+) -> DataFrame:
+    """NOTES, EVENTS, EVENTS -> NOTE_SIDES. Near-duplicates never stand on both sides.
+
+    time: the train side is what has events in the training days, the pool what has events in the test days and not in
+    the training days; a note of the pool with a near-duplicate on the train side is on neither.
+    hash: each near-duplicate group has its side by hash, about `pool_share` of them the pool. A train note needs events
+    in the training days, a pool note events in the test days.
+    Of the pool, the `max_pool_notes` notes with the lowest hash are kept.
+    """
+    in_train = train_events.select("note_id").distinct().withColumn("in_train", F.lit(True))
+    in_test = test_events.select("note_id").distinct().withColumn("in_test", F.lit(True))
+    grouped = near_duplicates(notes, images)
+    seen = grouped.join(in_train, "note_id", "left").join(in_test, "note_id", "left").na.fill(False)
+    if by == "time":
+        touched = seen.groupBy("group_id").agg(F.bool_or("in_train").alias("touches_train"))
+        seen = seen.join(touched, "group_id")
+        is_train, is_pool = F.col("in_train"), F.col("in_test") & ~F.col("touches_train")
+    elif by == "hash":
+        in_pool = position(F.col("group_id"), "side ") < pool_share
+        is_train, is_pool = F.col("in_train") & ~in_pool, F.col("in_test") & in_pool
+    else:
+        raise ValueError(f"split.by = {by} is unknown; use time or hash.")
+    side = F.when(is_train, "train").when(is_pool, "pool")
+    sides = seen.withColumn("side", side).filter("side IS NOT NULL").select(NOTE_SIDES.names)
+    if max_pool_notes is None:
+        return sides
+    pool = sides.filter("side = 'pool'").orderBy(position(F.col("note_id"), "pool "), "note_id").limit(max_pool_notes)
+    return sides.filter("side = 'train'").union(pool)
+
+
+def split_pairs(pairs: DataFrame, sides: DataFrame, validation_share: float) -> tuple[DataFrame, DataFrame]:
+    """RELATED_PAIRS of the train side -> (train, validation): no note, and no near-duplicate, is in both.
+
+    Pairs are cut in units of notes, each the largest of these that holds at most `validation_share` of the pairs: the
+    connected component of the pair graph, the cluster of strongest neighbours, the near-duplicate group. Units are
+    ordered by hash, and so many of the first are the validation's that the share is met most nearly. Pairs that straddle
+    are in neither table: none where components are small; where all notes hang together about twice the share (a cut
+    by single notes would lose four times the share).
+    """
+    if validation_share == 0:
+        return pairs, pairs.limit(0)
+    placed = _place(pairs, sides, validation_share).localCheckpoint()
+    # A pair is the validation's where both ends are, so its later end says from which border on it is.
+    later, earlier = F.greatest("query_position", "target_position"), F.least("query_position", "target_position")
+    upto = F.sum("count").over(Window.orderBy("border")) / F.sum("count").over(Window.partitionBy())
+    borders = placed.groupBy(later.alias("border")).count().withColumn("miss", F.abs(upto - validation_share))
+    border = borders.orderBy("miss", "border").select("border").limit(1)
+    placed = placed.crossJoin(F.broadcast(border))
+    train = placed.filter(earlier > F.col("border")).select(RELATED_PAIRS.names)
+    return train, placed.filter(later <= F.col("border")).select(RELATED_PAIRS.names)
+
+
+def _place(pairs: DataFrame, sides: DataFrame, validation_share: float) -> DataFrame:
+    """`pairs` with the hash positions of the units that their two notes belong to."""
+    groups = sides.select("note_id", "group_id")
+    ends = pairs.join(groups.toDF("query_id", "query"), "query_id").join(
+        groups.toDF("target_id", "target"), "target_id"
+    )
+    ends = ends.localCheckpoint()
+    edges = ends.select(F.col("query").alias("a"), F.col("target").alias("b"), "score")
+    units = components(edges).join(clusters(edges.filter("a != b")), "node", "left")
+    largest = validation_share * edges.count()
+    for level in ("cluster", "component"):
+        inside = (
+            edges.join(units.select(F.col("node").alias("a"), F.col(level).alias("unit")), "a")
+            .join(units.select(F.col("node").alias("b"), F.col(level).alias("other")), "b")
+            .filter("unit = other")
+        )
+        small = inside.groupBy("unit").count().filter(F.col("count") <= largest).select(F.col("unit").alias(level))
+        units = units.join(small.withColumn(f"small_{level}", F.lit(True)), level, "left")
+    unit = F.when(F.col("small_component"), F.col("component")).when(F.col("small_cluster"), F.col("cluster"))
+    placed = units.select("node", position(F.coalesce(unit, "node"), "validation ").alias("position"))
+    return ends.join(placed.toDF("query", "query_position"), "query").join(
+        placed.toDF("target", "target_position"), "target"
+    )
+
+
+def leakage(train: DataFrame, validation: DataFrame, test: DataFrame, sides: DataFrame) -> dict[str, int]:
+    """Counts that must all be zero; their names say what they count."""
+
+    def notes(pairs: DataFrame) -> DataFrame:
+        return pairs.select(F.explode(F.array("query_id", "target_id")).alias("note_id")).distinct()
+
+    def groups(some: DataFrame) -> DataFrame:
+        return some.join(sides, "note_id").select("group_id").distinct()
+
+    def shared(a: DataFrame, b: DataFrame) -> int:
+        return a.join(b, a.columns, "left_semi").count()
+
+    def on_both_sides(key: str) -> int:
+        return sides.groupBy(key).agg(F.count_distinct("side").alias("sides")).filter("sides > 1").count()
+
+    learned, held_out, tested = (notes(p).localCheckpoint() for p in (train, validation, test))
+    fitted = learned.union(held_out).distinct()
+    train_side, pool = (sides.filter(F.col("side") == side).select("note_id") for side in ("train", "pool"))
+    return {
+        "notes_on_both_sides": on_both_sides("note_id"),
+        "near_duplicate_groups_on_both_sides": on_both_sides("group_id"),
+        "train_notes_outside_train_side": fitted.join(train_side, "note_id", "left_anti").count(),
+        "validation_notes_in_train_pairs": shared(held_out, learned),
+        "validation_groups_in_train_pairs": shared(groups(held_out), groups(learned)),
+        "test_notes_outside_pool": tested.join(pool, "note_id", "left_anti").count(),
+        "test_notes_in_train_pairs": shared(tested, fitted),
+        "test_groups_in_train_pairs": shared(groups(tested), groups(fitted)),
+    }
+
+
+def split(spark: SparkSession, pairs: Path, sides: Path, out: Path, validation_share: float) -> dict[str, Any]:
+    """`pairs/{train,test}` -> `out/train`, `out/validation`, `out/test` (RELATED_PAIRS) and `out/pool` (note_id).
+
+    Returns pairs, queries and notes of each, dropped_straddling, pool, and `leakage` (all zero). Raises ValueError
+    where training or validation would be left without pairs.
+    """
+    note_side, all_train = read_table(spark, sides), read_table(spark, pairs / "train")
+    train, validation = split_pairs(all_train, note_side, validation_share)
+    tables = {"train": train, "validation": validation, "test": read_table(spark, pairs / "test")}
+    counts: dict[str, Any] = {}
+    for name, table in tables.items():
+        write_table(table, out / name, ["query_id", "rank"])
+        tables[name] = read_table(spark, out / name)
+        ends = tables[name].select(F.explode(F.array("query_id", "target_id")).alias("note_id"))
+        counts[name] = {
+            **figures(tables[name], pairs=F.count("*"), queries=F.count_distinct("query_id")),
+            "notes": ends.distinct().count(),
+        }
+    num_pairs = all_train.count()
+    if not counts["train"]["pairs"] or (validation_share and not counts["validation"]["pairs"]):
+        raise ValueError(
+            f"split.validation_share = {validation_share} cuts {num_pairs} pairs into {counts['train']['pairs']} for "
+            f"training and {counts['validation']['pairs']} for validation; change it, or keep more pairs (pairs.low)."
+        )
+    pool = note_side.filter("side = 'pool'").select("note_id")
+    write_table(pool, out / "pool", ["note_id"])
+    straddling = num_pairs - counts["train"]["pairs"] - counts["validation"]["pairs"]
+    leaks = leakage(**tables, sides=note_side)
+    return {**counts, "dropped_straddling": straddling, "pool": pool.count(), "leakage": leaks}

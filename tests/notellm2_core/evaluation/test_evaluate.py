@@ -1,0 +1,159 @@
+"""The whole evaluation on a small lake written by hand."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from notellm2_core import schema
+from notellm2_core.config import Config, Evaluation, Text
+from notellm2_core.embeddings import write_shard
+from notellm2_core.evaluation.evaluate import (
+    evaluate,
+    evaluate_embeddings,
+    neighbour_sheet,
+    picture_reader,
+    read_pairs,
+)
+
+NUM_TOPICS, PER_TOPIC = 5, 6
+NUM_NOTES = NUM_TOPICS * PER_TOPIC
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 pool notes in 5 topics of 6; every note is paired with the next of its topic, so a topic model gets R@5 = 100.
+
+    The title names the topic; notes 0, 6, 12, ... have no words but their title. Embeddings: one-hot by topic. The
+    oracle's text key is the topic, its image key is null. One more note is outside the pool.
+    """
+    root = tmp_path_factory.mktemp("lake")
+    ids = [f"n{i:02d}" for i in range(NUM_NOTES)]
+    topics = [i // PER_TOPIC for i in range(NUM_NOTES)]
+    for name in ("notes", "pairs/test", "pairs/pool", "source", "embeddings"):
+        (root / name).mkdir(parents=True)
+    Image.new("RGB", (40, 20), "red").save(root / "source" / "a.jpg")
+    inside = (root / "source" / "a.jpg").read_bytes()
+    notes = [
+        {
+            "note_id": i, "title": f"topic{t}", "topics": [],
+            "content": "some more words here" if n % PER_TOPIC else "",
+            "image_path": "a.jpg" if n == 0 else None, "image": inside if n == 1 else None,
+        }
+        for n, (i, t) in enumerate(zip([*ids, "x"], [*topics, 0], strict=True))
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(notes, schema=schema.NOTES), root / "notes" / "part-0.parquet")
+    pairs = [
+        {
+            "query_id": ids[n],
+            "target_id": ids[t * PER_TOPIC + (n + 1) % PER_TOPIC],
+            "score": 1.0,
+            "num_users": 1,
+            "rank": 1,
+        }
+        for n, t in enumerate(topics)
+    ]
+    pq.write_table(
+        pa.Table.from_pylist(pairs[::-1], schema=schema.RELATED_PAIRS), root / "pairs" / "test" / "0.parquet"
+    )
+    pq.write_table(pa.table({"note_id": ids}), root / "pairs" / "pool" / "0.parquet")
+    write_shard(root / "embeddings" / "part-00000.parquet", [*ids, "x"], np.eye(6)[[*topics, 5]], {})
+    pq.write_table(pa.table({"note_id": ["n00"], "clicks": [9]}), root / "clicks.parquet")
+    oracle = {"note_id": ids, "text_key": [f"t{t}" for t in topics], "image_key": pa.nulls(NUM_NOTES, pa.string())}
+    pq.write_table(pa.table(oracle), root / "oracle.parquet")
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(root / "tokenizer.json"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return Config(
+        name="t",
+        text=Text(short_tokens=2, long_tokens=4),
+        model={"llm": {"name": "tiny"}},  # type: ignore[arg-type]
+        evaluation=Evaluation(ks=(1, 5), baselines=("random", "popularity", "bm25")),
+    )
+
+
+def test_report(lake: Path, config: Config) -> None:
+    """Topic one-hots: 5 notes tie, so R@1 = 20 %, R@5 = 100 %, for the text oracle too; the picture explains chance.
+
+    Popularity: only n00 has clicks. For the pair (n05 -> n00) it is first; for n00 itself all 29 tie, none is
+    higher; the other 28 targets rank behind n00. R@1 = (1 + 1/29) / 30.
+    """
+    report = evaluate(
+        {("notellm2", "multimodal"): lake / "embeddings"},
+        lake / "notes",
+        lake / "pairs",
+        config,
+        tokenizer=lake,
+        clicks=lake / "clicks.parquet",
+        oracle=lake / "oracle.parquet",
+    )
+    assert report.recall("notellm2", k=1) == pytest.approx(20)
+    assert report.recall("notellm2", k=5) == 100
+    assert report.recall("oracle", "text", k=5) == 100
+    assert report.recall("oracle", "image", k=5) == pytest.approx(100 * 5 / 29)
+    assert report.recall("oracle", "multimodal", k=5) == 100
+    assert report.recall("popularity", "", k=1) == pytest.approx(100 * (1 + 1 / 29) / 30)
+    assert report.recall("bm25", "text", k=5) == pytest.approx(100)
+    assert report.recall("random", "", k=1) < 20
+    assert report.num_pairs == {"all": 30, "short_query": 5, "short_target": 5, "long_query": 25, "long_target": 25}
+    assert report.facts["chance"] == {"1": pytest.approx(100 / 29), "5": pytest.approx(500 / 29)}
+    assert -0.1 < report.facts["mean_cosine"]["notellm2 multimodal"] < 0.4
+    methods = list(dict.fromkeys(r.method for r in report.rows))
+    assert methods == ["random", "popularity", "bm25", "notellm2", "oracle"]
+
+
+def test_popularity_needs_clicks(lake: Path, config: Config) -> None:
+    with pytest.raises(ValueError, match=r"evaluation.baselines names popularity"):
+        evaluate({}, lake / "notes", lake / "pairs", config, tokenizer=lake)
+
+
+def test_one_folder_on_its_own(lake: Path) -> None:
+    """The pool is all 31 notes of the folder; the extra one is orthogonal to all topics and never higher."""
+    found = evaluate_embeddings(lake / "embeddings", lake / "pairs", [1, 5])
+    assert (found["num_pairs"], found["pool_notes"]) == (30, 31)
+    assert found["recall"] == {"1": pytest.approx(20), "5": 100}
+    assert found["recall_pessimistic"] == {"1": 0, "5": 100}
+    assert found["recall_optimistic"] == {"1": 100, "5": 100}
+
+
+def test_pairs_are_read_in_one_order(lake: Path, tmp_path: Path) -> None:
+    pairs = read_pairs(lake / "pairs")
+    assert pairs == read_pairs(lake / "pairs" / "test" / "0.parquet")
+    assert pairs.query_ids == tuple(sorted(pairs.query_ids))
+    with pytest.raises(ValueError, match="does not exist"):
+        read_pairs(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="needs the columns query_id and target_id"):
+        read_pairs(lake / "clicks.parquet")
+
+
+def test_neighbours(lake: Path) -> None:
+    """The sheet shows pictures from a file, from the table, and none; drawn from the seed, so the same each time."""
+    picture = picture_reader(lake / "notes", lake / "source", 1_000_000)
+    assert picture("n00").size == picture("n01").size == (40, 20)  # type: ignore[union-attr]
+    assert picture("n02") is None
+    shown: list[str] = []
+    sheet = neighbour_sheet(
+        lake / "embeddings", lake / "notes", lake / "pairs", 4, lambda i: (shown.append(i), picture(i))[1]
+    )
+    assert Image.open(io.BytesIO(sheet)).width == 1500
+    assert len(shown) == 4 * 6
+    for row in range(4):  # five neighbours of one topic, without the query
+        topic = {int(i[1:]) // PER_TOPIC for i in shown[6 * row : 6 * row + 6]}
+        assert len(topic) == 1
+        assert len(set(shown[6 * row : 6 * row + 6])) == 6
+    assert sheet == neighbour_sheet(lake / "embeddings", lake / "notes", lake / "pairs", 4, picture)
+
+
+def test_an_oracle_without_its_columns(lake: Path, config: Config) -> None:
+    with pytest.raises(ValueError, match=r"lacks the columns \['text_key', 'image_key'\]"):
+        evaluate({}, lake / "notes", lake / "pairs", config, lake, lake / "clicks.parquet", lake / "clicks.parquet")

@@ -1,0 +1,130 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoProcessor, LlamaConfig, LlamaModel
+
+from notellm2_core.config import LLM
+from notellm2_core.model.build import add_word_embeddings, load_model
+from notellm2_core.model.llm import load_llm
+from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
+from notellm2_core.notes.batch import MLRMProcessor
+from tests.notellm2_core.model.tiny import EMPTY, LONG, SHORT, batch_of, tiny_model
+
+IN_A_FRESH_PROCESS = """
+import sys
+from pathlib import Path
+import torch
+from notellm2_core.model.build import load_model
+from tests.notellm2_core.model.tiny import EMPTY, LONG, SHORT, batch_of
+torch.set_num_threads(1)
+model, processor = load_model(Path(sys.argv[1]))
+with torch.no_grad():
+    output = model(batch_of(processor, [SHORT, LONG, EMPTY]))
+torch.save([output.multimodal, output.visual], sys.argv[2])
+"""
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model, processor = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_same_seed_builds_the_same_model() -> None:
+    torch.manual_seed(3)
+    a, _ = tiny_model(seed=7)
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    b, _ = tiny_model(seed=7)
+    c, _ = tiny_model(seed=8)
+    assert torch.equal(before, torch.get_rng_state())
+    states = a.state_dict(), b.state_dict(), c.state_dict()
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    differ = {k for k in states[0] if not torch.equal(states[0][k], states[2][k])}
+    assert "connector.qformer.queries" in differ and not any(k.startswith("llm.") for k in differ)
+
+
+def test_the_pretrained_weights_are_kept() -> None:
+    """Wrapping initialises the new modules and nothing else."""
+    pretrained, _ = load_llm(LLM(name="tiny"), Path("unused"))
+    model, _ = tiny_model()
+    for name, weight in pretrained.state_dict().items():
+        assert torch.equal(model.llm.state_dict()[name][: len(weight)], weight), name
+
+
+def test_new_tokens_get_the_mean_of_the_known_ones() -> None:
+    """Qwen's table has more rows than its vocabulary: 10 rows, 7 known tokens, so ids 7 and 8 fit; 12 does not."""
+    decoder = LlamaModel(
+        LlamaConfig(vocab_size=10, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    )
+    before = decoder.embed_tokens.weight.detach().clone()
+    add_word_embeddings(decoder, [7, 8], 7)
+    assert decoder.embed_tokens.weight.shape == (10, 4)
+    torch.testing.assert_close(decoder.embed_tokens.weight[7], before[:7].mean(0))
+    torch.testing.assert_close(decoder.embed_tokens.weight[8], before[:7].mean(0))
+    assert torch.equal(decoder.embed_tokens.weight[:7], before[:7])
+    add_word_embeddings(decoder, [3, 12], 7)  # 3 was known: it keeps its row
+    assert decoder.embed_tokens.weight.shape == (13, 4) and decoder.config.vocab_size == 13
+    assert torch.equal(decoder.embed_tokens.weight[:7], before[:7])
+    torch.testing.assert_close(decoder.embed_tokens.weight[12], before[:7].mean(0))
+
+
+def test_a_fresh_process_computes_the_same_bits(saved: Path, tmp_path: Path) -> None:
+    code = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(saved), str(tmp_path / "out.pt")]
+    subprocess.run(code, check=True, capture_output=True)
+    there = torch.load(tmp_path / "out.pt", weights_only=True)
+    model, processor = tiny_model()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            here = model(batch_of(processor, [SHORT, LONG, EMPTY]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(there[0], here.multimodal) and torch.equal(there[1], here.visual)
+
+
+def test_transformers_auto_classes_know_it(saved: Path) -> None:
+    assert isinstance(AutoConfig.from_pretrained(saved), MLRMConfig)
+    assert isinstance(AutoModel.from_pretrained(saved), MLRMModel)
+    assert isinstance(AutoProcessor.from_pretrained(saved), MLRMProcessor)
+
+
+def test_the_configuration_names_no_place(saved: Path) -> None:
+    assert "_name_or_path" not in json.loads((saved / "config.json").read_text())["llm"]
+
+
+@pytest.mark.parametrize("loader", [load_model, AutoModel.from_pretrained])
+@pytest.mark.parametrize("damage", ["missing", "missing_llm", "shape", "unknown"])
+def test_an_incomplete_checkpoint_is_refused(saved: Path, damage: str, loader) -> None:  # type: ignore[no-untyped-def]
+    weights = load_file(saved / "model.safetensors")
+    if damage == "missing":
+        del weights["connector.qformer.queries"]
+    elif damage == "missing_llm":
+        del weights["llm.layers.1.mlp.up_proj.weight"]
+    elif damage == "shape":
+        weights["projector.weight"] = torch.zeros(32, 64)
+    else:
+        weights["surprise"] = torch.zeros(1)
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    words = {"missing": "queries", "missing_llm": "up_proj", "shape": "shape|does not fit", "unknown": "surprise"}
+    with pytest.raises(ValueError, match=words[damage]):
+        loader(saved)
+
+
+def test_a_folder_without_a_model(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no model"):
+        load_model(tmp_path)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_model(saved)
+    (saved / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_model(saved)

@@ -1,0 +1,78 @@
+from typing import Any
+
+import pytest
+
+from notellm2_core.config import Config
+from notellm2_core.model.describe import describe
+from tests.notellm2_core.model.tiny import tiny_config, tiny_model
+
+TOMATO = {
+    "model_type": "llama", "vocab_size": 49_216, "hidden_size": 4096, "intermediate_size": 11_008,
+    "num_hidden_layers": 32, "num_attention_heads": 32,
+}  # fmt: skip
+QWEN = TOMATO | {"model_type": "qwen2", "vocab_size": 151_936, "num_key_value_heads": 32}
+VIT_B = {"library": "open_clip", "name": "ViT-B-16"}
+BIGG = {"library": "open_clip", "name": "ViT-bigG-14", "pretrained": None}
+WIDE = {"hidden_size": 1536}
+
+VIT_B_PROJECTION, BIGG_PROJECTION = 768 * 512, 1664 * 1280
+
+
+def paper(method: str, llm: dict[str, Any], vision: dict[str, Any], connector: dict[str, Any]) -> dict[str, Any]:
+    llm = {"name": "not/needed", "config": llm}
+    model = {"method": method, "llm": llm, "vision": vision, "connector": connector}
+    return describe(Config(name="paper", model=model))
+
+
+def test_tiny_counts_what_is_there() -> None:
+    """Against the real model; its LLM has two more rows of 64 word embeddings, for the two new tokens."""
+    facts = describe(tiny_config())
+    model, _ = tiny_model()
+    real = sum(p.numel() for p in model.parameters())
+    assert facts["parameters"]["total"] - facts["parameters"]["vision"] == real - 2 * 64
+    assert facts["shapes"] == {"L": 16, "h_v": 32, "L_c": 4, "h_q": 32, "h_t": 64, "llm_layers": 2, "embedding": 64}
+
+
+@pytest.mark.parametrize(
+    ("llm", "vision", "connector", "llm_parameters", "qformer", "vision_parameters", "projection", "totals", "printed"),
+    [
+        (TOMATO, VIT_B, {}, 6_677_860_352, 49_620_480, 85.8e6, VIT_B_PROJECTION, (6.834, 6.870), ("6.8", "6.9")),
+        (QWEN, VIT_B, {}, 7_098_994_688, 49_620_480, 85.8e6, VIT_B_PROJECTION, (7.255, 7.291), ("7.3", "7.3")),
+        (QWEN, BIGG, WIDE, 7_098_994_688, 142_869_504, 1.84e9, BIGG_PROJECTION, (9.108, 9.148), ("9.1", "9.2")),
+    ],
+    ids=["MTomato-Base", "MQwen-Base", "MQwen-bigG"],
+)  # fmt: skip
+def test_totals_of_table_7(
+    llm: dict[str, Any],
+    vision: dict[str, Any],
+    connector: dict[str, Any],
+    llm_parameters: int,
+    qformer: int,
+    vision_parameters: float,
+    projection: int,
+    totals: tuple[float, float],
+    printed: tuple[str, str],
+) -> None:
+    """basic and NoteLLM-2, in billions. The paper's figures (one digit) come out with the tower's projection counted.
+
+    Beside the LLM, the tower and the Q-Former: queries 16 h_q, the MLP h_q x 4,096 + 4,096 + 4,096^2 + 4,096, the
+    projector 4,096 x 64 + 64, tau 1; with late fusion, 8,192 x 4,096 + 4,096 and h_v x 4,096 + 4,096.
+    """
+    basic, fused = (paper(method, llm, vision, connector) for method in ("basic", "notellm2"))
+    parameters = basic["parameters"]
+    h_q, h_v = basic["shapes"]["h_q"], basic["shapes"]["h_v"]
+    assert parameters["llm"] == llm_parameters
+    assert basic["qformer_parameters"] == qformer
+    assert parameters["vision"] == pytest.approx(vision_parameters, rel=3e-3)
+    assert parameters["connector"] == qformer + 16 * h_q + h_q * 4096 + 4096 + 4096**2 + 4096
+    assert (parameters["projector"], parameters["tau"]) == (4096 * 64 + 64, 1)
+    assert (parameters["fusion"], fused["parameters"]["fusion"]) == (0, 8192 * 4096 + 4096 + h_v * 4096 + 4096)
+    for facts, total, digit in zip((basic, fused), totals, printed, strict=True):
+        assert facts["parameters"]["total"] / 1e9 == pytest.approx(total, abs=1e-3)
+        assert f"{(facts['parameters']['total'] + projection) / 1e9:.1f}" == digit
+
+
+def test_an_unreachable_llm_needs_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        describe(Config(name="x", model={"llm": {"name": "nobody/nothing"}, "vision": {"library": "tiny"}}))

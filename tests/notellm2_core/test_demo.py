@@ -1,0 +1,264 @@
+"""The demo world: equal bytes for equal arguments, the source contract, and a signal that is where it should be."""
+
+import hashlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from notellm2_core.demo import generate
+from notellm2_core.demo.logs import DAY, simulate
+from notellm2_core.demo.pictures import SIZE, STYLES, draw_picture
+from notellm2_core.demo.texts import poor_titles, write_note
+from notellm2_core.demo.words import SENTENCES, THEMES, TITLES
+from notellm2_core.demo.world import lay_out
+from notellm2_core.schema import SOURCE_EVENT_COLUMNS, SOURCE_NOTE_COLUMNS
+
+TEST_WEEK = pd.Timestamp("2025-01-19", tz="UTC")
+small = partial(generate, num_notes=60, num_users=40)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    out = tmp_path_factory.mktemp("demo") / "world"
+    return out, generate(out, num_notes=600, num_users=1000)
+
+
+def clean_events(folder: Path) -> pd.DataFrame:
+    """Events as a careful reader sees them: known notes, readable times, no repetition."""
+    events = pd.read_csv(folder / "events.csv.gz")
+    events["time"] = pd.to_datetime(events.timestamp, errors="coerce", utc=True)
+    known = pq.read_table(folder / "notes.parquet").column("note_id").to_pylist()
+    return events[events.time.notna() & events.note_id.isin(known)].drop_duplicates()
+
+
+def related(events: pd.DataFrame, among: set[str]) -> pd.DataFrame:
+    """Eq. 2 between the notes `among`, low = 0.01, top 3: columns q, t."""
+    viewed = events.groupby(["user_id", "note_id"], as_index=False).time.min()
+    clicked = events[events.event == "click"].groupby(["user_id", "note_id"], as_index=False).time.max()
+    clicked["weight"] = 1 / clicked.groupby("user_id").note_id.transform("size")
+    viewed, clicked = viewed[viewed.note_id.isin(among)], clicked[clicked.note_id.isin(among)]
+    both = viewed.merge(clicked, on="user_id", suffixes=("_q", "_t"))
+    both = both[(both.time_q < both.time_t) & (both.note_id_q != both.note_id_t)]
+    scores = both.groupby(["note_id_q", "note_id_t"], as_index=False).weight.sum()
+    scores = scores[scores.weight >= 0.01].set_axis(["q", "t", "score"], axis=1)
+    return scores.sort_values(["q", "score", "t"], ascending=[True, False, True]).groupby("q").head(3)
+
+
+def sides(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Training pairs (two weeks), test pairs (the week after, among notes not seen before), the test pool."""
+    events = clean_events(folder)
+    train, test = events[events.time < TEST_WEEK], events[events.time >= TEST_WEEK]
+    pool = sorted(set(test.note_id) - set(train.note_id))
+    return related(train, set(train.note_id)), related(test, set(pool)), pool
+
+
+def recall(pairs: pd.DataFrame, pool: list[str], keys: list[pd.Series], k: int) -> float:
+    """Recall@k of an oracle that counts equal keys, expected over the order of ties; the query is no candidate."""
+    codes = [pd.factorize(key[pool])[0] for key in keys]  # -1: says nothing
+    score = sum((c[:, None] == c[None]) & (c[:, None] >= 0) for c in codes) + np.zeros((len(pool), len(pool)))
+    np.fill_diagonal(score, -1)
+    position = {note: i for i, note in enumerate(pool)}
+    row = score[pairs.q.map(position)]  # [P, pool]
+    own = row[np.arange(len(pairs)), pairs.t.map(position)][:, None]
+    return float(np.clip((k - (row > own).sum(1)) / (row == own).sum(1), 0, 1).mean())
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_equal_seeds_give_equal_bytes(tmp_path: Path) -> None:
+    counts = [small(tmp_path / name, seed=seed) for name, seed in (("a", 7), ("b", 7), ("c", 8))]
+    a, b, c = (hashes(tmp_path / name) for name in "abc")
+    assert a == b and counts[0] == counts[1]
+    assert all(a[name] != c[name] for name in a.keys() & c.keys())  # every file, down to each picture
+
+
+def test_more_users_leave_notes_and_pictures_alone(tmp_path: Path) -> None:
+    small(tmp_path / "a")
+    generate(tmp_path / "b", num_notes=60, num_users=41)
+    a, b = hashes(tmp_path / "a"), hashes(tmp_path / "b")
+    assert [name for name in a if a[name] != b[name]] == ["events.csv.gz"]
+
+
+def test_source_contract(world: tuple[Path, dict[str, int]]) -> None:
+    folder, counts = world
+    notes = pq.read_table(folder / "notes.parquet")
+    assert notes.column_names == [*SOURCE_NOTE_COLUMNS, "image_path"] and notes.num_rows == 600
+    assert len(set(notes["note_id"].to_pylist())) == 600
+    assert all(notes["title"].to_pylist())
+    events = pd.read_csv(folder / "events.csv.gz")
+    assert tuple(events.columns) == SOURCE_EVENT_COLUMNS and len(events) == counts["num_events"]
+    assert set(events.event) == {"view", "click"}
+    oracle = pq.read_table(folder / "oracle.parquet")
+    assert oracle.column_names == ["note_id", "text_key", "image_key"]
+    assert oracle["note_id"].to_pylist() == notes["note_id"].to_pylist()
+
+
+def test_pictures_are_there_missing_or_broken_as_counted(world: tuple[Path, dict[str, int]]) -> None:
+    folder, counts = world
+    notes = pq.read_table(folder / "notes.parquet").to_pylist()
+    oracle = {row["note_id"]: row for row in pq.read_table(folder / "oracle.parquet").to_pylist()}
+    status = {"missing": 0, "broken": 0, "ok": 0}
+    for note in notes:
+        found = "missing"
+        if note["image_path"] is not None:
+            try:
+                with Image.open(folder / note["image_path"]) as image:
+                    image.load()
+                    found = "ok" if image.size == (SIZE, SIZE) else "odd"
+            except OSError:
+                found = "broken"
+        status[found] += 1
+        assert (oracle[note["note_id"]]["image_key"] is not None) == (found == "ok")
+    assert status == {"missing": 6, "broken": 1, "ok": 593}  # 1 % and one
+    assert (counts["num_without_image"], counts["num_broken_images"]) == (6, 1)
+    assert len(list((folder / "images").iterdir())) == 594
+
+
+def test_text_poor_notes(world: tuple[Path, dict[str, int]]) -> None:
+    """15 % of 600 = 90 notes without topics and content, with titles of few words that no two notes share."""
+    folder, counts = world
+    notes = pq.read_table(folder / "notes.parquet").to_pandas()
+    oracle = pq.read_table(folder / "oracle.parquet").to_pandas()
+    poor = oracle.text_key.isna()
+    assert poor.sum() == counts["num_text_poor"] == 90
+    assert (notes.content[poor] == "").all() and notes.topics[poor].map(len).eq(0).all()
+    assert notes.title[poor].str.split().map(len).max() <= 9 and notes.title[poor].is_unique
+    assert (notes.content[~poor] != "").all() and notes.topics[~poor].map(len).gt(0).all()
+    assert oracle.image_key[poor].notna().all()  # a note always has something to go by
+    rich = notes[~poor]
+    assert not (rich.title + rich.topics.map("|".join) + rich.content).duplicated().any()
+
+
+def test_time_window(world: tuple[Path, dict[str, int]]) -> None:
+    """Three whole weeks from a Monday; about 30 % of the notes are first seen in the last, in every topic."""
+    folder, _ = world
+    events = clean_events(folder)
+    assert events.time.min().date() == pd.Timestamp("2025-01-05").date()
+    assert events.time.max() == pd.Timestamp("2025-01-25 23:59:59", tz="UTC")
+    train_pairs, test_pairs, pool = sides(folder)
+    assert 0.25 <= len(pool) / 600 <= 1 / 3
+    assert len(train_pairs) >= 3 * 0.95 * (600 - len(pool)) and len(test_pairs) >= 3 * 0.95 * len(pool)
+    topic = topic_of(folder)
+    assert set(topic[pool]) == set(topic[train_pairs.q]) == set(topic)
+
+
+def topic_of(folder: Path) -> pd.Series:
+    layout = lay_out(np.random.default_rng([0, 0]), 600, 21)
+    return pd.Series(layout.topic, index=pq.read_table(folder / "notes.parquet")["note_id"].to_pylist())
+
+
+def test_signal_is_half_in_the_text_half_in_the_picture(world: tuple[Path, dict[str, int]]) -> None:
+    """One of two topics fits what text (or picture) says, so at k = the topic's other notes in the pool (5 of 6)
+
+    both together find nearly what the logs agree on, each alone about half, and text finds nothing where it is poor.
+    """
+    folder, _ = world
+    _, pairs, pool = sides(folder)
+    oracle = pq.read_table(folder / "oracle.parquet").to_pandas().set_index("note_id")
+    topic = topic_of(folder)
+    agree = (topic[pairs.q].to_numpy() == topic[pairs.t].to_numpy()).mean()
+    assert agree > 0.75
+    chance, text, picture, both = (
+        recall(pairs, pool, [oracle[name] for name in names], k=5)
+        for names in ([], ["text_key"], ["image_key"], ["text_key", "image_key"])
+    )
+    assert chance == pytest.approx(5 / (len(pool) - 1))
+    assert both > 0.75 * agree
+    assert 5 * chance < text < picture < 0.7 * both  # fewer notes are without a picture than without text
+    poor = pairs[oracle.text_key[pairs.q].isna().to_numpy()]
+    assert recall(poor, pool, [oracle.text_key], k=5) == pytest.approx(chance)
+    assert recall(poor, pool, [oracle.image_key], k=5) > 5 * chance
+
+
+def test_dirty_rows_are_few_and_counted(world: tuple[Path, dict[str, int]]) -> None:
+    folder, counts = world
+    events = pd.read_csv(folder / "events.csv.gz")
+    unparsable = pd.to_datetime(events.timestamp, errors="coerce", utc=True).isna().sum()
+    unknown = (events.note_id >= "n000600").sum()
+    assert (unparsable, unknown) == (counts["num_bad_timestamps"], counts["num_unknown_note_events"])
+    assert events.duplicated().sum() == counts["num_duplicate_events"]
+    assert len(clean_events(folder)) > 0.99 * len(events)
+
+
+def test_small_world_has_enough_pairs(tmp_path: Path) -> None:
+    assert generate(tmp_path, num_notes=160, num_users=80)["num_topics"] == 8
+    train_pairs, test_pairs, _ = sides(tmp_path)
+    assert len(train_pairs) >= 50 and len(test_pairs) >= 20
+
+
+@pytest.mark.parametrize("num_notes", [50, 160, 999, 2600, 10_000])
+def test_each_theme_has_two_styles_and_each_style_two_themes(num_notes: int) -> None:
+    layout = lay_out(np.random.default_rng(0), num_notes, 21)
+    topics = list(zip(layout.theme_of_topic.tolist(), layout.style_of_topic.tolist(), strict=True))
+    assert len(set(topics)) == len(topics) == min(80, max(4, 2 * (num_notes // 40)))
+    assert (np.bincount(layout.theme_of_topic) == 2).all() and (np.bincount(layout.style_of_topic) == 2).all()
+    sizes = np.bincount(layout.topic)
+    assert sizes.max() - sizes.min() <= 1 and sizes.min() >= min(20, num_notes // 4)
+
+
+def test_nobody_sees_a_note_twice_or_before_its_day() -> None:
+    topic = np.arange(90) % 6
+    published = np.repeat(np.arange(-15, 15), 3)
+    shown = simulate(np.random.default_rng(1), topic, published, num_users=300, num_days=14)
+    assert (np.diff(shown.second) >= 0).all()
+    assert (shown.second // DAY >= published[shown.note]).all()
+    assert len(set(zip(shown.user.tolist(), shown.note.tolist(), strict=True))) == len(shown.user)
+    assert (shown.second + shown.clicked_after).max() < 14 * DAY
+    per_user = np.bincount(shown.user, minlength=300)
+    assert per_user.max() > 2 * np.median(per_user)  # a few read very much
+
+
+def test_words() -> None:
+    """No two phrases of a theme share a word; and there are more phrases than the longest note has slots."""
+    small_words = {"a", "an", "the", "my", "and", "in", "of", "on", "by", "s"}
+    for name, phrases in THEMES.items():
+        words = [w for p in phrases for w in set(p.replace("-", " ").split()) if w not in small_words]
+        assert len(words) == len(set(words)), name
+        most = max(t.count("{") for t in TITLES) + 1 + 3 * max(t.count("{") for t in SENTENCES)
+        assert len(phrases) == 14 > most
+    assert len(THEMES) == len(set(STYLES)) == 40
+
+
+def test_texts() -> None:
+    title, topics, content = write_note(np.random.default_rng(3), "tea")
+    assert "{" not in title + content and 1 <= len(topics) <= 3
+    assert any(phrase in (title + " " + content).lower() for phrase in THEMES["tea"])
+    titles = poor_titles(np.random.default_rng(3), 4000)
+    assert len(set(titles[:3000])) == 3000 and all(titles)
+
+
+def test_styles_look_different() -> None:
+    """The mean colour of what is drawn follows the style: red things are the reddest."""
+    means = {
+        colour: np.mean(
+            [np.asarray(draw_picture(np.random.default_rng(i), colour, "discs")) for i in range(8)], (0, 1, 2)
+        )
+        for colour in ("red", "green", "blue")
+    }
+    excess = {colour: mean - np.mean(list(means.values()), axis=0) for colour, mean in means.items()}
+    assert [int(excess[colour].argmax()) for colour in ("red", "green", "blue")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "named"), [({"num_notes": 49}, "num_notes = 49"), ({"num_users": 3}, "3"), ({"num_days": 7}, "7")]
+)
+def test_too_small_is_refused(tmp_path: Path, numbers: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        generate(tmp_path / "world", **numbers)
+    assert not (tmp_path / "world").exists()
+
+
+def test_a_source_is_never_overwritten(tmp_path: Path) -> None:
+    small(tmp_path)
+    before = hashes(tmp_path)
+    with pytest.raises(ValueError, match="already holds a source"):
+        small(tmp_path, seed=1)
+    assert hashes(tmp_path) == before

@@ -1,0 +1,89 @@
+"""Embedding shards: written whole, resumed, read back checked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from notellm2_core import schema
+from notellm2_core.embeddings import mean_cosine, read_embeddings, read_note_ids, write_shard, write_shards
+
+
+def unit(n: int, d: int = 4, seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(n, d))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_a_shard_reads_back_bit_by_bit(tmp_path: Path) -> None:
+    vectors = unit(3)
+    write_shard(tmp_path / "part-00000.parquet", ["b", "a", "c"], vectors, {"fingerprint": "x"})
+    assert pq.read_schema(tmp_path / "part-00000.parquet").equals(schema.embeddings(4))
+    back = read_embeddings(tmp_path)
+    assert back.note_ids == ("b", "a", "c")
+    np.testing.assert_array_equal(back.vectors, vectors)
+    np.testing.assert_array_equal(read_embeddings(tmp_path, {"c", "b"}).vectors, vectors[[0, 2]])
+    np.testing.assert_array_equal(back.rows(["c", "b"]), [2, 0])
+    assert [p.name for p in tmp_path.iterdir()] == ["part-00000.parquet"]
+
+
+def test_shards_are_kept_only_where_they_hold_the_same(tmp_path: Path) -> None:
+    """5 notes in shards of 2. A second run computes nothing; another fingerprint of the last computes that one."""
+    calls: list[list[str]] = []
+
+    def embed(ids: Sequence[str]) -> np.ndarray:
+        calls.append(list(ids))
+        return unit(len(ids))
+
+    def run(mark: str = "", **ranks: int) -> None:
+        calls.clear()
+        write_shards(tmp_path, list("edcba"), embed, lambda ids: "".join(ids) + mark * ("e" in ids), 2, **ranks)
+
+    run()
+    assert calls == [["a", "b"], ["c", "d"], ["e"]]
+    (tmp_path / "part-00009.parquet").write_bytes(b"of an older, larger export")
+    run()
+    assert calls == []
+    assert read_embeddings(tmp_path).note_ids == tuple("abcde")
+    run("other")
+    assert calls == [["e"]]
+    for path in tmp_path.glob("*"):
+        path.unlink()
+    run(rank=1, num_ranks=2)
+    assert calls == [["c", "d"]]
+
+
+def test_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="1 embeddings are not unit vectors .note 'b'"):
+        write_shard(tmp_path / "x.parquet", ["a", "b"], np.array([[1, 0], [np.nan, 0]]), {})
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="holds no embeddings"):
+        read_embeddings(tmp_path)
+    with pytest.raises(ValueError, match="no notes to embed"):
+        write_shards(tmp_path, [], unit, str, 2)  # type: ignore[arg-type]
+    write_shard(tmp_path / "a.parquet", ["a"], unit(1), {})
+    with pytest.raises(ValueError, match="2 of 3 notes have no embedding .the first is 'x'"):
+        read_embeddings(tmp_path).rows(["x", "a", "y"])
+    write_shard(tmp_path / "b.parquet", ["a"], unit(1), {})
+    with pytest.raises(ValueError, match="1 notes come twice"):
+        read_embeddings(tmp_path)
+    write_shard(tmp_path / "b.parquet", ["b"], unit(1, 5), {})
+    with pytest.raises(ValueError, match="width 5"):
+        read_embeddings(tmp_path)
+    pq.write_table(pa.table({"note_id": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="not an embedding table"):
+        read_embeddings(tmp_path)
+    pq.write_table(pa.table({"x": ["a"]}), tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="no column note_id"):
+        read_note_ids(tmp_path / "c.parquet")
+
+
+def test_mean_cosine_of_opposite_halves() -> None:
+    """Half e, half -e: two different rows agree with probability 49/99, so the mean is 49/99 - 50/99 = -1/99."""
+    vectors = np.repeat(np.array([[1.0, 0], [-1, 0]], dtype=np.float32), 50, axis=0)
+    assert mean_cosine(vectors, 200_000) == pytest.approx(-1 / 99, abs=0.01)
+    assert mean_cosine(np.ones((7, 1), dtype=np.float32)) == 1
+    with pytest.raises(ValueError, match="two embeddings"):
+        mean_cosine(vectors[:1])

@@ -1,0 +1,82 @@
+"""What each rank does in the tests with several processes (see ranks.py).
+
+`check_stages`: for every ZeRO stage: two steps on the same global batches; loss, full gradients, gradient norm and updated weights of
+the first go to OUT/ranks-<R>-stage-<S>.pt. Then a checkpoint after the first step is loaded into a fresh engine, and
+its second step must give the same weights to the last bit.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from notellm2_core.config import Config, load_config
+from notellm2_core.model.build import build_model
+from notellm2_core.training import engine as engines
+from notellm2_core.training.checkpoints import Checkpoints
+from notellm2_core.training.data import TrainingData, load_training_data, rank_slice, schedule
+from notellm2_core.training.loop import Paths, run
+from notellm2_core.training.save import full_weights
+from tests.notellm2_core.training.world import World, tiny_config
+
+
+def settings(stage: int) -> Config:
+    """A batch of 8 pairs over notes with and without images or text, and all learning rates different."""
+    rates = {"learning_rate": 1e-3, "new_module_learning_rate": 3e-3, "temperature_learning_rate": 1e-2}
+    return tiny_config({"zero_stage": stage, "batch_pairs": 8, "weight_decay": 0.01, **rates})
+
+
+def step(engine: Any, data: TrainingData, rows: np.ndarray, index: int, grads: bool) -> dict[str, Any]:
+    from deepspeed.utils import safe_get_full_grad
+
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    batch = data.note_batch(rank_slice(rows, rank, num_ranks))
+    _, losses, _ = engine(batch, data.known_positives(rows), torch.from_numpy(data.has_image(rows)))
+    engine.backward(losses.total)
+    model = engine.module.model
+    found = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters()} if grads else {}
+    engines.set_learning_rate(engine.optimizer, 1.0 if index == 0 else 0.5)
+    norm = engines.optimizer_step(engine)
+    return {"loss": losses.total.item(), "norm": norm, "grads": found, "weights": full_weights(model)}
+
+
+def check_stages(root: Path, out: Path, stages: tuple[int, ...]) -> None:
+    engines.set_up_processes()
+    name = f"ranks-{dist.get_world_size()}"
+    world = World(root)
+    for stage in stages:
+        config = settings(stage)
+
+        def fresh(config: Config = config) -> tuple[Any, TrainingData]:
+            model, processor = build_model(config, world.path("models"))
+            with engines.first_on_machine():
+                folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
+                data = load_training_data(processor, *folders)
+            return engines.make_engine(model.train(), config, "fp32"), data
+
+        engine, data = fresh()
+        batches = schedule(data.train_pairs, 8, 2, config.seed)
+        first, second = (data.train_pairs[b].reshape(-1) for b in batches)
+        result = step(engine, data, first, 0, grads=True)
+        if dist.get_rank() == 0:
+            torch.save(result, out / f"{name}-stage-{stage}.pt")
+        if dist.get_world_size() > 2:
+            continue  # a resume with two ranks says enough
+        checkpoints = Checkpoints(out / f"{name}-checkpoints-{stage}")
+        checkpoints.save(engine, 1)
+        straight = step(engine, data, second, 1, grads=False)["weights"]
+        engine, data = fresh()
+        checkpoints.load(engine)
+        resumed = step(engine, data, second, 1, grads=False)["weights"]
+        if dist.get_rank() == 0:
+            assert all(torch.equal(straight[n], resumed[n]) for n in straight), f"stage {stage}: a resume differs"
+            assert any(not torch.equal(straight[n], result["weights"][n]) for n in straight)
+
+
+def train(config_file: Path, root: Path, work: Path, out: Path) -> None:
+    """The whole training, as the command runs it."""
+    world = World(root)
+    folders = [world.path(n) for n in ("notes", "images", "store", "pairs")]
+    run(load_config(config_file), Paths(*folders, work, out))

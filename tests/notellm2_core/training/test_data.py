@@ -1,0 +1,134 @@
+"""Batches: every pair once per epoch, no note twice, and masks of what belongs together, against slow loops."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from notellm2_core.model.build import build_model
+from notellm2_core.notes.records import Note
+from notellm2_core.training.data import TrainingData, load_training_data, rank_slice, schedule
+from notellm2_core.training.feature_table import FeatureTable
+from tests.notellm2_core.training.world import World, tiny_config
+
+
+def some_pairs(num_pairs: int, num_notes: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, num_notes, num_pairs)
+    return np.stack([first, (first + rng.integers(1, num_notes, num_pairs)) % num_notes], axis=1)
+
+
+def test_epochs_are_permutations_where_no_notes_are_shared() -> None:
+    """12 disjoint pairs, batches of 4: steps 0-2 are one permutation, steps 3-5 another."""
+    batches = schedule(np.arange(24).reshape(12, 2), 4, 6, seed=1)
+    for epoch in (batches[:3], batches[3:]):
+        assert sorted(epoch.reshape(-1).tolist()) == list(range(12))
+    assert batches[:3].tolist() != batches[3:].tolist()
+
+
+@given(st.integers(1, 60), st.integers(3, 80), st.integers(2, 8), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_schedule_is_fair_and_a_prefix_of_itself(num_pairs: int, num_notes: int, batch: int, seed: int) -> None:
+    pairs = some_pairs(num_pairs, num_notes, seed)
+    long = schedule(pairs, batch, 12, seed)
+    assert (schedule(pairs, batch, 5, seed) == long[:5]).all()
+    # Waiting holds back at most 4 batches of pairs, so no pair is ahead of another by more than those repeats.
+    counts = np.bincount(long.reshape(-1), minlength=num_pairs)
+    assert counts.max() - counts.min() <= 1 + int(np.ceil((4 * batch + batch) / num_pairs))
+
+
+def test_no_note_is_twice_in_a_batch_where_waiting_helps() -> None:
+    """200 pairs over 100 notes, batches of 8: a batch drawn blindly would repeat a note nearly always."""
+    pairs = some_pairs(200, 100, 0)
+    for batch in schedule(pairs, 8, 50, seed=0):
+        assert len(set(pairs[batch].reshape(-1).tolist())) == 16
+
+
+def test_a_hub_does_not_stop_the_batches() -> None:
+    """One note in every pair: batches fill up all the same, with the pairs in their order."""
+    pairs = np.stack([np.zeros(20, dtype=np.int64), np.arange(1, 21)], axis=1)
+    batches = schedule(pairs, 4, 5, seed=0)
+    assert sorted(batches.reshape(-1).tolist()) == list(range(20))
+
+
+def test_ranks_share_a_batch_in_order() -> None:
+    parts = [rank_slice(np.arange(12), r, 3) for r in range(3)]
+    assert np.concatenate(parts).tolist() == list(range(12))
+    with pytest.raises(ValueError, match="no pairs"):
+        schedule(np.empty((0, 2), dtype=np.int64), 4, 1, 0)
+
+
+@pytest.fixture
+def small() -> TrainingData:
+    """a-b and b-c are pairs; d has c's image; e has a's text and image; f has a's text and no image, as has g."""
+    text = {"a": "x", "b": "y", "c": "z", "d": "w", "e": "x", "f": "x", "g": "x", "h": "q"}
+    images = {"a": "i1", "b": "i2", "c": "i3", "d": "i3", "e": "i1", "f": None, "g": None, "h": None}
+    notes = {n: Note(n, t, (), "") for n, t in text.items()}
+    table = FeatureTable(np.zeros((3, 2, 4), np.float16), {"i1": 0, "i2": 1, "i3": 2})
+    pairs = [("a", "b"), ("b", "c"), ("d", "h"), ("e", "h"), ("f", "h"), ("g", "h")]
+    _, processor = build_model(tiny_config(), Path())
+    return TrainingData(processor, notes, images, table, pairs)
+
+
+def test_known_positives(small: TrainingData) -> None:
+    """Each expected pair of rows is there for one reason, in both directions; everything else is a negative."""
+    rows = np.array([small.note_ids.index(n) for n in "abcdefga"])
+    known = small.known_positives(rows)
+
+    def matrix(pairs: list[str]) -> torch.Tensor:
+        m = torch.eye(8, dtype=torch.bool)
+        for a, b in pairs:
+            for i in [i for i, n in enumerate("abcdefga") if n == a]:
+                for j in [j for j, n in enumerate("abcdefga") if n == b]:
+                    m[i, j] = m[j, i] = True
+        return m
+
+    graph_and_self = ["ab", "bc", "aa"]
+    assert (known.multimodal == matrix([*graph_and_self, "ae", "fg"])).all()  # text and image equal, or none
+    assert (known.visual == matrix([*graph_and_self, "ae", "cd"])).all()  # the image alone; no image is no image
+
+
+@given(st.integers(1, 12), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_related_in_either_direction_equals_a_loop(num_pairs: int, seed: int) -> None:
+    pairs = [(str(a), str(b)) for a, b in some_pairs(num_pairs, 9, seed)]
+    notes = {str(i): Note(str(i), str(i), (), "") for i in range(9)}
+    table = FeatureTable(np.zeros((0, 2, 4), np.float16), {})
+    data = TrainingData(None, notes, {}, table, pairs)  # type: ignore[arg-type]
+    rows = np.arange(len(data.note_ids))
+    known = data.known_positives(rows).multimodal
+    for i, a in enumerate(data.note_ids):
+        for j, b in enumerate(data.note_ids):
+            assert known[i, j].item() == (a == b or (a, b) in pairs or (b, a) in pairs)
+
+
+def test_what_is_read_from_disk(world: World, tmp_path: Path) -> None:
+    """64 + 12 notes, the features of their images row by row, zeros where there is none, padding to the longest."""
+    _, processor = build_model(tiny_config(), tmp_path)
+    folders = [world.path(n) for n in ("notes", "images", "store", "pairs")]
+    data = load_training_data(processor, *folders, tmp_path)
+    assert (len(data.train_pairs), len(data.validation_pairs), len(data.note_ids)) == (32, 6, 76)
+    assert len(data.train_notes) == 64
+    rows = np.array([4, 5, 6])
+    batch = data.note_batch(rows)
+    assert batch.has_image.tolist() == [True, False, True]
+    assert batch.patches[1].abs().sum() == 0 and batch.patches[0].abs().sum() > 0
+    torch.testing.assert_close(batch.global_feature[0], batch.patches[0].mean(dim=0), atol=2e-3, rtol=0)
+    assert batch.attention_mask.sum(dim=1).max() == batch.input_ids.shape[1]
+    again = load_training_data(processor, *folders, tmp_path)  # from the table made before
+    assert (again.note_batch(rows).patches == batch.patches).all()
+    assert len(list(tmp_path.glob("features-*.npy"))) == 1
+
+
+def test_wrong_inputs_are_named(world: World, tmp_path: Path) -> None:
+    folders = {n: world.path(n) for n in ("notes", "images", "store", "pairs")}
+    with pytest.raises(ValueError, match=r"nowhere/train holds no pairs"):
+        load_training_data(None, **{**folders, "pairs": tmp_path / "nowhere"}, cache=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not among the notes, the first is 'a'"):
+        TrainingData(None, {}, {}, FeatureTable(np.zeros((0, 2, 4)), {}), [("a", "b")])  # type: ignore[arg-type]
+    (tmp_path / "note_images.parquet").write_bytes((world.path("images") / "note_images.parquet").read_bytes())
+    with pytest.raises(ValueError, match=r"vision/config.json is not there"):
+        load_training_data(None, **{**folders, "images": tmp_path}, cache=tmp_path)  # type: ignore[arg-type]

@@ -1,0 +1,101 @@
+"""The measured start: what each of its three parts is meant to make true."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from notellm2_core.model.build import build_model, load_model
+from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.training.data import TrainingData, load_training_data
+from notellm2_core.training.start import apply_start, set_pca, spread
+from tests.notellm2_core.training.world import World, tiny_config, write_config
+
+
+def mean_cosine(x: torch.Tensor) -> float:
+    unit = functional.normalize(x, dim=1)
+    n = len(x)
+    return float(((unit @ unit.T).sum() - n) / (n * (n - 1)))
+
+
+def collapsed_states(num: int, width: int) -> torch.Tensor:
+    """A large common part and a little of each one's own, the first dimensions more than the last."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(num, width, generator=generator) * torch.linspace(1, 0.1, width)
+    return 10 * torch.randn(1, width, generator=generator) + own
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_pca_spreads_out_collapsed_states(bias: bool) -> None:
+    """Mean cosine from above 0.95 to about 0; outputs have mean 0, size 1, and spread s^1/2 where PCA alone has s."""
+    states = collapsed_states(300, 24)
+    assert mean_cosine(states) > 0.95
+    projector = nn.Linear(24, 8, bias=bias)
+    set_pca(projector, states)
+    out = projector(states).detach()
+    assert abs(mean_cosine(out)) < 0.02
+    torch.testing.assert_close(out.mean(dim=0), torch.zeros(8), atol=1e-3, rtol=0)
+    assert spread(out).item() == pytest.approx(1, rel=1e-3)
+    covariance = torch.cov(out.T)
+    torch.testing.assert_close(covariance, torch.diag(covariance.diagonal()), atol=1e-3, rtol=0)
+    assert (covariance.diagonal().diff() <= 1e-6).all()
+    if bias:
+        singular = torch.linalg.svdvals((states - states.mean(dim=0)).double())[:8].float()
+        ratios = covariance.diagonal().sqrt() / singular.sqrt()
+        torch.testing.assert_close(ratios / ratios[0], torch.ones(8), rtol=1e-3, atol=0)
+
+
+def test_pca_with_fewer_notes_than_outputs() -> None:
+    """5 notes have 4 directions; the other rows stay small and alive."""
+    projector = nn.Linear(24, 8)
+    set_pca(projector, collapsed_states(5, 24))
+    assert projector.weight.isfinite().all()
+    assert (projector.weight.abs().sum(dim=1) > 0).all()
+
+
+def make(world: World, cache: Path, **start: object) -> tuple[MLRMModel, TrainingData]:
+    config = tiny_config(start=start)
+    model, processor = build_model(config, cache)
+    folders = [world.path(n) for n in ("notes", "images", "store", "pairs")]
+    data = load_training_data(processor, *folders, cache)
+    apply_start(model, processor, data, config)
+    return model, data
+
+
+def test_each_part_and_all_together(world: World, tmp_path: Path) -> None:
+    """Off: nothing moves. Gate bias -1. The branch's spread is 0.3 of the LLM's. Twice gives the same bits."""
+    plain, data = make(world, tmp_path)
+    built, _ = build_model(tiny_config(), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), built.parameters(), strict=True))
+
+    settings = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0, "num_pca_notes": 48}
+    model, _ = make(world, tmp_path, **settings)
+    assert (model.fusion.gate.bias == -1).all()
+    with torch.no_grad():
+        states = model.states(data.note_batch(data.train_notes[data.has_image(data.train_notes)]))
+    assert states.gate_mean.item() < plain.states(data.note_batch(data.train_notes)).gate_mean.item()
+    assert (spread(states.global_branch) / spread(states.llm_multimodal)).item() == pytest.approx(0.3, rel=0.1)
+    with torch.no_grad():
+        batch = data.note_batch(data.train_notes)
+        assert mean_cosine(model(batch).multimodal) < 0.1 < 0.5 < mean_cosine(plain(batch).multimodal)
+    again, _ = make(world, tmp_path, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_the_command_saves_the_start(world: World, tmp_path: Path) -> None:
+    """The zero-shot row: a complete folder, the same weights as apply_start."""
+    config = write_config(tmp_path / "c.yaml", tiny_config(start={"pca_projector": True}))
+    folders = [x for n in ("notes", "images", "store", "pairs") for x in (f"--{n}", str(world.path(n)))]
+    command = [sys.executable, "-m", "notellm2_core.training.start", "--config", str(config), *folders]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    saved, _ = load_model(tmp_path / "out")
+    expected, _ = make(world, tmp_path, pca_projector=True)
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(saved.state_dict()[name], weight, msg=name)
+    assert (tmp_path / "out" / "vision" / "config.json").exists()

@@ -1,0 +1,229 @@
+"""Whole trainings with the tiny models: it learns, it stops when it must, it resumes, it leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from notellm2_core.config import Config
+from notellm2_core.model.build import build_model, load_model
+from notellm2_core.training.data import load_training_data
+from notellm2_core.training.launch import launch_command
+from notellm2_core.training.loop import Paths, TrainingError, run
+from notellm2_core.training.precision import choose_precision
+from notellm2_core.training.progress import MlflowCurves, Progress, read_metrics
+from notellm2_core.training.validation import recall_at
+from tests.notellm2_core.training import rank_checks
+from tests.notellm2_core.training.ranks import run_ranks
+from tests.notellm2_core.training.world import World, tiny_config, write_config
+
+FOLDERS = ("notes", "images", "store", "pairs")
+START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank() -> Iterator[None]:
+    """Trainings of this process are alone in their group; afterwards nothing of it is left for other tests."""
+    before, num_threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(num_threads)
+
+
+def train(world: World, config: Config, folder: Path) -> Path:
+    run(config, Paths(*(world.path(n) for n in FOLDERS), folder / "work", folder / "out"))
+    return folder / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["basic", "notellm2"])
+def test_overfits_32_random_pairs(method: str, world: World, tmp_path: Path) -> None:
+    """Random notes say nothing of each other; a model that is trained right learns the 32 pairs by heart."""
+    settings = {"num_steps": 60, "batch_pairs": 32, "learning_rate": 3e-3, "zero_stage": 2, "log_every_steps": 20}
+    out = train(world, tiny_config(settings, method=method, start=START), tmp_path)
+    model, processor = load_model(out)
+    data = load_training_data(processor, *(world.path(n) for n in FOLDERS), tmp_path)
+    with torch.no_grad():
+        embeddings = model(data.note_batch(data.train_notes)).multimodal
+    pairs = torch.from_numpy(np.searchsorted(data.train_notes, data.train_pairs))
+    assert recall_at(embeddings, pairs, 1) == 1.0
+    facts = json.loads((out / "training.json").read_text())
+    assert facts["loss_last"] < 0.2 * facts["loss_first"]
+    assert (facts["steps"], facts["num_train_pairs"], facts["precision"]) == (60, 32, "fp32")
+    assert 0 <= facts["validation_recall_at_10"] <= 1 and ("loss_v" in facts) == (method == "notellm2")
+    lines = read_metrics(tmp_path / "work" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 20, 40, 60]
+
+
+@pytest.mark.slow
+def test_frozen_word_embeddings_and_bf16_and_a_finished_folder(world: World, tmp_path: Path) -> None:
+    """Not trained, yet saved; the forward under autocast, the weights in fp32; a second run into OUT is refused."""
+    config = tiny_config({"num_steps": 2, "train_word_embeddings": False, "precision": "bf16", "zero_stage": 3})
+    out = train(world, config, tmp_path)
+    before, (after, _) = build_model(config, tmp_path)[0].state_dict(), load_model(out)
+    changed = {n for n, w in after.state_dict().items() if not torch.equal(w, before[n])}
+    assert "llm.embed_tokens.weight" in before and "llm.embed_tokens.weight" not in changed
+    assert {"tau", "projector.weight", "fusion.gate.weight", "fusion.visual.weight"} <= changed
+    assert any(n.startswith("connector.") for n in changed) and any(n.startswith("llm.layers.") for n in changed)
+    assert {w.dtype for w in after.state_dict().values()} == {torch.float32}
+    assert json.loads((tmp_path / "work" / "run.json").read_text())["precision"] == "bf16"
+    with pytest.raises(ValueError, match="holds a trained model already"):
+        train(world, config, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_training(world: World, tmp_path: Path) -> None:
+    """With a learning rate of 1e30 step 2 is NaN: a sentence, the pairs of the batch, and no checkpoint of it."""
+    config = tiny_config({"num_steps": 4, "learning_rate": 1e30, "checkpoint_every_steps": 2})
+    with pytest.raises(TrainingError, match=r"of step 2 is .*: lower the learning rates"):
+        train(world, config, tmp_path)
+    report = json.loads((tmp_path / "work" / "nan_batch.json").read_text())
+    assert report["step"] == 2 and len(report["pairs"]) == 8 and report["pairs"][0][0].startswith("n")
+    assert not (tmp_path / "work" / "checkpoints" / "latest").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_work_of_another_training_is_refused(world: World, tmp_path: Path) -> None:
+    """What changes the weights must be the same; how often is logged need not."""
+    train(world, tiny_config({"num_steps": 2}), tmp_path)
+    (tmp_path / "out" / "training.json").unlink()
+    with pytest.raises(ValueError, match=r"training.alpha = 9.0, not 5.0: give --work a new folder"):
+        train(world, tiny_config({"num_steps": 2, "alpha": 5.0}), tmp_path)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    train(world, tiny_config({"num_steps": 2, "log_every_steps": 1}), tmp_path)  # killed while saving: done again
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_precision_auto_is_one_of_two(world: World, tmp_path: Path) -> None:
+    from notellm2_core.training.engine import set_up_processes
+
+    device = set_up_processes()
+    config = tiny_config({"precision": "auto"})
+    model, processor = build_model(config, tmp_path)
+    data = load_training_data(processor, *(world.path(n) for n in FOLDERS), tmp_path)
+    assert choose_precision(model, data, np.arange(8), config, device) in ("bf16", "fp32")
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_as_never_killed(world: World, tmp_path: Path) -> None:
+    """kill -9 of torchrun after the first checkpoint: the ranks die with it, and the same command again ends with the
+    weights of an uninterrupted run, bit for bit, with two ranks."""
+    settings = {"num_steps": 40, "batch_pairs": 4, "zero_stage": 2, "num_ranks": 2, "log_every_steps": 5}
+    every = {"checkpoint_every_steps": 4, "validate_every_steps": 20}
+    config = write_config(tmp_path / "c.yaml", tiny_config({**settings, **every}, start=START))
+    run_ranks(2, rank_checks.train, config, world.root, tmp_path / "straight", tmp_path / "straight_out")
+
+    folders = {n: world.path(n) for n in FOLDERS} | {"work": tmp_path / "work", "out": tmp_path / "out"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = launch_command(config, 2, **folders)
+    killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    latest = folders["work"] / "checkpoints" / "latest"
+    until(lambda: latest.exists() or killed.poll() is not None)
+    assert killed.poll() is None, "it ended before it could be killed"
+    ranks = children(killed.pid)
+    assert len(ranks) == 2
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    until(lambda: not any(Path(f"/proc/{r}").exists() for r in ranks), 10)
+    step = int(latest.read_text().removeprefix("step-"))
+    assert 0 < step < 40
+    assert not (folders["out"] / "training.json").exists()
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = [(d / "model.safetensors").read_bytes() for d in (folders["out"], tmp_path / "straight_out")]
+    assert weights[0] == weights[1]
+    steps = [line["step"] for line in read_metrics(folders["work"] / "metrics.jsonl") if "loss" in line]
+    assert steps == sorted(set(steps)) and {1, 40} <= set(steps)
+    assert len(list((folders["work"] / "checkpoints").glob("step-*"))) == 2
+
+
+@pytest.mark.slow
+def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", tiny_config(method="late fusion"))
+    folders = {n: world.path(n) for n in FOLDERS} | {"work": tmp_path / "work", "out": tmp_path / "out"}
+    command = launch_command(config, 1, **folders)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    line = "unknown method 'late fusion'; choose one of"
+    assert sum(text.startswith(f"error: {line}") for text in done.stderr.splitlines()) == 1
+    assert (tmp_path / "work" / "error.txt").read_text().startswith(line)
+
+
+def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:
+    """Lines after the checkpoint, and a line cut short, go; seconds go on; means are over the steps since the last."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": s, "loss": 9.0, "seconds": 10.0 * s, "eta_s": 1.0} for s in (1, 2, 3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    heard: list[str] = []
+    progress = Progress(path, 2, 4, log=heard.append)
+    progress.add(8, {"loss": 1.0})
+    progress.add(8, {"loss": 2.0})
+    progress.report_steps(4)
+    progress.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 4]
+    last = read_metrics(path)[-1]
+    assert last["loss"] == 1.5 and last["seconds"] >= 20 and last["notes_per_s"] > 0
+    assert progress.series("loss") == [9.0, 9.0, 1.5]
+    assert len(heard) == 1 and heard[0].startswith("step 4/4, 0 s to go: loss 1.5")
+
+
+@pytest.mark.slow
+def test_curves_reach_mlflow_and_a_dead_server_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    run_id = client.create_run("0").info.run_id
+    curves = MlflowCurves(uri, run_id, 5)
+    for step in (1, 2):
+        curves.send(step, {"loss": 3.0 / step, "tau": 3.0})
+    curves.close()
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "loss")] == [(1, 3.0), (2, 1.5)]
+    capsys.readouterr()
+
+    dead = MlflowCurves("http://127.0.0.1:9", "none", 1)
+    start = time.monotonic()
+    for step in range(100):
+        dead.send(step, {"loss": 1.0})
+    assert time.monotonic() - start < 0.5
+    dead.close()
+    assert time.monotonic() - start < 20
+    assert capsys.readouterr().err.count("no curves in MLflow at http://127.0.0.1:9") == 1
+
+
+def test_recall_of_validation() -> None:
+    """Query 0: rows 1, 2, 3 score 0.8, 1, 0. Its target 1 has rank 2 (row 0, the query, does not count)."""
+    x = torch.tensor([[1.0, 0.0], [0.8, 0.6], [2.0, 0.0], [0.0, 1.0]])
+    pairs = torch.tensor([[0, 1]])
+    assert recall_at(x, pairs, 1) == 0.0
+    assert recall_at(x, pairs, 2) == 1.0
+
+
+def until(condition: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -1,0 +1,95 @@
+"""A small training input on disk: random notes, random pairs, random image features, the tiny models."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from notellm2_core.config import Config
+from notellm2_core.model.vision import load_vision_encoder
+from notellm2_core.notes.features import FeatureStore
+from notellm2_core.schema import NOTE_IMAGES, NOTES, RELATED_PAIRS
+
+WORDS = "tea cup red sky boat lamp fern moss opal quilt drum kite plum sand wolf yarn".split()
+
+
+@dataclass(frozen=True)
+class World:
+    """Its folders, as the training command takes them."""
+
+    root: Path
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def arguments(self, config: Path, work: Path, out: Path) -> list[str]:
+        folders = [x for name in ("notes", "images", "store", "pairs") for x in (f"--{name}", str(self.path(name)))]
+        return ["--config", str(config), *folders, "--work", str(work), "--out", str(out)]
+
+
+def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6) -> World:
+    """2 * (num_pairs + num_validation) notes, paired off; every 8th note has no image, and every 7th no text."""
+    rng = np.random.default_rng(0)
+    world = World(root)
+    num_notes = 2 * (num_pairs + num_validation)
+    ids = [f"n{i:03d}" for i in range(num_notes)]
+    images = [None if i % 8 == 5 else f"image{i:03d}" for i in range(num_notes)]
+
+    def text(i: int, num_words: int) -> str:
+        return "" if i % 7 == 3 else " ".join(rng.choice(WORDS, num_words))
+
+    rows = [
+        {"note_id": n, "title": text(i, 3), "topics": [text(i, 1)], "content": text(i, int(rng.integers(2, 9)))}
+        for i, n in enumerate(ids)
+    ]
+    write(world.path("notes") / "part-0.parquet", pa.Table.from_pylist(rows, schema=NOTES))
+    pairs = [
+        {"query_id": ids[2 * i], "target_id": ids[2 * i + 1], "score": 1.0, "num_users": 3, "rank": 1}
+        for i in range(num_pairs + num_validation)
+    ]
+    write(world.path("pairs") / "train/part-0.parquet", pa.Table.from_pylist(pairs[:num_pairs], schema=RELATED_PAIRS))
+    validation = pa.Table.from_pylist(pairs[num_pairs:], schema=RELATED_PAIRS)
+    write(world.path("pairs") / "validation/part-0.parquet", validation)
+    encoder = load_vision_encoder(tiny_config().model.vision)
+    encoder.save_pretrained(world.path("images") / "vision")
+    statuses = ["missing" if i is None else "ok" for i in images]
+    table = pa.table([pa.array(c, pa.string()) for c in (ids, images, statuses)], schema=NOTE_IMAGES)
+    write(world.path("images") / "note_images.parquet", table)
+    known = [i for i in images if i is not None]
+    store = FeatureStore.create(world.path("store") / encoder.encoder_id, encoder.num_patches, encoder.width)
+    patches = rng.normal(size=(len(known), encoder.num_patches, encoder.width))
+    store.append(known, patches, patches.mean(axis=1))
+    return world
+
+
+def tiny_config(training: dict[str, Any] | None = None, **model: Any) -> Config:
+    """The tiny models; `training` and `model` override settings of these sections."""
+    tree: dict[str, Any] = {
+        "name": "test",
+        "text": {"title_words": 8, "content_words": 16, "topic_words": 8},
+        "model": {
+            "llm": {"name": "tiny"},
+            "vision": {"library": "tiny", "name": "tiny", "pretrained": None},
+            "connector": {
+                "num_queries": 2, "num_layers": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64
+            },
+            "projection_dim": 16,
+            **model,
+        },
+        "training": {"num_steps": 8, "batch_pairs": 8, "precision": "fp32", "learning_rate": 1e-3, **(training or {})},
+    }  # fmt: skip
+    return Config(**tree)
+
+
+def write_config(path: Path, config: Config) -> Path:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
+def write(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
