@@ -6,7 +6,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import dagster as dg
 
@@ -14,20 +15,22 @@ _PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 65_536
 
 
-def run_command(context: dg.AssetExecutionContext, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-    """Run `command` to its end in a process group of its own.
+def run_command(context: dg.AssetExecutionContext, command: Sequence[str], reports: bool = False) -> None:
+    """Run `command` to its end in a process group of its own; `reports`: it speaks to Dagster through Pipes.
 
     The group is killed when this step ends in any way, and by the kernel when this process is killed. Raises
     dg.Failure: with the command's own sentence and no retry where it ended with exit code 2 (the user's to mend), with
     the end of its output where it crashed.
     """
     context.log.info(f"running: {shlex.join(command)}")
-    with dg.open_pipes_session(
-        context, dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
-    ) as session:
+    with ExitStack() as stack:
+        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if reports:
+            injector, reader = dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
+            env |= stack.enter_context(dg.open_pipes_session(context, injector, reader)).get_bootstrap_env_vars()
         process = subprocess.Popen(
             command,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **session.get_bootstrap_env_vars(), **(env or {})},
+            env=env,
             stderr=subprocess.PIPE,
             start_new_session=True,
             preexec_fn=_die_with_parent,

@@ -56,7 +56,7 @@ def note_sides(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
                 spark,
                 notes=inputs["notes"].path / "notes",
                 events=inputs["events"].path,
-                out=draft.path,
+                out=draft.path / "sides",
                 images=inputs["vision_features"].path / "note_images.parquet",
                 **config.split.model_dump(exclude={"validation_share"}),
             )
@@ -82,7 +82,7 @@ def related_pairs(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.M
             draft.metrics |= relate(
                 spark,
                 scores=inputs["cooccurrence"].path,
-                sides=inputs["note_sides"].path,
+                sides=inputs["note_sides"].path / "sides",
                 out=draft.path,
                 **config.pairs.model_dump(exclude={"simultaneous"}),
             )
@@ -108,7 +108,7 @@ def pair_datasets(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.M
             draft.metrics |= split(
                 spark,
                 pairs=inputs["related_pairs"].path,
-                sides=inputs["note_sides"].path,
+                sides=inputs["note_sides"].path / "sides",
                 out=draft.path,
                 validation_share=config.split.validation_share,
             )

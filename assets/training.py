@@ -75,7 +75,7 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
             mlflow_uri=run.uri,
             mlflow_run_id=run.run_id,
         )
-        run_command(context, command)
+        run_command(context, command, reports=True)
         draft.metrics |= json.loads((draft.path / "training.json").read_text())
 
     return pipeline.publish(context, build)

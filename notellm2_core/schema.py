@@ -52,6 +52,12 @@ SCORES = pa.schema(
         pa.field("num_users", pa.int64(), nullable=False),  # |U(query -> target)|
     ]
 )
+TARGET_CLICKS = pa.schema(
+    [
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("num_users", pa.int64(), nullable=False),  # distinct users who clicked the note in the window
+    ]
+)
 RELATED_PAIRS = SCORES.append(pa.field("rank", pa.int32(), nullable=False))  # 1 = the strongest of its query
 
 # --- lake: images ---------------------------------------------------------------------------------------------------

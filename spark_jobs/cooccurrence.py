@@ -95,8 +95,8 @@ def score(
     counts: dict[str, Any] = {}
     for window in ("train", "test"):
         if window == "test" and _same_files(events / "train", events / "test"):
-            for table in ("", "_clicks"):
-                shutil.copytree(out / f"train{table}", out / f"test{table}")
+            shutil.copytree(out / "train", out / "test")
+            shutil.copytree(out / "train_clicks", out / "test_clicks")
             counts["test"] = counts["train"]
             break
         table = read_table(spark, events / window)

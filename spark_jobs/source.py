@@ -6,7 +6,7 @@ quarantined with its reason by `spark_jobs.clean`.
 
 A `timestamp` is one of
   - a number: unix time. Seconds below 1e11 in size, milliseconds below 1e14, microseconds below 1e17, nanoseconds
-    above. The unit of a time after 1973-03-03 is thereby never mistaken; in finer units than seconds, earlier times are;
+    above. The unit of a time after 1973-03-03 is never mistaken; of earlier ones only seconds are read rightly;
   - ISO 8601 text: a date, or a date and time with or without an offset (none: UTC);
   - a Parquet timestamp or date (without a zone: UTC).
 Anything else, and any time outside the years 1 to 9999, cannot be placed.
@@ -69,11 +69,11 @@ def read_source_events(spark: SparkSession, source: Path) -> DataFrame:
     `source` is a source folder, or directly a .csv(.gz) file or a folder of Parquet. Raises ValueError naming the file,
     and the column that is missing or of the wrong type.
     """
-    is_source = source.is_dir() and not any(source.glob("*.parquet")) or not source.exists()
-    path = find_events(source) if is_source or (source / "notes.parquet").exists() else source
+    is_table = source.is_file() or (any(source.glob("*.parquet")) and not (source / "notes.parquet").exists())
+    path = source if is_table else find_events(source)
     with readable(path):
         if path.name.endswith((".csv", ".csv.gz")):
-            events = spark.read.csv(str(path), header=True, quote='"', escape='"', enforceSchema=False)
+            events = spark.read.csv(str(path), header=True, quote='"', escape='"')
         elif path.is_dir() and not any(path.rglob("*.parquet")):
             raise ValueError(f"{path} holds no Parquet files.")
         else:
@@ -124,7 +124,10 @@ def _unix_micros(number: Column) -> Column:
 
 
 def read_source_notes(spark: SparkSession, source: Path) -> DataFrame:
-    """`notes.parquet` of `source`, plus `position`, the row's place in the file. Raises ValueError naming the column."""
+    """`notes.parquet` of `source`, plus `position`, the row's place in the file.
+
+    Raises ValueError naming the file, and the column that is missing or of the wrong type.
+    """
     path = source / "notes.parquet"
     if not path.exists():
         raise ValueError(f"{source} holds no notes.parquet; set source.path to a folder that does.")

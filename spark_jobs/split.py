@@ -28,12 +28,12 @@ def assign_sides(
     Returns notes, notes_in_train_days, notes_in_test_days, train, pool, near_duplicate_groups (of two notes or more on
     a side) and unassigned (notes in the windows that are on neither side). Raises ValueError for an empty side.
     """
-    tables = [read_table(spark, p) for p in (notes, events / "train", events / "test")]
+    all_notes, train, test = (read_table(spark, p) for p in (notes, events / "train", events / "test"))
     pictures = read_table(spark, images) if images is not None else None
-    write_table(note_sides(*tables, by, pool_share, max_pool_notes, pictures), out, ["note_id"])
+    write_table(note_sides(all_notes, train, test, by, pool_share, max_pool_notes, pictures), out, ["note_id"])
     sides = read_table(spark, out)
     counts = {"train": 0, "pool": 0, **counts_by(sides, "side")}
-    in_train, in_test = (t.select("note_id").distinct() for t in tables[1:])
+    in_train, in_test = (t.select("note_id").distinct() for t in (train, test))
     num_seen = in_train.union(in_test).distinct().count()
     for side, setting in (("train", "window.train_days"), ("pool", "window.test_days")):
         if not counts[side]:
@@ -42,7 +42,7 @@ def assign_sides(
                 f"split.by, split.pool_share = {pool_share} or {setting}."
             )
     return {
-        "notes": tables[0].count(),
+        "notes": all_notes.count(),
         "notes_in_train_days": in_train.count(),
         "notes_in_test_days": in_test.count(),
         **counts,
@@ -94,9 +94,9 @@ def split_pairs(pairs: DataFrame, sides: DataFrame, validation_share: float) -> 
 
     Pairs are cut in units of notes, each the largest of these that holds at most `validation_share` of the pairs: the
     connected component of the pair graph, the cluster of strongest neighbours, the near-duplicate group. Units are
-    ordered by hash, and so many of the first are the validation's that the share is met most nearly. Pairs that straddle
-    are in neither table: none where components are small; where all notes hang together about twice the share (a cut
-    by single notes would lose four times the share).
+    ordered by hash, and so many of the first are the validation's that the share is met most nearly. Pairs that
+    straddle are in neither table: none where components are small; where all notes hang together two or three times
+    the share (a cut by single notes would lose four times the share).
     """
     if validation_share == 0:
         return pairs, pairs.limit(0)

@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from notellm2_core.schema import TARGET_CLICKS
+
 ScoreRows = Callable[[Sequence[str]], np.ndarray]  # query ids -> scores [Q, M]
 
 
 def read_clicks(path: Path) -> dict[str, int]:
-    """Clicks of each note from a Parquet file or folder with the columns note_id and clicks."""
-    names = set(pq.ParquetDataset(path).schema.names)
-    if not {"note_id", "clicks"} <= names:
-        raise ValueError(f"{path} needs the columns note_id and clicks, it has {sorted(names)}.")
-    table = pq.read_table(path, columns=["note_id", "clicks"])
-    return dict(zip(table["note_id"].to_pylist(), table["clicks"].to_pylist(), strict=True))
+    """Users who clicked each note, from Parquet in schema.TARGET_CLICKS. Raises ValueError for other columns."""
+    names = pq.ParquetDataset(path).schema.names
+    if not set(TARGET_CLICKS.names) <= set(names):
+        raise ValueError(f"{path} needs the columns {TARGET_CLICKS.names}, it has {sorted(names)}.")
+    table = pq.read_table(path, columns=TARGET_CLICKS.names)
+    return dict(zip(table["note_id"].to_pylist(), table["num_users"].to_pylist(), strict=True))
 
 
 def popularity_rows(clicks: Mapping[str, int], pool_ids: Sequence[str]) -> ScoreRows:

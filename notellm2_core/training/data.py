@@ -156,6 +156,7 @@ def schedule(pairs: np.ndarray, batch_pairs: int, num_steps: int, seed: int) -> 
     if not len(pairs):
         raise ValueError("there are no pairs to make batches of")
     stream = _permutations(len(pairs), seed)
+    max_waiting = min(_LOOKAHEAD_BATCHES * batch_pairs, len(pairs))
     waiting: deque[int] = deque()
     batches = np.empty((num_steps, batch_pairs), dtype=np.int64)
     for step in range(num_steps):
@@ -163,7 +164,7 @@ def schedule(pairs: np.ndarray, batch_pairs: int, num_steps: int, seed: int) -> 
         in_batch: set[int] = set()
         passed_over: deque[int] = deque()
         while len(taken) < batch_pairs:
-            if not waiting and len(passed_over) >= _LOOKAHEAD_BATCHES * batch_pairs:
+            if not waiting and len(passed_over) >= max_waiting:
                 taken.append(passed_over.popleft())
                 continue
             index = waiting.popleft() if waiting else next(stream)

@@ -25,12 +25,14 @@ from notellm2_core.training.launch import num_threads
 from notellm2_core.training.step import TrainingStep
 
 Precision = Literal["bf16", "fp32"]
+_CPU_BUCKET = 10_000_000
 
 
 def set_up_processes() -> torch.device:
     """Join the other ranks (torchrun's environment, or alone without it); the device of this rank.
 
-    On a CPU: without the shared-memory extension, whose first start needs a C++ compiler and two minutes.
+    On a CPU: deterministic algorithms, and without DeepSpeed's compiled extensions, whose first start needs a C++
+    compiler and two minutes.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "WORLD_SIZE" not in os.environ:
@@ -46,7 +48,8 @@ def set_up_processes() -> torch.device:
         torch.cuda.set_device(device)
     else:
         torch.use_deterministic_algorithms(True)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # always written
+        deepspeed.ops.__compatible_ops__ = {}  # none, unasked: asking runs the compiler
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
@@ -91,7 +94,12 @@ def deepspeed_config(training: Training, precision: Precision, num_ranks: int, o
         "gradient_accumulation_steps": 1,
         "gradient_clipping": training.max_grad_norm,
         "bf16": {"enabled": precision == "bf16" and on_gpu},
-        "zero_optimization": {"stage": training.zero_stage, "overlap_comm": on_gpu, "contiguous_gradients": True},
+        "zero_optimization": {
+            "stage": training.zero_stage,
+            "overlap_comm": on_gpu,
+            # Numbers in the buffer through which gradients are reduced; DeepSpeed's default would take 2 GB of memory.
+            **({} if on_gpu else {"reduce_bucket_size": _CPU_BUCKET, "allgather_bucket_size": _CPU_BUCKET}),
+        },
         "optimizer": {
             "type": "AdamW",
             "params": {

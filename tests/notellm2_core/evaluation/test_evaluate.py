@@ -63,7 +63,7 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pq.write_table(pa.table({"note_id": ids}), root / "pairs" / "pool" / "0.parquet")
     write_shard(root / "embeddings" / "part-00000.parquet", [*ids, "x"], np.eye(6)[[*topics, 5]], {})
-    pq.write_table(pa.table({"note_id": ["n00"], "clicks": [9]}), root / "clicks.parquet")
+    pq.write_table(pa.table({"note_id": ["n00"], "num_users": [9]}), root / "clicks.parquet")
     oracle = {"note_id": ids, "text_key": [f"t{t}" for t in topics], "image_key": pa.nulls(NUM_NOTES, pa.string())}
     pq.write_table(pa.table(oracle), root / "oracle.parquet")
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))

@@ -1,8 +1,8 @@
 """What each rank does in the tests with several processes (see ranks.py).
 
-`check_stages`: for every ZeRO stage: two steps on the same global batches; loss, full gradients, gradient norm and updated weights of
-the first go to OUT/ranks-<R>-stage-<S>.pt. Then a checkpoint after the first step is loaded into a fresh engine, and
-its second step must give the same weights to the last bit.
+`check_stages`: for every ZeRO stage, two steps on the same global batches; loss, full gradients, gradient norm and
+updated weights of the first go to OUT/ranks-<R>-stage-<S>.pt. Then a checkpoint after the first step is
+loaded into a fresh engine, and its second step must give the same weights to the last bit.
 """
 
 from pathlib import Path

@@ -10,7 +10,7 @@ _PRELOAD = ["tests.notellm2_core.training.preload"]
 
 
 def run_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any, timeout_s: float = 240) -> None:
-    """Run `function(*arguments)` in `num_ranks` processes with torchrun's environment. Fails where one of them fails."""
+    """Run `function(*arguments)` in `num_ranks` processes with torchrun's environment. Fails where one fails."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with socket.socket() as s:

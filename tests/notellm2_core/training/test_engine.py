@@ -18,7 +18,7 @@ def test_learning_rate_of_ten_steps() -> None:
 
 
 def test_learning_rate_of_the_paper() -> None:
-    """7,956 steps, ratio 0.1: the peak of 3e-6 after ceil(795.6) = 796 steps; the rates sum to about 0.012 (= 2 tau)."""
+    """7,956 steps, ratio 0.1: the peak of 3e-6 after ceil(795.6) = 796 steps; the rates sum to about 0.012."""
     factors = [learning_rate_factor(step, 7956, 0.1) for step in range(7956)]
     assert factors.index(1.0) == 795
     assert factors[-1] == pytest.approx(1 / 7160)

@@ -42,7 +42,7 @@ def reference(world: World) -> dict[str, Any]:
 def test_ranks_agree_with_one_process(
     num_ranks: int, stages: tuple[int, ...], world: World, reference: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Loss, every gradient (tau's too), the norm that is clipped, and the weights after AdamW; and a resume is exact."""
+    """Loss, every gradient (tau's too), the clipped norm, and the weights after AdamW; and a resume is exact."""
     run_ranks(num_ranks, rank_checks.check_stages, world.root, tmp_path, stages)
     for stage in stages:
         result = torch.load(tmp_path / f"ranks-{num_ranks}-stage-{stage}.pt")
