@@ -30,7 +30,11 @@ def enough_pairs(figures: Figures, limits: Checks) -> Verdict:
     """There are enough training and test pairs to learn from and to measure with."""
     train, test = figures["train"]["pairs"], figures["test"]["pairs"]
     passed = train >= limits.min_train_pairs and test >= limits.min_test_pairs
-    return passed, {"train_pairs": train, "test_pairs": test, "needed": f"{limits.min_train_pairs}, {limits.min_test_pairs}"}
+    return passed, {
+        "train_pairs": train,
+        "test_pairs": test,
+        "needed": f"{limits.min_train_pairs}, {limits.min_test_pairs}",
+    }
 
 
 def finite_loss(figures: Figures, limits: Checks) -> Verdict:

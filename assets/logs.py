@@ -35,7 +35,7 @@ PARTITIONS = raw_event_partitions(config_from_environment())
     retry_policy=SPARK_RETRIES,
 )
 def raw_events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
-    """The behaviour logs as they came, placed in time: one folder per period, and one for rows without a readable time."""
+    """The behaviour logs as they came, placed in time: a folder per period, one for rows without a readable time."""
     recipe = pipeline.recipe()
     ensure_demo_world(context, recipe)
 
@@ -125,5 +125,7 @@ def _folders_of(raw_events: Dataset, window: ResolvedWindow) -> list[Path]:
     dated = sorted(n for n in names if n != UNDATED)
     # A period reaches to the first day of the next one that has events, or further: no event lies between.
     nexts = [*dated[1:], "9999"]
-    chosen = [n for n, following in zip(dated, nexts, strict=True) if n < end.isoformat() and following > start.isoformat()]
+    chosen = [
+        n for n, following in zip(dated, nexts, strict=True) if n < end.isoformat() and following > start.isoformat()
+    ]
     return [raw_events.path / n for n in (*chosen, *(n for n in names if n == UNDATED))]

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Build = Callable[[Draft, Mapping[str, Dataset], TrackedRun], None]
 
 
+class ChildProcessDied(RuntimeError):
+    """A process that a step relied on was killed; the step can be tried again."""
+
+
 class Pipeline(dg.ConfigurableResource):
     """The configuration in force. `week`: any day of the week that the window shall end with; empty: the last one."""
 
@@ -35,12 +39,23 @@ class Pipeline(dg.ConfigurableResource):
 
     @contextmanager
     def spark(self, config: Config, app_name: str) -> Iterator["SparkSession"]:
-        from spark_jobs.session import spark_session
+        """The Spark session of this process; the next step uses it again, and it ends with the process.
+
+        Raises OSError where the disk is full, ChildProcessDied where the JVM was killed: another try starts a new one.
+        """
+        from spark_jobs.session import forget_dead_session, spark_session
 
         settings = config.spark
-        yield spark_session(
-            app_name, settings.master, settings.driver_memory, settings.shuffle_partitions, dict(settings.extra)
-        )  # left open: the next step of this process uses it, and it ends with the process
+        try:
+            yield spark_session(
+                app_name, settings.master, settings.driver_memory, settings.shuffle_partitions, dict(settings.extra)
+            )
+        except Exception as e:
+            if forget_dead_session():
+                raise ChildProcessDied(f"Spark's JVM died during {app_name}") from e
+            if "No space left on device" in str(e):
+                raise OSError(f"no space left on the disk while Spark made {app_name}: free some or move the lake") from e
+            raise
 
     def publish(
         self,
@@ -100,7 +115,9 @@ def dataset_deps(name: str) -> list[dg.AssetDep]:
 def code_version() -> str:
     """The package version, with the commit where the code runs from a checkout."""
     folder = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
+    )
     return f"{__version__}+{git.stdout.strip()}" if git.returncode == 0 else __version__
 
 

@@ -66,7 +66,9 @@ def faiss_index(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mat
         folder = inputs["note_embeddings"].path / "multimodal"
         draft.metrics |= build_index(folder, draft.path / "index", settings.factory)
         index = Index.load(draft.path / "index")
-        draft.metrics[f"ann_recall_at_{settings.search_k}"] = ann_recall(index, read_embeddings(folder), settings.search_k)
+        draft.metrics[f"ann_recall_at_{settings.search_k}"] = ann_recall(
+            index, read_embeddings(folder), settings.search_k
+        )
 
     return pipeline.publish(context, build)
 

@@ -18,7 +18,7 @@ from notellm2_core.lake import Dataset
 
 _PICTURES = (".png", ".jpg", ".md", ".json", ".yaml")
 _MAX_ARTIFACT_BYTES = 2_000_000
-_PARENT_TAG = "dagster_run_id"
+_PARENT_TAG = "parent_of_dagster_run"  # not `dagster_run_id`: the children carry that one
 
 
 class TrackedRun:

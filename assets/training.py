@@ -109,4 +109,3 @@ def write_config(recipe: Recipe) -> str:
         draft.write_text(text)
         draft.replace(path)
     return str(path)
-

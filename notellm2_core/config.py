@@ -57,7 +57,9 @@ class Window(Section):
 class Pairs(Section):
     """Eq. 2 and section 2.3: which notes are related."""
 
-    simultaneous: bool = False  # whether a click at the very time of the view counts as subsequent (day-resolution logs)
+    simultaneous: bool = (
+        False  # whether a click at the very time of the view counts as subsequent (day-resolution logs)
+    )
     low: float = 0.01  # scores below are outliers; inclusive bound
     up: float = 30.0  # scores above are outliers; inclusive bound
     bounds: Literal["absolute", "quantile"] = "absolute"  # quantile: low and up are shares of the score distribution

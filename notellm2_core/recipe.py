@@ -129,7 +129,9 @@ class Recipe:
         if name in ("raw_events", "notes"):
             settings["source"] = self.source_fingerprint
         if name == "events":
-            settings["window"] = [str(d) for days in (self.window.train, self.window.test) for d in (days.start, days.end)]
+            settings["window"] = [
+                str(d) for days in (self.window.train, self.window.test) for d in (days.start, days.end)
+            ]
         return settings
 
     def fingerprint(self, name: str) -> str:

@@ -47,7 +47,7 @@ def _why(result: dg.ExecuteInProcessResult) -> str:
             failure = event.step_failure_data
             said = failure.user_failure_data.description if failure.user_failure_data else None
             cause = failure.error.cause if failure.error else None
-            raw = said or (cause or failure.error).message if failure.error else said  # type: ignore[union-attr]
+            raw = said or (cause or failure.error).message if failure.error else said
             return f"{event.step_key}: {' '.join(str(raw).split())}"
         if event.event_type == DagsterEventType.ASSET_CHECK_EVALUATION:
             check = event.asset_check_evaluation_data

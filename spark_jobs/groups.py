@@ -12,7 +12,8 @@ def components(edges: DataFrame) -> DataFrame:
     Every round takes the smallest label among a node's neighbours and then that label's own label, so that even a
     chain needs only about log2(length) rounds; the loop ends when no label changes.
     """
-    edges = edges.select("a", "b").union(edges.select("b", "a")).distinct().localCheckpoint()
+    edges = edges.select("a", "b").union(edges.select("b", "a")).distinct()
+    edges = computed(edges)
     labels = edges.select(F.col("a").alias("node"), F.col("a").alias("component")).distinct()
     while True:
         neighbours = edges.join(labels, F.col("b") == F.col("node")).groupBy("a").agg(F.min("component").alias("least"))
@@ -20,10 +21,23 @@ def components(edges: DataFrame) -> DataFrame:
             "node", F.col("component").alias("before"), F.least("component", "least").alias("hop")
         )
         jump = nearer.select(F.col("node").alias("via"), F.col("hop").alias("component"))
-        moved = nearer.join(jump, F.col("hop") == F.col("via")).select("node", "before", "component").localCheckpoint()
+        moved = computed(nearer.join(jump, F.col("hop") == F.col("via")).select("node", "before", "component"))
         if not moved.filter(F.col("before") != F.col("component")).head(1):
             return moved.select("node", "component")
         labels = moved.select("node", "component")
+
+
+def computed(df: DataFrame) -> DataFrame:
+    """`df` with its rows computed and its past forgotten, for loops.
+
+    A checkpoint alone remembers the estimated size, and estimates multiply with every join: after some rounds Spark
+    spends minutes on numbers of millions of digits. Taken from the cache, the size is the measured one.
+    """
+    cached = df.persist()
+    cached.count()
+    fresh = cached.select("*").localCheckpoint()
+    cached.unpersist()
+    return fresh
 
 
 def near_duplicates(notes: DataFrame, images: DataFrame | None = None) -> DataFrame:

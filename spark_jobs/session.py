@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 MIN_JAVA = 17
@@ -72,6 +73,19 @@ def spark_session(
     if scratch is not None:
         atexit.register(_end, spark, scratch, os.getpid())
     return spark
+
+
+def forget_dead_session() -> bool:
+    """Whether this process's JVM has died. If so it is forgotten, and the next `spark_session` starts a new one.
+
+    PySpark keeps the gateway to its JVM for the life of the process and offers no way to say that it is gone.
+    """
+    gateway = SparkContext._gateway
+    if gateway is None or gateway.proc.poll() is None:
+        return False
+    SparkContext._active_spark_context = SparkContext._gateway = SparkContext._jvm = None
+    SparkSession._instantiatedSession = SparkSession._activeSession = None
+    return True
 
 
 def java_home() -> str:
@@ -187,5 +201,6 @@ def _lock(path: Path) -> int | None:
 
 def _end(spark: SparkSession, scratch: Path, owner: int) -> None:
     if os.getpid() == owner:  # not in a forked child
-        spark.stop()
+        if spark is SparkSession.getActiveSession():  # not one whose JVM has died
+            spark.stop()
         shutil.rmtree(scratch, ignore_errors=True)

@@ -26,7 +26,7 @@ UNDATED = "undated"  # the partition of rows whose time cannot be read
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]\d{1,2}:.*)?$"  # Spark alone would also take a year, or a time of today
 _MICROS_OF_YEARS = (-62135596800000000, 253402300799999999)  # 0001-01-01 .. 9999-12-31, what Python can show
-_ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType, T.NullType)
+_ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 
 
 def land(spark: SparkSession, source: Path, out: Path, partition: Literal["week", "year"]) -> dict[str, Any]:
@@ -53,6 +53,8 @@ def land(spark: SparkSession, source: Path, out: Path, partition: Literal["week"
 
 def find_events(source: Path) -> Path:
     """The one file or folder of events in `source`."""
+    if not source.exists():
+        raise ValueError(f"the source {source} does not exist; set source.path.")
     if not source.is_dir():
         raise ValueError(f"the source {source} is not a folder; set source.path.")
     found = [p for name in ("events.csv.gz", "events.csv", "events") if (p := source / name).exists()]
@@ -80,10 +82,9 @@ def read_source_events(spark: SparkSession, source: Path) -> DataFrame:
             events = spark.read.parquet(str(path))
     _require(events, SOURCE_EVENT_COLUMNS, path)
     for column in ("user_id", "note_id", "event"):
-        _require_type(events, column, _ID_TYPES, "text or whole numbers", path)
-    dated = (T.StringType, T.NumericType, T.TimestampType, T.TimestampNTZType, T.DateType, T.NullType)
-    _require_type(events, "timestamp", dated, "text, numbers or timestamps", path)
-    return events
+        events = _typed(events, column, _ID_TYPES, "text or whole numbers", path)
+    dated = (T.StringType, T.NumericType, T.TimestampType, T.TimestampNTZType, T.DateType)
+    return _typed(events, "timestamp", dated, "text, numbers or timestamps", path)
 
 
 def land_events(events: DataFrame, partition: Literal["week", "year"] = "week") -> DataFrame:
@@ -134,16 +135,18 @@ def read_source_notes(spark: SparkSession, source: Path) -> DataFrame:
     with readable(path):
         notes = spark.read.parquet(str(path))
     _require(notes, SOURCE_NOTE_COLUMNS, path)
-    _require_type(notes, "note_id", _ID_TYPES, "text or whole numbers", path)
-    for column in ("title", "content", *(c for c in SOURCE_IMAGE_COLUMNS[:1] if c in notes.columns)):
-        _require_type(notes, column, (T.StringType, T.NullType), "text", path)
-    _require_type(notes, "topics", (T.StringType, T.ArrayType, T.NullType), "text or a list of texts", path)
+    notes = notes.withColumn("position", F.struct("_metadata.file_path", "_metadata.row_index"))
+    notes = _typed(notes, "note_id", _ID_TYPES, "text or whole numbers", path)
+    for column in ("title", "content"):
+        notes = _typed(notes, column, (T.StringType,), "text", path)
+    notes = _typed(notes, "topics", (T.StringType, T.ArrayType), "text or a list of texts", path)
     topics = notes.schema["topics"].dataType
-    if isinstance(topics, T.ArrayType) and not isinstance(topics.elementType, _ID_TYPES):
+    if isinstance(topics, T.ArrayType) and not isinstance(topics.elementType, (*_ID_TYPES, T.NullType)):
         raise ValueError(f"{path}: the column topics has type {topics.simpleString()}, not a list of texts.")
-    if "image" in notes.columns:
-        _require_type(notes, "image", (T.BinaryType, T.NullType), "bytes", path)
-    return notes.withColumn("position", F.struct("_metadata.file_path", "_metadata.row_index"))
+    for column, kind, wanted in zip(SOURCE_IMAGE_COLUMNS, (T.StringType, T.BinaryType), ("text", "bytes"), strict=True):
+        if column in notes.columns:
+            notes = _typed(notes, column, (kind,), wanted, path)
+    return notes
 
 
 def trimmed(text: Column) -> Column:
@@ -159,7 +162,11 @@ def _require(df: DataFrame, columns: tuple[str, ...], path: Path) -> None:
         raise ValueError(f"{path} lacks the column {missing[0]}; it has {', '.join(df.columns)}.")
 
 
-def _require_type(df: DataFrame, column: str, types: tuple[type, ...], wanted: str, path: Path) -> None:
+def _typed(df: DataFrame, column: str, types: tuple[type, ...], wanted: str, path: Path) -> DataFrame:
+    """`df` if `column` has one of `types`. Spark reads a column of nulls alone as int: here it is text."""
     kind = df.schema[column].dataType
-    if not isinstance(kind, types):
-        raise ValueError(f"{path}: the column {column} has type {kind.simpleString()}, not {wanted}.")
+    if isinstance(kind, types):
+        return df
+    if isinstance(kind, T.IntegerType) and not df.filter(F.isnotnull(column)).head(1):
+        return df.withColumn(column, F.lit(None).cast("string"))
+    raise ValueError(f"{path}: the column {column} has type {kind.simpleString()}, not {wanted}.")

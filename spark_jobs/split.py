@@ -7,7 +7,7 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from notellm2_core.schema import NOTE_SIDES, RELATED_PAIRS
-from spark_jobs.groups import clusters, components, near_duplicates, position
+from spark_jobs.groups import clusters, components, computed, near_duplicates, position
 from spark_jobs.tables import counts_by, figures, read_table, write_table
 
 By = Literal["time", "hash"]
@@ -100,7 +100,7 @@ def split_pairs(pairs: DataFrame, sides: DataFrame, validation_share: float) -> 
     """
     if validation_share == 0:
         return pairs, pairs.limit(0)
-    placed = _place(pairs, sides, validation_share).localCheckpoint()
+    placed = computed(_place(pairs, sides, validation_share))
     # A pair is the validation's where both ends are, so its later end says from which border on it is.
     later, earlier = F.greatest("query_position", "target_position"), F.least("query_position", "target_position")
     upto = F.sum("count").over(Window.orderBy("border")) / F.sum("count").over(Window.partitionBy())
@@ -117,7 +117,7 @@ def _place(pairs: DataFrame, sides: DataFrame, validation_share: float) -> DataF
     ends = pairs.join(groups.toDF("query_id", "query"), "query_id").join(
         groups.toDF("target_id", "target"), "target_id"
     )
-    ends = ends.localCheckpoint()
+    ends = computed(ends)
     edges = ends.select(F.col("query").alias("a"), F.col("target").alias("b"), "score")
     units = components(edges).join(clusters(edges.filter("a != b")), "node", "left")
     largest = validation_share * edges.count()
@@ -151,7 +151,7 @@ def leakage(train: DataFrame, validation: DataFrame, test: DataFrame, sides: Dat
     def on_both_sides(key: str) -> int:
         return sides.groupBy(key).agg(F.count_distinct("side").alias("sides")).filter("sides > 1").count()
 
-    learned, held_out, tested = (notes(p).localCheckpoint() for p in (train, validation, test))
+    learned, held_out, tested = (computed(notes(p)) for p in (train, validation, test))
     fitted = learned.union(held_out).distinct()
     train_side, pool = (sides.filter(F.col("side") == side).select("note_id") for side in ("train", "pool"))
     return {

@@ -28,7 +28,9 @@ def write_report(
 
     Returns R@k by method, input and slice, in percent, nested: {"notellm2": {"multimodal": {"all": {"10": ...}}}}.
     """
-    folders: dict[tuple[str, str], Path] = {(config.model.method, folder.name): folder for folder in _inputs(embeddings)}
+    folders: dict[tuple[str, str], Path] = {
+        (config.model.method, folder.name): folder for folder in _inputs(embeddings)
+    }
     if "zero_shot" in config.evaluation.baselines:
         folders |= {("zero_shot", folder.name): folder for folder in _inputs(start_embeddings)}
     if "minilm" in config.evaluation.baselines:

@@ -94,7 +94,7 @@ def build_report(
 
 def label(method: str) -> str:
     """How a method is called in tables and plots."""
-    return {**FIRST, **LAST}.get(method, method)
+    return {**FIRST, **LAST}.get(method, f"{method}, fine-tuned")
 
 
 def to_markdown(report: Report, slices: Sequence[str] = TABLE_SLICES) -> str:

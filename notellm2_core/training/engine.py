@@ -156,17 +156,23 @@ def set_learning_rate(optimizer: Any, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def broadcast_from_first(module: nn.Module) -> None:
-    """All ranks take rank 0's weights: a start that was computed must be the same everywhere to the last bit."""
+def broadcast_new_modules(model: MLRMModel, device: torch.device) -> None:
+    """All ranks take rank 0's new modules: a start that was computed must be the same everywhere to the last bit.
+
+    The LLM comes from the same file everywhere.
+    """
     if dist.get_world_size() > 1:
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.data, src=0)
+        groups = model.parameter_groups()
+        for _, parameter in (*groups["new"], *groups["tau"]):
+            values = parameter.data.to(device)
+            dist.broadcast(values, src=0)
+            parameter.data.copy_(values)
 
 
 def make_engine(model: MLRMModel, config: Config, precision: Precision) -> Any:
-    """The DeepSpeed engine around Eq. 9 of `model`."""
+    """The DeepSpeed engine around Eq. 9 of `model`, on this rank's device."""
     training = config.training
-    on_gpu = next(model.parameters()).is_cuda
+    on_gpu = torch.cuda.is_available()
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with_visual = "visual" in get_method(config.model.method).losses

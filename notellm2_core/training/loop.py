@@ -76,8 +76,8 @@ def run(config: Config, paths: Paths, reports: Reports = Reports()) -> None:
         model.get_input_embeddings().requires_grad_(False)
     if first_step == 0:
         apply_start(model, processor, data, config)
-    model.to(device).train()
-    engines.broadcast_from_first(model)
+    model.train()
+    engines.broadcast_new_modules(model, device)
     batches = schedule(data.train_pairs, training.batch_pairs, training.num_steps, config.seed)
     if not known_run:
         known_run = {"settings": settings, "precision": choose_precision(model, data, batches[0], config, device)}

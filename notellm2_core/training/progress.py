@@ -16,6 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from notellm2_core.training.checkpoints import write_atomically
+
 Metrics = Mapping[str, float]
 _MLFLOW_CLOSE_SECONDS = 15
 
@@ -45,8 +47,7 @@ class Progress:
         )
         if enabled:
             self._lines = [line for line in read_metrics(path) if line["step"] <= first_step]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in self._lines))
         self._seconds_before = max((line["seconds"] for line in self._lines), default=0.0)
 
     @property

@@ -24,7 +24,12 @@ def test_the_defaults_are_the_papers() -> None:
     assert (training.learning_rate, training.weight_decay, training.betas, training.epsilon) == (
         3e-6, 1e-3, (0.9, 0.999), 1e-8,
     )  # fmt: skip
-    assert (training.num_steps, training.batch_pairs, training.warmup_ratio, training.max_grad_norm) == (7956, 128, 0.1, 1)
+    assert (training.num_steps, training.batch_pairs, training.warmup_ratio, training.max_grad_norm) == (
+        7956,
+        128,
+        0.1,
+        1,
+    )
     assert (training.precision, training.zero_stage, training.alpha) == ("bf16", 3, 9)
     assert (pairs.low, pairs.up, pairs.top_t, pairs.popularity_power) == (0.01, 30, 3, 0)
     assert (config.text.title_words, config.text.content_words, config.text.short_tokens, config.text.long_tokens) == (

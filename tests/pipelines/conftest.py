@@ -120,5 +120,3 @@ def copy_of_finished(finished: Workplace, tmp_path: Path) -> Workplace:
     workplace = make_workplace(tmp_path / "copy")
     shutil.copytree(finished.home / "lake", workplace.home / "lake")
     return workplace
-
-

@@ -43,7 +43,9 @@ def test_the_graph_is_the_recipe() -> None:
 
 def test_only_the_raw_logs_are_partitioned() -> None:
     graph = defs.resolve_asset_graph()
-    assert {k.to_user_string() for k in graph.materializable_asset_keys if graph.get(k).is_partitioned} == {"raw_events"}
+    assert {k.to_user_string() for k in graph.materializable_asset_keys if graph.get(k).is_partitioned} == {
+        "raw_events"
+    }
 
 
 def test_checks_block() -> None:

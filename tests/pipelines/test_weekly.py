@@ -47,7 +47,9 @@ def test_every_materialization_is_a_child_run_with_its_tags(finished: Workplace)
     assert "neighbours.jpg" in {a.path for a in client.list_artifacts(report.info.run_id)}
 
 
-def test_asset_materialize_works_by_itself_and_says_what_is_missing(copy_of_finished: Workplace, tmp_path: Path) -> None:
+def test_asset_materialize_works_by_itself_and_says_what_is_missing(
+    copy_of_finished: Workplace, tmp_path: Path
+) -> None:
     command = (str(Path(sys.executable).parent / "dagster"), "asset", "materialize", "--select", "eval_recall")
     copy_of_finished.forget("eval_recall")
     code, output = copy_of_finished.run(*command)
@@ -70,10 +72,9 @@ def _wait_for(condition: Callable[[], object], seconds: float = 120) -> object:
 
 def _training_ranks(workplace: Workplace) -> list[psutil.Process]:
     """The ranks, once training has left its first checkpoint behind."""
-    if not list((workplace.home / "lake" / ".work").rglob("checkpoints/latest*")):
+    if not list((workplace.home / "lake" / ".work").rglob("checkpoints/latest")):
         return []
     return [p for p in workplace.processes() if "LOCAL_RANK" in p.environ()]
-
 
 
 class Recall:

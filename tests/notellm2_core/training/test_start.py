@@ -31,7 +31,7 @@ def collapsed_states(num: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_pca_spreads_out_collapsed_states(bias: bool) -> None:
-    """Mean cosine from above 0.95 to about 0; outputs have mean 0, size 1, and spread s^1/2 where PCA alone has s."""
+    """Mean cosine from above 0.95 to about 0; the outputs have mean 0 and covariance I."""
     states = collapsed_states(300, 24)
     assert mean_cosine(states) > 0.95
     projector = nn.Linear(24, 8, bias=bias)
@@ -39,14 +39,8 @@ def test_pca_spreads_out_collapsed_states(bias: bool) -> None:
     out = projector(states).detach()
     assert abs(mean_cosine(out)) < 0.02
     torch.testing.assert_close(out.mean(dim=0), torch.zeros(8), atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.cov(out.T, correction=0), torch.eye(8), atol=2e-3, rtol=0)
     assert spread(out).item() == pytest.approx(1, rel=1e-3)
-    covariance = torch.cov(out.T)
-    torch.testing.assert_close(covariance, torch.diag(covariance.diagonal()), atol=1e-3, rtol=0)
-    assert (covariance.diagonal().diff() <= 1e-6).all()
-    if bias:
-        singular = torch.linalg.svdvals((states - states.mean(dim=0)).double())[:8].float()
-        ratios = covariance.diagonal().sqrt() / singular.sqrt()
-        torch.testing.assert_close(ratios / ratios[0], torch.ones(8), rtol=1e-3, atol=0)
 
 
 def test_pca_with_fewer_notes_than_outputs() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from dagster_pipes import encode_param
 
 from notellm2_core.config import Config
 from notellm2_core.model.build import build_model, load_model
@@ -145,8 +146,17 @@ def test_killed_and_resumed_is_as_never_killed(world: World, tmp_path: Path) -> 
     assert 0 < step < 40
     assert not (folders["out"] / "training.json").exists()
 
+    heard = tmp_path / "pipes"  # as Dagster Pipes would listen
+    context = {"extras": {}, "run_id": "r", "retry_number": 0, "job_name": None, "asset_keys": None}
+    (tmp_path / "context").write_text(json.dumps(context))
+    environment |= {
+        "DAGSTER_PIPES_CONTEXT": encode_param({"path": str(tmp_path / "context")}),
+        "DAGSTER_PIPES_MESSAGES": encode_param({"path": str(heard)}),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
+    said = [m["params"]["message"] for m in map(json.loads, heard.read_text().splitlines()) if m["method"] == "log"]
+    assert said[-1].startswith("step 40/40, 0 s to go: validation_loss")
     weights = [(d / "model.safetensors").read_bytes() for d in (folders["out"], tmp_path / "straight_out")]
     assert weights[0] == weights[1]
     steps = [line["step"] for line in read_metrics(folders["work"] / "metrics.jsonl") if "loss" in line]

@@ -1,0 +1,45 @@
+"""One Spark session for all tests of this folder, and short ways to make its tables."""
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from spark_jobs.session import spark_session
+
+EVENTS = "user_id string, note_id string, timestamp timestamp, event string"
+SCORES = "query_id string, target_id string, score double, num_users bigint"
+NOTES = "note_id string, title string, topics array<string>, content string, image_path string, image binary"
+SIDES = "note_id string, side string, group_id string"
+
+Frame = Callable[[str, Sequence[Sequence[Any]]], DataFrame]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.spark)
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator[SparkSession]:
+    session = spark_session("tests", "local[2]", "1g", 2)
+    yield session
+    session.stop()
+
+
+@pytest.fixture(scope="session")
+def frame(spark: SparkSession) -> Frame:
+    return lambda schema, rows: spark.createDataFrame(list(rows), schema)
+
+
+def at(seconds: float) -> datetime:
+    """A time, in seconds since 2024-01-01 00:00 UTC (a Monday)."""
+    return datetime.fromtimestamp(1704067200 + seconds, UTC)
+
+
+def rows_of(df: DataFrame, *columns: str) -> list[tuple[Any, ...]]:
+    return sorted(map(tuple, df.select(*columns).collect()), key=repr)

@@ -1,0 +1,59 @@
+import itertools
+import random
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spark_jobs.groups import clusters, components, near_duplicates
+from tests.spark_jobs.conftest import NOTES, Frame, rows_of
+
+
+@settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.lists(st.tuples(st.integers(10, 60), st.integers(10, 60)), min_size=20, max_size=30))
+def test_components_equal_union_find(frame: Frame, edges: list[tuple[int, int]]) -> None:
+    parent = {n: n for edge in edges for n in edge}
+
+    def root(n: int) -> int:
+        while parent[n] != n:
+            n = parent[n]
+        return n
+
+    for a, b in edges:
+        low, high = sorted((root(a), root(b)))
+        parent[high] = low
+    found = components(frame("a string, b string", [(str(a), str(b)) for a, b in edges]))
+    assert dict(rows_of(found, "node", "component")) == {str(n): str(root(n)) for n in parent}
+
+
+def test_a_long_chain_is_one_component(frame: Frame) -> None:
+    """64 notes in a row, named at random, so that labels have to travel."""
+    names = [f"{i:02d}" for i in range(64)]
+    random.Random(0).shuffle(names)
+    found = components(frame("a string, b string", list(itertools.pairwise(names))))
+    assert dict(rows_of(found, "node", "component")) == dict.fromkeys(names, "00")
+
+
+def test_near_duplicates_share_text_or_picture_also_in_a_chain(frame: Frame) -> None:
+    """a and b share their text, b and c a path, c and d the bytes, d and e the picture's hash: one group. f and g have
+    no text at all, which is nothing to share; h and i differ in their topics."""
+    rows = [
+        ("e", "lonely", [], "", None, None),
+        ("d", "four", [], "", None, b"1"),
+        ("c", "three", [], "", "p.png", b"1"),
+        ("b", "Two\n words", [], "", "p.png", None),
+        ("a", "two", [], "  WORDS", None, None),
+        ("f", "", [], "", "f.png", None),
+        ("g", " ", [], "", "g.png", None),
+        ("h", "x", ["t"], "", None, None),
+        ("i", "x", ["u"], "", None, None),
+    ]
+    images = frame("note_id string, image_id string", [("d", "sha"), ("e", "sha"), ("f", None), ("g", None)])
+    groups = rows_of(near_duplicates(frame(NOTES, rows), images), "note_id", "group_id")
+    assert dict(groups) == {**dict.fromkeys("abcde", "a"), **{n: n for n in "fghi"}}
+
+
+def test_clusters_follow_the_strongest_neighbour(frame: Frame) -> None:
+    """b is a's strongest neighbour (two edges), c's is d (the higher score): the weak edge b - c is cut."""
+    edges = [("a", "b", 1.0), ("b", "a", 1.0), ("b", "c", 5.0), ("c", "d", 9.0)]
+    found = clusters(frame("a string, b string, score double", edges))
+    assert dict(rows_of(found, "node", "cluster")) == {"a": "a", "b": "a", "c": "c", "d": "c"}
