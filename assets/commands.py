@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import dagster as dg
 
@@ -15,8 +16,13 @@ _PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 65_536
 
 
-def run_command(context: dg.AssetExecutionContext, command: Sequence[str], reports: bool = False) -> None:
-    """Run `command` to its end in a process group of its own; `reports`: it speaks to Dagster through Pipes.
+def run_command(
+    context: dg.AssetExecutionContext, command: Sequence[str], reports: bool = False, error_file: Path | None = None
+) -> None:
+    """Run `command` to its end in a process group of its own.
+
+    reports: it speaks to Dagster through Pipes. error_file: where it leaves its sentence when the user can mend the
+    cause, for launchers that have an exit code and an output of their own (torchrun).
 
     The group is killed when this step ends in any way, and by the kernel when this process is killed. Raises
     dg.Failure: with the command's own sentence and no retry where it ended with exit code 2 (the user's to mend), with
@@ -42,10 +48,10 @@ def run_command(context: dg.AssetExecutionContext, command: Sequence[str], repor
             _kill_group(process)
     if code == 0:
         return
-    sentences = [line for line in tail.splitlines() if "error: " in line and not line.startswith(" ")]
-    if code == 2 or (sentences and "Traceback" not in tail):
-        said = sentences[0].split("error: ", 1)[1] if sentences else tail.strip().splitlines()[-1]
-        raise dg.Failure(said, allow_retries=False)
+    if error_file is not None and error_file.exists():
+        raise dg.Failure(error_file.read_text(), allow_retries=False)
+    if code == 2:
+        raise dg.Failure(tail.strip().splitlines()[-1].removeprefix("error: "), allow_retries=False)
     raise dg.Failure(
         f"the command ended with exit code {code}: {shlex.join(command)}",
         metadata={"output": dg.MetadataValue.md(f"```\n{tail[-4000:]}\n```")},

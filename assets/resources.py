@@ -54,7 +54,9 @@ class Pipeline(dg.ConfigurableResource):
             if forget_dead_session():
                 raise ChildProcessDied(f"Spark's JVM died during {app_name}") from e
             if "No space left on device" in str(e):
-                raise OSError(f"no space left on the disk while Spark made {app_name}: free some or move the lake") from e
+                raise OSError(
+                    f"no space left on the disk while Spark made {app_name}: free some or move the lake"
+                ) from e
             raise
 
     def publish(

@@ -61,8 +61,9 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
     recipe = pipeline.recipe()
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        from notellm2_core.training.launch import launch_command
+        from notellm2_core.training.launch import ERROR_FILE, launch_command
 
+        work = recipe.work / "training" / recipe.fingerprint("checkpoint")
         command = launch_command(
             Path(write_config(recipe)),
             recipe.config.training.num_ranks,
@@ -70,12 +71,12 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
             images=inputs["vision_features"].path,
             store=feature_store(recipe),
             pairs=inputs["pair_datasets"].path,
-            work=recipe.work / "training" / recipe.fingerprint("checkpoint"),
+            work=work,
             out=draft.path,
             mlflow_uri=run.uri,
             mlflow_run_id=run.run_id,
         )
-        run_command(context, command, reports=True)
+        run_command(context, command, reports=True, error_file=work / ERROR_FILE)
         draft.metrics |= json.loads((draft.path / "training.json").read_text())
 
     return pipeline.publish(context, build)

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from datetime import date
@@ -45,7 +44,7 @@ def main() -> None:
 
 
 def run(config: Path, source: str, seed: int, changes: dict[str, str]) -> dict[str, Any]:
-    """The whole graph with this seed. Returns the report, seconds and the peak of the process tree's memory in bytes."""
+    """The whole graph with this seed. Returns the report, seconds and the peak memory of the process tree."""
     overrides: dict[str, Any] = {"seed": seed, **{k: yaml.safe_load(v) for k, v in changes.items()}}
     if source:
         overrides["source.path"] = str(Path(source).resolve())
@@ -90,7 +89,8 @@ def tree_memory(process: psutil.Process) -> int:
 def to_markdown(results: list[dict[str, Any]], command: list[str]) -> str:
     """A row per method and input: recall in percent on all pairs and on short queries, one column per seed."""
     ks = results[0]["report"]["ks"]
-    machine = f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total >> 30} GB"
+    memory = psutil.virtual_memory().total >> 30
+    machine = f"{platform.machine()}, {psutil.cpu_count()} cores, {memory} GB"
     lines = [
         f"# Recall, {results[0]['config']}",
         "",
@@ -102,8 +102,8 @@ def to_markdown(results: list[dict[str, Any]], command: list[str]) -> str:
     for r in results:
         t = r["training"]
         lines.append(
-            f"| {r['seed']} | {r['seconds']} | {r['peak_bytes'] / 2**30:.1f} | {t['seconds']:.0f} | {t['loss_first']:.2f} | "
-            f"{t['loss_last']:.2f} |"
+            f"| {r['seed']} | {r['seconds']} | {r['peak_bytes'] / 2**30:.1f} | {t['seconds']:.0f} "
+            f"| {t['loss_first']:.2f} | {t['loss_last']:.2f} |"
         )
     for name in ("all", "short_query"):
         seeds = ", ".join(str(r["seed"]) for r in results)

@@ -29,7 +29,7 @@ QUIET = (
 
 
 def screenshot(url: str, out: Path, width: int = 1600, height: int = 900) -> None:
-    """A PNG of the page at `url`, after its scripts have had 25 (virtual) seconds. Raises ValueError without a browser."""
+    """A PNG of the page at `url`, after 25 virtual seconds of its scripts. Raises ValueError without a browser."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         raise ValueError(f"none of {', '.join(BROWSERS)} is on PATH; install a Chromium browser.")

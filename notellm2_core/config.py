@@ -12,7 +12,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-
 DEFAULT_CONFIG = "pipelines/configs/demo.yaml"  # relative to the repository root
 
 
@@ -71,7 +70,7 @@ class Pairs(Section):
     def _bounds(self) -> "Pairs":
         if self.low > self.up:
             raise ValueError(f"low = {self.low} is above up = {self.up}")
-        if self.bounds == "quantile" and not (0 <= self.low and self.up <= 1):
+        if self.bounds == "quantile" and not (self.low >= 0 and self.up <= 1):
             raise ValueError(f"with bounds = quantile, low and up are shares in [0, 1], got {self.low} and {self.up}")
         return self
 

@@ -38,7 +38,9 @@ STAGES: Mapping[str, Stage] = {
     ),
     "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels")),
     "cooccurrence": Stage(("events",), ("source.view_events", "source.click_events", "pairs.simultaneous")),
-    "note_sides": Stage(("notes", "events", "vision_features"), ("split.by", "split.pool_share", "split.max_pool_notes")),
+    "note_sides": Stage(
+        ("notes", "events", "vision_features"), ("split.by", "split.pool_share", "split.max_pool_notes")
+    ),
     "related_pairs": Stage(
         ("cooccurrence", "note_sides"),
         ("pairs.low", "pairs.up", "pairs.bounds", "pairs.top_t", "pairs.popularity_power", "pairs.min_users"),
@@ -161,7 +163,7 @@ class Recipe:
 
     @property
     def work(self) -> Path:
-        """Where unfinished work waits to be resumed: training checkpoints and the like. No dataset is ever read there."""
+        """Where unfinished work waits to be resumed: training checkpoints and the like. No dataset lies there."""
         return self.lake.root / ".work"
 
 

@@ -1,4 +1,4 @@
-"""Everything gathered for Dagster. Imports neither torch nor pyspark: it loads in a blink, on a machine without either."""
+"""Everything gathered for Dagster. Imports neither torch nor pyspark, so it loads in a blink."""
 
 import os
 

@@ -4,6 +4,7 @@ The same job that the schedule runs, without a daemon or a browser. What is ther
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -11,16 +12,48 @@ from pathlib import Path
 import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
 
-from assets.logs import PARTITIONS
-from assets.resources import Pipeline
 from notellm2_core.config import DEFAULT_CONFIG
 from notellm2_core.lake import LakeError
+from notellm2_core.training.launch import die_with_parent
 
 
 def main() -> int:
+    """Run in a child process, so that a signal ends everything at once: whatever is killed is made good next time.
+
+    Dagster itself would take an interrupt for the failure of one step, and go on with its retry.
+    """
+    child = os.fork()
+    if child == 0:
+        die_with_parent()
+        code = _run_to_the_end()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def stop(number: int, frame: object) -> None:
+        os.kill(child, signal.SIGKILL)
+        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _run_to_the_end() -> int:
+    try:
+        return _run()
+    except (LakeError, ValueError, OSError) as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+
+
+def _run() -> int:
     started = time.monotonic()
     config, source = os.environ.get("NOTELLM2_CONFIG") or DEFAULT_CONFIG, os.environ.get("SOURCE", "")
-    from pipelines.definitions import defs
+    from assets.logs import PARTITIONS
+    from assets.resources import Pipeline
+    from pipelines.definitions import defs  # here, where a wrong configuration ends in one sentence
 
     job = defs.resolve_job_def("weekly_retrain")
     with DagsterInstance.get() as instance:
@@ -62,9 +95,4 @@ def _relative(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except (LakeError, ValueError, OSError) as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        code = 2
-    sys.exit(code)
+    sys.exit(main())
