@@ -1,6 +1,5 @@
 """Run a pasteable command as a step: progress to the terminal, Pipes messages to Dagster, no orphan left behind."""
 
-import ctypes
 import os
 import shlex
 import signal
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import dagster as dg
 
-_PR_SET_PDEATHSIG = 1
+from notellm2_core.training.launch import die_with_parent
+
 _TAIL_BYTES = 65_536
 
 
@@ -30,7 +30,8 @@ def run_command(
     """
     context.log.info(f"running: {shlex.join(command)}")
     with ExitStack() as stack:
-        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        # Passive: on a busy machine, threads that spin while they wait take the cores from those that work.
+        env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
         if reports:
             injector, reader = dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
             env |= stack.enter_context(dg.open_pipes_session(context, injector, reader)).get_bootstrap_env_vars()
@@ -39,7 +40,7 @@ def run_command(
             env=env,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         try:
             tail = _forward(process)
@@ -66,10 +67,6 @@ def _forward(process: subprocess.Popen) -> str:
         os.write(sys.stderr.fileno(), chunk)
         tail = (tail + chunk)[-_TAIL_BYTES:]
     return tail.decode(errors="replace").replace("\r", "\n")
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _kill_group(process: subprocess.Popen) -> None:

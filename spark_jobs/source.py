@@ -38,13 +38,13 @@ def land(spark: SparkSession, source: Path, out: Path, partition: Literal["week"
     with readable(find_events(source)):
         raw = land_events(read_source_events(spark, source), partition)
         write_partitions(raw, out, "period", ["timestamp", "user_id", "note_id", "event", "row"])
+    if not any(out.rglob("*.parquet")):
+        raise ValueError(f"{find_events(source)} holds no rows.")
     landed = spark.read.parquet(*(str(p) for p in sorted(out.iterdir())))
     day = F.date_format("timestamp", "yyyy-MM-dd")
     counts = figures(
         landed, rows=F.count("*"), undated=F.count_if(F.isnull("timestamp")), first_day=F.min(day), last_day=F.max(day)
     )
-    if counts["rows"] == 0:
-        raise ValueError(f"{find_events(source)} holds no rows.")
     # One row per file that Spark opened: its folder is the period.
     names = landed.select(F.element_at(F.split(F.col("_metadata.file_path"), "/"), -2).alias("period"))
     periods = [{"period": period, "rows": rows} for period, rows in sorted(counts_by(names, "period").items())]

@@ -177,7 +177,7 @@ def split(spark: SparkSession, pairs: Path, sides: Path, out: Path, validation_s
     tables = {"train": train, "validation": validation, "test": read_table(spark, pairs / "test")}
     counts: dict[str, Any] = {}
     for name, table in tables.items():
-        write_table(table, out / name, ["query_id", "rank"])
+        write_table(table, out / name, ["query_id", "rank", "target_id"])
         tables[name] = read_table(spark, out / name)
         ends = tables[name].select(F.explode(F.array("query_id", "target_id")).alias("note_id"))
         counts[name] = {

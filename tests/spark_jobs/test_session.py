@@ -14,19 +14,18 @@ from spark_jobs import session
 from spark_jobs.session import java_home
 
 ROOT = Path(__file__).parents[2]
-NEEDED_BY_SPARK = ("bash", "sh", "dirname", "cat", "ps", "uname", "hostname", "rm", "ls", "env", "basename")
 
 
 @pytest.fixture
 def no_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PATH without Java, as on a newcomer's machine, and an empty cache."""
-    import shutil
-
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in NEEDED_BY_SPARK:
-        if found := shutil.which(name):
-            (tools / name).symlink_to(found)
+    for folder in os.environ["PATH"].split(os.pathsep)[::-1]:
+        for tool in Path(folder).glob("*"):
+            if not tool.name.startswith("java"):
+                (tools / tool.name).unlink(missing_ok=True)
+                (tools / tool.name).symlink_to(tool)
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

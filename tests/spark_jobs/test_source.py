@@ -22,7 +22,7 @@ def write_csv(path: Path, lines: list[str], header: str = "user_id,note_id,times
 
 
 def test_times_in_every_form(frame: Frame) -> None:
-    """2024-01-03 is a Wednesday, so its week starts on Monday 2024-01-01; 1704240000 is its first second."""
+    """2024-01-03 is a Wednesday, so its week starts on Sunday 2023-12-31; 1704240000 is its first second."""
     noon = "2024-01-03 12:00:00.000000"
     expected = {
         "1704283200": noon,
@@ -37,8 +37,9 @@ def test_times_in_every_form(frame: Frame) -> None:
         "2024-01-03 12:00:00.5": "2024-01-03 12:00:00.500000",
         "0": "1970-01-01 00:00:00.000000",
         "-86400": "1969-12-31 00:00:00.000000",
+        "2024": "1970-01-01 00:33:44.000000",  # a number, whatever it looks like
         **dict.fromkeys(
-            ["", "soon", "2024-02-30", "12:00:00", "2024", "2024-01", "NaN", "Infinity", "1e300", "1d", "0x10",
+            ["", "soon", "2024-02-30", "12:00:00", "2024-01", "NaN", "Infinity", "1e300", "1d", "0x10",
              "20240-01-01", "2024-01-03T25:00:00", None]
         ),
     }  # fmt: skip
@@ -46,7 +47,7 @@ def test_times_in_every_form(frame: Frame) -> None:
     found = landed.select(F.get_json_object("row", "$.timestamp").alias("raw"), *_shown(), "period").collect()
     assert {r.raw: r.shown for r in found} == expected
     periods = {r.raw: r.period for r in found}
-    assert (periods["1704283200"], periods["0"], periods["soon"]) == ("2024-01-01", "1969-12-29", "undated")
+    assert (periods["1704283200"], periods["0"], periods["soon"]) == ("2023-12-31", "1969-12-28", "undated")
 
 
 def _shown() -> list[Any]:
@@ -76,21 +77,27 @@ def test_times_of_parquet(spark: SparkSession, tmp_path: Path, times: pa.Array) 
 
 
 def test_land_makes_one_folder_per_period(spark: SparkSession, tmp_path: Path) -> None:
-    lines = ["u,n1,2024-01-07,view", "u, n1 ,2024-01-08,click", '"u ""x""",n2,1704067200,view', "u,n3,never,view", "u"]
+    lines = [
+        "u,n1,2024-01-06T23:59,view",
+        "u, n1 ,2024-01-07,click",
+        '"u ""x""",n2,1704067200,view',
+        "u,n3,never,view",
+        "u",
+    ]
     write_csv(tmp_path / "events.csv.gz", lines)
     out = tmp_path / "raw"
     counts = land(spark, tmp_path, out, "week")
     assert counts == {
-        "rows": 5, "undated": 2, "first_day": "2024-01-01", "last_day": "2024-01-08",
+        "rows": 5, "undated": 2, "first_day": "2024-01-01", "last_day": "2024-01-07",
         "events": {"view": 3, "": 1, "click": 1},
         "periods": [
-            {"period": "2024-01-01", "rows": 2}, {"period": "2024-01-08", "rows": 1}, {"period": "undated", "rows": 2},
+            {"period": "2023-12-31", "rows": 2}, {"period": "2024-01-07", "rows": 1}, {"period": "undated", "rows": 2},
         ],
     }  # fmt: skip
     assert sorted(str(p.relative_to(out)) for p in out.rglob("*.parquet")) == [
-        f"{p}/part-00000.parquet" for p in ("2024-01-01", "2024-01-08", "undated")
+        f"{p}/part-00000.parquet" for p in ("2023-12-31", "2024-01-07", "undated")
     ]
-    week = pq.read_table(out / "2024-01-01")
+    week = pq.read_table(out / "2023-12-31")
     assert week.column_names == ["user_id", "note_id", "event", "timestamp", "row"]
     assert week.schema.field("timestamp").type == pa.timestamp("us", tz="UTC")
     assert week["user_id"].to_pylist() == ['u "x"', "u"]

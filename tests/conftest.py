@@ -1,0 +1,12 @@
+"""Two workers share the files; the longest file starts first, so that neither waits for the other at the end."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, two cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub that cannot be reached is not waited for
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "test_weekly" not in item.nodeid)
