@@ -12,19 +12,18 @@ def components(edges: DataFrame) -> DataFrame:
     Every round takes the smallest label among a node's neighbours and then that label's own label, so that even a
     chain needs only about log2(length) rounds; the loop ends when no label changes.
     """
-    edges = edges.select("a", "b").union(edges.select("b", "a")).distinct()
-    edges = computed(edges)
-    labels = edges.select(F.col("a").alias("node"), F.col("a").alias("component")).distinct()
+    ends = edges.select("a", "b").union(edges.select("b", "a"))
+    ends = computed(ends.union(ends.select("a", F.col("a").alias("b"))).distinct())  # a node is its own neighbour
+    labels = ends.select(F.col("a").alias("node"), F.col("a").alias("component")).distinct()
     while True:
-        neighbours = edges.join(labels, F.col("b") == F.col("node")).groupBy("a").agg(F.min("component").alias("least"))
-        nearer = labels.join(neighbours, F.col("node") == F.col("a")).select(
-            "node", F.col("component").alias("before"), F.least("component", "least").alias("hop")
-        )
-        jump = nearer.select(F.col("node").alias("via"), F.col("hop").alias("component"))
-        moved = computed(nearer.join(jump, F.col("hop") == F.col("via")).select("node", "before", "component"))
-        if not moved.filter(F.col("before") != F.col("component")).head(1):
-            return moved.select("node", "component")
+        before = F.max(F.when(F.col("a") == F.col("b"), F.col("component"))).alias("before")
+        hop = ends.join(labels, F.col("b") == F.col("node")).groupBy("a").agg(F.min("component").alias("hop"), before)
+        jump = hop.select(F.col("a").alias("via"), F.col("hop").alias("component"))
+        moved = hop.join(jump, F.col("hop") == F.col("via")).select(F.col("a").alias("node"), "before", "component")
+        moved = computed(moved)
         labels = moved.select("node", "component")
+        if not moved.filter(F.col("before") != F.col("component")).head(1):
+            return labels
 
 
 def computed(df: DataFrame) -> DataFrame:

@@ -1,5 +1,6 @@
 """How notes are kept apart: train side and pool, training and validation pairs, and the proof that nothing leaks."""
 
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,31 +140,36 @@ def _place(pairs: DataFrame, sides: DataFrame, validation_share: float) -> DataF
 def leakage(train: DataFrame, validation: DataFrame, test: DataFrame, sides: DataFrame) -> dict[str, int]:
     """Counts that must all be zero; their names say what they count."""
 
-    def notes(pairs: DataFrame) -> DataFrame:
-        return pairs.select(F.explode(F.array("query_id", "target_id")).alias("note_id")).distinct()
-
-    def groups(some: DataFrame) -> DataFrame:
-        return some.join(sides, "note_id").select("group_id").distinct()
-
-    def shared(a: DataFrame, b: DataFrame) -> int:
-        return a.join(b, a.columns, "left_semi").count()
-
-    def on_both_sides(key: str) -> int:
-        return sides.groupBy(key).agg(F.count_distinct("side").alias("sides")).filter("sides > 1").count()
-
-    learned, held_out, tested = (computed(notes(p)) for p in (train, validation, test))
-    fitted = learned.union(held_out).distinct()
-    train_side, pool = (sides.filter(F.col("side") == side).select("note_id") for side in ("train", "pool"))
-    return {
-        "notes_on_both_sides": on_both_sides("note_id"),
-        "near_duplicate_groups_on_both_sides": on_both_sides("group_id"),
-        "train_notes_outside_train_side": fitted.join(train_side, "note_id", "left_anti").count(),
-        "validation_notes_in_train_pairs": shared(held_out, learned),
-        "validation_groups_in_train_pairs": shared(groups(held_out), groups(learned)),
-        "test_notes_outside_pool": tested.join(pool, "note_id", "left_anti").count(),
-        "test_notes_in_train_pairs": shared(tested, fitted),
-        "test_groups_in_train_pairs": shared(groups(tested), groups(fitted)),
+    places = {"train": train, "validation": validation, "test": test}
+    ends = [
+        pairs.select(F.explode(F.array("query_id", "target_id")).alias("note_id"), F.lit(place).alias("place"))
+        for place, pairs in places.items()
+    ]
+    sided = sides.select("note_id", F.concat(F.lit("side "), "side").alias("place"))
+    flags = {
+        name: F.bool_or(F.col("place") == place)
+        for name, place in (*((p, p) for p in places), ("train_side", "side train"), ("pool_side", "side pool"))
     }
+    by_note = reduce(DataFrame.union, ends, sided).groupBy("note_id").agg(*(f.alias(n) for n, f in flags.items()))
+    groups = sides.select("note_id", "group_id").distinct()
+    by_group = by_note.join(groups, "note_id").groupBy("group_id").agg(*(F.bool_or(n).alias(n) for n in flags))
+
+    fitted = F.col("train") | F.col("validation")
+    of_notes = figures(
+        by_note,
+        notes_on_both_sides=F.count_if(F.col("train_side") & F.col("pool_side")),
+        train_notes_outside_train_side=F.count_if(fitted & ~F.col("train_side")),
+        validation_notes_in_train_pairs=F.count_if(F.col("validation") & F.col("train")),
+        test_notes_outside_pool=F.count_if(F.col("test") & ~F.col("pool_side")),
+        test_notes_in_train_pairs=F.count_if(F.col("test") & fitted),
+    )
+    of_groups = figures(
+        by_group,
+        near_duplicate_groups_on_both_sides=F.count_if(F.col("train_side") & F.col("pool_side")),
+        validation_groups_in_train_pairs=F.count_if(F.col("validation") & F.col("train")),
+        test_groups_in_train_pairs=F.count_if(F.col("test") & fitted),
+    )
+    return {**of_notes, **of_groups}
 
 
 def split(spark: SparkSession, pairs: Path, sides: Path, out: Path, validation_share: float) -> dict[str, Any]:

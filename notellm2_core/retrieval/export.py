@@ -94,6 +94,11 @@ class Exporter:
         return np.array([-1 if i is None else row[i] for i in image_ids]), features.patches, features.global_feature
 
 
+def _decides(file: Path) -> bool:
+    """Whether this file of a model folder has a say in the vectors; training.json only tells how long it took."""
+    return file.suffix in (".safetensors", ".json") and file.name != "training.json"
+
+
 def export(
     config: Config, model_dir: Path, notes_dir: Path, images_dir: Path, store_dir: Path, inputs: Sequence[InputKind],
     out: Path, note_ids: Sequence[str] | None = None,
@@ -118,7 +123,7 @@ def export(
         model, processor, notes, images, FeatureStore(store_dir / encoder_id),
         config.export.batch_notes, device,
     )  # fmt: skip
-    weights = {p.name: lake.sha256_of(p) for p in sorted(model_dir.iterdir()) if p.suffix in (".safetensors", ".json")}
+    weights = {p.name: lake.sha256_of(p) for p in sorted(model_dir.iterdir()) if _decides(p)}
     counts: dict[str, Any] = {
         "notes": len(notes),
         "notes_without_picture": sum(images[i] is None for i in notes),

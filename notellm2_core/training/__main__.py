@@ -19,7 +19,7 @@ from notellm2_core.training.launch import ERROR_FILE, die_with_parent
 
 
 def main() -> None:
-    die_with_parent()
+    die_with_parent("torch" if "TORCHELASTIC_RUN_ID" in os.environ else None)
     parser = argparse.ArgumentParser(prog="python -m notellm2_core.training", description=__doc__.partition("\n")[0])
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset")

@@ -44,13 +44,15 @@ def num_threads(num_ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // num_ranks)
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent_name: str | None = None) -> None:
     """Ask the kernel to kill this process when its launcher dies, however it dies: no rank is left behind.
 
-    Nothing happens where there is no prctl (other systems than Linux).
+    parent_name: what the launcher's command line must hold. Where it does not, the launcher died before this call, and
+    somebody else has adopted this process. Nothing happens where there is no prctl (other systems than Linux).
     """
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died between the two calls
+        adopted = parent_name is not None and parent_name not in Path(f"/proc/{parent}/cmdline").read_text()
+        if adopted or os.getppid() != parent:  # or it died between the two calls
             os.kill(os.getpid(), signal.SIGKILL)

@@ -118,5 +118,5 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def copy_of_finished(finished: Workplace, tmp_path: Path) -> Workplace:
     """The same lake in another home: what a test takes away there has to be made again."""
     workplace = make_workplace(tmp_path / "copy")
-    shutil.copytree(finished.home / "lake", workplace.home / "lake")
+    shutil.copytree(finished.home / "lake", workplace.home / "lake", ignore=shutil.ignore_patterns(".work"))
     return workplace

@@ -1,5 +1,6 @@
 """One Spark session for all tests of this folder, and short ways to make its tables."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
-    session = spark_session("tests", "local[2]", "1g", 2)
+    # Many small jobs: no time for the compilers to pay off.
+    os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+    extra = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
+    session = spark_session("tests", "local[2]", "1g", 2, extra)
+    del os.environ["JDK_JAVA_OPTIONS"]
     yield session
     session.stop()
 

@@ -129,8 +129,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     job.main()
 
 
-@pytest.mark.usefixtures("spark")
-def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job, "spark_session", lambda name: spark)
     log = write_csv(tmp_path / "events.csv.gz", ["u,A,1,seen", "u,B,2,buy", "u,C,86400,buy", "u,D,x,buy", "u,E,3,like"])
     names = ("--view-events", "seen", "--click-events", "buy")
     run(monkeypatch, "--events", log, "--out", tmp_path / "out", *names, "--end", "1970-01-02")

@@ -95,8 +95,11 @@ def test_no_pair_left_names_the_setting(
         relate(spark, scored / "scores", scored / "sides", scored / "out", **{**setting, **change})
 
 
-@pytest.mark.usefixtures("spark")
-def test_command(scored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(
+    spark: SparkSession, scored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job, "spark_session", lambda name: spark)
+
     def run(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["related_pairs", *map(str, arguments)])
         job.main()
