@@ -1,0 +1,81 @@
+"""A command as a step: its sentence, its crash, and that nothing of it outlives the step."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import dagster as dg
+import psutil
+import pytest
+
+from assets.commands import run_command
+
+
+def _step(tmp_path: Path, command: list[str], **options: object) -> dg.ExecuteInProcessResult:
+    @dg.asset
+    def one(context: dg.AssetExecutionContext) -> None:
+        run_command(context, command, **options)  # type: ignore[arg-type]
+
+    with dg.instance_for_test(temp_dir=str(tmp_path)) as instance:
+        return dg.materialize([one], instance=instance, raise_on_error=False)
+
+
+def _failure(result: dg.ExecuteInProcessResult) -> dg.Failure | None:
+    data = result.get_step_failure_events()[0].step_failure_data
+    return data.user_failure_data  # type: ignore[return-value]
+
+
+def test_a_users_error_is_its_sentence(tmp_path: Path) -> None:
+    script = "import sys; print('progress', file=sys.stderr); print('error: set x', file=sys.stderr); sys.exit(2)"
+    assert _failure(_step(tmp_path, [sys.executable, "-c", script])).description == "set x"  # type: ignore[union-attr]
+
+
+def test_a_crash_shows_its_traceback(tmp_path: Path) -> None:
+    failure = _failure(_step(tmp_path, [sys.executable, "-c", "1 / 0"]))
+    assert failure is not None and "exit code 1" in str(failure.description)
+    assert "ZeroDivisionError" in str(failure.metadata)  # type: ignore[attr-defined]
+
+
+def test_a_launchers_error_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "error.txt"
+    script = f"open({str(file)!r}, 'w').write('the folder x is missing'); raise SystemExit(1)"
+    failure = _failure(_step(tmp_path, [sys.executable, "-c", script], error_file=file))
+    assert failure is not None and failure.description == "the folder x is missing"
+
+
+def _wait_for(condition: Callable[[], object], seconds: float = 30) -> object:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+def test_nothing_outlives_a_killed_step(tmp_path: Path) -> None:
+    """The step's process is killed; its command and the command's child end with it."""
+    inner = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)"
+    code = f"""
+        import sys, types
+        from assets.commands import run_command
+        context = types.SimpleNamespace(log=types.SimpleNamespace(info=print))
+        run_command(context, [sys.executable, "-c", {inner!r}])
+    """
+    step = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    _wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    command = int((tmp_path / "pid").read_text())
+    os.kill(step.pid, signal.SIGKILL)
+    step.wait()
+    _wait_for(lambda: not psutil.pid_exists(command))
+
+
+@pytest.mark.parametrize("tree", [{"a": {"b": 1, "c d": {"e": 2.5}}, "f": [1, 2]}])
+def test_flatten(tree: dict[str, object]) -> None:
+    from assets.tracking import flatten
+
+    assert flatten(tree) == {"a.b": 1, "a.c d.e": 2.5, "f": [1, 2]}
