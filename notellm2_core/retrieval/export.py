@@ -95,8 +95,8 @@ class Exporter:
 
 
 def _decides(file: Path) -> bool:
-    """Whether this file of a model folder has a say in the vectors; training.json only tells how long it took."""
-    return file.suffix in (".safetensors", ".json") and file.name != "training.json"
+    """Whether this file of a model folder has a say in the vectors: weights, configuration, tokens; no records."""
+    return file.suffix in (".safetensors", ".json") and file.name not in ("training.json", lake.MANIFEST)
 
 
 def export(
