@@ -94,9 +94,9 @@ class Pipeline(dg.ConfigurableResource):
         figures = {k: v for k, v in flatten(dataset.manifest.metrics).items() if isinstance(v, int | float | str)}
         return dg.MaterializeResult(
             metadata={
-                **figures,
                 **(show(dataset) if show else {}),
-                "dagster/row_count": dataset.manifest.num_rows,
+                **figures,
+                **({"dagster/row_count": rows} if (rows := dataset.manifest.num_rows) else {}),
                 "reused": reused,
                 "path": dg.MetadataValue.path(str(dataset.path)),
                 "fingerprint": fingerprint,

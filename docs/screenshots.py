@@ -64,7 +64,7 @@ def main() -> None:
     server = subprocess.Popen([webserver, "-m", "pipelines.definitions", "-h", "127.0.0.1", "-p", str(port)], cwd=ROOT)
     try:
         wait_for(f"http://127.0.0.1:{port}/server_info")
-        screenshot(f"http://127.0.0.1:{port}/asset-groups?expanded=all", IMAGES / "asset_graph.png")
+        screenshot(f"http://127.0.0.1:{port}/asset-groups", IMAGES / "asset_graph.png")
         screenshot(f"http://127.0.0.1:{port}/assets/eval_recall?view=overview", IMAGES / "eval_recall.png", 1600, 1400)
     finally:
         server.terminate()

@@ -92,7 +92,9 @@ class Workplace:
 
 def make_workplace(home: Path, changes: Mapping[str, object] | None = None) -> Workplace:
     home.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "dagster.yaml", home / "dagster.yaml")
+    # The folders in dagster.yaml count from the working directory: the tests' runs must not show up in the user's.
+    settings = (ROOT / "dagster.yaml").read_text().replace("base_dir: .dagster", f"base_dir: {home / '.dagster'}")
+    (home / "dagster.yaml").write_text(settings)
     raw = yaml.safe_load((ROOT / "pipelines/configs/tiny.yaml").read_text())
     raw["lake"] = str(home / "lake")
     for key, value in (changes or {}).items():
