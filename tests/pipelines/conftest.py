@@ -1,5 +1,6 @@
 """The whole graph on the tiny configuration, run as a user runs it: by command, in a home of its own."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -64,12 +67,17 @@ class Workplace:
         return self.home / "log.txt"
 
     def files(self) -> dict[str, str]:
-        """Checksums of every data file of every dataset of this configuration; reports of times are left out."""
+        """What every data file of every dataset of this configuration holds; reports of times are left out.
+
+        Tables are compared by content: two JVMs may list a column's encodings in another order in the footer.
+        """
         found = {}
         for name in STAGES:
             dataset = self.recipe.dataset(name)
             for file in dataset.manifest.files:
-                if file.endswith((".parquet", ".safetensors", ".faiss", "recall.json")):
+                if file.endswith(".parquet"):
+                    found[f"{name}/{file}"] = _content(dataset.path / file)
+                elif file.endswith((".safetensors", ".faiss", "recall.json")):
                     found[f"{name}/{file}"] = sha256_of(dataset.path / file)
         return found
 
@@ -88,6 +96,14 @@ class Workplace:
             if str(self.home) in text and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         return found
+
+
+def _content(parquet: Path) -> str:
+    table = pq.ParquetFile(parquet).read().replace_schema_metadata(None).combine_chunks()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
 def make_workplace(home: Path, changes: Mapping[str, object] | None = None) -> Workplace:
