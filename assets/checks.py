@@ -14,11 +14,21 @@ Verdict = tuple[bool, dict[str, Any]]
 
 
 def dropped_share(figures: Figures, limits: Checks) -> Verdict:
-    """Not more of the rows than allowed lie in quarantine; exact duplicates of an event are harmless."""
-    dropped = sum(rows for reason, rows in figures["dropped"].items() if reason != "duplicate_event")
+    """Not more of the rows than allowed lie in quarantine.
+
+    Exact duplicates of an event are harmless; rows without a readable time are judged where the log is landed.
+    """
+    harmless = ("duplicate_event", "bad_timestamp")
+    dropped = sum(rows for reason, rows in figures["dropped"].items() if reason not in harmless)
     read = figures["rows"] - figures.get("outside_window", 0)
     share = dropped / read if read else 0.0
     return share <= limits.max_dropped_share, {"dropped_share": share, "allowed": limits.max_dropped_share}
+
+
+def undated_share(figures: Figures, limits: Checks) -> Verdict:
+    """Not more of the log than allowed has a time that cannot be read."""
+    share = figures["undated"] / figures["rows"]
+    return share <= limits.max_dropped_share, {"undated_share": share, "allowed": limits.max_dropped_share}
 
 
 def no_leakage(figures: Figures, limits: Checks) -> Verdict:
@@ -59,6 +69,7 @@ def _check(asset: str, judge: Callable[[Figures, Checks], Verdict]) -> dg.AssetC
 
 
 CHECKS = [
+    _check("raw_events", undated_share),
     _check("notes", dropped_share),
     _check("events", dropped_share),
     _check("pair_datasets", no_leakage),

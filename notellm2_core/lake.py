@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ class Lake:
         target = self.path(name, fingerprint)
         target.parent.mkdir(parents=True, exist_ok=True)
         self._sweep(target.parent)
-        work = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.{os.getpid()}.", dir=target.parent))
+        work = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.{_host()}.{os.getpid()}.", dir=target.parent))
         draft = Draft(work)
         try:
             yield draft
@@ -130,10 +131,9 @@ class Lake:
 
     @staticmethod
     def _sweep(folder: Path) -> None:
-        """Remove the drafts of writers that are no longer alive (killed before they could clean up)."""
-        for draft in folder.glob(".*.*.*"):
-            pid = int(draft.name.split(".")[2])
-            if not Path(f"/proc/{pid}").exists():
+        """Remove the drafts of this host's writers that are no longer alive (killed before they could clean up)."""
+        for draft in folder.glob(f".*.{_host()}.*.*"):
+            if not Path(f"/proc/{draft.name.split('.')[3]}").exists():
                 shutil.rmtree(draft, ignore_errors=True)
 
 
@@ -185,6 +185,11 @@ def _describe(folder: Path) -> dict[str, dict[str, Any]]:
             facts["rows"] = pq.read_metadata(path).num_rows
         files[str(path.relative_to(folder))] = facts
     return files
+
+
+def _host() -> str:
+    """A name for this machine, or container, in which process ids mean something."""
+    return socket.gethostname().replace(".", "-")
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -26,7 +26,8 @@ class Stage:
     version: int = 1  # raise it when the code that makes the dataset changes its result
 
 
-_MODEL = ("seed", "text", "model.method", "model.llm", "model.connector", "model.projection_dim", "model.temperature",
+_TEXT = ("text.title_words", "text.content_words", "text.topic_words", "text.word_unit")
+_MODEL = ("seed", *_TEXT, "model.method", "model.llm", "model.connector", "model.projection_dim", "model.temperature",
           "model.start", "model.vision")  # fmt: skip
 
 STAGES: Mapping[str, Stage] = {
@@ -48,7 +49,9 @@ STAGES: Mapping[str, Stage] = {
     "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",)),
     "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL),
     "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "training")),
-    "start_embeddings": Stage(("start_model", "notes", "vision_features", "pair_datasets"), ("export",)),
+    "start_embeddings": Stage(
+        ("start_model", "notes", "vision_features", "pair_datasets"), ("export", "training.precision")
+    ),
     "baseline_embeddings": Stage(("notes", "pair_datasets"), ("evaluation.baselines",)),
     "note_embeddings": Stage(("checkpoint", "notes", "vision_features", "pair_datasets"), ("export",)),
     "faiss_index": Stage(("note_embeddings",), ("index",)),
@@ -58,6 +61,10 @@ STAGES: Mapping[str, Stage] = {
         ("evaluation", "text", "seed"),
     ),
 }  # fmt: skip
+
+
+WORLD_VERSION = 1  # of the demo world's generator
+FREE_TRAINING_SETTINGS = ("checkpoint_every_steps", "validate_every_steps", "log_every_steps")  # change no weight
 
 
 class MissingDataset(LakeError):
@@ -97,7 +104,7 @@ class Recipe:
         """The source folder: the user's, or the demo world's place in the lake."""
         if self.config.source.path is not None:
             return Path(self.config.source.path)
-        return self.lake.path("demo_world", fingerprint(self.config.source.demo.model_dump()))
+        return self.lake.path("demo_world", fingerprint([WORLD_VERSION, self.config.source.demo.model_dump()]))
 
     @cached_property
     def source_fingerprint(self) -> str:
@@ -128,6 +135,9 @@ class Recipe:
         """The settings that `name` itself depends on."""
         tree = self.config.model_dump(mode="json")
         settings = {key: _get(tree, key) for key in STAGES[name].settings}
+        if name == "checkpoint":
+            training = settings["training"]
+            settings["training"] = {k: v for k, v in training.items() if k not in FREE_TRAINING_SETTINGS}
         if name in ("raw_events", "notes"):
             settings["source"] = self.source_fingerprint
         if name == "events":

@@ -50,11 +50,11 @@ def near_duplicates(notes: DataFrame, images: DataFrame | None = None) -> DataFr
     words = F.btrim(F.regexp_replace(F.lower(text), r"\s+", " "))
     keys: list[tuple[DataFrame, Column]] = [
         (notes, F.when(words != "", F.sha2(words, 256))),
-        (notes, F.col("image_path")),
-        (notes, F.sha2("image", 256)),
     ]
-    if images is not None:
+    if images is not None:  # one path may stand for "no picture" in many notes: only usable pictures have an image_id
         keys.append((images, F.col("image_id")))
+    else:
+        keys += [(notes, F.col("image_path")), (notes, F.sha2("image", 256))]
     tables = [
         df.select("note_id", key.alias("key"), F.lit(i).alias("kind")).filter("key IS NOT NULL")
         for i, (df, key) in enumerate(keys)

@@ -45,6 +45,8 @@ def land(spark: SparkSession, source: Path, out: Path, partition: Literal["week"
     counts = figures(
         landed, rows=F.count("*"), undated=F.count_if(F.isnull("timestamp")), first_day=F.min(day), last_day=F.max(day)
     )
+    if counts["last_day"] is None:
+        raise ValueError(f"no timestamp of {find_events(source)} can be read; it takes Unix seconds or ISO 8601.")
     # One row per file that Spark opened: its folder is the period.
     names = landed.select(F.element_at(F.split(F.col("_metadata.file_path"), "/"), -2).alias("period"))
     periods = [{"period": period, "rows": rows} for period, rows in sorted(counts_by(names, "period").items())]

@@ -56,6 +56,7 @@ def test_checks_block() -> None:
         if spec.blocking
     }
     assert checks == {
+        ("raw_events", "undated_share"),
         ("notes", "dropped_share"),
         ("events", "dropped_share"),
         ("pair_datasets", "no_leakage"),

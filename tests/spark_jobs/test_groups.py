@@ -34,8 +34,10 @@ def test_a_long_chain_is_one_component(frame: Frame) -> None:
 
 
 def test_near_duplicates_share_text_or_picture_also_in_a_chain(frame: Frame) -> None:
-    """a and b share their text, b and c a path, c and d the bytes, d and e the picture's hash: one group. f and g have
-    no text at all, which is nothing to share; h and i differ in their topics."""
+    """a and b share their text, b and c a path, c and d the bytes: one group where no pictures were read. f and g have
+    no text at all, which is nothing to share; h and i differ in their topics.
+
+    Where pictures were read, only their hash counts: d and e share it, and c's path may stand for "no picture"."""
     rows = [
         ("e", "lonely", [], "", None, None),
         ("d", "four", [], "", None, b"1"),
@@ -48,8 +50,10 @@ def test_near_duplicates_share_text_or_picture_also_in_a_chain(frame: Frame) -> 
         ("i", "x", ["u"], "", None, None),
     ]
     images = frame("note_id string, image_id string", [("d", "sha"), ("e", "sha"), ("f", None), ("g", None)])
-    groups = rows_of(near_duplicates(frame(NOTES, rows), images), "note_id", "group_id")
-    assert dict(groups) == {**dict.fromkeys("abcde", "a"), **{n: n for n in "fghi"}}
+    unread = rows_of(near_duplicates(frame(NOTES, rows), None), "note_id", "group_id")
+    assert dict(unread) == {**dict.fromkeys("abcd", "a"), **{n: n for n in "efghi"}}
+    read = rows_of(near_duplicates(frame(NOTES, rows), images), "note_id", "group_id")
+    assert dict(read) == {"a": "a", "b": "a", "d": "d", "e": "d", **{n: n for n in "cfghi"}}
 
 
 def test_clusters_follow_the_strongest_neighbour(frame: Frame) -> None:
