@@ -3,7 +3,7 @@
 A dataset lives at `<root>/<name>/<fingerprint>/`. The fingerprint names everything that went into it (settings,
 code, upstream fingerprints), so equal inputs meet the same address and nothing is computed twice. Files are written
 into a folder that no reader looks at and moved in with one rename; the manifest inside lists every file with its
-size, rows and checksum. `open` refuses whatever the manifest does not vouch for.
+size, rows and checksum. Opening compares the sizes, and `verify` the checksums.
 """
 
 import hashlib

@@ -5,8 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import dagster as dg
@@ -14,6 +12,7 @@ import psutil
 import pytest
 
 from assets.commands import run_command
+from tests.waiting import wait_for
 
 
 def _step(tmp_path: Path, command: list[str], **options: object) -> dg.ExecuteInProcessResult:
@@ -48,15 +47,6 @@ def test_a_launchers_error_file_is_read(tmp_path: Path) -> None:
     assert failure is not None and failure.description == "the folder x is missing"
 
 
-def _wait_for(condition: Callable[[], object], seconds: float = 30) -> object:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("waited in vain")
-
-
 def test_nothing_outlives_a_killed_step(tmp_path: Path) -> None:
     """The step's process is killed; its command and the command's child end with it."""
     inner = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)"
@@ -67,11 +57,11 @@ def test_nothing_outlives_a_killed_step(tmp_path: Path) -> None:
         run_command(context, [sys.executable, "-c", {inner!r}])
     """
     step = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
-    _wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     command = int((tmp_path / "pid").read_text())
     os.kill(step.pid, signal.SIGKILL)
     step.wait()
-    _wait_for(lambda: not psutil.pid_exists(command))
+    wait_for(lambda: not psutil.pid_exists(command))
 
 
 @pytest.mark.parametrize("tree", [{"a": {"b": 1, "c d": {"e": 2.5}}, "f": [1, 2]}])

@@ -5,14 +5,13 @@ import re
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.pipelines.conftest import Workplace, make_workplace
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -61,15 +60,6 @@ def test_asset_materialize_works_by_itself_and_says_what_is_missing(
     assert "RETRY" not in output
 
 
-def _wait_for(condition: Callable[[], object], seconds: float = 120) -> object:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("waited in vain")
-
-
 def _training_ranks(workplace: Workplace) -> list[psutil.Process]:
     """The ranks, once training has left its first checkpoint behind."""
     if not list((workplace.home / "lake" / ".work").rglob("checkpoints/latest")):
@@ -96,7 +86,7 @@ def _same_as(finished: Workplace, killed: Workplace) -> None:
     expected, found = finished.files(), killed.files()
     assert set(found) == set(expected)
     assert {n for n in expected if found[n] != expected[n]} == set()
-    _wait_for(lambda: not killed.processes(), 20)
+    wait_for(lambda: not killed.processes(), 20)
 
 
 def test_a_killed_rank_is_tried_again_and_ends_with_the_same_weights(
@@ -104,7 +94,7 @@ def test_a_killed_rank_is_tried_again_and_ends_with_the_same_weights(
 ) -> None:
     copy_of_finished.forget(*FROM_CHECKPOINT)
     run = Recall(copy_of_finished)
-    ranks = _wait_for(lambda: _training_ranks(copy_of_finished))
+    ranks = wait_for(lambda: _training_ranks(copy_of_finished))
     ranks[0].kill()  # type: ignore[index]
     assert run.process.wait(timeout=300) == 0, copy_of_finished.log.read_text()[-5000:]
     _same_as(finished, copy_of_finished)
@@ -115,9 +105,9 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_completes(
 ) -> None:
     copy_of_finished.forget(*FROM_CHECKPOINT)
     run = Recall(copy_of_finished)
-    _wait_for(lambda: _training_ranks(copy_of_finished))
+    wait_for(lambda: _training_ranks(copy_of_finished))
     run.kill()
-    _wait_for(lambda: not copy_of_finished.processes(), 20)
+    wait_for(lambda: not copy_of_finished.processes(), 20)
     assert copy_of_finished.recipe.find("checkpoint") is None
     code, output = copy_of_finished.recall()
     assert code == 0, output[-5000:]
@@ -133,7 +123,7 @@ def test_a_killed_jvm_is_tried_again(finished: Workplace, copy_of_finished: Work
         making = list((copy_of_finished.home / "lake").glob("*/.*"))
         return [p for p in copy_of_finished.processes() if "java" in p.name()] if making else []
 
-    _wait_for(jvm)[0].kill()  # type: ignore[index]
+    wait_for(jvm)[0].kill()  # type: ignore[index]
     assert run.process.wait(timeout=300) == 0, copy_of_finished.log.read_text()[-5000:]
     _same_as(finished, copy_of_finished)
 
@@ -142,9 +132,9 @@ def test_a_killed_jvm_is_tried_again(finished: Workplace, copy_of_finished: Work
 def test_a_run_killed_while_spark_writes_is_made_good(finished: Workplace, copy_of_finished: Workplace) -> None:
     copy_of_finished.forget("cooccurrence", "related_pairs")
     run = Recall(copy_of_finished)
-    _wait_for(lambda: list((copy_of_finished.home / "lake" / "cooccurrence").glob(".*")))
+    wait_for(lambda: list((copy_of_finished.home / "lake" / "cooccurrence").glob(".*")))
     run.kill()
-    _wait_for(lambda: not copy_of_finished.processes(), 30)
+    wait_for(lambda: not copy_of_finished.processes(), 30)
     code, output = copy_of_finished.recall()
     assert code == 0, output[-5000:]
     assert list((copy_of_finished.home / "lake").glob("*/.*")) == []
