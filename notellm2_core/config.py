@@ -146,7 +146,7 @@ class Start(Section):
 
     pca_projector: bool = False  # projector = PCA of training notes' states, instead of random
     num_pca_notes: int = Field(512, gt=1)
-    fusion_scale: float | None = Field(None, gt=0)  # spread of the late-fusion branch, relative to the LLM state's
+    fusion_scale: float | None = Field(None, gt=0)  # spread behind the projector: late-fusion branch / LLM
     gate_bias: float = 0.0  # below zero: the gate starts nearer to the LLM's state
 
 

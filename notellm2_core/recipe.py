@@ -15,6 +15,7 @@ from typing import Any
 
 from notellm2_core.config import Config
 from notellm2_core.lake import Dataset, Lake, LakeError, fingerprint
+from notellm2_core.weights import listing, weights_version
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ STAGES: Mapping[str, Stage] = {
         ("pairs.low", "pairs.up", "pairs.bounds", "pairs.top_t", "pairs.popularity_power", "pairs.min_users"),
     ),
     "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",)),
-    "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL),
-    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "training")),
+    "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=2),
+    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "training"), version=2),
     "start_embeddings": Stage(
         ("start_model", "notes", "vision_features", "pair_datasets"), ("export", "training.precision")
     ),
@@ -113,7 +114,7 @@ class Recipe:
             return self.source.name
         if not self.source.is_dir():
             raise ValueError(f"source.path {self.source} is not a folder; set source.path, or SOURCE=..., to your data")
-        return fingerprint([str(self.source.resolve()), sorted(_listing(self.source))])
+        return fingerprint([str(self.source.resolve()), sorted(listing(self.source))])
 
     @cached_property
     def window(self) -> ResolvedWindow:
@@ -135,6 +136,8 @@ class Recipe:
         """The settings that `name` itself depends on."""
         tree = self.config.model_dump(mode="json")
         settings = {key: _get(tree, key) for key in STAGES[name].settings}
+        if weights := {key: found for key, of in self._weights(name) if (found := weights_version(of)) is not None}:
+            settings["weights"] = weights
         if name == "checkpoint":
             training = settings["training"]
             settings["training"] = {k: v for k, v in training.items() if k not in FREE_TRAINING_SETTINGS}
@@ -145,6 +148,14 @@ class Recipe:
                 str(d) for days in (self.window.train, self.window.test) for d in (days.start, days.end)
             ]
         return settings
+
+    def _weights(self, name: str) -> list[tuple[str, str | None]]:
+        """The pretrained weights that `name` is made with, by the setting that names them."""
+        model = self.config.model
+        names = {"model.llm": model.llm.name, "model.vision": model.vision.pretrained}
+        if name == "baseline_embeddings":
+            return [(f"evaluation.baselines.{encoder}", encoder) for encoder in self.config.evaluation.baselines]
+        return [(key, of) for key, of in names.items() if key in STAGES[name].settings]
 
     def fingerprint(self, name: str) -> str:
         if name not in self._fingerprints:
@@ -188,16 +199,6 @@ def last_complete_week_end(last_day: date) -> date:
     A log whose last event falls on a Saturday covers that week; one that stops on a Friday does not.
     """
     return first_day_of_week(last_day + timedelta(days=1))
-
-
-def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    facts = []
-    for root, _, files in os.walk(folder):
-        for name in files:
-            path = Path(root) / name
-            stat = path.stat()
-            facts.append((str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns))
-    return facts
 
 
 def _get(tree: Any, key: str) -> Any:

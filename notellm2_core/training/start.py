@@ -2,9 +2,11 @@
 step counts can afford a random start; a short run of a small model cannot (docs/paper_map.md). All of it is a setting.
 
 1. gate bias: below zero, the gate of Eq. 7 starts nearer to the LLM's state.
-2. fusion scale: the late-fusion branch v gets this share of the spread of the LLM's state, so neither drowns the other.
-3. PCA projector: raw last-token states are collapsed (mean cosine 0.94 to 0.999). The projector starts as their
-   principal directions with the common part taken out, so that embeddings start spread out.
+2. PCA projector: raw last-token states are collapsed (mean cosine 0.94 to 0.999). The projector starts as the principal
+   directions of the LLM's states with the common part taken out, so that embeddings start spread out.
+3. fusion scale: behind the projector, the late-fusion branch v gets this share of the spread of the LLM's state, so
+   neither drowns the other. Before it the two cannot be compared: the LLM's spread lies in a few of its dimensions,
+   the branch's in all of them.
 
     python -m notellm2_core.training.start ... --out DIR     saves the model as it starts: the zero-shot row
 """
@@ -51,15 +53,18 @@ def apply_start(model: MLRMModel, processor: MLRMProcessor, data: TrainingData, 
     nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     model.eval()
     states, branch = _states(model, data, chosen)
+    if start.pca_projector:
+        set_pca(model.projector, states)
     if model.fusion is not None and branch is not None:
         with_image = torch.from_numpy(data.has_image(chosen)).to(states.device)
         if start.fusion_scale is not None and with_image.sum() > 1:
-            factor = start.fusion_scale * spread(states[with_image]) / spread(branch[with_image]).clamp(min=1e-12)
-            branch = scale_branch(model.fusion, branch, factor)
+            with torch.no_grad():
+                of_llm, of_branch = (spread(model.projector(x[with_image])) for x in (states, branch))
+            branch = scale_branch(model.fusion, branch, start.fusion_scale * of_llm / of_branch.clamp(min=1e-12))
         with torch.no_grad():
             states, _ = model.fusion(branch, states)
     if start.pca_projector:
-        set_pca(model.projector, states)
+        centre(model.projector, states)
     model.train(was_training)
 
 
@@ -77,16 +82,10 @@ def set_pca(projector: nn.Linear, states: Tensor) -> None:
     first step, 0.35 and 0.65 after 8 steps, 0.49 and 0.73 after 16 (one seed). A spread of 1 also keeps the first
     steps of Adam, which move every weight by the learning rate, from bringing the common part of the states back.
 
-    With a bias the mean is subtracted. Without one, the directions are sought in the complement of the mean, so that
-    the mean is mapped to 0 all the same. Rows for which there is no direction left keep a small random start.
+    Rows for which there is no direction left keep a small random start.
     """
     x = states.double().cpu()
-    mean = x.mean(dim=0)
-    centred = x - mean
-    if projector.bias is None:
-        direction = mean / mean.norm().clamp(min=1e-12)
-        centred = centred - (centred @ direction)[:, None] * direction
-    _, singular, directions = torch.linalg.svd(centred, full_matrices=False)  # [k], [k, h]
+    _, singular, directions = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)  # [k], [k, h]
     rank = int((singular > 1e-6 * singular[0]).sum())
     num = min(projector.out_features, rank)
     largest = directions.abs().argmax(dim=1, keepdim=True)
@@ -95,8 +94,14 @@ def set_pca(projector: nn.Linear, states: Tensor) -> None:
     weight = projector.weight.double().cpu() * 1e-3
     weight[:num] = directions[:num] / deviations[:, None]
     projector.weight.copy_(weight)
-    if projector.bias is not None:
-        projector.bias.copy_(-weight @ mean)
+    centre(projector, states)
+
+
+@torch.no_grad()
+def centre(projector: nn.Linear, states: Tensor) -> None:
+    """Set the bias so that the mean of `states` [n, h] is mapped to 0."""
+    mean = states.double().cpu().mean(dim=0)
+    projector.bias.copy_(-projector.weight.double().cpu() @ mean)
 
 
 @torch.no_grad()

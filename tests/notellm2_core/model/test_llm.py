@@ -7,6 +7,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from notellm2_core.config import LLM
 from notellm2_core.model import llm
 from notellm2_core.model.llm import llm_architecture, load_llm, tiny_tokenizer
+from notellm2_core.weights import package_path
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_tiny_tokenizer_is_deterministic_and_reads_prompts_in_few_tokens() -> No
 @pytest.mark.slow
 def test_smollm2_is_converted_once_and_whole(tmp_path: Path) -> None:
     """The GGUF's 30 layers of 576, in safetensors; what a killed process left half-written is gone."""
-    gguf = llm.package_file("package:smollm2")
+    gguf = package_path("package:smollm2")
     leftover = tmp_path / f".smollm2-{llm.sha256_of(gguf)[:16]}.partial"
     leftover.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half")

@@ -14,7 +14,7 @@ from torch import nn
 from notellm2_core import config
 from notellm2_core.model.vision import VisionEncoder, load_vision_encoder, to_pixels, vision_dims
 from notellm2_core.model.vision_towers import Preprocess, architecture_of, build_tower, library
-from notellm2_core.model.vision_weights import PACKAGES
+from notellm2_core.weights import PACKAGES
 
 TINY = config.Vision(library="tiny")
 LITE0 = config.Vision(library="timm", name="tf_efficientnet_lite0", pretrained="package:efficientnet-lite0")
@@ -122,7 +122,7 @@ def test_timm_checkpoint_file(tmp_path, name):
 
 def test_efficientnet_from_pip():
     """Its global feature is the mean of its 7 x 7 map; ReLU6 bounds both; the picture matters."""
-    pytest.importorskip(PACKAGES["efficientnet-lite0"][0])
+    pytest.importorskip(PACKAGES["package:efficientnet-lite0"].module)
     encoder = load_vision_encoder(LITE0)
     pixels = torch.stack([encoder.preprocess(picture(256, 171)), encoder.preprocess(Image.new("RGB", (90, 120)))])
     patches, pooled = encoder(pixels)
@@ -134,7 +134,7 @@ def test_efficientnet_from_pip():
 
 
 def test_package_weights_that_do_not_fit_are_refused(monkeypatch):
-    pytest.importorskip(PACKAGES["efficientnet-lite0"][0])
+    pytest.importorskip(PACKAGES["package:efficientnet-lite0"].module)
     real = torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: dict(list(real(*a, **k).items())[1:]))
     with pytest.raises(ValueError, match="295 tensors that do not match the 296"):
@@ -163,7 +163,7 @@ def test_unusable_models(vision, message):
         (config.Vision(pretrained=None), "None is neither a file"),
         (config.Vision(library="timm", name="test_vit", pretrained="nope"), "timm knows for test_vit: r160_in1k"),
         (LITE0.model_copy(update={"name": "tf_efficientnet_lite1"}), "belong to timm's tf_efficientnet_lite0"),
-        (LITE0.model_copy(update={"pretrained": "package:x"}), "known packages: efficientnet-lite0"),
+        (LITE0.model_copy(update={"pretrained": "package:x"}), "known packages: package:efficientnet-lite0"),
     ],
 )
 def test_unusable_weights(vision, message):

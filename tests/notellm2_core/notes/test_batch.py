@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from notellm2_core.config import Text
-from notellm2_core.model.llm import package_file, tiny_tokenizer
+from notellm2_core.model.llm import tiny_tokenizer
 from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.notes.records import Note
+from notellm2_core.weights import package_path
 
 NUM_QUERIES = 3
 HOSTILE = {
@@ -32,7 +33,7 @@ def processor(tokenizer: str, prompt: str = "micl", side: str = "right") -> MLRM
         return MLRMProcessor(tiny_tokenizer(), Text(), prompt, NUM_QUERIES, 2, 5, side)  # type: ignore[arg-type]
     from transformers import AutoTokenizer
 
-    gguf = package_file("package:smollm2")
+    gguf = package_path("package:smollm2")
     smollm2 = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     return MLRMProcessor(smollm2, Text(), prompt, NUM_QUERIES, 2, 5, side)  # type: ignore[arg-type]
 
