@@ -33,7 +33,7 @@ check: $(READY)  ## lint, format, types, import contracts, Dagster definitions
 	PATH="$(BIN):$$PATH" NOTELLM2_CONFIG=pipelines/configs/tiny.yaml $(BIN)/dg check defs
 
 dev: $(READY)  ## Dagster UI on :3000 and MLflow UI on :5000
-	@PATH="$(BIN):$$PATH" bash pipelines/dev.sh
+	@PATH="$(BIN):$$PATH" $(BIN)/python -W ignore -m pipelines.dev
 
 clean:  ## remove the lake, Dagster's storage and MLflow's (not the virtual environment)
 	rm -rf .dagster .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

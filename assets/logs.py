@@ -1,29 +1,35 @@
 """From the user's source to clean notes and events."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import dagster as dg
 
 from assets.resources import Pipeline, dataset_deps, one_sentence
 from assets.tracking import TrackedRun
-from notellm2_core.config import Config, config_from_environment
+from notellm2_core.config import ConfigError, Source, config_from_environment
 from notellm2_core.lake import Dataset, Draft
-from notellm2_core.recipe import Recipe, ResolvedWindow
+from notellm2_core.recipe import Recipe
 
-UNDATED = "undated"  # spark_jobs.source.UNDATED, without importing Spark
 SPARK_RETRIES = dg.RetryPolicy(max_retries=1)
 
 
-def raw_event_partitions(config: Config) -> dg.TimeWindowPartitionsDefinition:
+def raw_event_partitions(source: Source) -> dg.TimeWindowPartitionsDefinition:
     """Weeks from Sunday to Saturday, or years, from the source's first day."""
-    cron = {"week": "0 0 * * 0", "year": "0 0 1 1 *"}[config.source.partition]
+    cron = {"week": "0 0 * * 0", "year": "0 0 1 1 *"}[source.partition]
     return dg.TimeWindowPartitionsDefinition(
-        start=config.source.first_day.isoformat(), fmt="%Y-%m-%d", cron_schedule=cron, timezone="UTC"
+        start=source.first_day.isoformat(), fmt="%Y-%m-%d", cron_schedule=cron, timezone="UTC"
     )
 
 
-PARTITIONS = raw_event_partitions(config_from_environment())
+def _source_in_force() -> Source:
+    """A configuration that cannot be read must not keep the graph from loading: every asset says what is wrong."""
+    try:
+        return config_from_environment().source
+    except ConfigError:
+        return Source()
+
+
+PARTITIONS = raw_event_partitions(_source_in_force())
 
 
 @dg.asset(
@@ -75,12 +81,15 @@ def events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Material
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
         from spark_jobs.clean import prepare_events
+        from spark_jobs.source import periods_between
 
         window = recipe.window
+        start, end = min(window.train.start, window.test.start), max(window.train.end, window.test.end)
+        periods = periods_between(start, end, **inputs["raw_events"].manifest.metrics)
         with pipeline.spark(recipe.config, "events") as spark:
             draft.metrics |= prepare_events(
                 spark,
-                raw_paths=_folders_of(inputs["raw_events"], window),
+                raw_paths=[inputs["raw_events"].path / period for period in periods],
                 notes=inputs["notes"].path / "notes",
                 out=draft.path,
                 view_events=source.view_events,
@@ -117,19 +126,3 @@ def ensure_demo_world(context: dg.AssetExecutionContext, recipe: Recipe) -> None
     context.log.info(f"no source.path: generating the demo world at {recipe.source}")
     with one_sentence(), recipe.lake.publish("demo_world", recipe.source.name, {}, world.model_dump()) as draft:
         draft.metrics |= generate(draft.path, world.num_notes, world.num_users, world.num_days, world.seed)
-
-
-def _folders_of(raw_events: Dataset, window: ResolvedWindow) -> list[Path]:
-    """The periods that reach into the window, and the rows without a readable time, which are counted there."""
-    start, end = min(window.train.start, window.test.start), max(window.train.end, window.test.end)
-    names = [p["period"] for p in raw_events.manifest.metrics["periods"]]
-    dated = sorted(n for n in names if n != UNDATED)
-    # A period reaches to the first day of the next one that has events, or further: no event lies between.
-    nexts = [*dated[1:], "9999"]
-    chosen = [
-        n for n, following in zip(dated, nexts, strict=True) if n < end.isoformat() and following > start.isoformat()
-    ]
-    if not chosen:
-        span = f"{raw_events.manifest.metrics['first_day']} to {raw_events.manifest.metrics['last_day']}"
-        raise ValueError(f"the log reaches from {span}, the window from {start} to {end}; set window.end or the days")
-    return [raw_events.path / n for n in (*chosen, *(n for n in names if n == UNDATED))]

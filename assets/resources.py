@@ -54,7 +54,7 @@ class Pipeline(dg.ConfigurableResource):
         except Exception as e:
             if forget_dead_session():
                 raise ChildProcessDied(f"Spark's JVM died during {app_name}") from e
-            if "No space left on device" in str(e):
+            if "No space left on device" in str(e):  # also of Spark's own folder, which may be another disk
                 raise OSError(
                     f"no space left on the disk while Spark made {app_name}: free some or move the lake"
                 ) from e

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import dagster as dg
 import yaml
 
 from assets.commands import run_command
-from assets.resources import Pipeline, dataset_deps
+from assets.resources import Pipeline, dataset_deps, one_sentence
 from assets.tracking import TrackedRun
 from notellm2_core.config import Config
 from notellm2_core.lake import Dataset, Draft, fingerprint
@@ -28,13 +29,24 @@ def vision_features(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg
     """Patch and global features of the frozen encoder, once per distinct image; the store outlives this dataset."""
     recipe = pipeline.recipe()
 
-    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+    def compute(out: Path, notes: Dataset) -> None:
         command = [sys.executable, "-m", "notellm2_core.notes.features", "--config", write_config(recipe),
-                   "--notes", inputs["notes"].path / "notes", "--source", recipe.source,
-                   "--store", feature_store(recipe), "--out", draft.path]  # fmt: skip
+                   "--notes", notes.path / "notes", "--source", recipe.source,
+                   "--store", feature_store(recipe), "--out", out]  # fmt: skip
         run_command(context, [str(c) for c in command])
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        compute(draft.path, inputs["notes"])
         draft.metrics |= json.loads((draft.path / "counts.json").read_text())
 
+    with one_sentence():
+        from notellm2_core.notes.feature_store import num_missing
+
+        found = recipe.find("vision_features")
+        if found is not None and (missing := num_missing(found.path, feature_store(recipe))):
+            context.log.warning(f"the features of {missing} images are no longer in the store: computing them again")
+            with tempfile.TemporaryDirectory() as scratch:
+                compute(Path(scratch), recipe.dataset("notes"))
     return pipeline.publish(context, build)
 
 

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from notellm2_core.config import config_from_environment
@@ -22,27 +23,42 @@ from notellm2_core.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# The address of the asset graph with these groups open.
+GROUPS = ",".join(f"global@global:{group}" for group in ("logs", "pairs", "model", "retrieval", "evaluation"))
 QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 
 
-def screenshot(url: str, out: Path, width: int = 1600, height: int = 900) -> None:
-    """A PNG of the page at `url`, after 25 virtual seconds of its scripts. Raises ValueError without a browser."""
+def browse(url: str, *options: str) -> str:
+    """Open the page at `url` for 25 virtual seconds of its scripts. Returns stdout. Raises ValueError if no browser."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         raise ValueError(f"none of {', '.join(BROWSERS)} is on PATH; install a Chromium browser.")
     with tempfile.TemporaryDirectory() as profile:
-        command = [browser, *QUIET, f"--user-data-dir={profile}", f"--window-size={width},{height}",
-                   "--virtual-time-budget=25000", f"--screenshot={out}", url]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True, timeout=180)
+        command = [browser, *QUIET, f"--user-data-dir={profile}", "--virtual-time-budget=25000", *options, url]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=180).stdout
 
 
-def free_port() -> int:
+def screenshot(url: str, out: Path, width: int = 1600, height: int = 900) -> None:
+    browse(url, f"--window-size={width},{height}", f"--screenshot={out}")
+
+
+@contextmanager
+def dagster_webserver(**env: str) -> Iterator[str]:
+    """The address of a Dagster UI on this repository's definitions, for as long as the block runs."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+        port = s.getsockname()[1]
+    command = [Path(sys.executable).parent / "dagster-webserver", "-m", "pipelines.definitions", "-p", str(port)]
+    server = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env})
+    try:
+        wait_for(f"http://127.0.0.1:{port}/server_info")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def wait_for(url: str, seconds: float = 90) -> None:
@@ -59,16 +75,9 @@ def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     report = Recipe(config_from_environment()).dataset("eval_recall")
     shutil.copy(report.path / "neighbours.jpg", IMAGES / "neighbours.jpg")
-    port = free_port()
-    webserver = Path(sys.executable).parent / "dagster-webserver"
-    server = subprocess.Popen([webserver, "-m", "pipelines.definitions", "-h", "127.0.0.1", "-p", str(port)], cwd=ROOT)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/server_info")
-        screenshot(f"http://127.0.0.1:{port}/asset-groups", IMAGES / "asset_graph.png")
-        screenshot(f"http://127.0.0.1:{port}/assets/eval_recall?view=overview", IMAGES / "eval_recall.png", 1600, 1400)
-    finally:
-        server.terminate()
-        server.wait()
+    with dagster_webserver() as dagster:
+        screenshot(f"{dagster}/asset-groups?expanded={GROUPS}", IMAGES / "asset_graph.png", 2000, 900)
+        screenshot(f"{dagster}/assets/eval_recall?view=overview", IMAGES / "eval_recall.png", 1600, 1400)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from notellm2_core import __version__
 from notellm2_core.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
+_FULL_BYTES = 16 << 20  # with less than this free, a disk is full: writers ask for pieces of this order
 
 
 class LakeError(ValueError):
@@ -100,7 +101,8 @@ class Lake:
     ) -> Iterator["Draft"]:
         """A folder to write into; it becomes the dataset when the block ends without an error, and vanishes otherwise.
 
-        Two writers of one fingerprint do the same work: the second finds the first's and drops its own.
+        Two writers of one fingerprint do the same work: the second finds the first's and drops its own. Raises
+        OSError where the block fails on a full disk, whatever the writer made of that.
         """
         target = self.path(name, fingerprint)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +128,10 @@ class Lake:
             except OSError:
                 if not (target / MANIFEST).exists():
                     raise
+        except Exception as e:
+            if shutil.disk_usage(work).free < _FULL_BYTES:  # before the draft is removed
+                raise OSError(f"no space left on the disk of {target.parent}: free some or move the lake") from e
+            raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
 
-from notellm2_core.config import DEFAULT_CONFIG
+from notellm2_core.config import config_from_environment
 from notellm2_core.lake import LakeError
+from notellm2_core.recipe import Recipe
 from notellm2_core.training.launch import die_with_parent
 
 
@@ -50,23 +51,29 @@ def _run_to_the_end() -> int:
 
 def _run() -> int:
     started = time.monotonic()
-    config, source = os.environ.get("NOTELLM2_CONFIG") or DEFAULT_CONFIG, os.environ.get("SOURCE", "")
+    recipe = Recipe(config_from_environment())
     from assets.logs import PARTITIONS
-    from assets.resources import Pipeline
-    from pipelines.definitions import defs  # here, where a wrong configuration ends in one sentence
+    from pipelines.definitions import defs
+
+    period = PARTITIONS.get_last_partition_key()
+    if period is None:
+        raise ValueError(
+            f"no {recipe.config.source.partition} has ended since source.first_day = {recipe.config.source.first_day}: "
+            "set it to the first day of your log"
+        )
 
     job = defs.resolve_job_def("weekly_retrain")
     with DagsterInstance.get() as instance:
         result = job.execute_in_process(
             instance=instance,
-            partition_key=PARTITIONS.get_last_partition_key(),
+            partition_key=period,
             run_config={"loggers": {"console": {"config": {"log_level": "INFO"}}}},
             raise_on_error=False,
         )
     if not result.success:
         print(f"\nerror: {_why(result)}", file=sys.stderr)
         return 1
-    report = Pipeline(config_path=config, source=source).recipe().dataset("eval_recall")
+    report = Recipe(recipe.config).dataset("eval_recall")  # anew: the window is known now
     print(f"\n{(report.path / 'recall.md').read_text()}")
     print(f"{time.monotonic() - started:.0f} s. Pictures of neighbours: {_relative(report.path / 'neighbours.jpg')}")
     print("The asset graph, every figure and the MLflow curves: make dev")

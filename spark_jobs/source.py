@@ -12,6 +12,8 @@ A `timestamp` is one of
 Anything else, and any time outside the years 1 to 9999, cannot be placed.
 """
 
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +53,26 @@ def land(spark: SparkSession, source: Path, out: Path, partition: Literal["week"
     names = landed.select(F.element_at(F.split(F.col("_metadata.file_path"), "/"), -2).alias("period"))
     periods = [{"period": period, "rows": rows} for period, rows in sorted(counts_by(names, "period").items())]
     return {**counts, "events": counts_by(landed, "event"), "periods": periods}
+
+
+def periods_between(
+    start: date, end: date, periods: Sequence[Mapping[str, Any]], first_day: str, last_day: str, **others: Any
+) -> list[str]:
+    """The landed periods that reach into the days [start, end), and the undated rows, which are counted there.
+
+    `periods`, `first_day`, `last_day`: as `land` returned them. Raises ValueError where no period does.
+    """
+    names = [p["period"] for p in periods]
+    dated = sorted(n for n in names if n != UNDATED)
+    # A period reaches to the first day of the next one that has events, or further: no event lies between.
+    nexts = [*dated[1:], "9999"]
+    chosen = [n for n, following in zip(dated, nexts, strict=True) if n < str(end) and following > str(start)]
+    if not chosen:
+        raise ValueError(
+            f"the log reaches from {first_day} to {last_day}, the window from {start} to {end}: set window.end or the "
+            "days of the window"
+        )
+    return [*chosen, *(n for n in names if n == UNDATED)]
 
 
 def find_events(source: Path) -> Path:

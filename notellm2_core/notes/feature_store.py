@@ -145,6 +145,25 @@ def read_note_images(path: Path) -> dict[str, str | None]:
     return dict(zip(table["note_id"].to_pylist(), table["image_id"].to_pylist(), strict=True))
 
 
+def encoder_id(images: Path) -> str:
+    """Which vision encoder made the features. Raises ValueError where `images` is not the features command's output."""
+    file = images / "vision" / "config.json"
+    if not file.exists():
+        raise ValueError(f"{file} is not there: give --images the folder that the features command wrote")
+    return str(json.loads(file.read_text())["encoder_id"])
+
+
+def num_missing(images: Path, stores: Path) -> int:
+    """How many pictures of `images` (what the features command wrote) have no features below `stores` any more.
+
+    A part of the store may have been deleted, because it was damaged or to make room. Raises ValueError naming a part
+    that is damaged.
+    """
+    store = stores / encoder_id(images)
+    known = FeatureStore(store).known() if (store / STORE_FACTS).exists() else set()
+    return len({image_id for image_id in read_note_images(images).values() if image_id is not None} - known)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Name the file in what pyarrow raises."""

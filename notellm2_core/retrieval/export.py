@@ -38,7 +38,7 @@ from notellm2_core.embeddings import read_note_ids, write_shards
 from notellm2_core.model.build import load_model
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.batch import InputKind, MLRMProcessor
-from notellm2_core.notes.features import FeatureStore, read_note_images
+from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
 from notellm2_core.notes.records import Note, read_notes
 
 WINDOW_BATCHES = 8  # batches whose notes are sorted by length together, and whose features are held at a time
@@ -108,7 +108,7 @@ def export(
     Raises ValueError where model, notes and images do not belong together.
     """
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    encoder_id = _encoder_id(model_dir, images_dir)
+    vision_encoder = _shared_encoder_id(model_dir, images_dir)
     notes = read_notes(notes_dir, note_ids)
     images = read_note_images(images_dir)
     unknown = notes.keys() - images.keys()
@@ -120,7 +120,7 @@ def export(
     device, dtype = _device(config)
     nn.Module.to(model, device, dtype)
     exporter = Exporter(
-        model, processor, notes, images, FeatureStore(store_dir / encoder_id),
+        model, processor, notes, images, FeatureStore(store_dir / vision_encoder),
         config.export.batch_notes, device,
     )  # fmt: skip
     weights = {p.name: lake.sha256_of(p) for p in sorted(model_dir.iterdir()) if _decides(p)}
@@ -135,7 +135,7 @@ def export(
 
         def fingerprint(ids: Sequence[str], kind: InputKind = kind) -> str:
             rows = [[asdict(notes[i]), images[i] if kind != "text" else None] for i in ids]
-            return lake.fingerprint([weights, encoder_id, kind, str(dtype), config.export.batch_notes, rows])
+            return lake.fingerprint([weights, vision_encoder, kind, str(dtype), config.export.batch_notes, rows])
 
         def embed(ids: Sequence[str], kind: InputKind = kind) -> np.ndarray:
             return exporter.embed(ids, kind, progress)
@@ -160,21 +160,15 @@ def parse_inputs(text: str) -> list[InputKind]:
     return kinds  # type: ignore[return-value]  # checked above
 
 
-def _encoder_id(model_dir: Path, images_dir: Path) -> str:
+def _shared_encoder_id(model_dir: Path, images_dir: Path) -> str:
     """The vision encoder of the features. Raises ValueError where the model was trained with another one."""
-    found = {}
-    for folder in (images_dir / "vision", model_dir / "vision"):
-        if folder == images_dir / "vision" or folder.is_dir():
-            file = folder / "config.json"
-            if not file.is_file():
-                raise ValueError(f"{file} does not exist: run notellm2_core.notes.features with --out {images_dir}.")
-            found[folder] = json.loads(file.read_text())["encoder_id"]
-    if len(set(found.values())) > 1:
+    found = encoder_id(images_dir)
+    if (model_dir / "vision").is_dir() and (trained := encoder_id(model_dir)) != found:
         raise ValueError(
-            f"the model {model_dir} was trained with vision encoder {found[model_dir / 'vision']}, the features in "
-            f"{images_dir} are of {found[images_dir / 'vision']}: compute them with the model's own."
+            f"the model {model_dir} was trained with vision encoder {trained}, the features in {images_dir} are of "
+            f"{found}: compute them with the model's own."
         )
-    return str(found[images_dir / "vision"])
+    return found
 
 
 def _device(config: Config) -> tuple[torch.device, torch.dtype]:

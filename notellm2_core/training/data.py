@@ -6,7 +6,6 @@ the query and the target of pair k.
 Shapes: P pairs, B pairs per batch, N = 2B rows.
 """
 
-import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from notellm2_core.config import Config
 from notellm2_core.notes.batch import EncodedNote, MLRMProcessor, NoteBatch
-from notellm2_core.notes.features import FeatureStore, read_note_images
+from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
 from notellm2_core.notes.records import Note, read_notes
 from notellm2_core.training.feature_table import FeatureTable
 
@@ -121,14 +120,6 @@ def load_training_data(
     image_ids = sorted({i for i in note_images.values() if i is not None})
     table = FeatureTable.build(FeatureStore(store / encoder_id(images)), image_ids, cache)
     return TrainingData(processor, read_notes(notes, wanted), note_images, table, train, validation)
-
-
-def encoder_id(images: Path) -> str:
-    """Which vision encoder made the features. Raises ValueError where `images` is not the features command's output."""
-    file = images / "vision" / "config.json"
-    if not file.exists():
-        raise ValueError(f"{file} is not there: give --images the folder that the features command wrote")
-    return str(json.loads(file.read_text())["encoder_id"])
 
 
 def model_cache(config: Config) -> Path:

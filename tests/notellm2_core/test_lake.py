@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,18 @@ def _publish(lake: Lake, fp: str = "f1", rows: int = 3) -> Path:
         pq.write_table(pa.table({"x": list(range(rows))}), draft.path / "part" / "0.parquet")
         draft.metrics["count"] = rows
     return lake.path("things", fp)
+
+
+def test_a_full_disk_is_named_whatever_the_writer_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch, safetensors and FAISS raise RuntimeErrors of their own, and a torchrun child just ends."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4096))
+    lake = Lake(tmp_path)
+    message = f"no space left on the disk of {tmp_path}/a: free some or move the lake"
+    with pytest.raises(OSError, match=message), lake.publish("a", "f" * 16, {}, {}) as draft:
+        (draft.path / "weights").write_text("x")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    assert list((tmp_path / "a").iterdir()) == []
 
 
 def test_published_dataset_tells_what_it_is(tmp_path: Path) -> None:

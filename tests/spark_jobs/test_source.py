@@ -1,5 +1,5 @@
 import gzip
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,15 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from spark_jobs.source import find_events, land, land_events, read_source_events, read_source_notes
+from spark_jobs.source import (
+    UNDATED,
+    find_events,
+    land,
+    land_events,
+    periods_between,
+    read_source_events,
+    read_source_notes,
+)  # fmt: skip
 from tests.spark_jobs.conftest import Frame
 
 TEXT = "user_id string, note_id string, timestamp string, event string"
@@ -165,3 +173,18 @@ def test_notes_that_cannot_be_used_are_named(spark: SparkSession, tmp_path: Path
     (tmp_path / "notes.parquet").write_text("no Parquet")
     with pytest.raises(ValueError, match="is damaged"):
         read_source_notes(spark, tmp_path)
+
+
+def test_periods_of_a_window() -> None:
+    """Those that may hold one of its days, and the undated rows; a window beside the log is named with its days."""
+    names = ["2025-01-05", "2025-01-12", "2025-01-26", UNDATED]  # the week of the 19th has no event
+    landed = {"periods": [{"period": n, "rows": 1} for n in names], "first_day": "2025-01-06", "last_day": "2025-01-30"}
+
+    def chosen(start: date, end: date) -> list[str]:
+        return periods_between(start, end, **landed, rows=4)  # type: ignore[arg-type]
+
+    assert chosen(date(2025, 1, 12), date(2025, 1, 26)) == ["2025-01-12", UNDATED]
+    assert chosen(date(2025, 1, 11), date(2025, 1, 27)) == names
+    assert chosen(date(2025, 1, 20), date(2025, 1, 21)) == ["2025-01-12", UNDATED]
+    with pytest.raises(ValueError, match="log reaches from 2025-01-06 to 2025-01-30, the window from 2024-12-01 to"):
+        chosen(date(2024, 12, 1), date(2025, 1, 5))

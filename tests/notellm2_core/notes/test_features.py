@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from PIL import Image
 from notellm2_core import config, schema
 from notellm2_core.model.vision import VisionEncoder, load_vision_encoder
 from notellm2_core.notes import feature_store, features
-from notellm2_core.notes.features import FeatureStore, read_note_images
+from notellm2_core.notes.feature_store import FeatureStore, num_missing, read_note_images
 
 ENCODER_BATCH = 4
 
@@ -169,6 +170,23 @@ def test_leftovers_of_dead_writers_are_removed(store):
     gone.touch(), alive.touch()
     FeatureStore.create(store.root, 3, 2)
     assert not gone.exists() and alive.exists()
+
+
+def test_pictures_that_the_store_has_lost_are_counted(store, tmp_path):
+    """A part was deleted, then the whole store."""
+    store.append(["a", "b"], *values(2))
+    store.append(["c"], *values(1))
+    images = tmp_path / "images"
+    (images / "vision").mkdir(parents=True)
+    (images / "vision" / "config.json").write_text(json.dumps({"encoder_id": store.root.name}))
+    rows = {"note_id": ["1", "2", "3", "4"], "image_id": ["a", "c", "c", None], "status": ["ok", "ok", "ok", "missing"]}
+    pq.write_table(pa.table(rows), images / "note_images.parquet")
+    assert num_missing(images, store.root.parent) == 0
+    part = next(p for p in store.root.glob("part-*") if "c" in pq.read_table(p)["image_id"].to_pylist())
+    part.unlink()
+    assert num_missing(images, store.root.parent) == 1
+    shutil.rmtree(store.root)
+    assert num_missing(images, store.root.parent) == 2
 
 
 def test_the_whole_run(world, tmp_path):

@@ -1,0 +1,26 @@
+"""What people see in the Dagster UI, in a real browser."""
+
+import shutil
+
+import pytest
+
+from docs.screenshots import BROWSERS, GROUPS, browse, dagster_webserver
+from notellm2_core.recipe import STAGES
+from tests.pipelines.conftest import Workplace
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.browser,
+    pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"none of {', '.join(BROWSERS)} on PATH"),
+]
+
+
+def test_the_graph_and_the_report_are_shown(finished: Workplace) -> None:
+    """Every asset by name; the recall table, the contact sheet and the plot on eval_recall's page."""
+    with dagster_webserver(**finished.environment()) as dagster:
+        graph = browse(f"{dagster}/asset-groups?expanded={GROUPS}", "--window-size=2000,900", "--dump-dom")
+        report = browse(f"{dagster}/assets/eval_recall?view=overview", "--window-size=1600,1400", "--dump-dom")
+    assert {name for name in STAGES if f">{name}<" not in graph} == set()
+    assert "fine-tuned" in report and "R@10" in report
+    for picture in ("neighbours", "recall"):
+        assert f'alt="{picture}"' in report
