@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.resources import Pipeline
+from assets.resources import Pipeline, one_sentence
 from notellm2_core.config import Checks
 
 Figures = Mapping[str, Any]
@@ -22,13 +22,33 @@ def dropped_share(figures: Figures, limits: Checks) -> Verdict:
     dropped = sum(rows for reason, rows in figures["dropped"].items() if reason not in harmless)
     read = figures["rows"] - figures.get("outside_window", 0)
     share = dropped / read if read else 0.0
-    return share <= limits.max_dropped_share, {"dropped_share": share, "allowed": limits.max_dropped_share}
+    reasons = ", ".join(f"{rows} {reason}" for reason, rows in figures["dropped"].items())
+    return share <= limits.max_dropped_share, {
+        "dropped_share": share,
+        "checks.max_dropped_share": limits.max_dropped_share,
+        "dropped": reasons or "nothing",
+    }
 
 
 def undated_share(figures: Figures, limits: Checks) -> Verdict:
     """Not more of the log than allowed has a time that cannot be read."""
     share = figures["undated"] / figures["rows"]
-    return share <= limits.max_dropped_share, {"undated_share": share, "allowed": limits.max_dropped_share}
+    return share <= limits.max_dropped_share, {
+        "undated_share": share,
+        "checks.max_dropped_share": limits.max_dropped_share,
+    }
+
+
+def unusable_images(figures: Figures, limits: Checks) -> Verdict:
+    """Not more of the named images than allowed are broken, too large or outside the source; none is no fault."""
+    unusable = {status: figures[status] for status in ("broken", "too_large", "escapes")}
+    named = figures["notes"] - figures["missing"]
+    share = sum(unusable.values()) / named if named else 0.0
+    return share <= limits.max_dropped_share, {
+        "unusable_share": share,
+        "checks.max_dropped_share": limits.max_dropped_share,
+        **unusable,
+    }
 
 
 def no_leakage(figures: Figures, limits: Checks) -> Verdict:
@@ -43,7 +63,8 @@ def enough_pairs(figures: Figures, limits: Checks) -> Verdict:
     return passed, {
         "train_pairs": train,
         "test_pairs": test,
-        "needed": f"{limits.min_train_pairs}, {limits.min_test_pairs}",
+        "checks.min_train_pairs": limits.min_train_pairs,
+        "checks.min_test_pairs": limits.min_test_pairs,
     }
 
 
@@ -55,14 +76,15 @@ def finite_loss(figures: Figures, limits: Checks) -> Verdict:
 def not_collapsed(figures: Figures, limits: Checks) -> Verdict:
     """Random pairs of embeddings are not all alike."""
     cosine = figures["mean_cosine"]["multimodal"]
-    return cosine <= limits.max_mean_cosine, {"mean_cosine": cosine, "allowed": limits.max_mean_cosine}
+    return cosine <= limits.max_mean_cosine, {"mean_cosine": cosine, "checks.max_mean_cosine": limits.max_mean_cosine}
 
 
 def _check(asset: str, judge: Callable[[Figures, Checks], Verdict]) -> dg.AssetChecksDefinition:
     @dg.asset_check(asset=asset, name=judge.__name__, description=judge.__doc__, blocking=True)
     def check(pipeline: Pipeline) -> dg.AssetCheckResult:
         recipe = pipeline.recipe()
-        passed, metadata = judge(recipe.dataset(asset).manifest.metrics, recipe.config.checks)
+        with one_sentence():
+            passed, metadata = judge(recipe.dataset(asset).manifest.metrics, recipe.config.checks)
         return dg.AssetCheckResult(passed=bool(passed), severity=dg.AssetCheckSeverity.ERROR, metadata=metadata)
 
     return check
@@ -72,6 +94,7 @@ CHECKS = [
     _check("raw_events", undated_share),
     _check("notes", dropped_share),
     _check("events", dropped_share),
+    _check("vision_features", unusable_images),
     _check("pair_datasets", no_leakage),
     _check("pair_datasets", enough_pairs),
     _check("checkpoint", finite_loss),

@@ -123,6 +123,7 @@ def ensure_demo_world(context: dg.AssetExecutionContext, recipe: Recipe) -> None
     from notellm2_core.demo import generate
 
     world = recipe.config.source.demo
+    assert world is not None  # or recipe.source has raised
     context.log.info(f"no source.path: generating the demo world at {recipe.source}")
     with one_sentence(), recipe.lake.publish("demo_world", recipe.source.name, {}, world.model_dump()) as draft:
         draft.metrics |= generate(draft.path, world.num_notes, world.num_users, world.num_days, world.seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+from pydantic import PrivateAttr
 
 from assets.tracking import TrackedRun, flatten, tracked_run
 from notellm2_core import __version__
@@ -31,12 +32,17 @@ class Pipeline(dg.ConfigurableResource):
     config_path: str
     source: str = ""
     week: str = ""
+    _run_id: str | None = PrivateAttr(None)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        self._run_id = context.run_id
 
     def recipe(self) -> Recipe:
+        """The addresses of this run's datasets: with the source as this run first saw it."""
         overrides = {"source.path": self.source} if self.source else None
         with one_sentence():
             week = date.fromisoformat(self.week) if self.week else None
-            return Recipe(load_config(Path(self.config_path), overrides), week)
+            return Recipe(load_config(Path(self.config_path), overrides), week, self._run_id)
 
     @contextmanager
     def spark(self, config: Config, app_name: str) -> Iterator["SparkSession"]:
@@ -118,9 +124,10 @@ def dataset_deps(name: str) -> list[dg.AssetDep]:
 def code_version() -> str:
     """The package version, with the commit where the code runs from a checkout."""
     folder = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
-    )
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+    except OSError:  # no git on this machine, as in a container
+        return __version__
     return f"{__version__}+{git.stdout.strip()}" if git.returncode == 0 else __version__
 
 

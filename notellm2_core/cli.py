@@ -74,7 +74,8 @@ def _index_search(options: argparse.Namespace) -> None:
 
     table = read_embeddings(options.embeddings)
     found, scores = Index.load(options.index).search(table.vectors[table.rows([options.note_id])], options.k)
-    print(json.dumps([{"note_id": n, "score": round(float(s), 6)} for n, s in zip(found[0], scores[0], strict=True)]))
+    hits = [(n, s) for n, s in zip(found[0], scores[0], strict=True) if n is not None]  # a small index has fewer than k
+    print(json.dumps([{"note_id": n, "score": round(float(s), 6)} for n, s in hits]))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

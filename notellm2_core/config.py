@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 DEFAULT_CONFIG = "pipelines/configs/demo.yaml"  # relative to the repository root
 
@@ -32,11 +32,17 @@ class DemoWorld(Section):
     seed: int = 0
 
 
+def _is_a_folder(value: Any) -> Any:
+    if "://" in str(value):
+        raise ValueError(f"{value} is an address: name a folder, where the storage is mounted")
+    return value
+
+
 class Source(Section):
     """Where the notes and logs are, and how to read them."""
 
-    path: str | None = None  # folder with notes.parquet, events.csv.gz or events/, images; None: the demo world
-    demo: DemoWorld = DemoWorld()
+    path: Annotated[str | None, BeforeValidator(_is_a_folder)] = None  # notes.parquet, events.csv.gz or events/, images
+    demo: DemoWorld | None = DemoWorld()  # what stands in for a missing path; null: nothing does
     view_events: tuple[str, ...] = ("view", "click")  # event names that count as "viewed"
     click_events: tuple[str, ...] = ("click",)  # event names that count as "clicked"; a clicked note counts as viewed
     ignored_events: tuple[str, ...] = ()  # known names that are neither; any other name is quarantined
@@ -206,9 +212,9 @@ class Evaluation(Section):
 
 
 class Tracking(Section):
-    uri: str | None = None  # None: MLFLOW_TRACKING_URI, else sqlite beside the lake
+    uri: str | None = None  # None: MLFLOW_TRACKING_URI, else sqlite inside the lake
     experiment: str = "notellm2"
-    timeout_seconds: float = Field(10, gt=0)  # a dead server delays a step by this much at most
+    timeout_seconds: float = Field(10, gt=0)  # a server that does not answer delays a step by a few of these
 
 
 class Spark(Section):
@@ -221,7 +227,7 @@ class Spark(Section):
 class Config(Section):
     name: str
     seed: int = 42
-    lake: Path = Path(".dagster/lake")
+    lake: Annotated[Path, BeforeValidator(_is_a_folder)] = Path(".dagster/lake")
     source: Source = Source()
     window: Window = Window()
     pairs: Pairs = Pairs()

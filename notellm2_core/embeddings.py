@@ -118,7 +118,9 @@ def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Em
     """
     files = [folder] if folder.is_file() else sorted(p for p in folder.glob("*.parquet") if p.name[0] not in "._")
     if not files:
-        raise ValueError(f"{folder} holds no embeddings (no *.parquet): run `notellm2 embed --out {folder}` first.")
+        raise ValueError(
+            f"{folder} holds no embeddings (no *.parquet): make them with python -m notellm2_core.retrieval.export."
+        )
     ids: list[str] = []
     parts: list[np.ndarray] = []
     for file in files:

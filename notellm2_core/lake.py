@@ -107,7 +107,7 @@ class Lake:
         target = self.path(name, fingerprint)
         target.parent.mkdir(parents=True, exist_ok=True)
         self._sweep(target.parent)
-        work = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.{_host()}.{os.getpid()}.", dir=target.parent))
+        work = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.{host()}.{os.getpid()}.", dir=target.parent))
         draft = Draft(work)
         try:
             yield draft
@@ -120,7 +120,7 @@ class Lake:
                 metrics=draft.metrics,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
-            _write_durably(work / MANIFEST, json.dumps(asdict(manifest), indent=1, default=str))
+            write_atomically(work / MANIFEST, json.dumps(asdict(manifest), indent=1, default=str))
             if target.exists() and not (target / MANIFEST).exists():
                 shutil.rmtree(target)  # not a dataset: nothing that publishes leaves such a folder
             try:
@@ -138,7 +138,7 @@ class Lake:
     @staticmethod
     def _sweep(folder: Path) -> None:
         """Remove the drafts of this host's writers that are no longer alive (killed before they could clean up)."""
-        for draft in folder.glob(f".*.{_host()}.*.*"):
+        for draft in folder.glob(f".*.{host()}.*.*"):
             if not Path(f"/proc/{draft.name.split('.')[3]}").exists():
                 shutil.rmtree(draft, ignore_errors=True)
 
@@ -179,6 +179,17 @@ def verify(dataset: Dataset) -> None:
             raise LakeError(f"{dataset.path / name} does not match its checksum; delete {dataset.path} and run again.")
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """The file is there whole or not at all, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    with draft.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(draft, path)
+
+
 def _describe(folder: Path) -> dict[str, dict[str, Any]]:
     """Facts of every file. Spark's markers and hidden checksums are dropped: the manifest replaces them."""
     files: dict[str, dict[str, Any]] = {}
@@ -193,13 +204,6 @@ def _describe(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _host() -> str:
+def host() -> str:
     """A name for this machine, or container, in which process ids mean something."""
     return socket.gethostname().replace(".", "-")
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())

@@ -5,6 +5,7 @@ the address of `eval_recall` is known before anything runs, a dataset that is th
 embeddings of one model can never meet the index of another.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from notellm2_core.config import Config
-from notellm2_core.lake import Dataset, Lake, LakeError, fingerprint
+from notellm2_core.lake import Dataset, Lake, LakeError, fingerprint, write_atomically
+from notellm2_core.schema import SOURCE_EVENTS
 from notellm2_core.weights import listing, weights_version
 
 
@@ -32,7 +34,7 @@ _MODEL = ("seed", *_TEXT, "model.method", "model.llm", "model.connector", "model
           "model.start", "model.vision")  # fmt: skip
 
 STAGES: Mapping[str, Stage] = {
-    "raw_events": Stage((), ("source.partition",)),
+    "raw_events": Stage((), ("source.partition",), version=2),
     "notes": Stage((), ()),
     "events": Stage(
         ("raw_events", "notes"),
@@ -93,28 +95,47 @@ class ResolvedWindow:
 class Recipe:
     """The addresses of one configuration's datasets in its lake."""
 
-    def __init__(self, config: Config, week: date | None = None) -> None:
-        """`week`: any day of the week the window shall end with; None: the configured end, else the last complete."""
+    def __init__(self, config: Config, week: date | None = None, run_id: str | None = None) -> None:
+        """`week`: any day of the week the window shall end with; None: the configured end, else the last complete.
+
+        `run_id`: all recipes of one run see the source as its first one did, whatever arrives there meanwhile.
+        """
         self.config = config
         self.lake = Lake(config.lake.resolve())
         self.week = week
+        self._pin = self.work / "runs" / f"{run_id}.json" if run_id else None
         self._fingerprints: dict[str, str] = {}
 
     @cached_property
     def source(self) -> Path:
-        """The source folder: the user's, or the demo world's place in the lake."""
-        if self.config.source.path is not None:
-            return Path(self.config.source.path)
-        return self.lake.path("demo_world", fingerprint([WORLD_VERSION, self.config.source.demo.model_dump()]))
+        """The source folder: the user's, or the demo world's place in the lake. Raises ValueError if neither is set."""
+        source = self.config.source
+        if source.path is not None:
+            return Path(source.path)
+        if source.demo is None:
+            raise ValueError(f"the configuration {self.config.name} has no source: set source.path, or SOURCE=...")
+        return self.lake.path("demo_world", fingerprint([WORLD_VERSION, source.demo.model_dump()]))
 
     @cached_property
-    def source_fingerprint(self) -> str:
-        """Names, sizes and times of the source's files: cheap at any size, and any change is noticed."""
+    def source_fingerprints(self) -> dict[str, str]:
+        """Of what `raw_events` and `notes` are made of: names, sizes and times of files, so any change is noticed."""
+        if self._pin is not None and self._pin.exists():
+            pinned: dict[str, str] = json.loads(self._pin.read_text())
+            return pinned
+        found = self._list_source()
+        if self._pin is not None:
+            write_atomically(self._pin, json.dumps(found))
+        return found
+
+    def _list_source(self) -> dict[str, str]:
         if self.config.source.path is None:
-            return self.source.name
+            return dict.fromkeys(("raw_events", "notes"), self.source.name)
         if not self.source.is_dir():
             raise ValueError(f"source.path {self.source} is not a folder; set source.path, or SOURCE=..., to your data")
-        return fingerprint([str(self.source.resolve()), sorted(listing(self.source))])
+        files: dict[str, list[Any]] = {"raw_events": [], "notes": []}
+        for file in sorted(listing(self.source)):
+            files["raw_events" if file[0].split("/")[0] in SOURCE_EVENTS else "notes"].append(file)
+        return {name: fingerprint([str(self.source.resolve()), found]) for name, found in files.items()}
 
     @cached_property
     def window(self) -> ResolvedWindow:
@@ -125,7 +146,8 @@ class Recipe:
         elif window.end is not None:
             end = window.end
         else:
-            end = last_complete_week_end(date.fromisoformat(self.dataset("raw_events").manifest.metrics["last_day"]))
+            landed = self.dataset("raw_events").manifest.metrics
+            end = last_complete_week_end(date.fromisoformat(landed["covered_until"]))
         if window.test_days is None:
             days = Days(end - timedelta(days=window.train_days), end)
             return ResolvedWindow(days, days)
@@ -142,7 +164,7 @@ class Recipe:
             training = settings["training"]
             settings["training"] = {k: v for k, v in training.items() if k not in FREE_TRAINING_SETTINGS}
         if name in ("raw_events", "notes"):
-            settings["source"] = self.source_fingerprint
+            settings["source"] = self.source_fingerprints[name]
         if name == "events":
             settings["window"] = [
                 str(d) for days in (self.window.train, self.window.test) for d in (days.start, days.end)

@@ -12,6 +12,7 @@ SCHEMA_VERSION = 1
 # --- source (what the user brings; extra columns are ignored) -------------------------------------------------------
 SOURCE_NOTE_COLUMNS = ("note_id", "title", "topics", "content")  # plus one of SOURCE_IMAGE_COLUMNS, or no image at all
 SOURCE_IMAGE_COLUMNS = ("image_path", "image")  # path relative to the source folder, or the encoded bytes
+SOURCE_EVENTS = ("events.csv.gz", "events.csv", "events")  # one of these
 SOURCE_EVENT_COLUMNS = ("user_id", "note_id", "timestamp", "event")
 
 # --- lake: notes and events -----------------------------------------------------------------------------------------

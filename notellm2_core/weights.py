@@ -54,11 +54,12 @@ def weights_version(name: str | None) -> Any:
 
 
 def listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Relative path, size in bytes and time of change in ns of every file below `folder`."""
+    """Relative path, size in bytes and time of change in ns of every file below `folder`, but for hidden folders."""
     facts = []
-    for root, _, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = Path(root) / name
-            stat = path.stat()
+            stat = path.stat() if path.exists() else path.lstat()  # a link to nowhere
             facts.append((str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns))
     return facts

@@ -73,7 +73,7 @@ def _run() -> int:
     if not result.success:
         print(f"\nerror: {_why(result)}", file=sys.stderr)
         return 1
-    report = Recipe(recipe.config).dataset("eval_recall")  # anew: the window is known now
+    report = Recipe(recipe.config, run_id=result.run_id).dataset("eval_recall")
     print(f"\n{(report.path / 'recall.md').read_text()}")
     print(f"{time.monotonic() - started:.0f} s. Pictures of neighbours: {_relative(report.path / 'neighbours.jpg')}")
     print("The asset graph, every figure and the MLflow curves: make dev")

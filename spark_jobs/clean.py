@@ -133,6 +133,13 @@ def prepare_events(
         span = f"{start} to {end} (exclusive)"
         reach = f"the events read reach from {data['first']} to {data['last']}"
         if not counts[name]["events"]:
+            if next(iter(labels), "") == "unknown_event":
+                names = ", ".join(list(counts_by(raw, "event"))[:5])
+                raise ValueError(
+                    f"no usable events in the {name} window, {span}: the log's event names are {names}, the settings "
+                    f"know {', '.join(sorted({*view_events, *click_events, *ignored_events}))}; set source.view_events "
+                    "and source.click_events."
+                )
             raise ValueError(
                 f"no usable events in the {name} window, {span}: {reach}, dropped {labels}; "
                 f"set window.end and window.{name}_days."

@@ -145,7 +145,9 @@ def main() -> None:
     parser.add_argument("--start", type=date.fromisoformat, help="first day, YYYY-MM-DD")
     parser.add_argument("--end", type=date.fromisoformat, help="the day after the last one")
     args = parser.parse_args()
-    view_events, click_events = args.view_events.split(","), args.click_events.split(",")
+    view_events, click_events = (
+        [name.strip() for name in names.split(",")] for names in (args.view_events, args.click_events)
+    )
     with one_line_errors(), replacing(args.out) as out, readable(args.events):
         spark = spark_session("cooccurrence")
         raw = land_events(read_source_events(spark, args.events)).persist()

@@ -7,6 +7,7 @@ quarantined with its reason by `spark_jobs.clean`.
 A `timestamp` is one of
   - a number: unix time. Seconds below 1e11 in size, milliseconds below 1e14, microseconds below 1e17, nanoseconds
     above. The unit of a time after 1973-03-03 is never mistaken; of earlier ones only seconds are read rightly;
+  - a date as eight digits (20250119), as text or as a number;
   - ISO 8601 text: a date, or a date and time with or without an offset (none: UTC);
   - a Parquet timestamp or date (without a zone: UTC).
 Anything else, and any time outside the years 1 to 9999, cannot be placed.
@@ -15,17 +16,19 @@ Anything else, and any time outside the years 1 to 9999, cannot be placed.
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from notellm2_core.schema import SOURCE_EVENT_COLUMNS, SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
-from spark_jobs.tables import counts_by, figures, readable, write_partitions
+from notellm2_core.schema import SOURCE_EVENT_COLUMNS, SOURCE_EVENTS, SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
+from spark_jobs.tables import counts_by, readable, write_partitions
 
 UNDATED = "undated"  # the partition of rows whose time cannot be read
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+_DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])$"  # as seconds they would all be of August 1970
 _ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]\d{1,2}:.*)?$"  # Spark alone would also take a year, or a time of today
 _MICROS_OF_YEARS = (-62135596800000000, 253402300799999999)  # 0001-01-01 .. 9999-12-31, what Python can show
 _ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType)
@@ -34,8 +37,9 @@ _ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 def land(spark: SparkSession, source: Path, out: Path, partition: Literal["week", "year"]) -> dict[str, Any]:
     """Place the raw events in time: `out/<period>/*.parquet`, the rest in `out/undated/`.
 
-    A period is named by its first day (the Sunday, or January 1st). Returns rows, undated rows, rows by event name,
-    first and last day, and the periods with their rows. Raises ValueError for a source that cannot be used.
+    A period is named by its first day (the Sunday, or January 1st). Returns rows, undated rows, first and last day, up
+    to which day the log covers (`covered_until`), rows by event name, and the periods with their rows. Raises
+    ValueError for a source that cannot be used.
     """
     with readable(find_events(source)):
         raw = land_events(read_source_events(spark, source), partition)
@@ -43,16 +47,31 @@ def land(spark: SparkSession, source: Path, out: Path, partition: Literal["week"
     if not any(out.rglob("*.parquet")):
         raise ValueError(f"{find_events(source)} holds no rows.")
     landed = spark.read.parquet(*(str(p) for p in sorted(out.iterdir())))
-    day = F.date_format("timestamp", "yyyy-MM-dd")
-    counts = figures(
-        landed, rows=F.count("*"), undated=F.count_if(F.isnull("timestamp")), first_day=F.min(day), last_day=F.max(day)
-    )
-    if counts["last_day"] is None:
+    days = counts_by(landed.withColumn("day", F.date_format("timestamp", "yyyy-MM-dd")), "day")
+    undated = days.pop("", 0)
+    if not days:
         raise ValueError(f"no timestamp of {find_events(source)} can be read; it takes Unix seconds or ISO 8601.")
     # One row per file that Spark opened: its folder is the period.
     names = landed.select(F.element_at(F.split(F.col("_metadata.file_path"), "/"), -2).alias("period"))
     periods = [{"period": period, "rows": rows} for period, rows in sorted(counts_by(names, "period").items())]
-    return {**counts, "events": counts_by(landed, "event"), "periods": periods}
+    return {
+        "rows": sum(days.values()) + undated,
+        "undated": undated,
+        "first_day": min(days),
+        "last_day": max(days),
+        "covered_until": covered_until(days),
+        "events": counts_by(landed, "event"),
+        "periods": periods,
+    }
+
+
+def covered_until(rows_by_day: Mapping[str, int]) -> str:
+    """The last day with at least a hundredth of the median day's rows.
+
+    A log ends there, whatever a few devices with a wrong clock have written after it.
+    """
+    enough = median(rows_by_day.values()) / 100
+    return max(day for day, rows in rows_by_day.items() if rows >= enough)
 
 
 def periods_between(
@@ -81,7 +100,7 @@ def find_events(source: Path) -> Path:
         raise ValueError(f"the source {source} does not exist; set source.path.")
     if not source.is_dir():
         raise ValueError(f"the source {source} is not a folder; set source.path.")
-    found = [p for name in ("events.csv.gz", "events.csv", "events") if (p := source / name).exists()]
+    found = [p for name in SOURCE_EVENTS if (p := source / name).exists()]
     if not found:
         raise ValueError(f"{source} holds no events.csv.gz, events.csv or events/ (Parquet).")
     if len(found) > 1:
@@ -136,10 +155,17 @@ def _time(kind: T.DataType) -> Column:
     elif isinstance(kind, T.StringType):
         text = trimmed(raw)
         iso = F.when(text.rlike(_ISO), F.unix_micros(text.try_cast("timestamp")))
-        micros = F.when(text.rlike(_NUMBER), _unix_micros(text.try_cast("double"))).otherwise(iso)
+        number = F.when(text.rlike(_NUMBER), _unix_micros(text.try_cast("double"))).otherwise(iso)
+        micros = _or_eight_digits(text, number)
+    elif isinstance(kind, T.IntegralType):
+        micros = _or_eight_digits(raw.cast("string"), _unix_micros(raw.cast("double")))
     else:
         micros = _unix_micros(raw.cast("double"))
     return F.timestamp_micros(F.when(micros.between(*_MICROS_OF_YEARS), micros))
+
+
+def _or_eight_digits(text: Column, otherwise: Column) -> Column:
+    return F.when(text.rlike(_DIGITS), F.unix_micros(F.try_to_timestamp(text, F.lit("yyyyMMdd")))).otherwise(otherwise)
 
 
 def _unix_micros(number: Column) -> Column:

@@ -8,5 +8,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub that cannot be reached is not waited for
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Several ranks share this machine's cores, not its one GPU: only `pytest -m gpu` sees that."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "test_weekly" not in item.nodeid)

@@ -57,7 +57,7 @@ def evaluate(
 
     embeddings: (method, inputs) -> folder, e.g. ("notellm2", "image"); "zero_shot" and "minilm" are known names.
     tokenizer: folder or hub name that the notes' lengths are counted with where text.length_tokenizer is not set.
-    clicks: clicks of the window before the test, for the popularity row. oracle: oracle.parquet, where there is one.
+    clicks: the notes' clicks that the popularity row ranks by (which: assets/evaluation.py). oracle: oracle.parquet, where there is one.
     """
     test, pool_ids = read_pairs(pairs), sorted(read_note_ids(pairs / "pool"))
     wanted = {*pool_ids, *test.query_ids, *test.target_ids}
@@ -93,12 +93,19 @@ def evaluate(
 
 
 def evaluate_embeddings(embeddings: Path, pairs: Path, ks: Sequence[int]) -> dict[str, Any]:
-    """Exact Recall@k of one embedding folder; the pool is all its notes without the query. JSON-able, in percent."""
+    """Exact Recall@k of one embedding folder, in percent, JSON-able.
+
+    The pool is PAIRS/pool where there is one, as in `eval_recall`, else all embedded notes; without the query.
+    """
     table, test = read_embeddings(embeddings), read_pairs(pairs)
-    recalls = recall_at(target_ranks(table, table, test), ks)
+    pool = table
+    if (pairs / "pool").is_dir():
+        ids = sorted(read_note_ids(pairs / "pool"))
+        pool = Embeddings(tuple(ids), table.vectors[table.rows(ids)])
+    recalls = recall_at(target_ranks(table, pool, test), ks)
     return {
         "num_pairs": len(test),
-        "pool_notes": len(table.note_ids),
+        "pool_notes": len(pool.note_ids),
         "recall": {str(r.k): r.expected for r in recalls},
         "recall_pessimistic": {str(r.k): r.pessimistic for r in recalls},
         "recall_optimistic": {str(r.k): r.optimistic for r in recalls},
@@ -126,14 +133,10 @@ def neighbour_sheet(
 
 def picture_reader(notes: Path, source: Path, max_pixels: int) -> Picture:
     """note_id -> its picture (RGB), read safely from the notes table or the source; None where none is usable."""
-    paths = pq.read_table(notes, columns=["note_id", "image_path"])
-    path_of = dict(zip(paths["note_id"].to_pylist(), paths["image_path"].to_pylist(), strict=True))
 
     def picture(note_id: str) -> Image.Image | None:
-        data = None
-        if path_of[note_id] is None:
-            data = pq.read_table(notes, columns=["image"], filters=[("note_id", "==", note_id)])["image"][0].as_py()
-        return read_image(source, path_of[note_id], data, max_pixels)[2]
+        row = pq.read_table(notes, columns=["image_path", "image"], filters=[("note_id", "==", note_id)])
+        return read_image(source, row["image_path"][0].as_py(), row["image"][0].as_py(), max_pixels)[2]
 
     return picture
 

@@ -1,7 +1,7 @@
 """The slices of the test pairs: short and long notes as query or as target (sections 4.1 and C of the paper).
 
-A note's length is the number of tokens of its whole plain text under a pinned tokenizer, so that the slices stay the
-same whatever model is evaluated.
+A note's length is the number of tokens of its whole plain text under text.length_tokenizer; pin one there, and the
+slices stay the same whatever model is evaluated (without, they are counted in the model's own tokens).
 """
 
 from collections.abc import Mapping

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from notellm2_core import schema
+from notellm2_core.lake import host
 
 STORE_FACTS = "store.json"
 _ROW_GROUP_BYTES = 4 << 20  # small, so that a few pictures can be read without the whole part
@@ -175,7 +176,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write under a name that no reader looks at, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{host()}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with temporary.open("rb") as f:
@@ -188,7 +189,7 @@ def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what writers left that are no longer alive."""
-    for temporary in root.glob(".*.tmp"):
+    """Remove what writers of this machine left that are no longer alive."""
+    for temporary in root.glob(f".*.{host()}.*.tmp"):
         if not Path(f"/proc/{temporary.name.split('.')[-2]}").exists():
             temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import load_config
-from notellm2_core.training.checkpoints import write_atomically
+from notellm2_core.lake import write_atomically
 from notellm2_core.training.launch import ERROR_FILE, die_with_parent
 
 

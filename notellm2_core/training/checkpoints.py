@@ -10,12 +10,16 @@ nothing points to. The two last complete ones are kept. All ranks see the same W
 DeepSpeed's checkpoints are pickles, so only those of this run's own WORK are ever loaded.
 """
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from notellm2_core.lake import write_atomically
 
 _NUM_KEPT = 2
 _LATEST = "latest"
@@ -63,6 +67,24 @@ class Checkpoints:
         dist.barrier()
 
 
+@contextmanager
+def held(work: Path) -> Iterator[None]:
+    """Keep this folder for the first rank while the block runs; a kill releases it. Does nothing on other ranks.
+
+    Raises ValueError where another training holds it: each would delete what the other has begun to write.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another training is at work in {work}: wait for it, or stop it") from None
+        yield
+
+
 def open_work(work: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The run.json of this work folder; {} for a new one.
 
@@ -81,17 +103,6 @@ def open_work(work: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
                 "give --work a new folder, or delete this one"
             )
     return run
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file is there whole or not at all, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(draft, path)
 
 
 def _sync(folder: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,11 @@ def set_up_processes() -> torch.device:
     deepspeed = import_deepspeed()
     device = torch.device("cpu")
     if on_gpu:
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise ValueError(
+                f"training.num_ranks = {os.environ['LOCAL_WORLD_SIZE']}, but this machine has "
+                f"{torch.cuda.device_count()} GPUs: lower it"
+            )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
@@ -51,7 +57,8 @@ def set_up_processes() -> torch.device:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # always written
         deepspeed.ops.__compatible_ops__ = {}  # none, unasked: asking runs the compiler
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        # Long: the other ranks wait while the first converts weights and writes the feature table.
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=4))
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     return device
 

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from notellm2_core.config import Config
-from notellm2_core.lake import fingerprint
+from notellm2_core.lake import fingerprint, write_atomically
 from notellm2_core.model.build import build_model
 from notellm2_core.recipe import FREE_TRAINING_SETTINGS
 from notellm2_core.training import engine as engines
-from notellm2_core.training.checkpoints import Checkpoints, open_work, write_atomically
+from notellm2_core.training.checkpoints import Checkpoints, held, open_work
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache, rank_slice, schedule
 from notellm2_core.training.losses import Losses
 from notellm2_core.training.precision import choose_precision
@@ -59,6 +59,11 @@ def run(config: Config, paths: Paths, reports: Reports = Reports()) -> None:
     on the same machine and number of ranks. Raises ValueError for inputs and settings that do not fit.
     """
     device = engines.set_up_processes()
+    with held(paths.work):
+        _run(config, paths, reports, device)
+
+
+def _run(config: Config, paths: Paths, reports: Reports, device: torch.device) -> None:
     rank, num_ranks, training = dist.get_rank(), dist.get_world_size(), config.training
     if (paths.out / DONE).exists():
         raise ValueError(f"{paths.out} holds a trained model already: give --out an empty folder")

@@ -10,9 +10,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from notellm2_core.lake import write_atomically
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.batch import MLRMProcessor
-from notellm2_core.training.checkpoints import write_atomically
 from notellm2_core.training.losses import MAX_TAU
 
 DONE = "training.json"

@@ -47,11 +47,37 @@ def test_another_source_changes_everything(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "notes.parquet").write_text("a")
+    (source / "events.csv").write_text("a")
     before = _recipe(tmp_path, source__path=str(source))
     before_all = {name: before.fingerprint(name) for name in STAGES}
     (source / "notes.parquet").write_text("ab")
+    (source / "events.csv").write_text("ab")
     after = _recipe(tmp_path, source__path=str(source))
     assert all(after.fingerprint(name) != before_all[name] for name in STAGES)
+
+
+def test_new_events_leave_the_notes_as_they_are_and_a_run_sees_what_it_saw_first(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "events").mkdir(parents=True)
+    (source / "notes.parquet").write_text("a")
+    (source / "gone.jpg").symlink_to("nowhere")
+
+    def recipe(run_id: str | None = None) -> Recipe:
+        config = _recipe(tmp_path / "lake", source__path=str(source)).config
+        return Recipe(config, run_id=run_id)
+
+    before, in_run = recipe(), recipe("run-1")
+    assert before.fingerprint("raw_events") == in_run.fingerprint("raw_events")
+    assert _changed(before, in_run) == set()
+    (source / "events" / "part-1.parquet").write_text("new")
+    assert _changed(before, recipe()) == _downstream("raw_events")
+    assert _changed(before, recipe("run-1")) == set()
+    assert _changed(before, recipe("run-2")) == _downstream("raw_events")
+
+
+def test_a_configuration_without_any_source_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the configuration tiny has no source: set source.path, or SOURCE="):
+        _recipe(tmp_path, source__demo=None).fingerprint("notes")
 
 
 def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_checks_block() -> None:
         ("raw_events", "undated_share"),
         ("notes", "dropped_share"),
         ("events", "dropped_share"),
+        ("vision_features", "unusable_images"),
         ("pair_datasets", "no_leakage"),
         ("pair_datasets", "enough_pairs"),
         ("checkpoint", "finite_loss"),

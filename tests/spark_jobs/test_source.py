@@ -11,13 +11,14 @@ from pyspark.sql import functions as F
 
 from spark_jobs.source import (
     UNDATED,
+    covered_until,
     find_events,
     land,
     land_events,
     periods_between,
     read_source_events,
     read_source_notes,
-)  # fmt: skip
+)
 from tests.spark_jobs.conftest import Frame
 
 TEXT = "user_id string, note_id string, timestamp string, event string"
@@ -45,6 +46,8 @@ def test_times_in_every_form(frame: Frame) -> None:
         "2024-01-03 12:00:00.5": "2024-01-03 12:00:00.500000",
         "0": "1970-01-01 00:00:00.000000",
         "-86400": "1969-12-31 00:00:00.000000",
+        "20240103": "2024-01-03 00:00:00.000000",
+        "20241303": "1970-08-23 06:35:03.000000",  # no thirteenth month: seconds
         "2024": "1970-01-01 00:33:44.000000",  # a number, whatever it looks like
         **dict.fromkeys(
             ["", "soon", "2024-02-30", "12:00:00", "2024-01", "NaN", "Infinity", "1e300", "1d", "0x10",
@@ -96,7 +99,7 @@ def test_land_makes_one_folder_per_period(spark: SparkSession, tmp_path: Path) -
     out = tmp_path / "raw"
     counts = land(spark, tmp_path, out, "week")
     assert counts == {
-        "rows": 5, "undated": 2, "first_day": "2024-01-01", "last_day": "2024-01-07",
+        "rows": 5, "undated": 2, "first_day": "2024-01-01", "last_day": "2024-01-07", "covered_until": "2024-01-07",
         "events": {"view": 3, "": 1, "click": 1},
         "periods": [
             {"period": "2023-12-31", "rows": 2}, {"period": "2024-01-07", "rows": 1}, {"period": "undated", "rows": 2},
@@ -111,6 +114,14 @@ def test_land_makes_one_folder_per_period(spark: SparkSession, tmp_path: Path) -
     assert week["user_id"].to_pylist() == ['u "x"', "u"]
     counts = land(spark, tmp_path, tmp_path / "years", "year")
     assert counts["periods"][0] == {"period": "2024-01-01", "rows": 3}
+
+
+def test_a_few_wrong_clocks_do_not_move_the_end_of_the_log() -> None:
+    """Median 500: fewer than 5 rows are no day of the log. A thin log of a row a day is one to its last row."""
+    days = {"2025-01-20": 500, "2025-01-21": 480, "2025-01-22": 510, "2025-01-25": 4, "2031-01-01": 1}
+    assert covered_until(days) == "2025-01-22"
+    assert covered_until(days | {"2025-01-25": 5}) == "2025-01-25"
+    assert covered_until({"2025-01-20": 1, "2025-02-20": 1}) == "2025-02-20"
 
 
 def test_events_that_cannot_be_used_are_named(spark: SparkSession, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from dagster_pipes import encode_param
 
 from notellm2_core.config import Config
 from notellm2_core.model.build import build_model, load_model
+from notellm2_core.training.checkpoints import held
 from notellm2_core.training.data import load_training_data
 from notellm2_core.training.launch import launch_command
 from notellm2_core.training.loop import Paths, TrainingError, run
@@ -179,6 +181,19 @@ def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
     line = f"{tmp_path}/train holds no pairs: nothing to train on"
     assert done.stderr.splitlines().count(f"error: {line}") == 1 and "in load_training_data" not in done.stderr
     assert (tmp_path / "work" / "error.txt").read_text() == line
+
+
+def test_two_trainings_do_not_share_a_work_folder(tmp_path: Path) -> None:
+    """A second one is refused while the first lives, and welcome when that was killed."""
+    code = "import sys, time, pathlib; from notellm2_core.training.checkpoints import held\n"
+    code += f"with held(pathlib.Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"another training is at work in {tmp_path}"), held(tmp_path):
+            pass
+        first.kill()
+    with held(tmp_path):
+        pass
 
 
 def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""The verdicts of the blocking checks: where they turn, and that they name the setting and the reason."""
+
+import pytest
+
+from assets import checks
+from notellm2_core.config import Checks
+
+LIMITS = Checks()
+
+
+def test_dropped_share_counts_neither_duplicates_nor_rows_outside_the_window() -> None:
+    figures = {"rows": 200, "outside_window": 100, "dropped": {"unknown_event": 20, "duplicate_event": 50}}
+    passed, shown = checks.dropped_share(figures, LIMITS)
+    assert passed and shown["dropped_share"] == pytest.approx(0.2) and shown["checks.max_dropped_share"] == 0.2
+    assert shown["dropped"] == "20 unknown_event, 50 duplicate_event"
+    assert not checks.dropped_share({"rows": 100, "dropped": {"empty": 21}}, LIMITS)[0]
+    assert checks.dropped_share({"rows": 0, "dropped": {}}, LIMITS)[0]
+
+
+def test_undated_share() -> None:
+    assert checks.undated_share({"rows": 10, "undated": 2}, LIMITS)[0]
+    assert not checks.undated_share({"rows": 10, "undated": 3}, LIMITS)[0]
+
+
+def test_unusable_images_are_measured_on_the_notes_that_name_one() -> None:
+    figures = {"notes": 100, "missing": 90, "broken": 1, "too_large": 0, "escapes": 1}
+    assert checks.unusable_images(figures, LIMITS)[0]
+    passed, shown = checks.unusable_images(figures | {"escapes": 2}, LIMITS)
+    assert not passed and shown["escapes"] == 2 and "checks.max_dropped_share" in shown
+    assert checks.unusable_images(figures | {"missing": 100, "broken": 0, "escapes": 0}, LIMITS)[0]
+
+
+def test_leaks_pairs_loss_and_collapse() -> None:
+    assert checks.no_leakage({"leakage": {"notes": 0, "pairs": 0}}, LIMITS)[0]
+    assert not checks.no_leakage({"leakage": {"notes": 0, "pairs": 1}}, LIMITS)[0]
+    assert checks.enough_pairs({"train": {"pairs": 50}, "test": {"pairs": 20}}, LIMITS)[0]
+    passed, shown = checks.enough_pairs({"train": {"pairs": 50}, "test": {"pairs": 19}}, LIMITS)
+    assert not passed and shown["checks.min_test_pairs"] == 20
+    assert not checks.finite_loss({"loss_last": float("nan")}, LIMITS)[0]
+    assert not checks.not_collapsed({"mean_cosine": {"multimodal": 0.96}}, LIMITS)[0]
