@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from notellm2_core import config, schema
+from notellm2_core.lake import host
 from notellm2_core.model.vision import VisionEncoder, load_vision_encoder
 from notellm2_core.notes import feature_store, features
 from notellm2_core.notes.feature_store import FeatureStore, num_missing, read_note_images
@@ -165,11 +166,12 @@ def test_a_failed_write_leaves_nothing(store, monkeypatch):
 def test_leftovers_of_dead_writers_are_removed(store):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    gone = store.root / f".part-x.parquet.{dead.pid}.tmp"
-    alive = store.root / f".part-x.parquet.{os.getpid()}.tmp"
-    gone.touch(), alive.touch()
+    gone = store.root / f".part-x.parquet.{host()}.{dead.pid}.tmp"
+    alive = store.root / f".part-x.parquet.{host()}.{os.getpid()}.tmp"
+    elsewhere = store.root / f".part-x.parquet.another-host.{dead.pid}.tmp"
+    gone.touch(), alive.touch(), elsewhere.touch()
     FeatureStore.create(store.root, 3, 2)
-    assert not gone.exists() and alive.exists()
+    assert not gone.exists() and alive.exists() and elsewhere.exists()
 
 
 def test_pictures_that_the_store_has_lost_are_counted(store, tmp_path):
