@@ -57,7 +57,7 @@ def evaluate(
 
     embeddings: (method, inputs) -> folder, e.g. ("notellm2", "image"); "zero_shot" and "minilm" are known names.
     tokenizer: folder or hub name that the notes' lengths are counted with where text.length_tokenizer is not set.
-    clicks: the notes' clicks that the popularity row ranks by (which: assets/evaluation.py). oracle: oracle.parquet, where there is one.
+    clicks: the notes' clicks that the popularity row ranks by. oracle: oracle.parquet, where there is one.
     """
     test, pool_ids = read_pairs(pairs), sorted(read_note_ids(pairs / "pool"))
     wanted = {*pool_ids, *test.query_ids, *test.target_ids}

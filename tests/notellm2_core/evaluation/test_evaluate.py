@@ -119,7 +119,7 @@ def test_popularity_needs_clicks(lake: Path, config: Config) -> None:
 
 @pytest.mark.parametrize(("pairs", "pool_notes"), [("pairs", 30), ("pairs/test", 31)])
 def test_one_folder_on_its_own(lake: Path, pairs: str, pool_notes: int) -> None:
-    """The pool that lies beside the pairs, else all 31 notes; the extra one is orthogonal to all topics, never higher."""
+    """The pool that lies beside the pairs, else all 31 notes; the extra one is never nearer."""
     found = evaluate_embeddings(lake / "embeddings", lake / pairs, [1, 5])
     assert (found["num_pairs"], found["pool_notes"]) == (30, pool_notes)
     assert found["recall"] == {"1": pytest.approx(20), "5": 100}
