@@ -58,15 +58,6 @@ class Dataset:
     path: Path
     manifest: Manifest
 
-    def table_files(self, table: str = "") -> list[Path]:
-        """The Parquet files below the sub-folder `table`, in name order."""
-        prefix = f"{table}/" if table else ""
-        names = [n for n in self.manifest.files if n.startswith(prefix) and n.endswith(".parquet")]
-        return [self.path / n for n in sorted(names)]
-
-    def num_rows(self, table: str) -> int:
-        return sum(f.get("rows", 0) for n, f in self.manifest.files.items() if n.startswith(f"{table}/"))
-
 
 def fingerprint(parts: Any) -> str:
     """A stable 16-digit name for a JSON-able value."""

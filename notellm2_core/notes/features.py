@@ -24,14 +24,12 @@ from notellm2_core import schema
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config, load_config
 from notellm2_core.notes import images
-from notellm2_core.notes.feature_store import Features, FeatureStore, naming, read_note_images
+from notellm2_core.notes.feature_store import FeatureStore, naming
 
 if TYPE_CHECKING:  # readers of the store need no torch
     from torch import Tensor
 
     from notellm2_core.model.vision import VisionEncoder
-
-__all__ = ["FeatureStore", "Features", "compute", "read_note_images"]
 
 _PART_IMAGES = 512  # what a kill can cost
 

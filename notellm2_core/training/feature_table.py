@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from notellm2_core.lake import fingerprint
-from notellm2_core.notes.features import FeatureStore
+from notellm2_core.notes.feature_store import FeatureStore
 
 _CHUNK_IMAGES = 512
 

@@ -22,7 +22,7 @@ from notellm2_core.config import load_config
 from notellm2_core.embeddings import read_embeddings
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.notes import features
-from notellm2_core.notes.features import FeatureStore, read_note_images
+from notellm2_core.notes.feature_store import FeatureStore, read_note_images
 from notellm2_core.notes.records import read_notes
 from notellm2_core.retrieval import export
 

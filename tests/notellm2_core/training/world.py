@@ -11,7 +11,7 @@ import yaml
 
 from notellm2_core.config import Config
 from notellm2_core.model.vision import load_vision_encoder
-from notellm2_core.notes.features import FeatureStore
+from notellm2_core.notes.feature_store import FeatureStore
 from notellm2_core.schema import NOTE_IMAGES, NOTES, RELATED_PAIRS
 
 WORDS = ["tea", "cup", "red", "sky", "boat", "lamp", "fern", "moss", "opal", "quilt", "drum", "kite", "plum", "sand"]
