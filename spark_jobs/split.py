@@ -27,7 +27,8 @@ def assign_sides(
     """Notes and `events/{train,test}` -> `out/*.parquet` (NOTE_SIDES).
 
     Returns notes, notes_in_train_days, notes_in_test_days, train, pool, near_duplicate_groups (of two notes or more on
-    a side) and unassigned (notes in the windows that are on neither side). Raises ValueError for an empty side.
+    a side), the notes of the largest_near_duplicate_group (many: a placeholder for a picture or a text) and unassigned
+    (notes in the windows that are on neither side). Raises ValueError for an empty side.
     """
     all_notes, train, test = (read_table(spark, p) for p in (notes, events / "train", events / "test"))
     pictures = read_table(spark, images) if images is not None else None
@@ -47,7 +48,11 @@ def assign_sides(
         "notes_in_train_days": in_train.count(),
         "notes_in_test_days": in_test.count(),
         **counts,
-        "near_duplicate_groups": sides.groupBy("group_id").count().filter("count > 1").count(),
+        **figures(
+            sides.groupBy("group_id").count(),
+            near_duplicate_groups=F.count_if(F.col("count") > 1),
+            largest_near_duplicate_group=F.max("count"),
+        ),
         "unassigned": num_seen - counts["train"] - counts["pool"],
     }
 

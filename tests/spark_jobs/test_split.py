@@ -69,7 +69,7 @@ def test_assign_sides_counts_and_names_the_setting(spark: SparkSession, frame: F
     counts = assign_sides(spark, tmp_path / "notes", tmp_path / "events", tmp_path / "sides", **setting)
     assert counts == {
         "notes": 4, "notes_in_train_days": 2, "notes_in_test_days": 2, "train": 2, "pool": 1,
-        "near_duplicate_groups": 1, "unassigned": 1,
+        "near_duplicate_groups": 1, "largest_near_duplicate_group": 2, "unassigned": 1,
     }  # fmt: skip
     table = pq.read_table(tmp_path / "sides")
     assert [(f.name, f.type) for f in table.schema] == [(f.name, f.type) for f in schema.NOTE_SIDES]
