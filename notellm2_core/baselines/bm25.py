@@ -4,6 +4,7 @@ Words are lower-cased runs of letters and digits; a Chinese or Japanese characte
 no stop words: the baseline has to be the same in every language.
 """
 
+import logging
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from notellm2_core.notes.records import Note
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and ideographs
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
 K1, B = 1.5, 0.75
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG, and prints
 
 
 def words(text: str) -> list[str]:
