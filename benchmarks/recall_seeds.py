@@ -35,11 +35,13 @@ def main() -> None:
     parser.add_argument("--name", help="of the result files; default: the configuration's name")
     options = parser.parse_args()
     changes = dict(item.split("=", 1) for item in options.set)
-    results = [run(options.config, options.source, seed, changes) for seed in options.seeds]
-    name = options.name or f"recall_{results[0]['config']}"
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1))
-    (RESULTS / f"{name}.md").write_text(to_markdown(results, sys.argv))
+    results: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        results.append(run(options.config, options.source, seed, changes))
+        name = options.name or f"recall_{results[0]['config']}"
+        (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1))
+        (RESULTS / f"{name}.md").write_text(to_markdown(results, sys.argv))
     print((RESULTS / f"{name}.md").read_text())
 
 
