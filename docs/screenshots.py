@@ -25,6 +25,7 @@ IMAGES = ROOT / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # The address of the asset graph with these groups open.
 GROUPS = ",".join(f"global@global:{group}" for group in ("logs", "pairs", "model", "retrieval", "evaluation"))
+GRAPH_SIZE = (2400, 2000)  # px; in a smaller window Dagster leaves out the assets at its border
 QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -76,7 +77,7 @@ def main() -> None:
     report = Recipe(config_from_environment()).dataset("eval_recall")
     shutil.copy(report.path / "neighbours.jpg", IMAGES / "neighbours.jpg")
     with dagster_webserver() as dagster:
-        screenshot(f"{dagster}/asset-groups?expanded={GROUPS}", IMAGES / "asset_graph.png", 2000, 900)
+        screenshot(f"{dagster}/asset-groups?expanded={GROUPS}", IMAGES / "asset_graph.png", *GRAPH_SIZE)
         screenshot(f"{dagster}/assets/eval_recall?view=overview", IMAGES / "eval_recall.png", 1600, 1400)
 
 

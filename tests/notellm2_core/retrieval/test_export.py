@@ -177,7 +177,7 @@ def test_user_errors_are_one_line(world: Path, tmp_path: Path, capsys: pytest.Ca
         return text
 
     assert "must be a list out of multimodal, image, text" in error(*arguments(world, tmp_path, "--inputs", "sound"))
-    assert "does not exist: run" in error(*arguments(world, tmp_path, "--images", str(tmp_path)))
+    assert "is not there: give --images" in error(*arguments(world, tmp_path, "--images", str(tmp_path)))
     assert "holds no model" in error(*arguments(world, tmp_path, "--model", str(tmp_path)))
 
     other = tmp_path / "model"
