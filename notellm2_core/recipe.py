@@ -176,7 +176,7 @@ class Recipe:
         model = self.config.model
         names = {"model.llm": model.llm.name, "model.vision": model.vision.pretrained}
         if name == "baseline_embeddings":
-            return [(f"evaluation.baselines.{encoder}", encoder) for encoder in self.config.evaluation.baselines]
+            return [("evaluation.baselines", "minilm")] if "minilm" in self.config.evaluation.baselines else []
         return [(key, of) for key, of in names.items() if key in STAGES[name].settings]
 
     def fingerprint(self, name: str) -> str:
