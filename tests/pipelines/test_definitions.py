@@ -1,12 +1,16 @@
 """The graph as a literal, how fast it loads, and the schedule."""
 
+import os
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 import dagster as dg
+import pytest
 
+from assets.resources import Pipeline
 from notellm2_core.recipe import STAGES
 from pipelines.definitions import defs
 
@@ -87,3 +91,15 @@ def test_definitions_load_fast_without_torch_or_spark() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     print(f"loaded in {time.monotonic() - started:.1f} s")
     assert done.stdout.strip() == "[]"
+
+
+def test_a_wrong_configuration_lets_the_graph_load_and_every_asset_says_what_is_wrong(tmp_path: Path) -> None:
+    """A page that does not load tells nobody which setting to mend."""
+    config = tmp_path / "wrong.yaml"
+    config.write_text("name: x\nnonsense: 1\n")
+    env = {**os.environ, "NOTELLM2_CONFIG": str(config)}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", "import pipelines.definitions"], env=env, check=True)
+    with pytest.raises(dg.Failure) as caught:
+        Pipeline(config_path=str(config)).recipe()
+    assert str(config) in str(caught.value.description) and "nonsense" in str(caught.value.description)
+    assert caught.value.allow_retries is False
