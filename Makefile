@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 CONFIG ?= pipelines/configs/demo.yaml
 SOURCE ?=
+WEEK ?=
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
@@ -11,17 +12,20 @@ export NOTELLM2_CONFIG = $(CONFIG)
 ifneq ($(SOURCE),)
 export SOURCE
 endif
+ifneq ($(WEEK),)
+export WEEK
+endif
 
 .PHONY: help recall test check dev clean setup lock
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-recall: $(READY)  ## run everything up to eval_recall and print the table  [CONFIG=FILE] [SOURCE=FOLDER]
+recall: $(READY)  ## run everything up to eval_recall and print the table  [CONFIG=FILE] [SOURCE=FOLDER] [WEEK=DAY]
 	@$(BIN)/python -W ignore -m pipelines.recall
 
 test: $(READY)  ## run the tests, with coverage
 	@rm -f .coverage .coverage.*
-	@env -u SOURCE NOTELLM2_CONFIG=pipelines/configs/tiny.yaml $(BIN)/python -m coverage run -m pytest; code=$$?; \
+	@env -u SOURCE -u WEEK NOTELLM2_CONFIG=pipelines/configs/tiny.yaml $(BIN)/python -m coverage run -m pytest; code=$$?; \
 	$(BIN)/python -m coverage combine -q && $(BIN)/python -m coverage report > .coverage.txt; covered=$$?; \
 	tail -n 3 .coverage.txt; rm -f .coverage.txt; exit $$(( code != 0 ? code : covered ))
 

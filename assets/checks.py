@@ -20,7 +20,8 @@ def dropped_share(figures: Figures, limits: Checks) -> Verdict:
     """
     harmless = ("duplicate_event", "bad_timestamp")
     dropped = sum(rows for reason, rows in figures["dropped"].items() if reason not in harmless)
-    read = figures["rows"] - figures.get("outside_window", 0)
+    unjudged = sum(figures["dropped"].get(reason, 0) for reason in harmless)
+    read = figures["rows"] - figures.get("outside_window", 0) - figures.get("ignored_event", 0) - unjudged
     share = dropped / read if read else 0.0
     reasons = ", ".join(f"{rows} {reason}" for reason, rows in figures["dropped"].items())
     return share <= limits.max_dropped_share, {
@@ -40,8 +41,8 @@ def undated_share(figures: Figures, limits: Checks) -> Verdict:
 
 
 def unusable_images(figures: Figures, limits: Checks) -> Verdict:
-    """Not more of the named images than allowed are broken, too large or outside the source; none is no fault."""
-    unusable = {status: figures[status] for status in ("broken", "too_large", "escapes")}
+    """Not more of the named images than allowed are absent, broken, too large or outside the source."""
+    unusable = {status: figures[status] for status in ("not_found", "broken", "too_large", "escapes")}
     named = figures["notes"] - figures["missing"]
     share = sum(unusable.values()) / named if named else 0.0
     return share <= limits.max_dropped_share, {

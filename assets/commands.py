@@ -53,7 +53,7 @@ def run_command(
         return
     if error_file is not None and error_file.exists():
         raise dg.Failure(error_file.read_text(), allow_retries=False)
-    if code == 2:
+    if code == 2 and tail.strip():
         raise dg.Failure(tail.strip().splitlines()[-1].removeprefix("error: "), allow_retries=False)
     raise dg.Failure(
         f"the command ended with exit code {code}: {shlex.join(command)}",

@@ -6,7 +6,7 @@ import dagster as dg
 
 from assets.resources import Pipeline, dataset_deps, one_sentence
 from assets.tracking import TrackedRun
-from notellm2_core.config import ConfigError, Source, config_from_environment
+from notellm2_core.config import ConfigError, Source, config_in_force
 from notellm2_core.lake import Dataset, Draft
 from notellm2_core.recipe import Recipe
 
@@ -24,7 +24,7 @@ def raw_event_partitions(source: Source) -> dg.TimeWindowPartitionsDefinition:
 def _source_in_force() -> Source:
     """A configuration that cannot be read must not keep the graph from loading: every asset says what is wrong."""
     try:
-        return config_from_environment().source
+        return config_in_force().source
     except ConfigError:
         return Source()
 

@@ -3,7 +3,6 @@
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from pydantic import PrivateAttr
 
 from assets.tracking import TrackedRun, flatten, tracked_run
 from notellm2_core import __version__
-from notellm2_core.config import Config, load_config
+from notellm2_core.config import Config, config_in_force, week_in_force
 from notellm2_core.lake import Dataset, Draft
 from notellm2_core.recipe import STAGES, Recipe
 
@@ -27,9 +26,12 @@ class ChildProcessDied(RuntimeError):
 
 
 class Pipeline(dg.ConfigurableResource):
-    """The configuration in force. `week`: any day of the week that the window shall end with; empty: the last one."""
+    """The configuration in force. What is empty here is taken from NOTELLM2_CONFIG, SOURCE and WEEK.
 
-    config_path: str
+    `week`: any day of the week that the window shall end with; empty in both places: the last complete week.
+    """
+
+    config_path: str = ""
     source: str = ""
     week: str = ""
     _run_id: str | None = PrivateAttr(None)
@@ -39,10 +41,8 @@ class Pipeline(dg.ConfigurableResource):
 
     def recipe(self) -> Recipe:
         """The addresses of this run's datasets: with the source as this run first saw it."""
-        overrides = {"source.path": self.source} if self.source else None
         with one_sentence():
-            week = date.fromisoformat(self.week) if self.week else None
-            return Recipe(load_config(Path(self.config_path), overrides), week, self._run_id)
+            return Recipe(config_in_force(self.config_path, self.source), week_in_force(self.week), self._run_id)
 
     @contextmanager
     def spark(self, config: Config, app_name: str) -> Iterator["SparkSession"]:

@@ -1,6 +1,6 @@
 """MLflow as the pipeline needs it: one parent run per Dagster run, one child run per materialization.
 
-A server that is dead or slow costs one timeout per step and a warning; the materialization goes on without it.
+A server that is dead or slow costs a few timeouts per step and a warning; the materialization goes on without it.
 """
 
 import os
@@ -99,7 +99,7 @@ def _attempter(context: dg.AssetExecutionContext) -> Callable[[Callable[[], Any]
 
         try:
             return call()
-        except (MlflowException, RequestException, SQLAlchemyError, OSError) as e:
+        except (MlflowException, RequestException, SQLAlchemyError, OSError, ValueError) as e:  # ValueError: no address
             dead = True
             context.log.warning(f"MLflow does not answer, this step is not tracked: {str(e).splitlines()[0]}")
             return None
@@ -121,9 +121,8 @@ def _start(
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname or "", port), timeout=settings.timeout_seconds).close()
     elif address.scheme == "sqlite":
-        Path(address.path[1:] if address.path.startswith("//") else address.path).parent.mkdir(
-            parents=True, exist_ok=True
-        )
+        # sqlite:///FILE is relative, sqlite:////FILE is not.
+        Path(address.path.removeprefix("/")).parent.mkdir(parents=True, exist_ok=True)
     client = _client(uri)
     experiment = client.get_experiment_by_name(settings.experiment)
     if experiment is None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from notellm2_core.config import config_from_environment
+from notellm2_core.config import config_in_force
 from notellm2_core.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def wait_for(url: str, seconds: float = 90) -> None:
 def main() -> None:
     os.environ.setdefault("DAGSTER_HOME", str(ROOT))
     IMAGES.mkdir(parents=True, exist_ok=True)
-    report = Recipe(config_from_environment()).dataset("eval_recall")
+    report = Recipe(config_in_force()).dataset("eval_recall")
     shutil.copy(report.path / "neighbours.jpg", IMAGES / "neighbours.jpg")
     with dagster_webserver() as dagster:
         screenshot(f"{dagster}/asset-groups?expanded={GROUPS}", IMAGES / "asset_graph.png", *GRAPH_SIZE)

@@ -81,7 +81,10 @@ def _index_search(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from notellm2_core.evaluation.evaluate import evaluate_embeddings
 
-    ks = tuple(int(k) for k in options.ks.split(","))
+    try:
+        ks = tuple(int(k) for k in options.ks.split(","))
+    except ValueError as e:
+        raise ValueError(f"--ks {options.ks} is not a list of numbers like 10,100") from e
     print(json.dumps(evaluate_embeddings(options.embeddings, options.pairs, ks)))
 
 

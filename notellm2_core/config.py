@@ -263,24 +263,36 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
         raw = yaml.safe_load(Path(path).read_text())
     except OSError as e:
         raise ConfigError(f"cannot read the configuration {path}: {e.strerror}") from e
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is not a mapping of settings")
     for key, value in (overrides or {}).items():
         _set(raw, key, value, path)
     try:
-        return Config(**raw)
+        return Config.model_validate(raw)
     except ValidationError as e:
         problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'settings'}: {p['msg']}" for p in e.errors())
         raise ConfigError(f"{path}: {problems}") from e
 
 
-def config_from_environment() -> Config:
-    """The configuration of this process: the file NOTELLM2_CONFIG (default: demo), its source replaced by SOURCE."""
-    path = os.environ.get("NOTELLM2_CONFIG") or DEFAULT_CONFIG
-    source = os.environ.get("SOURCE")
+def config_in_force(path: str = "", source: str = "") -> Config:
+    """The configuration `path` with its source.path replaced by `source`.
+
+    What is empty is taken from NOTELLM2_CONFIG (where that is empty too: the demo) and SOURCE.
+    """
+    path = path or os.environ.get("NOTELLM2_CONFIG") or DEFAULT_CONFIG
+    source = source or os.environ.get("SOURCE", "")
     return load_config(Path(path), {"source.path": source} if source else None)
+
+
+def week_in_force(week: str = "") -> date | None:
+    """The day `week`, or WEEK where that is empty; None where both are. Raises ConfigError where it is no day."""
+    week = week or os.environ.get("WEEK", "")
+    try:
+        return date.fromisoformat(week) if week else None
+    except ValueError as e:
+        raise ConfigError(f"week = {week} is not a day like 2025-01-19") from e
 
 
 def _set(raw: dict[str, Any], key: str, value: Any, path: Path) -> None:

@@ -14,7 +14,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,9 @@ class Draft:
 
 
 def open_dataset(path: Path) -> Dataset:
-    """The dataset in `path`. Raises LakeError if it is missing, incomplete, or of another schema version."""
+    """The dataset in `path`. Raises LakeError if it is missing, of another schema version, or not what its manifest
+    lists: readers take every file of a folder.
+    """
     file = path / MANIFEST
     if not file.exists():
         raise LakeError(f"{path} holds no dataset (no {MANIFEST}).")
@@ -151,23 +153,20 @@ def open_dataset(path: Path) -> Dataset:
         raw = json.loads(file.read_text())
     except ValueError as e:
         raise LakeError(f"{file} is not readable as JSON ({e}); delete {path} and run again.") from e
-    if raw.get("schema_version") != SCHEMA_VERSION:
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION or raw.keys() != {f.name for f in fields(Manifest)}:
         raise LakeError(
-            f"{path} was written with schema version {raw.get('schema_version')}, this code reads version "
+            f"{path} was written with schema version {version} by other code, this code reads version "
             f"{SCHEMA_VERSION}: point `lake` at a new folder, or delete {path} and run again."
         )
     manifest = Manifest(**raw)
+    foreign = {str(f.relative_to(path)) for f in _files(path)} - {*manifest.files, MANIFEST}
+    if foreign:
+        raise LakeError(f"{path / min(foreign)} is not in the manifest of its dataset; move it away and run again.")
     for name, facts in manifest.files.items():
         if not (path / name).exists() or (path / name).stat().st_size != facts["bytes"]:
             raise LakeError(f"{path / name} does not match its manifest; delete {path} and run again.")
     return Dataset(path, manifest)
-
-
-def verify(dataset: Dataset) -> None:
-    """Recompute every checksum. Raises LakeError naming the first file that differs."""
-    for name, facts in dataset.manifest.files.items():
-        if sha256_of(dataset.path / name) != facts["sha256"]:
-            raise LakeError(f"{dataset.path / name} does not match its checksum; delete {dataset.path} and run again.")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -184,15 +183,24 @@ def write_atomically(path: Path, text: str) -> None:
 def _describe(folder: Path) -> dict[str, dict[str, Any]]:
     """Facts of every file. Spark's markers and hidden checksums are dropped: the manifest replaces them."""
     files: dict[str, dict[str, Any]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if path.name.startswith((".", "_")):
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and _is_hidden(path):
             path.unlink()
-            continue
+    for path in _files(folder):
         facts: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         if path.suffix == ".parquet":
             facts["rows"] = pq.read_metadata(path).num_rows
         files[str(path.relative_to(folder))] = facts
     return files
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p))
+
+
+def _is_hidden(path: Path) -> bool:
+    """What no reader of Parquet opens either."""
+    return path.name.startswith((".", "_"))
 
 
 def host() -> str:

@@ -29,9 +29,10 @@ class Stage:
     version: int = 1  # raise it when the code that makes the dataset changes its result
 
 
-_TEXT = ("text.title_words", "text.content_words", "text.topic_words", "text.word_unit")
-_MODEL = ("seed", *_TEXT, "model.method", "model.llm", "model.connector", "model.projection_dim", "model.temperature",
-          "model.start", "model.vision")  # fmt: skip
+# What decides the tokens; the other text settings are for the report alone.
+TEXT_SETTINGS = ("text.title_words", "text.content_words", "text.topic_words", "text.word_unit")
+_MODEL = ("seed", *TEXT_SETTINGS, "model.method", "model.llm", "model.connector", "model.projection_dim",
+          "model.temperature", "model.start", "model.vision")  # fmt: skip
 
 STAGES: Mapping[str, Stage] = {
     "raw_events": Stage((), ("source.partition",), version=2),
@@ -40,7 +41,7 @@ STAGES: Mapping[str, Stage] = {
         ("raw_events", "notes"),
         ("source.view_events", "source.click_events", "source.ignored_events", "window.train_days", "window.test_days"),
     ),
-    "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels")),
+    "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=2),
     "cooccurrence": Stage(("events",), ("source.view_events", "source.click_events", "pairs.simultaneous")),
     "note_sides": Stage(
         ("notes", "events", "vision_features"), ("split.by", "split.pool_share", "split.max_pool_notes")
@@ -202,7 +203,9 @@ class Recipe:
         """What to type to make everything that is missing."""
         path = os.environ.get("NOTELLM2_CONFIG")
         source = os.environ.get("SOURCE")
-        return "make recall" + (f" CONFIG={path}" if path else "") + (f" SOURCE={source}" if source else "")
+        week = self.week and str(self.week)
+        given = {"CONFIG": path, "SOURCE": source, "WEEK": week}
+        return " ".join(["make recall", *(f"{name}={value}" for name, value in given.items() if value)])
 
     @property
     def work(self) -> Path:

@@ -66,7 +66,7 @@ NOTE_IMAGES = pa.schema(
     [
         pa.field("note_id", pa.string(), nullable=False),
         pa.field("image_id", pa.string()),  # sha256 of the encoded bytes; null: no usable image
-        pa.field("status", pa.string(), nullable=False),  # "ok" | "missing" | "broken" | "too_large" | "escapes"
+        pa.field("status", pa.string(), nullable=False),  # one of notes.images.STATUSES
     ]
 )
 

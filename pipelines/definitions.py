@@ -1,13 +1,10 @@
 """Everything gathered for Dagster. Imports neither torch nor pyspark, so it loads in a blink."""
 
-import os
-
 import dagster as dg
 
 import assets
 from assets.checks import CHECKS
 from assets.resources import Pipeline
-from notellm2_core.config import DEFAULT_CONFIG
 from pipelines.jobs import weekly_retrain, weekly_retrain_schedule
 
 defs = dg.Definitions(
@@ -17,9 +14,5 @@ defs = dg.Definitions(
     schedules=[weekly_retrain_schedule],
     # One step at a time: the machine is one resource. Raise it where Spark and the GPUs are machines of their own.
     executor=dg.multi_or_in_process_executor.configured({"multiprocess": {"max_concurrent": 1}}),
-    resources={
-        "pipeline": Pipeline(
-            config_path=os.environ.get("NOTELLM2_CONFIG") or DEFAULT_CONFIG, source=os.environ.get("SOURCE", "")
-        )
-    },
+    resources={"pipeline": Pipeline()},
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from assets.tracking import tracking_uri
 from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.config import config_from_environment
+from notellm2_core.config import config_in_force
 from notellm2_core.recipe import Recipe
 from notellm2_core.training.launch import die_with_parent
 
@@ -16,7 +16,7 @@ BIN = Path(sys.executable).parent
 
 def main() -> int:
     with one_line_errors():
-        recipe = Recipe(config_from_environment())
+        recipe = Recipe(config_in_force())
     uri = tracking_uri(recipe.config.tracking, recipe.lake.root)
     dagster, mlflow = os.environ.get("DAGSTER_PORT", "3000"), os.environ.get("MLFLOW_PORT", "5000")
     if not uri.startswith("http"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
 
-from notellm2_core.config import config_from_environment
+from notellm2_core.config import config_in_force, week_in_force
 from notellm2_core.lake import LakeError
 from notellm2_core.recipe import Recipe
 from notellm2_core.training.launch import die_with_parent
@@ -51,7 +51,7 @@ def _run_to_the_end() -> int:
 
 def _run() -> int:
     started = time.monotonic()
-    recipe = Recipe(config_from_environment())
+    recipe = Recipe(config_in_force(), week_in_force())
     from assets.logs import PARTITIONS
     from pipelines.definitions import defs
 
@@ -73,7 +73,7 @@ def _run() -> int:
     if not result.success:
         print(f"\nerror: {_why(result)}", file=sys.stderr)
         return 1
-    report = Recipe(recipe.config, run_id=result.run_id).dataset("eval_recall")
+    report = Recipe(recipe.config, recipe.week, result.run_id).dataset("eval_recall")
     print(f"\n{(report.path / 'recall.md').read_text()}")
     print(f"{time.monotonic() - started:.0f} s. Pictures of neighbours: {_relative(report.path / 'neighbours.jpg')}")
     print("The asset graph, every figure and the MLflow curves: make dev")

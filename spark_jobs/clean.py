@@ -15,7 +15,7 @@ from pyspark.sql import types as T
 
 from notellm2_core.schema import EVENTS, NOTES, QUARANTINE
 from spark_jobs.source import read_source_notes, trimmed
-from spark_jobs.tables import counts_by, figures, read_table, readable, write_table
+from spark_jobs.tables import counts_by, figures, read_table, readable, top_counts, write_table
 
 # Labels of rows that are out of question rather than at fault: counted, but not quarantined.
 _OUTSIDE, _IGNORED = "outside_window", "ignored_event"
@@ -133,12 +133,19 @@ def prepare_events(
         span = f"{start} to {end} (exclusive)"
         reach = f"the events read reach from {data['first']} to {data['last']}"
         if not counts[name]["events"]:
-            if next(iter(labels), "") == "unknown_event":
-                names = ", ".join(list(counts_by(raw, "event"))[:5])
+            most = next(iter(labels), "")
+            if most == "unknown_event":
+                names = ", ".join(top_counts(raw, "event", 5))
                 raise ValueError(
                     f"no usable events in the {name} window, {span}: the log's event names are {names}, the settings "
                     f"know {', '.join(sorted({*view_events, *click_events, *ignored_events}))}; set source.view_events "
                     "and source.click_events."
+                )
+            if most == "unknown_note":
+                ids = (figures(t, id=F.min("note_id"))["id"] for t in (raw, known))
+                raise ValueError(
+                    f"no usable events in the {name} window, {span}: the log's notes are not in notes.parquet; "
+                    "a note_id of the log is {!r}, one of notes.parquet {!r}.".format(*ids)
                 )
             raise ValueError(
                 f"no usable events in the {name} window, {span}: {reach}, dropped {labels}; "
@@ -173,15 +180,15 @@ def clean_events(
     notes: DataFrame | None,
     view_events: Sequence[str],
     click_events: Sequence[str],
-    ignored_events: Sequence[str],
+    ignored_events: Sequence[str] | None,
     start: date | None = None,
     end: date | None = None,
 ) -> tuple[DataFrame, DataFrame]:
     """Landed events of the days [start, end) -> (EVENTS, QUARANTINE).
 
     Reasons, the first that holds: bad_timestamp, null_user, null_note, unknown_event, unknown_note (unless `notes` is
-    None), duplicate_event (same user, note, time and event: one is kept). Ignored events and rows outside the days are
-    in neither table.
+    None), duplicate_event (same user, note, time and event: one is kept). Ignored events (None: all that are neither
+    viewed nor clicked) and rows outside the days are in neither table.
     """
     labelled = _label_events(raw, notes, view_events, click_events, ignored_events, [(start, end)])
     return _split_labelled(labelled)
@@ -197,10 +204,10 @@ def _label_events(
     notes: DataFrame | None,
     view_events: Sequence[str],
     click_events: Sequence[str],
-    ignored_events: Sequence[str],
+    ignored_events: Sequence[str] | None,
     windows: Sequence[tuple[date | None, date | None]],
 ) -> DataFrame:
-    """Landed events with the `reason` to drop them (null: none)."""
+    """Landed events with the `reason` to drop them (null: none). `ignored_events` None: all the other ones."""
     known = raw.withColumn("known", F.lit(True))
     if notes is not None:
         known = raw.join(notes.select("note_id", F.lit(True).alias("known")), "note_id", "left")
@@ -208,13 +215,14 @@ def _label_events(
     for start, end in windows:
         in_windows = in_windows | _within(start, end)
     event = F.coalesce("event", F.lit(""))
+    used = event.isin(*view_events, *click_events)
     fault = (
-        F.when(event.isin(*ignored_events), _IGNORED)
+        F.when(~used if ignored_events is None else event.isin(*ignored_events), _IGNORED)
         .when(F.isnull("timestamp"), "bad_timestamp")
         .when(~in_windows, _OUTSIDE)
         .when(F.isnull("user_id"), "null_user")
         .when(F.isnull("note_id"), "null_note")
-        .when(~event.isin(*view_events, *click_events), "unknown_event")
+        .when(~used, "unknown_event")
         .when(F.isnull("known"), "unknown_note")
     )
     same = Window.partitionBy("user_id", "note_id", "timestamp", "event", "fault").orderBy("row")

@@ -20,7 +20,16 @@ from notellm2_core.schema import SCORES
 from spark_jobs.clean import clean_events
 from spark_jobs.session import spark_session
 from spark_jobs.source import land_events, read_source_events
-from spark_jobs.tables import counts_by, figures, read_table, readable, replacing, score_quantiles, write_table
+from spark_jobs.tables import (
+    counts_by,
+    figures,
+    read_table,
+    readable,
+    replacing,
+    score_quantiles,
+    top_counts,
+    write_table,
+)
 
 _HALF = 1 << 32  # 1/N_u is kept as two whole numbers of 32 bits after the point
 
@@ -148,12 +157,11 @@ def main() -> None:
     view_events, click_events = (
         [name.strip() for name in names.split(",")] for names in (args.view_events, args.click_events)
     )
-    with one_line_errors(), replacing(args.out) as out, readable(args.events):
+    with one_line_errors(), replacing(args.out, args.events, SCORES.names) as out, readable(args.events):
         spark = spark_session("cooccurrence")
         raw = land_events(read_source_events(spark, args.events)).persist()
-        names = counts_by(raw, "event")
-        others = [name for name in names if name not in {*view_events, *click_events}]
-        events, quarantine = clean_events(raw, None, view_events, click_events, others, args.start, args.end)
+        names = top_counts(raw, "event")
+        events, quarantine = clean_events(raw, None, view_events, click_events, None, args.start, args.end)
         events = events.persist()
         if not events.filter(F.col("event").isin(click_events)).head(1):
             raise ValueError(f"{args.events}: no clicks; set --click-events, --start, --end. Event names: {names}.")

@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--bounds", choices=("absolute", "quantile"), default="absolute")
     parser.add_argument("--min-users", type=int, default=1, help="fewest users of a pair")
     args = parser.parse_args()
-    with one_line_errors(), replacing(args.out) as out, readable(args.scores):
+    with one_line_errors(), replacing(args.out, args.scores, RELATED_PAIRS.names) as out, readable(args.scores):
         if args.low > args.up or args.top_t < 1:
             raise ValueError(f"need --low <= --up and --top-t >= 1, got {args.low}, {args.up}, {args.top_t}.")
         if args.bounds == "quantile" and not 0 <= args.low <= args.up <= 1:

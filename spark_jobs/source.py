@@ -13,10 +13,11 @@ A `timestamp` is one of
 Anything else, and any time outside the years 1 to 9999, cannot be placed.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from datetime import date
+from itertools import accumulate
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -24,7 +25,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from notellm2_core.schema import SOURCE_EVENT_COLUMNS, SOURCE_EVENTS, SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
-from spark_jobs.tables import counts_by, readable, write_partitions
+from spark_jobs.tables import counts_by, readable, top_counts, write_partitions
 
 UNDATED = "undated"  # the partition of rows whose time cannot be read
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
@@ -38,8 +39,8 @@ def land(spark: SparkSession, source: Path, out: Path, partition: Literal["week"
     """Place the raw events in time: `out/<period>/*.parquet`, the rest in `out/undated/`.
 
     A period is named by its first day (the Sunday, or January 1st). Returns rows, undated rows, first and last day, up
-    to which day the log covers (`covered_until`), rows by event name, and the periods with their rows. Raises
-    ValueError for a source that cannot be used.
+    to which day the log covers (`covered_until`), rows by event name (`top_counts`), and the periods with their rows.
+    Raises ValueError for a source that cannot be used.
     """
     with readable(find_events(source)):
         raw = land_events(read_source_events(spark, source), partition)
@@ -60,18 +61,21 @@ def land(spark: SparkSession, source: Path, out: Path, partition: Literal["week"
         "first_day": min(days),
         "last_day": max(days),
         "covered_until": covered_until(days),
-        "events": counts_by(landed, "event"),
+        "events": top_counts(landed, "event"),
         "periods": periods,
     }
 
 
 def covered_until(rows_by_day: Mapping[str, int]) -> str:
-    """The last day with at least a hundredth of the median day's rows.
+    """The last day with at least a hundredth of the rows of a usual day: the one that the median row lies in.
 
-    A log ends there, whatever a few devices with a wrong clock have written after it.
+    A log ends there, whatever devices with a wrong clock have written after it. The median day would not do: a few of
+    them, each on a day of its own, can be most of the days.
     """
-    enough = median(rows_by_day.values()) / 100
-    return max(day for day, rows in rows_by_day.items() if rows >= enough)
+    sizes = sorted(rows_by_day.values())
+    below = list(accumulate(sizes))
+    usual = sizes[bisect_left(below, below[-1] / 2)]
+    return max(day for day, rows in rows_by_day.items() if rows >= usual / 100)
 
 
 def periods_between(

@@ -37,7 +37,19 @@ def assign_sides(
     counts = {"train": 0, "pool": 0, **counts_by(sides, "side")}
     in_train, in_test = (t.select("note_id").distinct() for t in (train, test))
     num_seen = in_train.union(in_test).distinct().count()
+    sizes = figures(
+        sides.groupBy("group_id").count(),
+        near_duplicate_groups=F.count_if(F.col("count") > 1),
+        largest_near_duplicate_group=F.max("count"),
+    )
     for side, setting in (("train", "window.train_days"), ("pool", "window.test_days")):
+        largest, placed = sizes["largest_near_duplicate_group"] or 0, counts["train"] + counts["pool"]
+        if not counts[side] and 2 * largest > placed:
+            raise ValueError(
+                f"no note is left for the {side} side: {largest} of the {placed} notes on the other one have the same "
+                "picture or the same text, and near-duplicates stay on one side; leave a picture that only fills a "
+                "place empty in notes.parquet."
+            )
         if not counts[side]:
             raise ValueError(
                 f"no note is left for the {side} side of {num_seen} notes in the windows (split.by = {by}); set "
@@ -48,11 +60,7 @@ def assign_sides(
         "notes_in_train_days": in_train.count(),
         "notes_in_test_days": in_test.count(),
         **counts,
-        **figures(
-            sides.groupBy("group_id").count(),
-            near_duplicate_groups=F.count_if(F.col("count") > 1),
-            largest_near_duplicate_group=F.max("count"),
-        ),
+        **sizes,
         "unassigned": num_seen - counts["train"] - counts["pool"],
     }
 

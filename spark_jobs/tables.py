@@ -1,6 +1,7 @@
 """Reading and writing Parquet tables so that two runs write the same bytes, and figures about them."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -64,16 +67,19 @@ def readable(path: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path, made_from: Path, columns: Sequence[str]) -> Iterator[Path]:
     """A fresh folder beside `out` that takes its place when the block ends without an error.
 
-    Raises ValueError where `out` holds anything but Parquet: only a former result is ever overwritten.
+    Raises ValueError where `out` holds anything but the files of a table with `columns`, or what the result is made
+    from: only a former result is ever overwritten.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder.")
-    foreign = [f.name for f in out.iterdir() if not _is_result(f)] if out.exists() else []
+    if made_from.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--out {out} holds what is to be read, {made_from}; name another folder.")
+    foreign = [f.name for f in out.iterdir() if not _is_result(f, columns)] if out.exists() else []
     if foreign:
-        raise ValueError(f"--out {out} holds {sorted(foreign)[0]}, which is no Parquet file; name another folder.")
+        raise ValueError(f"--out {out} holds {sorted(foreign)[0]}, which is no former result; name another folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -85,14 +91,27 @@ def replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _is_result(file: Path) -> bool:
-    return file.is_file() and (file.name.endswith((".parquet", ".crc")) or file.name == "_SUCCESS")
+def _is_result(file: Path, columns: Sequence[str]) -> bool:
+    if not re.fullmatch(r"part-\d{5,}\.parquet", file.name) or not file.is_file():
+        return False
+    try:
+        return pq.read_schema(file).names == list(columns)
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def counts_by(df: DataFrame, column: str) -> dict[str, int]:
     """Rows per value of `column`, the most frequent first; null is counted as ""."""
     rows = df.groupBy(F.coalesce(F.col(column), F.lit("")).alias("key")).count().collect()
     return {r["key"]: r["count"] for r in sorted(rows, key=lambda r: (-r["count"], r["key"]))}
+
+
+def top_counts(df: DataFrame, column: str, num: int = 20) -> dict[str, int]:
+    """As `counts_by` for a column that may hold as many values as rows: the `num` most frequent, and "(others)"."""
+    key = F.coalesce(F.col(column), F.lit("")).alias("key")
+    rows = df.groupBy(key).count().orderBy(F.desc("count"), "key").limit(num + 1).collect()
+    top = {r["key"]: r["count"] for r in rows[:num]}
+    return top if len(rows) <= num else {**top, "(others)": df.count() - sum(top.values())}
 
 
 def figures(df: DataFrame, **expressions: Column) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from notellm2_core.evaluation.recall import Pairs, Ranks, cosine_rows, count_ran
 from notellm2_core.evaluation.report import Report, build_report
 from notellm2_core.evaluation.sheet import Neighbour, Picture, SheetRow, contact_sheet
 from notellm2_core.evaluation.slices import load_tokenizer, slice_masks, token_lengths
-from notellm2_core.notes.images import read_image
+from notellm2_core.notes.images import allow_pixels, read_image
 from notellm2_core.notes.records import Note, read_notes
 
 NEIGHBOURS = 5  # per row of the contact sheet
@@ -133,6 +133,7 @@ def neighbour_sheet(
 
 def picture_reader(notes: Path, source: Path, max_pixels: int) -> Picture:
     """note_id -> its picture (RGB), read safely from the notes table or the source; None where none is usable."""
+    allow_pixels(max_pixels)
 
     def picture(note_id: str) -> Image.Image | None:
         row = pq.read_table(notes, columns=["image_path", "image"], filters=[("note_id", "==", note_id)])

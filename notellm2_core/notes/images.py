@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-Status = Literal["ok", "missing", "broken", "too_large", "escapes"]
-STATUSES: tuple[Status, ...] = ("ok", "missing", "broken", "too_large", "escapes")
+Status = Literal["ok", "missing", "not_found", "broken", "too_large", "escapes"]
+STATUSES: tuple[Status, ...] = ("ok", "missing", "not_found", "broken", "too_large", "escapes")
 # Plain bitmaps only: Pillow would run Ghostscript for EPS, and lets ICO and ICNS hide a larger picture inside.
 Image.init()
 FORMATS = tuple(  # MPO opens as JPEG; AVIF is not in every build of Pillow
@@ -53,20 +53,23 @@ def read_image(
 def fetch(source: Path, image_path: str | None, data: bytes | None, max_pixels: int) -> EncodedImage:
     """The encoded bytes: `data` where the note carries them, else the file `image_path` relative to `source`.
 
-    escapes: the path is absolute or leaves the folder (by "..", or through a link). missing: no path, or no regular
-    file there. broken: no bytes, or not readable. too_large: more bytes than `max_pixels` pixels can take.
+    missing: the note names no picture. not_found: no regular file has the name. escapes: the path is absolute or leaves
+    the folder (by "..", or through a link). broken: no bytes, or not readable. too_large: more bytes than `max_pixels`
+    pixels can take.
     """
     max_bytes = max_pixels * _MAX_BYTES_PER_PIXEL + _MARGIN_BYTES
     if data is None:
-        if not image_path or "\0" in image_path:
+        if not image_path:
             return EncodedImage("missing")
+        if "\0" in image_path:
+            return EncodedImage("not_found")
         try:
             root = source.resolve()
             path = (root / image_path).resolve()
             if Path(image_path).is_absolute() or not path.is_relative_to(root):
                 return EncodedImage("escapes")
             if not path.is_file():  # a pipe or a device would block
-                return EncodedImage("missing")
+                return EncodedImage("not_found")
             if path.stat().st_size > max_bytes:
                 return EncodedImage("too_large")
             data = path.read_bytes()

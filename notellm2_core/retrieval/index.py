@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from notellm2_core.embeddings import Embeddings, read_embeddings
 from notellm2_core.lake import sha256_of
 
 FORMAT_VERSION = 1
+_FILES = ("index.faiss", "ids.parquet", "index.json")
 IDS = pa.schema(
     [pa.field("position", pa.int64(), nullable=False), pa.field("note_id", pa.string(), nullable=False)],
     metadata={"format_version": str(FORMAT_VERSION)},
@@ -103,12 +105,18 @@ def make_index(embeddings: Embeddings, factory: str, num_threads: int = 1) -> In
 
 
 def build_index(embeddings_dir: Path, out: Path, factory: str, num_threads: int = 1) -> dict[str, Any]:
-    """Build the index of an embedding folder and save it as the folder `out`. Returns what index.json says."""
+    """Build the index of an embedding folder and save it as the folder `out`. Returns what index.json says.
+
+    Raises ValueError where `out` holds anything but an index.
+    """
+    if out.exists() and not (out.is_dir() and {f.name for f in out.iterdir()} <= {*_FILES}):
+        raise ValueError(f"{out} holds something else than an index; give --out a new folder.")
     embeddings = read_embeddings(embeddings_dir)
     index = make_index(embeddings, factory, num_threads)
-    draft = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)  # what a killed build left
-    draft.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    draft = work / "new"
+    draft.mkdir()
     try:
         faiss.write_index(index.faiss_index, str(draft / "index.faiss"))
         positions = pa.array(range(len(embeddings.note_ids)), pa.int64())
@@ -120,16 +128,14 @@ def build_index(embeddings_dir: Path, out: Path, factory: str, num_threads: int 
             "metric": "inner_product",
             "dim": int(embeddings.vectors.shape[1]),
             "num_notes": len(embeddings.note_ids),
-            "sha256": {name: sha256_of(draft / name) for name in ("index.faiss", "ids.parquet")},
+            "sha256": {name: sha256_of(draft / name) for name in _FILES[:2]},
         }
         (draft / "index.json").write_text(json.dumps(facts, indent=1))
-        if out.exists() and not any(out.iterdir()):
-            out.rmdir()
-        elif (out / "index.json").is_file():
-            shutil.rmtree(out)
-        os.rename(draft, out)  # fails where `out` holds something else: nothing foreign is deleted
+        if out.exists():
+            os.rename(out, work / "old")
+        os.rename(draft, out)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     return facts
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from notellm2_core.config import Config
 from notellm2_core.lake import fingerprint, write_atomically
 from notellm2_core.model.build import build_model
-from notellm2_core.recipe import FREE_TRAINING_SETTINGS
+from notellm2_core.recipe import FREE_TRAINING_SETTINGS, TEXT_SETTINGS
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints, held, open_work
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache, rank_slice, schedule
@@ -145,6 +145,7 @@ def _train(
 def run_settings(config: Config, data: TrainingData, num_ranks: int) -> dict[str, Any]:
     """Whatever changes the weights that come out: settings by their dotted names, the pairs, the number of ranks."""
     tree = config.model_dump(mode="json", include={"seed", "text", "model", "training"})
+    tree["text"] = {k: v for k, v in tree["text"].items() if f"text.{k}" in TEXT_SETTINGS}
     tree["training"] = {k: v for k, v in tree["training"].items() if k not in ("num_ranks", *FREE_TRAINING_SETTINGS)}
     pairs = [data.train_pairs.tolist(), data.note_ids]
     return {**_flat(tree), "number of ranks": num_ranks, "training pairs": fingerprint(pairs)}

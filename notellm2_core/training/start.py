@@ -135,13 +135,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    with one_line_errors(), tempfile.TemporaryDirectory() as cache:
+    with one_line_errors():
         config = load_config(args.config)
         torch.manual_seed(config.seed)
         model, processor = build_model(config, model_cache(config))
-        data = load_training_data(processor, args.notes, args.images, args.store, args.pairs, Path(cache))
-        apply_start(model, processor, data, config)
         args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=args.out) as cache:  # not in /tmp: it may be large
+            data = load_training_data(processor, args.notes, args.images, args.store, args.pairs, Path(cache))
+            apply_start(model, processor, data, config)
         shutil.copytree(args.images / "vision", args.out / "vision", dirs_exist_ok=True)
         processor.save_pretrained(args.out)
         model.save_pretrained(args.out)

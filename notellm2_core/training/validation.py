@@ -54,15 +54,16 @@ def validate(
 def recall_at(embeddings: Tensor, pairs: Tensor, k: int) -> float:
     """Share of pairs [V, 2] whose target is among the k rows of `embeddings` [n, D] nearest to the query by cosine.
 
-    The query itself is no candidate. Rank = 1 + number of rows that score higher.
+    The query itself is no candidate. Ties count as `evaluation.recall` counts them: by their expected place.
     """
     unit = functional.normalize(embeddings.float(), dim=1)
     queries, targets = pairs.unbind(dim=1)
     scores = unit[queries] @ unit.T  # [V, n]
     target_scores = scores.gather(1, targets[:, None])
     scores.scatter_(1, queries[:, None], -2.0)
-    ranks = 1 + (scores > target_scores).sum(dim=1)
-    return float((ranks <= k).float().mean())
+    higher = (scores > target_scores).sum(dim=1)
+    tied = (scores == target_scores).sum(dim=1)  # the target among them
+    return float(((k - higher) / tied).clamp(0, 1).mean())
 
 
 def _tau(engine: Any) -> Tensor:

@@ -8,11 +8,14 @@ from notellm2_core.config import Checks
 LIMITS = Checks()
 
 
-def test_dropped_share_counts_neither_duplicates_nor_rows_outside_the_window() -> None:
-    figures = {"rows": 200, "outside_window": 100, "dropped": {"unknown_event": 20, "duplicate_event": 50}}
+def test_dropped_share_is_of_the_rows_that_could_have_been_kept() -> None:
+    """200 rows, less those outside the window, ignored, repeated or undated, are 100; 20 of them are dropped."""
+    dropped = {"unknown_event": 20, "duplicate_event": 30, "bad_timestamp": 20}
+    figures = {"rows": 200, "outside_window": 40, "ignored_event": 10, "dropped": dropped}
     passed, shown = checks.dropped_share(figures, LIMITS)
     assert passed and shown["dropped_share"] == pytest.approx(0.2) and shown["checks.max_dropped_share"] == 0.2
-    assert shown["dropped"] == "20 unknown_event, 50 duplicate_event"
+    assert shown["dropped"] == "20 unknown_event, 30 duplicate_event, 20 bad_timestamp"
+    assert not checks.dropped_share(figures | {"ignored_event": 11}, LIMITS)[0]
     assert not checks.dropped_share({"rows": 100, "dropped": {"empty": 21}}, LIMITS)[0]
     assert checks.dropped_share({"rows": 0, "dropped": {}}, LIMITS)[0]
 
@@ -23,11 +26,12 @@ def test_undated_share() -> None:
 
 
 def test_unusable_images_are_measured_on_the_notes_that_name_one() -> None:
-    figures = {"notes": 100, "missing": 90, "broken": 1, "too_large": 0, "escapes": 1}
+    figures = {"notes": 100, "missing": 90, "not_found": 0, "broken": 1, "too_large": 0, "escapes": 1}
     assert checks.unusable_images(figures, LIMITS)[0]
     passed, shown = checks.unusable_images(figures | {"escapes": 2}, LIMITS)
     assert not passed and shown["escapes"] == 2 and "checks.max_dropped_share" in shown
     assert checks.unusable_images(figures | {"missing": 100, "broken": 0, "escapes": 0}, LIMITS)[0]
+    assert not checks.unusable_images(figures | {"missing": 0, "not_found": 100}, LIMITS)[0]  # a wrong folder name
 
 
 def test_leaks_pairs_loss_and_collapse() -> None:

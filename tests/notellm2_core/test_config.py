@@ -52,6 +52,7 @@ def test_the_defaults_are_the_papers() -> None:
         ("training: {batch_pairs: 9, num_ranks: 2}", "not a multiple"),
         ("model: {llm: {name: tiny}, method: notelm}", "model.method: Input should be 'basic' or 'notellm2'"),
         ("seed: [", "is not YAML"),
+        ("on: 1", "Keys should be strings"),  # to YAML, `on` is a truth value
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, line: str, says: str) -> None:

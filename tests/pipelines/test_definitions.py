@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import dagster as dg
@@ -103,3 +103,19 @@ def test_a_wrong_configuration_lets_the_graph_load_and_every_asset_says_what_is_
         Pipeline(config_path=str(config)).recipe()
     assert str(config) in str(caught.value.description) and "nonsense" in str(caught.value.description)
     assert caught.value.allow_retries is False
+
+
+def test_a_run_names_its_week_alone_and_keeps_configuration_and_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the README says to type into the launchpad; the rest still comes from the environment."""
+    job = defs.resolve_job_def("weekly_retrain")
+    dg.validate_run_config(job, {"resources": {"pipeline": {"config": {"week": "2025-01-19"}}}})
+    monkeypatch.setenv("NOTELLM2_CONFIG", "pipelines/configs/tiny.yaml")
+    monkeypatch.setenv("SOURCE", str(tmp_path))
+    recipe = Pipeline(week="2025-01-19").recipe()
+    assert (recipe.config.name, recipe.source, recipe.window.test.end) == ("tiny", tmp_path, date(2025, 1, 26))
+    assert recipe.command().endswith(f"SOURCE={tmp_path} WEEK=2025-01-19")
+    monkeypatch.setenv("WEEK", "last week")
+    with pytest.raises(dg.Failure, match="week = last week is not a day"):
+        Pipeline().recipe()

@@ -117,10 +117,13 @@ def test_land_makes_one_folder_per_period(spark: SparkSession, tmp_path: Path) -
 
 
 def test_a_few_wrong_clocks_do_not_move_the_end_of_the_log() -> None:
-    """Median 500: fewer than 5 rows are no day of the log. A thin log of a row a day is one to its last row."""
+    """A usual day has 500 rows: fewer than 5 are no day of the log, on however many days such rows lie. A thin log of a
+    row a day is one to its last row.
+    """
     days = {"2025-01-20": 500, "2025-01-21": 480, "2025-01-22": 510, "2025-01-25": 4, "2031-01-01": 1}
     assert covered_until(days) == "2025-01-22"
     assert covered_until(days | {"2025-01-25": 5}) == "2025-01-25"
+    assert covered_until(days | {f"20{year}-01-01": 1 for year in range(32, 99)}) == "2025-01-22"
     assert covered_until({"2025-01-20": 1, "2025-02-20": 1}) == "2025-02-20"
 
 

@@ -76,10 +76,14 @@ def test_assign_sides_counts_and_names_the_setting(spark: SparkSession, frame: F
     # All four show the same picture, so all belong to the train side.
     images = frame("note_id string, image_id string, status string", [(n, "i", "ok") for n in "abcd"])
     write_table(images, tmp_path / "images", ["note_id"])
-    with pytest.raises(ValueError, match=r"no note is left for the pool side of 4 notes.*split.by = time.*test_days"):
+    with pytest.raises(ValueError, match=r"no note is left for the pool side: 2 of the 2 notes .* same picture"):
         assign_sides(
             spark, tmp_path / "notes", tmp_path / "events", tmp_path / "s2", **setting, images=tmp_path / "images"
         )
+    write_table(seen(frame, ["a", "d"]), tmp_path / "known" / "train", ["user_id"])
+    write_table(seen(frame, ["d"]), tmp_path / "known" / "test", ["user_id"])
+    with pytest.raises(ValueError, match=r"no note is left for the pool side of 2 notes.*split.by = time.*test_days"):
+        assign_sides(spark, tmp_path / "notes", tmp_path / "known", tmp_path / "s3", **setting)
 
 
 def pairs_and_sides(frame: Frame, edges: list[tuple[int, int]]) -> tuple[DataFrame, DataFrame]:

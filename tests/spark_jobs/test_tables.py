@@ -1,9 +1,11 @@
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from spark_jobs.tables import read_table, readable, replacing, score_quantiles, write_table
+from spark_jobs.tables import read_table, readable, replacing, score_quantiles, top_counts, write_table
 from tests.spark_jobs.conftest import SCORES, Frame
 
 
@@ -34,20 +36,33 @@ def test_a_missing_or_damaged_table_is_named(spark: SparkSession, tmp_path: Path
 
 
 def test_replacing_takes_the_place_of_a_former_result_only(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out"
-    for text in ("first", "second"):
-        with replacing(out) as new:
+    out, log, part = tmp_path / "deep" / "out", tmp_path / "log", "part-00000.parquet"
+    for number in (1, 2):
+        with replacing(out, log, ["a"]) as new:
             new.mkdir()
-            (new / "part.parquet").write_text(text)
-    assert (out / "part.parquet").read_text() == "second"
+            pq.write_table(pa.table({"a": [number]}), new / part)
+    assert pq.read_table(out / part)["a"].to_pylist() == [2]
 
-    with pytest.raises(ZeroDivisionError), replacing(out) as new:
+    with pytest.raises(ZeroDivisionError), replacing(out, log, ["a"]) as new:
         new.write_text(str(1 / 0))
-    assert (out / "part.parquet").read_text() == "second"
+    assert pq.read_table(out / part)["a"].to_pylist() == [2]
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
+    def refuses(folder: Path, made_from: Path, columns: list[str], message: str) -> None:
+        with pytest.raises(ValueError, match=message), replacing(folder, made_from, columns):
+            pass
+        assert pq.read_table(out / part)["a"].to_pylist() == [2]
+
+    refuses(out, log, ["b"], "part-00000.parquet, which is no former result")  # a table of somebody else
+    refuses(out, out / part, ["a"], "holds what is to be read")
+    refuses(out.parent, out, ["a"], "holds what is to be read")
     (out / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"thesis\.tex, which is no Parquet file"), replacing(out):
-        pass
-    with pytest.raises(ValueError, match="is a file"), replacing(out / "thesis.tex"):
-        pass
+    refuses(out, log, ["a"], r"thesis\.tex, which is no former result")
+    refuses(out / "thesis.tex", log, ["a"], "is a file")
+
+
+def test_the_most_frequent_values_stand_for_all(frame: Frame) -> None:
+    """a three times, null twice, then b before c: both once."""
+    df = frame("event string", [(e,) for e in ["c", "a", None, "a", "b", "a", None]])
+    assert top_counts(df, "event", 2) == {"a": 3, "": 2, "(others)": 2}
+    assert list(top_counts(df, "event", 4).items()) == [("a", 3), ("", 2), ("b", 1), ("c", 1)]

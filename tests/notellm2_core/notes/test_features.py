@@ -214,7 +214,7 @@ def test_the_whole_run(world, tmp_path):
     counts = world.run(tmp_path / "out")
     encoder = load_vision_encoder(config.Vision(library="tiny"))
     assert counts == {
-        "notes": 9, "ok": 4, "missing": 2, "broken": 1, "too_large": 1, "escapes": 1,
+        "notes": 9, "ok": 4, "missing": 1, "not_found": 1, "broken": 1, "too_large": 1, "escapes": 1,
         "distinct_images": 2, "computed": 2, "reused": 0,
         "encoder_id": encoder.encoder_id, "num_patches": 16, "width": 32,
     }  # fmt: skip
@@ -222,7 +222,7 @@ def test_the_whole_run(world, tmp_path):
     assert table.schema.equals(schema.NOTE_IMAGES)
     status = dict(zip(table["note_id"].to_pylist(), table["status"].to_pylist(), strict=True))
     assert [status[f"n{i}"] for i in range(1, 10)] == [
-        "ok", "ok", "ok", "ok", "missing", "broken", "escapes", "too_large", "missing",
+        "ok", "ok", "ok", "ok", "not_found", "broken", "escapes", "too_large", "missing",
     ]  # fmt: skip
     note_images = read_note_images(tmp_path / "out")
     one, two = image_id(first), image_id(second)

@@ -95,8 +95,12 @@ def test_damage_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_foreign_is_overwritten(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "file").touch()
-    with pytest.raises(OSError):
-        build_index(folder, tmp_path / "mine", "Flat")
-    assert (tmp_path / "mine" / "file").exists()
+    """Not a folder that happens to hold an index.json of its own, not a file."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "index.json").touch()
+    (site / "thesis.tex").touch()
+    for out in (site, site / "thesis.tex"):
+        with pytest.raises(ValueError, match="holds something else than an index"):
+            build_index(folder, out, "Flat")
+    assert sorted(f.name for f in site.iterdir()) == ["index.json", "thesis.tex"]
