@@ -6,7 +6,7 @@ python -m spark_jobs.related_pairs --scores DIR --out DIR --low 0.01 --up 30 --t
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
@@ -19,9 +19,16 @@ from spark_jobs.tables import figures, read_table, readable, replacing, score_qu
 Bounds = Literal["absolute", "quantile"]
 
 
+class Filtered(NamedTuple):
+    """What the filters leave, one after the other."""
+
+    candidates: DataFrame  # SCORES: pairs of enough users, scores corrected
+    inside: DataFrame  # SCORES: those within the bounds
+    pairs: DataFrame  # RELATED_PAIRS: the strongest targets of each query
+
+
 def related_pairs(
     scores: DataFrame,
-    sides: DataFrame | None,
     target_clicks: DataFrame | None,
     low: float,
     up: float,
@@ -29,20 +36,18 @@ def related_pairs(
     top_t: int,
     popularity_power: float,
     min_users: int,
-) -> DataFrame:
+) -> Filtered:
     """SCORES -> RELATED_PAIRS: filter, then the `top_t` targets of each query, ties by target id.
 
-    `sides` (NOTE_SIDES; None: no restriction) keeps the pairs with both notes on one side, `target_clicks` (note_id,
-    num_users) serves the popularity correction, whose result is the score from there on.
+    `target_clicks` (note_id, num_users) serves the popularity correction, whose result is the score from there on.
     """
-    candidates = corrected(same_side(scores, sides), target_clicks, popularity_power, min_users)
-    return strongest(within_bounds(candidates, low, up, bounds), top_t)
+    candidates = corrected(scores, target_clicks, popularity_power, min_users)
+    inside = within_bounds(candidates, low, up, bounds)
+    return Filtered(candidates, inside, strongest(inside, top_t).select(RELATED_PAIRS.names))
 
 
-def same_side(scores: DataFrame, sides: DataFrame | None) -> DataFrame:
-    """The pairs whose notes are both in `sides`, on the same side."""
-    if sides is None:
-        return scores
+def same_side(scores: DataFrame, sides: DataFrame) -> DataFrame:
+    """The pairs whose notes are both in `sides` (NOTE_SIDES), on the same side."""
     query = sides.select(F.col("note_id").alias("query_id"), F.col("side").alias("query_side"))
     target = sides.select(F.col("note_id").alias("target_id"), F.col("side").alias("target_side"))
     both = scores.join(query, "query_id").join(target, "target_id")
@@ -120,19 +125,19 @@ def _relate(
     num_scores = scores.count()
     if not num_scores:
         raise ValueError(f"{name}: no pair has both notes on its side; set split.pool_share, or a longer window.")
-    candidates = corrected(scores, clicks, popularity_power, min_users).persist()
+    candidates, inside, kept = related_pairs(scores, clicks, low, up, bounds, top_t, popularity_power, min_users)
+    candidates.persist()
     quantiles = score_quantiles(candidates)
     if quantiles["max"] is None:
         most = figures(scores, users=F.max("num_users"))["users"]
         raise ValueError(f"{name}: no pair has pairs.min_users = {min_users} users (the most is {most}); lower it.")
-    inside = within_bounds(candidates, low, up, bounds)
     num_inside = inside.count()
     if not num_inside:
         raise ValueError(
             f"{name}: no score lies in [pairs.low, pairs.up] = [{low}, {up}] ({bounds}); "
             f"the scores reach from {quantiles['min']:.6g} to {quantiles['max']:.6g}."
         )
-    write_table(strongest(inside, top_t).select(RELATED_PAIRS.names), out, ["query_id", "rank"])
+    write_table(kept, out, ["query_id", "rank"])
     num_candidates = candidates.count()
     candidates.unpersist()
     scores.unpersist()

@@ -9,19 +9,20 @@ from pyspark.sql import SparkSession
 
 from notellm2_core import schema
 from spark_jobs import related_pairs as job
-from spark_jobs.related_pairs import relate, related_pairs
+from spark_jobs.related_pairs import relate, related_pairs, same_side
 from spark_jobs.tables import write_table
 from tests.spark_jobs.conftest import SCORES, SIDES, Frame, rows_of
 
 OPEN: dict[str, Any] = {
-    "sides": None, "target_clicks": None, "low": 0.0, "up": 1e9, "bounds": "absolute", "top_t": 99,
+    "target_clicks": None, "low": 0.0, "up": 1e9, "bounds": "absolute", "top_t": 99,
     "popularity_power": 0.0, "min_users": 1,
 }  # fmt: skip
 PAIRS = [("q", "a", 4.0, 4), ("q", "b", 2.0, 3), ("q", "c", 2.0, 2), ("q", "d", 1.0, 2), ("r", "a", 1.0, 1)]
 
 
 def related(frame: Frame, rows: list[Any] = PAIRS, **changes: Any) -> list[tuple[Any, ...]]:
-    return rows_of(related_pairs(frame(SCORES, rows), **{**OPEN, **changes}), "query_id", "target_id", "score", "rank")
+    pairs = related_pairs(frame(SCORES, rows), **{**OPEN, **changes}).pairs
+    return rows_of(pairs, "query_id", "target_id", "score", "rank")
 
 
 def test_top_t_breaks_ties_by_target_id(frame: Frame) -> None:
@@ -52,7 +53,8 @@ def test_filters_come_before_top_t_and_the_correction_before_the_bounds(frame: F
 
 def test_pairs_across_sides_are_left_out(frame: Frame) -> None:
     sides = frame(SIDES, [("q", "train", "q"), ("b", "train", "b"), ("a", "pool", "a"), ("r", "pool", "r")])
-    assert related(frame, sides=sides, top_t=1) == [("q", "b", 2.0, 1), ("r", "a", 1.0, 1)]
+    kept = rows_of(same_side(frame(SCORES, PAIRS), sides), "query_id", "target_id", "score", "num_users")
+    assert kept == [("q", "b", 2.0, 3), ("r", "a", 1.0, 1)]
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_relate_counts_every_filter(spark: SparkSession, scored: Path) -> None:
 def test_no_pair_left_names_the_setting(
     spark: SparkSession, scored: Path, change: dict[str, Any], message: str
 ) -> None:
-    setting = {k: v for k, v in OPEN.items() if k not in ("sides", "target_clicks")}
+    setting = {k: v for k, v in OPEN.items() if k != "target_clicks"}
     with pytest.raises(ValueError, match=message):
         relate(spark, scored / "scores", scored / "sides", scored / "out", **{**setting, **change})
 

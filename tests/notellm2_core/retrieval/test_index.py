@@ -64,13 +64,19 @@ def test_fewer_than_k_neighbours(embeddings: Embeddings) -> None:
 @pytest.mark.parametrize(
     ("factory", "reason"),
     [
-        ("IVF4096,Flat", r"cannot be built from 600 vectors .*Number of training points \(600\).*Flat or HNSW32"),
-        ("PQ7", r"cannot be built|no FAISS factory"),
-        ("Nonsense", r"no FAISS factory string for width 16: could not parse index string Nonsense"),
+        (
+            "IVF4096,Flat",
+            r"cannot be built from 600 vectors .*Number of training points \(600\).*Flat or HNSW32",
+        ),
+        ("PQ7", r"is no FAISS factory string for width 16: The dimension"),
+        (
+            "Nonsense",
+            r"is no FAISS factory string for width 16: could not parse index string Nonsense",
+        ),
     ],
 )
 def test_a_factory_that_cannot_be_built_is_named(embeddings: Embeddings, factory: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"index.factory = '{factory}' .*{reason}|{reason}"):
+    with pytest.raises(ValueError, match=rf"index.factory = '{factory}' {reason}"):
         make_index(embeddings, factory)
 
 
