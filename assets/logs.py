@@ -43,6 +43,8 @@ PARTITIONS = raw_event_partitions(_source_in_force())
 def raw_events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
     """The behaviour logs as they came, placed in time: a folder per period, one for rows without a readable time."""
     recipe = pipeline.recipe()
+    for sentence in recipe.config.without_effect():
+        context.log.warning(sentence)
     ensure_demo_world(context, recipe)
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:

@@ -50,6 +50,12 @@ class Source(Section):
     partition: Literal["week", "year"] = "week"  # how the raw events are cut (years for logs that spread over decades)
     max_image_pixels: int = Field(50_000_000, gt=0)  # larger images are counted as too large, never decoded
 
+    @model_validator(mode="after")
+    def _events(self) -> "Source":
+        if both := {*self.ignored_events} & {*self.view_events, *self.click_events}:
+            raise ValueError(f"{min(both)} is in ignored_events and in view_events or click_events")
+        return self
+
 
 class Window(Section):
     """Which days are read. `end` is exclusive, 00:00 UTC; the test days come last, the training days before them."""
@@ -252,6 +258,22 @@ class Config(Section):
                 f"training.num_ranks = {self.training.num_ranks}"
             )
         return self
+
+    def without_effect(self) -> list[str]:
+        """What the file sets and nothing reads, one sentence each."""
+        no_fusion = self.model.method == "basic", f"model.method = {self.model.method}"
+        by_time = self.split.by == "time", f"split.by = {self.split.by}"
+        sections = {"split": self.split, "model.start": self.model.start}
+        idle = {
+            ("split", "pool_share"): by_time,
+            ("model.start", "fusion_scale"): no_fusion,
+            ("model.start", "gate_bias"): no_fusion,
+        }
+        return [
+            f"{section}.{name} has no effect with {cause}"
+            for (section, name), (holds, cause) in idle.items()
+            if holds and name in sections[section].model_fields_set
+        ]
 
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:

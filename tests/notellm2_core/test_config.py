@@ -14,7 +14,7 @@ CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_configuration_loads(path: Path) -> None:
     config = load_config(path)
-    assert config.name == path.stem
+    assert config.name == path.stem and config.without_effect() == []
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -51,6 +51,7 @@ def test_the_defaults_are_the_papers() -> None:
         ("window: {test_days: null}", "needs split.by = hash"),
         ("training: {batch_pairs: 9, num_ranks: 2}", "not a multiple"),
         ("model: {llm: {name: tiny}, method: notelm}", "model.method: Input should be 'basic' or 'notellm2'"),
+        ("source: {ignored_events: [share, click]}", "click is in ignored_events and in"),
         ("seed: [", "is not YAML"),
         ("on: 1", "Keys should be strings"),  # to YAML, `on` is a truth value
     ],
@@ -76,3 +77,13 @@ def test_overrides_win() -> None:
 
 def test_the_methods_of_the_settings_are_the_rows_of_the_table() -> None:
     assert get_args(Model.model_fields["method"].annotation) == tuple(METHODS)
+
+
+def test_a_setting_without_effect_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    start = "model: {llm: {name: tiny}, method: basic, start: {gate_bias: -1}}"
+    path.write_text(f"name: c\nsplit: {{pool_share: 0.2}}\n{start}\n")
+    assert load_config(path).without_effect() == [
+        "split.pool_share has no effect with split.by = time",
+        "model.start.gate_bias has no effect with model.method = basic",
+    ]
