@@ -76,7 +76,7 @@ def related_pairs(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.M
     config = pipeline.recipe().config
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        from spark_jobs.related_pairs import relate
+        from spark_jobs.related_pairs import Filters, relate
 
         with pipeline.spark(config, "related_pairs") as spark:
             draft.metrics |= relate(
@@ -84,7 +84,7 @@ def related_pairs(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.M
                 scores=inputs["cooccurrence"].path,
                 sides=inputs["note_sides"].path / "sides",
                 out=draft.path,
-                **config.pairs.model_dump(exclude={"simultaneous"}),
+                filters=Filters(**config.pairs.model_dump(exclude={"simultaneous"})),
             )
 
     return pipeline.publish(context, build)

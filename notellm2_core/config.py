@@ -260,7 +260,7 @@ class Config(Section):
         return self
 
     def without_effect(self) -> list[str]:
-        """What the file sets and nothing reads, one sentence each."""
+        """What was changed from its default and nothing reads, one sentence each."""
         no_fusion = self.model.method == "basic", f"model.method = {self.model.method}"
         by_time = self.split.by == "time", f"split.by = {self.split.by}"
         sections = {"split": self.split, "model.start": self.model.start}
@@ -272,7 +272,7 @@ class Config(Section):
         return [
             f"{section}.{name} has no effect with {cause}"
             for (section, name), (holds, cause) in idle.items()
-            if holds and name in sections[section].model_fields_set
+            if holds and getattr(sections[section], name) != type(sections[section]).model_fields[name].default
         ]
 
 

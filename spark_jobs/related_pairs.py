@@ -5,6 +5,7 @@ python -m spark_jobs.related_pairs --scores DIR --out DIR --low 0.01 --up 30 --t
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,18 @@ from spark_jobs.tables import figures, read_table, readable, replacing, score_qu
 Bounds = Literal["absolute", "quantile"]
 
 
+@dataclass(frozen=True)
+class Filters:
+    """The section `pairs` of the configuration; see there."""
+
+    low: float
+    up: float
+    bounds: Bounds
+    top_t: int
+    popularity_power: float
+    min_users: int
+
+
 class Filtered(NamedTuple):
     """What the filters leave, one after the other."""
 
@@ -27,23 +40,14 @@ class Filtered(NamedTuple):
     pairs: DataFrame  # RELATED_PAIRS: the strongest targets of each query
 
 
-def related_pairs(
-    scores: DataFrame,
-    target_clicks: DataFrame | None,
-    low: float,
-    up: float,
-    bounds: Bounds,
-    top_t: int,
-    popularity_power: float,
-    min_users: int,
-) -> Filtered:
+def related_pairs(scores: DataFrame, target_clicks: DataFrame | None, filters: Filters) -> Filtered:
     """SCORES -> RELATED_PAIRS: filter, then the `top_t` targets of each query, ties by target id.
 
     `target_clicks` (note_id, num_users) serves the popularity correction, whose result is the score from there on.
     """
-    candidates = corrected(scores, target_clicks, popularity_power, min_users)
-    inside = within_bounds(candidates, low, up, bounds)
-    return Filtered(candidates, inside, strongest(inside, top_t).select(RELATED_PAIRS.names))
+    candidates = corrected(scores, target_clicks, filters.popularity_power, filters.min_users)
+    inside = within_bounds(candidates, filters.low, filters.up, filters.bounds)
+    return Filtered(candidates, inside, strongest(inside, filters.top_t).select(RELATED_PAIRS.names))
 
 
 def same_side(scores: DataFrame, sides: DataFrame) -> DataFrame:
@@ -81,18 +85,7 @@ def strongest(scores: DataFrame, top_t: int) -> DataFrame:
     return scores.withColumn("rank", F.row_number().over(order)).filter(F.col("rank") <= top_t)
 
 
-def relate(
-    spark: SparkSession,
-    scores: Path,
-    sides: Path,
-    out: Path,
-    low: float,
-    up: float,
-    bounds: Bounds,
-    top_t: int,
-    popularity_power: float,
-    min_users: int,
-) -> dict[str, Any]:
+def relate(spark: SparkSession, scores: Path, sides: Path, out: Path, filters: Filters) -> dict[str, Any]:
     """`scores/{train,test}` with `scores/{train,test}_clicks` -> `out/train`, `out/test` (RELATED_PAIRS).
 
     Training pairs have both notes on the train side, test pairs both in the pool. Returns for each: pairs after every
@@ -102,8 +95,7 @@ def relate(
     for window, side in (("train", "train"), ("test", "pool")):
         on_side = same_side(read_table(spark, scores / window), read_table(spark, sides).filter(F.col("side") == side))
         clicks = read_table(spark, scores / f"{window}_clicks")
-        setting = (low, up, bounds, top_t, popularity_power, min_users)
-        counts[window] = _relate(spark, on_side, clicks, out / window, window, *setting)
+        counts[window] = _relate(spark, on_side, clicks, out / window, window, filters)
     return counts
 
 
@@ -113,29 +105,26 @@ def _relate(
     clicks: DataFrame | None,
     out: Path,
     name: str,
-    low: float,
-    up: float,
-    bounds: Bounds,
-    top_t: int,
-    popularity_power: float,
-    min_users: int,
+    filters: Filters,
 ) -> dict[str, Any]:
     """Filter, write and count one table of pairs. Raises ValueError naming the setting that left none."""
     scores = scores.persist()
     num_scores = scores.count()
     if not num_scores:
         raise ValueError(f"{name}: no pair has both notes on its side; set split.pool_share, or a longer window.")
-    candidates, inside, kept = related_pairs(scores, clicks, low, up, bounds, top_t, popularity_power, min_users)
+    candidates, inside, kept = related_pairs(scores, clicks, filters)
     candidates.persist()
     quantiles = score_quantiles(candidates)
     if quantiles["max"] is None:
         most = figures(scores, users=F.max("num_users"))["users"]
-        raise ValueError(f"{name}: no pair has pairs.min_users = {min_users} users (the most is {most}); lower it.")
+        raise ValueError(
+            f"{name}: no pair has pairs.min_users = {filters.min_users} users (the most is {most}); lower it."
+        )
     num_inside = inside.count()
     if not num_inside:
         raise ValueError(
-            f"{name}: no score lies in [pairs.low, pairs.up] = [{low}, {up}] ({bounds}); "
-            f"the scores reach from {quantiles['min']:.6g} to {quantiles['max']:.6g}."
+            f"{name}: no score lies in [pairs.low, pairs.up] = [{filters.low}, {filters.up}] ({filters.bounds}); the "
+            f" scores reach from {quantiles['min']:.6g} to {quantiles['max']:.6g}."
         )
     write_table(kept, out, ["query_id", "rank"])
     num_candidates = candidates.count()
@@ -174,8 +163,8 @@ def main() -> None:
         missing = [c for c in SCORES.names if c not in scores.columns]
         if missing:
             raise ValueError(f"{args.scores} lacks the column {missing[0]}; it has {', '.join(scores.columns)}.")
-        setting = (args.low, args.up, args.bounds, args.top_t, 0.0, args.min_users)
-        print(json.dumps(_relate(spark, scores, None, out, str(args.scores), *setting)))
+        filters = Filters(args.low, args.up, args.bounds, args.top_t, 0.0, args.min_users)
+        print(json.dumps(_relate(spark, scores, None, out, str(args.scores), filters)))
 
 
 if __name__ == "__main__":

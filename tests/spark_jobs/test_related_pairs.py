@@ -9,19 +9,19 @@ from pyspark.sql import SparkSession
 
 from notellm2_core import schema
 from spark_jobs import related_pairs as job
-from spark_jobs.related_pairs import relate, related_pairs, same_side
+from spark_jobs.related_pairs import Filters, relate, related_pairs, same_side
 from spark_jobs.tables import write_table
 from tests.spark_jobs.conftest import SCORES, SIDES, Frame, rows_of
 
 OPEN: dict[str, Any] = {
-    "target_clicks": None, "low": 0.0, "up": 1e9, "bounds": "absolute", "top_t": 99,
-    "popularity_power": 0.0, "min_users": 1,
+    "low": 0.0, "up": 1e9, "bounds": "absolute", "top_t": 99, "popularity_power": 0.0, "min_users": 1,
 }  # fmt: skip
 PAIRS = [("q", "a", 4.0, 4), ("q", "b", 2.0, 3), ("q", "c", 2.0, 2), ("q", "d", 1.0, 2), ("r", "a", 1.0, 1)]
 
 
 def related(frame: Frame, rows: list[Any] = PAIRS, **changes: Any) -> list[tuple[Any, ...]]:
-    pairs = related_pairs(frame(SCORES, rows), **{**OPEN, **changes}).pairs
+    clicks = changes.pop("target_clicks", None)
+    pairs = related_pairs(frame(SCORES, rows), clicks, Filters(**{**OPEN, **changes})).pairs
     return rows_of(pairs, "query_id", "target_id", "score", "rank")
 
 
@@ -71,8 +71,8 @@ def scored(frame: Frame, tmp_path: Path) -> Path:
 
 
 def test_relate_counts_every_filter(spark: SparkSession, scored: Path) -> None:
-    setting = {"low": 0.75, "up": 9.0, "bounds": "absolute", "top_t": 1, "popularity_power": 1.0, "min_users": 2}
-    counts = relate(spark, scored / "scores", scored / "sides", scored / "out", **setting)
+    filters = Filters(low=0.75, up=9.0, bounds="absolute", top_t=1, popularity_power=1.0, min_users=2)
+    counts = relate(spark, scored / "scores", scored / "sides", scored / "out", filters)
     train = counts["train"]
     assert [train[k] for k in ("pairs_on_side", "pairs_with_min_users", "pairs_within_bounds", "pairs")] == [3, 3, 3, 1]
     assert (train["queries"], train["notes"], train["score"]["max"]) == (1, 2, 2.0)
@@ -92,9 +92,8 @@ def test_relate_counts_every_filter(spark: SparkSession, scored: Path) -> None:
 def test_no_pair_left_names_the_setting(
     spark: SparkSession, scored: Path, change: dict[str, Any], message: str
 ) -> None:
-    setting = {k: v for k, v in OPEN.items() if k != "target_clicks"}
     with pytest.raises(ValueError, match=message):
-        relate(spark, scored / "scores", scored / "sides", scored / "out", **{**setting, **change})
+        relate(spark, scored / "scores", scored / "sides", scored / "out", Filters(**{**OPEN, **change}))
 
 
 def test_command(
