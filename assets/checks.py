@@ -46,6 +46,7 @@ def unusable_images(figures: Figures, limits: Checks) -> Verdict:
     named = figures["notes"] - figures["missing"]
     share = sum(unusable.values()) / named if named else 0.0
     return share <= limits.max_dropped_share, {
+        "image_path in notes.parquet": "relative to the source; not_found: no such file, escapes: outside the source",
         "unusable_share": share,
         "checks.max_dropped_share": limits.max_dropped_share,
         **unusable,

@@ -85,9 +85,10 @@ def events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Material
         from spark_jobs.clean import prepare_events
         from spark_jobs.source import periods_between
 
-        window = recipe.window
-        start, end = min(window.train.start, window.test.start), max(window.train.end, window.test.end)
-        periods = periods_between(start, end, **inputs["raw_events"].manifest.metrics)
+        window, landed = recipe.window, inputs["raw_events"].manifest.metrics
+        periods = sorted(
+            {p for days in (window.train, window.test) for p in periods_between(days.start, days.end, **landed)}
+        )
         with pipeline.spark(recipe.config, "events") as spark:
             draft.metrics |= prepare_events(
                 spark,

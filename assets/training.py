@@ -75,8 +75,11 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
     recipe = pipeline.recipe()
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        from notellm2_core.retrieval.index import empty_index
         from notellm2_core.training.launch import ERROR_FILE, launch_command
 
+        # A wrong factory string is found here, not after hours of training.
+        empty_index(recipe.config.model.projection_dim, recipe.config.index.factory)
         work = recipe.work / "training" / recipe.fingerprint("checkpoint")
         command = launch_command(
             Path(write_config(recipe)),

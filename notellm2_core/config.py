@@ -294,7 +294,11 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as e:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'settings'}: {p['msg']}" for p in e.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, p['loc'])) or 'settings'}: "
+            + ("no such setting" if p["type"] == "extra_forbidden" else p["msg"])
+            for p in e.errors()
+        )
         raise ConfigError(f"{path}: {problems}") from e
 
 

@@ -1,8 +1,11 @@
 """`make dev`: the Dagster UI, and beside it the MLflow UI on the store that this configuration tracks to."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from assets.tracking import tracking_uri
@@ -12,26 +15,64 @@ from notellm2_core.recipe import Recipe
 from notellm2_core.training.launch import die_with_parent
 
 BIN = Path(sys.executable).parent
+PATIENCE_SECONDS = 10  # for a server that was asked to end
 
 
 def main() -> int:
     with one_line_errors():
         recipe = Recipe(config_in_force())
-    uri = tracking_uri(recipe.config.tracking, recipe.lake.root)
-    dagster, mlflow = os.environ.get("DAGSTER_PORT", "3000"), os.environ.get("MLFLOW_PORT", "5000")
+        uri = tracking_uri(recipe.config.tracking, recipe.lake.root)
+        dagster, mlflow = _port("DAGSTER_PORT", "3000"), _port("MLFLOW_PORT", "5000")
+    commands = [["dagster", "dev", "-m", "pipelines.definitions", "--host", "127.0.0.1", "--port", dagster]]
     if not uri.startswith("http"):
         store = recipe.lake.root / "mlflow"
         store.mkdir(parents=True, exist_ok=True)
-        server = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", mlflow, "--workers", "1",
-                  "--backend-store-uri", uri, "--artifacts-destination", str(store / "artifacts")]  # fmt: skip
-        subprocess.Popen(server, preexec_fn=die_with_parent)
+        commands.append(["mlflow", "server", "--host", "127.0.0.1", "--port", mlflow, "--workers", "1",
+                         "--backend-store-uri", uri, "--artifacts-destination", str(store / "artifacts")])  # fmt: skip
         uri = f"http://127.0.0.1:{mlflow}"
     print(f"Dagster: http://127.0.0.1:{dagster}   MLflow: {uri}", flush=True)
-    command = [str(BIN / "dagster"), "dev", "-m", "pipelines.definitions", "--host", "127.0.0.1", "--port", dagster]
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    servers: list[subprocess.Popen[bytes]] = []
     try:
-        return subprocess.call(command)
+        for name, *arguments in commands:
+            servers.append(
+                subprocess.Popen([BIN / name, *arguments], start_new_session=True, preexec_fn=die_with_parent)
+            )
+        return servers[0].wait()
     except KeyboardInterrupt:
         return 0
+    finally:
+        _stop(servers)
+
+
+def _port(setting: str, default: str) -> str:
+    """The port in the environment. Raises ValueError where somebody listens on it: the page would be a stranger's."""
+    port = os.environ.get(setting, default)
+    with socket.socket() as s:
+        if s.connect_ex(("127.0.0.1", int(port))) == 0:
+            raise ValueError(f"port {port} is taken: stop what listens there, or set {setting}")
+    return port
+
+
+def _stop(servers: list[subprocess.Popen[bytes]]) -> None:
+    """End the servers with all that they have started; a daemon left behind would go on retraining."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    for server in servers:
+        _signal(server, signal.SIGTERM)
+    while any(_signal(server, 0) for server in servers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for server in servers:
+        _signal(server, signal.SIGKILL)
+
+
+def _signal(server: subprocess.Popen[bytes], number: int) -> bool:
+    """Send the signal to the server's whole group. Returns whether any of it is there."""
+    server.poll()  # a dead leader that nobody has waited for would count as there
+    try:
+        os.killpg(server.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

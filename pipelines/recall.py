@@ -73,9 +73,11 @@ def _run() -> int:
     if not result.success:
         print(f"\nerror: {_why(result)}", file=sys.stderr)
         return 1
-    report = Recipe(recipe.config, recipe.week, result.run_id).dataset("eval_recall")
+    made = Recipe(recipe.config, recipe.week, result.run_id)
+    report, index = made.dataset("eval_recall"), made.dataset("faiss_index")
     print(f"\n{(report.path / 'recall.md').read_text()}")
     print(f"{time.monotonic() - started:.0f} s. Pictures of neighbours: {_relative(report.path / 'neighbours.jpg')}")
+    print(f"The index of all notes: {_relative(index.path / 'index')}")
     print("The asset graph, every figure and the MLflow curves: make dev")
     return 0
 

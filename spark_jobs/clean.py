@@ -147,9 +147,10 @@ def prepare_events(
                     f"no usable events in the {name} window, {span}: the log's notes are not in notes.parquet; "
                     "a note_id of the log is {!r}, one of notes.parquet {!r}.".format(*ids)
                 )
+            dropped = ", ".join(f"{rows} {reason}" for reason, rows in labels.items()) or "nothing"
             raise ValueError(
-                f"no usable events in the {name} window, {span}: {reach}, dropped {labels}; "
-                f"set window.end and window.{name}_days."
+                f"no usable events in the {name} window, {span}: {reach}, dropped: {dropped}; "
+                f"set window.end (or WEEK) and window.{name}_days."
             )
         if not counts[name]["clicks"]:
             raise ValueError(

@@ -83,17 +83,17 @@ def periods_between(
 ) -> list[str]:
     """The landed periods that reach into the days [start, end), and the undated rows, which are counted there.
 
-    `periods`, `first_day`, `last_day`: as `land` returned them. Raises ValueError where no period does.
+    `periods`, `first_day`, `last_day`: as `land` returned them. Raises ValueError where the log has none of the days.
     """
     names = [p["period"] for p in periods]
     dated = sorted(n for n in names if n != UNDATED)
     # A period reaches to the first day of the next one that has events, or further: no event lies between.
     nexts = [*dated[1:], "9999"]
     chosen = [n for n, following in zip(dated, nexts, strict=True) if n < str(end) and following > str(start)]
-    if not chosen:
+    if not chosen or not (first_day < str(end) and str(start) <= last_day):
         raise ValueError(
-            f"the log reaches from {first_day} to {last_day}, the window from {start} to {end}: set window.end or the "
-            "days of the window"
+            f"the log reaches from {first_day} to {last_day}, not into the window from {start} to {end} (exclusive): "
+            "set window.end (or WEEK, where you named one), window.train_days or window.test_days"
         )
     return [*chosen, *(n for n in names if n == UNDATED)]
 

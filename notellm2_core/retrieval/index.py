@@ -76,6 +76,14 @@ class Index:
         return Index(index, note_ids, facts["factory"])
 
 
+def empty_index(dim: int, factory: str) -> Any:
+    """A FAISS index for vectors of width `dim`. Raises ValueError where `factory` is no factory string for it."""
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as e:
+        raise ValueError(f"index.factory = {factory!r} is no FAISS factory string for width {dim}: {_reason(e)}") from e
+
+
 def make_index(embeddings: Embeddings, factory: str, num_threads: int = 1) -> Index:
     """Train (where the factory needs it) and fill an index.
 
@@ -84,10 +92,7 @@ def make_index(embeddings: Embeddings, factory: str, num_threads: int = 1) -> In
     """
     vectors = np.ascontiguousarray(embeddings.vectors, dtype=np.float32)
     num_notes, dim = vectors.shape
-    try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as e:
-        raise ValueError(f"index.factory = {factory!r} is no FAISS factory string for width {dim}: {_reason(e)}") from e
+    index = empty_index(dim, factory)
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(num_threads)
     try:

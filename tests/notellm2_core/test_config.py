@@ -44,7 +44,7 @@ def test_the_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("training: {num_step: 3}", "training.num_step: Extra inputs"),
+        ("training: {num_step: 3}", "training.num_step: no such setting"),
         ("training: {num_steps: many}", "training.num_steps"),
         ("pairs: {low: 3, up: 1}", "low = 3.0 is above up = 1.0"),
         ("pairs: {bounds: quantile, low: 0.1, up: 30}", "shares in"),

@@ -200,5 +200,8 @@ def test_periods_of_a_window() -> None:
     assert chosen(date(2025, 1, 12), date(2025, 1, 26)) == ["2025-01-12", UNDATED]
     assert chosen(date(2025, 1, 11), date(2025, 1, 27)) == names
     assert chosen(date(2025, 1, 20), date(2025, 1, 21)) == ["2025-01-12", UNDATED]
-    with pytest.raises(ValueError, match="log reaches from 2025-01-06 to 2025-01-30, the window from 2024-12-01 to"):
-        chosen(date(2024, 12, 1), date(2025, 1, 5))
+    for start, end in ((date(2024, 12, 1), date(2025, 1, 5)), (date(2025, 1, 31), date(2025, 3, 1))):
+        with pytest.raises(
+            ValueError, match=f"from 2025-01-06 to 2025-01-30, not into the window from {start} to {end}"
+        ):
+            chosen(start, end)
