@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from notellm2_core.cli_errors import one_line_errors
@@ -43,6 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     evaluate.add_argument("--ks", default="100,1000,10000")
     evaluate.set_defaults(run=_evaluate)
 
+    if not (arguments or sys.argv[1:]):
+        parser.print_help(sys.stderr)
+        sys.exit(2)
     options = parser.parse_args(arguments)
     with one_line_errors():
         options.run(options)

@@ -32,12 +32,13 @@ def main() -> int:
         uri = f"http://127.0.0.1:{mlflow}"
     print(f"Dagster: http://127.0.0.1:{dagster}   MLflow: {uri}", flush=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # `activate` names the module for `dagster asset`; Dagster's own children would be told twice, and hang.
+    env = {k: v for k, v in os.environ.items() if k != "DAGSTER_MODULE_NAME"}
     servers: list[subprocess.Popen[bytes]] = []
     try:
         for name, *arguments in commands:
-            servers.append(
-                subprocess.Popen([BIN / name, *arguments], start_new_session=True, preexec_fn=die_with_parent)
-            )
+            command = [str(BIN / name), *arguments]
+            servers.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=die_with_parent))
         return servers[0].wait()
     except KeyboardInterrupt:
         return 0

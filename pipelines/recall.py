@@ -13,9 +13,11 @@ import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
 
 from notellm2_core.config import config_in_force, week_in_force
-from notellm2_core.lake import LakeError
+from notellm2_core.lake import LakeError, host
 from notellm2_core.recipe import Recipe
 from notellm2_core.training.launch import die_with_parent
+
+_HOST, _PROCESS = "notellm2/host", "notellm2/process"  # tags of a run: where it lives
 
 
 def main() -> int:
@@ -64,9 +66,11 @@ def _run() -> int:
 
     job = defs.resolve_job_def("weekly_retrain")
     with DagsterInstance.get() as instance:
+        _close_runs_of_the_dead(instance)
         result = job.execute_in_process(
             instance=instance,
             partition_key=period,
+            tags={_HOST: host(), _PROCESS: str(os.getpid())},
             run_config={"loggers": {"console": {"config": {"log_level": "INFO"}}}},
             raise_on_error=False,
         )
@@ -80,6 +84,14 @@ def _run() -> int:
     print(f"The index of all notes: {_relative(index.path / 'index')}")
     print("The asset graph, every figure and the MLflow curves: make dev")
     return 0
+
+
+def _close_runs_of_the_dead(instance: DagsterInstance) -> None:
+    """A run that was killed would count as started for ever; ten of them keep the queue from launching any other."""
+    going = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED], tags={_HOST: host()})
+    for run in instance.get_runs(going):
+        if not Path(f"/proc/{run.tags[_PROCESS]}").exists():
+            instance.report_run_canceled(run, message="its process was killed")  # a failed one would be tried again
 
 
 def _why(result: dg.ExecuteInProcessResult) -> str:

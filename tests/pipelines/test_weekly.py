@@ -7,6 +7,7 @@ import socket
 import sys
 from pathlib import Path
 
+import dagster as dg
 import psutil
 import pytest
 
@@ -112,6 +113,9 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_completes(
     code, output = copy_of_finished.recall()
     assert code == 0, output[-5000:]
     _same_as(finished, copy_of_finished)
+    with dg.DagsterInstance.from_config(str(copy_of_finished.home)) as instance:
+        statuses = [run.status for run in instance.get_runs()]
+    assert dg.DagsterRunStatus.STARTED not in statuses and dg.DagsterRunStatus.CANCELED in statuses
 
 
 @pytest.mark.spark
