@@ -26,8 +26,8 @@ recall: $(READY)  ## run everything up to eval_recall and print the table  [CONF
 test: $(READY)  ## run the tests, with coverage
 	@rm -f .coverage .coverage.*
 	@env -u SOURCE -u WEEK NOTELLM2_CONFIG=pipelines/configs/tiny.yaml $(BIN)/python -m coverage run -m pytest; code=$$?; \
-	$(BIN)/python -m coverage combine -q && $(BIN)/python -m coverage report > .coverage.txt; covered=$$?; \
-	tail -n 3 .coverage.txt; rm -f .coverage.txt; exit $$(( code != 0 ? code : covered ))
+	$(BIN)/python -m coverage combine -q && $(BIN)/python -m coverage report > .pytest_cache/coverage.txt; covered=$$?; \
+	tail -n 3 .pytest_cache/coverage.txt; exit $$(( code != 0 ? code : covered ))
 
 check: $(READY)  ## lint, format, types, import contracts, Dagster definitions
 	$(BIN)/ruff check .

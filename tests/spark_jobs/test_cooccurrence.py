@@ -152,5 +152,5 @@ def test_command(
     fails("does not exist", "--events", tmp_path / "nowhere", "--out", tmp_path / "none")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    fails("thesis.tex, which is no Parquet", "--events", log, "--out", tmp_path / "mine", *names)
+    fails("thesis.tex, which is no former result", "--events", log, "--out", tmp_path / "mine", *names)
     assert not (tmp_path / "none").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
