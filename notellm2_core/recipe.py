@@ -35,7 +35,7 @@ _MODEL = ("seed", *TEXT_SETTINGS, "model.method", "model.llm", "model.connector"
           "model.temperature", "model.start", "model.vision")  # fmt: skip
 
 STAGES: Mapping[str, Stage] = {
-    "raw_events": Stage((), ("source.partition",), version=2),
+    "raw_events": Stage((), ("source.partition",), version=3),
     "notes": Stage((), ()),
     "events": Stage(
         ("raw_events", "notes"),
@@ -203,8 +203,7 @@ class Recipe:
         """What to type to make everything that is missing."""
         path = os.environ.get("NOTELLM2_CONFIG")
         source = os.environ.get("SOURCE")
-        week = self.week and str(self.week)
-        given = {"CONFIG": path, "SOURCE": source, "WEEK": week}
+        given = {"CONFIG": path, "SOURCE": source, "WEEK": self.week}
         return " ".join(["make recall", *(f"{name}={value}" for name, value in given.items() if value)])
 
     @property

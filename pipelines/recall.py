@@ -90,7 +90,8 @@ def _close_runs_of_the_dead(instance: DagsterInstance) -> None:
     """A run that was killed would count as started for ever; ten of them keep the queue from launching any other."""
     going = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED], tags={_HOST: host()})
     for run in instance.get_runs(going):
-        if not Path(f"/proc/{run.tags[_PROCESS]}").exists():
+        copied = run.parent_run_id is not None  # tried again by Dagster, in a process that these tags do not name
+        if not copied and not Path(f"/proc/{run.tags[_PROCESS]}").exists():
             instance.report_run_canceled(run, message="its process was killed")  # a failed one would be tried again
 
 
