@@ -136,8 +136,9 @@ class LLM(Section):
 
 
 class Connector(Section):
-    """The Q-Former C_pi (Table 9)."""
+    """The Q-Former C_pi (Table 9); `mlp` and `linear` map each patch by itself and read none of the sizes."""
 
+    kind: Literal["qformer", "mlp", "linear"] = "qformer"
     num_queries: int = Field(16, gt=0)  # L_c
     num_layers: int = Field(6, gt=0)
     hidden_size: int = Field(768, gt=0)
@@ -160,18 +161,30 @@ class Start(Section):
     num_pca_notes: int = Field(512, gt=1)
     fusion_scale: float | None = Field(None, gt=0)  # spread behind the projector: late-fusion branch / LLM
     gate_bias: float = 0.0  # below zero: the gate starts nearer to the LLM's state
+    visual_token_gain: float | None = Field(None, gt=0)  # length of the visual embeddings / of the word embeddings
 
 
 class Model(Section):
     """The MLRM."""
 
-    method: Literal["basic", "notellm2"] = "notellm2"  # the rows of notellm2_core.model.methods
+    method: Literal["basic", "micl", "late_fusion", "notellm2", "only_late_fusion", "omni_retrieval"] = (
+        "notellm2"  # the rows of notellm2_core.model.methods (Table 4)
+    )
     llm: LLM
     vision: Vision = Vision()
     connector: Connector = Connector()
     projection_dim: int = Field(64, gt=0)
+    matryoshka_dims: tuple[Annotated[int, Field(gt=0)], ...] = ()  # shorter embeddings to train and report, e.g. 16, 32
     temperature: float = 3.0  # tau at the start (Eq. 1); the scale is e^tau
     start: Start = Start()
+
+    @model_validator(mode="after")
+    def _dims(self) -> "Model":
+        if wrong := [d for d in self.matryoshka_dims if d >= self.projection_dim]:
+            raise ValueError(
+                f"matryoshka_dims names {wrong[0]}, which is not below projection_dim = {self.projection_dim}"
+            )
+        return self
 
 
 class Training(Section):

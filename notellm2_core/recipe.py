@@ -32,7 +32,7 @@ class Stage:
 # What decides the tokens; the other text settings are for the report alone.
 TEXT_SETTINGS = ("text.title_words", "text.content_words", "text.topic_words", "text.word_unit")
 _MODEL = ("seed", *TEXT_SETTINGS, "model.method", "model.llm", "model.connector", "model.projection_dim",
-          "model.temperature", "model.start", "model.vision")  # fmt: skip
+          "model.matryoshka_dims", "model.temperature", "model.start", "model.vision")  # fmt: skip
 
 STAGES: Mapping[str, Stage] = {
     "raw_events": Stage((), ("source.partition",), version=3),
@@ -51,8 +51,8 @@ STAGES: Mapping[str, Stage] = {
         ("pairs.low", "pairs.up", "pairs.bounds", "pairs.top_t", "pairs.popularity_power", "pairs.min_users"),
     ),
     "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",)),
-    "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=2),
-    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "training"), version=2),
+    "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=3),
+    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "training"), version=3),
     "start_embeddings": Stage(
         ("start_model", "notes", "vision_features", "pair_datasets"), ("export", "training.precision")
     ),

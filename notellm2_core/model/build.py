@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from notellm2_core.config import Config
-from notellm2_core.model.connector import QFormerSizes
+from notellm2_core.model.connector import ConnectorSizes
 from notellm2_core.model.llm import load_llm
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
@@ -29,9 +29,8 @@ def build_model(config: Config, cache_dir: Path) -> tuple[MLRMModel, MLRMProcess
     num_patches, vision_width = vision_dims(config.model.vision)
     decoder, tokenizer = load_llm(config.model.llm, cache_dir)
     num_known_tokens = len(tokenizer)
-    processor = MLRMProcessor(
-        tokenizer, config.text, method.prompt, config.model.connector.num_queries, num_patches, vision_width
-    )
+    num_visual_words = num_patches if config.model.connector.kind != "qformer" else config.model.connector.num_queries
+    processor = MLRMProcessor(tokenizer, config.text, method.prompt, num_visual_words, num_patches, vision_width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         add_word_embeddings(decoder, processor.new_token_ids, num_known_tokens)
@@ -73,7 +72,8 @@ def _word_embeddings(decoder: PreTrainedModel) -> Tensor:
 def mlrm_config(config: Config, llm: PreTrainedConfig, num_patches: int, vision_width: int) -> MLRMConfig:
     """The model's config, from ours and the decoder's."""
     connector = config.model.connector
-    sizes = QFormerSizes(
+    sizes = ConnectorSizes(
+        kind=connector.kind,
         num_queries=connector.num_queries,
         num_layers=connector.num_layers,
         hidden_size=connector.hidden_size,
@@ -90,6 +90,7 @@ def mlrm_config(config: Config, llm: PreTrainedConfig, num_patches: int, vision_
         num_patches=num_patches,
         method=config.model.method,
         projection_dim=config.model.projection_dim,
+        matryoshka_dims=list(config.model.matryoshka_dims),
         temperature=config.model.temperature,
         attention=config.model.llm.attention,
     )

@@ -1,5 +1,7 @@
 """The connector C_pi: patch features -> L_c visual embeddings, by a Q-Former (Table 9) and a two-layer MLP.
 
+For ablation, `mlp` and `linear` map every patch by itself, so L_c = L (after LLaVA-1.5, Liu et al. 2023).
+
 Q-Former after BLIP-2 (Li et al. 2023), without its text branch: learnable queries attend to each other in every
 layer, and to the patches in every `cross_attention_every`-th layer, the first included. Normalisation follows each
 residual sum, as in BERT.
@@ -8,6 +10,7 @@ Shapes: N notes, L patches of width h_v, L_c queries of width h_q, h_t the LLM's
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +20,8 @@ LAYER_NORM_EPS = 1e-12  # BERT's and BLIP-2's
 
 
 @dataclass(frozen=True)
-class QFormerSizes:
-    """The rows of Table 9 that describe a Q-Former."""
+class ConnectorSizes:
+    """The rows of Table 9 that describe a Q-Former; `linear` and `mlp` read nothing but `vision_width`."""
 
     num_queries: int  # L_c
     num_layers: int
@@ -28,12 +31,13 @@ class QFormerSizes:
     cross_attention_every: int
     vision_width: int  # h_v
     dropout: float = 0.0
+    kind: Literal["qformer", "mlp", "linear"] = "qformer"
 
 
 class Attention(nn.Module):
     """Multi-head attention from `hidden_size` to `source_size`, with its residual and normalisation."""
 
-    def __init__(self, sizes: QFormerSizes, source_size: int) -> None:
+    def __init__(self, sizes: ConnectorSizes, source_size: int) -> None:
         super().__init__()
         self.num_heads = sizes.num_heads
         self.dropout = sizes.dropout
@@ -60,7 +64,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """The two GELU-joined linear layers of a block, with their residual and normalisation."""
 
-    def __init__(self, sizes: QFormerSizes) -> None:
+    def __init__(self, sizes: ConnectorSizes) -> None:
         super().__init__()
         self.dropout = sizes.dropout
         self.intermediate = nn.Linear(sizes.hidden_size, sizes.intermediate_size)
@@ -76,7 +80,7 @@ class FeedForward(nn.Module):
 class QFormerLayer(nn.Module):
     """Self-attention, in some layers cross-attention to the patches, then the feed-forward part."""
 
-    def __init__(self, sizes: QFormerSizes, has_cross_attention: bool) -> None:
+    def __init__(self, sizes: ConnectorSizes, has_cross_attention: bool) -> None:
         super().__init__()
         self.self_attention = Attention(sizes, sizes.hidden_size)
         self.cross_attention = Attention(sizes, sizes.vision_width) if has_cross_attention else None
@@ -93,7 +97,7 @@ class QFormerLayer(nn.Module):
 class QFormer(nn.Module):
     """L_c learnable queries that read the patches."""
 
-    def __init__(self, sizes: QFormerSizes) -> None:
+    def __init__(self, sizes: ConnectorSizes) -> None:
         super().__init__()
         self.dropout = sizes.dropout
         self.queries = nn.Parameter(torch.empty(1, sizes.num_queries, sizes.hidden_size))
@@ -120,15 +124,18 @@ class Connector(nn.Module):
     The paper does not mention the MLP; the authors' code has it, and only with it do Table 7's totals come out.
     """
 
-    def __init__(self, sizes: QFormerSizes, llm_width: int) -> None:
+    def __init__(self, sizes: ConnectorSizes, llm_width: int) -> None:
         super().__init__()
-        self.qformer = QFormer(sizes)
-        self.mlp = nn.Sequential(nn.Linear(sizes.hidden_size, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width))
+        self.qformer = QFormer(sizes) if sizes.kind == "qformer" else None
+        width = sizes.hidden_size if sizes.kind == "qformer" else sizes.vision_width
+        self.first = None if sizes.kind == "linear" else nn.Linear(width, llm_width)
+        self.last = nn.Linear(width if self.first is None else llm_width, llm_width)
         self.apply(init_linear)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Z_v [N, L, h_v] -> E_v [N, L_c, h_t]."""
-        return self.mlp(self.qformer(patches))
+        hidden = patches if self.qformer is None else self.qformer(patches)  # [N, L_c, h_q or h_v]
+        return self.last(hidden if self.first is None else F.gelu(self.first(hidden)))
 
 
 def init_linear(module: nn.Module) -> None:

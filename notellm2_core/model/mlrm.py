@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
-from notellm2_core.model.connector import Connector, QFormerSizes, init_linear
+from notellm2_core.model.connector import Connector, ConnectorSizes, init_linear
 from notellm2_core.model.fusion import LateFusion
 from notellm2_core.model.llm import require_complete
 from notellm2_core.model.methods import get_method
@@ -27,10 +27,11 @@ class MLRMConfig(PreTrainedConfig):
     model_type = "mlrm"
 
     llm: dict[str, Any] | None = None  # the decoder's config, model_type included
-    connector: dict[str, Any] | None = None  # QFormerSizes
+    connector: dict[str, Any] | None = None  # ConnectorSizes
     num_patches: int = 0  # L
     method: str = "notellm2"
     projection_dim: int = 64  # d
+    matryoshka_dims: list[int] | None = None  # shorter embeddings that were trained too
     temperature: float = 3.0  # tau at the start
     attention: str = "sdpa"
 
@@ -66,10 +67,10 @@ class MLRMModel(PreTrainedModel):
         """`llm`: the pretrained decoder; None: a random one of `config.llm`, to be filled by a checkpoint."""
         super().__init__(config)
         assert config.llm is not None and config.connector is not None
-        method, sizes = get_method(config.method), QFormerSizes(**config.connector)
+        method, sizes = get_method(config.method), ConnectorSizes(**config.connector)
         self.llm = llm if llm is not None else _random_llm(config)
         width = self.llm.config.hidden_size
-        self.connector = Connector(sizes, width)
+        self.connector = Connector(sizes, width) if method.visual_prompt else None
         self.fusion = LateFusion(sizes.vision_width, width) if method.late_fusion else None
         self.projector = nn.Linear(width, config.projection_dim)
         init_linear(self.projector)
@@ -91,11 +92,12 @@ class MLRMModel(PreTrainedModel):
         shown = batch.has_image.to(dtype)[:, None]  # [N, 1]; without image, zeros, but every module runs
 
         words = self.llm.get_input_embeddings()(batch.input_ids)  # [N, T, h_t]
-        visual_words = self.connector(batch.patches.to(dtype)) * shown[:, :, None]  # [N, L_c, h_t]
-        embedded = words.masked_scatter(batch.image_mask[:, :, None], visual_words.to(words.dtype))  # [N, T, h_t]
+        if self.connector is not None:
+            visual_words = self.connector(batch.patches.to(dtype)) * shown[:, :, None]  # [N, L_c, h_t]
+            words = words.masked_scatter(batch.image_mask[:, :, None], visual_words.to(words.dtype))  # [N, T, h_t]
 
         hidden = self.llm(
-            inputs_embeds=embedded,
+            inputs_embeds=words,
             attention_mask=batch.attention_mask,
             position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0),  # the same, wherever the padding is
             use_cache=False,

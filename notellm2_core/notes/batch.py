@@ -25,13 +25,13 @@ from notellm2_core.notes.text import (
     PROMPTS,
     VISUAL_WORD_TOKEN,
     Field,
+    InputKind,
     Mark,
     PromptName,
     field_text,
     max_field_tokens,
 )
 
-InputKind = Literal["multimodal", "image", "text"]
 _SETTINGS_FILE = "processor_config.json"  # where AutoProcessor looks
 
 

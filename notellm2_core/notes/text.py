@@ -19,7 +19,8 @@ TOKENS_PER_WORD = 4  # a field of w words may take 4 w tokens: a "word" of 100,0
 CHARACTERS_PER_TOKEN = 32  # beyond this many characters per token nothing is even looked at
 
 FieldName = Literal["title", "topic", "content"]
-PromptName = Literal["basic", "micl"]
+PromptName = Literal["basic", "micl", "text"]
+InputKind = Literal["multimodal", "image", "text"]  # what of a note is read
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ PROMPTS: dict[PromptName, tuple[str | Field | Mark, ...]] = {
         "Note content: {'image': ", _IMAGE, '}, Compress this note into one word: "', Mark(VISUAL_WORD_TOKEN),
         '". Note content: {', *_TEXT_FIELDS, '. Compress this note into one word: "',
     ),
+    # Section 4.1, "only late fusion ... without inputting image embeddings into LLMs": the basic prompt without them.
+    "text": ("Note content: {", *_TEXT_FIELDS, '. Compress this note into one word:"'),
 }  # fmt: skip
 
 # Kana, Han (with extensions and compatibility forms), Bopomofo, and the full-width punctuation between them. Korean

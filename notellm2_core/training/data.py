@@ -20,20 +20,22 @@ from notellm2_core.config import Config
 from notellm2_core.notes.batch import EncodedNote, MLRMProcessor, NoteBatch
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
 from notellm2_core.notes.records import Note, read_notes
+from notellm2_core.notes.text import InputKind
 from notellm2_core.training.feature_table import FeatureTable
 
 _LOOKAHEAD_BATCHES = 4  # how long a pair may wait for a batch that has neither of its notes
 
 
 @dataclass(frozen=True)
-class KnownPositives:
-    """[N, N] bool masks for `note_losses`: rows that belong together, by their pair, their note or what they show."""
+class RowFacts:
+    """What the losses have to know of the N rows of a batch, by kind of input."""
 
-    multimodal: Tensor
-    visual: Tensor
+    has: Mapping[str, Tensor]  # [N] bool: "image", "text"
+    known: Mapping[str, Tensor] | None  # [N, N] bool: rows that belong together, by their pair, note or what they show
 
-    def to(self, device: torch.device) -> "KnownPositives":
-        return KnownPositives(self.multimodal.to(device), self.visual.to(device))
+    def to(self, device: torch.device) -> "RowFacts":
+        known = None if self.known is None else {k: v.to(device) for k, v in self.known.items()}
+        return RowFacts({k: v.to(device) for k, v in self.has.items()}, known)
 
 
 class TrainingData:
@@ -55,11 +57,12 @@ class TrainingData:
             raise ValueError(f"{len(missing)} notes of the pairs are not among the notes, the first is {missing[0]!r}")
         self._processor = processor
         self._notes = [notes[n] for n in self.note_ids]
-        self._encoded: dict[int, EncodedNote] = {}  # each note is tokenised once, when a batch first asks for it
+        self._encoded: dict[tuple[int, InputKind], EncodedNote] = {}  # tokenised once, when a batch first asks for it
         self._features = features
         image_ids = [images.get(n) for n in self.note_ids]
         self._feature_rows = np.array([features.row(i) for i in image_ids], dtype=np.int64)  # [notes]; -1: no image
         self._texts = _codes([(n.title, n.topics, n.content) for n in self._notes])
+        self._has_text = np.array([any((n.title, *n.topics, n.content)) for n in self._notes])
         self.train_pairs = self._numbers(train_pairs)  # [P, 2]
         self.validation_pairs = self._numbers(validation_pairs)
         pairs = np.concatenate([self.train_pairs, self.validation_pairs])
@@ -74,21 +77,24 @@ class TrainingData:
     def has_image(self, rows: np.ndarray) -> np.ndarray:
         return self._feature_rows[rows] >= 0
 
-    def note_batch(self, rows: np.ndarray) -> NoteBatch:
-        """The model input of these notes, padded to the longest of them."""
-        for row in rows:
-            if row not in self._encoded:
-                self._encoded[row] = self._processor.encode(self._notes[row])
+    def note_batch(self, rows: np.ndarray, inputs: Sequence[InputKind] = ("multimodal",)) -> NoteBatch:
+        """The model input of these notes, padded to the longest of them; once for each kind of input, one after the
+        other.
+        """
+        encoded = [self._encode(row, kind) for kind in inputs for row in rows.tolist()]
+        rows = np.tile(rows, len(inputs))
         patches, global_feature = self._features.take(self._feature_rows[rows])
-        encoded = [self._encoded[row] for row in rows]
         return self._processor.collate(encoded, patches, global_feature, self.has_image(rows))
 
-    def known_positives(self, rows: np.ndarray) -> KnownPositives:
-        """Which rows of a batch are no negatives of each other: related in either direction, or the same.
+    def facts(self, rows: np.ndarray, mask_known_positives: bool = True) -> RowFacts:
+        """Which rows have an image, a text, and, where asked for, which are no negatives of each other.
 
-        The same for L^m is the same note, or the same text with the same image (or both without). For L^v the same
-        image is enough.
+        These are related in either direction, or the same: the same note; for the multimodal input, the same text with
+        the same image (or both without); for the image or the text alone, the same image or the same text.
         """
+        has = {"image": torch.from_numpy(self.has_image(rows)), "text": torch.from_numpy(self._has_text[rows])}
+        if not mask_known_positives:
+            return RowFacts(has, None)
         graph, size = self._related, len(self.note_ids)
         numbers = rows[:, None] * size + rows[None, :]  # [N, N]
         related = graph[np.searchsorted(graph, numbers).clip(max=len(graph) - 1)] == numbers
@@ -96,9 +102,18 @@ class TrainingData:
         same_note = rows[:, None] == rows[None, :]
         same_image = images[:, None] == images[None, :]
         same_text = texts[:, None] == texts[None, :]
-        multimodal = related | same_note | (same_text & same_image)
-        visual = related | same_note | (same_image & (images >= 0)[:, None])
-        return KnownPositives(torch.from_numpy(multimodal), torch.from_numpy(visual))
+        together = related | same_note
+        known = {
+            "multimodal": together | (same_text & same_image),
+            "image": together | (same_image & (images >= 0)[:, None]),
+            "text": together | (same_text & self._has_text[rows][:, None]),
+        }
+        return RowFacts(has, {kind: torch.from_numpy(mask) for kind, mask in known.items()})
+
+    def _encode(self, row: int, inputs: InputKind) -> EncodedNote:
+        if (row, inputs) not in self._encoded:
+            self._encoded[row, inputs] = self._processor.encode(self._notes[row], inputs)
+        return self._encoded[row, inputs]
 
     def _numbers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         number = {n: i for i, n in enumerate(self.note_ids)}

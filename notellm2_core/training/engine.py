@@ -182,8 +182,9 @@ def make_engine(model: MLRMModel, config: Config, precision: Precision) -> Any:
     on_gpu = torch.cuda.is_available()
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with_visual = "visual" in get_method(config.model.method).losses
-    step = TrainingStep(model, training.alpha, with_visual, autocast=precision == "bf16" and not on_gpu)
+    autocast = precision == "bf16" and not on_gpu
+    method, dims = get_method(config.model.method), config.model.matryoshka_dims
+    step = TrainingStep(model, method, training.alpha, dims, autocast)
     engine, *_ = import_deepspeed().initialize(
         model=step,
         model_parameters=optimizer_groups(model.parameter_groups(), training),

@@ -15,6 +15,7 @@ from torch import Tensor
 from notellm2_core.config import Config
 from notellm2_core.lake import fingerprint, write_atomically
 from notellm2_core.model.build import build_model
+from notellm2_core.model.methods import get_method
 from notellm2_core.recipe import FREE_TRAINING_SETTINGS, TEXT_SETTINGS
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints, held, open_work
@@ -111,16 +112,16 @@ def _train(
     work: Path,
 ) -> None:
     training, rank, num_ranks = config.training, dist.get_rank(), dist.get_world_size()
+    inputs = get_method(config.model.method).inputs
     validation_pairs = validation_sample(data, config.seed)
     for step in range(first_step, training.num_steps):
         # A step's random numbers depend on the seed, the step and the rank alone, so a resume restores none.
         torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
         rows = data.train_pairs[batches[step]].reshape(-1)  # [2B], pair k in rows 2k and 2k + 1
-        batch = data.note_batch(rank_slice(rows, rank, num_ranks)).to(device)  # this rank's 2B / R notes
-        known = data.known_positives(rows).to(device) if training.mask_known_positives else None
-        has_image = torch.from_numpy(data.has_image(rows)).to(device)
+        batch = data.note_batch(rank_slice(rows, rank, num_ranks), inputs).to(device)  # this rank's 2B / R notes
+        facts = data.facts(rows, training.mask_known_positives).to(device)
 
-        embedded, losses, tau = engine(batch, known, has_image)  # Eq. 9 over all 2B rows, the same on every rank
+        embedded, losses, tau = engine(batch, facts)  # the loss over all 2B rows, the same on every rank
         _require_finite("loss", losses.total.item(), step, data, batches[step], work)
         engine.backward(losses.total)
         factor = engines.learning_rate_factor(step, training.num_steps, training.warmup_ratio)
@@ -168,6 +169,8 @@ def _figures(losses: Losses, tau: Tensor, gate_mean: Tensor | None, rate: float,
     figures = {"loss": losses.total.item(), "loss_m": losses.multimodal.item()}
     if losses.visual is not None:
         figures["loss_v"] = losses.visual.item()
+    if losses.cross is not None:
+        figures["loss_cross"] = losses.cross.item()
     figures["tau"] = tau.item()
     if gate_mean is not None:
         figures["gate_mean"] = gate_mean.item()
@@ -205,7 +208,7 @@ def _facts(progress: Progress, config: Config, data: TrainingData, precision: st
         "loss_first": losses[0],
         "loss_last": losses[-1],
     }
-    for key in ("loss_m", "loss_v", "tau", "gate_mean", "validation_loss", "validation_recall_at_10"):
+    for key in ("loss_m", "loss_v", "loss_cross", "tau", "gate_mean", "validation_loss", "validation_recall_at_10"):
         if series := progress.series(key):
             facts[key] = series[-1]
     return facts

@@ -1,4 +1,4 @@
-"""The contrastive losses: Eq. 1, 8 and 9 as pure functions over the 2B notes of a global batch.
+"""The contrastive losses: Eq. 1, 8, 9 and Omni-Retrieval as pure functions over the 2B notes of a global batch.
 
 Rows 2k and 2k + 1 are the two notes of pair k, so the positive of row i is row `i ^ 1`.
 
@@ -6,6 +6,7 @@ Shapes: N = 2B notes, D = width of an embedding.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,15 +18,21 @@ MAX_TAU = math.log(100)  # the similarity scale e^tau never exceeds 100
 
 @dataclass
 class Losses:
-    """Eq. 9 and its parts, scalars in fp32."""
+    """What is minimised and its parts, scalars in fp32."""
 
     total: Tensor
     multimodal: Tensor  # L^m
-    visual: Tensor | None  # L^v (Eq. 8); None where the method has no visual embedding
+    visual: Tensor | None = None  # L^v (Eq. 8); None where the method has no visual embedding
+    cross: Tensor | None = None  # the other eight terms of Omni-Retrieval
 
 
 def contrastive_loss(
-    embeddings: Tensor, tau: Tensor, known: Tensor | None = None, valid: Tensor | None = None
+    embeddings: Tensor,
+    tau: Tensor,
+    known: Tensor | None = None,
+    valid: Tensor | None = None,
+    targets: Tensor | None = None,
+    valid_targets: Tensor | None = None,
 ) -> Tensor:
     """Eq. 1: every note finds its related note among the 2B - 1 others of the batch; the mean over the notes.
 
@@ -42,6 +49,8 @@ def contrastive_loss(
             taken out of the denominator. The diagonal and the positives are handled here whatever `known` says.
         valid: [N] bool, rows that have an embedding (None: all). The others are neither queries nor negatives, and a
             row whose positive has none is no query either.
+        targets, valid_targets: [N, D] and [N] bool, other embeddings of the same notes, among which the related note
+            is to be found (None: `embeddings` and `valid`). A note's own other embedding is left out like itself.
 
     Returns a scalar; 0 (with a gradient of 0) where no row is a query. Raises ValueError for an odd N.
     """
@@ -52,14 +61,18 @@ def contrastive_loss(
     positive = rows ^ 1
     with torch.autocast(embeddings.device.type, enabled=False):
         unit = functional.normalize(embeddings.float(), dim=-1)  # [N, D]
-        scores = unit @ unit.T * tau.float().exp()  # [N, N]
+        others = unit if targets is None else functional.normalize(targets.float(), dim=-1)  # [N, D]
+        scores = unit @ others.T * tau.float().exp()  # [N, N]
         left_out = torch.eye(num_rows, dtype=torch.bool, device=embeddings.device)  # i is not compared to itself
         if known is not None:
             left_out = left_out | known
         queries = torch.ones_like(rows, dtype=torch.bool)
+        columns = valid if targets is None else valid_targets
+        if columns is not None:
+            left_out = left_out | ~columns
+            queries = columns[positive]
         if valid is not None:
-            left_out = left_out | ~valid  # as columns
-            queries = valid & valid[positive]  # as rows
+            queries = queries & valid
         left_out = left_out.scatter(1, positive[:, None], False)
         # A finite fill, not -inf: rows that are no queries must not turn the gradient into NaN.
         log_denominator = scores.masked_fill(left_out, torch.finfo(torch.float32).min).logsumexp(dim=1)  # [N]
@@ -87,9 +100,40 @@ def note_losses(
     """
     loss_m = contrastive_loss(multimodal, tau, known_multimodal)
     if visual is None:
-        return Losses(loss_m, loss_m, None)
+        return Losses(loss_m, loss_m)
     loss_v = contrastive_loss(visual, tau, known_visual, has_image)
     return Losses((loss_v + alpha * loss_m) / (1 + alpha), loss_m, loss_v)
+
+
+def omni_losses(
+    views: Mapping[str, Tensor],
+    tau: Tensor,
+    known: Mapping[str, Tensor] | None = None,
+    valid: Mapping[str, Tensor] | None = None,
+) -> Losses:
+    """Omni-Retrieval (Yu et al. 2022, "nine cross-modal and cross-pair retrieval tasks"): the mean of Eq. 1 over all
+    ordered pairs (a, b) of inputs, where the related note's b is to be found by a note's a.
+
+    Worked example: with one-hot views that are equal for related notes and the same for all inputs, each of the nine
+    terms is Eq. 1 of one view, and so is their mean.
+
+    Args:
+        views: [N, D] for each of "multimodal", "image", "text": the same notes with that input alone.
+        known: [N, N] bool by input, see `contrastive_loss`. Within an input, its own; across two, the multimodal one:
+            the same picture under another text is a false negative of a picture, not of a text.
+        valid: [N] bool by input, the notes that have it; an input that is not named here, all have.
+    """
+    known, valid = known or {}, valid or {}
+    terms = {
+        (a, b): contrastive_loss(
+            views[a], tau, known.get(a if a == b else "multimodal"), valid.get(a), views[b], valid.get(b)
+        )
+        for a in views
+        for b in views
+    }
+    multimodal = terms.pop(("multimodal", "multimodal"))
+    cross = torch.stack(list(terms.values()))
+    return Losses((multimodal + cross.sum()) / (1 + len(cross)), multimodal, cross=cross.mean())
 
 
 class _CappedTau(torch.autograd.Function):

@@ -2,9 +2,11 @@
 step counts can afford a random start; a short run of a small model cannot (docs/paper_map.md). All of it is a setting.
 
 1. gate bias: below zero, the gate of Eq. 7 starts nearer to the LLM's state.
-2. PCA projector: raw last-token states are collapsed (mean cosine 0.94 to 0.999). The projector starts as the principal
+2. visual-token gain: the visual embeddings E_v start with this multiple of the word embeddings' length; a random
+   connector's are shorter or longer by chance, and the LLM's first layer reads them accordingly.
+3. PCA projector: raw last-token states are collapsed (mean cosine 0.94 to 0.999). The projector starts as the principal
    directions of the LLM's states with the common part taken out, so that embeddings start spread out.
-3. fusion scale: behind the projector, the late-fusion branch v gets this share of the spread of the LLM's state, so
+4. fusion scale: behind the projector, the late-fusion branch v gets this share of the spread of the LLM's state, so
    neither drowns the other. Before it the two cannot be compared: the LLM's spread lies in a few of its dimensions,
    the branch's in all of them.
 
@@ -43,7 +45,7 @@ def apply_start(model: MLRMModel, processor: MLRMProcessor, data: TrainingData, 
     if model.fusion is not None:
         with torch.no_grad():
             model.fusion.gate.bias.fill_(start.gate_bias)
-    if start.fusion_scale is None and not start.pca_projector:
+    if start.fusion_scale is None and start.visual_token_gain is None and not start.pca_projector:
         return
     notes = data.train_notes
     chosen = np.random.default_rng([config.seed, 1]).permutation(notes)[: start.num_pca_notes]
@@ -52,6 +54,8 @@ def apply_start(model: MLRMModel, processor: MLRMProcessor, data: TrainingData, 
     was_training = model.training
     nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     model.eval()
+    if start.visual_token_gain is not None:
+        scale_visual_words(model, data, chosen, start.visual_token_gain)
     states, branch = _states(model, data, chosen)
     if start.pca_projector:
         set_pca(model.projector, states)
@@ -102,6 +106,29 @@ def centre(projector: nn.Linear, states: Tensor) -> None:
     """Set the bias so that the mean of `states` [n, h] is mapped to 0."""
     mean = states.double().cpu().mean(dim=0)
     projector.bias.copy_(-projector.weight.double().cpu() @ mean)
+
+
+@torch.no_grad()
+def scale_visual_words(model: MLRMModel, data: TrainingData, rows: np.ndarray, gain: float) -> None:
+    """Scale the connector's last layer: the visual embeddings of these notes get `gain` times the length of a word's.
+
+    Lengths are root mean squares, over the pictures' visual embeddings and over the notes' tokens. Does nothing where
+    no note has a picture, or the prompt has no place for one.
+    """
+    if model.connector is None:
+        return
+    device = next(model.parameters()).device
+    visual, words = [], []
+    for i in range(0, len(rows), _BATCH_NOTES):
+        batch = data.note_batch(rows[i : i + _BATCH_NOTES]).to(device)
+        visual.append(model.connector(batch.patches[batch.has_image]).square().sum(-1).flatten())
+        text = batch.attention_mask.bool() & ~batch.image_mask
+        words.append(model.get_input_embeddings()(batch.input_ids[text]).square().sum(-1))
+    if not len(of_visual := torch.cat(visual)):
+        return
+    factor = gain * (torch.cat(words).mean() / of_visual.mean()).sqrt()
+    for weight in model.connector.last.parameters():
+        weight.mul_(factor)
 
 
 @torch.no_grad()

@@ -1,57 +1,82 @@
 """What one training step computes, as one module: DeepSpeed hooks its forward and finds every weight in it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from notellm2_core.model.methods import Method
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.batch import NoteBatch
-from notellm2_core.training.data import KnownPositives
+from notellm2_core.training.data import RowFacts
 from notellm2_core.training.gather import gather
-from notellm2_core.training.losses import Losses, capped_tau, note_losses
+from notellm2_core.training.losses import Losses, capped_tau, note_losses, omni_losses
+
+Views = Mapping[str, Tensor]  # [N, D] each: "multimodal", and "visual" (n_v) or "image" and "text" (other inputs)
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """The rows of all ranks: [N, D] each, fp32, not normalised; `gate_mean` is this rank's."""
+    """The rows of all ranks, fp32, not normalised; `gate_mean` is this rank's."""
 
-    multimodal: Tensor
-    visual: Tensor | None
+    views: Views
     gate_mean: Tensor | None
 
 
 class TrainingStep(nn.Module):
-    """MLRM -> gather -> Eq. 9."""
+    """MLRM -> gather -> the method's loss."""
 
-    def __init__(self, model: MLRMModel, alpha: float, with_visual: bool, autocast: bool) -> None:
-        """`with_visual`: the method has L^v. `autocast`: the model's forward runs under torch's bf16 autocast."""
+    def __init__(
+        self, model: MLRMModel, method: Method, alpha: float, dims: Sequence[int] = (), autocast: bool = False
+    ) -> None:
+        """`dims`: shorter embeddings that are trained too. `autocast`: the forward runs under torch's bf16 autocast."""
         super().__init__()
         self.model = model
+        self.method = method
         self.alpha = alpha
-        self.with_visual = with_visual
+        self.dims = tuple(dims)
         self.autocast = autocast
 
     def forward(
-        self,
-        batch: NoteBatch,
-        known: KnownPositives | None = None,
-        has_image: Tensor | None = None,
-        embed_only: bool = False,
+        self, batch: NoteBatch, facts: RowFacts | None = None, embed_only: bool = False
     ) -> tuple[Embedded, Losses | None, Tensor | None]:
         """Embeddings of the global batch, its losses and the tau they were computed with (None with `embed_only`).
 
-        `batch` holds this rank's rows; `known` and `has_image` [N] are of the global batch.
+        `batch` holds this rank's rows, once for each of the method's inputs; `facts` are of the global batch.
         """
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
             output = self.model(batch)
-        views = [output.multimodal, output.visual] if self.with_visual else [output.multimodal]
-        rows = gather(torch.cat([view.float() for view in views], dim=1))  # one gather for both views
-        multimodal, *rest = rows.split(output.multimodal.shape[1], dim=1)
-        embedded = Embedded(multimodal, rest[0] if rest else None, output.gate_mean)
+        views = dict(zip(self.method.inputs, output.multimodal.chunk(len(self.method.inputs)), strict=True))
+        if "visual" in self.method.losses:
+            assert output.visual is not None
+            views["visual"] = output.visual
+        rows = gather(torch.cat([view.float() for view in views.values()], dim=1))  # one gather for all views
+        embedded = Embedded(dict(zip(views, rows.chunk(len(views), dim=1), strict=True)), output.gate_mean)
         if embed_only:
             return embedded, None, None
+        assert facts is not None
         tau = capped_tau(self.model.tau)
-        known_m, known_v = (known.multimodal, known.visual) if known is not None else (None, None)
-        losses = note_losses(embedded.multimodal, embedded.visual, tau, self.alpha, known_m, known_v, has_image)
-        return embedded, losses, tau.detach()
+        return embedded, method_losses(self.method, embedded.views, tau, self.alpha, facts, self.dims), tau.detach()
+
+
+def method_losses(
+    method: Method, views: Views, tau: Tensor, alpha: float, facts: RowFacts, dims: Sequence[int] = ()
+) -> Losses:
+    """The method's loss on `views`; with `dims` (Matryoshka, Kusupati et al. 2022) the mean over it and over that of
+    the first d numbers of each embedding, for each d. The parts are those of the whole embeddings.
+    """
+    losses = _losses(method, views, tau, alpha, facts)
+    shorter = [_losses(method, {k: v[:, :d] for k, v in views.items()}, tau, alpha, facts).total for d in dims]
+    losses.total = torch.stack([losses.total, *shorter]).mean()
+    return losses
+
+
+def _losses(method: Method, views: Views, tau: Tensor, alpha: float, facts: RowFacts) -> Losses:
+    known = facts.known or {}
+    if "omni" in method.losses:
+        return omni_losses(views, tau, known, facts.has)
+    return note_losses(
+        views["multimodal"], views.get("visual"), tau, alpha, known.get("multimodal"), known.get("image"),
+        facts.has["image"],
+    )  # fmt: skip

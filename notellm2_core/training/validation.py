@@ -1,9 +1,10 @@
-"""How good the model is on the validation pairs: Eq. 9 and recall@10 among the validation notes.
+"""How good the model is on the validation pairs: the loss and recall@10 among the validation notes.
 
 Shapes: V pairs over n notes, D width of an embedding.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from notellm2_core.config import Config
+from notellm2_core.model.methods import Method, get_method
 from notellm2_core.training.data import TrainingData, rank_slice
-from notellm2_core.training.losses import capped_tau, note_losses
+from notellm2_core.training.losses import capped_tau
 from notellm2_core.training.save import gathered
+from notellm2_core.training.step import method_losses
 
 MAX_PAIRS = 1024  # enough for 2 points of recall, and quick
 RECALL_K = 10
@@ -34,20 +37,20 @@ def validate(
     """`validation_loss` and `validation_recall_at_10` on `pairs` [V, 2]; the notes are shared out over the ranks."""
     notes, places = np.unique(pairs, return_inverse=True)  # [n], [V, 2]
     engine.eval()
-    multimodal, visual = _embed(engine, data, notes, config.training.batch_pairs * 2, device)
+    method = get_method(config.model.method)
+    views = _embed(engine, data, notes, config.training.batch_pairs * 2, method, device)
     tau = _tau(engine)
     engine.train()
     total = 0.0
     for i in range(0, len(pairs), config.training.batch_pairs):
         batch = places[i : i + config.training.batch_pairs].reshape(-1)
-        known = data.known_positives(notes[batch])
-        has_image = torch.from_numpy(data.has_image(notes[batch]))
-        views = multimodal[batch], None if visual is None else visual[batch]
-        losses = note_losses(*views, tau, config.training.alpha, known.multimodal, known.visual, has_image)
+        rows = {name: view[batch] for name, view in views.items()}
+        dims = config.model.matryoshka_dims
+        losses = method_losses(method, rows, tau, config.training.alpha, data.facts(notes[batch]), dims)
         total += losses.total.item() * len(batch)
     return {
         "validation_loss": total / places.size,
-        f"validation_recall_at_{RECALL_K}": recall_at(multimodal, torch.from_numpy(places), RECALL_K),
+        f"validation_recall_at_{RECALL_K}": recall_at(views["multimodal"], torch.from_numpy(places), RECALL_K),
     }
 
 
@@ -73,16 +76,15 @@ def _tau(engine: Any) -> Tensor:
 
 
 def _embed(
-    engine: Any, data: TrainingData, notes: np.ndarray, batch_notes: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Both views of `notes`, [n, D] on the CPU. Every rank runs the same number of batches; the last repeats notes."""
+    engine: Any, data: TrainingData, notes: np.ndarray, batch_notes: int, method: Method, device: torch.device
+) -> dict[str, Tensor]:
+    """Every view of `notes`, [n, D] each, on the CPU. Every rank runs the same number of batches; the last repeats notes."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    multimodal, visual = [], []
+    parts: list[Mapping[str, Tensor]] = []
     for i in range(0, len(notes), batch_notes):
         part = notes[i : i + batch_notes]
         rows = np.resize(part, math.ceil(len(part) / num_ranks) * num_ranks)
-        embedded, _, _ = engine(data.note_batch(rank_slice(rows, rank, num_ranks)).to(device), embed_only=True)
-        multimodal.append(embedded.multimodal[: len(part)].cpu())
-        if embedded.visual is not None:
-            visual.append(embedded.visual[: len(part)].cpu())
-    return torch.cat(multimodal), torch.cat(visual) if visual else None
+        batch = data.note_batch(rank_slice(rows, rank, num_ranks), method.inputs)
+        embedded, _, _ = engine(batch.to(device), embed_only=True)
+        parts.append({name: view[: len(part)].cpu() for name, view in embedded.views.items()})
+    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}

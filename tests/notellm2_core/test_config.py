@@ -50,7 +50,10 @@ def test_the_defaults_are_the_papers() -> None:
         ("pairs: {bounds: quantile, low: 0.1, up: 30}", "shares in"),
         ("window: {test_days: null}", "needs split.by = hash"),
         ("training: {batch_pairs: 9, num_ranks: 2}", "not a multiple"),
-        ("model: {llm: {name: tiny}, method: notelm}", "model.method: Input should be 'basic' or 'notellm2'"),
+        (
+            "model: {llm: {name: tiny}, method: notelm}",
+            "model.method: Input should be 'basic', 'micl', 'late_fusion', 'notellm2'",
+        ),
         ("source: {ignored_events: [share, click]}", "click is in ignored_events and in"),
         ("seed: [", "is not YAML"),
         ("on: 1", "Keys should be strings"),  # to YAML, `on` is a truth value

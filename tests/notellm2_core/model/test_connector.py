@@ -2,14 +2,14 @@ import pytest
 import torch
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from notellm2_core.model.connector import Connector, QFormer, QFormerSizes
+from notellm2_core.model.connector import Connector, ConnectorSizes, QFormer
 
-BASE = QFormerSizes(16, 6, 768, 12, 3072, 2, vision_width=768)
-BIGG = QFormerSizes(16, 6, 1536, 12, 3072, 2, vision_width=1664)
+BASE = ConnectorSizes(16, 6, 768, 12, 3072, 2, vision_width=768)
+BIGG = ConnectorSizes(16, 6, 1536, 12, 3072, 2, vision_width=1664)
 
 
 @pytest.mark.parametrize(("sizes", "expected"), [(BASE, 49_620_480), (BIGG, 142_869_504)])
-def test_parameter_counts_are_the_papers(sizes: QFormerSizes, expected: int) -> None:
+def test_parameter_counts_are_the_papers(sizes: ConnectorSizes, expected: int) -> None:
     """Table 9. Counted is all but the queries (16 h); with width h, inner width f and encoder width e:
 
     self-attention     4 (h h + h) + 2 h                    h = 768: 2,363,904     h = 1536:  9,446,400
@@ -27,7 +27,7 @@ def test_parameter_counts_are_the_papers(sizes: QFormerSizes, expected: int) -> 
 def test_parity_with_blip2() -> None:
     """The same weights in transformers' Q-Former give the same output and the same gradients."""
     torch.manual_seed(0)
-    ours = QFormer(QFormerSizes(5, 3, 24, 4, 48, 2, vision_width=10))
+    ours = QFormer(ConnectorSizes(5, 3, 24, 4, 48, 2, vision_width=10))
     theirs = Blip2QFormerModel(
         Blip2QFormerConfig(
             hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
@@ -77,7 +77,7 @@ def test_parity_with_blip2() -> None:
 def test_queries_start_apart_and_the_order_of_patches_does_not_matter() -> None:
     """Queries N(0, 0.02): 16 x 768 draws have a standard deviation within 2 % of it."""
     torch.manual_seed(0)
-    connector = Connector(QFormerSizes(16, 1, 768, 12, 64, 2, vision_width=8), llm_width=32)
+    connector = Connector(ConnectorSizes(16, 1, 768, 12, 64, 2, vision_width=8), llm_width=32)
     assert connector.qformer.queries.std().item() == pytest.approx(0.02, rel=0.02)
     patches = torch.randn(1, 9, 8)
     out = connector(patches)
@@ -88,7 +88,7 @@ def test_queries_start_apart_and_the_order_of_patches_does_not_matter() -> None:
 
 def test_dropout_acts_in_training_only() -> None:
     torch.manual_seed(0)
-    connector = Connector(QFormerSizes(2, 2, 8, 2, 16, 1, vision_width=4, dropout=0.5), llm_width=8)
+    connector = Connector(ConnectorSizes(2, 2, 8, 2, 16, 1, vision_width=4, dropout=0.5), llm_width=8)
     patches = torch.randn(1, 3, 4)
     assert not torch.equal(connector(patches), connector(patches))
     connector.eval()

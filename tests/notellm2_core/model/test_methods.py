@@ -1,22 +1,43 @@
+from typing import get_args
+
 import pytest
 
+from notellm2_core.config import Model
 from notellm2_core.model.methods import METHODS, get_method
-from notellm2_core.notes.text import PROMPTS
+from notellm2_core.notes.text import IMAGE_TOKEN, PROMPTS, VISUAL_WORD_TOKEN, Mark
 
 
 def test_rows_are_the_papers() -> None:
-    """Section 2.2: one word, one loss. Section 3: two words, fusion, two losses."""
-    basic, notellm2 = get_method("basic"), get_method("notellm2")
-    assert (basic.prompt, basic.late_fusion, basic.losses) == ("basic", False, ("multimodal",))
-    assert (notellm2.prompt, notellm2.late_fusion, notellm2.losses) == ("micl", True, ("visual", "multimodal"))
+    """Table 4 as section 4.1 describes its rows: image in the prompt, visual word, fusion, losses."""
+    rows = {
+        name: (
+            Mark(IMAGE_TOKEN) in PROMPTS[m.prompt], Mark(VISUAL_WORD_TOKEN) in PROMPTS[m.prompt], m.late_fusion, m.losses
+        )
+        for name, m in METHODS.items()
+    }  # fmt: skip
+    assert rows == {
+        "basic": (True, False, False, ("multimodal",)),
+        "micl": (True, True, False, ("visual", "multimodal")),
+        "late_fusion": (True, False, True, ("multimodal",)),
+        "notellm2": (True, True, True, ("visual", "multimodal")),
+        "only_late_fusion": (False, False, True, ("multimodal",)),
+        "omni_retrieval": (True, False, False, ("omni",)),
+    }
 
 
-def test_a_visual_loss_needs_the_visual_word() -> None:
+def test_what_follows_from_the_switches() -> None:
     for method in METHODS.values():
-        assert method.prompt in PROMPTS
-        assert "visual" not in method.losses or method.prompt == "micl"
+        assert method.visual_prompt == (Mark(IMAGE_TOKEN) in PROMPTS[method.prompt])
+        assert "visual" not in method.losses or method.prompt == "micl"  # L_v needs n_v
+        assert method.inputs == (("multimodal", "image", "text") if method.losses == ("omni",) else ("multimodal",))
+
+
+def test_the_configuration_knows_the_same_names() -> None:
+    assert set(get_args(Model.model_fields["method"].annotation)) == set(METHODS)
 
 
 def test_unknown_name_lists_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"'notellm3'; choose one of basic, notellm2"):
+    with pytest.raises(
+        ValueError, match=r"'notellm3'; choose one of basic, micl, late_fusion, notellm2, only_late_fus"
+    ):
         get_method("notellm3")

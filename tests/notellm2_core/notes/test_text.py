@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from notellm2_core.config import Text
 from notellm2_core.notes.records import Note
-from notellm2_core.notes.text import IMAGE_TOKEN, PROMPTS, Field, Mark, escape, field_text, truncate_words
+from notellm2_core.notes.text import PROMPTS, Field, Mark, escape, field_text, truncate_words
 
 
 def rendered(prompt: str) -> str:
@@ -25,7 +25,9 @@ def test_prompts_are_the_papers() -> None:
         "Note content: {'image': <IMG>}, Compress this note into one word: \"<IMG_EMB>\". "
         "Note content: {'title': 'title', 'topic': 'topic', 'content': 'content'}. Compress this note into one word: \""
     )
-    assert all(p.count(Mark(IMAGE_TOKEN)) == 1 for p in PROMPTS.values())
+    assert rendered("text") == (
+        "Note content: {'title': 'title', 'topic': 'topic', 'content': 'content'}. Compress this note into one word:\""
+    )
 
 
 @pytest.mark.parametrize(

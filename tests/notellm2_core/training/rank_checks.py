@@ -33,7 +33,7 @@ def step(engine: Any, data: TrainingData, rows: np.ndarray, index: int, grads: b
 
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     batch = data.note_batch(rank_slice(rows, rank, num_ranks))
-    _, losses, _ = engine(batch, data.known_positives(rows), torch.from_numpy(data.has_image(rows)))
+    _, losses, _ = engine(batch, data.facts(rows))
     engine.backward(losses.total)
     model = engine.module.model
     found = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters()} if grads else {}

@@ -64,10 +64,10 @@ def test_ranks_share_a_batch_in_order() -> None:
 @pytest.fixture
 def small() -> TrainingData:
     """a-b and b-c are pairs; d has c's image; e has a's text and image; f has a's text and no image, as has g."""
-    text = {"a": "x", "b": "y", "c": "z", "d": "w", "e": "x", "f": "x", "g": "x", "h": "q"}
+    text = {"a": "x", "b": "y", "c": "z", "d": "w", "e": "x", "f": "x", "g": "x", "h": ""}
     images = {"a": "i1", "b": "i2", "c": "i3", "d": "i3", "e": "i1", "f": None, "g": None, "h": None}
     notes = {n: Note(n, t, (), "") for n, t in text.items()}
-    table = FeatureTable(np.zeros((3, 2, 4), np.float16), {"i1": 0, "i2": 1, "i3": 2})
+    table = FeatureTable(np.zeros((3, 17, 32), np.float16), {"i1": 0, "i2": 1, "i3": 2})
     pairs = [("a", "b"), ("b", "c"), ("d", "h"), ("e", "h"), ("f", "h"), ("g", "h")]
     _, processor = build_model(tiny_config(), Path())
     return TrainingData(processor, notes, images, table, pairs)
@@ -76,7 +76,8 @@ def small() -> TrainingData:
 def test_known_positives(small: TrainingData) -> None:
     """Each expected pair of rows is there for one reason, in both directions; everything else is a negative."""
     rows = np.array([small.note_ids.index(n) for n in "abcdefga"])
-    known = small.known_positives(rows)
+    known = small.facts(rows).known
+    assert known is not None and small.facts(rows, mask_known_positives=False).known is None
 
     def matrix(pairs: list[str]) -> torch.Tensor:
         m = torch.eye(8, dtype=torch.bool)
@@ -87,8 +88,22 @@ def test_known_positives(small: TrainingData) -> None:
         return m
 
     graph_and_self = ["ab", "bc", "aa"]
-    assert (known.multimodal == matrix([*graph_and_self, "ae", "fg"])).all()  # text and image equal, or none
-    assert (known.visual == matrix([*graph_and_self, "ae", "cd"])).all()  # the image alone; no image is no image
+    assert (known["multimodal"] == matrix([*graph_and_self, "ae", "fg"])).all()  # text and image equal, or none
+    assert (known["image"] == matrix([*graph_and_self, "ae", "cd"])).all()  # the image alone; no image is no image
+    assert (known["text"] == matrix([*graph_and_self, "ae", "af", "ag", "ef", "eg", "fg"])).all()
+    has = small.facts(np.array([small.note_ids.index(n) for n in "afh"])).has
+    assert (has["image"].tolist(), has["text"].tolist()) == ([True, False, False], [True, True, False])
+
+
+def test_a_batch_of_several_inputs(small: TrainingData) -> None:
+    """Notes a and f as a whole, then by their image, then by their text: f has no image, the text hides a's."""
+    rows = np.array([small.note_ids.index(n) for n in "af"])
+    batch = small.note_batch(rows, ("multimodal", "image", "text"))
+    assert batch.has_image.tolist() == [True, False, True, False, False, False]
+    assert torch.equal(batch.input_ids[2], batch.input_ids[3])  # no text is left
+    assert torch.equal(batch.input_ids[0], batch.input_ids[4])  # the template stays
+    one = small.note_batch(rows)
+    assert torch.equal(batch.input_ids[:2, : one.input_ids.shape[1]], one.input_ids)
 
 
 @given(st.integers(1, 12), st.integers(0, 1000))
@@ -99,7 +114,7 @@ def test_related_in_either_direction_equals_a_loop(num_pairs: int, seed: int) ->
     table = FeatureTable(np.zeros((0, 2, 4), np.float16), {})
     data = TrainingData(None, notes, {}, table, pairs)  # type: ignore[arg-type]
     rows = np.arange(len(data.note_ids))
-    known = data.known_positives(rows).multimodal
+    known = data.facts(rows).known["multimodal"]
     for i, a in enumerate(data.note_ids):
         for j, b in enumerate(data.note_ids):
             assert known[i, j].item() == (a == b or (a, b) in pairs or (b, a) in pairs)

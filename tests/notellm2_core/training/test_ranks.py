@@ -23,11 +23,17 @@ def reference(world: World) -> dict[str, Any]:
     folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
     data = load_training_data(processor, *folders)
     rows = data.train_pairs[schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
-    output, known = model.train()(data.note_batch(rows)), data.known_positives(rows)
+    output, known = model.train()(data.note_batch(rows)), data.facts(rows).known
     has_image = torch.from_numpy(data.has_image(rows))
     assert 0 < has_image.sum() < len(rows)
     losses = note_losses(
-        output.multimodal, output.visual, model.tau, config.training.alpha, known.multimodal, known.visual, has_image
+        output.multimodal,
+        output.visual,
+        model.tau,
+        config.training.alpha,
+        known["multimodal"],
+        known["image"],
+        has_image,
     )
     losses.total.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}

@@ -1,0 +1,159 @@
+"""How much of the neglect of the image is the method's, the start's, the learning rate's? Protocol: decision 0006.
+
+    .venv/bin/python benchmarks/visual_neglect.py run [--seeds 101 102 103 104 105] [--out FOLDER] [--set KEY=VALUE ...]
+    .venv/bin/python benchmarks/visual_neglect.py report [--out FOLDER]
+
+`run` trains the eight models of each seed, one process and one thread at a time; what is there already is not made again, so
+it can be killed and started again. `report` writes benchmarks/results/visual_neglect.md and .json.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from notellm2_core.config import Config, load_config
+from notellm2_core.evaluation.evaluate import evaluate
+from notellm2_core.lake import write_atomically
+from notellm2_core.recipe import Recipe
+from notellm2_core.training.launch import launch_command
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CONFIG = ROOT / "pipelines" / "configs" / "demo.yaml"
+BUDGET = {
+    "model.llm.num_layers": 2, "training.num_steps": 160, "training.batch_pairs": 16, "training.num_ranks": 1,
+    "training.zero_stage": 0, "training.precision": "fp32", "training.checkpoint_every_steps": 1000,
+    "training.validate_every_steps": 40, "training.learning_rate": 5e-4,
+    "text": {"title_words": 8, "content_words": 12, "topic_words": 6, "short_tokens": 12, "long_tokens": 60},
+    "evaluation.baselines": ["random"],
+}  # fmt: skip
+FACTORS: dict[str, dict[str, dict[str, Any]]] = {
+    "method": {"basic": {"model.method": "basic"}, "notellm2": {"model.method": "notellm2"}},
+    "start": {
+        "random": {"model.start": {}},
+        "balanced": {
+            "model.start": {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0, "visual_token_gain": 1.0}
+        },
+    },
+    "new modules": {
+        "slow": {"training.new_module_learning_rate": 3e-5},
+        "fast": {"training.new_module_learning_rate": 3e-4},
+    },
+}
+CELLS = tuple(itertools.product(*FACTORS.values()))
+MEASURES = ("all pairs", "text-poor queries", "image only", "text only", "validation", "gate mean", "S_v share")
+K = 10
+DATA = (
+    "raw_events",
+    "notes",
+    "events",
+    "vision_features",
+    "cooccurrence",
+    "note_sides",
+    "related_pairs",
+    "pair_datasets",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "report"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103, 104, 105])
+    parser.add_argument("--cells", nargs="+", default=["/".join(c) for c in CELLS], metavar="METHOD/START/RATE")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change, in YAML")
+    parser.add_argument("--out", type=Path, default=ROOT / ".dagster" / "benchmarks" / "visual_neglect")
+    options = parser.parse_args()
+    changes = {k: yaml.safe_load(v) for k, v in (item.split("=", 1) for item in options.set)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.action == "run":
+        make_data(load_config(CONFIG, BUDGET))
+        for seed, cell in itertools.product(options.seeds, CELLS):
+            if "/".join(cell) in options.cells:
+                run(seed, cell, changes, options.out)
+    else:
+        report(options.out)
+
+
+def make_data(config: Config) -> None:
+    """Everything up to the pairs and the vision features, by the pipeline itself, unless it is there."""
+    if all(Recipe(config).find(name) for name in DATA[:2]) and all(Recipe(config).find(name) for name in DATA):
+        return
+    file = ROOT / ".dagster" / "benchmarks" / "visual_neglect.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    os.environ |= {"NOTELLM2_CONFIG": str(file), "DAGSTER_HOME": str(ROOT)}
+    import dagster as dg
+
+    from assets.logs import PARTITIONS
+    from pipelines.definitions import defs
+
+    with dg.DagsterInstance.get() as instance:
+        defs.resolve_job_def("weekly_retrain").execute_in_process(
+            instance=instance,
+            partition_key=PARTITIONS.get_last_partition_key(),
+            asset_selection=[dg.AssetKey(name) for name in DATA],
+        )
+
+
+def run(seed: int, cell: Sequence[str], changes: dict[str, Any], out: Path) -> None:
+    """Train one model, embed the test pool and the validation notes, measure; OUT/<seed>-<cell>.json."""
+    name = "-".join([str(seed), *cell])
+    if (out / f"{name}.json").exists():
+        return
+    overrides: dict[str, Any] = {"seed": seed, **BUDGET}
+    for level, levels in zip(cell, FACTORS.values(), strict=True):
+        overrides |= levels[level]
+    config = load_config(CONFIG, overrides | changes)
+    recipe = Recipe(config)
+    folder = out / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    data = {n: recipe.dataset(n).path for n in ("notes", "vision_features", "pair_datasets")}
+    store = recipe.lake.root / "vision_store"
+    common = {"notes": data["notes"] / "notes", "images": data["vision_features"], "store": store}
+    call(launch_command(folder / "config.yaml", 1, **common, pairs=data["pair_datasets"], work=folder / "work",
+                        out=folder / "model"), folder / "training.log")  # fmt: skip
+    export = [sys.executable, "-m", "notellm2_core.retrieval.export", "--config", folder / "config.yaml",
+              *(x for k, v in common.items() for x in (f"--{k}", v)), "--model", folder / "model",
+              "--note-ids", data["pair_datasets"] / "pool", "--inputs", "multimodal,image,text",
+              "--out", folder / "embeddings"]  # fmt: skip
+    call([str(x) for x in export], folder / "export.log")
+    shutil.rmtree(folder / "work" / "checkpoints", ignore_errors=True)
+    facts = json.loads((folder / "model" / "training.json").read_text())
+    tables = {("model", kind): folder / "embeddings" / kind for kind in ("multimodal", "image", "text")}
+    rows = evaluate(tables, common["notes"], data["pair_datasets"], config, tokenizer=folder / "model").to_dict()[
+        "rows"
+    ]
+    recall = {(r["method"], r["input"], r["slice"]): r["recall"] for r in rows}
+    measures = {
+        "all pairs": recall["model", "multimodal", "all"][str(K)],
+        "text-poor queries": recall["model", "multimodal", "short_query"][str(K)],
+        "image only": recall["model", "image", "all"][str(K)],
+        "text only": recall["model", "text", "all"][str(K)],
+        "validation": 100 * facts["validation_recall_at_10"],
+        "gate mean": facts.get("gate_mean"),
+    }
+    write_atomically(out / f"{name}.json", json.dumps({"seed": seed, "cell": list(cell), "changes": changes,
+                                                       "measures": measures, "training": facts}, indent=1))  # fmt: skip
+    print(name, {k: v if v is None else round(v, 1) for k, v in measures.items()}, flush=True)
+
+
+def call(command: Sequence[str], log: Path) -> None:
+    """Run it on one thread, its output in `log`. Raises CalledProcessError."""
+    with log.open("w") as file:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, check=True, env=env, stdout=file, stderr=subprocess.STDOUT)
+
+
+if __name__ == "__main__":
+    main()
