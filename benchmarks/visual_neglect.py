@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/visual_neglect.py run [--seeds 101 102 103 104 105] [--out FOLDER] [--set KEY=VALUE ...]
     .venv/bin/python benchmarks/visual_neglect.py report [--out FOLDER]
 
-`run` trains the eight models of each seed, one process and one thread at a time; what is there already is not made again, so
-it can be killed and started again. `report` writes benchmarks/results/visual_neglect.md and .json.
+`run` trains the eight models of each seed, one at a time on one thread; what is there already is not made again, so it
+can be killed and started again. `report` writes benchmarks/results/visual_neglect.md and .json.
 """
 
 import argparse

@@ -31,13 +31,14 @@ def describe(config: Config) -> dict[str, Any]:
         model = MLRMModel(mlrm_config(config, architecture, num_patches, vision_width))
     parameters = {
         "vision": count(tower),
-        "connector": count(model.connector),
+        "connector": 0 if model.connector is None else count(model.connector),
         "llm": count(model.llm),
         "fusion": 0 if model.fusion is None else count(model.fusion),
         "projector": count(model.projector),
         "tau": model.tau.numel(),
     }
     method = get_method(config.model.method)
+    qformer = None if model.connector is None else model.connector.qformer
     return {
         "method": config.model.method,
         "prompt": method.prompt,
@@ -52,7 +53,7 @@ def describe(config: Config) -> dict[str, Any]:
             "llm_layers": architecture.num_hidden_layers,
             "embedding": config.model.projection_dim,
         },
-        "qformer_parameters": count(model.connector.qformer) - model.connector.qformer.queries.numel(),  # as in Table 9
+        "qformer_parameters": 0 if qformer is None else count(qformer) - qformer.queries.numel(),  # as in Table 9
     }
 
 

@@ -78,7 +78,10 @@ def _tau(engine: Any) -> Tensor:
 def _embed(
     engine: Any, data: TrainingData, notes: np.ndarray, batch_notes: int, method: Method, device: torch.device
 ) -> dict[str, Tensor]:
-    """Every view of `notes`, [n, D] each, on the CPU. Every rank runs the same number of batches; the last repeats notes."""
+    """Every view of `notes`, [n, D] each, on the CPU.
+
+    Every rank runs the same number of batches; the last repeats notes.
+    """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     parts: list[Mapping[str, Tensor]] = []
     for i in range(0, len(notes), batch_notes):

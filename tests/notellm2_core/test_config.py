@@ -52,7 +52,7 @@ def test_the_defaults_are_the_papers() -> None:
         ("training: {batch_pairs: 9, num_ranks: 2}", "not a multiple"),
         (
             "model: {llm: {name: tiny}, method: notelm}",
-            "model.method: Input should be 'basic', 'micl', 'late_fusion', 'notellm2'",
+            "method: Input should be 'basic', 'micl', 'late_fusion', 'notellm2'",
         ),
         ("source: {ignored_events: [share, click]}", "click is in ignored_events and in"),
         ("seed: [", "is not YAML"),

@@ -26,15 +26,8 @@ def reference(world: World) -> dict[str, Any]:
     output, known = model.train()(data.note_batch(rows)), data.facts(rows).known
     has_image = torch.from_numpy(data.has_image(rows))
     assert 0 < has_image.sum() < len(rows)
-    losses = note_losses(
-        output.multimodal,
-        output.visual,
-        model.tau,
-        config.training.alpha,
-        known["multimodal"],
-        known["image"],
-        has_image,
-    )
+    views, masks = (output.multimodal, output.visual), (known["multimodal"], known["image"])
+    losses = note_losses(*views, model.tau, config.training.alpha, *masks, has_image)
     losses.total.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.max_grad_norm)
