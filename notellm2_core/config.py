@@ -274,13 +274,24 @@ class Config(Section):
 
     def without_effect(self) -> list[str]:
         """What was changed from its default and nothing reads, one sentence each."""
-        no_fusion = self.model.method == "basic", f"model.method = {self.model.method}"
+        method, kind = self.model.method, self.model.connector.kind
+        no_fusion = method in ("basic", "micl", "omni_retrieval"), f"model.method = {method}"
+        no_connector = method == "only_late_fusion", f"model.method = {method}"
+        no_qformer = kind != "qformer", f"model.connector.kind = {kind}"
         by_time = self.split.by == "time", f"split.by = {self.split.by}"
-        sections = {"split": self.split, "model.start": self.model.start}
+        no_visual_loss = method not in ("micl", "notellm2"), f"model.method = {method}"
+        sections = {
+            "split": self.split, "model.start": self.model.start, "model.connector": self.model.connector,
+            "training": self.training,
+        }  # fmt: skip
         idle = {
             ("split", "pool_share"): by_time,
             ("model.start", "fusion_scale"): no_fusion,
             ("model.start", "gate_bias"): no_fusion,
+            ("model.start", "visual_token_gain"): no_connector,
+            ("model.connector", "kind"): no_connector,
+            ("model.connector", "num_queries"): no_qformer,
+            ("training", "alpha"): no_visual_loss,
         }
         return [
             f"{section}.{name} has no effect with {cause}"

@@ -5,12 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from notellm2_core.model.methods import METHODS
 from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
 from notellm2_core.notes.batch import InputKind, MLRMProcessor, NoteBatch
 from notellm2_core.notes.records import Note
-from tests.notellm2_core.model.tiny import EMPTY, LONG, SHORT, batch_of, features, tiny_model
-
-METHODS = ("basic", "notellm2")
+from tests.notellm2_core.model.tiny import EMPTY, LONG, NUM_PATCHES, SHORT, batch_of, features, tiny_model
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -40,12 +39,17 @@ def test_shapes(pair: tuple[MLRMModel, MLRMProcessor]) -> None:
     output, states = embed(model, batch_of(processor, [SHORT, LONG])), model.states(batch_of(processor, [SHORT, LONG]))
     assert output.multimodal.shape == (2, 64) and states.multimodal.shape == (2, 64)
     assert model.tau.shape == (1,) and model.tau.item() == 3.0
-    if model.config.method == "basic":
-        assert output.visual is None and output.gate_mean is None and model.fusion is None
+    method = METHODS[model.config.method]
+    assert (model.connector is not None) == method.visual_prompt
+    if not method.late_fusion:
+        assert output.gate_mean is None and model.fusion is None
         assert states.global_branch is None and states.multimodal is states.llm_multimodal
     else:
-        assert output.visual is not None and output.visual.shape == (2, 64)
         assert output.gate_mean is not None and 0 < output.gate_mean.item() < 1 and output.gate_mean.shape == (1,)
+    if method.prompt == "micl":
+        assert output.visual is not None and output.visual.shape == (2, 64)
+    else:
+        assert output.visual is None
 
 
 def test_slow_reference(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
@@ -92,8 +96,9 @@ def test_padding_does_not_matter(method: str, attention: str) -> None:
         close(embed(model, one).multimodal[0], outputs[0].multimodal[i])
 
 
-def test_the_visual_word_does_not_depend_on_the_text(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
-    model, processor = notellm2
+@pytest.mark.parametrize("method", ["micl", "notellm2"])
+def test_the_visual_word_does_not_depend_on_the_text(method: str) -> None:
+    model, processor = tiny_model(method)
     patches, pooled = (np.repeat(f, 3, axis=0) for f in features(1))
     batch = processor.collate([processor.encode(n) for n in (SHORT, LONG, EMPTY)], patches, pooled, np.ones(3, bool))
     output = embed(model, batch)
@@ -129,7 +134,7 @@ def test_without_image_every_module_still_runs(pair: tuple[MLRMModel, MLRMProces
     (output.multimodal.sum() + (0 if output.visual is None else output.visual.sum())).backward()
     without = {name for name, p in model.named_parameters() if p.grad is None}
     assert without == {"tau"}  # tau is the loss's
-    assert not model.connector.first.weight.grad.any()
+    assert model.connector is None or not model.connector.first.weight.grad.any()
 
 
 def test_parameter_groups_are_a_partition(pair: tuple[MLRMModel, MLRMProcessor]) -> None:
@@ -139,7 +144,9 @@ def test_parameter_groups_are_a_partition(pair: tuple[MLRMModel, MLRMProcessor])
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     assert [name for name, _ in groups["tau"]] == ["tau"]
     assert all(name.startswith("llm.") for name, _ in groups["llm"])
-    parts = {"connector", "projector"} | ({"fusion"} if model.fusion is not None else set())
+    method = METHODS[model.config.method]
+    has = {"connector": method.visual_prompt, "fusion": method.late_fusion, "projector": True}
+    parts = {part for part, there in has.items() if there}
     assert {name.split(".")[0] for name, _ in groups["new"]} == parts
 
 
@@ -180,3 +187,28 @@ def test_batch_moves_whole(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
     moved = batch.to("meta")
     assert len(batch) == 1
     assert all(getattr(moved, f.name).device.type == "meta" for f in dataclasses.fields(moved))
+
+
+def test_without_visual_prompt_the_image_reaches_the_gate_alone() -> None:
+    """only_late_fusion: no place for the image in the prompt, so the LLM's state is the text's; v brings the image."""
+    model, processor = tiny_model("only_late_fusion")
+    assert not processor.encode(LONG).token_ids.tolist().count(processor.new_token_ids[0])
+    states = [
+        model.states(processor.collate([processor.encode(LONG)], *features(1, s), np.array([True]))) for s in (0, 1)
+    ]
+    assert torch.equal(states[0].llm_multimodal, states[1].llm_multimodal)
+    assert not torch.allclose(states[0].multimodal, states[1].multimodal, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_connectors_for_ablation_map_every_patch(kind: str) -> None:
+    """L_c = L: a patch goes to its own place in the prompt, by one linear layer or two."""
+    model, processor = tiny_model(connector=kind)
+    batch = batch_of(processor, [SHORT, LONG])
+    assert batch.image_mask.sum(1).tolist() == [NUM_PATCHES, NUM_PATCHES]
+    words = model.connector(batch.patches)
+    assert words.shape == (2, NUM_PATCHES, 64)
+    torch.testing.assert_close(model.connector(batch.patches[:, 3:4]), words[:, 3:4])
+    layers = {"mlp": 2, "linear": 1}[kind]
+    assert sum(p.ndim == 2 for p in model.connector.parameters()) == layers
+    assert embed(model, batch).multimodal.isfinite().all()

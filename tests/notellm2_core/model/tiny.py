@@ -17,14 +17,15 @@ LONG = Note("long", "Ten walks around the lake", ("travel", "lakes"), "Start ear
 EMPTY = Note("empty", "", (), "")
 
 
-def tiny_config(method: str = "notellm2", seed: int = 0, **llm: Any) -> Config:
-    connector = {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64}
-    model = {"method": method, "llm": {"name": "tiny", **llm}, "vision": {"library": "tiny"}, "connector": connector}
+def tiny_config(method: str = "notellm2", seed: int = 0, connector: str = "qformer", **llm: Any) -> Config:
+    sizes = {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64}
+    model = {"method": method, "llm": {"name": "tiny", **llm}, "vision": {"library": "tiny"}}
+    model["connector"] = {"kind": connector, **sizes}
     return Config(name="tiny", seed=seed, model=model)
 
 
-def tiny_model(method: str = "notellm2", seed: int = 0, **llm: Any) -> tuple[MLRMModel, MLRMProcessor]:
-    return build_model(tiny_config(method, seed, **llm), Path("unused"))
+def tiny_model(method: str = "notellm2", seed: int = 0, **settings: Any) -> tuple[MLRMModel, MLRMProcessor]:
+    return build_model(tiny_config(method, seed, **settings), Path("unused"))
 
 
 def features(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -8,23 +8,34 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notellm2_core.training.losses import MAX_TAU, capped_tau, contrastive_loss, note_losses
+from notellm2_core.model.methods import METHODS, get_method
+from notellm2_core.training.data import RowFacts
+from notellm2_core.training.losses import MAX_TAU, capped_tau, contrastive_loss, note_losses, omni_losses
+from notellm2_core.training.step import method_losses
 
 TAU = torch.tensor([3.0])
 
 
-def loop_loss(x: np.ndarray, tau: float, known: np.ndarray, valid: np.ndarray) -> float:
-    """Eq. 1, one row and one column at a time, in fp64."""
+def loop_loss(
+    x: np.ndarray,
+    tau: float,
+    known: np.ndarray,
+    valid: np.ndarray,
+    y: np.ndarray | None = None,
+    valid_y: np.ndarray | None = None,
+) -> float:
+    """Eq. 1, one row and one column at a time, in fp64; rows of `x` look for their related note in `y`."""
+    y, valid_y = (x, valid) if y is None or valid_y is None else (y, valid_y)
 
     def similarity(i: int, j: int) -> float:
-        return float(x[i] @ x[j] / (np.linalg.norm(x[i]) * np.linalg.norm(x[j])) * math.exp(tau))
+        return float(x[i] @ y[j] / (np.linalg.norm(x[i]) * np.linalg.norm(y[j])) * math.exp(tau))
 
     losses = []
     for i in range(len(x)):
         p = i + 1 if i % 2 == 0 else i - 1
-        if not (valid[i] and valid[p]):
+        if not (valid[i] and valid_y[p]):
             continue
-        columns = [j for j in range(len(x)) if j == p or (j != i and valid[j] and not known[i, j])]
+        columns = [j for j in range(len(x)) if j == p or (j != i and valid_y[j] and not known[i, j])]
         denominator = sum(math.exp(similarity(i, j)) for j in columns)
         losses.append(-math.log(math.exp(similarity(i, p)) / denominator))
     return sum(losses) / len(losses) if losses else 0.0
@@ -44,15 +55,16 @@ def test_worked_example() -> None:
 
 @given(
     num_pairs=st.integers(1, 6), dim=st.integers(2, 8), seed=st.integers(0, 10_000), tau=st.floats(-1, 4),
-    known_share=st.floats(0, 1), valid_share=st.floats(0, 1),
+    known_share=st.floats(0, 1), valid_share=st.floats(0, 1), repeats=st.integers(1, 4),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_equals_the_loop(
-    num_pairs: int, dim: int, seed: int, tau: float, known_share: float, valid_share: float
+    num_pairs: int, dim: int, seed: int, tau: float, known_share: float, valid_share: float, repeats: int
 ) -> None:
+    """Any number of pairs, any masks, and ties: `repeats` rows in a row share a vector."""
     rng = np.random.default_rng(seed)
     n = 2 * num_pairs
-    x = rng.normal(size=(n, dim)).astype(np.float32)
+    x = rng.normal(size=(n, dim)).astype(np.float32)[np.arange(n) // repeats]
     known, valid = rng.random((n, n)) < known_share, rng.random(n) < valid_share
     rows = torch.tensor(x, requires_grad=True)
     loss = contrastive_loss(rows, torch.tensor([tau]), torch.tensor(known), torch.tensor(valid))
@@ -111,6 +123,78 @@ def test_eq_9_weighs_the_parts() -> None:
     assert losses.total.item() == pytest.approx((loss_v.item() + 9 * loss_m.item()) / 10, rel=1e-6)
     alone = note_losses(m, None, TAU, 9.0, has_image=has_image)
     assert alone.total.item() == loss_m.item() and alone.visual is None
+
+
+@given(num_pairs=st.integers(1, 5), seed=st.integers(0, 10_000), share=st.floats(0, 1), repeats=st.integers(1, 3))
+@settings(max_examples=30, deadline=None)
+def test_omni_retrieval_equals_nine_loops(num_pairs: int, seed: int, share: float, repeats: int) -> None:
+    """The mean of the nine directed losses; `repeats` rows share a vector, so that scores tie."""
+    rng = np.random.default_rng(seed)
+    n, kinds = 2 * num_pairs, ("multimodal", "image", "text")
+    x = {k: rng.normal(size=(n, 4)).astype(np.float32)[np.arange(n) // repeats] for k in kinds}
+    known = {k: rng.random((n, n)) < share for k in kinds}
+    valid = {"multimodal": np.ones(n, bool), **{k: rng.random(n) < 0.7 for k in kinds[1:]}}
+    losses = omni_losses(
+        {k: torch.from_numpy(v) for k, v in x.items()}, TAU,
+        {k: torch.from_numpy(v) for k, v in known.items()}, {k: torch.from_numpy(valid[k]) for k in kinds[1:]},
+    )  # fmt: skip
+    terms = {
+        (a, b): loop_loss(x[a].astype(float), 3.0, known[a if a == b else "multimodal"], valid[a], x[b], valid[b])
+        for a in kinds
+        for b in kinds
+    }
+    assert losses.total.item() == pytest.approx(sum(terms.values()) / 9, rel=1e-4, abs=1e-5)
+    assert losses.multimodal.item() == pytest.approx(terms["multimodal", "multimodal"], rel=1e-4, abs=1e-5)
+    assert losses.cross is not None
+    rest = sum(terms.values()) - terms["multimodal", "multimodal"]
+    assert losses.cross.item() == pytest.approx(rest / 8, rel=1e-4, abs=1e-5)
+
+
+def test_omni_retrieval_worked_example() -> None:
+    """Two pairs, all inputs alike: (1,0), (1,0), (0,1), (0,1) at scale 2, so each of the nine terms is log(1 + 2/e^2).
+
+    Without row 3's image: where images are looked for, rows 0 and 1 have one wrong note less, log(1 + 1/e^2), row 2
+    has nothing to find, and row 3 finds row 2 among as many as before; where images look, row 3 does not. So image to
+    image is log(1 + 1/e^2); text or whole to image (2 log(1 + 1/e^2) + log(1 + 2/e^2)) / 3; all others
+    log(1 + 2/e^2).
+    """
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    tau = torch.tensor([math.log(2)])
+    views = dict.fromkeys(("multimodal", "image", "text"), x)
+    one, two = math.log(1 + math.exp(-2)), math.log(1 + 2 * math.exp(-2))
+    assert omni_losses(views, tau).total.item() == pytest.approx(two, abs=1e-6)
+    losses = omni_losses(views, tau, valid={"image": torch.tensor([True, True, True, False])})
+    expected = (one + 2 * (2 * one + two) / 3 + 6 * two) / 9
+    assert losses.total.item() == pytest.approx(expected, abs=1e-6)
+
+
+@given(num_pairs=st.integers(1, 6), seed=st.integers(0, 10_000), method=st.sampled_from(sorted(METHODS)))
+@settings(max_examples=40, deadline=None)
+def test_the_order_of_the_pairs_does_not_matter(num_pairs: int, seed: int, method: str) -> None:
+    """Pairs change places, and the two notes of a pair: the same loss for every method."""
+    generator = torch.Generator().manual_seed(seed)
+    n = 2 * num_pairs
+    views = {k: torch.randn(n, 4, generator=generator) for k in ("multimodal", "visual", "image", "text")}
+    wanted = {*get_method(method).inputs, *(name for name in METHODS[method].losses if name == "visual")}
+    views = {k: v for k, v in views.items() if k in wanted}
+    known = {k: torch.rand(n, n, generator=generator) < 0.2 for k in ("multimodal", "image", "text")}
+    has = {k: torch.rand(n, generator=generator) < 0.8 for k in ("image", "text")}
+    order = torch.randperm(num_pairs, generator=generator)
+    order = torch.stack([2 * order + 1, 2 * order], dim=1).flatten()  # and the pairs turned round
+    moved = RowFacts({k: v[order] for k, v in has.items()}, {k: v[order][:, order] for k, v in known.items()})
+    before = method_losses(METHODS[method], views, TAU, 9.0, RowFacts(has, known), (2,))
+    after = method_losses(METHODS[method], {k: v[order] for k, v in views.items()}, TAU, 9.0, moved, (2,))
+    assert after.total.item() == pytest.approx(before.total.item(), rel=1e-4, abs=1e-6)
+
+
+def test_matryoshka_is_the_mean_over_the_lengths() -> None:
+    """Lengths 4, 2 and 1 of D = 4: the mean of three losses, each on embeddings cut and normalised again."""
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    facts = RowFacts({"image": torch.ones(8, dtype=torch.bool)}, None)
+    losses = method_losses(METHODS["basic"], {"multimodal": x}, TAU, 9.0, facts, dims=(2, 1))
+    each = [contrastive_loss(x[:, :d], TAU).item() for d in (4, 2, 1)]
+    assert losses.total.item() == pytest.approx(sum(each) / 3, rel=1e-6)
+    assert losses.multimodal.item() == pytest.approx(each[0], rel=1e-6)
 
 
 @pytest.mark.parametrize(("tau", "pull", "expected"), [(3.0, -1.0, -1.0), (5.0, -1.0, 0.0), (5.0, 1.0, 1.0)])

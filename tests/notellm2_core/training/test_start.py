@@ -80,6 +80,18 @@ def test_each_part_and_all_together(world: World, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("gain", [1.0, 0.25])
+def test_visual_words_get_their_share_of_a_words_length(gain: float, world: World, tmp_path: Path) -> None:
+    """Root mean square lengths over the 64 notes of the training pairs, all of which are measured."""
+    model, data = make(world, tmp_path, visual_token_gain=gain)
+    batch = data.note_batch(data.train_notes)
+    with torch.no_grad():
+        visual = model.connector(batch.patches[batch.has_image]).square().sum(-1).mean().sqrt()
+        text = batch.attention_mask.bool() & ~batch.image_mask
+        words = model.get_input_embeddings()(batch.input_ids[text]).square().sum(-1).mean().sqrt()
+    assert (visual / words).item() == pytest.approx(gain, rel=1e-4)
+
+
 @pytest.mark.slow
 def test_the_command_saves_the_start(world: World, tmp_path: Path) -> None:
     """The zero-shot row: a complete folder, the same weights as apply_start."""
