@@ -15,7 +15,7 @@ from PIL import Image
 from notellm2_core.baselines.bm25 import BM25
 from notellm2_core.baselines.popularity import popularity_rows, random_rows, read_clicks
 from notellm2_core.config import Config
-from notellm2_core.embeddings import Embeddings, mean_cosine, read_embeddings, read_note_ids
+from notellm2_core.embeddings import Embeddings, mean_cosine, read_embeddings, read_note_ids, shortened
 from notellm2_core.evaluation.oracle import KEYS, Oracle
 from notellm2_core.evaluation.recall import Pairs, Ranks, cosine_rows, count_ranks, recall_at, target_ranks
 from notellm2_core.evaluation.report import Report, build_report
@@ -70,6 +70,11 @@ def evaluate(
         pool = Embeddings(tuple(pool_ids), table.vectors[table.rows(pool_ids)])
         ranks[method, inputs] = target_ranks(table, pool, test)
         cosines[f"{method} {inputs}"] = mean_cosine(pool.vectors)
+        if (method, inputs) == (config.model.method, "multimodal"):
+            for dim in config.model.matryoshka_dims:
+                ranks[f"{method}, {dim} of {table.vectors.shape[1]} numbers", inputs] = target_ranks(
+                    shortened(table, dim), shortened(pool, dim), test
+                )
     baselines = config.evaluation.baselines
     if "random" in baselines:
         ranks["random", ""] = count_ranks(random_rows(pool_ids, config.seed), pool_ids, test)

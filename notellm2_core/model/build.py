@@ -29,13 +29,18 @@ def build_model(config: Config, cache_dir: Path) -> tuple[MLRMModel, MLRMProcess
     num_patches, vision_width = vision_dims(config.model.vision)
     decoder, tokenizer = load_llm(config.model.llm, cache_dir)
     num_known_tokens = len(tokenizer)
-    num_visual_words = num_patches if config.model.connector.kind != "qformer" else config.model.connector.num_queries
-    processor = MLRMProcessor(tokenizer, config.text, method.prompt, num_visual_words, num_patches, vision_width)
+    num_words = num_visual_words(config, num_patches)
+    processor = MLRMProcessor(tokenizer, config.text, method.prompt, num_words, num_patches, vision_width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         add_word_embeddings(decoder, processor.new_token_ids, num_known_tokens)
         model = MLRMModel(mlrm_config(config, decoder.config, num_patches, vision_width), decoder)
     return model.eval(), processor
+
+
+def num_visual_words(config: Config, num_patches: int) -> int:
+    """L_c: the Q-Former's queries; the other connectors give every patch a place."""
+    return config.model.connector.num_queries if config.model.connector.kind == "qformer" else num_patches
 
 
 def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:

@@ -1,4 +1,4 @@
-"""How big a configuration's model is, without reading any weights."""
+"""How big a configuration's model is and how its prompt is laid out, without reading any weights."""
 
 from typing import Any
 
@@ -9,54 +9,83 @@ import torch
 from torch import nn
 
 from notellm2_core.config import Config
-from notellm2_core.model.build import mlrm_config
-from notellm2_core.model.llm import llm_architecture
+from notellm2_core.model.build import mlrm_config, num_visual_words
+from notellm2_core.model.llm import llm_architecture, load_tokenizer
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.vision import vision_dims
-from notellm2_core.model.vision_towers import architecture_of, build_tower
+from notellm2_core.model.vision_towers import architecture_of, build_tower, num_projection_parameters
+from notellm2_core.notes.batch import MLRMProcessor
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Parameters of each part and the main sizes, as JSON-able values; built on the meta device.
+    """Parameters of each part, the main sizes and the prompt, as JSON-able values; built on the meta device.
 
-    The vision tower is counted as it is used, without its final projection. The word embeddings of the new tokens
-    are not counted: whether they need new rows depends on the tokenizer. Raises ValueError where the LLM's
-    architecture is neither in `model.llm.config` nor to be had.
+    `vision` is the tower as it is used. Its final projection is dropped, but Table 7's totals count it, so it is a part
+    of its own here. The word embeddings of the new tokens are not counted: whether they need new rows depends on the
+    tokenizer. Raises ValueError where the LLM's architecture is neither in `model.llm.config` nor to be had.
     """
     architecture = llm_architecture(config.model.llm)
     num_patches, vision_width = vision_dims(config.model.vision)
+    method = get_method(config.model.method)
     with torch.device("meta"):
-        tower = build_tower(architecture_of(config.model.vision))
+        vision = architecture_of(config.model.vision)
+        tower = build_tower(vision)
         model = MLRMModel(mlrm_config(config, architecture, num_patches, vision_width))
     parameters = {
         "vision": count(tower),
-        "connector": 0 if model.connector is None else count(model.connector),
+        "vision_projection": num_projection_parameters(vision),
+        "connector": count(model.connector),
         "llm": count(model.llm),
-        "fusion": 0 if model.fusion is None else count(model.fusion),
+        "fusion": count(model.fusion),
         "projector": count(model.projector),
         "tau": model.tau.numel(),
     }
-    method = get_method(config.model.method)
     qformer = None if model.connector is None else model.connector.qformer
     return {
         "method": config.model.method,
-        "prompt": method.prompt,
-        "losses": list(method.losses),
-        "parameters": {**parameters, "total": sum(parameters.values())},
+        "switches": {"prompt": method.prompt, "visual_prompt": method.visual_prompt, "late_fusion": method.late_fusion,
+                     "losses": list(method.losses), "inputs": list(method.inputs)},
+        "parameters": {**parameters, "total": sum(parameters.values()), "trainable": 0},
+        "qformer_parameters": 0 if qformer is None else count(qformer) - qformer.queries.numel(),  # as in Table 9
         "shapes": {
             "L": num_patches,
             "h_v": vision_width,
-            "L_c": config.model.connector.num_queries,
-            "h_q": config.model.connector.hidden_size,
+            "L_c": num_visual_words(config, num_patches),
+            "h_q": config.model.connector.hidden_size if qformer is not None else None,
             "h_t": architecture.hidden_size,
             "llm_layers": architecture.num_hidden_layers,
             "embedding": config.model.projection_dim,
+            "matryoshka": list(config.model.matryoshka_dims),
         },
-        "qformer_parameters": 0 if qformer is None else count(qformer) - qformer.queries.numel(),  # as in Table 9
+        "prompt": prompt_layout(config, num_patches, vision_width),
+    }  # fmt: skip
+
+
+def prompt_layout(config: Config, num_patches: int, vision_width: int) -> dict[str, Any]:
+    """The tokens of a note without text, and where the representations are read.
+
+    `tokens` is null where the tokenizer is not on this machine and `model.llm.config` spares asking a hub for it.
+    """
+    try:
+        tokenizer = load_tokenizer(config.model.llm, local_only=config.model.llm.config is not None)
+    except ValueError as e:
+        return {"tokens": None, "why": str(e)}
+    num_words = num_visual_words(config, num_patches)
+    prompt = get_method(config.model.method).prompt
+    processor = MLRMProcessor(tokenizer, config.text, prompt, num_words, num_patches, vision_width)
+    pieces = processor.layout()
+    places = {name: first for name, first, _ in pieces}
+    length = sum(num for *_, num in pieces)
+    return {
+        "tokens": length,
+        "pieces": [{"piece": name, "first": first, "tokens": num} for name, first, num in pieces],
+        "image": [places["<IMG>"], places["<IMG>"] + num_words] if "<IMG>" in places else None,
+        "n_v": places["<IMG_EMB>"] - 1 if "<IMG_EMB>" in places else None,
+        "n_m": length - 1,
     }
 
 
-def count(module: nn.Module) -> int:
+def count(module: nn.Module | None) -> int:
     """Parameters of `module`; a shared one counts once."""
-    return sum(p.numel() for p in module.parameters())
+    return 0 if module is None else sum(p.numel() for p in module.parameters())

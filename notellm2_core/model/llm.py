@@ -89,6 +89,20 @@ def llm_architecture(settings: config.LLM) -> PreTrainedConfig:
         return _cut(found, settings)
 
 
+def load_tokenizer(settings: config.LLM, local_only: bool = False) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer, without its weights. Raises ValueError where it cannot be had.
+
+    local_only: a hub name is looked up in the cache of this machine, no server is asked.
+    """
+    if settings.name == "tiny":
+        return tiny_tokenizer()
+    with _errors_of(settings.name), _quiet():
+        if settings.name in PACKAGES:
+            gguf = package_path(settings.name)
+            return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        return AutoTokenizer.from_pretrained(settings.name, trust_remote_code=False, local_files_only=local_only)
+
+
 def require_complete(report: dict[str, Any], source: str) -> None:
     """Raises ValueError if weights were missing or of another shape, so that nothing stays random in silence."""
     for problem in ("missing_keys", "mismatched_keys"):

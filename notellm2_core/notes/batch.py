@@ -122,6 +122,24 @@ class MLRMProcessor:
                 ids.append(visual_word_id)
         return EncodedNote(np.array(ids, dtype=np.int64), image_start, visual_index, reads_image=inputs != "text")
 
+    def layout(self) -> list[tuple[str, int, int]]:
+        """The prompt of a note without text: (what stands there, its first position, its number of tokens)."""
+        pieces: list[tuple[str, int, int]] = []
+
+        def add(name: str, num_tokens: int) -> None:
+            pieces.append((name, sum(p[2] for p in pieces), num_tokens))
+
+        if self._start_ids:
+            add("start of sequence", len(self._start_ids))
+        for piece in PROMPTS[self.prompt]:
+            if isinstance(piece, str):
+                add(repr(piece), len(self._literal_ids[piece]))
+            elif isinstance(piece, Field):
+                add(piece.name, 0)
+            else:
+                add(piece.token, self.num_queries if piece == Mark(IMAGE_TOKEN) else 1)
+        return pieces
+
     def collate(
         self,
         encoded: Sequence[EncodedNote],

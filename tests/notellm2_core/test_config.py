@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from notellm2_core.config import ConfigError, Model, load_config
+from notellm2_core.config import Config, ConfigError, Model, load_config
 from notellm2_core.model.methods import METHODS
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
@@ -80,6 +80,21 @@ def test_overrides_win() -> None:
 
 def test_the_methods_of_the_settings_are_the_rows_of_the_table() -> None:
     assert get_args(Model.model_fields["method"].annotation) == tuple(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_does_not_read(method: str) -> None:
+    """As the switches of the table say."""
+    switches = METHODS[method]
+    config = Config(
+        name="c",
+        model={"llm": {"name": "tiny"}, "method": method, "start": {"gate_bias": -1, "visual_token_gain": 1}},
+        training={"alpha": 3},
+    )
+    idle = {sentence.split()[0] for sentence in config.without_effect()}
+    assert ("model.start.gate_bias" in idle) == (not switches.late_fusion)
+    assert ("model.start.visual_token_gain" in idle) == (not switches.visual_prompt)
+    assert ("training.alpha" in idle) == ("visual" not in switches.losses)
 
 
 def test_a_setting_without_effect_is_told(tmp_path: Path) -> None:

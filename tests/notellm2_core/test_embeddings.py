@@ -9,7 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from notellm2_core import schema
-from notellm2_core.embeddings import mean_cosine, read_embeddings, read_note_ids, write_shard, write_shards
+from notellm2_core.embeddings import (
+    Embeddings,
+    mean_cosine,
+    read_embeddings,
+    read_note_ids,
+    shortened,
+    write_shard,
+    write_shards,
+)
 
 
 def unit(n: int, d: int = 4, seed: int = 0) -> np.ndarray:
@@ -87,3 +95,12 @@ def test_mean_cosine_of_opposite_halves() -> None:
     assert mean_cosine(np.ones((7, 1), dtype=np.float32)) == 1
     with pytest.raises(ValueError, match="two embeddings"):
         mean_cosine(vectors[:1])
+
+
+def test_shortened_vectors_are_of_unit_length_again() -> None:
+    """(0.6, 0.8 x 0.6, 0.64) cut to two numbers: (0.6, 0.48) and (5, 4) have one direction: (5, 4) / sqrt(41)."""
+    table = Embeddings(("a",), np.array([[0.6, 0.48, 0.64]], dtype=np.float32))
+    np.testing.assert_allclose(shortened(table, 2).vectors, np.array([[5, 4]]) / np.sqrt(41), rtol=1e-6)
+    assert shortened(table, 3).note_ids == ("a",)
+    with pytest.raises(ValueError, match="dim = 4, but the embeddings have 3 numbers"):
+        shortened(table, 4)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from notellm2_core import schema
 from notellm2_core.config import Config, Evaluation, Text
-from notellm2_core.embeddings import write_shard
+from notellm2_core.embeddings import read_embeddings, write_shard
 from notellm2_core.evaluation.evaluate import (
     evaluate,
     evaluate_embeddings,
@@ -110,6 +110,19 @@ def test_report(lake: Path, config: Config) -> None:
     assert -0.1 < report.facts["mean_cosine"]["notellm2 multimodal"] < 0.4
     methods = list(dict.fromkeys(r.method for r in report.rows))
     assert methods == ["random", "popularity", "bm25", "notellm2", "oracle"]
+
+
+def test_shorter_embeddings_are_rows_of_their_own(lake: Path, config: Config, tmp_path: Path) -> None:
+    """(1, topic one-hot) / sqrt 2: whole it is the topic, its first number alone makes all notes alike."""
+    ids = read_embeddings(lake / "embeddings").note_ids
+    topics = read_embeddings(lake / "embeddings").vectors
+    vectors = np.concatenate([np.ones((len(ids), 1)), topics], axis=1) / np.sqrt(2)
+    write_shard(tmp_path / "e" / "part-00000.parquet", ids, vectors, {})
+    short = config.model_copy(update={"model": config.model.model_copy(update={"matryoshka_dims": (1,)})})
+    embeddings = {("notellm2", "multimodal"): tmp_path / "e"}
+    report = evaluate(embeddings, lake / "notes", lake / "pairs", short, lake, lake / "clicks.parquet")
+    assert report.recall("notellm2", k=5) == 100
+    assert report.recall("notellm2, 1 of 7 numbers", k=5) == pytest.approx(500 / 29)
 
 
 def test_popularity_needs_clicks(lake: Path, config: Config) -> None:

@@ -1,8 +1,5 @@
-from typing import get_args
-
 import pytest
 
-from notellm2_core.config import Model
 from notellm2_core.model.methods import METHODS, get_method
 from notellm2_core.notes.text import IMAGE_TOKEN, PROMPTS, VISUAL_WORD_TOKEN, Mark
 
@@ -30,10 +27,6 @@ def test_what_follows_from_the_switches() -> None:
         assert method.visual_prompt == (Mark(IMAGE_TOKEN) in PROMPTS[method.prompt])
         assert "visual" not in method.losses or method.prompt == "micl"  # L_v needs n_v
         assert method.inputs == (("multimodal", "image", "text") if method.losses == ("omni",) else ("multimodal",))
-
-
-def test_the_configuration_knows_the_same_names() -> None:
-    assert set(get_args(Model.model_fields["method"].annotation)) == set(METHODS)
 
 
 def test_unknown_name_lists_the_choices() -> None:
