@@ -11,14 +11,19 @@ import argparse
 import itertools
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import yaml
+from scipy import stats
 
 from notellm2_core.config import Config, load_config
 from notellm2_core.evaluation.evaluate import evaluate
@@ -146,6 +151,61 @@ def run(seed: int, cell: Sequence[str], changes: dict[str, Any], out: Path) -> N
     write_atomically(out / f"{name}.json", json.dumps({"seed": seed, "cell": list(cell), "changes": changes,
                                                        "measures": measures, "training": facts}, indent=1))  # fmt: skip
     print(name, {k: v if v is None else round(v, 1) for k, v in measures.items()}, flush=True)
+
+
+def report(out: Path) -> None:
+    """Values by cell, the difference of the methods in each condition, and the effects of the 2 x 2 x 2."""
+    results = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
+    seeds = sorted(s for s in {r["seed"] for r in results} if sum(r["seed"] == s for r in results) == len(CELLS))
+    values = {(r["seed"], *r["cell"]): r["measures"] for r in results if r["seed"] in seeds}
+    lines = [
+        "# Who neglects the image?",
+        "",
+        f"{date.today()}, {platform.machine()}, {psutil.cpu_count()} cores, Python {platform.python_version()}. Command: "
+        "`python benchmarks/visual_neglect.py run`; protocol: docs/decisions/0006-visual-neglect.md. Seeds: "
+        f"{', '.join(map(str, seeds))}. Recalls are R@{K} in percent on the test pool. Mean and standard deviation over "
+        "the seeds, then the values.",
+    ]
+    for measure in MEASURES:
+        table = {cell: [values[(seed, *cell)].get(measure) for seed in seeds] for cell in CELLS}
+        lines += ["", f"## {measure}", "", "| method | start | new modules | mean | sd | values |", "|" + " --- |" * 6]
+        for cell, found in table.items():
+            if None not in found:
+                each = " / ".join(f"{v:.1f}" if abs(v) >= 1 else f"{v:.3f}" for v in found)
+                lines.append(f"| {' | '.join(cell)} | {np.mean(found):.3g} | {np.std(found, ddof=1):.2g} | {each} |")
+        if any(None in found for found in table.values()):
+            continue
+        y = np.array([table[cell] for cell in CELLS]).reshape(2, 2, 2, len(seeds))  # method, start, rate, seed
+        lines += ["", "| effect | mean difference | sd | t | p |", "|" + " --- |" * 5]
+        for name, each in effects(y).items():
+            t, p = stats.ttest_1samp(each, 0)
+            lines.append(f"| {name} | {each.mean():+.3g} | {each.std(ddof=1):.2g} | {t:.1f} | {p:.2g} |")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "visual_neglect.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "visual_neglect.json").write_text(json.dumps(results, indent=1))
+    print("\n".join(lines))
+
+
+def effects(y: np.ndarray) -> dict[str, np.ndarray]:
+    """[2, 2, 2, seeds] -> the difference of the methods in each condition, main effects and interactions, by seed.
+
+    A main effect is the mean of a factor's second level less that of its first; an interaction is the same with the
+    product of the factors' signs.
+    """
+    starts, rates = list(FACTORS["start"]), list(FACTORS["new modules"])
+    found = {
+        f"notellm2 - basic: {start}, {rate}": y[1, i, j] - y[0, i, j]
+        for i, start in enumerate(starts)
+        for j, rate in enumerate(rates)
+    }
+    sign = np.array([-1.0, 1.0])
+    for size in (1, 2, 3):
+        for chosen in itertools.combinations(range(3), size):
+            weights = np.ones((2, 2, 2))
+            for axis in chosen:
+                weights = weights * sign.reshape([2 if a == axis else 1 for a in range(3)])
+            found[" x ".join(list(FACTORS)[axis] for axis in chosen)] = np.tensordot(weights / 4, y, axes=3)
+    return found
 
 
 def call(command: Sequence[str], log: Path) -> None:
