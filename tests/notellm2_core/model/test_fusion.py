@@ -1,6 +1,9 @@
 import math
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from notellm2_core.model.fusion import LateFusion
 
@@ -18,6 +21,27 @@ def test_worked_example() -> None:
     fused, z = fusion(torch.tensor([[2.0, 4.0]]), torch.tensor([[-1.0, -2.0]]))
     torch.testing.assert_close(z, torch.tensor([[0.5, 0.75]]))
     torch.testing.assert_close(fused, torch.tensor([[0.5, 2.5]]))
+
+
+@given(n=st.integers(1, 4), width=st.integers(1, 5), seed=st.integers(0, 10_000), scale=st.floats(0, 30))
+@settings(max_examples=40, deadline=None)
+def test_equals_a_loop_over_the_dimensions(n: int, width: int, seed: int, scale: float) -> None:
+    """Eq. 7, one note and one dimension at a time in plain Python; weights up to 30, so that gates saturate too."""
+    torch.manual_seed(seed)
+    fusion = LateFusion(vision_width=2, llm_width=width)
+    with torch.no_grad():
+        for p in fusion.gate.parameters():
+            p.normal_(std=scale)
+    v, state = torch.randn(n, width), torch.randn(n, width)
+    fused, gate = fusion(v, state)
+    weight, bias = fusion.gate.weight.tolist(), fusion.gate.bias.tolist()
+    for i in range(n):
+        joined = v[i].tolist() + state[i].tolist()
+        for d in range(width):
+            x = sum(w * u for w, u in zip(weight[d], joined, strict=True)) + bias[d]
+            z = 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+            assert gate[i, d].item() == pytest.approx(z, abs=1e-4)
+            assert fused[i, d].item() == pytest.approx(z * v[i, d].item() + (1 - z) * state[i, d].item(), abs=1e-3)
 
 
 def test_a_closed_gate_keeps_the_llms_state() -> None:
