@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/visual_neglect.py run [--seeds 101 102 103 104 105] [--out FOLDER] [--set KEY=VALUE ...]
     .venv/bin/python benchmarks/visual_neglect.py report [--out FOLDER]
 
-`run` trains the eight models of each seed, one at a time on one thread; what is there already is not made again, so it
-can be killed and started again. `report` writes benchmarks/results/visual_neglect.md and .json.
+`run` teaches the LLM to read the world's text, then trains the eight models of each seed, one at a time on one thread;
+what is there already is not made again, so it can be killed and started again. `report` writes benchmarks/results/visual_neglect.md and .json.
 """
 
 import argparse
@@ -22,31 +22,42 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from scipy import stats
 
 from notellm2_core.config import Config, load_config
 from notellm2_core.evaluation.evaluate import evaluate
 from notellm2_core.lake import write_atomically
+from notellm2_core.model.build import load_model
 from notellm2_core.recipe import Recipe
 from notellm2_core.training.launch import launch_command
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIG = ROOT / "pipelines" / "configs" / "demo.yaml"
-BUDGET = {
-    "model.llm.num_layers": 2, "training.num_steps": 160, "training.batch_pairs": 16, "training.num_ranks": 1,
-    "training.zero_stage": 0, "training.precision": "fp32", "training.checkpoint_every_steps": 1000,
-    "training.validate_every_steps": 40, "training.learning_rate": 5e-4,
-    "text": {"title_words": 8, "content_words": 12, "topic_words": 6, "short_tokens": 12, "long_tokens": 60},
-    "evaluation.baselines": ["random"],
+COMMON = {
+    "training.batch_pairs": 16, "training.num_ranks": 1, "training.zero_stage": 0, "training.precision": "fp32",
+    "training.checkpoint_every_steps": 1000, "training.validate_every_steps": 1000, "evaluation.baselines": ["random"],
 }  # fmt: skip
+READING = COMMON | {
+    "seed": 0, "model.llm.num_layers": 2, "model.method": "basic", "model.start": {"pca_projector": True},
+    "training.num_steps": 300, "training.learning_rate": 5e-4,
+}  # fmt: skip
+BUDGET = COMMON | {"training.num_steps": 80, "training.learning_rate": 2e-4}
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "method": {"basic": {"model.method": "basic"}, "notellm2": {"model.method": "notellm2"}},
     "start": {
         "random": {"model.start": {}},
         "balanced": {
-            "model.start": {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0, "visual_token_gain": 1.0}
+            "model.start": {
+                "pca_projector": True,
+                "num_pca_notes": 256,
+                "fusion_scale": 0.3,
+                "gate_bias": -1.0,
+                "visual_token_gain": 1.0,
+            }  # fmt: skip
         },
     },
     "new modules": {
@@ -81,9 +92,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.action == "run":
         make_data(load_config(CONFIG, BUDGET))
+        reader = teach_reading(options.out)
         for seed, cell in itertools.product(options.seeds, CELLS):
             if "/".join(cell) in options.cells:
-                run(seed, cell, changes, options.out)
+                run(seed, cell, reader, changes, options.out)
     else:
         report(options.out)
 
@@ -109,36 +121,68 @@ def make_data(config: Config) -> None:
         )
 
 
-def run(seed: int, cell: Sequence[str], changes: dict[str, Any], out: Path) -> None:
+def teach_reading(out: Path) -> Path:
+    """An LLM that reads the world's text, and its tokenizer: OUT/reader. Trained on pairs whose pictures are hidden.
+
+    The paper's LLMs come to the experiment able to read the platform's text; the first layers of a small one do not.
+    """
+    reader = out / "reader"
+    if reader.exists():
+        return reader
+    config = load_config(CONFIG, READING)
+    folder, blind = out / "reading", out / "reading" / "images"
+    shutil.rmtree(folder, ignore_errors=True)
+    images = inputs(Recipe(config))["images"]
+    shutil.copytree(images, blind)
+    table = pq.read_table(images / "note_images.parquet")
+    hidden = pa.nulls(len(table), pa.string())
+    pq.write_table(table.set_column(1, table.schema.field("image_id"), hidden), blind / "note_images.parquet")
+    train(config, folder, {**inputs(Recipe(config)), "images": blind})
+    model, processor = load_model(folder / "model")
+    draft = out / ".reader"
+    model.llm.save_pretrained(draft)
+    processor.tokenizer.save_pretrained(draft)
+    draft.rename(reader)
+    return reader
+
+
+def inputs(recipe: Recipe) -> dict[str, Path]:
+    """The folders that a training reads."""
+    data = {n: recipe.dataset(n).path for n in ("notes", "vision_features", "pair_datasets")}
+    store = recipe.lake.root / "vision_store"
+    return {"notes": data["notes"] / "notes", "images": data["vision_features"], "store": store,
+            "pairs": data["pair_datasets"]}  # fmt: skip
+
+
+def train(config: Config, folder: Path, data: dict[str, Path]) -> None:
+    """FOLDER/model."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = launch_command(folder / "config.yaml", 1, **data, work=folder / "work", out=folder / "model")
+    call(command, folder / "training.log")
+    shutil.rmtree(folder / "work" / "checkpoints", ignore_errors=True)
+
+
+def run(seed: int, cell: Sequence[str], reader: Path, changes: dict[str, Any], out: Path) -> None:
     """Train one model, embed the test pool and the validation notes, measure; OUT/<seed>-<cell>.json."""
     name = "-".join([str(seed), *cell])
     if (out / f"{name}.json").exists():
         return
-    overrides: dict[str, Any] = {"seed": seed, **BUDGET}
+    overrides: dict[str, Any] = {"seed": seed, **BUDGET, "model.llm": {"name": str(reader)}}
     for level, levels in zip(cell, FACTORS.values(), strict=True):
         overrides |= levels[level]
     config = load_config(CONFIG, overrides | changes)
-    recipe = Recipe(config)
-    folder = out / name
+    data, folder = inputs(Recipe(config)), out / name
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    data = {n: recipe.dataset(n).path for n in ("notes", "vision_features", "pair_datasets")}
-    store = recipe.lake.root / "vision_store"
-    common = {"notes": data["notes"] / "notes", "images": data["vision_features"], "store": store}
-    call(launch_command(folder / "config.yaml", 1, **common, pairs=data["pair_datasets"], work=folder / "work",
-                        out=folder / "model"), folder / "training.log")  # fmt: skip
+    train(config, folder, data)
     export = [sys.executable, "-m", "notellm2_core.retrieval.export", "--config", folder / "config.yaml",
-              *(x for k, v in common.items() for x in (f"--{k}", v)), "--model", folder / "model",
-              "--note-ids", data["pair_datasets"] / "pool", "--inputs", "multimodal,image,text",
+              *(x for k in ("notes", "images", "store") for x in (f"--{k}", data[k])), "--model", folder / "model",
+              "--note-ids", data["pairs"] / "pool", "--inputs", "multimodal,image,text",
               "--out", folder / "embeddings"]  # fmt: skip
     call([str(x) for x in export], folder / "export.log")
-    shutil.rmtree(folder / "work" / "checkpoints", ignore_errors=True)
     facts = json.loads((folder / "model" / "training.json").read_text())
     tables = {("model", kind): folder / "embeddings" / kind for kind in ("multimodal", "image", "text")}
-    rows = evaluate(tables, common["notes"], data["pair_datasets"], config, tokenizer=folder / "model").to_dict()[
-        "rows"
-    ]
+    rows = evaluate(tables, data["notes"], data["pairs"], config, tokenizer=folder / "model").to_dict()["rows"]
     recall = {(r["method"], r["input"], r["slice"]): r["recall"] for r in rows}
     measures = {
         "all pairs": recall["model", "multimodal", "all"][str(K)],
