@@ -172,6 +172,7 @@ class Model(Section):
     projection_dim: int = Field(64, gt=0)
     temperature: float = 3.0  # tau at the start (Eq. 1); the scale is e^tau
     start: Start = Start()
+    license: str | None = None  # of the model card, as the hub writes it ("apache-2.0"); None: "other", none is stated
 
 
 class Training(Section):

@@ -51,8 +51,8 @@ STAGES: Mapping[str, Stage] = {
         ("pairs.low", "pairs.up", "pairs.bounds", "pairs.top_t", "pairs.popularity_power", "pairs.min_users"),
     ),
     "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",)),
-    "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=2),
-    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "training"), version=2),
+    "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=3),
+    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "training"), version=3),
     "start_embeddings": Stage(
         ("start_model", "notes", "vision_features", "pair_datasets"), ("export", "training.precision")
     ),
@@ -62,7 +62,8 @@ STAGES: Mapping[str, Stage] = {
     "eval_recall": Stage(
         ("note_embeddings", "faiss_index", "start_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
          "checkpoint", "notes"),
-        ("evaluation", "text", "seed"),
+        ("evaluation", "text", "seed", "model.license"),
+        version=2,
     ),
 }  # fmt: skip
 
@@ -85,6 +86,9 @@ class Days:
 
     start: date
     end: date
+
+    def iso(self) -> tuple[str, str]:
+        return self.start.isoformat(), self.end.isoformat()
 
 
 @dataclass(frozen=True)

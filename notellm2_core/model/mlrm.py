@@ -33,6 +33,7 @@ class MLRMConfig(PreTrainedConfig):
     projection_dim: int = 64  # d
     temperature: float = 3.0  # tau at the start
     attention: str = "sdpa"
+    encoder_id: str = ""  # the vision encoder it was trained with, as `VisionEncoder.encoder_id` names it
 
 
 class States(NamedTuple):
