@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     embed.add_argument("--out", type=Path, required=True)
     embed.add_argument("--inputs", choices=["multimodal", "image", "text"], default="multimodal")
     embed.add_argument("--dim", type=int, help="keep the first DIM numbers of a vector, made unit again; default: all")
-    embed.add_argument("--batch-notes", type=int, default=64)
+    embed.add_argument("--batch-notes", type=int, help="notes per batch; default: that of export.batch_notes")
     embed.set_defaults(run=_embed)
 
     package = commands.add_parser("package", help="a folder to give away: weights, vision encoder, processor, card")
@@ -85,10 +85,11 @@ def _describe(options: argparse.Namespace) -> None:
 
 
 def _embed(options: argparse.Namespace) -> None:
-    from notellm2_core.retrieval.embed import embed_notes
+    from notellm2_core.retrieval.embed import BATCH_NOTES, embed_notes
 
+    batch_notes = BATCH_NOTES if options.batch_notes is None else options.batch_notes
     counts = embed_notes(
-        options.model, options.notes, options.out, options.inputs, options.dim, options.batch_notes, options.images
+        options.model, options.notes, options.out, options.inputs, options.dim, batch_notes, options.images
     )
     print(json.dumps(counts))
 

@@ -56,7 +56,7 @@ def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
 
 
 def load_encoder(folder: Path) -> VisionEncoder:
-    """The vision encoder beside the model in `folder`. Raises ValueError where it is missing, damaged or another one."""
+    """The vision encoder beside the model in `folder`. Raises ValueError where it is missing, damaged or another."""
     encoder = VisionEncoder.from_pretrained(folder / "vision")
     require_its_encoder(MLRMConfig.from_pretrained(folder), encoder.encoder_id)
     return encoder

@@ -23,7 +23,7 @@ from notellm2_core.config import Export, Source, Vision
 from notellm2_core.embeddings import shortened
 from notellm2_core.model.batch_embedder import WINDOW_BATCHES, BatchEmbedder
 from notellm2_core.model.build import load_encoder, load_model, require_its_encoder
-from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
 from notellm2_core.model.pictures import PictureFeatures
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.notes.batch import InputKind, MLRMProcessor
@@ -48,6 +48,7 @@ class Embedder:
 
         Raises ValueError where `encoder` is not the one that the model was trained with.
         """
+        assert isinstance(model.config, MLRMConfig)
         require_its_encoder(model.config, encoder.encoder_id)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
@@ -117,7 +118,7 @@ class Embedder:
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder `name`, or the local copy of the hub's model of that name. Raises ValueError where neither is there."""
+    """The folder `name`, or the local copy of the hub's model. Raises ValueError where neither can be had."""
     folder = Path(name)
     if folder.is_dir():
         return folder

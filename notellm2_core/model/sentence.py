@@ -88,7 +88,7 @@ class NoteModule(InputModule):
         self.encoder.save_pretrained(Path(output_path) / "vision")
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", **_: Any) -> "NoteModule":
+    def load(cls, model_name_or_path: str, subfolder: str = "", *_: Any, **__: Any) -> "NoteModule":
         """The model of a folder or hub name, in fp32 on the CPU; SentenceTransformer moves it where it is wanted."""
         return cls(Embedder.from_pretrained(model_folder(model_name_or_path) / subfolder, device="cpu"))
 

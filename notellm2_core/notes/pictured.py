@@ -52,7 +52,7 @@ def pictured(value: NoteLike) -> PicturedNote:
 
 
 def parse_topics(value: Iterable[Any] | str | None) -> tuple[str, ...]:
-    """Topics from a list, or from one string separated by '|', as the pipeline reads them: trimmed, empty ones left out.
+    """Topics from a list, or from one string separated by '|', as the pipeline reads them: trimmed, none empty.
 
     Raises ValueError where a topic is no text.
     """

@@ -55,8 +55,9 @@ class Reports:
 def run(config: Config, paths: Paths, reports: Reports = Reports(), train_days: Sequence[str] | None = None) -> None:
     """Train as `config` says and save the model into `paths.out`. Called on every rank, after `set_up_processes`.
 
-    `train_days`: first day and end of the log that the pairs are of, for the model card. Goes on from the last checkpoint of `paths.work`; the weights are then those of an uninterrupted run, bit for bit
-    on the same machine and number of ranks. Raises ValueError for inputs and settings that do not fit.
+    Goes on from the last checkpoint of `paths.work`; the weights are then those of an uninterrupted run, bit for bit
+    on the same machine and number of ranks. `train_days`: first day and (exclusive) end of the log that the pairs are
+    of, for the model card. Raises ValueError for inputs and settings that do not fit.
     """
     device = engines.set_up_processes()
     with held(paths.work):

@@ -32,8 +32,9 @@ def save_model(
 ) -> None:
     """Write model, processor, a copy of the `vision` folder and the model card into `out`; training.json comes last.
 
-    `facts`: of the training, for training.json and the card; None: an untrained start. Raises ValueError where
-    `vision` holds no encoder. Called on all ranks; rank 0 writes. The weights are as they were trained: fp32 on a CPU, bf16 on a GPU.
+    `facts`: of the training, for training.json and the card; None: an untrained start. Called on all ranks; rank 0
+    writes. The weights are as they were trained: fp32 on a CPU, bf16 on a GPU. Raises ValueError where `vision` holds
+    no encoder.
     """
     weights = full_weights(model)
     if weights is not None:
@@ -42,8 +43,8 @@ def save_model(
         model.config.encoder_id = saved_encoder_id(vision)
         shutil.copytree(vision, out / "vision", dirs_exist_ok=True)
         processor.save_pretrained(out)
-        model.save_pretrained(out, state_dict=weights, safe_serialization=True)
         sizes = {name: weights[name].numel() for name, _ in model.named_parameters()}
+        model.save_pretrained(out, state_dict=weights, safe_serialization=True)
         card = card_facts(config, model.config.to_dict(), sizes, train_days, facts)
         (out / CARD_FACTS).write_text(json.dumps(card, indent=1))
         (out / CARD).write_text(model_card(card))
