@@ -38,8 +38,8 @@ def test_a_package_is_the_model_with_its_table(
     assert set(files) >= {"config.json", "model.safetensors", "vision/config.json", "vision/model.safetensors",
                           "processor_config.json", "tokenizer.json", "README.md", "card.json"}  # fmt: skip
     assert "manifest.json" not in files and ("modules.json" in files) == (layout == "sentence-transformers")
-    card = (out / "README.md").read_text()
-    assert "| notellm2 | 12.3 |" in card and "license: mit" in card and f"library_name: {layout}"[:20] in card
+    card, library = (out / "README.md").read_text(), layout.replace("huggingface", "transformers")
+    assert "| notellm2 | 12.3 |" in card and "license: mit" in card and f"library_name: {library}\n" in card
     assert (out / "model.safetensors").samefile(model / "model.safetensors")  # no second copy of the weights
     assert not (out / "config.json").samefile(model / "config.json")  # whoever edits the package edits no dataset
     vectors = Embedder.from_pretrained(out).embed(release.notes)

@@ -43,9 +43,7 @@ def test_notes_texts_and_pictures(release: Release, model: SentenceTransformer, 
     expected = embedder.embed([{"content": t} for t in texts])
     np.testing.assert_allclose(model.encode(texts), expected, atol=2e-6)
     np.testing.assert_allclose(model.encode(texts[1]), expected[1], atol=2e-6)  # one alone
-    np.testing.assert_allclose(
-        model.encode("hill", prompt="tea on an old "), expected[1], atol=2e-6
-    )  # a prompt stands before the content
+    np.testing.assert_allclose(model.encode("hill", prompt="tea on an old "), expected[1], atol=2e-6)
     picture = Image.open(release.source / "8.png")
     np.testing.assert_allclose(model.encode([picture]), embedder.embed([{"image": picture}]), atol=2e-6)
     with pytest.raises(ValueError, match="no field 'titel'"):
@@ -76,8 +74,8 @@ def test_similarity_and_fewer_dimensions(
     np.testing.assert_allclose(unit, shortened(vectors, 4), atol=1e-5)
 
 
-def test_an_evaluator_finds_each_text_first(model: SentenceTransformer, embedder: Embedder) -> None:
-    """Queries that are their own documents are at rank 1: accuracy@1 is 1 for them, and 1/2 when half ask for others."""
+def test_an_evaluator_finds_each_text_first(model: SentenceTransformer) -> None:
+    """Queries that are their own documents are at rank 1: accuracy@1 is 1, and 1/2 where half ask for others."""
     corpus = {str(n): f"a note of {word}" for n, word in enumerate(["tea", "ships", "hills", "kites"])}
     own = InformationRetrievalEvaluator(corpus, corpus, {n: {n} for n in corpus}, name="own", accuracy_at_k=[1])
     assert own(model)["own_cosine_accuracy@1"] == 1

@@ -74,7 +74,8 @@ def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text == (
         "-m torch.distributed.run --standalone --nproc-per-node 2 -m notellm2_core.training --config c.yaml"
         " --notes /data/notes --images /data/images --store /data/store --pairs /data/pairs"
-        " --work /data/work --out /data/out --train-days 2025-01-05 2025-01-19 --mlflow-uri sqlite:///m.db --mlflow-run-id r1"
+        " --work /data/work --out /data/out --train-days 2025-01-05 2025-01-19"
+        " --mlflow-uri sqlite:///m.db --mlflow-run-id r1"
     )
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert launch_command(Path("c.yaml"), 10_000, **folders)[:2] == ["env", "OMP_NUM_THREADS=1"]
