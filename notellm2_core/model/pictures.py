@@ -81,9 +81,10 @@ class PictureFeatures:
     def _fetch(self, folder: Path | None, picture: str | Path | bytes | None) -> images.EncodedImage:
         if isinstance(picture, bytes):
             return images.fetch(Path(), None, picture, self._max_pixels)
-        if picture is None or folder is not None:
-            return images.fetch(folder or Path(), None if picture is None else str(picture), None, self._max_pixels)
-        path = Path(os.path.realpath(picture))  # the caller's own path: links may lead anywhere
+        name = None if picture is None else str(picture)
+        if not name or folder is not None or "\0" in name:  # no file has such a name
+            return images.fetch(folder or Path(), name, None, self._max_pixels)
+        path = Path(os.path.realpath(name))  # the caller's own path: links may lead anywhere
         return images.fetch(path.parent, path.name, None, self._max_pixels)
 
     def _encode(self, image_ids: Sequence[str], pixels: Tensor) -> None:

@@ -1,8 +1,10 @@
 """Packages: complete, in both layouts, with the table of the right report, and never over anything."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +46,11 @@ def test_a_package_is_the_model_with_its_table(
     assert not (out / "config.json").samefile(model / "config.json")  # whoever edits the package edits no dataset
     vectors = Embedder.from_pretrained(out).embed(release.notes)
     np.testing.assert_array_equal(vectors, Embedder.from_pretrained(model).embed(release.notes))
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example.replace("FOLDER", str(out)), names)
+    note = {"title": "Red kite", "topics": ["toys"], "content": "Flies well."}
+    np.testing.assert_allclose(names["vectors"][0], Embedder.from_pretrained(out).embed([note])[0], atol=2e-6)
     package(out, tmp_path / "again")  # a package can be packaged
 
 
