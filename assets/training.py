@@ -60,7 +60,8 @@ def start_model(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mat
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
         command = [sys.executable, "-m", "notellm2_core.training.start", *note_arguments(recipe, inputs),
-                   "--pairs", str(inputs["pair_datasets"].path), "--out", str(draft.path)]  # fmt: skip
+                   "--pairs", str(inputs["pair_datasets"].path), "--out", str(draft.path),
+                   "--train-days", *recipe.window.train.iso()]  # fmt: skip
         run_command(context, command)
 
     return pipeline.publish(context, build)
@@ -90,6 +91,7 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
             pairs=inputs["pair_datasets"].path,
             work=work,
             out=draft.path,
+            train_days=recipe.window.train.iso(),
             mlflow_uri=run.uri,
             mlflow_run_id=run.run_id,
         )

@@ -24,6 +24,24 @@ def main(arguments: list[str] | None = None) -> None:
     describe.add_argument("--config", type=Path, required=True)
     describe.set_defaults(run=_describe)
 
+    embed = commands.add_parser("embed", help="embed notes with a trained model")
+    embed.add_argument("--model", required=True, help="folder of a trained model, or its hub name")
+    embed.add_argument("--notes", type=Path, required=True, help="source folder, Parquet file or folder of Parquet")
+    embed.add_argument("--images", type=Path, help="folder that image_path is relative to; default: that of the notes")
+    embed.add_argument("--out", type=Path, required=True)
+    embed.add_argument("--inputs", choices=["multimodal", "image", "text"], default="multimodal")
+    embed.add_argument("--dim", type=int, help="keep the first DIM numbers of a vector, made unit again; default: all")
+    embed.add_argument("--batch-notes", type=int, help="notes per batch; default: that of export.batch_notes")
+    embed.set_defaults(run=_embed)
+
+    package = commands.add_parser("package", help="a folder to give away: weights, vision encoder, processor, card")
+    package.add_argument("--model", type=Path, required=True, help="folder of a trained model")
+    package.add_argument("--out", type=Path, required=True, help="a new folder")
+    package.add_argument("--report", type=Path, help="dataset of eval_recall; its table goes into the card")
+    package.add_argument("--layout", choices=["huggingface", "sentence-transformers"], default="huggingface")
+    package.add_argument("--license", help="of the trained weights, as the hub writes it; default: the configuration's")
+    package.set_defaults(run=_package)
+
     index = commands.add_parser("index", help="build or search a FAISS index")
     index_commands = index.add_subparsers(required=True, metavar="build|search")
     build = index_commands.add_parser("build")
@@ -64,6 +82,23 @@ def _describe(options: argparse.Namespace) -> None:
     from notellm2_core.model.describe import describe
 
     print(json.dumps(describe(load_config(options.config)), indent=1))
+
+
+def _embed(options: argparse.Namespace) -> None:
+    from notellm2_core.retrieval.embed import BATCH_NOTES, embed_notes
+
+    batch_notes = BATCH_NOTES if options.batch_notes is None else options.batch_notes
+    counts = embed_notes(
+        options.model, options.notes, options.out, options.inputs, options.dim, batch_notes, options.images
+    )
+    print(json.dumps(counts))
+
+
+def _package(options: argparse.Namespace) -> None:
+    from notellm2_core.model.package import package
+
+    files = package(options.model, options.out, options.report, options.layout, options.license)
+    print(json.dumps({"out": str(options.out), "files": files}))
 
 
 def _index_build(options: argparse.Namespace) -> None:

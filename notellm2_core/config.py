@@ -177,6 +177,7 @@ class Model(Section):
     matryoshka_dims: tuple[Annotated[int, Field(gt=0)], ...] = ()  # shorter embeddings to train and report, e.g. 16, 32
     temperature: float = 3.0  # tau at the start (Eq. 1); the scale is e^tau
     start: Start = Start()
+    license: str | None = None  # of the model card, as the hub writes it ("apache-2.0"); None: "other", none is stated
 
     @model_validator(mode="after")
     def _dims(self) -> "Model":

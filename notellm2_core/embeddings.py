@@ -168,6 +168,19 @@ def mean_cosine(vectors: np.ndarray, num_pairs: int = 10_000, seed: int = 0) -> 
     return float(np.einsum("nd,nd->n", vectors[left], vectors[right], dtype=np.float64).mean())
 
 
+def shortened(vectors: np.ndarray, dim: int | None) -> np.ndarray:
+    """The first `dim` numbers of unit vectors [N, d], made unit again (Matryoshka); None: as they are.
+
+    Raises ValueError where there are not so many.
+    """
+    if dim is None or dim == vectors.shape[1]:
+        return vectors
+    if not 0 < dim < vectors.shape[1]:
+        raise ValueError(f"dim = {dim} must be between 1 and the model's {vectors.shape[1]}.")
+    first = vectors[:, :dim]
+    return first / np.linalg.norm(first, axis=1, keepdims=True).clip(min=1e-12)
+
+
 def read_note_ids(path: Path) -> list[str]:
     """The note_id column of a Parquet file or folder, in order, each once. Raises ValueError where it is not there."""
     if not path.exists():

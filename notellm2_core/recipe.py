@@ -62,7 +62,8 @@ STAGES: Mapping[str, Stage] = {
     "eval_recall": Stage(
         ("note_embeddings", "faiss_index", "start_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
          "checkpoint", "notes"),
-        ("evaluation", "text", "seed"),
+        ("evaluation", "text", "seed", "model.license"),
+        version=2,
     ),
 }  # fmt: skip
 
@@ -85,6 +86,9 @@ class Days:
 
     start: date
     end: date
+
+    def iso(self) -> tuple[str, str]:
+        return self.start.isoformat(), self.end.isoformat()
 
 
 @dataclass(frozen=True)

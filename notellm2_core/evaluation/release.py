@@ -1,4 +1,4 @@
-"""The report of a release as files: recall.json, the table, the plot and the picture of neighbours."""
+"""The report of a release as files: recall.json, the table, the plot, the picture of neighbours, the model card."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from notellm2_core.config import Config
 from notellm2_core.evaluation.evaluate import evaluate, neighbour_sheet, picture_reader
 from notellm2_core.evaluation.report import Report, to_markdown, to_plot
+from notellm2_core.model.card import model_card, read_card_facts
 
 ORACLE = "oracle.parquet"
 
@@ -24,7 +25,7 @@ def write_report(
     baseline_embeddings: Path,
     out: Path,
 ) -> dict[str, Any]:
-    """Measure, and write recall.json, recall.md, recall.png and neighbours.jpg into `out`.
+    """Measure, and write recall.json, recall.md, recall.png, neighbours.jpg and model_card.md into `out`.
 
     Returns R@k by method, input and slice, in percent, nested: {"notellm2": {"multimodal": {"all": {"10": ...}}}}.
     """
@@ -39,6 +40,8 @@ def write_report(
     report = evaluate(folders, notes, pairs, config, tokenizer=model, clicks=clicks, oracle=oracle)
     (out / "recall.json").write_text(json.dumps(report.to_dict(), indent=1))
     (out / "recall.md").write_text(to_markdown(report))
+    card = read_card_facts(model) | {"license": config.model.license}
+    (out / "model_card.md").write_text(model_card(card, to_markdown(report)))
     (out / "recall.png").write_bytes(to_plot(report))
     picture = picture_reader(notes, source, config.source.max_image_pixels)
     sheet = neighbour_sheet(

@@ -16,7 +16,7 @@ from notellm2_core.model.connector import ConnectorSizes
 from notellm2_core.model.llm import load_llm
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
-from notellm2_core.model.vision import vision_dims
+from notellm2_core.model.vision import VisionEncoder, saved_encoder_id, vision_dims
 from notellm2_core.notes.batch import MLRMProcessor
 
 
@@ -44,14 +44,36 @@ def num_visual_words(config: Config, num_patches: int) -> int:
 
 
 def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
-    """What both wrote into `folder` (`save_pretrained`), in fp32, on the CPU. Raises ValueError if it is incomplete."""
+    """What both wrote into `folder` (`save_pretrained`), in fp32, on the CPU.
+
+    Raises ValueError if it is incomplete, or `vision/` beside it says that it is another encoder than the model's.
+    """
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no model (no config.json); give the folder of a trained model.")
     try:
         model = MLRMModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"the model in {folder} cannot be read: {e}") from e
+    if model.config.encoder_id:
+        require_its_encoder(model.config, saved_encoder_id(folder / "vision"))
     return model.eval(), MLRMProcessor.from_pretrained(folder)
+
+
+def load_encoder(folder: Path) -> VisionEncoder:
+    """The vision encoder beside the model in `folder`. Raises ValueError where it is missing, damaged or another."""
+    encoder = VisionEncoder.from_pretrained(folder / "vision")
+    require_its_encoder(MLRMConfig.from_pretrained(folder), encoder.encoder_id)
+    return encoder
+
+
+def require_its_encoder(config: MLRMConfig, encoder_id: str) -> None:
+    """Raises ValueError where the model was trained with another vision encoder than `encoder_id`."""
+    if config.encoder_id != encoder_id:
+        trained = config.encoder_id or "one that its config.json does not name (encoder_id)"
+        raise ValueError(
+            f"the model was trained with vision encoder {trained}, and this one is {encoder_id}: copy the model's "
+            "folder again, with the vision/ that was saved in it."
+        )
 
 
 @torch.no_grad()

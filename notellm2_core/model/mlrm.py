@@ -34,6 +34,7 @@ class MLRMConfig(PreTrainedConfig):
     matryoshka_dims: list[int] | None = None  # shorter embeddings that were trained too
     temperature: float = 3.0  # tau at the start
     attention: str = "sdpa"
+    encoder_id: str = ""  # the vision encoder it was trained with, as `VisionEncoder.encoder_id` names it
 
 
 class States(NamedTuple):

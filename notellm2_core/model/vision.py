@@ -165,6 +165,11 @@ def _saved_folder(settings: config.Vision) -> Path | None:
     )
 
 
+def saved_encoder_id(folder: Path) -> str:
+    """Which encoder `folder` says it is, without reading weights. Raises ValueError where it holds none."""
+    return str(_read_facts(folder)["encoder_id"])
+
+
 def _read_facts(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:

@@ -92,7 +92,12 @@ def decode(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
     8 bits scaled down to 8.
     """
     status, image = _open(data, max_pixels)
-    if image is None:
+    return (status, None) if image is None else to_rgb(image, max_pixels)
+
+
+def to_rgb(image: Image.Image, max_pixels: int) -> tuple[Status, Image.Image | None]:
+    """As `decode`, for a picture that Pillow has opened."""
+    if (status := _check_size(image, max_pixels)) != "ok":
         return status, None
     try:
         image.load()
@@ -112,10 +117,15 @@ def _open(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
         raise
     except Exception:  # as in `decode`
         return "broken", None
+    status = _check_size(image, max_pixels)
+    return status, image if status == "ok" else None
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> Status:
     width, height = image.size
     if width * height > max_pixels:
-        return "too_large", None
-    return ("ok", image) if width and height else ("broken", None)
+        return "too_large"
+    return "ok" if width and height else "broken"
 
 
 def allow_pixels(max_pixels: int) -> None:

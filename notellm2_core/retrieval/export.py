@@ -11,8 +11,6 @@ as one that was not killed, because batches never reach over a shard.
 
 Precision: fp32 on a CPU; on a GPU the weights are bf16 unless training.precision is fp32 (what training's forward
 computes in), with the normalisation in fp32 either way.
-
-Shapes: N notes of a batch, d embedding width.
 """
 
 import argparse
@@ -20,83 +18,32 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from notellm2_core import lake
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config, load_config
 from notellm2_core.embeddings import read_note_ids, write_shards
+from notellm2_core.model.batch_embedder import BatchEmbedder
 from notellm2_core.model.build import load_model
-from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.notes.batch import InputKind, MLRMProcessor
+from notellm2_core.notes.batch import InputKind
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
-from notellm2_core.notes.records import Note, read_notes
-
-WINDOW_BATCHES = 8  # batches whose notes are sorted by length together, and whose features are held at a time
+from notellm2_core.notes.records import read_notes
 
 
-@dataclass(frozen=True)
-class Exporter:
-    """A model, and everything that it reads of the notes."""
-
-    model: MLRMModel
-    processor: MLRMProcessor
-    notes: Mapping[str, Note]
-    images: Mapping[str, str | None]  # note_id -> image_id; None: no usable picture
-    store: FeatureStore
-    batch_notes: int
-    device: torch.device
-
-    def embed(self, note_ids: Sequence[str], inputs: InputKind, progress: "tqdm[Any] | None" = None) -> np.ndarray:
-        """Unit vectors [len(note_ids), d] in fp32, in the order given.
-
-        Notes of like length share a batch, so that little is computed on padding; padding is masked, so what a note
-        gets does not depend on its company (up to rounding).
-        """
-        vectors = np.empty((len(note_ids), self.model.config.projection_dim), dtype=np.float32)
-        window = WINDOW_BATCHES * self.batch_notes
-        for first in range(0, len(note_ids), window):
-            ids = note_ids[first : first + window]
-            encoded = [self.processor.encode(self.notes[i], inputs) for i in ids]
-            rows, patches, pooled = self._features(ids, inputs)
-            order = sorted(range(len(ids)), key=lambda n: (len(encoded[n]), n))
-            for start in range(0, len(order), self.batch_notes):
-                batch = np.array(order[start : start + self.batch_notes])
-                shown = rows[batch]  # -1: no picture; reads any row, which collate blanks
-                collated = self.processor.collate(
-                    [encoded[n] for n in batch],
-                    patches[shown] if len(patches) else None,
-                    pooled[shown] if len(patches) else None,
-                    shown >= 0,
-                )
-                with torch.inference_mode():
-                    output = self.model(collated.to(self.device)).multimodal  # [N, d]
-                vectors[first + batch] = functional.normalize(output.float(), dim=-1).cpu().numpy()
-                if progress is not None:
-                    progress.update(len(batch))
-        return vectors
-
-    def _features(self, ids: Sequence[str], inputs: InputKind) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows [n] of the notes in the features, -1 without picture, and the features of the distinct pictures."""
-        image_ids = [None if inputs == "text" else self.images[i] for i in ids]
-        distinct = list(dict.fromkeys(i for i in image_ids if i is not None))
-        features = self.store.load(distinct)
-        row = {image_id: n for n, image_id in enumerate(distinct)}
-        return np.array([-1 if i is None else row[i] for i in image_ids]), features.patches, features.global_feature
-
-
-def _decides(file: Path) -> bool:
-    """Whether this file of a model folder has a say in the vectors: weights, configuration, tokens; no records."""
-    return file.suffix in (".safetensors", ".json") and file.name not in ("training.json", lake.MANIFEST)
+def deciding_files(model_dir: Path) -> dict[str, str]:
+    """Name -> checksum of the files of a model that decide its vectors: weights, configuration, tokens; no records."""
+    records = ("training.json", "card.json", lake.MANIFEST)
+    files = (p for p in sorted(model_dir.iterdir()) if p.suffix in (".safetensors", ".json") and p.name not in records)
+    return {p.name: lake.sha256_of(p) for p in files}
 
 
 def export(
@@ -119,11 +66,11 @@ def export(
     model, processor = load_model(model_dir)
     device, dtype = _device(config)
     nn.Module.to(model, device, dtype)
-    exporter = Exporter(
+    embedder = BatchEmbedder(
         model, processor, notes, images, FeatureStore(store_dir / vision_encoder),
         config.export.batch_notes, device,
     )  # fmt: skip
-    weights = {p.name: lake.sha256_of(p) for p in sorted(model_dir.iterdir()) if _decides(p)}
+    weights = deciding_files(model_dir)
     counts: dict[str, Any] = {
         "notes": len(notes),
         "notes_without_picture": sum(images[i] is None for i in notes),
@@ -138,7 +85,7 @@ def export(
             return lake.fingerprint([weights, vision_encoder, kind, str(dtype), config.export.batch_notes, rows])
 
         def embed(ids: Sequence[str], kind: InputKind = kind) -> np.ndarray:
-            return exporter.embed(ids, kind, progress)
+            return embedder.embed(ids, kind, progress)
 
         with tqdm(total=-(-len(notes) // num_ranks), desc=f"embed {kind}", unit="notes", disable=rank != 0) as progress:
             began = time.monotonic()

@@ -15,7 +15,7 @@ from pathlib import Path
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import load_config
 from notellm2_core.lake import write_atomically
-from notellm2_core.training.launch import ERROR_FILE, die_with_parent
+from notellm2_core.training.launch import ERROR_FILE, TRAIN_DAYS_HELP, die_with_parent
 
 
 def main() -> None:
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and curves; the same again to resume")
     parser.add_argument("--out", type=Path, required=True, help="empty folder for the trained model")
+    parser.add_argument("--train-days", nargs=2, metavar=("START", "END"), help=TRAIN_DAYS_HELP)
     parser.add_argument("--mlflow-uri", help="tracking server for the curves")
     parser.add_argument("--mlflow-run-id")
     args = parser.parse_args()
@@ -36,7 +37,7 @@ def main() -> None:
         from notellm2_core.training.loop import Paths, Reports, run  # torch, once there is something to do
 
         paths = Paths(args.notes, args.images, args.store, args.pairs, args.work, args.out)
-        run(config, paths, Reports(log, args.mlflow_uri, args.mlflow_run_id))
+        run(config, paths, Reports(log, args.mlflow_uri, args.mlflow_run_id), args.train_days)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 ERROR_FILE = "error.txt"  # in WORK: why the last run stopped, where the user can mend it
+TRAIN_DAYS_HELP = "the days of the log that the pairs are of, the second exclusive; for the model card alone"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -20,6 +21,7 @@ def launch_command(
     pairs: Path,
     work: Path,
     out: Path,
+    train_days: tuple[str, str] | None = None,
     mlflow_uri: str | None = None,
     mlflow_run_id: str | None = None,
 ) -> list[str]:
@@ -34,6 +36,8 @@ def launch_command(
     command += ["-m", "notellm2_core.training", "--config", str(config_file)]
     for name, folder in folders.items():
         command += [f"--{name}", str(folder)]
+    if train_days:
+        command += ["--train-days", *train_days]
     if mlflow_uri and mlflow_run_id:
         command += ["--mlflow-uri", mlflow_uri, "--mlflow-run-id", mlflow_run_id]
     return command

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,18 +53,21 @@ class Reports:
     mlflow_run_id: str | None = None
 
 
-def run(config: Config, paths: Paths, reports: Reports = Reports()) -> None:
+def run(config: Config, paths: Paths, reports: Reports = Reports(), train_days: Sequence[str] | None = None) -> None:
     """Train as `config` says and save the model into `paths.out`. Called on every rank, after `set_up_processes`.
 
     Goes on from the last checkpoint of `paths.work`; the weights are then those of an uninterrupted run, bit for bit
-    on the same machine and number of ranks. Raises ValueError for inputs and settings that do not fit.
+    on the same machine and number of ranks. `train_days`: first day and (exclusive) end of the log that the pairs are
+    of, for the model card. Raises ValueError for inputs and settings that do not fit.
     """
     device = engines.set_up_processes()
     with held(paths.work):
-        _run(config, paths, reports, device)
+        _run(config, paths, reports, train_days, device)
 
 
-def _run(config: Config, paths: Paths, reports: Reports, device: torch.device) -> None:
+def _run(
+    config: Config, paths: Paths, reports: Reports, train_days: Sequence[str] | None, device: torch.device
+) -> None:
     rank, num_ranks, training = dist.get_rank(), dist.get_world_size(), config.training
     if (paths.out / DONE).exists():
         raise ValueError(f"{paths.out} holds a trained model already: give --out an empty folder")
@@ -95,7 +98,7 @@ def _run(config: Config, paths: Paths, reports: Reports, device: torch.device) -
     try:
         _train(engine, data, batches, first_step, config, device, checkpoints, progress, paths.work)
         facts = _facts(progress, config, data, known_run["precision"], num_ranks)
-        save_model(model, processor, paths.images / "vision", paths.out, facts)
+        save_model(model, processor, paths.images / "vision", paths.out, config, train_days, facts)
     finally:
         progress.close()
 
@@ -147,6 +150,7 @@ def run_settings(config: Config, data: TrainingData, num_ranks: int) -> dict[str
     """Whatever changes the weights that come out: settings by their dotted names, the pairs, the number of ranks."""
     tree = config.model_dump(mode="json", include={"seed", "text", "model", "training"})
     tree["text"] = {k: v for k, v in tree["text"].items() if f"text.{k}" in TEXT_SETTINGS}
+    tree["model"].pop("license")
     tree["training"] = {k: v for k, v in tree["training"].items() if k not in ("num_ranks", *FREE_TRAINING_SETTINGS)}
     pairs = [data.train_pairs.tolist(), data.note_ids]
     return {**_flat(tree), "number of ranks": num_ranks, "training pairs": fingerprint(pairs)}

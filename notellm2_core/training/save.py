@@ -10,8 +10,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from notellm2_core.config import Config
 from notellm2_core.lake import write_atomically
+from notellm2_core.model.card import CARD, CARD_FACTS, card_facts, model_card
 from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.vision import saved_encoder_id
 from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.training.losses import MAX_TAU
 
@@ -19,19 +22,32 @@ DONE = "training.json"
 
 
 def save_model(
-    model: MLRMModel, processor: MLRMProcessor, vision: Path, out: Path, facts: Mapping[str, Any] | None = None
+    model: MLRMModel,
+    processor: MLRMProcessor,
+    vision: Path,
+    out: Path,
+    config: Config,
+    train_days: Sequence[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write model, processor and a copy of the `vision` folder into `out`; training.json with `facts` comes last.
+    """Write model, processor, a copy of the `vision` folder and the model card into `out`; training.json comes last.
 
-    Called on all ranks; rank 0 writes. The weights are as they were trained: fp32 on a CPU, bf16 on a GPU.
+    `facts`: of the training, for training.json and the card; None: an untrained start. Called on all ranks; rank 0
+    writes. The weights are as they were trained: fp32 on a CPU, bf16 on a GPU. Raises ValueError where `vision` holds
+    no encoder.
     """
     weights = full_weights(model)
     if weights is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / DONE).unlink(missing_ok=True)
+        model.config.encoder_id = saved_encoder_id(vision)
         shutil.copytree(vision, out / "vision", dirs_exist_ok=True)
         processor.save_pretrained(out)
+        sizes = {name: weights[name].numel() for name, _ in model.named_parameters()}
         model.save_pretrained(out, state_dict=weights, safe_serialization=True)
+        card = card_facts(config, model.config.to_dict(), sizes, train_days, facts)
+        (out / CARD_FACTS).write_text(json.dumps(card, indent=1))
+        (out / CARD).write_text(model_card(card))
         if facts is not None:
             write_atomically(out / DONE, json.dumps(facts, indent=1))
     if dist.is_initialized():

@@ -14,7 +14,6 @@ step counts can afford a random start; a short run of a small model cannot (docs
 """
 
 import argparse
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -31,6 +30,8 @@ from notellm2_core.model.fusion import LateFusion
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache
+from notellm2_core.training.launch import TRAIN_DAYS_HELP
+from notellm2_core.training.save import save_model
 
 _BATCH_NOTES = 32
 
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train-days", nargs=2, metavar=("START", "END"), help=TRAIN_DAYS_HELP)
     args = parser.parse_args()
     with one_line_errors():
         config = load_config(args.config)
@@ -170,9 +172,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix=".", dir=args.out) as cache:  # not in /tmp: it may be large
             data = load_training_data(processor, args.notes, args.images, args.store, args.pairs, Path(cache))
             apply_start(model, processor, data, config)
-        shutil.copytree(args.images / "vision", args.out / "vision", dirs_exist_ok=True)
-        processor.save_pretrained(args.out)
-        model.save_pretrained(args.out)
+        save_model(model, processor, args.images / "vision", args.out, config, args.train_days)
 
 
 if __name__ == "__main__":

@@ -75,10 +75,10 @@ def arguments(world: Path, out: Path, *more: str) -> list[str]:
     return [f for name, path in parts.items() for f in (f"--{name}", str(world / path))] + ["--out", str(out), *more]
 
 
-def exporter(world: Path, batch_notes: int) -> export.Exporter:
+def exporter(world: Path, batch_notes: int) -> export.BatchEmbedder:
     model, processor = load_model(world / "model")
     encoder_id = json.loads((world / "images" / "vision" / "config.json").read_text())["encoder_id"]
-    return export.Exporter(
+    return export.BatchEmbedder(
         model, processor, read_notes(world / "notes"), read_note_images(world / "images"),
         FeatureStore(world / "store" / encoder_id), batch_notes, torch.device("cpu"),
     )  # fmt: skip
@@ -130,7 +130,7 @@ def test_a_complete_export_computes_nothing(
     def never(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(export.Exporter, "embed", never)
+    monkeypatch.setattr(export.BatchEmbedder, "embed", never)
     export.main(arguments(world, whole, "--inputs", "image,text"))
     assert json.loads(capsys.readouterr().out)["notes_per_second"] == {"image": 0, "text": 0}
 

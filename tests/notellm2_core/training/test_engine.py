@@ -68,12 +68,14 @@ def test_groups_have_their_rates_and_decay() -> None:
 def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     folders = {n: Path(f"/data/{n}") for n in ("notes", "images", "store", "pairs", "work", "out")}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    command = launch_command(Path("c.yaml"), 2, **folders, mlflow_uri="sqlite:///m.db", mlflow_run_id="r1")
+    command = launch_command(Path("c.yaml"), 2, **folders, train_days=("2025-01-05", "2025-01-19"),
+                             mlflow_uri="sqlite:///m.db", mlflow_run_id="r1")  # fmt: skip
     text = " ".join(command[1:])
     assert text == (
         "-m torch.distributed.run --standalone --nproc-per-node 2 -m notellm2_core.training --config c.yaml"
         " --notes /data/notes --images /data/images --store /data/store --pairs /data/pairs"
-        " --work /data/work --out /data/out --mlflow-uri sqlite:///m.db --mlflow-run-id r1"
+        " --work /data/work --out /data/out --train-days 2025-01-05 2025-01-19"
+        " --mlflow-uri sqlite:///m.db --mlflow-run-id r1"
     )
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert launch_command(Path("c.yaml"), 10_000, **folders)[:2] == ["env", "OMP_NUM_THREADS=1"]

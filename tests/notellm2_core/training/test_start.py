@@ -98,10 +98,13 @@ def test_the_command_saves_the_start(world: World, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", tiny_config(start={"pca_projector": True}))
     folders = [x for n in ("notes", "images", "store", "pairs") for x in (f"--{n}", str(world.path(n)))]
     command = [sys.executable, "-m", "notellm2_core.training.start", "--config", str(config), *folders]
-    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=120)
+    command += ["--out", str(tmp_path / "out"), "--train-days", "2025-01-05", "2025-01-19"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     saved, _ = load_model(tmp_path / "out")
     expected, _ = make(world, tmp_path, pca_projector=True)
     for name, weight in expected.state_dict().items():
         torch.testing.assert_close(saved.state_dict()[name], weight, msg=name)
     assert (tmp_path / "out" / "vision" / "config.json").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "before its first step" in card and "Logs from 2025-01-05 to 2025-01-19" in card

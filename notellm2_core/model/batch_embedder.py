@@ -1,0 +1,77 @@
+"""Notes and the features of their pictures -> unit vectors: the one place where inference makes its batches.
+
+Shapes: N notes of a batch, d embedding width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+
+from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.notes.batch import InputKind, MLRMProcessor
+from notellm2_core.notes.feature_store import Features
+from notellm2_core.notes.records import Note
+
+WINDOW_BATCHES = 8  # batches whose notes are sorted by length together, and whose features are held at a time
+
+
+class FeatureSource(Protocol):
+    """The feature store, or whatever else knows the features of pictures."""
+
+    def load(self, image_ids: Sequence[str]) -> Features:
+        """The features of `image_ids`, in that order."""
+
+
+@dataclass(frozen=True)
+class BatchEmbedder:
+    """A model, and everything that it reads of the notes."""
+
+    model: MLRMModel
+    processor: MLRMProcessor
+    notes: Mapping[str, Note]
+    images: Mapping[str, str | None]  # note_id -> image_id; None: no usable picture
+    features: FeatureSource
+    batch_notes: int
+    device: torch.device
+
+    def embed(self, note_ids: Sequence[str], inputs: InputKind, progress: "tqdm[Any] | None" = None) -> np.ndarray:
+        """Unit vectors [len(note_ids), d] in fp32, in the order given.
+
+        Notes of like length share a batch, so that little is computed on padding; padding is masked, so what a note
+        gets does not depend on its company (up to rounding).
+        """
+        vectors = np.empty((len(note_ids), self.model.config.projection_dim), dtype=np.float32)
+        window = WINDOW_BATCHES * self.batch_notes
+        for first in range(0, len(note_ids), window):
+            ids = note_ids[first : first + window]
+            encoded = [self.processor.encode(self.notes[i], inputs) for i in ids]
+            rows, patches, pooled = self._features(ids, inputs)
+            order = sorted(range(len(ids)), key=lambda n: (len(encoded[n]), n))
+            for start in range(0, len(order), self.batch_notes):
+                batch = np.array(order[start : start + self.batch_notes])
+                shown = rows[batch]  # -1: no picture; reads any row, which collate blanks
+                collated = self.processor.collate(
+                    [encoded[n] for n in batch],
+                    patches[shown] if len(patches) else None,
+                    pooled[shown] if len(patches) else None,
+                    shown >= 0,
+                )
+                with torch.inference_mode():
+                    output = self.model(collated.to(self.device)).multimodal  # [N, d]
+                vectors[first + batch] = functional.normalize(output.float(), dim=-1).cpu().numpy()
+                if progress is not None:
+                    progress.update(len(batch))
+        return vectors
+
+    def _features(self, ids: Sequence[str], inputs: InputKind) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows [n] of the notes in the features, -1 without picture, and the features of the distinct pictures."""
+        image_ids = [None if inputs == "text" else self.images[i] for i in ids]
+        distinct = list(dict.fromkeys(i for i in image_ids if i is not None))
+        features = self.features.load(distinct)
+        row = {image_id: n for n, image_id in enumerate(distinct)}
+        return np.array([-1 if i is None else row[i] for i in image_ids]), features.patches, features.global_feature

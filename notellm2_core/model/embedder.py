@@ -1,0 +1,135 @@
+"""A trained model as one object: notes with pictures in, unit vectors out. Needs the model's folder and nothing else.
+
+    from notellm2_core.model.embedder import Embedder
+
+    embedder = Embedder.from_pretrained("FOLDER")
+    vectors = embedder.embed([{"title": "Red kite", "topics": ["toys"], "content": "Flies well.", "image": "kite.jpg"}])
+
+Shapes: N notes, d embedding width.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from notellm2_core.config import Export, Source, Vision
+from notellm2_core.embeddings import shortened
+from notellm2_core.model.batch_embedder import WINDOW_BATCHES, BatchEmbedder
+from notellm2_core.model.build import load_encoder, load_model, require_its_encoder
+from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
+from notellm2_core.model.pictures import PictureFeatures
+from notellm2_core.model.vision import VisionEncoder
+from notellm2_core.notes.batch import InputKind, MLRMProcessor
+from notellm2_core.notes.images import Status
+from notellm2_core.notes.pictured import NoteLike, PicturedNote, pictured
+
+BATCH_NOTES = Export().batch_notes
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Embedder:
+    """A model with its processor and its own frozen vision encoder."""
+
+    def __init__(
+        self,
+        model: MLRMModel,
+        processor: MLRMProcessor,
+        encoder: VisionEncoder,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Moves the model to `device` (None: the GPU where there is one) in fp32 on a CPU and bf16 on a GPU.
+
+        Raises ValueError where `encoder` is not the one that the model was trained with.
+        """
+        assert isinstance(model.config, MLRMConfig)
+        require_its_encoder(model.config, encoder.encoder_id)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        nn.Module.to(model.eval(), self.device, self.dtype)
+        self.model, self.processor, self.encoder = model, processor, encoder.to(self.device)
+        self.pictures: Counter[Status] = Counter()  # of all notes embedded so far, by status
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None) -> "Embedder":
+        """The model of a folder, or of a hub name.
+
+        Raises ValueError where it cannot be had, is incomplete, or `vision/` is damaged or another encoder.
+        """
+        folder = model_folder(name)
+        model, processor = load_model(folder)
+        return cls(model, processor, load_encoder(folder), device)
+
+    def embed(
+        self,
+        notes: Sequence[NoteLike],
+        inputs: InputKind = "multimodal",
+        batch_notes: int = BATCH_NOTES,
+        dim: int | None = None,
+        *,
+        folder: Path | None = None,
+        progress: "tqdm[Any] | None" = None,
+    ) -> np.ndarray:
+        """Unit vectors [N, d] in fp32; with `dim` their first `dim` numbers, made unit again.
+
+        A picture that cannot be used counts as none, and under its status in `pictures`. folder: what the paths of
+        pictures are relative to, and nothing outside it is read; None: paths are taken as they are.
+        Raises ValueError for a note with an unknown or wrong field, and a `dim` that the model has not got.
+        """
+        known = [pictured(note) for note in notes]
+        vectors = np.empty((len(known), self.model.config.projection_dim), dtype=np.float32)
+        window = WINDOW_BATCHES * batch_notes  # pictures are held for so many notes at a time
+        for first in range(0, len(known), window):
+            part = known[first : first + window]
+            vectors[first : first + len(part)] = self._embed(part, inputs, batch_notes, folder, progress)
+        return shortened(vectors, dim)
+
+    def _embed(
+        self,
+        notes: Sequence[PicturedNote],
+        inputs: InputKind,
+        batch_notes: int,
+        folder: Path | None,
+        progress: "tqdm[Any] | None",
+    ) -> np.ndarray:
+        features, image_ids = self.read_pictures(notes, inputs, folder)
+        names = [str(n) for n in range(len(notes))]  # two of the notes may have the same id, or none
+        by_name: Mapping[str, Any] = dict(zip(names, (n.note for n in notes), strict=True))
+        images = dict(zip(names, image_ids, strict=True))
+        core = BatchEmbedder(self.model, self.processor, by_name, images, features, batch_notes, self.device)
+        return core.embed(names, inputs, progress)
+
+    def read_pictures(
+        self, notes: Sequence[PicturedNote], inputs: InputKind, folder: Path | None = None
+    ) -> tuple[PictureFeatures, list[str | None]]:
+        """The features of the notes' pictures, and each note's image id in them (None: no usable picture)."""
+        features = PictureFeatures(self.encoder, Source().max_image_pixels, Vision().batch_size)
+        if inputs == "text":
+            return features, [None] * len(notes)
+        found = features.read([n.image for n in notes], folder)
+        self.pictures.update(status for status, _ in found)
+        return features, [image_id for _, image_id in found]
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder `name`, or the local copy of the hub's model. Raises ValueError where neither can be had."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not _HUB_NAME.fullmatch(str(name)):
+        raise ValueError(f"{name} is no folder; give the folder of a trained model, or a hub name like owner/model.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name)))
+    except Exception as e:  # the hub client raises its own kinds, without a common base
+        reason = " ".join(str(e).split())[:300].rstrip(".")
+        raise ValueError(
+            f"{name} is no folder, and the hub has not given it ({reason}); pass the folder of a trained model."
+        ) from e

@@ -1,0 +1,82 @@
+"""A folder to give away: weights, vision encoder, processor, and a README with the recall table.
+
+Layouts: huggingface (`AutoModel`, `Embedder`), and the same with the two files that make it a sentence-transformers
+model. The weights are hard links where the file system can; everything else is copied.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
+from notellm2_core.files import link_or_copy
+from notellm2_core.lake import MANIFEST, write_atomically
+from notellm2_core.model.build import load_encoder
+from notellm2_core.model.card import CARD, CARD_FACTS, Layout, model_card, read_card_facts
+
+_MODULES = [{"idx": 0, "name": "0", "path": "", "type": "notellm2_core.model.sentence.NoteModule"}]
+_SENTENCE_FILES: dict[str, Any] = {
+    "modules.json": _MODULES,
+    "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
+}
+_NOT_COPIED = (MANIFEST, CARD, *_SENTENCE_FILES)
+
+
+def package(
+    model: Path, out: Path, report: Path | None = None, layout: Layout = "huggingface", license: str | None = None
+) -> dict[str, Any]:
+    """Assemble the new folder `out` from a trained model's folder. Returns its files' sizes in bytes by name.
+
+    report: the dataset of `eval_recall`, whose table goes into the README. license: wins over the configuration's.
+    Raises ValueError where `out` is not empty, the model's vision encoder is damaged or another one, or the report is
+    of another model.
+    """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout = {layout!r}; choose one of {', '.join(get_args(Layout))}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not empty; name a new folder.")
+    if not (model / "config.json").exists():
+        raise ValueError(f"{model} holds no model (no config.json); give the folder of a trained model.")
+    load_encoder(model)  # a copy that cannot be loaded is not given away
+    facts = read_card_facts(model)
+    facts["license"] = license or facts["license"]
+    recall = None if report is None else _recall_of(report, model)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    new = work / "new"
+    try:
+        for source in sorted(p for p in model.rglob("*") if p.is_file()):
+            name = source.relative_to(model)
+            if str(name) in _NOT_COPIED or any(part.startswith(".") for part in name.parts):
+                continue
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (link_or_copy if source.suffix == ".safetensors" else shutil.copyfile)(source, new / name)
+        write_atomically(new / CARD_FACTS, json.dumps(facts, indent=1))
+        write_atomically(new / CARD, model_card(facts, recall, layout))
+        if layout == "sentence-transformers":
+            for name_, content in _SENTENCE_FILES.items():
+                write_atomically(new / name_, json.dumps(content, indent=1))
+        if out.exists():
+            out.rmdir()
+        new.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def _recall_of(report: Path, model: Path) -> str:
+    """The recall table in the folder `report`. Raises ValueError where there is none, or it is of another model."""
+    file = report / "recall.md"
+    if not file.is_file():
+        raise ValueError(f"{report} holds no recall.md; give --report the folder of eval_recall.")
+    manifests = report / MANIFEST, model / MANIFEST
+    if all(m.is_file() for m in manifests):
+        measured, own = (json.loads(m.read_text()) for m in manifests)
+        if measured["inputs"].get("checkpoint") != own["fingerprint"]:
+            raise ValueError(
+                f"the report {report} measured checkpoint {measured['inputs'].get('checkpoint')}, not {model}, which "
+                f"is {own['fingerprint']}: give --report the eval_recall of this model."
+            )
+    return file.read_text()

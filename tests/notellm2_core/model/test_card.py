@@ -1,0 +1,82 @@
+"""The model card is a function of facts, and says no more than they do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from notellm2_core.config import Config
+from notellm2_core.model.card import card_facts, model_card, read_card_facts
+
+ARCHITECTURE = {
+    "llm": {"num_hidden_layers": 24, "hidden_size": 4096}, "connector": {"vision_width": 768, "num_queries": 16},
+    "num_patches": 196, "projection_dim": 64, "encoder_id": "0123456789abcdef",
+}  # fmt: skip
+SIZES = {"llm.a.weight": 1000, "llm.b.weight": 234, "connector.queries": 5, "tau": 1}
+TRAINING = {"steps": 7956, "num_train_pairs": 12345, "num_train_notes": 678, "num_validation_pairs": 90,
+            "validation_recall_at_10": 0.31415926}  # fmt: skip
+RECALL = "| method | R@10 |\n|---|---|\n| notellm2 | 12.3 |\n"
+
+
+def facts(days: tuple[str, str] | None = ("2025-01-05", "2025-01-19"), **model: Any) -> dict[str, Any]:
+    config = Config(name="weekly", model={"llm": {"name": "Qwen/Qwen-7B-Chat"}, **model})
+    return card_facts(config, ARCHITECTURE, SIZES, days, TRAINING)
+
+
+def split(card: str) -> tuple[dict[str, Any], str]:
+    _, front, body = card.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_everything_that_is_known_is_said() -> None:
+    """1000 + 234 parameters of the LLM; 0.31415926 in four digits."""
+    front, body = split(model_card(facts(), RECALL))
+    assert front["library_name"] == "transformers" and front["pipeline_tag"] == "feature-extraction"
+    assert front["base_model"] == ["Qwen/Qwen-7B-Chat"] and front["tags"][0] == "notellm2"
+    assert body.lstrip().startswith("# weekly\n")
+    for said in (
+        "| prompt | micl |", "| late fusion | yes |", "| losses | visual, multimodal |",
+        "| LLM | Qwen/Qwen-7B-Chat, 24 layers |", "open_clip ViT-B-16 (openai), checksum 0123456789abcdef",
+        "| llm, parameters | 1,234 |", "| visual tokens | 16 |", "| content words read | 80 |",
+        "Logs from 2025-01-05 to 2025-01-19 (exclusive, UTC). 12,345 pairs of 678 notes, and 90 pairs for validation.",
+        "| validation_recall_at_10 | 0.3142 |", RECALL, "Embedder.from_pretrained", "# [1, 64], unit length",
+    ):  # fmt: skip
+        assert said in body, said
+
+
+def test_a_licence_is_never_made_up() -> None:
+    front, body = split(model_card(facts()))
+    assert (front["license"], front["license_name"]) == ("other", "not-stated")
+    assert "None is stated" in body and "licences of the LLM and of the vision encoder" in body
+    front, body = split(model_card(facts(license="apache-2.0")))
+    assert front["license"] == "apache-2.0" and "license_name" not in front
+    assert "`apache-2.0` for the trained weights. The licences of the LLM" in body
+
+
+def test_what_is_not_known_is_said_to_be_so(tmp_path: Path) -> None:
+    """A folder is no hub name; nor is a package, nor a name without owner."""
+    (tmp_path / "llm").mkdir()
+    for name in (str(tmp_path / "llm"), "package:smollm2", "tiny"):
+        assert facts(llm={"name": name})["base_model"] == []
+    hub = {"library": "open_clip", "name": "hf-hub:owner/tower"}
+    assert facts(vision=hub)["base_model"] == ["Qwen/Qwen-7B-Chat", "owner/tower"]
+    start = facts(days=None, llm={"name": "tiny"}) | {"training": None}
+    front, body = split(model_card(start))
+    assert "base_model" not in front
+    for said in ("before its first step", "days of the logs were not recorded", "Not measured here"):
+        assert said in body
+
+
+def test_the_layout_decides_library_and_example() -> None:
+    front, body = split(model_card(facts(), layout="sentence-transformers"))
+    assert front["library_name"] == "sentence-transformers" and front["pipeline_tag"] == "sentence-similarity"
+    assert "sentence_transformer(" in body and "Embedder" not in body
+
+
+def test_facts_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no card\.json"):
+        read_card_facts(tmp_path)
+    (tmp_path / "card.json").write_text("{")
+    with pytest.raises(ValueError, match="not readable as JSON"):
+        read_card_facts(tmp_path)
