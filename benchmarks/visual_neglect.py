@@ -4,7 +4,8 @@
     .venv/bin/python benchmarks/visual_neglect.py report [--out FOLDER]
 
 `run` teaches the LLM to read the world's text, then trains the eight models of each seed, one at a time on one thread;
-what is there already is not made again, so it can be killed and started again. `report` writes benchmarks/results/visual_neglect.md and .json.
+what is there already is not made again, so it can be killed and started again. `report` writes
+benchmarks/results/visual_neglect.md and .json.
 """
 
 import argparse
@@ -57,7 +58,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
                 "fusion_scale": 0.3,
                 "gate_bias": -1.0,
                 "visual_token_gain": 1.0,
-            }  # fmt: skip
+            }
         },
     },
     "new modules": {

@@ -41,20 +41,6 @@ class Embeddings:
         return np.fromiter((self.positions[i] for i in note_ids), dtype=np.int64, count=len(note_ids))
 
 
-def shortened(embeddings: Embeddings, dim: int) -> Embeddings:
-    """The first `dim` numbers of each vector, of unit length again (Matryoshka).
-
-    Raises ValueError where a vector has fewer, or nothing but zeros there.
-    """
-    if not 0 < dim <= embeddings.vectors.shape[1]:
-        raise ValueError(f"dim = {dim}, but the embeddings have {embeddings.vectors.shape[1]} numbers; ask for fewer.")
-    cut = embeddings.vectors[:, :dim]
-    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
-    if not lengths.all():
-        raise ValueError(f"the first {dim} numbers of some embeddings are all 0: they have no direction.")
-    return Embeddings(embeddings.note_ids, cut / lengths)
-
-
 def write_shard(path: Path, note_ids: Sequence[str], vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
     """Write one Parquet shard (schema.embeddings) under a hidden name and move it in: it is there whole or not at all.
 

@@ -5,6 +5,7 @@ Reads what the lake has: pairs folders with test/*.parquet (schema.RELATED_PAIRS
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,8 @@ def evaluate(
         cosines[f"{method} {inputs}"] = mean_cosine(pool.vectors)
         if (method, inputs) == (config.model.method, "multimodal"):
             for dim in config.model.matryoshka_dims:
-                ranks[f"{method}, {dim} of {table.vectors.shape[1]} numbers", inputs] = target_ranks(
-                    shortened(table, dim), shortened(pool, dim), test
-                )
+                short = [replace(e, vectors=shortened(e.vectors, dim)) for e in (table, pool)]
+                ranks[f"{method}, {dim} of {table.vectors.shape[1]} numbers", inputs] = target_ranks(*short, test)
     baselines = config.evaluation.baselines
     if "random" in baselines:
         ranks["random", ""] = count_ranks(random_rows(pool_ids, config.seed), pool_ids, test)

@@ -10,7 +10,6 @@ import pytest
 
 from notellm2_core import schema
 from notellm2_core.embeddings import (
-    Embeddings,
     mean_cosine,
     read_embeddings,
     read_note_ids,
@@ -98,9 +97,9 @@ def test_mean_cosine_of_opposite_halves() -> None:
 
 
 def test_shortened_vectors_are_of_unit_length_again() -> None:
-    """(0.6, 0.8 x 0.6, 0.64) cut to two numbers: (0.6, 0.48) and (5, 4) have one direction: (5, 4) / sqrt(41)."""
-    table = Embeddings(("a",), np.array([[0.6, 0.48, 0.64]], dtype=np.float32))
-    np.testing.assert_allclose(shortened(table, 2).vectors, np.array([[5, 4]]) / np.sqrt(41), rtol=1e-6)
-    assert shortened(table, 3).note_ids == ("a",)
-    with pytest.raises(ValueError, match="dim = 4, but the embeddings have 3 numbers"):
-        shortened(table, 4)
+    """The first two numbers of (0.6, 0.48, 0.64) have the direction of (5, 4)."""
+    vectors = np.array([[0.6, 0.48, 0.64]], dtype=np.float32)
+    np.testing.assert_allclose(shortened(vectors, 2), np.array([[5, 4]]) / np.sqrt(41), rtol=1e-6)
+    assert shortened(vectors, None) is vectors
+    with pytest.raises(ValueError, match="dim = 4 must be between 1 and the model's 3"):
+        shortened(vectors, 4)
