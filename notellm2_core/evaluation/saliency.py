@@ -77,7 +77,7 @@ def to_plot(records: Mapping[str, Record]) -> bytes:
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("share of the three", fontsize=9)
-    panels[-1].legend(fontsize=9, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()

@@ -52,6 +52,7 @@ def test_the_defaults_are_the_papers() -> None:
         ("training: {batch_pairs: 9, num_ranks: 2}", "not a multiple"),
         ("model: {llm: {name: tiny}, method: notelm}", "model.method: Input should be 'basic' or 'notellm2'"),
         ("source: {ignored_events: [share, click]}", "click is in ignored_events and in"),
+        ("evaluation: {saliency_pairs: 1}", "a single pair has no negatives"),
         ("seed: [", "is not YAML"),
         ("on: 1", "Keys should be strings"),  # to YAML, `on` is a truth value
     ],

@@ -14,7 +14,7 @@ from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.saliency import Loss, Measurement
 from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
 from notellm2_core.training import saliency
-from notellm2_core.training.data import TrainingData, load_training_data, schedule
+from notellm2_core.training.data import KnownPositives, TrainingData, load_training_data, schedule
 from notellm2_core.training.saliency import main, measure_on_training_pairs
 from notellm2_core.training.step import TrainingStep
 from tests.notellm2_core.training.world import World, tiny_config, write_config
@@ -53,12 +53,14 @@ def test_the_loss_is_that_of_the_training_step(
     """The same batch through the step that is trained: the same loss, alpha, tau and masks of known positives."""
     config = config_with(8, method, alpha=3.0)
     model, _, data = make(world, config, tmp_path)
+    known = KnownPositives(*(torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2))
+    monkeypatch.setattr(data, "known_positives", lambda rows: known)  # the pairs of this world are strangers
     with torch.no_grad():
         model.tau.fill_(6.0)  # above its cap
         ((batch, found),) = seen_by(monkeypatch, model, data, config)
         rows = data.train_pairs[schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
         step = TrainingStep(model, 3.0, with_visual=method == "notellm2", autocast=False)
-        _, losses, _ = step(data.note_batch(rows), data.known_positives(rows), torch.from_numpy(data.has_image(rows)))
+        _, losses, _ = step(data.note_batch(rows), known, torch.from_numpy(data.has_image(rows)))
     assert len(batch) == 16 and found == pytest.approx(losses.total.item(), rel=1e-6)
 
 
