@@ -1,15 +1,41 @@
-"""The proof: recall of held-out pairs, beside everything it has to beat."""
+"""The proof: recall of held-out pairs, beside everything it has to beat, and how much the model looks at the image."""
 
 import base64
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
+from assets.commands import run_command
 from assets.resources import Pipeline, dataset_deps
 from assets.tracking import TrackedRun
+from assets.training import GPU_RETRIES, note_arguments
 from notellm2_core.lake import Dataset, Draft
+
+
+@dg.asset(
+    group_name="evaluation", kinds={"pytorch"}, deps=dataset_deps("saliency"), pool="gpu", retry_policy=GPU_RETRIES
+)  # fmt: skip
+def saliency(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """How much each layer's final compressed word reads from the image, from the text, and the rest (Eq. 3-6)."""
+    recipe = pipeline.recipe()
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        from notellm2_core.evaluation.saliency import read_saliency, visual_shares
+
+        if recipe.config.evaluation.saliency_pairs == 0:
+            return
+        command = [sys.executable, "-m", "notellm2_core.training.saliency", *note_arguments(recipe, inputs),
+                   "--model", str(inputs["checkpoint"].path), "--pairs", str(inputs["pair_datasets"].path),
+                   "--out", str(draft.path)]  # fmt: skip
+        run_command(context, command)
+        record = read_saliency(draft.path)
+        assert record is not None
+        draft.metrics |= {"num_notes": record["num_notes"], "visual_share": visual_shares(record)}
+
+    return pipeline.publish(context, build)
 
 
 @dg.asset(group_name="evaluation", kinds={"numpy"}, deps=dataset_deps("eval_recall"))
@@ -32,6 +58,7 @@ def eval_recall(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mat
             embeddings=inputs["note_embeddings"].path,
             start_embeddings=inputs["start_embeddings"].path,
             baseline_embeddings=inputs["baseline_embeddings"].path,
+            saliency=inputs["saliency"].path,
             out=draft.path,
         )
         draft.metrics["ann"] = dict(inputs["faiss_index"].manifest.metrics)
@@ -41,10 +68,11 @@ def eval_recall(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mat
 
 def _show(dataset: Dataset) -> dict[str, Any]:
     table = (dataset.path / "recall.md").read_text()
+    pictures = {"neighbours": "neighbours.jpg", "plot": "recall.png", "saliency": "saliency.png"}
+    shown = {name: dataset.path / file for name, file in pictures.items() if (dataset.path / file).exists()}
     return {
         "recall": dg.MetadataValue.md(table),
-        "neighbours": dg.MetadataValue.md(_picture(dataset.path / "neighbours.jpg")),
-        "plot": dg.MetadataValue.md(_picture(dataset.path / "recall.png")),
+        **{name: dg.MetadataValue.md(_picture(path)) for name, path in shown.items()},
     }
 
 

@@ -229,6 +229,13 @@ class Evaluation(Section):
         "random", "popularity", "bm25", "zero_shot",
     )  # fmt: skip
     num_sheet_queries: int = Field(6, gt=0)  # rows of the picture of neighbours
+    saliency_pairs: int = Field(32, ge=0)  # training pairs that Eq. 3-6 are measured on; 0: off
+
+    @model_validator(mode="after")
+    def _pairs_to_contrast(self) -> "Evaluation":
+        if self.saliency_pairs == 1:
+            raise ValueError("saliency_pairs = 1: a single pair has no negatives; use 0 (off) or at least 2")
+        return self
 
 
 class Tracking(Section):

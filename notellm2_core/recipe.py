@@ -59,9 +59,10 @@ STAGES: Mapping[str, Stage] = {
     "baseline_embeddings": Stage(("notes", "pair_datasets"), ("evaluation.baselines",)),
     "note_embeddings": Stage(("checkpoint", "notes", "vision_features", "pair_datasets"), ("export",)),
     "faiss_index": Stage(("note_embeddings",), ("index",)),
+    "saliency": Stage(("checkpoint", "notes", "vision_features", "pair_datasets"), ("evaluation.saliency_pairs",)),
     "eval_recall": Stage(
         ("note_embeddings", "faiss_index", "start_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
-         "checkpoint", "notes"),
+         "checkpoint", "notes", "saliency"),
         ("evaluation", "text", "seed", "model.license"),
         version=2,
     ),

@@ -73,8 +73,9 @@ def evaluate(
         cosines[f"{method} {inputs}"] = mean_cosine(pool.vectors)
         if (method, inputs) == (config.model.method, "multimodal"):
             for dim in config.model.matryoshka_dims:
-                short = [replace(e, vectors=shortened(e.vectors, dim)) for e in (table, pool)]
-                ranks[f"{method}, {dim} of {table.vectors.shape[1]} numbers", inputs] = target_ranks(*short, test)
+                short, short_pool = (replace(e, vectors=shortened(e.vectors, dim)) for e in (table, pool))
+                name = f"{method}, {dim} of {table.vectors.shape[1]} numbers"
+                ranks[name, inputs] = target_ranks(short, short_pool, test)
     baselines = config.evaluation.baselines
     if "random" in baselines:
         ranks["random", ""] = count_ranks(random_rows(pool_ids, config.seed), pool_ids, test)

@@ -1,10 +1,11 @@
-"""The report of a release as files: recall.json, the table, the plot, the picture of neighbours, the model card."""
+"""The report of a release as files: recall.json, the tables, plots, picture of neighbours and the model card."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from notellm2_core.config import Config
+from notellm2_core.evaluation import saliency as saliency_report
 from notellm2_core.evaluation.evaluate import evaluate, neighbour_sheet, picture_reader
 from notellm2_core.evaluation.report import Report, to_markdown, to_plot
 from notellm2_core.model.card import model_card, read_card_facts
@@ -23,9 +24,10 @@ def write_report(
     embeddings: Path,
     start_embeddings: Path,
     baseline_embeddings: Path,
+    saliency: Path,
     out: Path,
 ) -> dict[str, Any]:
-    """Measure, and write recall.json, recall.md, recall.png, neighbours.jpg and model_card.md into `out`.
+    """Measure; write recall.json, recall.md, recall.png, neighbours.jpg, model_card.md and (if measured) saliency.png.
 
     Returns R@k by method, input and slice, in percent, nested: {"notellm2": {"multimodal": {"all": {"10": ...}}}}.
     """
@@ -39,9 +41,13 @@ def write_report(
     oracle = source / ORACLE if (source / ORACLE).exists() else None
     report = evaluate(folders, notes, pairs, config, tokenizer=model, clicks=clicks, oracle=oracle)
     (out / "recall.json").write_text(json.dumps(report.to_dict(), indent=1))
-    (out / "recall.md").write_text(to_markdown(report))
+    table = to_markdown(report)
     card = read_card_facts(model) | {"license": config.model.license}
-    (out / "model_card.md").write_text(model_card(card, to_markdown(report)))
+    (out / "model_card.md").write_text(model_card(card, table))
+    if (record := saliency_report.read_saliency(saliency)) is not None:
+        table += f"\n{saliency_report.to_markdown(record)}"
+        (out / "saliency.png").write_bytes(saliency_report.to_plot({record["method"]: record}))
+    (out / "recall.md").write_text(table)
     (out / "recall.png").write_bytes(to_plot(report))
     picture = picture_reader(notes, source, config.source.max_image_pixels)
     sheet = neighbour_sheet(

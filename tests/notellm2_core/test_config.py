@@ -55,6 +55,7 @@ def test_the_defaults_are_the_papers() -> None:
             "method: Input should be 'basic', 'micl', 'late_fusion', 'notellm2'",
         ),
         ("source: {ignored_events: [share, click]}", "click is in ignored_events and in"),
+        ("evaluation: {saliency_pairs: 1}", "a single pair has no negatives"),
         ("seed: [", "is not YAML"),
         ("on: 1", "Keys should be strings"),  # to YAML, `on` is a truth value
     ],

@@ -29,9 +29,10 @@ GRAPH = {
     "baseline_embeddings": {"notes", "pair_datasets"},
     "note_embeddings": {"checkpoint", "notes", "vision_features", "pair_datasets"},
     "faiss_index": {"note_embeddings"},
+    "saliency": {"checkpoint", "notes", "vision_features", "pair_datasets"},
     "eval_recall": {
         "note_embeddings", "faiss_index", "start_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
-        "checkpoint", "notes",
+        "checkpoint", "notes", "saliency",
     },
 }  # fmt: skip
 

@@ -1,0 +1,156 @@
+"""Saliency (Eq. 3-6): how much of what the final compressed word reads comes to it straight from the image.
+
+Shapes: N notes, H heads, T tokens, c the place of the final compressed word.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
+from notellm2_core.notes.batch import NoteBatch
+
+Loss = Callable[[MLRMOutput], Tensor]  # the contrastive loss of one batch, a scalar
+
+
+class Scores(NamedTuple):
+    """S_v, S_t and S_o of each note; NaN where the set that is averaged over is empty."""
+
+    visual: Tensor  # [N]
+    text: Tensor  # [N]
+    other: Tensor  # [N]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What `measure` found."""
+
+    layers: tuple[dict[str, float | None], ...]  # first layer first: mean over the notes; None: undefined for all
+    num_defined: dict[str, int]  # by score, the notes that have it
+    num_notes: int  # measured
+    num_without_image: int  # notes of the batches that were left out
+
+
+def saliency_scores(
+    attention: Tensor, gradient: Tensor, visual_mask: Tensor, attention_mask: Tensor, last_index: Tensor
+) -> Scores:
+    """Eq. 4-6: the mean of I_l over P_v, P_t and P_o, for each note of a batch.
+
+        I_l(i, j) = sum_h |A_h(i, j) dL/dA_h(i, j)|                     Eq. 3, element-wise; from token j to token i
+        P_v = (c, j), j in E_v    P_t = (c, j), j < c, not in E_v    P_o = (i, j), j < i, neither of the two
+
+    Padding is in none of them, nor is the diagonal.
+
+    Args:
+        attention, gradient: [N, H, T, T], A after the softmax, and dL/dA.
+        visual_mask: [N, T] bool, E_v. attention_mask: [N, T], 0 on padding. last_index: [N], c.
+    """
+    flow = (attention * gradient).abs().sum(dim=1)  # [N, T, T] I_l
+    places = torch.arange(flow.shape[1], device=flow.device)
+    real = attention_mask.bool()  # [N, T]
+    causal = (places[:, None] > places) & real[:, :, None] & real[:, None, :]  # [N, T, T]
+    into_last = (places == last_index[:, None])[:, :, None]  # [N, T, 1]
+    visual = visual_mask[:, None, :]  # [N, 1, T]
+    return Scores(
+        visual=_mean(flow, causal & into_last & visual),
+        text=_mean(flow, causal & into_last & ~visual),
+        other=_mean(flow, causal & ~into_last),
+    )
+
+
+def visual_places(batch: NoteBatch) -> Tensor:
+    """E_v as [N, T] bool: the visual embeddings, and with mICL the visual compressed word (section 4.2)."""
+    places = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    return batch.image_mask | (places == batch.visual_index[:, None])
+
+
+def measure(model: MLRMModel, batches: Iterable[tuple[NoteBatch, Loss]]) -> Measurement:
+    """Eq. 3-6 in every layer of `model`: the mean over the notes of all `batches`, each with its loss.
+
+    A note without an image takes part in the loss, as it did in training, but is not measured: its visual embeddings
+    are zeros, and S_v beside S_t and S_o means something only over the same notes. Where the LLM sees no image
+    embeddings, S_v is None. Dropout is off; weights, gradients and settings of the model stay as they are. One batch
+    is in memory at a time. Raises ValueError where a gradient is not finite.
+    """
+    sums: Tensor | None = None  # [layers, 3]
+    defined = torch.zeros(len(Scores._fields), dtype=torch.int64)
+    num_notes = num_without_image = 0
+    with _prepared(model):
+        for batch, loss in batches:
+            shown = batch.has_image
+            num_notes += int(shown.sum())
+            num_without_image += int((~shown).sum())
+            layers = []
+            for attention, gradient in attention_gradients(model, batch, loss):
+                if not gradient.isfinite().all():
+                    raise ValueError("the gradient of the attention is not finite: train with lower learning rates.")
+                sets = visual_places(batch), batch.attention_mask, batch.last_index
+                scores = saliency_scores(attention, gradient, *sets)
+                layers.append(torch.stack([score[shown].double().cpu() for score in scores]))  # [3, n]
+            found = torch.stack(layers)  # [layers, 3, n]
+            sums = found.nansum(dim=2) + (0 if sums is None else sums)
+            defined += (~found[0].isnan()).sum(dim=1)  # which sets are empty is the same in every layer
+    assert sums is not None, "no batch to measure"
+    counts = dict(zip(Scores._fields, defined.tolist(), strict=True))
+    means = (sums / defined).tolist()
+    return Measurement(
+        layers=tuple(
+            {name: mean if counts[name] else None for name, mean in zip(Scores._fields, layer, strict=True)}
+            for layer in means
+        ),
+        num_defined=counts,
+        num_notes=num_notes,
+        num_without_image=num_without_image,
+    )
+
+
+def attention_gradients(model: MLRMModel, batch: NoteBatch, loss: Loss) -> list[tuple[Tensor, Tensor]]:
+    """(A, dL/dA) of each layer of the LLM, first layer first, [N, H, T, T] each. The LLM's attention must be eager.
+
+    The LLM is asked for its attention by hooks, so the model's forward knows nothing of it.
+    """
+    caught: list[Tensor] = []
+
+    def ask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs["inputs_embeds"].requires_grad_()  # there is a gradient even where every weight is frozen
+        return args, {**kwargs, "output_attentions": True}
+
+    def catch(module: Any, args: Any, output: Any) -> None:
+        caught.extend(output.attentions)
+
+    handles = [model.llm.register_forward_pre_hook(ask, with_kwargs=True), model.llm.register_forward_hook(catch)]
+    try:
+        with torch.enable_grad():
+            value = loss(model(batch))
+            gradients = torch.autograd.grad(value, caught)  # not backward(): no weight's gradient is touched
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(attention.detach(), gradient) for attention, gradient in zip(caught, gradients, strict=True)]
+
+
+@contextmanager
+def _prepared(model: MLRMModel) -> Iterator[None]:
+    """Inside, dropout is off, the LLM's attention is eager, and no weight wants a gradient (a graph half the size)."""
+    was_training, attention = model.training, model.llm.config._attn_implementation
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.eval()
+        model.llm.set_attn_implementation("eager")
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.llm.set_attn_implementation(attention)
+        model.train(was_training)
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """The mean of values [N, T, T] over `where`, [N]; NaN where it is empty."""
+    return values.masked_fill(~where, 0).sum(dim=(1, 2)) / where.sum(dim=(1, 2))

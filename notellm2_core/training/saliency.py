@@ -1,0 +1,96 @@
+"""The saliency scores of a trained model (Eq. 3-6) on a few of its training pairs, in batches like those of training.
+
+python -m notellm2_core.training.saliency --config FILE --model DIR ... --out DIR     writes OUT/saliency.json
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from notellm2_core.cli_errors import one_line_errors
+from notellm2_core.config import Config, load_config
+from notellm2_core.lake import write_atomically
+from notellm2_core.model.build import load_model
+from notellm2_core.model.methods import get_method
+from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
+from notellm2_core.model.saliency import Loss, Measurement, measure
+from notellm2_core.notes.batch import NoteBatch
+from notellm2_core.training.data import RowFacts, TrainingData, load_training_data, schedule
+from notellm2_core.training.losses import capped_tau
+from notellm2_core.training.step import method_losses
+
+MAX_BATCH_PAIRS = 16  # what one device of the paper trains on (128 pairs on 8); this batch is fp32 with eager attention
+
+
+def measure_on_training_pairs(model: MLRMModel, data: TrainingData, config: Config) -> Measurement:
+    """`config.evaluation.saliency_pairs` training pairs, chosen by the seed, in batches of one size.
+
+    The number is rounded up to whole batches, and cut to the pairs that there are. On a GPU where there is one; the
+    model then stays there. Raises ValueError where there are fewer than 2 pairs: nothing is contrasted then.
+    """
+    num_pairs = min(config.evaluation.saliency_pairs, len(data.train_pairs))
+    if num_pairs < 2:
+        raise ValueError(f"saliency needs at least 2 training pairs, got {num_pairs}; set saliency_pairs: 0")
+    num_batches = math.ceil(num_pairs / MAX_BATCH_PAIRS)
+    batches = schedule(data.train_pairs, math.ceil(num_pairs / num_batches), num_batches, config.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    nn.Module.to(model, device)
+
+    def prepared() -> Iterator[tuple[NoteBatch, Loss]]:
+        for pairs in batches:
+            rows = data.train_pairs[pairs].reshape(-1)  # [2B], pair k in rows 2k and 2k + 1
+            facts = data.facts(rows, config.training.mask_known_positives).to(device)
+            yield data.note_batch(rows).to(device), _loss(model, config, facts)
+
+    return measure(model, prepared())
+
+
+def _loss(model: MLRMModel, config: Config, facts: RowFacts) -> Loss:
+    """What this model's method was trained with on whole notes, for one batch of pairs: Eq. 9, or Eq. 1.
+
+    Of Omni-Retrieval, its multimodal term: the others look at other inputs.
+    """
+    method = get_method(model.config.method)
+    if "omni" in method.losses:
+        method = replace(method, losses=("multimodal",))
+    dims = config.model.matryoshka_dims
+
+    def loss(output: MLRMOutput) -> Tensor:
+        views = {"multimodal": output.multimodal}
+        if "visual" in method.losses and output.visual is not None:
+            views["visual"] = output.visual
+        return method_losses(method, views, capped_tau(model.tau), config.training.alpha, facts, dims).total
+
+    return loss
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m notellm2_core.training.saliency", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the trained model")
+    parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset")
+    parser.add_argument("--images", type=Path, required=True, help="what the features command wrote")
+    parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
+    parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    with one_line_errors():
+        config = load_config(args.config)
+        model, processor = load_model(args.model)
+        args.out.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".", dir=args.out) as cache:  # not in /tmp: it may be large
+            data = load_training_data(processor, args.notes, args.images, args.store, args.pairs, Path(cache))
+            found = measure_on_training_pairs(model, data, config)
+        record = {"method": model.config.method, **asdict(found)}
+        write_atomically(args.out / "saliency.json", json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
