@@ -151,12 +151,12 @@ def _decoder_part(whole: PreTrainedConfig, settings: config.LLM) -> PreTrainedCo
     kind = type(whole)
     generates = kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING  # BERT and its like, which transformers lists as causal too
-    if whole.is_encoder_decoder or not generates or both_ways:
+    decoder = whole.get_text_config(decoder=True)
+    if whole.is_encoder_decoder or decoder.is_encoder_decoder or not generates or both_ways:
         raise ValueError(
             f"model.llm.name = {settings.name!r} is a {whole.model_type}, not a decoder-only LLM; "
             "name a causal language model."
         )
-    decoder = whole.get_text_config(decoder=True)
     support = _HAS_ATTENTION.get(settings.attention)
     if support and not getattr(MODEL_MAPPING[type(decoder)], support):
         raise ValueError(

@@ -147,11 +147,15 @@ def preprocess_of(processor: Any, name: str) -> Preprocess:
         raise _unsupported(
             name, f"size = {size} with crop_size = {crop}", "a centre crop that the picture has room for"
         )
+    interpolation = Image.Resampling(int(processor.resample)).name.lower()
+    if kind == "DINOv3ViTImageProcessor" and interpolation != "bilinear":
+        # It resizes after rescaling and cuts nothing off: a bicubic kernel overshoots black and white.
+        raise _unsupported(name, f"resample = {interpolation} in a {kind}", "bilinear")
     return Preprocess(
         size_px=crop,
         mean=tuple(processor.image_mean),
         std=tuple(processor.image_std),
-        interpolation=Image.Resampling(int(processor.resample)).name.lower(),
+        interpolation=interpolation,
         resize="shortest" if "shortest_edge" in size else "squash",
         crop_ratio=crop / (resized + 0.5),  # rounded down, this gives `resized` for all sizes
         crop_corner="floor",
