@@ -171,8 +171,9 @@ def _decoder_part(whole: PreTrainedConfig, settings: config.LLM) -> PreTrainedCo
             f"model.llm.num_layers = {settings.num_layers}, but {settings.name} has {available}; ask for fewer."
         )
     decoder.num_hidden_layers = settings.num_layers
-    if getattr(decoder, "layer_types", None) is not None:
-        decoder.layer_types = decoder.layer_types[: settings.num_layers]
+    kinds = getattr(decoder, "layer_types", None)
+    if kinds is not None and len(kinds) > settings.num_layers:  # where it is not derived from num_hidden_layers
+        decoder.layer_types = kinds[: settings.num_layers]
     return decoder
 
 
