@@ -168,7 +168,7 @@ def _own_fields(whole: Any, vision: Any) -> dict[str, Any]:
     own = [field.name for field in fields(vision) if field.name not in common and not field.name.startswith("_")]
     found = {"model_type": vision.model_type} | {name: getattr(vision, name) for name in own}
     if "projection_dim" in found:  # CLIPModel projects to its own width, whatever its vision_config says
-        found["projection_dim"] = whole.projection_dim
+        found["projection_dim"] = getattr(whole, "projection_dim", vision.projection_dim)
     return found
 
 

@@ -1,5 +1,6 @@
 """Any causal decoder of transformers, by folder, through the whole model; and what is no such decoder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,49 @@ def test_a_gguf_that_is_not_there_or_is_none(tmp_path: Path) -> None:
         load_llm(LLM(name=str(tmp_path / "x.gguf")), tmp_path)
     with pytest.raises(ValueError, match="package:efficientnet-lite0 is no package with an LLM"):
         load_llm(LLM(name="package:efficientnet-lite0"), tmp_path)
+
+
+def test_a_gguf_file_by_its_path(tmp_path: Path) -> None:
+    """A GGUF as llama.cpp writes it, not quantized: its tensors in fp32, converted once."""
+    import gguf
+
+    width, inner, vocabulary = 32, 48, json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    words, merges = vocabulary["vocab"], [" ".join(pair) for pair in vocabulary["merges"]]
+    writer = gguf.GGUFWriter(tmp_path / "llama.gguf", "llama")
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(words, key=words.__getitem__))
+    writer.add_token_types([1] * len(words))
+    writer.add_token_merges(merges)
+    shapes = {f"blk.0.attn_{part}.weight": (width, width) for part in ("q", "k", "v", "output")}
+    shapes |= {f"blk.0.ffn_{part}.weight": (inner, width) for part in ("gate", "up")}
+    shapes |= {"token_embd.weight": (len(words), width), "blk.0.ffn_down.weight": (width, inner)}
+    norms = {f"{name}.weight": (width,) for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")}
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in (shapes | norms).items()}
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    settings = LLM(name=str(tmp_path / "llama.gguf"))
+    decoder: Any
+    decoder, tokenizer = load_llm(settings, tmp_path / "cache")
+    assert np.array_equal(decoder.embed_tokens.weight.detach(), tensors["token_embd.weight"])
+    assert np.array_equal(decoder.layers[0].mlp.down_proj.weight.detach(), tensors["blk.0.ffn_down.weight"])
+    assert tokenizer("a red kite")["input_ids"] == tiny_tokenizer()("a red kite")["input_ids"]
+    assert llm_architecture(settings).hidden_size == width
+    (converted,) = (tmp_path / "cache").glob("llama-*/model.safetensors")
+    written = converted.stat().st_mtime_ns
+    again, _ = load_llm(settings, tmp_path / "cache")
+    assert converted.stat().st_mtime_ns == written
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), decoder.parameters(), strict=True))
