@@ -120,16 +120,25 @@ class Text(Section):
 class Vision(Section):
     """The frozen encoder V_theta."""
 
-    library: Literal["open_clip", "timm", "tiny"] = "open_clip"  # tiny: random weights for tests
-    name: str = "ViT-B-16"
-    pretrained: str | None = "openai"  # open_clip tag, file or folder; "package:efficientnet-lite0" reads pip's weights
+    library: Literal["open_clip", "timm", "transformers", "tiny"] = "open_clip"  # tiny: random weights for tests
+    name: str = "ViT-B-16"  # as the library calls it; transformers: a hub name or a folder
+    # open_clip's or timm's tag, a file or a folder; "package:efficientnet-lite0" reads pip's weights; null for
+    # transformers, whose name says it all. What is left out is openai for open_clip, null for the others.
+    pretrained: str | None = "openai"
     batch_size: int = Field(32, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _openai_is_a_tag_of_open_clip(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("library", "open_clip") != "open_clip":
+            return {"pretrained": None} | raw
+        return raw
 
 
 class LLM(Section):
     """The decoder LLM_mu."""
 
-    name: str  # hub name, folder, "package:smollm2" (pip's weights), or "tiny" (random weights for tests)
+    name: str  # hub name, folder, GGUF file, "package:smollm2" (pip's weights), or "tiny" (random, for tests)
     num_layers: int | None = Field(None, gt=0)  # keep the first N layers; None: all
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     config: dict[str, Any] | None = None  # its architecture (model_type and sizes), so that `describe` needs no hub

@@ -180,7 +180,7 @@ class Recipe:
     def _weights(self, name: str) -> list[tuple[str, str | None]]:
         """The pretrained weights that `name` is made with, by the setting that names them."""
         model = self.config.model
-        names = {"model.llm": model.llm.name, "model.vision": model.vision.pretrained}
+        names = {"model.llm": model.llm.name, "model.vision": model.vision.pretrained or model.vision.name}
         if name == "baseline_embeddings":
             return [("evaluation.baselines", "minilm")] if "minilm" in self.config.evaluation.baselines else []
         return [(key, of) for key, of in names.items() if key in STAGES[name].settings]

@@ -14,7 +14,7 @@ from notellm2_core.model.llm import llm_architecture, load_tokenizer
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.vision import vision_dims
-from notellm2_core.model.vision_towers import architecture_of, build_tower, num_projection_parameters
+from notellm2_core.model.vision_towers import architecture_of, build_tower, dropped_projection_parameters
 from notellm2_core.notes.batch import MLRMProcessor
 
 
@@ -34,7 +34,7 @@ def describe(config: Config) -> dict[str, Any]:
         model = MLRMModel(mlrm_config(config, architecture, num_patches, vision_width))
     parameters = {
         "vision": count(tower),
-        "vision_projection": num_projection_parameters(vision),
+        "vision_projection": dropped_projection_parameters(vision),
         "connector": count(model.connector),
         "llm": count(model.llm),
         "fusion": count(model.fusion),
@@ -51,7 +51,7 @@ def describe(config: Config) -> dict[str, Any]:
         "shapes": {
             "L": num_patches,
             "h_v": vision_width,
-            "L_c": num_visual_words(config, num_patches),
+            "L_c": num_visual_words(config, num_patches) if method.visual_prompt else 0,
             "h_q": config.model.connector.hidden_size if qformer is not None else None,
             "h_t": architecture.hidden_size,
             "llm_layers": architecture.num_hidden_layers,
@@ -69,8 +69,10 @@ def prompt_layout(config: Config, num_patches: int, vision_width: int) -> dict[s
     """
     try:
         tokenizer = load_tokenizer(config.model.llm, local_only=config.model.llm.config is not None)
-    except ValueError as e:
-        return {"tokens": None, "why": str(e)}
+    except ValueError:
+        if config.model.llm.config is None:
+            raise
+        return {"tokens": None, "why": f"the tokenizer of {config.model.llm.name} is not on this machine"}
     num_words = num_visual_words(config, num_patches)
     prompt = get_method(config.model.method).prompt
     processor = MLRMProcessor(tokenizer, config.text, prompt, num_words, num_patches, vision_width)

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import notellm2_core.torch_compat  # noqa: F401, before transformers
 
@@ -17,6 +16,10 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoTokenizer,
@@ -26,43 +29,55 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging
 
 from notellm2_core import config
 from notellm2_core.lake import sha256_of
+from notellm2_core.model.pretrained import one_line, quiet, require_complete
 from notellm2_core.notes.text import PROMPTS
 from notellm2_core.weights import PACKAGES, package_path
 
-_DECODER_MODES = "a hub name, a folder with config.json, tokenizer and safetensors, 'package:smollm2' or 'tiny'"
+_DECODER_MODES = (
+    "a hub name, a folder with config.json, tokenizer and safetensors, a GGUF file, 'package:smollm2' or 'tiny'"
+)
+# The class attribute of transformers that says whether a decoder has this attention; all have eager.
+_HAS_ATTENTION = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
 
 
 def load_llm(settings: config.LLM, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The pretrained decoder without LM head, cut to its first `num_layers` layers, in fp32, and its tokenizer.
 
-    A packaged GGUF is converted to safetensors once, below `cache_dir`. Raises ValueError where the weights cannot be
-    had, are incomplete, or have fewer layers than asked for.
+    A GGUF is converted to safetensors once, below `cache_dir`. Of a model that reads pictures too, the text decoder is
+    taken. Raises ValueError where the weights cannot be had, are incomplete, or have fewer layers than asked for.
     """
     tokenizer: PreTrainedTokenizerBase
     if settings.name == "tiny":
         tokenizer = tiny_tokenizer()
-        architecture = _cut(_tiny_architecture(len(tokenizer)), settings)
+        architecture = _decoder_part(_tiny_architecture(len(tokenizer)), settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             decoder = AutoModel.from_config(architecture, dtype=torch.float32, attn_implementation=settings.attention)
         return decoder, tokenizer
-    source = str(_converted_package(settings.name, cache_dir)) if settings.name in PACKAGES else settings.name
-    with _errors_of(settings.name), _quiet():
+    gguf = _gguf(settings.name)
+    source = settings.name if gguf is None else str(_converted(gguf, settings.name, cache_dir))
+    with _errors_of(settings.name), quiet():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        decoder, report = AutoModel.from_pretrained(
+        whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    part = _decoder_part(whole, settings)
+    with _errors_of(settings.name), quiet():
+        model, report = AutoModel.from_pretrained(
             source,
-            config=_cut(AutoConfig.from_pretrained(source, trust_remote_code=False), settings),
+            config=whole,
             dtype=torch.float32,
             attn_implementation=settings.attention,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # into the report
         )
     require_complete(report, settings.name)
+    decoder = model if part is whole else model.get_decoder()
+    if MODEL_MAPPING[type(decoder.config)] is not type(decoder):
+        raise ValueError(f"the text decoder of {settings.name}, a {whole.model_type}, cannot be used without the rest.")
     return decoder, tokenizer
 
 
@@ -77,16 +92,17 @@ def llm_architecture(settings: config.LLM) -> PreTrainedConfig:
         if model_type is None:
             raise ValueError("model.llm.config has no model_type; name the architecture, for example llama.")
         with _errors_of(f"model.llm.config of type {model_type!r}"):
-            return _cut(AutoConfig.for_model(model_type, **fields), settings)
+            given = AutoConfig.for_model(model_type, **fields)
+        return _decoder_part(given, settings)
     if settings.name == "tiny":
-        return _cut(_tiny_architecture(len(tiny_tokenizer())), settings)
-    with _errors_of(settings.name), _quiet():
-        if settings.name in PACKAGES:
-            gguf = package_path(settings.name)
-            found = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        else:
+        return _decoder_part(_tiny_architecture(len(tiny_tokenizer())), settings)
+    gguf = _gguf(settings.name)
+    with _errors_of(settings.name), quiet():
+        if gguf is None:
             found = AutoConfig.from_pretrained(settings.name, trust_remote_code=False)
-        return _cut(found, settings)
+        else:
+            found = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    return _decoder_part(found, settings)
 
 
 def load_tokenizer(settings: config.LLM, local_only: bool = False) -> PreTrainedTokenizerBase:
@@ -96,26 +112,28 @@ def load_tokenizer(settings: config.LLM, local_only: bool = False) -> PreTrained
     """
     if settings.name == "tiny":
         return tiny_tokenizer()
-    with _errors_of(settings.name), _quiet():
-        if settings.name in PACKAGES:
-            gguf = package_path(settings.name)
+    gguf = _gguf(settings.name)
+    with _errors_of(settings.name), quiet():
+        if gguf is not None:
             return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         return AutoTokenizer.from_pretrained(settings.name, trust_remote_code=False, local_files_only=local_only)
 
 
-def require_complete(report: dict[str, Any], source: str) -> None:
-    """Raises ValueError if weights were missing or of another shape, so that nothing stays random in silence."""
-    for problem in ("missing_keys", "mismatched_keys"):
-        keys = sorted(str(k[0] if isinstance(k, tuple) else k) for k in report[problem])
-        if keys:
-            what = "no weights for" if problem == "missing_keys" else "weights of another shape for"
-            raise ValueError(f"{source} has {what} {len(keys)} tensors, among them {keys[0]}; use a complete copy.")
+def _gguf(name: str) -> Path | None:
+    """The GGUF file that `name` is or, for a package, has. Raises ValueError if there is none where one is named."""
+    if name.startswith("package:") and (name not in PACKAGES or not PACKAGES[name].path.endswith(".gguf")):
+        raise ValueError(f"{name} is no package with an LLM; set model.llm.name to {_DECODER_MODES}.")
+    path = package_path(name) if name in PACKAGES else Path(name)
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; set model.llm.name to {_DECODER_MODES}.")
+    return path
 
 
-def _converted_package(name: str, cache_dir: Path) -> Path:
-    """The package's weights as a Hugging Face folder, made on the first call (about 20 s), whole or not at all."""
-    gguf = package_path(name)
-    target = cache_dir / f"{name.removeprefix('package:')}-{sha256_of(gguf)[:16]}"
+def _converted(gguf: Path, name: str, cache_dir: Path) -> Path:
+    """The GGUF's weights as a Hugging Face folder, made on the first call (about 20 s), whole or not at all."""
+    target = cache_dir / f"{gguf.stem}-{sha256_of(gguf)[:16]}"
     if target.exists():
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -125,9 +143,12 @@ def _converted_package(name: str, cache_dir: Path) -> Path:
             return target
         work = cache_dir / f".{target.name}.partial"
         shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
-        with _errors_of(name), _quiet():
+        with _errors_of(name), quiet():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            decoder = AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            decoder, report = AutoModel.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+            )
+        require_complete(report, name)
         # The weights are plain fp32 now, but transformers would not save what was once quantized.
         del decoder.config.quantization_config, decoder.hf_quantizer
         decoder.save_pretrained(work)
@@ -136,24 +157,38 @@ def _converted_package(name: str, cache_dir: Path) -> Path:
     return target
 
 
-def _cut(architecture: PreTrainedConfig, settings: config.LLM) -> PreTrainedConfig:
-    """The architecture with its first `num_layers` layers only. Raises ValueError if it is no plain decoder."""
-    available = getattr(architecture, "num_hidden_layers", None)
-    if available is None or architecture.is_encoder_decoder:
+def _decoder_part(whole: PreTrainedConfig, settings: config.LLM) -> PreTrainedConfig:
+    """The part of `whole` that describes the text decoder (mostly all of it), cut in place to `num_layers` layers.
+
+    Raises ValueError if there is no causal decoder, or none with as many layers and the attention asked for.
+    """
+    kind = type(whole)
+    generates = kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING  # BERT and its like, which transformers lists as causal too
+    decoder = whole.get_text_config(decoder=True)
+    if whole.is_encoder_decoder or decoder.is_encoder_decoder or not generates or both_ways:
         raise ValueError(
-            f"model.llm.name = {settings.name!r} is a {architecture.model_type}, not a decoder-only LLM; "
+            f"model.llm.name = {settings.name!r} is a {whole.model_type}, not a decoder-only LLM; "
             "name a causal language model."
         )
+    support = _HAS_ATTENTION.get(settings.attention)
+    if support and not getattr(MODEL_MAPPING[type(decoder)], support):
+        raise ValueError(
+            f"{settings.name} is a {decoder.model_type}, which has no {settings.attention} attention; set "
+            "model.llm.attention to eager."
+        )
     if settings.num_layers is None:
-        return architecture
+        return decoder
+    available = decoder.num_hidden_layers
     if settings.num_layers > available:
         raise ValueError(
             f"model.llm.num_layers = {settings.num_layers}, but {settings.name} has {available}; ask for fewer."
         )
-    architecture.num_hidden_layers = settings.num_layers
-    if getattr(architecture, "layer_types", None) is not None:
-        architecture.layer_types = architecture.layer_types[: settings.num_layers]
-    return architecture
+    decoder.num_hidden_layers = settings.num_layers
+    kinds = getattr(decoder, "layer_types", None)
+    if kinds is not None and len(kinds) > settings.num_layers:  # where it is not derived from num_hidden_layers
+        decoder.layer_types = kinds[: settings.num_layers]
+    return decoder
 
 
 def _tiny_architecture(vocab_size: int) -> LlamaConfig:
@@ -189,18 +224,6 @@ def _errors_of(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ImportError, ValueError, KeyError, SafetensorError) as e:
-        first_line = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise ValueError(
-            f"the LLM {name!r} cannot be loaded ({first_line}); set model.llm.name to {_DECODER_MODES}."
+            f"the LLM {name!r} cannot be loaded ({one_line(e)}); set model.llm.name to {_DECODER_MODES}."
         ) from e
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No table of unread weights: the LM head and the layers that were cut are unread on purpose."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -5,6 +5,7 @@ The vision encoder is not inside: it is frozen, and its features are computed on
 Shapes: N notes, T tokens, L patches of width h_v, L_c visual embeddings, h_t the LLM's width, d = 64.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import notellm2_core.torch_compat  # noqa: F401, before transformers
@@ -16,8 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig,
 
 from notellm2_core.model.connector import Connector, ConnectorSizes, init_linear
 from notellm2_core.model.fusion import LateFusion
-from notellm2_core.model.llm import require_complete
 from notellm2_core.model.methods import get_method
+from notellm2_core.model.pretrained import require_complete
 from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
 
 
@@ -70,7 +71,10 @@ class MLRMModel(PreTrainedModel):
         assert config.llm is not None and config.connector is not None
         method, sizes = get_method(config.method), ConnectorSizes(**config.connector)
         self.llm = llm if llm is not None else _random_llm(config)
-        width = self.llm.config.hidden_size
+        words = self.llm.get_input_embeddings()
+        assert isinstance(words, nn.Embedding)
+        width = words.embedding_dim  # an OPT's hidden_size may be another one
+        self._takes_positions = "position_ids" in inspect.signature(self.llm.forward).parameters  # ALiBi has none
         self.connector = Connector(sizes, width) if method.visual_prompt else None
         self.fusion = LateFusion(sizes.vision_width, width) if method.late_fusion else None
         self.projector = nn.Linear(width, config.projection_dim)
@@ -97,11 +101,12 @@ class MLRMModel(PreTrainedModel):
             visual_words = self.connector(batch.patches.to(dtype)) * shown[:, :, None]  # [N, L_c, h_t]
             words = words.masked_scatter(batch.image_mask[:, :, None], visual_words.to(words.dtype))  # [N, T, h_t]
 
+        positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # the same, wherever the padding is
         hidden = self.llm(
             inputs_embeds=words,
             attention_mask=batch.attention_mask,
-            position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0),  # the same, wherever the padding is
             use_cache=False,
+            **({"position_ids": positions} if self._takes_positions else {}),
         ).last_hidden_state  # [N, T, h_t]
 
         rows = torch.arange(len(batch), device=hidden.device)

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from notellm2_core import config
-from notellm2_core.model.vision_towers import SUPPORTED, Architecture, Preprocess, architecture_of, build_tower
+from notellm2_core.model.vision_architecture import SUPPORTED, Architecture, Preprocess
+from notellm2_core.model.vision_towers import architecture_of, build_tower
 from notellm2_core.model.vision_weights import load_tower
 
 FEATURES_VERSION = 1  # part of encoder_id: raise it when this code computes other features from the same weights
@@ -126,7 +127,8 @@ def to_pixels(image: Image.Image, how: Preprocess) -> Tensor:
         short = min(width, height)
         new = (int(side * width / short), int(side * height / short))
     image = image.resize(new, Image.Resampling[how.interpolation.upper()])
-    left, top = round((new[0] - how.size_px) / 2), round((new[1] - how.size_px) / 2)
+    corner = round if how.crop_corner == "nearest" else math.floor
+    left, top = (corner((length - how.size_px) / 2) for length in new)
     image = image.crop((left, top, left + how.size_px, top + how.size_px))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255  # [3, S, S]
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (how.mean, how.std))

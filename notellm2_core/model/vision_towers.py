@@ -5,54 +5,25 @@ An `Architecture` says all that is needed to build a tower without weights, in p
 - open_clip ViT: the patch tokens and the pooled token after the last layer norm, before the projection;
 - timm: the final feature map, one patch per place (a ViT's prefix tokens are left out), and the pooled feature before
   the classifier;
+- transformers: see `vision_huggingface`;
 - tiny: random weights from a fixed seed, for tests.
 """
 
 import importlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from notellm2_core import config
-
-SUPPORTED = "open_clip ViTs, and timm ViTs and CNNs whose feature map is as wide as their pooled feature"
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """From an RGB picture to the tower's pixels; see `vision.to_pixels`."""
-
-    size_px: int
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    interpolation: str = "bicubic"
-    resize: Literal["shortest", "squash"] = "shortest"  # squash: the aspect ratio is not kept
-    crop_ratio: float = 1.0  # the side of the centre crop, as a share of the resized short side
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A tower without its weights. `model`: what the library needs to build it."""
-
-    library: Literal["open_clip", "timm", "tiny"]
-    model: dict[str, Any]
-    preprocess: Preprocess
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> "Architecture":
-        pre = dict(raw["preprocess"])
-        pre |= {"mean": tuple(pre["mean"]), "std": tuple(pre["std"])}
-        return cls(raw["library"], raw["model"], Preprocess(**pre))
+from notellm2_core.model.vision_architecture import SUPPORTED, Architecture, Preprocess, library, square_side
+from notellm2_core.model.vision_huggingface import build_huggingface, huggingface_architecture, huggingface_projection
 
 
 class OpenClipTower(nn.Module):
@@ -110,15 +81,34 @@ class TinyTower(nn.Module):
         return patches, patches.mean(1)
 
 
+@dataclass(frozen=True)
+class Library:
+    """What is asked of a library of vision models."""
+
+    architecture_of: Callable[[config.Vision], Architecture]
+    build: Callable[[Architecture], nn.Module]
+    projection: Callable[[Architecture], int]  # parameters of the final projection that the tower leaves out
+
+
 def architecture_of(settings: config.Vision) -> Architecture:
     """The architecture that the settings name. Reads no weights. Raises ValueError for an unknown name."""
-    if settings.library == "tiny":
-        return Architecture("tiny", {}, Preprocess(size_px=32))
-    if settings.library == "timm":
-        timm = library("timm")
-        _check_name(settings.name, timm.list_models(), "timm")
-        with torch.device("meta"):
-            return timm_architecture(timm.create_model(settings.name))
+    return LIBRARIES[settings.library].architecture_of(settings)
+
+
+def build_tower(architecture: Architecture) -> nn.Module:
+    """The tower with random weights, on the current default device."""
+    return LIBRARIES[architecture.library].build(architecture)
+
+
+def dropped_projection_parameters(architecture: Architecture) -> int:
+    """Parameters of the model's final projection, which the tower leaves out; 0 where the model has none.
+
+    ViT-B-16: 768 * 512; ViT-bigG-14: 1664 * 1280. Table 7 counts it.
+    """
+    return LIBRARIES[architecture.library].projection(architecture)
+
+
+def _open_clip_architecture(settings: config.Vision) -> Architecture:
     open_clip = library("open_clip")
     name = open_clip_name(settings)
     if ":" not in name:
@@ -142,16 +132,22 @@ def architecture_of(settings: config.Vision) -> Architecture:
     return Architecture("open_clip", model, open_clip_preprocess(cfg))
 
 
-def build_tower(architecture: Architecture) -> nn.Module:
-    """The tower with random weights, on the current default device."""
-    if architecture.library == "tiny":
-        return TinyTower()
-    if architecture.library == "timm":
-        return TimmTower(library("timm").create_model(architecture.model["name"], num_classes=0))
+def _open_clip_build(architecture: Architecture) -> nn.Module:
+    return open_clip_tower(_open_clip_visual(architecture))
+
+
+def _open_clip_projection(architecture: Architecture) -> int:
+    with torch.device("meta"):
+        visual = _open_clip_visual(architecture)
+        whole = sum(p.numel() for p in visual.parameters())
+        return whole - sum(p.numel() for p in open_clip_tower(visual).parameters())
+
+
+def _open_clip_visual(architecture: Architecture) -> nn.Module:
     library("open_clip")
     from open_clip.model import _build_vision_tower
 
-    return open_clip_tower(_build_vision_tower(**architecture.model))
+    return _build_vision_tower(**architecture.model)
 
 
 def open_clip_tower(visual: Any) -> nn.Module:
@@ -171,15 +167,26 @@ def open_clip_preprocess(cfg: dict[str, Any]) -> Preprocess:
     if mode not in ("shortest", "squash"):
         raise ValueError(f"resize_mode = {mode!r} of this open_clip model is not supported; choices: shortest, squash")
     return Preprocess(
-        _square(cfg["size"]), tuple(cfg["mean"]), tuple(cfg["std"]), cfg.get("interpolation", "bicubic"), mode
+        square_side(cfg["size"]), tuple(cfg["mean"]), tuple(cfg["std"]), cfg.get("interpolation", "bicubic"), mode
     )
+
+
+def _timm_architecture(settings: config.Vision) -> Architecture:
+    timm = library("timm")
+    _check_name(settings.name, timm.list_models(), "timm")
+    with torch.device("meta"):
+        return timm_architecture(timm.create_model(settings.name))
+
+
+def _timm_build(architecture: Architecture) -> nn.Module:
+    return TimmTower(library("timm").create_model(architecture.model["name"], num_classes=0))
 
 
 def timm_architecture(model: Any) -> Architecture:
     cfg = importlib.import_module("timm.data").resolve_data_config({}, model=model)
     squash = cfg["crop_mode"] == "squash"
     pre = Preprocess(
-        size_px=_square(cfg["input_size"][1:]),
+        size_px=square_side(cfg["input_size"][1:]),
         mean=tuple(cfg["mean"]),
         std=tuple(cfg["std"]),
         interpolation=cfg["interpolation"],
@@ -189,20 +196,19 @@ def timm_architecture(model: Any) -> Architecture:
     return Architecture("timm", {"name": model.pretrained_cfg["architecture"]}, pre)
 
 
-def _square(size: int | tuple[int, ...] | list[int]) -> int:
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise ValueError(f"an input of {size} pixels is not square; choose a model with a square input")
-    return sides.pop()
-
-
 def _check_name(name: str, names: list[str], library: str) -> None:
     if name.split(".")[0] not in names and name not in names:
         close = get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
         raise ValueError(f"{library} has no model {name!r}; close to it: {', '.join(close)}")
 
 
-def library(name: Literal["open_clip", "timm"]) -> ModuleType:
-    """open_clip or timm, imported only where it is used: it takes seconds."""
-    importlib.import_module("notellm2_core.torch_compat")  # both import torchvision
-    return importlib.import_module(name)
+def _none(_: Architecture) -> int:
+    return 0
+
+
+LIBRARIES = {
+    "open_clip": Library(_open_clip_architecture, _open_clip_build, _open_clip_projection),
+    "timm": Library(_timm_architecture, _timm_build, _none),
+    "transformers": Library(huggingface_architecture, build_huggingface, huggingface_projection),
+    "tiny": Library(lambda _: Architecture("tiny", {}, Preprocess(size_px=32)), lambda _: TinyTower(), _none),
+}

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from notellm2_core import config
+from notellm2_core.model.vision_architecture import Architecture, library
+from notellm2_core.model.vision_huggingface import load_huggingface
 from notellm2_core.model.vision_towers import (
-    Architecture,
     TimmTower,
     TinyTower,
     architecture_of,
-    library,
     open_clip_name,
     open_clip_preprocess,
     open_clip_tower,
@@ -31,6 +31,8 @@ def load_tower(settings: config.Vision) -> tuple[Architecture, nn.Module]:
     if settings.library == "timm":
         model = _timm_model(settings)
         return timm_architecture(model), TimmTower(model)
+    if settings.library == "transformers":
+        return architecture, load_huggingface(settings, architecture)
     return _open_clip_model(settings, architecture)
 
 

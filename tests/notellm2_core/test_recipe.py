@@ -97,6 +97,10 @@ def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> No
     assert changed() == _downstream("start_model", "checkpoint")
     vision.write_text("ab")
     assert changed() == _downstream("vision_features")
+    by_name = {"model__vision__library": "transformers", "model__vision__name": str(llm)}  # its folder is its name
+    before = {name: _recipe(tmp_path, **(changes := by_name)).fingerprint(name) for name in STAGES}
+    (llm / "model.safetensors").write_text("abc")
+    assert changed() == _downstream("vision_features")
     assert "weights" not in _recipe(tmp_path, model__llm__name="org/name").settings("checkpoint")
     assert _recipe(tmp_path, model__llm__name="package:smollm2").settings("checkpoint")["weights"]["model.llm"]
 

@@ -95,17 +95,20 @@ def test_tiny_tokenizer_is_deterministic_and_reads_prompts_in_few_tokens() -> No
 
 @pytest.mark.slow
 def test_smollm2_is_converted_once_and_whole(tmp_path: Path) -> None:
-    """The GGUF's 30 layers of 576, in safetensors; what a killed process left half-written is gone."""
+    """The GGUF's 30 layers of 576, in safetensors; what a killed process left half-written is gone. The same file named
+    by its path is the same conversion.
+    """
     gguf = package_path("package:smollm2")
-    leftover = tmp_path / f".smollm2-{llm.sha256_of(gguf)[:16]}.partial"
+    leftover = tmp_path / f".{gguf.stem}-{llm.sha256_of(gguf)[:16]}.partial"
     leftover.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half")
     decoder, tokenizer = load_llm(LLM(name="package:smollm2", num_layers=2), tmp_path)
     assert (decoder.config.hidden_size, len(decoder.layers), len(tokenizer)) == (576, 2, 49152)
     assert not leftover.exists()
-    (converted,) = tmp_path.glob("smollm2-*")
+    (converted,) = tmp_path.glob("SmolLM2-*")
     written = (converted / "model.safetensors").stat().st_mtime_ns
-    again, _ = load_llm(LLM(name="package:smollm2", num_layers=1), tmp_path)
+    again, _ = load_llm(LLM(name=str(gguf), num_layers=1), tmp_path)
+    assert llm_architecture(LLM(name=str(gguf), num_layers=3)).num_hidden_layers == 3
     assert (converted / "model.safetensors").stat().st_mtime_ns == written
     assert torch.equal(again.embed_tokens.weight, decoder.embed_tokens.weight)
     assert next(decoder.parameters()).dtype == torch.float32

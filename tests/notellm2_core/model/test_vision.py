@@ -13,7 +13,8 @@ from torch import nn
 
 from notellm2_core import config
 from notellm2_core.model.vision import VisionEncoder, load_vision_encoder, to_pixels, vision_dims
-from notellm2_core.model.vision_towers import Preprocess, architecture_of, build_tower, library
+from notellm2_core.model.vision_architecture import Preprocess, library
+from notellm2_core.model.vision_towers import architecture_of, build_tower
 from notellm2_core.weights import PACKAGES
 
 TINY = config.Vision(library="tiny")
