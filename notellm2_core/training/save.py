@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from notellm2_core.lake import write_atomically
+from notellm2_core.model.lora import adapted_layers, is_adapter, merge
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.training.losses import MAX_TAU
@@ -25,7 +26,7 @@ def save_model(
 
     Called on all ranks; rank 0 writes. The weights are as they were trained: fp32 on a CPU, bf16 on a GPU.
     """
-    weights = full_weights(model)
+    weights = plain_weights(model)
     if weights is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / DONE).unlink(missing_ok=True)
@@ -36,6 +37,16 @@ def save_model(
             write_atomically(out / DONE, json.dumps(facts, indent=1))
     if dist.is_initialized():
         dist.barrier()
+
+
+def plain_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """`full_weights` with adapters merged into the layers that they adapt: the names are those of a plain model."""
+    weights = full_weights(model)
+    for name, layer in adapted_layers(model).items():
+        with gathered([p for n, p in layer.named_parameters(prefix=name) if is_adapter(n)]):
+            if weights is not None:
+                merge(weights, name, layer)
+    return weights
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor] | None:
