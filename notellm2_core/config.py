@@ -293,7 +293,7 @@ class Config(Section):
         }  # fmt: skip
 
         def untrained(*parts: Part) -> tuple[bool, str]:
-            return {*parts}.isdisjoint(self.trained_parts), f"training.parts without {' and '.join(parts)}"
+            return {*parts}.isdisjoint(self.trained_parts), f"training.parts without {', '.join(parts)}"
 
         idle = {
             ("split", "pool_share"): by_time,

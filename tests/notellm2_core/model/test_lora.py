@@ -92,7 +92,9 @@ def test_chosen_layers() -> None:
     add_adapters(model.llm, LoRA(target_modules=("q_proj", "v_proj")), 0)
     assert {name.rpartition(".")[2] for name in adapted_layers(model)} == {"q_proj", "v_proj"}
     model, _ = tiny_model()
-    with pytest.raises(ValueError, match=r"names 'query', which is no linear layer .* choose among down_proj, .*v_proj"):
+    with pytest.raises(
+        ValueError, match=r"names 'query', which is no linear layer .* choose among down_proj, .*v_proj"
+    ):
         add_adapters(model.llm, LoRA(target_modules=("q_proj", "query")), 0)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from notellm2_core.config import PARTS, Config
-from notellm2_core.model.build import build_model
+from notellm2_core.model.build import build_model, mlrm_config
+from notellm2_core.model.llm import llm_architecture
 from notellm2_core.model.lora import is_adapter
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.parts import parts_of, set_trained
@@ -68,11 +69,8 @@ def test_training_nothing_is_an_error() -> None:
 
 
 def test_it_works_without_weights() -> None:
-    """On the meta device, for whoever counts: 2 x 7 layers with 8 (in + out) numbers each; the tiny LLM is 64 wide, with
-    32 key-value and 128 inner dimensions: 8 x 2 (128 + 96 + 96 + 128 + 3 x 192)."""
-    from notellm2_core.model.build import mlrm_config
-    from notellm2_core.model.llm import llm_architecture
-
+    """On the meta device, for whoever counts: 2 x 7 layers with 8 (in + out) numbers each; the tiny LLM is 64 wide,
+    with 32 key-value and 128 inner dimensions: 8 x 2 (128 + 96 + 96 + 128 + 3 x 192)."""
     tree = tiny_config().model_dump()
     tree["model"]["lora"] = {"rank": 8}
     config = Config(**tree)

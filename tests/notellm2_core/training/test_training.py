@@ -34,7 +34,9 @@ START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0}
 @pytest.mark.slow
 def test_the_figures_of_a_training(world: World, tmp_path: Path) -> None:
     """training.json and metrics.jsonl."""
-    out = train(world, tiny_config({"num_steps": 7, "learning_rate": 3e-3, "log_every_steps": 5}, start=START), tmp_path)
+    out = train(
+        world, tiny_config({"num_steps": 7, "learning_rate": 3e-3, "log_every_steps": 5}, start=START), tmp_path
+    )
     facts = json.loads((out / "training.json").read_text())
     assert facts["loss_last"] < facts["loss_first"]
     assert (facts["steps"], facts["num_train_pairs"], facts["precision"]) == (7, 32, "fp32")
