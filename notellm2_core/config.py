@@ -7,12 +7,15 @@ names or the field comments; counts are `num_*`.
 import os
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 DEFAULT_CONFIG = "pipelines/configs/demo.yaml"  # relative to the repository root
+
+Part = Literal["llm", "word_embeddings", "connector", "fusion", "projector", "temperature"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class ConfigError(ValueError):
@@ -173,6 +176,15 @@ class Start(Section):
     visual_token_gain: float | None = Field(None, gt=0)  # length of the visual embeddings / of the word embeddings
 
 
+class LoRA(Section):
+    """Adapters for the decoder's linear layers (Hu et al. 2021): W x + (alpha / rank) B A x, W frozen."""
+
+    rank: int = Field(8, gt=0)
+    alpha: int = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)  # of x, before A
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+
+
 class Model(Section):
     """The MLRM."""
 
@@ -186,6 +198,7 @@ class Model(Section):
     matryoshka_dims: tuple[Annotated[int, Field(gt=0)], ...] = ()  # shorter embeddings to train and report, e.g. 16, 32
     temperature: float = 3.0  # tau at the start (Eq. 1); the scale is e^tau
     start: Start = Start()
+    lora: LoRA | None = None  # null: full fine-tuning of the LLM
     license: str | None = None  # of the model card, as the hub writes it ("apache-2.0"); None: "other", none is stated
 
     @model_validator(mode="after")
@@ -195,6 +208,10 @@ class Model(Section):
                 f"matryoshka_dims names {wrong[0]}, which is not below projection_dim = {self.projection_dim}"
             )
         return self
+
+
+def _in_order(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    return tuple(part for part in PARTS if part in parts)
 
 
 class Training(Section):
@@ -208,7 +225,8 @@ class Training(Section):
     learning_rate: float = Field(3e-6, gt=0)  # peak, of the LLM
     new_module_learning_rate: float | None = Field(None, gt=0)  # connector, fusion, projector; None: learning_rate
     temperature_learning_rate: float | None = Field(None, gt=0)  # tau; None: learning_rate
-    train_word_embeddings: bool = True
+    # The trained parts; the others stay as they start. None: all; with LoRA, all but the word embeddings.
+    parts: Annotated[tuple[Part, ...], Field(min_length=1), AfterValidator(_in_order)] | None = None
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(1e-3, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -289,6 +307,13 @@ class Config(Section):
             )
         return self
 
+    @property
+    def trained_parts(self) -> tuple[Part, ...]:
+        """What `training.parts` stands for; a part that the method lacks may be among them."""
+        if self.training.parts is not None:
+            return self.training.parts
+        return tuple(part for part in PARTS if part != "word_embeddings" or self.model.lora is None)
+
     def without_effect(self) -> list[str]:
         """What was changed from its default and nothing reads, one sentence each."""
         method, kind = self.model.method, self.model.connector.kind
@@ -297,10 +322,15 @@ class Config(Section):
         no_qformer = kind != "qformer", f"model.connector.kind = {kind}"
         by_time = self.split.by == "time", f"split.by = {self.split.by}"
         no_visual_loss = method not in ("micl", "notellm2"), f"model.method = {method}"
+        model = self.model
         sections = {
-            "split": self.split, "model.start": self.model.start, "model.connector": self.model.connector,
+            "split": self.split, "model": model, "model.start": model.start, "model.connector": model.connector,
             "training": self.training,
         }  # fmt: skip
+
+        def untrained(*parts: Part) -> tuple[bool, str]:
+            return {*parts}.isdisjoint(self.trained_parts), f"training.parts without {', '.join(parts)}"
+
         idle = {
             ("split", "pool_share"): by_time,
             ("model.start", "fusion_scale"): no_fusion,
@@ -309,12 +339,22 @@ class Config(Section):
             ("model.connector", "kind"): no_connector,
             ("model.connector", "num_queries"): no_qformer,
             ("training", "alpha"): no_visual_loss,
+            ("model", "lora"): untrained("llm"),
+            ("training", "new_module_learning_rate"): untrained("connector", "fusion", "projector"),
+            ("training", "temperature_learning_rate"): untrained("temperature"),
         }
-        return [
+        told = [
             f"{section}.{name} has no effect with {cause}"
             for (section, name), (holds, cause) in idle.items()
             if holds and getattr(sections[section], name) != type(sections[section]).model_fields[name].default
         ]
+        lacking: tuple[tuple[Part, tuple[bool, str]], ...] = (("fusion", no_fusion), ("connector", no_connector))
+        told += [
+            f"{part} in training.parts has no effect with {cause}"
+            for part, (holds, cause) in lacking
+            if holds and part in (self.training.parts or ())
+        ]
+        return told
 
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:

@@ -52,7 +52,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",)),
     "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=3),
-    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "training"), version=3),
+    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "model.lora", "training"), version=3),
     "start_embeddings": Stage(
         ("start_model", "notes", "vision_features", "pair_datasets"), ("export", "training.precision")
     ),

@@ -13,6 +13,7 @@ from notellm2_core.model.build import mlrm_config, num_visual_words
 from notellm2_core.model.llm import llm_architecture, load_tokenizer
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.parts import set_trained
 from notellm2_core.model.vision import vision_dims
 from notellm2_core.model.vision_towers import architecture_of, build_tower, dropped_projection_parameters
 from notellm2_core.notes.batch import MLRMProcessor
@@ -22,8 +23,10 @@ def describe(config: Config) -> dict[str, Any]:
     """Parameters of each part, the main sizes and the prompt, as JSON-able values; built on the meta device.
 
     `vision` is the tower as it is used. Its final projection is dropped, but Table 7's totals count it, so it is a part
-    of its own here. The word embeddings of the new tokens are not counted: whether they need new rows depends on the
-    tokenizer. Raises ValueError where the LLM's architecture is neither in `model.llm.config` nor to be had.
+    of its own here. `trainable` counts adapters (`model.lora`), `total` does not: a saved model has them merged. The
+    word embeddings of the new tokens are not counted: whether they need new rows depends on the tokenizer.
+
+    Raises ValueError where the LLM's architecture is neither in `model.llm.config` nor to be had.
     """
     architecture = llm_architecture(config.model.llm)
     num_patches, vision_width = vision_dims(config.model.vision)
@@ -41,12 +44,14 @@ def describe(config: Config) -> dict[str, Any]:
         "projector": count(model.projector),
         "tau": model.tau.numel(),
     }
+    set_trained(model, config)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     qformer = None if model.connector is None else model.connector.qformer
     return {
         "method": config.model.method,
         "switches": {"prompt": method.prompt, "visual_prompt": method.visual_prompt, "late_fusion": method.late_fusion,
                      "losses": list(method.losses), "inputs": list(method.inputs)},
-        "parameters": {**parameters, "total": sum(parameters.values()), "trainable": 0},
+        "parameters": {**parameters, "total": sum(parameters.values()), "trainable": trainable},
         "qformer_parameters": 0 if qformer is None else count(qformer) - qformer.queries.numel(),  # as in Table 9
         "shapes": {
             "L": num_patches,

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from notellm2_core.config import Config, Training
+from notellm2_core.model.lora import is_adapter
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.training.launch import num_threads
@@ -166,11 +167,12 @@ def set_learning_rate(optimizer: Any, factor: float) -> None:
 def broadcast_new_modules(model: MLRMModel, device: torch.device) -> None:
     """All ranks take rank 0's new modules: a start that was computed must be the same everywhere to the last bit.
 
-    The LLM comes from the same file everywhere.
+    Its adapters too. The rest of the LLM comes from the same file everywhere.
     """
     if dist.get_world_size() > 1:
         groups = model.parameter_groups()
-        for _, parameter in (*groups["new"], *groups["tau"]):
+        adapters = [(name, parameter) for name, parameter in groups["llm"] if is_adapter(name)]
+        for _, parameter in (*groups["new"], *groups["tau"], *adapters):
             values = parameter.data.to(device)
             dist.broadcast(values, src=0)
             parameter.data.copy_(values)

@@ -16,6 +16,7 @@ from notellm2_core.config import Config
 from notellm2_core.lake import fingerprint, write_atomically
 from notellm2_core.model.build import build_model
 from notellm2_core.model.methods import get_method
+from notellm2_core.model.parts import set_trained
 from notellm2_core.recipe import FREE_TRAINING_SETTINGS, TEXT_SETTINGS
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints, held, open_work
@@ -79,8 +80,7 @@ def _run(
     dist.barrier()  # all ranks have looked before rank 0 writes
     checkpoints = Checkpoints(paths.work / "checkpoints")
     first_step = checkpoints.latest_step()
-    if not training.train_word_embeddings:
-        model.get_input_embeddings().requires_grad_(False)
+    set_trained(model, config)
     if first_step == 0:
         apply_start(model, processor, data, config)
     model.train()

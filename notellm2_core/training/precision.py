@@ -37,7 +37,9 @@ def choose_precision(
             start = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 output = model(batch)
-            output.multimodal.float().square().sum().backward()
+            loss = output.multimodal.float().square().sum()
+            if loss.requires_grad:  # not where the temperature alone is trained
+                loss.backward()
             model.zero_grad(set_to_none=True)
             if attempt == "measure":
                 seconds.append(time.perf_counter() - start)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from notellm2_core.config import Config
 from notellm2_core.lake import write_atomically
 from notellm2_core.model.card import CARD, CARD_FACTS, card_facts, model_card
+from notellm2_core.model.lora import adapted_layers, is_adapter, merge
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.vision import saved_encoder_id
 from notellm2_core.notes.batch import MLRMProcessor
@@ -36,14 +37,14 @@ def save_model(
     writes. The weights are as they were trained: fp32 on a CPU, bf16 on a GPU. Raises ValueError where `vision` holds
     no encoder.
     """
-    weights = full_weights(model)
+    weights = plain_weights(model)
     if weights is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / DONE).unlink(missing_ok=True)
         model.config.encoder_id = saved_encoder_id(vision)
         shutil.copytree(vision, out / "vision", dirs_exist_ok=True)
         processor.save_pretrained(out)
-        sizes = {name: weights[name].numel() for name, _ in model.named_parameters()}
+        sizes = {name: weight.numel() for name, weight in weights.items()}
         model.save_pretrained(out, state_dict=weights, safe_serialization=True)
         card = card_facts(config, model.config.to_dict(), sizes, train_days, facts)
         (out / CARD_FACTS).write_text(json.dumps(card, indent=1))
@@ -52,6 +53,16 @@ def save_model(
             write_atomically(out / DONE, json.dumps(facts, indent=1))
     if dist.is_initialized():
         dist.barrier()
+
+
+def plain_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """`full_weights` with adapters merged into the layers that they adapt: the names are those of a plain model."""
+    weights = full_weights(model)
+    for name, layer in adapted_layers(model).items():
+        with gathered([p for n, p in layer.named_parameters(prefix=name) if is_adapter(n)]):
+            if weights is not None:
+                merge(weights, name, layer)
+    return weights
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor] | None:

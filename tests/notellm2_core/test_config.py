@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from notellm2_core.config import Config, ConfigError, Model, load_config
+from notellm2_core.config import PARTS, Config, ConfigError, Model, load_config
 from notellm2_core.model.methods import METHODS
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
@@ -56,6 +56,10 @@ def test_the_defaults_are_the_papers() -> None:
         ),
         ("source: {ignored_events: [share, click]}", "click is in ignored_events and in"),
         ("evaluation: {saliency_pairs: 1}", "a single pair has no negatives"),
+        ("training: {parts: []}", "training.parts: Tuple should have at least 1 item"),
+        ("training: {parts: [llm, words]}", "training.parts.1: Input should be 'llm', 'word_embeddings', 'connector'"),
+        ("model: {llm: {name: tiny}, lora: {rank: 0}}", "model.lora.rank: Input should be greater than 0"),
+        ("model: {llm: {name: tiny}, lora: {ranks: 8}}", "model.lora.ranks: no such setting"),
         ("seed: [", "is not YAML"),
         ("on: 1", "Keys should be strings"),  # to YAML, `on` is a truth value
     ],
@@ -105,4 +109,27 @@ def test_a_setting_without_effect_is_told(tmp_path: Path) -> None:
     assert load_config(path).without_effect() == [
         "split.pool_share has no effect with split.by = time",
         "model.start.gate_bias has no effect with model.method = basic",
+    ]
+
+
+def test_which_parts_are_trained() -> None:
+    """All; with LoRA all but the word embeddings; what is named, in one order and once."""
+    assert load_config(CONFIGS[0], {"training.parts": None}).trained_parts == PARTS
+    with_lora = load_config(CONFIGS[0], {"training.parts": None, "model.lora": {}})
+    assert with_lora.trained_parts == tuple(part for part in PARTS if part != "word_embeddings")
+    named = load_config(CONFIGS[0], {"training.parts": ["projector", "word_embeddings", "projector"], "model.lora": {}})
+    assert named.trained_parts == named.training.parts == ("word_embeddings", "projector")
+
+
+def test_parts_without_effect_are_told() -> None:
+    parts = {"training.parts": ["connector", "fusion"], "training.temperature_learning_rate": 1e-3}
+    config = load_config(CONFIGS[0], {"model.method": "basic", "model.start": {}, "model.lora": {}, **parts})
+    assert config.without_effect() == [
+        "model.lora has no effect with training.parts without llm",
+        "training.temperature_learning_rate has no effect with training.parts without temperature",
+        "fusion in training.parts has no effect with model.method = basic",
+    ]
+    rates = {"training.parts": ["llm"], "training.temperature_learning_rate": None}
+    assert load_config(CONFIGS[0], rates).without_effect() == [
+        "training.new_module_learning_rate has no effect with training.parts without connector, fusion, projector"
     ]

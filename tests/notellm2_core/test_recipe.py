@@ -38,6 +38,8 @@ def test_a_setting_changes_its_stage_and_all_after_it_and_nothing_else(tmp_path:
     assert _changed(base, _recipe(tmp_path)) == set()
     assert _changed(base, _recipe(tmp_path, pairs__top_t=5)) == _downstream("related_pairs")
     assert _changed(base, _recipe(tmp_path, training__alpha=3)) == _downstream("checkpoint")
+    assert _changed(base, _recipe(tmp_path, training__parts=["llm"])) == _downstream("checkpoint")
+    assert _changed(base, _recipe(tmp_path, model__lora={"rank": 4})) == _downstream("checkpoint")  # not the start
     assert _changed(base, _recipe(tmp_path, index__factory="HNSW8")) == _downstream("faiss_index")
     assert _changed(base, _recipe(tmp_path, window__end="2025-01-19")) == _downstream("events")
     assert _changed(base, _recipe(tmp_path, spark__driver_memory="3g")) == set()

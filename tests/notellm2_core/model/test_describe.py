@@ -4,7 +4,8 @@ import pytest
 
 from notellm2_core.config import Config
 from notellm2_core.model.describe import describe
-from tests.notellm2_core.model.tiny import tiny_config, tiny_model
+from notellm2_core.model.methods import METHODS
+from tests.notellm2_core.model.tiny import EMPTY, tiny_config, tiny_model
 
 TOMATO = {
     "model_type": "llama", "vocab_size": 49_216, "hidden_size": 4096, "intermediate_size": 11_008,
@@ -29,8 +30,41 @@ def test_tiny_counts_what_is_there() -> None:
     facts = describe(tiny_config())
     model, _ = tiny_model()
     real = sum(p.numel() for p in model.parameters())
-    assert facts["parameters"]["total"] - facts["parameters"]["vision"] == real - 2 * 64
-    assert facts["shapes"] == {"L": 16, "h_v": 32, "L_c": 4, "h_q": 32, "h_t": 64, "llm_layers": 2, "embedding": 64}
+    parameters = facts["parameters"]
+    assert parameters["total"] - parameters["vision"] == parameters["trainable"] == real - 2 * 64
+    assert facts["shapes"] == {
+        "L": 16, "h_v": 32, "L_c": 4, "h_q": 32, "h_t": 64, "llm_layers": 2, "embedding": 64, "matryoshka": [],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_prompt_is_laid_out_as_notes_are_encoded(method: str) -> None:
+    """Positions against an encoded note without text; pieces follow each other without gaps."""
+    layout = describe(tiny_config(method))["prompt"]
+    _, processor = tiny_model(method)
+    note = processor.encode(EMPTY)
+    assert layout["tokens"] == len(note) and layout["n_m"] == len(note) - 1
+    assert layout["image"] == (None if note.image_start < 0 else [note.image_start, note.image_start + 4])
+    assert layout["n_v"] == (None if note.visual_index < 0 else note.visual_index)
+    ends = [piece["first"] + piece["tokens"] for piece in layout["pieces"]]
+    assert [piece["first"] for piece in layout["pieces"]] == [0, *ends[:-1]]
+
+
+def test_what_is_trained() -> None:
+    """Adapters of rank 2 on the 7 linear layers of 2 blocks, in place of the LLM; without fusion and temperature.
+
+    Per block q and o 64 x 64, k and v 64 x 32, gate and up 64 x 128, down 128 x 64: 2 x (2 x 128 + 2 x 96 + 3 x 192).
+    """
+    config = tiny_config()
+    config = Config(
+        name="t",
+        model=config.model.model_dump() | {"lora": {"rank": 2}},
+        training={"parts": ["llm", "connector", "projector"]},
+    )
+    parameters = describe(config)["parameters"]
+    adapters = 2 * 2 * (2 * 128 + 2 * 96 + 3 * 192)
+    assert parameters["trainable"] == adapters + parameters["connector"] + parameters["projector"]
+    assert parameters["total"] == describe(tiny_config())["parameters"]["total"]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +87,7 @@ def test_totals_of_table_7(
     totals: tuple[float, float],
     printed: tuple[str, str],
 ) -> None:
-    """basic and NoteLLM-2, in billions. The paper's figures (one digit) come out with the tower's projection counted.
+    """basic and NoteLLM-2, in billions. The paper's figures (one digit) count the tower's projection, as `total` does.
 
     Beside the LLM, the tower and the Q-Former: queries 16 h_q, the MLP h_q x 4,096 + 4,096 + 4,096^2 + 4,096, the
     projector 4,096 x 64 + 64, tau 1; with late fusion, 8,192 x 4,096 + 4,096 and h_v x 4,096 + 4,096.
@@ -67,9 +101,10 @@ def test_totals_of_table_7(
     assert parameters["connector"] == qformer + 16 * h_q + h_q * 4096 + 4096 + 4096**2 + 4096
     assert (parameters["projector"], parameters["tau"]) == (4096 * 64 + 64, 1)
     assert (parameters["fusion"], fused["parameters"]["fusion"]) == (0, 8192 * 4096 + 4096 + h_v * 4096 + 4096)
+    assert parameters["vision_projection"] == projection
     for facts, total, digit in zip((basic, fused), totals, printed, strict=True):
-        assert facts["parameters"]["total"] / 1e9 == pytest.approx(total, abs=1e-3)
-        assert f"{(facts['parameters']['total'] + projection) / 1e9:.1f}" == digit
+        assert (facts["parameters"]["total"] - projection) / 1e9 == pytest.approx(total, abs=1e-3)
+        assert f"{facts['parameters']['total'] / 1e9:.1f}" == digit
 
 
 def test_an_unreachable_llm_needs_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:

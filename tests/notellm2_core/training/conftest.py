@@ -1,6 +1,10 @@
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from tests.notellm2_core.training.world import World, write_world
 
@@ -8,3 +12,23 @@ from tests.notellm2_core.training.world import World, write_world
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return write_world(Path(tmp_path_factory.mktemp("world")))
+
+
+@pytest.fixture(scope="session")
+def _process_group() -> Iterator[None]:
+    """The one of the first training lives until the end: DeepSpeed would go on using it after it was destroyed."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_rank(_process_group: None) -> Iterator[None]:
+    """Trainings of this process are alone in their group; afterwards other tests find everything as it was."""
+    before, num_threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(num_threads)

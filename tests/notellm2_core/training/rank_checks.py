@@ -1,8 +1,8 @@
 """What each rank does in the tests with several processes (see ranks.py).
 
 `check_stages`: for every ZeRO stage, two steps on the same global batches; loss, full gradients, gradient norm and
-updated weights of the first go to OUT/ranks-<R>-stage-<S>.pt. Then a checkpoint after the first step is
-loaded into a fresh engine, and its second step must give the same weights to the last bit.
+updated weights of the first, and those with adapters merged, go to OUT/ranks-<R>-stage-<S>.pt. Then a checkpoint after
+the first step is loaded into a fresh engine, and its second step must give the same weights to the last bit.
 """
 
 from pathlib import Path
@@ -14,18 +14,39 @@ import torch.distributed as dist
 
 from notellm2_core.config import Config, load_config
 from notellm2_core.model.build import build_model
+from notellm2_core.model.lora import is_adapter
+from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.parts import set_trained
+from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, rank_slice, schedule
 from notellm2_core.training.loop import Paths, run
-from notellm2_core.training.save import full_weights
+from notellm2_core.training.save import full_weights, plain_weights
 from tests.notellm2_core.training.world import World, tiny_config
 
+PARTIAL = {"parts": ["llm", "connector", "temperature"], "lora": {"rank": 4}}  # frozen: words, fusion, projector
 
-def settings(stage: int) -> Config:
+
+def settings(stage: int, partial: bool) -> Config:
     """A batch of 8 pairs over notes with and without images or text, and all learning rates different."""
     rates = {"learning_rate": 1e-3, "new_module_learning_rate": 3e-3, "temperature_learning_rate": 1e-2}
-    return tiny_config({"zero_stage": stage, "batch_pairs": 8, "weight_decay": 0.01, **rates})
+    training = {"zero_stage": stage, "batch_pairs": 8, "weight_decay": 0.01, **rates}
+    if not partial:
+        return tiny_config(training)
+    return tiny_config({**training, "parts": PARTIAL["parts"]}, lora=PARTIAL["lora"])
+
+
+def build(config: Config, cache: Path) -> tuple[MLRMModel, MLRMProcessor]:
+    """The model before its first step. The adapters' B is not 0: A would have no gradient to compare."""
+    model, processor = build_model(config, cache)
+    set_trained(model, config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.normal_(std=0.05)
+    return model.train(), processor
 
 
 def step(engine: Any, data: TrainingData, rows: np.ndarray, index: int, grads: bool) -> dict[str, Any]:
@@ -36,25 +57,26 @@ def step(engine: Any, data: TrainingData, rows: np.ndarray, index: int, grads: b
     _, losses, _ = engine(batch, data.facts(rows))
     engine.backward(losses.total)
     model = engine.module.model
-    found = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters()} if grads else {}
+    found = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters() if p.requires_grad and grads}
     engines.set_learning_rate(engine.optimizer, 1.0 if index == 0 else 0.5)
     norm = engines.optimizer_step(engine)
-    return {"loss": losses.total.item(), "norm": norm, "grads": found, "weights": full_weights(model)}
+    weights = {"weights": full_weights(model), "plain": plain_weights(model)}
+    return {"loss": losses.total.item(), "norm": norm, "grads": found, **weights}
 
 
-def check_stages(root: Path, out: Path, stages: tuple[int, ...]) -> None:
+def check_stages(root: Path, out: Path, stages: tuple[int, ...], partial: bool) -> None:
     engines.set_up_processes()
     name = f"ranks-{dist.get_world_size()}"
     world = World(root)
     for stage in stages:
-        config = settings(stage)
+        config = settings(stage, partial)
 
         def fresh(config: Config = config) -> tuple[Any, TrainingData]:
-            model, processor = build_model(config, world.path("models"))
+            model, processor = build(config, world.path("models"))
             with engines.first_on_machine():
                 folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
                 data = load_training_data(processor, *folders)
-            return engines.make_engine(model.train(), config, "fp32"), data
+            return engines.make_engine(model, config, "fp32"), data
 
         engine, data = fresh()
         batches = schedule(data.train_pairs, 8, 2, config.seed)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from notellm2_core.config import Training
+from notellm2_core.config import PARTS, Training
 from notellm2_core.model.build import build_model
+from notellm2_core.model.parts import set_trained
 from notellm2_core.training.engine import deepspeed_config, learning_rate_factor, optimizer_groups
 from notellm2_core.training.launch import launch_command
 from tests.notellm2_core.training.world import tiny_config
@@ -44,8 +45,9 @@ def test_the_paper_as_a_deepspeed_dictionary() -> None:
 
 def test_groups_have_their_rates_and_decay() -> None:
     """LLM and new modules with and without decay, tau without; every trained weight in exactly one group."""
-    model, _ = build_model(tiny_config(), Path())
-    model.get_input_embeddings().requires_grad_(False)
+    config = tiny_config({"parts": [part for part in PARTS if part != "word_embeddings"]})
+    model, _ = build_model(config, Path())
+    set_trained(model, config)
     training = Training(learning_rate=1.0, new_module_learning_rate=2.0, temperature_learning_rate=3.0)
     groups = optimizer_groups(model.parameter_groups(), training)
     grouped = {id(p): g for g in groups for p in g["params"]}
@@ -63,6 +65,17 @@ def test_groups_have_their_rates_and_decay() -> None:
         assert (group["peak_lr"], group["weight_decay"]) == (rate, decay), name
     assert any(n.startswith("llm.layers") and grouped[id(p)]["weight_decay"] > 0 for n, p in trained.items())
     assert all(grouped[id(p)]["weight_decay"] == 0 for n, p in trained.items() if "quer" in n.rsplit(".", 1)[-1])
+
+
+def test_adapters_go_with_the_llm() -> None:
+    config = tiny_config({"parts": ["llm", "temperature"]}, lora={"rank": 2})
+    model, _ = build_model(config, Path())
+    set_trained(model, config)
+    groups = optimizer_groups(model.parameter_groups(), Training(learning_rate=1.0, temperature_learning_rate=3.0))
+    assert [(g["peak_lr"], g["weight_decay"], len(g["params"])) for g in groups] == [
+        (1.0, 1e-3, 2 * 7 * 2),
+        (3.0, 0, 1),
+    ]
 
 
 def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:

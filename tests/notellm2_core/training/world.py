@@ -13,7 +13,9 @@ from notellm2_core.config import Config
 from notellm2_core.model.vision import load_vision_encoder
 from notellm2_core.notes.feature_store import FeatureStore
 from notellm2_core.schema import NOTE_IMAGES, NOTES, RELATED_PAIRS
+from notellm2_core.training.loop import Paths, run
 
+FOLDERS = ("notes", "images", "store", "pairs")
 WORDS = ["tea", "cup", "red", "sky", "boat", "lamp", "fern", "moss", "opal", "quilt", "drum", "kite", "plum", "sand"]
 
 
@@ -27,20 +29,23 @@ class World:
         return self.root / name
 
     def arguments(self, config: Path, work: Path, out: Path) -> list[str]:
-        folders = [x for name in ("notes", "images", "store", "pairs") for x in (f"--{name}", str(self.path(name)))]
+        folders = [x for name in FOLDERS for x in (f"--{name}", str(self.path(name)))]
         return ["--config", str(config), *folders, "--work", str(work), "--out", str(out)]
 
 
-def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6) -> World:
-    """2 * (num_pairs + num_validation) notes, paired off; every 8th note has no image, and every 7th no text."""
+def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6, complete: bool = False) -> World:
+    """2 * (num_pairs + num_validation) notes, paired off.
+
+    Every 8th note has no image, and every 7th no text; where the world is `complete`, all have both.
+    """
     rng = np.random.default_rng(0)
     world = World(root)
     num_notes = 2 * (num_pairs + num_validation)
     ids = [f"n{i:03d}" for i in range(num_notes)]
-    images = [None if i % 8 == 5 else f"image{i:03d}" for i in range(num_notes)]
+    images = [None if i % 8 == 5 and not complete else f"image{i:03d}" for i in range(num_notes)]
 
     def text(i: int, num_words: int) -> str:
-        return "" if i % 7 == 3 else " ".join(rng.choice(WORDS, num_words))
+        return "" if i % 7 == 3 and not complete else " ".join(rng.choice(WORDS, num_words))
 
     rows = [
         {"note_id": n, "title": text(i, 3), "topics": [text(i, 1)], "content": text(i, int(rng.integers(2, 9)))}
@@ -64,6 +69,12 @@ def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6) -> Wor
     patches = rng.normal(size=(len(known), encoder.num_patches, encoder.width))
     store.append(known, patches, patches.mean(axis=1))
     return world
+
+
+def train(world: World, config: Config, folder: Path) -> Path:
+    """The whole training in this process, with WORK and OUT below `folder`; returns OUT."""
+    run(config, Paths(*(world.path(n) for n in FOLDERS), folder / "work", folder / "out"))
+    return folder / "out"
 
 
 def tiny_config(training: dict[str, Any] | None = None, **model: Any) -> Config:
