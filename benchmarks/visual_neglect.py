@@ -30,6 +30,7 @@ from scipy import stats
 
 from notellm2_core.config import Config, load_config
 from notellm2_core.evaluation.evaluate import evaluate
+from notellm2_core.evaluation.saliency import read_saliency, visual_shares
 from notellm2_core.lake import write_atomically
 from notellm2_core.model.build import load_model
 from notellm2_core.recipe import Recipe
@@ -176,11 +177,14 @@ def run(seed: int, cell: Sequence[str], reader: Path, changes: dict[str, Any], o
     data, folder = inputs(Recipe(config)), out / name
     shutil.rmtree(folder, ignore_errors=True)
     train(config, folder, data)
-    export = [sys.executable, "-m", "notellm2_core.retrieval.export", "--config", folder / "config.yaml",
-              *(x for k in ("notes", "images", "store") for x in (f"--{k}", data[k])), "--model", folder / "model",
-              "--note-ids", data["pairs"] / "pool", "--inputs", "multimodal,image,text",
-              "--out", folder / "embeddings"]  # fmt: skip
-    call([str(x) for x in export], folder / "export.log")
+    common = ["--config", folder / "config.yaml", "--model", folder / "model",
+              *(x for name in ("notes", "images", "store") for x in (f"--{name}", data[name]))]  # fmt: skip
+    export = ["--note-ids", data["pairs"] / "pool", "--inputs", "multimodal,image,text", "--out", folder / "embeddings"]
+    call(python("notellm2_core.retrieval.export", *common, *export), folder / "export.log")
+    measure = ["--pairs", data["pairs"], "--out", folder / "saliency"]
+    call(python("notellm2_core.training.saliency", *common, *measure), folder / "saliency.log")
+    record = read_saliency(folder / "saliency")
+    assert record is not None
     facts = json.loads((folder / "model" / "training.json").read_text())
     tables = {("model", kind): folder / "embeddings" / kind for kind in ("multimodal", "image", "text")}
     rows = evaluate(tables, data["notes"], data["pairs"], config, tokenizer=folder / "model").to_dict()["rows"]
@@ -192,6 +196,7 @@ def run(seed: int, cell: Sequence[str], reader: Path, changes: dict[str, Any], o
         "text only": recall["model", "text", "all"][str(K)],
         "validation": 100 * facts["validation_recall_at_10"],
         "gate mean": facts.get("gate_mean"),
+        "S_v share": 100 * float(np.mean(list(visual_shares(record).values()))),
     }
     write_atomically(out / f"{name}.json", json.dumps({"seed": seed, "cell": list(cell), "changes": changes,
                                                        "measures": measures, "training": facts}, indent=1))  # fmt: skip
@@ -251,6 +256,10 @@ def effects(y: np.ndarray) -> dict[str, np.ndarray]:
                 weights = weights * sign.reshape([2 if a == axis else 1 for a in range(3)])
             found[" x ".join(list(FACTORS)[axis] for axis in chosen)] = np.tensordot(weights / 4, y, axes=3)
     return found
+
+
+def python(module: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", module, *map(str, arguments)]
 
 
 def call(command: Sequence[str], log: Path) -> None:
