@@ -25,16 +25,22 @@ from notellm2_core.training.loop import Paths, run
 from notellm2_core.training.save import full_weights, plain_weights
 from tests.notellm2_core.training.world import World, tiny_config
 
-PARTIAL = {"parts": ["llm", "connector", "temperature"], "lora": {"rank": 4}}  # frozen: words, fusion, projector
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of training, of the model
+    "notellm2": ({}, {}),
+    "omni_retrieval": ({}, {"method": "omni_retrieval", "matryoshka_dims": (4,)}),
+    "adapters": (
+        {"parts": ["llm", "connector", "temperature"]},
+        {"lora": {"rank": 4}},
+    ),  # words, fusion, projector stay
+}
 
 
-def settings(stage: int, partial: bool) -> Config:
+def settings(stage: int, variant: str) -> Config:
     """A batch of 8 pairs over notes with and without images or text, and all learning rates different."""
     rates = {"learning_rate": 1e-3, "new_module_learning_rate": 3e-3, "temperature_learning_rate": 1e-2}
     training = {"zero_stage": stage, "batch_pairs": 8, "weight_decay": 0.01, **rates}
-    if not partial:
-        return tiny_config(training)
-    return tiny_config({**training, "parts": PARTIAL["parts"]}, lora=PARTIAL["lora"])
+    of_training, of_model = VARIANTS[variant]
+    return tiny_config(training | of_training, **of_model)
 
 
 def build(config: Config, cache: Path) -> tuple[MLRMModel, MLRMProcessor]:
@@ -53,7 +59,7 @@ def step(engine: Any, data: TrainingData, rows: np.ndarray, index: int, grads: b
     from deepspeed.utils import safe_get_full_grad
 
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    batch = data.note_batch(rank_slice(rows, rank, num_ranks))
+    batch = data.note_batch(rank_slice(rows, rank, num_ranks), engine.module.method.inputs)
     _, losses, _ = engine(batch, data.facts(rows))
     engine.backward(losses.total)
     model = engine.module.model
@@ -64,12 +70,12 @@ def step(engine: Any, data: TrainingData, rows: np.ndarray, index: int, grads: b
     return {"loss": losses.total.item(), "norm": norm, "grads": found, **weights}
 
 
-def check_stages(root: Path, out: Path, stages: tuple[int, ...], partial: bool) -> None:
+def check_stages(root: Path, out: Path, stages: tuple[int, ...], variant: str) -> None:
     engines.set_up_processes()
     name = f"ranks-{dist.get_world_size()}"
     world = World(root)
     for stage in stages:
-        config = settings(stage, partial)
+        config = settings(stage, variant)
 
         def fresh(config: Config = config) -> tuple[Any, TrainingData]:
             model, processor = build(config, world.path("models"))

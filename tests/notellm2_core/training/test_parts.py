@@ -74,7 +74,7 @@ def test_merged_and_adapted_models_embed_alike(world: World, tmp_path: Path) -> 
         for name, parameter in model.named_parameters():
             if is_adapter(name):
                 parameter.normal_(std=0.1)
-    save_model(model, processor, world.path("images") / "vision", tmp_path / "out")
+    save_model(model, processor, world.path("images") / "vision", tmp_path / "out", config)
     data = load_training_data(processor, *(world.path(n) for n in FOLDERS), tmp_path)
     batch = data.note_batch(data.train_notes[:8])
     with torch.no_grad():

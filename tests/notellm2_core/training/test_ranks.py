@@ -6,26 +6,28 @@ from typing import Any
 import pytest
 import torch
 
+from notellm2_core.model.methods import get_method
 from notellm2_core.training.data import load_training_data, schedule
 from notellm2_core.training.engine import optimizer_groups
-from notellm2_core.training.losses import note_losses
+from notellm2_core.training.step import method_losses
 from tests.notellm2_core.training import rank_checks
 from tests.notellm2_core.training.ranks import run_ranks
 from tests.notellm2_core.training.world import World
 
 
-def reference(world: World, partial: bool) -> dict[str, Any]:
+def reference(world: World, variant: str) -> dict[str, Any]:
     """The first step of rank_checks.py, without ranks and without DeepSpeed."""
-    config = rank_checks.settings(0, partial)
+    config = rank_checks.settings(0, variant)
     model, processor = rank_checks.build(config, world.path("models"))
     folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
     data = load_training_data(processor, *folders)
     rows = data.train_pairs[schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
-    output, known = model(data.note_batch(rows)), data.facts(rows).known
-    has_image = torch.from_numpy(data.has_image(rows))
-    assert 0 < has_image.sum() < len(rows)
-    views, masks = (output.multimodal, output.visual), (known["multimodal"], known["image"])
-    losses = note_losses(*views, model.tau, config.training.alpha, *masks, has_image)
+    facts, method = data.facts(rows), get_method(config.model.method)
+    assert 0 < facts.has["image"].sum() < len(rows)
+    views = {kind: model(data.note_batch(rows, [kind])).multimodal for kind in method.inputs}
+    if method.prompt == "micl":
+        views["visual"] = model(data.note_batch(rows)).visual
+    losses = method_losses(method, views, model.tau, config.training.alpha, facts, config.model.matryoshka_dims)
     losses.total.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.max_grad_norm)
@@ -36,17 +38,18 @@ def reference(world: World, partial: bool) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_ranks", "stages", "partial"), [(2, (0, 1, 2, 3), False), (4, (2,), False), (2, (2, 3), True)]
+    ("num_ranks", "stages", "variant"),
+    [(2, (0, 1, 2, 3), "notellm2"), (4, (2,), "notellm2"), (2, (2, 3), "adapters"), (2, (2,), "omni_retrieval")],
 )
 def test_ranks_agree_with_one_process(
-    num_ranks: int, stages: tuple[int, ...], partial: bool, world: World, tmp_path: Path
+    num_ranks: int, stages: tuple[int, ...], variant: str, world: World, tmp_path: Path
 ) -> None:
     """Loss, every gradient (tau's too), the clipped norm, and the weights after AdamW; and a resume is exact.
 
-    `partial`: with frozen parts, which stay to the last bit, and with adapters, which end in W + (alpha / rank) B A.
+    "adapters": with frozen parts, which stay to the last bit, and with adapters, which end in W + (alpha / rank) B A.
     """
-    one = reference(world, partial)
-    run_ranks(num_ranks, rank_checks.check_stages, world.root, tmp_path, stages, partial)
+    one = reference(world, variant)
+    run_ranks(num_ranks, rank_checks.check_stages, world.root, tmp_path, stages, variant)
     for stage in stages:
         result = torch.load(tmp_path / f"ranks-{num_ranks}-stage-{stage}.pt")
         assert result["loss"] == pytest.approx(one["loss"], abs=1e-5)
@@ -63,7 +66,7 @@ def test_ranks_agree_with_one_process(
             # Where a gradient is nearly 0, Adam's first step is its sign: rounding decides. Elsewhere they agree.
             firm = one["grads"][name].abs() > 1e-5
             torch.testing.assert_close(result["weights"][name][firm], expected[firm], rtol=1e-4, atol=1e-5)
-        check_merged(result["weights"], result["plain"], partial)
+        check_merged(result["weights"], result["plain"], variant == "adapters")
 
 
 def check_merged(weights: dict[str, Any], plain: dict[str, Any], adapted: bool) -> None:
