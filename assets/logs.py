@@ -6,7 +6,9 @@ import dagster as dg
 
 from assets.resources import Pipeline, dataset_deps, one_sentence
 from assets.tracking import TrackedRun
-from notellm2_core.config import ConfigError, Source, config_in_force
+from notellm2_core.config import Source
+from notellm2_core.config_advice import without_effect
+from notellm2_core.config_file import ConfigError, config_in_force
 from notellm2_core.lake import Dataset, Draft
 from notellm2_core.recipe import Recipe
 
@@ -43,7 +45,7 @@ PARTITIONS = raw_event_partitions(_source_in_force())
 def raw_events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
     """The behaviour logs as they came, placed in time: a folder per period, one for rows without a readable time."""
     recipe = pipeline.recipe()
-    for sentence in recipe.config.without_effect():
+    for sentence in without_effect(recipe.config):
         context.log.warning(sentence)
     ensure_demo_world(context, recipe)
 

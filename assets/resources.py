@@ -11,7 +11,8 @@ from pydantic import PrivateAttr
 
 from assets.tracking import TrackedRun, flatten, tracked_run
 from notellm2_core import __version__
-from notellm2_core.config import Config, config_in_force, week_in_force
+from notellm2_core.config import Config
+from notellm2_core.config_file import config_in_force, week_in_force
 from notellm2_core.lake import Dataset, Draft
 from notellm2_core.recipe import STAGES, Recipe
 

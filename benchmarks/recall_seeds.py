@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import yaml
 
-from notellm2_core.config import load_config
+from notellm2_core.config_file import load_config
 from notellm2_core.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 import yaml
 from scipy import stats
 
-from notellm2_core.config import Config, load_config
+from notellm2_core.config import Config
+from notellm2_core.config_file import load_config
 from notellm2_core.evaluation.evaluate import evaluate
 from notellm2_core.evaluation.saliency import read_saliency, visual_shares
 from notellm2_core.lake import write_atomically

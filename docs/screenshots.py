@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from notellm2_core.config import config_in_force
+from notellm2_core.config_file import config_in_force
 from notellm2_core.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

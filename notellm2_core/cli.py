@@ -78,7 +78,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _describe(options: argparse.Namespace) -> None:
-    from notellm2_core.config import load_config
+    from notellm2_core.config_file import load_config
     from notellm2_core.model.describe import describe
 
     print(json.dumps(describe(load_config(options.config)), indent=1))

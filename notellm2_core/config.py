@@ -4,22 +4,14 @@ An unknown key, a wrong type or an unknown choice is an error that names the fil
 names or the field comments; counts are `num_*`.
 """
 
-import os
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-DEFAULT_CONFIG = "pipelines/configs/demo.yaml"  # relative to the repository root
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Part = Literal["llm", "word_embeddings", "connector", "fusion", "projector", "temperature"]
 PARTS: tuple[Part, ...] = get_args(Part)
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line for the person who wrote it."""
 
 
 class Section(BaseModel):
@@ -313,99 +305,3 @@ class Config(Section):
         if self.training.parts is not None:
             return self.training.parts
         return tuple(part for part in PARTS if part != "word_embeddings" or self.model.lora is None)
-
-    def without_effect(self) -> list[str]:
-        """What was changed from its default and nothing reads, one sentence each."""
-        method, kind = self.model.method, self.model.connector.kind
-        no_fusion = method in ("basic", "micl", "omni_retrieval"), f"model.method = {method}"
-        no_connector = method == "only_late_fusion", f"model.method = {method}"
-        no_qformer = kind != "qformer", f"model.connector.kind = {kind}"
-        by_time = self.split.by == "time", f"split.by = {self.split.by}"
-        no_visual_loss = method not in ("micl", "notellm2"), f"model.method = {method}"
-        model = self.model
-        sections = {
-            "split": self.split, "model": model, "model.start": model.start, "model.connector": model.connector,
-            "training": self.training,
-        }  # fmt: skip
-
-        def untrained(*parts: Part) -> tuple[bool, str]:
-            return {*parts}.isdisjoint(self.trained_parts), f"training.parts without {', '.join(parts)}"
-
-        idle = {
-            ("split", "pool_share"): by_time,
-            ("model.start", "fusion_scale"): no_fusion,
-            ("model.start", "gate_bias"): no_fusion,
-            ("model.start", "visual_token_gain"): no_connector,
-            ("model.connector", "kind"): no_connector,
-            ("model.connector", "num_queries"): no_qformer,
-            ("training", "alpha"): no_visual_loss,
-            ("model", "lora"): untrained("llm"),
-            ("training", "new_module_learning_rate"): untrained("connector", "fusion", "projector"),
-            ("training", "temperature_learning_rate"): untrained("temperature"),
-        }
-        told = [
-            f"{section}.{name} has no effect with {cause}"
-            for (section, name), (holds, cause) in idle.items()
-            if holds and getattr(sections[section], name) != type(sections[section]).model_fields[name].default
-        ]
-        lacking: tuple[tuple[Part, tuple[bool, str]], ...] = (("fusion", no_fusion), ("connector", no_connector))
-        told += [
-            f"{part} in training.parts has no effect with {cause}"
-            for part, (holds, cause) in lacking
-            if holds and part in (self.training.parts or ())
-        ]
-        return told
-
-
-def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read `path`; `overrides` are dotted keys ("source.path") that win over the file.
-
-    Raises ConfigError naming the file and the setting.
-    """
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except OSError as e:
-        raise ConfigError(f"cannot read the configuration {path}: {e.strerror}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is not a mapping of settings")
-    for key, value in (overrides or {}).items():
-        _set(raw, key, value, path)
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as e:
-        problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'settings'}: "
-            + ("no such setting" if p["type"] == "extra_forbidden" else p["msg"])
-            for p in e.errors()
-        )
-        raise ConfigError(f"{path}: {problems}") from e
-
-
-def config_in_force(path: str = "", source: str = "") -> Config:
-    """The configuration `path` with its source.path replaced by `source`.
-
-    What is empty is taken from NOTELLM2_CONFIG (where that is empty too: the demo) and SOURCE.
-    """
-    path = path or os.environ.get("NOTELLM2_CONFIG") or DEFAULT_CONFIG
-    source = source or os.environ.get("SOURCE", "")
-    return load_config(Path(path), {"source.path": source} if source else None)
-
-
-def week_in_force(week: str = "") -> date | None:
-    """The day `week`, or WEEK where that is empty; None where both are. Raises ConfigError where it is no day."""
-    week = week or os.environ.get("WEEK", "")
-    try:
-        return date.fromisoformat(week) if week else None
-    except ValueError as e:
-        raise ConfigError(f"week = {week} is not a day like 2025-01-19") from e
-
-
-def _set(raw: dict[str, Any], key: str, value: Any, path: Path) -> None:
-    *sections, leaf = key.split(".")
-    for section in sections:
-        raw = raw.setdefault(section, {})
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: {section} is not a section, so {key} cannot be set")
-    raw[leaf] = value

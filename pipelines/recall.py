@@ -12,7 +12,7 @@ from pathlib import Path
 import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
 
-from notellm2_core.config import config_in_force, week_in_force
+from notellm2_core.config_file import config_in_force, week_in_force
 from notellm2_core.lake import LakeError, host
 from notellm2_core.recipe import Recipe
 from notellm2_core.training.launch import die_with_parent

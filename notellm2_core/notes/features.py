@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from notellm2_core import schema
 from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.config import Config, load_config
+from notellm2_core.config import Config
+from notellm2_core.config_file import load_config
 from notellm2_core.notes import images
 from notellm2_core.notes.feature_store import FeatureStore, naming
 

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from notellm2_core import lake
 from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.config import Config, load_config
+from notellm2_core.config import Config
+from notellm2_core.config_file import load_config
 from notellm2_core.embeddings import read_note_ids, write_shards
 from notellm2_core.model.batch_embedder import BatchEmbedder
 from notellm2_core.model.build import load_model

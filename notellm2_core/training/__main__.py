@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.config import load_config
+from notellm2_core.config_file import load_config
 from notellm2_core.lake import write_atomically
 from notellm2_core.training.launch import ERROR_FILE, TRAIN_DAYS_HELP, die_with_parent
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.config import Config, load_config
+from notellm2_core.config import Config
+from notellm2_core.config_file import load_config
 from notellm2_core.lake import write_atomically
 from notellm2_core.model.build import load_model
 from notellm2_core.model.methods import get_method

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.config import Config, load_config
+from notellm2_core.config import Config
+from notellm2_core.config_file import load_config
 from notellm2_core.model.build import build_model
 from notellm2_core.model.fusion import LateFusion
 from notellm2_core.model.mlrm import MLRMModel

@@ -5,7 +5,9 @@ from typing import get_args
 
 import pytest
 
-from notellm2_core.config import PARTS, Config, ConfigError, Model, load_config
+from notellm2_core.config import PARTS, Config, Model
+from notellm2_core.config_advice import without_effect
+from notellm2_core.config_file import ConfigError, load_config
 from notellm2_core.model.methods import METHODS
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
@@ -14,7 +16,7 @@ CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_configuration_loads(path: Path) -> None:
     config = load_config(path)
-    assert config.name == path.stem and config.without_effect() == []
+    assert config.name == path.stem and without_effect(config) == []
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -96,7 +98,7 @@ def test_what_a_method_does_not_read(method: str) -> None:
         model={"llm": {"name": "tiny"}, "method": method, "start": {"gate_bias": -1, "visual_token_gain": 1}},
         training={"alpha": 3},
     )
-    idle = {sentence.split()[0] for sentence in config.without_effect()}
+    idle = {sentence.split()[0] for sentence in without_effect(config)}
     assert ("model.start.gate_bias" in idle) == (not switches.late_fusion)
     assert ("model.start.visual_token_gain" in idle) == (not switches.visual_prompt)
     assert ("training.alpha" in idle) == ("visual" not in switches.losses)
@@ -106,7 +108,7 @@ def test_a_setting_without_effect_is_told(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     start = "model: {llm: {name: tiny}, method: basic, start: {gate_bias: -1}}"
     path.write_text(f"name: c\nsplit: {{pool_share: 0.2}}\n{start}\n")
-    assert load_config(path).without_effect() == [
+    assert without_effect(load_config(path)) == [
         "split.pool_share has no effect with split.by = time",
         "model.start.gate_bias has no effect with model.method = basic",
     ]
@@ -124,12 +126,12 @@ def test_which_parts_are_trained() -> None:
 def test_parts_without_effect_are_told() -> None:
     parts = {"training.parts": ["connector", "fusion"], "training.temperature_learning_rate": 1e-3}
     config = load_config(CONFIGS[0], {"model.method": "basic", "model.start": {}, "model.lora": {}, **parts})
-    assert config.without_effect() == [
+    assert without_effect(config) == [
         "model.lora has no effect with training.parts without llm",
         "training.temperature_learning_rate has no effect with training.parts without temperature",
         "fusion in training.parts has no effect with model.method = basic",
     ]
     rates = {"training.parts": ["llm"], "training.temperature_learning_rate": None}
-    assert load_config(CONFIGS[0], rates).without_effect() == [
+    assert without_effect(load_config(CONFIGS[0], rates)) == [
         "training.new_module_learning_rate has no effect with training.parts without connector, fusion, projector"
     ]

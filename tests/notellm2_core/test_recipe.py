@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from notellm2_core.config import load_config
+from notellm2_core.config_file import load_config
 from notellm2_core.recipe import (
     STAGES,
     MissingDataset,

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from notellm2_core.config import load_config
+from notellm2_core.config_file import load_config
 from notellm2_core.lake import sha256_of
 from notellm2_core.recipe import STAGES, Recipe
 

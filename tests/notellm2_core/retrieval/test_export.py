@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from notellm2_core import schema
-from notellm2_core.config import load_config
+from notellm2_core.config_file import load_config
 from notellm2_core.embeddings import read_embeddings
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.notes import features

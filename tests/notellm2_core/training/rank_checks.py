@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from notellm2_core.config import Config, load_config
+from notellm2_core.config import Config
+from notellm2_core.config_file import load_config
 from notellm2_core.model.build import build_model
 from notellm2_core.model.lora import is_adapter
 from notellm2_core.model.mlrm import MLRMModel
