@@ -95,7 +95,7 @@ def _embed(options: argparse.Namespace) -> None:
 
 
 def _package(options: argparse.Namespace) -> None:
-    from notellm2_core.model.package import package
+    from notellm2_core.inference.package import package
 
     files = package(options.model, options.out, options.report, options.layout, options.license)
     print(json.dumps({"out": str(options.out), "files": files}))

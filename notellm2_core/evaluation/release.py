@@ -8,7 +8,7 @@ from notellm2_core.config import Config
 from notellm2_core.evaluation import saliency as saliency_report
 from notellm2_core.evaluation.evaluate import evaluate, neighbour_sheet, picture_reader
 from notellm2_core.evaluation.report import Report, to_markdown, to_plot
-from notellm2_core.model.card import model_card, read_card_facts
+from notellm2_core.inference.card import model_card, read_card_facts
 
 ORACLE = "oracle.parquet"
 

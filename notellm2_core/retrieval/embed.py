@@ -22,8 +22,8 @@ from notellm2_core import lake
 from notellm2_core.config import Export
 from notellm2_core.embeddings import write_shards
 from notellm2_core.files import link_or_copy
-from notellm2_core.model.batch_embedder import WINDOW_BATCHES
-from notellm2_core.model.embedder import BATCH_NOTES, Embedder, model_folder
+from notellm2_core.inference.batch_embedder import WINDOW_BATCHES
+from notellm2_core.inference.embedder import BATCH_NOTES, Embedder, model_folder
 from notellm2_core.notes.batch import InputKind
 from notellm2_core.notes.images import STATUSES
 from notellm2_core.notes.note_table import read_note_table

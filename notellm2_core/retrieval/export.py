@@ -33,7 +33,7 @@ from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
 from notellm2_core.embeddings import read_note_ids, write_shards
-from notellm2_core.model.batch_embedder import BatchEmbedder
+from notellm2_core.inference.batch_embedder import BatchEmbedder
 from notellm2_core.model.build import load_model
 from notellm2_core.notes.batch import InputKind
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from notellm2_core.config import Config
+from notellm2_core.inference.card import CARD, CARD_FACTS, card_facts, model_card
 from notellm2_core.lake import write_atomically
-from notellm2_core.model.card import CARD, CARD_FACTS, card_facts, model_card
 from notellm2_core.model.lora import adapted_layers, is_adapter, merge
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.vision import saved_encoder_id

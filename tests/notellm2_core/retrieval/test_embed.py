@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoProcessor
 
 from notellm2_core.cli import main
 from notellm2_core.embeddings import read_embeddings
-from notellm2_core.model.embedder import Embedder
+from notellm2_core.inference.embedder import Embedder
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.retrieval import embed
 from tests.notellm2_core.released import Release, write_release

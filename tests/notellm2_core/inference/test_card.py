@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from notellm2_core.config import Config
-from notellm2_core.model.card import card_facts, model_card, read_card_facts
+from notellm2_core.inference.card import card_facts, model_card, read_card_facts
 
 ARCHITECTURE = {
     "llm": {"num_hidden_layers": 24, "hidden_size": 4096}, "connector": {"vision_width": 768, "num_queries": 16},

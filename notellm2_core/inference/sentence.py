@@ -26,7 +26,7 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from torch.nn import functional
 
-from notellm2_core.model.embedder import Embedder, model_folder
+from notellm2_core.inference.embedder import Embedder, model_folder
 from notellm2_core.notes.batch import NoteBatch
 from notellm2_core.notes.pictured import NoteLike, PicturedNote, pictured
 from notellm2_core.notes.records import Note

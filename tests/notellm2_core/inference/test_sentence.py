@@ -9,9 +9,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from notellm2_core.embeddings import shortened
-from notellm2_core.model.embedder import Embedder
-from notellm2_core.model.package import package
-from notellm2_core.model.sentence import sentence_transformer
+from notellm2_core.inference.embedder import Embedder
+from notellm2_core.inference.package import package
+from notellm2_core.inference.sentence import sentence_transformer
 from tests.notellm2_core.released import Release, write_release
 
 

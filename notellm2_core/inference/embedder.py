@@ -1,6 +1,6 @@
 """A trained model as one object: notes with pictures in, unit vectors out. Needs the model's folder and nothing else.
 
-    from notellm2_core.model.embedder import Embedder
+    from notellm2_core.inference.embedder import Embedder
 
     embedder = Embedder.from_pretrained("FOLDER")
     vectors = embedder.embed([{"title": "Red kite", "topics": ["toys"], "content": "Flies well.", "image": "kite.jpg"}])
@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from notellm2_core.config import Export, Source, Vision
 from notellm2_core.embeddings import shortened
-from notellm2_core.model.batch_embedder import WINDOW_BATCHES, BatchEmbedder
+from notellm2_core.inference.batch_embedder import WINDOW_BATCHES, BatchEmbedder
+from notellm2_core.inference.pictures import PictureFeatures
 from notellm2_core.model.build import load_encoder, load_model, require_its_encoder
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
-from notellm2_core.model.pictures import PictureFeatures
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.notes.batch import InputKind, MLRMProcessor
 from notellm2_core.notes.images import Status

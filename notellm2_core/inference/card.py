@@ -27,12 +27,12 @@ _NOTE = '{"title": "Red kite", "topics": ["toys"], "content": "Flies well.", "im
 _USE: dict[Layout, str] = {
     "huggingface": f"""\
 import notellm2_core.model.mlrm  # registers the model with transformers
-from notellm2_core.model.embedder import Embedder
+from notellm2_core.inference.embedder import Embedder
 
 embedder = Embedder.from_pretrained("FOLDER")  # or a hub name
 vectors = embedder.embed([{_NOTE}])  # [1, {{dim}}], unit length""",
     "sentence-transformers": f"""\
-from notellm2_core.model.sentence import sentence_transformer
+from notellm2_core.inference.sentence import sentence_transformer
 
 model = sentence_transformer("FOLDER")  # a SentenceTransformer
 vectors = model.encode([{_NOTE}, "a text is a note's content"])  # [2, {{dim}}]

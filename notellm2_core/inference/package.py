@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from notellm2_core.files import link_or_copy
+from notellm2_core.inference.card import CARD, CARD_FACTS, Layout, model_card, read_card_facts
 from notellm2_core.lake import MANIFEST, write_atomically
 from notellm2_core.model.build import load_encoder
-from notellm2_core.model.card import CARD, CARD_FACTS, Layout, model_card, read_card_facts
 
-_MODULES = [{"idx": 0, "name": "0", "path": "", "type": "notellm2_core.model.sentence.NoteModule"}]
+_MODULES = [{"idx": 0, "name": "0", "path": "", "type": "notellm2_core.inference.sentence.NoteModule"}]
 _SENTENCE_FILES: dict[str, Any] = {
     "modules.json": _MODULES,
     "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from notellm2_core.cli import main
-from notellm2_core.model.embedder import Embedder
-from notellm2_core.model.package import package
+from notellm2_core.inference.embedder import Embedder
+from notellm2_core.inference.package import package
 from tests.notellm2_core.released import Release, write_release
 
 

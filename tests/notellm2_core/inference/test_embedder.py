@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from notellm2_core.embeddings import read_embeddings
+from notellm2_core.inference.embedder import Embedder
 from notellm2_core.model.build import load_model
-from notellm2_core.model.embedder import Embedder
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.model.vision_towers import TinyTower
 from notellm2_core.notes.records import Note
@@ -26,7 +26,7 @@ from tests.notellm2_core.released import NUM_NOTES, Release, png, write_release
 IN_A_FRESH_PROCESS = """
 import json, sys
 import numpy as np, torch
-from notellm2_core.model.embedder import Embedder
+from notellm2_core.inference.embedder import Embedder
 torch.set_num_threads(1)
 np.save(sys.argv[2], Embedder.from_pretrained(sys.argv[1]).embed(json.load(sys.stdin), batch_notes=4))
 """
