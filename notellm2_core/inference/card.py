@@ -171,15 +171,8 @@ def _licence(name: str | None) -> str:
 
 def _table(rows: Mapping[str, Any]) -> str:
     def cell(value: Any) -> str:
-        text = (
-            f"{value:.4g}"
-            if isinstance(value, float)
-            else "yes"
-            if value is True
-            else "no"
-            if value is False
-            else value
-        )
-        return str(text).replace("|", "\\|")
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return (f"{value:.4g}" if isinstance(value, float) else str(value)).replace("|", "\\|")
 
     return "\n".join(["| | |", "|---|---|", *(f"| {cell(key)} | {cell(value)} |" for key, value in rows.items())])

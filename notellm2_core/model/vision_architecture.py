@@ -21,9 +21,7 @@ class Preprocess:
     interpolation: str = "bicubic"
     resize: Literal["shortest", "squash"] = "shortest"  # squash: the aspect ratio is not kept
     crop_ratio: float = 1.0  # the side of the centre crop, as a share of the resized short side
-    crop_corner: Literal["nearest", "floor"] = (
-        "nearest"  # how half a pixel is rounded: torchvision's way, transformers'
-    )
+    crop_corner: Literal["nearest", "floor"] = "nearest"  # how half a pixel is rounded: torchvision; transformers
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,7 @@ class Architecture:
 
     def to_json(self) -> dict[str, Any]:
         raw = asdict(self)
-        if (
-            self.preprocess.crop_corner == "nearest"
-        ):  # left out, so that the ids of open_clip and timm stay what they are
+        if self.preprocess.crop_corner == "nearest":  # left out: the ids of open_clip and timm stay what they are
             del raw["preprocess"]["crop_corner"]
         return raw
 
