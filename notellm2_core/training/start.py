@@ -92,7 +92,7 @@ def set_pca(projector: nn.Linear, states: Tensor) -> None:
     """
     x = states.double().cpu()
     _, singular, directions = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)  # [k], [k, h]
-    rank = int((singular > 1e-6 * singular[0]).sum())
+    rank = int((singular > 1e-3 * singular[0]).sum())  # below: noise, which whitening would blow up
     num = min(projector.out_features, rank)
     largest = directions.abs().argmax(dim=1, keepdim=True)
     directions = directions * directions.gather(1, largest).sign()  # the sign of a direction is arbitrary: fix it

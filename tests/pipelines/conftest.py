@@ -56,7 +56,7 @@ class Workplace:
             )
 
     def run(self, *command: str, **env: str) -> tuple[int, str]:
-        code = self.start(*command, **env).wait(timeout=400)
+        code = self.start(*command, **env).wait(timeout=800)
         return code, self.log.read_text()
 
     def recall(self, **env: str) -> tuple[int, str]:

@@ -1,0 +1,51 @@
+"""Every method of Table 4 through every command that reads or writes its model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from notellm2_core.embeddings import read_embeddings
+from notellm2_core.inference.embedder import Embedder
+from notellm2_core.inference.package import package
+from notellm2_core.model.methods import METHODS
+from notellm2_core.retrieval import export
+from notellm2_core.training import saliency
+from tests.notellm2_core.training.world import FOLDERS, World, tiny_config, train, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
+START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0, "visual_token_gain": 1.0, "num_pca_notes": 16}
+
+
+@pytest.mark.parametrize("connector", ["qformer", "linear"])
+@pytest.mark.parametrize("method", METHODS)
+def test_trained_measured_exported_packaged(method: str, connector: str, world: World, tmp_path: Path) -> None:
+    """Two steps from a balanced start; then saliency, three kinds of input, a package, and notes from outside.
+
+    What a method is without shows: no S_v without visual prompt, no gate without fusion, no L_v without visual word.
+    """
+    switches, training = METHODS[method], {"num_steps": 2, "validate_every_steps": 2}
+    sizes = {"kind": connector, "num_queries": 2, "num_layers": 1, "hidden_size": 16, "num_heads": 2}
+    config = tiny_config(training, method=method, connector=sizes, start=START, matryoshka_dims=(4,))
+    out = train(world, config, tmp_path)
+    facts = json.loads((out / "training.json").read_text())
+    assert np.isfinite([facts["loss_last"], facts["validation_loss"]]).all()
+    assert ("gate_mean" in facts) == switches.late_fusion
+    assert ("loss_v" in facts) == ("visual" in switches.losses)
+    assert ("loss_cross" in facts) == ("omni" in switches.losses)
+
+    folders = [x for n in FOLDERS for x in (f"--{n}", str(world.path(n)))]
+    given = ["--config", str(write_config(tmp_path / "c.yaml", config)), "--model", str(out)]
+    saliency.main([*given, *folders, "--out", str(tmp_path / "saliency")])
+    layers = json.loads((tmp_path / "saliency" / "saliency.json").read_text())["layers"]
+    assert all((layer["visual"] is not None) == switches.visual_prompt for layer in layers)
+
+    export.main([*given, *folders[:6], "--inputs", "multimodal,image,text", "--out", str(tmp_path / "embeddings")])
+    vectors = {k: read_embeddings(tmp_path / "embeddings" / k).vectors for k in ("multimodal", "image", "text")}
+    assert all(np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-5) for v in vectors.values())
+    assert np.abs(vectors["multimodal"] - vectors["text"]).max() > 1e-4  # the image counts, wherever it comes in
+
+    package(out, tmp_path / "package")
+    embedder = Embedder.from_pretrained(tmp_path / "package")
+    assert embedder.embed([{"title": "a"}, {}, {"content": "b " * 500}], dim=4).shape == (3, 4)
