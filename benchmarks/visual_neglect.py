@@ -216,8 +216,9 @@ def report(out: Path) -> None:
         "",
         f"{date.today()}, {platform.machine()}, {psutil.cpu_count()} cores, Python {platform.python_version()}. "
         "Command: `python benchmarks/visual_neglect.py run`; protocol: docs/decisions/0006-visual-neglect.md. "
-        f"Commit {', '.join(sorted({r['commit'] for r in results}))}. Seeds: {', '.join(map(str, seeds))}. Recalls are R@{K} in percent on the test pool. Mean and standard "
-        "deviation over the seeds, then the values.",
+        f"Commit {', '.join(sorted({r['commit'] for r in results}))}. Seeds: {', '.join(map(str, seeds))}.",
+        "",
+        f"Recalls are R@{K} in percent on the test pool. Mean and standard deviation over the seeds, then the values.",
     ]
     for measure in MEASURES:
         table = {cell: [values[(seed, *cell)].get(measure) for seed in seeds] for cell in CELLS}

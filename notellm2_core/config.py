@@ -169,7 +169,10 @@ class Start(Section):
 
 
 class LoRA(Section):
-    """Adapters for the decoder's linear layers (Hu et al. 2021): W x + (alpha / rank) B A x, W frozen."""
+    """Adapters for the decoder's linear layers (Hu et al. 2021): W x + (alpha / rank) B A x, W frozen.
+
+    The experts of a mixture that are no linear layers of their own get none.
+    """
 
     rank: int = Field(8, gt=0)
     alpha: int = Field(16, gt=0)
@@ -247,6 +250,7 @@ class Evaluation(Section):
     baselines: tuple[Literal["random", "popularity", "bm25", "minilm", "zero_shot"], ...] = (
         "random", "popularity", "bm25", "zero_shot",
     )  # fmt: skip
+    saliency_batch_pairs: int = Field(16, gt=1)  # contrasted at a time, in fp32 with every attention map in memory
     num_sheet_queries: int = Field(6, gt=0)  # rows of the picture of neighbours
     saliency_pairs: int = Field(32, ge=0)  # training pairs that Eq. 3-6 are measured on; 0: off
 

@@ -11,6 +11,9 @@ def without_effect(config: Config) -> list[str]:
     no_connector = not method.visual_prompt, f"model.method = {model.method}"
     no_visual_loss = "visual" not in method.losses, f"model.method = {model.method}"
     no_qformer = kind != "qformer", f"model.connector.kind = {kind}"
+    sizes = type(model.connector).model_fields.keys() - {"kind"}
+    measured = (model.start.pca_projector, model.start.fusion_scale, model.start.visual_token_gain)
+    no_measure = not any(measured), "model.start without anything that is measured"
     by_time = config.split.by == "time", f"split.by = {config.split.by}"
     sections = {
         "split": config.split, "model": model, "model.start": model.start, "model.connector": model.connector,
@@ -25,8 +28,9 @@ def without_effect(config: Config) -> list[str]:
         ("model.start", "fusion_scale"): no_fusion,
         ("model.start", "gate_bias"): no_fusion,
         ("model.start", "visual_token_gain"): no_connector,
+        ("model.start", "num_pca_notes"): no_measure,
+        **{("model.connector", name): no_connector if no_connector[0] else no_qformer for name in sizes},
         ("model.connector", "kind"): no_connector,
-        ("model.connector", "num_queries"): no_qformer,
         ("training", "alpha"): no_visual_loss,
         ("model", "lora"): untrained("llm"),
         ("training", "new_module_learning_rate"): untrained("connector", "fusion", "projector"),

@@ -50,11 +50,14 @@ def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
     """
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no model (no config.json); give the folder of a trained model.")
+    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind != MLRMConfig.model_type:
+        raise ValueError(f"{folder} holds a {kind}, not a trained model of this project; give the folder of one.")
     try:
         model = MLRMModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"the model in {folder} cannot be read: {e}") from e
-    if model.config.encoder_id:
+    if model.config.encoder_id:  # a bare save_pretrained names none
         require_its_encoder(model.config, saved_encoder_id(folder / "vision"))
     return model.eval(), MLRMProcessor.from_pretrained(folder)
 
@@ -66,13 +69,14 @@ def load_encoder(folder: Path) -> VisionEncoder:
     return encoder
 
 
-def require_its_encoder(config: MLRMConfig, encoder_id: str) -> None:
+def require_its_encoder(config: PreTrainedConfig, encoder_id: str) -> None:
     """Raises ValueError where the model was trained with another vision encoder than `encoder_id`."""
+    assert isinstance(config, MLRMConfig)
     if config.encoder_id != encoder_id:
         trained = config.encoder_id or "one that its config.json does not name (encoder_id)"
         raise ValueError(
-            f"the model was trained with vision encoder {trained}, and this one is {encoder_id}: copy the model's "
-            "folder again, with the vision/ that was saved in it."
+            f"the model was trained with vision encoder {trained}, and this one is {encoder_id}: use features of the "
+            "model's own, which was saved in its folder as vision/."
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from notellm2_core.config import Config
+from notellm2_core.config_advice import without_effect
 from notellm2_core.model.build import mlrm_config, num_visual_words
 from notellm2_core.model.llm import llm_architecture, load_tokenizer
 from notellm2_core.model.methods import get_method
@@ -17,6 +18,7 @@ from notellm2_core.model.parts import set_trained
 from notellm2_core.model.vision import vision_dims
 from notellm2_core.model.vision_towers import architecture_of, build_tower, dropped_projection_parameters
 from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.notes.text import IMAGE_TOKEN, PROMPTS, VISUAL_WORD_TOKEN, name_of
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -58,37 +60,41 @@ def describe(config: Config) -> dict[str, Any]:
             "h_v": vision_width,
             "L_c": num_visual_words(config, num_patches) if method.visual_prompt else 0,
             "h_q": config.model.connector.hidden_size if qformer is not None else None,
-            "h_t": architecture.hidden_size,
+            "h_t": model.projector.in_features,
             "llm_layers": architecture.num_hidden_layers,
             "embedding": config.model.projection_dim,
             "matryoshka": list(config.model.matryoshka_dims),
         },
         "prompt": prompt_layout(config, num_patches, vision_width),
+        "without_effect": without_effect(config),
     }  # fmt: skip
 
 
 def prompt_layout(config: Config, num_patches: int, vision_width: int) -> dict[str, Any]:
     """The tokens of a note without text, and where the representations are read.
 
-    `tokens` is null where the tokenizer is not on this machine and `model.llm.config` spares asking a hub for it.
+    Where the tokenizer is not on this machine and `model.llm.config` spares asking a hub for it, the pieces stand
+    without their tokens.
     """
+    method, num_words = get_method(config.model.method), num_visual_words(config, num_patches)
     try:
         tokenizer = load_tokenizer(config.model.llm, local_only=config.model.llm.config is not None)
     except ValueError:
         if config.model.llm.config is None:
             raise
-        return {"tokens": None, "why": f"the tokenizer of {config.model.llm.name} is not on this machine"}
-    num_words = num_visual_words(config, num_patches)
-    prompt = get_method(config.model.method).prompt
-    processor = MLRMProcessor(tokenizer, config.text, prompt, num_words, num_patches, vision_width)
-    pieces = processor.layout()
-    places = {name: first for name, first, _ in pieces}
-    length = sum(num for *_, num in pieces)
+        names = [name_of(piece) for piece in PROMPTS[method.prompt]]
+        pieces = [{"piece": n, "first": None, "tokens": num_words if n == IMAGE_TOKEN else None} for n in names]
+        why = f"the tokenizer of {config.model.llm.name} is not on this machine"
+        return {"tokens": None, "why": why, "pieces": pieces}
+    processor = MLRMProcessor(tokenizer, config.text, method.prompt, num_words, num_patches, vision_width)
+    layout = processor.layout()
+    places = {name: first for name, first, _ in layout}
+    length = sum(num for *_, num in layout)
     return {
         "tokens": length,
-        "pieces": [{"piece": name, "first": first, "tokens": num} for name, first, num in pieces],
-        "image": [places["<IMG>"], places["<IMG>"] + num_words] if "<IMG>" in places else None,
-        "n_v": places["<IMG_EMB>"] - 1 if "<IMG_EMB>" in places else None,
+        "pieces": [{"piece": name, "first": first, "tokens": num} for name, first, num in layout],
+        "image": [places[IMAGE_TOKEN], places[IMAGE_TOKEN] + num_words] if IMAGE_TOKEN in places else None,
+        "n_v": places[VISUAL_WORD_TOKEN] - 1 if VISUAL_WORD_TOKEN in places else None,
         "n_m": length - 1,
     }
 

@@ -13,6 +13,7 @@ import notellm2_core.torch_compat  # noqa: F401, before transformers
 
 # isort: split
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -93,6 +94,8 @@ def llm_architecture(settings: config.LLM) -> PreTrainedConfig:
             raise ValueError("model.llm.config has no model_type; name the architecture, for example llama.")
         with _errors_of(f"model.llm.config of type {model_type!r}"):
             given = AutoConfig.for_model(model_type, **fields)
+            if unknown := [name for name in fields if not hasattr(AutoConfig.for_model(model_type), name)]:
+                raise ValueError(f"a {model_type} has no setting {unknown[0]!r}")
         return _decoder_part(given, settings)
     if settings.name == "tiny":
         return _decoder_part(_tiny_architecture(len(tiny_tokenizer())), settings)
@@ -223,7 +226,7 @@ def _errors_of(name: str) -> Iterator[None]:
     """Whatever transformers says about weights that cannot be had becomes one sentence."""
     try:
         yield
-    except (OSError, ImportError, ValueError, KeyError, SafetensorError) as e:
+    except (OSError, ImportError, ValueError, KeyError, SafetensorError, StrictDataclassError) as e:
         raise ValueError(
             f"the LLM {name!r} cannot be loaded ({one_line(e)}); set model.llm.name to {_DECODER_MODES}."
         ) from e

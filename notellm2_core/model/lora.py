@@ -52,7 +52,7 @@ def merge(weights: dict[str, Tensor], name: str, layer: AdaptedLinear) -> None:
     """Turn what `weights` holds of the adapted `layer` called `name` into the one layer W + (alpha / rank) B A.
 
     `weights`: the model's parameters by name, changed in place; `layer` must be whole (ZeRO-3 shares weights out). The
-    sum is made in fp32 and takes the precision of W.
+    sum is made in fp32 and takes the precision of W; B A has that of the adapters.
 
     Worked example (rank 1, alpha 2): W = [[1, 0], [0, 1]], B = [[1], [3]], A = [[1, 2]] make [[3, 4], [6, 13]].
     """

@@ -6,6 +6,7 @@ Shapes: N notes, T tokens, L patches of width h_v, L_c visual embeddings, h_t th
 """
 
 import inspect
+import warnings
 from typing import Any, NamedTuple
 
 import notellm2_core.torch_compat  # noqa: F401, before transformers
@@ -14,6 +15,7 @@ import notellm2_core.torch_compat  # noqa: F401, before transformers
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from notellm2_core.model.connector import Connector, ConnectorSizes, init_linear
 from notellm2_core.model.fusion import LateFusion
@@ -152,7 +154,11 @@ class MLRMModel(PreTrainedModel):
 def _random_llm(config: MLRMConfig) -> PreTrainedModel:
     fields = dict(config.llm or {})
     llm_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    return AutoModel.from_config(llm_config, attn_implementation=config.attention)
+    attention = config.attention
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():  # trained on another machine
+        warnings.warn("flash-attn is not installed here: the model computes the same with sdpa", stacklevel=2)
+        attention = "sdpa"
+    return AutoModel.from_config(llm_config, attn_implementation=attention)
 
 
 AutoConfig.register("mlrm", MLRMConfig)

@@ -28,6 +28,6 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what a library says, without its full stop."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return first.rstrip(".")
+    """What a library says in its first line, or, where that announces more, in the next; without its full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")

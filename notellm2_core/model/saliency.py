@@ -111,7 +111,8 @@ def measure(model: MLRMModel, batches: Iterable[tuple[NoteBatch, Loss]]) -> Meas
 def attention_gradients(model: MLRMModel, batch: NoteBatch, loss: Loss) -> list[tuple[Tensor, Tensor]]:
     """(A, dL/dA) of each layer of the LLM, first layer first, [N, H, T, T] each. The LLM's attention must be eager.
 
-    The LLM is asked for its attention by hooks, so the model's forward knows nothing of it.
+    The LLM is asked for its attention by hooks, so the model's forward knows nothing of it. Raises ValueError for an
+    LLM that has layers without attention.
     """
     caught: list[Tensor] = []
 
@@ -120,7 +121,13 @@ def attention_gradients(model: MLRMModel, batch: NoteBatch, loss: Loss) -> list[
         return args, {**kwargs, "output_attentions": True}
 
     def catch(module: Any, args: Any, output: Any) -> None:
-        caught.extend(output.attentions)
+        maps = getattr(output, "attentions", None) or ()
+        if not maps or any(attention is None for attention in maps):
+            raise ValueError(
+                f"this LLM, a {model.llm.config.model_type}, has layers without attention, so there is no saliency to "
+                "measure; set evaluation.saliency_pairs to 0."
+            )
+        caught.extend(maps)
 
     handles = [model.llm.register_forward_pre_hook(ask, with_kwargs=True), model.llm.register_forward_hook(catch)]
     try:

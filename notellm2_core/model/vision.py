@@ -162,9 +162,9 @@ def _encoder_id(architecture: Architecture, weights: dict[str, Tensor]) -> str:
 def _saved_folder(settings: config.Vision) -> Path | None:
     """`pretrained`, if it is a folder that `save_pretrained` wrote."""
     folder = settings.pretrained and Path(settings.pretrained)
-    return (
-        folder if folder and (folder / "config.json").is_file() and (folder / "model.safetensors").is_file() else None
-    )
+    if not folder or not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        return None
+    return None if (folder / "open_clip_config.json").is_file() else folder  # a hub's copy has all three
 
 
 def saved_encoder_id(folder: Path) -> str:

@@ -30,6 +30,7 @@ from notellm2_core.notes.text import (
     PromptName,
     field_text,
     max_field_tokens,
+    name_of,
 )
 
 _SETTINGS_FILE = "processor_config.json"  # where AutoProcessor looks
@@ -133,11 +134,10 @@ class MLRMProcessor:
             add("start of sequence", len(self._start_ids))
         for piece in PROMPTS[self.prompt]:
             if isinstance(piece, str):
-                add(repr(piece), len(self._literal_ids[piece]))
-            elif isinstance(piece, Field):
-                add(piece.name, 0)
+                num_tokens = len(self._literal_ids[piece])
             else:
-                add(piece.token, self.num_queries if piece == Mark(IMAGE_TOKEN) else 1)
+                num_tokens = 0 if isinstance(piece, Field) else self.num_queries if piece == Mark(IMAGE_TOKEN) else 1
+            add(name_of(piece), num_tokens)
         return pieces
 
     def collate(

@@ -37,6 +37,11 @@ class Mark:
     token: str
 
 
+def name_of(piece: str | Field | Mark) -> str:
+    """What stands in this place of a prompt: a literal in quotes, a field's name or a special token."""
+    return repr(piece) if isinstance(piece, str) else piece.name if isinstance(piece, Field) else piece.token
+
+
 _IMAGE = Mark(IMAGE_TOKEN)
 _TEXT_FIELDS = (
     "'title': '",

@@ -34,7 +34,7 @@ from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
 from notellm2_core.embeddings import read_note_ids, write_shards
 from notellm2_core.inference.batch_embedder import BatchEmbedder
-from notellm2_core.model.build import load_model
+from notellm2_core.model.build import load_model, require_its_encoder
 from notellm2_core.notes.batch import InputKind
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
 from notellm2_core.notes.records import read_notes
@@ -56,7 +56,7 @@ def export(
     Raises ValueError where model, notes and images do not belong together.
     """
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    vision_encoder = _shared_encoder_id(model_dir, images_dir)
+    vision_encoder = encoder_id(images_dir)
     notes = read_notes(notes_dir, note_ids)
     images = read_note_images(images_dir)
     unknown = notes.keys() - images.keys()
@@ -65,6 +65,8 @@ def export(
             f"{len(unknown)} notes are not in {images_dir}: run notellm2_core.notes.features on them first."
         )
     model, processor = load_model(model_dir)
+    if model.config.encoder_id:  # a bare save_pretrained names none
+        require_its_encoder(model.config, vision_encoder)
     device, dtype = _device(config)
     nn.Module.to(model, device, dtype)
     embedder = BatchEmbedder(
@@ -106,17 +108,6 @@ def parse_inputs(text: str) -> list[InputKind]:
     if wrong or not kinds:
         raise ValueError(f"--inputs {text!r} must be a list out of {', '.join(get_args(InputKind))}.")
     return kinds  # type: ignore[return-value]  # checked above
-
-
-def _shared_encoder_id(model_dir: Path, images_dir: Path) -> str:
-    """The vision encoder of the features. Raises ValueError where the model was trained with another one."""
-    found = encoder_id(images_dir)
-    if (model_dir / "vision").is_dir() and (trained := encoder_id(model_dir)) != found:
-        raise ValueError(
-            f"the model {model_dir} was trained with vision encoder {trained}, the features in {images_dir} are of "
-            f"{found}: compute them with the model's own."
-        )
-    return found
 
 
 def _device(config: Config) -> tuple[torch.device, torch.dtype]:

@@ -18,16 +18,15 @@ from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
 from notellm2_core.lake import write_atomically
-from notellm2_core.model.build import load_model
+from notellm2_core.model.build import load_model, require_its_encoder
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
 from notellm2_core.model.saliency import Loss, Measurement, measure
 from notellm2_core.notes.batch import NoteBatch
+from notellm2_core.notes.feature_store import encoder_id
 from notellm2_core.training.data import RowFacts, TrainingData, load_training_data, schedule
 from notellm2_core.training.losses import capped_tau
 from notellm2_core.training.step import method_losses
-
-MAX_BATCH_PAIRS = 16  # what one device of the paper trains on (128 pairs on 8); this batch is fp32 with eager attention
 
 
 def measure_on_training_pairs(model: MLRMModel, data: TrainingData, config: Config) -> Measurement:
@@ -39,7 +38,7 @@ def measure_on_training_pairs(model: MLRMModel, data: TrainingData, config: Conf
     num_pairs = min(config.evaluation.saliency_pairs, len(data.train_pairs))
     if num_pairs < 2:
         raise ValueError(f"saliency needs at least 2 training pairs, got {num_pairs}; set saliency_pairs: 0")
-    num_batches = math.ceil(num_pairs / MAX_BATCH_PAIRS)
+    num_batches = math.ceil(num_pairs / config.evaluation.saliency_batch_pairs)
     batches = schedule(data.train_pairs, math.ceil(num_pairs / num_batches), num_batches, config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(model, device)
@@ -61,7 +60,7 @@ def _loss(model: MLRMModel, config: Config, facts: RowFacts) -> Loss:
     method = get_method(model.config.method)
     if "omni" in method.losses:
         method = replace(method, losses=("multimodal",))
-    dims = config.model.matryoshka_dims
+    dims = model.config.matryoshka_dims or ()
 
     def loss(output: MLRMOutput) -> Tensor:
         views = {"multimodal": output.multimodal}
@@ -85,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = load_config(args.config)
         model, processor = load_model(args.model)
+        if model.config.encoder_id:  # a bare save_pretrained names none
+            require_its_encoder(model.config, encoder_id(args.images))
         args.out.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".", dir=args.out) as cache:  # not in /tmp: it may be large
             data = load_training_data(processor, args.notes, args.images, args.store, args.pairs, Path(cache))

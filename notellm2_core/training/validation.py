@@ -45,8 +45,8 @@ def validate(
     for i in range(0, len(pairs), config.training.batch_pairs):
         batch = places[i : i + config.training.batch_pairs].reshape(-1)
         rows = {name: view[batch] for name, view in views.items()}
-        dims = config.model.matryoshka_dims
-        losses = method_losses(method, rows, tau, config.training.alpha, data.facts(notes[batch]), dims)
+        facts = data.facts(notes[batch], config.training.mask_known_positives)
+        losses = method_losses(method, rows, tau, config.training.alpha, facts, config.model.matryoshka_dims)
         total += losses.total.item() * len(batch)
     return {
         "validation_loss": total / places.size,

@@ -103,6 +103,17 @@ def test_what_a_method_does_not_read(method: str) -> None:
     assert ("training.alpha" in idle) == ("visual" not in switches.losses)
 
 
+def test_sizes_of_a_connector_that_is_none() -> None:
+    """`linear` reads no size of a Q-Former, `only_late_fusion` has no connector; nothing asks for a measurement."""
+    sizes = {"num_layers": 2, "hidden_size": 96, "num_heads": 4}
+    for method, cause in (("basic", "model.connector.kind = linear"), ("only_late_fusion", "model.method = only_late")):
+        connector = {"kind": "linear" if method == "basic" else "qformer", **sizes}
+        model = {"llm": {"name": "tiny"}, "method": method, "connector": connector, "start": {"num_pca_notes": 9}}
+        told = without_effect(Config(name="c", model=model))  # type: ignore[arg-type]
+        assert [t.split()[0].rpartition(".")[2] for t in told] == ["num_pca_notes", *sorted(sizes)]
+        assert all(cause in t for t in told[1:])
+
+
 def test_a_setting_without_effect_is_told(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     start = "model: {llm: {name: tiny}, method: basic, start: {gate_bias: -1}}"

@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from notellm2_core.evaluation.saliency import main, read_saliency, shares, to_markdown, to_plot, visual_shares
@@ -50,6 +52,19 @@ def test_plot() -> None:
     narrow, wide = (Image.open(io.BytesIO(png)) for png in (one, many))
     assert narrow.format == "PNG" and wide.width > 2 * narrow.width
     assert max(len(one), len(many)) < 150_000
+
+
+def test_the_curves_are_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One curve per score, in the order and with the names of the paper; a hole where a share is undefined."""
+    drawn: dict[str, list[float]] = {}
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *a, **k: drawn.update({k["label"]: list(a[2])}) or plot(*a, **k))
+    to_plot({"basic": record()})
+    nan = float("nan")
+    assert list(drawn) == ["$S_v$", "$S_t$", "$S_o$"]
+    np.testing.assert_allclose(
+        list(drawn.values()), [[0.125, 0.5, nan, nan], [0.25, 0.5, 0.75, nan], [0.625, 0, 0.25, nan]]
+    )
 
 
 def test_models_are_compared_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, LlamaConfig, Llam
 from notellm2_core.config import LLM
 from notellm2_core.model.build import add_word_embeddings, load_model
 from notellm2_core.model.llm import load_llm
+from notellm2_core.model.methods import METHODS
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
 from notellm2_core.notes.batch import MLRMProcessor
 from tests.notellm2_core.model.tiny import EMPTY, LONG, SHORT, batch_of, tiny_model
@@ -22,10 +23,11 @@ import torch
 from notellm2_core.model.build import load_model
 from tests.notellm2_core.model.tiny import EMPTY, LONG, SHORT, batch_of
 torch.set_num_threads(1)
-model, processor = load_model(Path(sys.argv[1]))
-with torch.no_grad():
-    output = model(batch_of(processor, [SHORT, LONG, EMPTY]))
-torch.save([output.multimodal, output.visual], sys.argv[2])
+for method in sys.argv[2:]:
+    model, processor = load_model(Path(sys.argv[1], method))
+    with torch.no_grad():
+        output = model(batch_of(processor, [SHORT, LONG, EMPTY]))
+    torch.save([output.multimodal, output.visual], Path(sys.argv[1], f"{method}.pt"))
 """
 
 
@@ -76,19 +78,26 @@ def test_new_tokens_get_the_mean_of_the_known_ones() -> None:
     torch.testing.assert_close(decoder.embed_tokens.weight[12], before[:7].mean(0))
 
 
-def test_a_fresh_process_computes_the_same_bits(saved: Path, tmp_path: Path) -> None:
-    code = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(saved), str(tmp_path / "out.pt")]
-    subprocess.run(code, check=True, capture_output=True)
-    there = torch.load(tmp_path / "out.pt", weights_only=True)
-    model, processor = tiny_model()
+def test_a_fresh_process_computes_the_same_bits(tmp_path: Path) -> None:
+    """Every method's model, saved here, loaded there."""
+    here = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad():
-            here = model(batch_of(processor, [SHORT, LONG, EMPTY]))
+        for method in METHODS:
+            model, processor = tiny_model(method)
+            model.save_pretrained(tmp_path / method)
+            processor.save_pretrained(tmp_path / method)
+            with torch.no_grad():
+                here[method] = model(batch_of(processor, [SHORT, LONG, EMPTY]))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(there[0], here.multimodal) and torch.equal(there[1], here.visual)
+    code = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(tmp_path), *METHODS]
+    subprocess.run(code, check=True, capture_output=True)
+    for method, output in here.items():
+        there = torch.load(tmp_path / f"{method}.pt", weights_only=True)
+        assert torch.equal(there[0], output.multimodal), method
+        assert output.visual is None or torch.equal(there[1], output.visual), method
 
 
 def test_transformers_auto_classes_know_it(saved: Path) -> None:
@@ -128,3 +137,20 @@ def test_a_folder_without_a_model(saved: Path, tmp_path: Path) -> None:
     (saved / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="cannot be read"):
         load_model(saved)
+
+
+def test_a_folder_with_another_model(tmp_path: Path) -> None:
+    load_llm(LLM(name="tiny"), tmp_path)[0].save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="llama holds a llama, not a trained model of this project"):
+        load_model(tmp_path / "llama")
+
+
+def test_flash_attention_is_not_needed_to_open_a_model_that_was_trained_with_it(saved: Path) -> None:
+    """It is not installed here: a warning, and the same numbers by sdpa."""
+    written = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(written | {"attention": "flash_attention_2"}))
+    with pytest.warns(UserWarning, match="flash-attn is not installed"):
+        model, processor = load_model(saved)
+    with torch.no_grad():
+        batch = batch_of(processor, [SHORT, LONG])
+        torch.testing.assert_close(model(batch).multimodal, tiny_model()[0](batch).multimodal)

@@ -1,28 +1,15 @@
-from typing import Any
+from pathlib import Path
 
 import pytest
 
 from notellm2_core.config import Config
+from notellm2_core.config_file import load_config
 from notellm2_core.model.describe import describe
 from notellm2_core.model.methods import METHODS
 from tests.notellm2_core.model.tiny import EMPTY, tiny_config, tiny_model
 
-TOMATO = {
-    "model_type": "llama", "vocab_size": 49_216, "hidden_size": 4096, "intermediate_size": 11_008,
-    "num_hidden_layers": 32, "num_attention_heads": 32,
-}  # fmt: skip
-QWEN = TOMATO | {"model_type": "qwen2", "vocab_size": 151_936, "num_key_value_heads": 32}
-VIT_B = {"library": "open_clip", "name": "ViT-B-16"}
-BIGG = {"library": "open_clip", "name": "ViT-bigG-14", "pretrained": None}
-WIDE = {"hidden_size": 1536}
-
+CONFIGS = Path("pipelines/configs")
 VIT_B_PROJECTION, BIGG_PROJECTION = 768 * 512, 1664 * 1280
-
-
-def paper(method: str, llm: dict[str, Any], vision: dict[str, Any], connector: dict[str, Any]) -> dict[str, Any]:
-    llm = {"name": "not/needed", "config": llm}
-    model = {"method": method, "llm": llm, "vision": vision, "connector": connector}
-    return describe(Config(name="paper", model=model))
 
 
 def test_tiny_counts_what_is_there() -> None:
@@ -68,18 +55,15 @@ def test_what_is_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("llm", "vision", "connector", "llm_parameters", "qformer", "vision_parameters", "projection", "totals", "printed"),
+    ("name", "llm_parameters", "qformer", "vision_parameters", "projection", "totals", "printed"),
     [
-        (TOMATO, VIT_B, {}, 6_677_860_352, 49_620_480, 85.8e6, VIT_B_PROJECTION, (6.834, 6.870), ("6.8", "6.9")),
-        (QWEN, VIT_B, {}, 7_098_994_688, 49_620_480, 85.8e6, VIT_B_PROJECTION, (7.255, 7.291), ("7.3", "7.3")),
-        (QWEN, BIGG, WIDE, 7_098_994_688, 142_869_504, 1.84e9, BIGG_PROJECTION, (9.108, 9.148), ("9.1", "9.2")),
+        ("mtomato_base", 6_677_860_352, 49_620_480, 85.8e6, VIT_B_PROJECTION, (6.834, 6.870), ("6.8", "6.9")),
+        ("mqwen_base", 7_098_994_688, 49_620_480, 85.8e6, VIT_B_PROJECTION, (7.255, 7.291), ("7.3", "7.3")),
+        ("mqwen_bigg", 7_098_994_688, 142_869_504, 1.84e9, BIGG_PROJECTION, (9.108, 9.148), ("9.1", "9.2")),
     ],
-    ids=["MTomato-Base", "MQwen-Base", "MQwen-bigG"],
-)  # fmt: skip
+)
 def test_totals_of_table_7(
-    llm: dict[str, Any],
-    vision: dict[str, Any],
-    connector: dict[str, Any],
+    name: str,
     llm_parameters: int,
     qformer: int,
     vision_parameters: float,
@@ -92,7 +76,8 @@ def test_totals_of_table_7(
     Beside the LLM, the tower and the Q-Former: queries 16 h_q, the MLP h_q x 4,096 + 4,096 + 4,096^2 + 4,096, the
     projector 4,096 x 64 + 64, tau 1; with late fusion, 8,192 x 4,096 + 4,096 and h_v x 4,096 + 4,096.
     """
-    basic, fused = (paper(method, llm, vision, connector) for method in ("basic", "notellm2"))
+    file = CONFIGS / f"paper_{name}.yaml"
+    basic, fused = (describe(load_config(file, {"model.method": method})) for method in ("basic", "notellm2"))
     parameters = basic["parameters"]
     h_q, h_v = basic["shapes"]["h_q"], basic["shapes"]["h_v"]
     assert parameters["llm"] == llm_parameters
@@ -105,6 +90,29 @@ def test_totals_of_table_7(
     for facts, total, digit in zip((basic, fused), totals, printed, strict=True):
         assert (facts["parameters"]["total"] - projection) / 1e9 == pytest.approx(total, abs=1e-3)
         assert f"{facts['parameters']['total'] / 1e9:.1f}" == digit
+
+
+def test_without_the_tokenizer_the_pieces_are_still_told() -> None:
+    """Qwen's is on no machine of ours: the mICL prompt in order, 16 visual tokens, no positions."""
+    layout = describe(load_config(CONFIGS / "paper_mqwen_base.yaml"))["prompt"]
+    assert layout["tokens"] is None and "Qwen1.5-7B-Chat is not on this machine" in layout["why"]
+    names = [piece["piece"] for piece in layout["pieces"]]
+    assert names.index("<IMG>") < names.index("<IMG_EMB>") < names.index("title") < names.index("content")
+    assert [piece["tokens"] for piece in layout["pieces"] if piece["piece"] == "<IMG>"] == [16]
+
+
+def test_words_narrower_than_the_states() -> None:
+    """OPT-350m's shape: h_t is what the connector and the projector meet."""
+    sizes = {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "ffn_dim": 8,
+    }
+    llm = {"name": "x", "config": {"model_type": "opt", "vocab_size": 50, **sizes}}
+    config = Config(name="t", model=tiny_config().model.model_dump() | {"llm": llm})
+    assert describe(config)["shapes"]["h_t"] == 16
 
 
 def test_an_unreachable_llm_needs_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,10 @@ def test_architecture_from_the_settings() -> None:
     assert (found.model_type, found.hidden_size, found.num_hidden_layers) == ("llama", 32, 5)
     with pytest.raises(ValueError, match="no model_type"):
         llm_architecture(LLM(name="x", config={"hidden_size": 3}))
+    with pytest.raises(ValueError, match="a llama has no setting 'hidden_sizes'"):
+        llm_architecture(LLM(name="x", config={"model_type": "llama", "hidden_sizes": 64}))
+    with pytest.raises(ValueError, match="hidden size .30. is not a multiple of"):
+        llm_architecture(LLM(name="x", config={"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}))
     with pytest.raises(ValueError, match="'llame'"):
         llm_architecture(LLM(name="x", config={"model_type": "llame"}))
     with pytest.raises(ValueError, match="is a t5, not a decoder-only LLM"):

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers.models.llama import modeling_llama
 
 from notellm2_core.model.build import build_model
-from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
+from notellm2_core.model.mlrm import MLRMConfig, MLRMModel, MLRMOutput
 from notellm2_core.model.saliency import Measurement, attention_gradients, measure, saliency_scores, visual_places
 from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
 from notellm2_core.notes.records import Note
@@ -248,11 +248,9 @@ def test_notes_without_an_image_are_left_out_and_counted() -> None:
 
 
 def test_no_image_embeddings_in_the_llm() -> None:
-    """A prompt without an image (only late fusion): E_v is empty, S_v is None and counted as such, not 0."""
-    model, processor = tiny_model("basic")
-    note = dataclasses.replace(processor.encode(LONG), token_ids=np.arange(9), image_start=-1)
-    batch = processor.collate([note], *features(1), np.array([True]))
-    found = measure(model, [(batch, squares)])
+    """A prompt without an image: E_v is empty, S_v is None and counted as such, not 0."""
+    model, processor = tiny_model("only_late_fusion")
+    found = measure(model, [(batch_of(processor, [LONG]), squares)])
     assert found.num_defined == {"visual": 0, "text": 1, "other": 1}
     assert found.layers[0]["visual"] is None and (found.layers[0]["text"] or 0) > 0
 
@@ -299,3 +297,14 @@ def test_a_gradient_that_is_not_finite_is_an_error() -> None:
     nn.init.constant_(model.projector.weight, math.inf)
     with pytest.raises(ValueError, match="not finite"):
         measure(model, [(batch_of(processor, [SHORT, LONG]), squares)])
+
+
+def test_an_llm_without_attention() -> None:
+    """Mamba has none: one sentence, and the model is as it was."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 600}
+    model, processor = tiny_model("basic")
+    config = MLRMConfig(**model.config.to_dict() | {"llm": {"model_type": "mamba", **sizes}, "attention": "eager"})
+    mamba = MLRMModel(config)
+    with pytest.raises(ValueError, match="a mamba, has layers without attention.*saliency_pairs to 0"):
+        measure(mamba, [(batch_of(processor, [SHORT, LONG]), squares)])
+    assert all(p.requires_grad for p in mamba.parameters())

@@ -97,6 +97,8 @@ def test_an_open_clip_folder_is_read_with_its_preprocessing(small_clip, tmp_path
     pre = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize_mode": "squash"}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": raw, "preprocess_cfg": pre}))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')  # a hub's folder may serve transformers as well
+    (tmp_path / "model.safetensors").write_bytes(b"not looked at")
     encoder = load_vision_encoder(config.Vision(name="anything", pretrained=str(tmp_path)))
     assert encoder.architecture.preprocess.resize == "squash"
     assert encoder.architecture.preprocess.std == (0.25, 0.25, 0.25)

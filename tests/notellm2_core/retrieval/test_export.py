@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,8 +182,10 @@ def test_user_errors_are_one_line(world: Path, tmp_path: Path, capsys: pytest.Ca
     assert "holds no model" in error(*arguments(world, tmp_path, "--model", str(tmp_path)))
 
     other = tmp_path / "model"
-    (other / "vision").mkdir(parents=True)
-    (other / "vision" / "config.json").write_text(json.dumps({"encoder_id": "f" * 16}))
+    shutil.copytree(world / "model", other)
+    shutil.copytree(world / "images" / "vision", other / "vision")
+    for file in (other / "config.json", other / "vision" / "config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"encoder_id": "f" * 16}))
     assert f"trained with vision encoder {'f' * 16}" in error(*arguments(world, tmp_path, "--model", str(other)))
 
     fewer = tmp_path / "images"

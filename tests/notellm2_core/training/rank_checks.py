@@ -29,6 +29,7 @@ from tests.notellm2_core.training.world import World, tiny_config
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of training, of the model
     "notellm2": ({}, {}),
     "omni_retrieval": ({}, {"method": "omni_retrieval", "matryoshka_dims": (4,)}),
+    "only_late_fusion": ({}, {"method": "only_late_fusion"}),
     "adapters": (
         {"parts": ["llm", "connector", "temperature"]},
         {"lora": {"rank": 4}},

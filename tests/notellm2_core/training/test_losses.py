@@ -113,16 +113,44 @@ def test_odd_number_of_rows_is_an_error() -> None:
         contrastive_loss(torch.ones(3, 2), TAU)
 
 
-def test_eq_9_weighs_the_parts() -> None:
-    """(L_v + 9 L_m) / 10; without visual embeddings only Eq. 1."""
-    generator = torch.Generator().manual_seed(2)
-    m, v = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
-    has_image = torch.tensor([True, True, True, False, True, True])
-    losses = note_losses(m, v, TAU, 9.0, has_image=has_image)
-    loss_m, loss_v = contrastive_loss(m, TAU), contrastive_loss(v, TAU, valid=has_image)
-    assert losses.total.item() == pytest.approx((loss_v.item() + 9 * loss_m.item()) / 10, rel=1e-6)
-    alone = note_losses(m, None, TAU, 9.0, has_image=has_image)
-    assert alone.total.item() == loss_m.item() and alone.visual is None
+def test_eq_8_and_9_worked_example() -> None:
+    """Scale e^tau = 2. Multimodal: (1,0), (1,0), (0,1), (0,1), each row log(1 + 2 e^-2) = 0.2395 (see above).
+
+    Visual, all rows alike: every score is 2, so each row finds its partner among 3 equals: log 3 = 1.0986. With row 3
+    without an image, rows 0 and 1 have two candidates, log 2 = 0.6931, row 2 has no partner and row 3 asks nothing.
+    Eq. 9 with alpha = 3: (1.0986 + 3 x 0.2395) / 4 = 0.4543, and (0.6931 + 3 x 0.2395) / 4 = 0.3529.
+    """
+    m, v = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.ones(4, 2)
+    tau = torch.tensor([math.log(2)])
+    losses = note_losses(m, v, tau, alpha=3.0)
+    assert losses.visual is not None and losses.visual.item() == pytest.approx(1.0986, abs=1e-4)
+    assert (losses.multimodal.item(), losses.total.item()) == pytest.approx((0.2395, 0.4543), abs=1e-4)
+    losses = note_losses(m, v, tau, alpha=3.0, has_image=torch.tensor([True, True, True, False]))
+    assert losses.visual is not None and losses.visual.item() == pytest.approx(0.6931, abs=1e-4)
+    assert losses.total.item() == pytest.approx(0.3529, abs=1e-4)
+
+
+@given(
+    num_pairs=st.integers(1, 5), seed=st.integers(0, 10_000), share=st.floats(0, 1), repeats=st.integers(1, 3),
+    alpha=st.floats(0, 20),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_eq_8_and_9_equal_the_loop(num_pairs: int, seed: int, share: float, repeats: int, alpha: float) -> None:
+    """Any number of pairs, ties, masks that differ by view, notes without an image, any alpha."""
+    rng = np.random.default_rng(seed)
+    n = 2 * num_pairs
+    m, v = (rng.normal(size=(n, 4)).astype(np.float32)[np.arange(n) // repeats] for _ in range(2))
+    known_m, known_v = (rng.random((n, n)) < share for _ in range(2))
+    has_image = rng.random(n) < 0.7
+    losses = note_losses(
+        *map(torch.from_numpy, (m, v)), TAU, alpha, *map(torch.from_numpy, (known_m, known_v, has_image))
+    )
+    loss_m = loop_loss(m.astype(float), 3.0, known_m, np.ones(n, bool))
+    loss_v = loop_loss(v.astype(float), 3.0, known_v, has_image)
+    assert losses.visual is not None and losses.visual.item() == pytest.approx(loss_v, rel=1e-4, abs=1e-5)
+    assert losses.total.item() == pytest.approx((loss_v + alpha * loss_m) / (1 + alpha), rel=1e-4, abs=1e-5)
+    alone = note_losses(torch.from_numpy(m), None, TAU, alpha, torch.from_numpy(known_m))
+    assert alone.visual is None and alone.total.item() == pytest.approx(loss_m, rel=1e-4, abs=1e-5)
 
 
 @given(num_pairs=st.integers(1, 5), seed=st.integers(0, 10_000), share=st.floats(0, 1), repeats=st.integers(1, 3))

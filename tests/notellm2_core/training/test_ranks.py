@@ -39,7 +39,13 @@ def reference(world: World, variant: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "stages", "variant"),
-    [(2, (0, 1, 2, 3), "notellm2"), (4, (2,), "notellm2"), (2, (2, 3), "adapters"), (2, (2,), "omni_retrieval")],
+    [
+        (2, (0, 1, 2, 3), "notellm2"),
+        (4, (2,), "notellm2"),
+        (2, (2, 3), "adapters"),
+        (2, (3,), "omni_retrieval"),
+        (2, (3,), "only_late_fusion"),
+    ],
 )
 def test_ranks_agree_with_one_process(
     num_ranks: int, stages: tuple[int, ...], variant: str, world: World, tmp_path: Path

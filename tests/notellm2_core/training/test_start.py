@@ -50,6 +50,15 @@ def test_pca_with_fewer_notes_than_outputs() -> None:
     assert (projector.weight.abs().sum(dim=1) > 0).all()
 
 
+def test_directions_that_are_noise_are_not_blown_up() -> None:
+    """Two true directions and one of 1e-4 their size: whitened it would be 1e4 times as loud as it is."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(200, 3, generator=generator) * torch.tensor([1.0, 0.5, 1e-4])
+    projector = nn.Linear(24, 8)
+    set_pca(projector, own @ torch.linalg.qr(torch.randn(24, 24, generator=generator))[0][:3])
+    assert projector.weight.norm(dim=1).sort(descending=True).values[:3].tolist() == pytest.approx([2, 1, 0], abs=0.3)
+
+
 def make(world: World, cache: Path, **start: object) -> tuple[MLRMModel, TrainingData]:
     config = tiny_config(start=start)
     model, processor = build_model(config, cache)
