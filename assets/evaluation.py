@@ -67,15 +67,20 @@ def eval_recall(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mat
 
 
 def _show(dataset: Dataset) -> dict[str, Any]:
-    table = (dataset.path / "recall.md").read_text()
-    pictures = {"neighbours": "neighbours.jpg", "plot": "recall.png", "saliency": "saliency.png"}
-    shown = {name: dataset.path / file for name, file in pictures.items() if (dataset.path / file).exists()}
-    return {
-        "recall": dg.MetadataValue.md(table),
-        **{name: dg.MetadataValue.md(_picture(path)) for name, path in shown.items()},
+    files = {
+        "recall": ["recall.md"], "neighbours": ["neighbours.jpg"], "plot": ["recall.png"],
+        "saliency": ["saliency.md", "saliency.png"],
+    }  # fmt: skip
+    shown = {
+        name: "\n".join(_markdown(dataset.path / file) for file in some)
+        for name, some in files.items()
+        if (dataset.path / some[0]).exists()
     }
+    return {name: dg.MetadataValue.md(text) for name, text in shown.items()}
 
 
-def _picture(path: Path) -> str:
+def _markdown(path: Path) -> str:
+    if path.suffix == ".md":
+        return path.read_text()
     kind = {".jpg": "jpeg", ".png": "png"}[path.suffix]
     return f"![{path.stem}](data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()})"

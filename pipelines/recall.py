@@ -79,7 +79,9 @@ def _run() -> int:
         return 1
     made = Recipe(recipe.config, recipe.week, result.run_id)
     report, index = made.dataset("eval_recall"), made.dataset("faiss_index")
-    print(f"\n{(report.path / 'recall.md').read_text()}")
+    for name in ("recall.md", "saliency.md"):
+        if (report.path / name).exists():
+            print(f"\n{(report.path / name).read_text()}")
     print(f"{time.monotonic() - started:.0f} s. Pictures of neighbours: {_relative(report.path / 'neighbours.jpg')}")
     print(f"The index of all notes: {_relative(index.path / 'index')}")
     print("The asset graph, every figure and the MLflow curves: make dev")

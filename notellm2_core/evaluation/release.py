@@ -27,7 +27,7 @@ def write_report(
     saliency: Path,
     out: Path,
 ) -> dict[str, Any]:
-    """Measure; write recall.json, recall.md, recall.png, neighbours.jpg, model_card.md and (if measured) saliency.png.
+    """Measure, and write the files of the report into `out`; those of the saliency only where it was measured.
 
     Returns R@k by method, input and slice, in percent, nested: {"notellm2": {"multimodal": {"all": {"10": ...}}}}.
     """
@@ -42,13 +42,13 @@ def write_report(
     report = evaluate(folders, notes, pairs, config, tokenizer=model, clicks=clicks, oracle=oracle)
     (out / "recall.json").write_text(json.dumps(report.to_dict(), indent=1))
     table = to_markdown(report)
+    (out / "recall.md").write_text(table)
+    (out / "recall.png").write_bytes(to_plot(report))
     card = read_card_facts(model) | {"license": config.model.license}
     (out / "model_card.md").write_text(model_card(card, table))
     if (record := saliency_report.read_saliency(saliency)) is not None:
-        table += f"\n{saliency_report.to_markdown(record)}"
+        (out / "saliency.md").write_text(saliency_report.to_markdown(record))
         (out / "saliency.png").write_bytes(saliency_report.to_plot({record["method"]: record}))
-    (out / "recall.md").write_text(table)
-    (out / "recall.png").write_bytes(to_plot(report))
     picture = picture_reader(notes, source, config.source.max_image_pixels)
     sheet = neighbour_sheet(
         embeddings / "multimodal", notes, pairs, config.evaluation.num_sheet_queries, picture, config.seed
