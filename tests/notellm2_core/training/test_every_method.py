@@ -18,8 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
 START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0, "visual_token_gain": 1.0, "num_pca_notes": 16}
 
 
-@pytest.mark.parametrize("connector", ["qformer", "linear"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "connector"), [*((m, "qformer") for m in METHODS), ("notellm2", "linear")])
 def test_trained_measured_exported_packaged(method: str, connector: str, world: World, tmp_path: Path) -> None:
     """Two steps from a balanced start; then saliency, three kinds of input, a package, and notes from outside.
 
