@@ -207,7 +207,7 @@ class MLRMProcessor:
             settings = json.loads(file.read_text())
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
         except (OSError, ValueError) as e:
-            reason = str(e).strip().partition("\n")[0].rstrip(".")
+            reason = str(e).strip().partition("\n")[0].partition(". ")[0].rstrip(".")  # no long advice
             raise ValueError(
                 f"{name} gives no processor ({reason}); name the folder of a trained model, or a hub's model."
             ) from e
