@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,11 @@ from notellm2_core.model.methods import get_method
 CARD, CARD_FACTS = "README.md", "card.json"
 Layout = Literal["huggingface", "sentence-transformers"]
 PAPER = "https://doi.org/10.1145/3690624.3709440"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/model; no ./model and no ../model
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _NOTE = '{"title": "Red kite", "topics": ["toys"], "content": "Flies well.", "image": "kite.jpg"}'
 _USE: dict[Layout, str] = {
     "huggingface": f"""\
-import notellm2_core.model.mlrm  # registers the model with transformers
 from notellm2_core.inference.embedder import Embedder
 
 embedder = Embedder.from_pretrained("FOLDER")  # or a hub name
@@ -44,14 +43,27 @@ _LIBRARY: dict[Layout, tuple[str, str]] = {  # library_name and pipeline_tag of 
 }
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers of a built model. They are asked of its parts: every decoder's config.json has names of its own."""
+
+    encoder_id: str  # of the vision encoder
+    num_patches: int  # L
+    vision_width: int  # h_v
+    num_visual_words: int  # L_c; 0 where the prompt has no image
+    num_layers: int  # of the LLM
+    llm_width: int  # h_t, of its last states
+    projection_dim: int  # d
+
+
 def card_facts(
     config: Config,
-    architecture: Mapping[str, Any],
+    architecture: Architecture,
     sizes: Mapping[str, int],
     train_days: Sequence[str] | None,
     training: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What the card says, JSON-able. architecture: the model's config.json; sizes: numbers of each parameter by name.
+    """What the card says, JSON-able. sizes: how many numbers each parameter has, by name.
 
     train_days: first day and (exclusive) end of the log; None: not known. training: None for an untrained start.
     """
@@ -65,17 +77,15 @@ def card_facts(
         "version": __version__,
         "license": model.license,
         "method": {"name": model.method, **asdict(get_method(model.method))},
-        "llm": {"name": model.llm.name, "num_layers": architecture["llm"].get("num_hidden_layers")},
-        "vision": {**vision.model_dump(exclude={"batch_size"}), "encoder_id": architecture["encoder_id"]},
-        "base_model": [
-            n for n in (model.llm.name, encoder_hub_name) if _HUB_NAME.fullmatch(n) and not Path(n).exists()
-        ],
+        "llm": {"name": model.llm.name, "num_layers": architecture.num_layers},
+        "vision": {**vision.model_dump(exclude={"batch_size"}), "encoder_id": architecture.encoder_id},
+        "base_model": [n for n in (model.llm.name, encoder_hub_name) if HUB_NAME.fullmatch(n) and not Path(n).exists()],
         "shapes": {
-            "patches per image": architecture["num_patches"],
-            "vision width": architecture["connector"]["vision_width"],
-            "visual tokens": architecture["connector"]["num_queries"],
-            "LLM width": architecture["llm"].get("hidden_size"),
-            "embedding": architecture["projection_dim"],
+            "patches per image": architecture.num_patches,
+            "vision width": architecture.vision_width,
+            "visual tokens": architecture.num_visual_words,
+            "LLM width": architecture.llm_width,
+            "embedding": architecture.projection_dim,
         },
         "parameters": dict(parts),
         "text": {key: value for key, value in config.text.model_dump().items() if key.endswith("_words")},

@@ -8,7 +8,6 @@
 Shapes: N notes, d embedding width.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,16 +21,16 @@ from tqdm import tqdm
 from notellm2_core.config import Export, Source, Vision
 from notellm2_core.embeddings import shortened
 from notellm2_core.inference.batch_embedder import WINDOW_BATCHES, BatchEmbedder
+from notellm2_core.inference.hub import model_folder
 from notellm2_core.inference.pictures import PictureFeatures
 from notellm2_core.model.build import load_encoder, load_model, require_its_encoder
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
 from notellm2_core.model.vision import VisionEncoder
-from notellm2_core.notes.batch import InputKind, MLRMProcessor
+from notellm2_core.notes.batch import InputKind, MLRMProcessor, require_input_kind
 from notellm2_core.notes.images import Status
 from notellm2_core.notes.pictured import NoteLike, PicturedNote, pictured
 
 BATCH_NOTES = Export().batch_notes
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Embedder:
@@ -57,12 +56,12 @@ class Embedder:
         self.pictures: Counter[Status] = Counter()  # of all notes embedded so far, by status
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None) -> "Embedder":
-        """The model of a folder, or of a hub name.
+    def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None, **hub: Any) -> "Embedder":
+        """The model of a folder, or of a hub name. hub: which of its copies, see `model_folder`.
 
         Raises ValueError where it cannot be had, is incomplete, or `vision/` is damaged or another encoder.
         """
-        folder = model_folder(name)
+        folder = model_folder(name, **hub)
         model, processor = load_model(folder)
         return cls(model, processor, load_encoder(folder), device)
 
@@ -80,8 +79,9 @@ class Embedder:
 
         A picture that cannot be used counts as none, and under its status in `pictures`. folder: what the paths of
         pictures are relative to, and nothing outside it is read; None: paths are taken as they are.
-        Raises ValueError for a note with an unknown or wrong field, and a `dim` that the model has not got.
+        Raises ValueError for a note with an unknown or wrong field, and as `require_options` does.
         """
+        self.require_options(inputs, batch_notes, dim)
         known = [pictured(note) for note in notes]
         vectors = np.empty((len(known), self.model.config.projection_dim), dtype=np.float32)
         window = WINDOW_BATCHES * batch_notes  # pictures are held for so many notes at a time
@@ -89,6 +89,13 @@ class Embedder:
             part = known[first : first + window]
             vectors[first : first + len(part)] = self._embed(part, inputs, batch_notes, folder, progress)
         return shortened(vectors, dim)
+
+    def require_options(self, inputs: str, batch_notes: int, dim: int | None) -> None:
+        """Raises ValueError for an unknown kind of input, empty batches, and a `dim` that the model has not got."""
+        require_input_kind(inputs)
+        if batch_notes < 1:
+            raise ValueError(f"batch_notes = {batch_notes} must be 1 or more.")
+        shortened(np.empty((0, self.model.config.projection_dim), dtype=np.float32), dim)  # refuses a wrong dim
 
     def _embed(
         self,
@@ -115,21 +122,3 @@ class Embedder:
         found = features.read([n.image for n in notes], folder)
         self.pictures.update(status for status, _ in found)
         return features, [image_id for _, image_id in found]
-
-
-def model_folder(name: str | Path) -> Path:
-    """The folder `name`, or the local copy of the hub's model. Raises ValueError where neither can be had."""
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if not _HUB_NAME.fullmatch(str(name)):
-        raise ValueError(f"{name} is no folder; give the folder of a trained model, or a hub name like owner/model.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name)))
-    except Exception as e:  # the hub client raises its own kinds, without a common base
-        reason = " ".join(str(e).split())[:300].rstrip(".")
-        raise ValueError(
-            f"{name} is no folder, and the hub has not given it ({reason}); pass the folder of a trained model."
-        ) from e

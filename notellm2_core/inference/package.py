@@ -13,7 +13,7 @@ from typing import Any, get_args
 from notellm2_core.files import link_or_copy
 from notellm2_core.inference.card import CARD, CARD_FACTS, Layout, model_card, read_card_facts
 from notellm2_core.lake import MANIFEST, write_atomically
-from notellm2_core.model.build import load_encoder
+from notellm2_core.model.build import load_encoder, load_model
 
 _MODULES = [{"idx": 0, "name": "0", "path": "", "type": "notellm2_core.inference.sentence.NoteModule"}]
 _SENTENCE_FILES: dict[str, Any] = {
@@ -29,8 +29,9 @@ def package(
     """Assemble the new folder `out` from a trained model's folder. Returns its files' sizes in bytes by name.
 
     report: the dataset of `eval_recall`, whose table goes into the README. license: wins over the configuration's.
-    Raises ValueError where `out` is not empty, the model's vision encoder is damaged or another one, or the report is
-    of another model.
+    The package's card.json says of which checkpoint it is, so that a package of it takes no other's report.
+    Raises ValueError where `out` is not empty, the model is incomplete, its vision encoder is damaged or another one,
+    or the report is not known to be of this model.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout = {layout!r}; choose one of {', '.join(get_args(Layout))}.")
@@ -38,10 +39,11 @@ def package(
         raise ValueError(f"--out {out} is not empty; name a new folder.")
     if not (model / "config.json").exists():
         raise ValueError(f"{model} holds no model (no config.json); give the folder of a trained model.")
-    load_encoder(model)  # a copy that cannot be loaded is not given away
+    load_model(model), load_encoder(model)  # a copy that cannot be loaded is not given away
     facts = read_card_facts(model)
     facts["license"] = license or facts["license"]
-    recall = None if report is None else _recall_of(report, model)
+    facts["checkpoint"] = _manifest(model).get("fingerprint", facts.get("checkpoint"))
+    recall = None if report is None else _recall_of(report, model, facts["checkpoint"])
 
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -66,17 +68,27 @@ def package(
     return {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
 
 
-def _recall_of(report: Path, model: Path) -> str:
-    """The recall table in the folder `report`. Raises ValueError where there is none, or it is of another model."""
+def _recall_of(report: Path, model: Path, checkpoint: str | None) -> str:
+    """The recall table in the folder `report`. Raises ValueError where there is none, or not surely of `checkpoint`."""
     file = report / "recall.md"
     if not file.is_file():
         raise ValueError(f"{report} holds no recall.md; give --report the folder of eval_recall.")
-    manifests = report / MANIFEST, model / MANIFEST
-    if all(m.is_file() for m in manifests):
-        measured, own = (json.loads(m.read_text()) for m in manifests)
-        if measured["inputs"].get("checkpoint") != own["fingerprint"]:
-            raise ValueError(
-                f"the report {report} measured checkpoint {measured['inputs'].get('checkpoint')}, not {model}, which "
-                f"is {own['fingerprint']}: give --report the eval_recall of this model."
-            )
+    if checkpoint is None:
+        raise ValueError(
+            f"{model} does not say which checkpoint it is, so no report is known to be its own: package the pipeline's "
+            f"dataset checkpoint (it has a {MANIFEST}), or leave --report out."
+        )
+    measured = _manifest(report).get("inputs", {}).get("checkpoint")
+    if measured != checkpoint:
+        raise ValueError(
+            f"the report {report} measured checkpoint {measured or '(it does not say which)'}, not {model}, which is "
+            f"{checkpoint}: give --report the eval_recall of this model."
+        )
     return file.read_text()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What the dataset in `folder` says of itself; empty where it is no dataset of the lake."""
+    file = folder / MANIFEST
+    manifest: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return manifest

@@ -26,15 +26,28 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from torch.nn import functional
 
-from notellm2_core.inference.embedder import Embedder, model_folder
+from notellm2_core.inference.embedder import Embedder
+from notellm2_core.inference.hub import model_folder
 from notellm2_core.notes.batch import NoteBatch
 from notellm2_core.notes.pictured import NoteLike, PicturedNote, pictured
 from notellm2_core.notes.records import Note
 
 
-def sentence_transformer(name: str | Path, device: str | None = None, **settings: Any) -> SentenceTransformer:
-    """The model of a folder or hub name. `settings`: of SentenceTransformer, e.g. truncate_dim."""
-    return SentenceTransformer(modules=[NoteModule.load(str(name))], device=device, **settings)
+def sentence_transformer(
+    name: str | Path,
+    device: str | None = None,
+    *,
+    token: bool | str | None = None,
+    cache_folder: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    **settings: Any,
+) -> SentenceTransformer:
+    """The model of a folder or hub name, with the arguments of SentenceTransformer. `settings`: e.g. truncate_dim."""
+    module = NoteModule.load(
+        str(name), token=token, cache_folder=cache_folder, revision=revision, local_files_only=local_files_only
+    )
+    return SentenceTransformer(modules=[module], device=device, **settings)
 
 
 class NoteModule(InputModule):
@@ -88,9 +101,26 @@ class NoteModule(InputModule):
         self.encoder.save_pretrained(Path(output_path) / "vision")
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", *_: Any, **__: Any) -> "NoteModule":
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> "NoteModule":
         """The model of a folder or hub name, in fp32 on the CPU; SentenceTransformer moves it where it is wanted."""
-        return cls(Embedder.from_pretrained(model_folder(model_name_or_path) / subfolder, device="cpu"))
+        folder = model_folder(
+            model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_folder,
+            local_files_only=local_files_only,
+        )
+        return cls(Embedder.from_pretrained(folder / subfolder, device="cpu"))
 
 
 def _as_note(value: str | Image.Image | NoteLike, prompt: str) -> PicturedNote:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import notellm2_core.torch_compat  # noqa: F401, before transformers
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from notellm2_core.config import Text
 from notellm2_core.notes.records import Note
@@ -34,6 +35,7 @@ from notellm2_core.notes.text import (
 )
 
 _SETTINGS_FILE = "processor_config.json"  # where AutoProcessor looks
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ class MLRMProcessor:
         """Tokenise `note` in this method's prompt.
 
         inputs = image: the text fields are empty; text: the image is left out. The template is kept either way.
+        Raises ValueError for another kind of input.
         """
+        require_input_kind(inputs)
         image_id, visual_word_id = self.new_token_ids
         ids: list[int] = list(self._start_ids)
         image_start = visual_index = -1
@@ -191,15 +195,24 @@ class MLRMProcessor:
         (Path(folder) / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, **_: Any) -> "MLRMProcessor":
-        """What `save_pretrained` wrote. Raises ValueError if it is not there or is not of this code."""
-        file = Path(folder) / _SETTINGS_FILE
-        if not file.exists():
-            raise ValueError(f"{folder} holds no {_SETTINGS_FILE}; give the folder of a trained model.")
-        settings = json.loads(file.read_text())
+    def from_pretrained(cls, name: Path | str, **options: Any) -> "MLRMProcessor":
+        """What `save_pretrained` wrote into a folder, or what the hub has of it.
+
+        Of the options, which AutoProcessor hands over with some of its own, those that say which of the hub's copies
+        are heeded. Raises ValueError if it is not there, cannot be read or is not of this code.
+        """
+        hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
+        try:
+            file = Path(str(cached_file(name, _SETTINGS_FILE, **hub)))
+            settings = json.loads(file.read_text())
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
+        except (OSError, ValueError) as e:
+            reason = str(e).strip().partition("\n")[0].partition(". ")[0].rstrip(".")  # no long advice
+            raise ValueError(
+                f"{name} gives no processor ({reason}); name the folder of a trained model, or a hub's model."
+            ) from e
         if settings.pop("processor_class", None) != cls.__name__:
             raise ValueError(f"{file} is not of a {cls.__name__}; give the folder of a trained model.")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return cls(tokenizer, Text(**settings.pop("text")), **settings)
 
     def _tokenize(self, text: str) -> list[int]:
@@ -211,6 +224,12 @@ class MLRMProcessor:
         """[bos] where the tokenizer puts one before a text (LLaMA does, Qwen does not)."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else []
+
+
+def require_input_kind(inputs: str) -> None:
+    """Raises ValueError, with the choices, for what is no kind of input."""
+    if inputs not in get_args(InputKind):
+        raise ValueError(f"inputs = {inputs!r}; choose one of {', '.join(get_args(InputKind))}.")
 
 
 def _features(values: np.ndarray | None, shown: np.ndarray, shape: tuple[int, ...]) -> Tensor:

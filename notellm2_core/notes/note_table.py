@@ -5,8 +5,8 @@ missing text is empty, of rows with one id the last counts, and a note without t
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,13 @@ class _Row:
     position: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class NoteTable:
     """Notes by id. Their texts are in memory, their pictures still where they are."""
 
     images: Path  # the folder that image_path is relative to
-    dropped: Counter[str] = field(default_factory=Counter)  # rows, by the reason
-    _rows: dict[str, _Row] = field(default_factory=dict)
+    dropped: Mapping[str, int]  # rows, by the reason
+    _rows: Mapping[str, _Row]
 
     @property
     def note_ids(self) -> list[str]:
@@ -65,19 +65,20 @@ def read_note_table(path: Path, images: Path | None = None) -> NoteTable:
     images: the folder that image_path is relative to; None: the folder of the notes. Raises ValueError where there is
     no Parquet, a column is missing, or no note is left.
     """
-    table = NoteTable(images or (path if path.is_dir() else path.parent))
+    rows: dict[str, _Row] = {}
+    dropped: Counter[str] = Counter()
     for file in _files(path):
         with naming(file), pq.ParquetFile(file) as parquet:
-            _read(parquet, file, table)
-    bare = [r for r in table._rows.values() if not _has_text(r.note) and not r.image_path]
+            _read(parquet, file, rows, dropped)
+    bare = [r for r in rows.values() if not _has_text(r.note) and not r.image_path]
     data = _read_bytes(bare)
     for row in bare:
         if row.note.note_id not in data:
-            del table._rows[row.note.note_id]
-            table.dropped["empty_note"] += 1
-    if not table._rows:
-        raise ValueError(f"{path} holds no usable note ({sum(table.dropped.values())} rows).")
-    return table
+            del rows[row.note.note_id]
+            dropped["empty_note"] += 1
+    if not rows:
+        raise ValueError(f"{path} holds no usable note ({dropped.total()} rows).")
+    return NoteTable(images or (path if path.is_dir() else path.parent), dropped, rows)
 
 
 def _files(path: Path) -> list[Path]:
@@ -89,7 +90,8 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _read(parquet: pq.ParquetFile, file: Path, table: NoteTable) -> None:
+def _read(parquet: pq.ParquetFile, file: Path, rows: dict[str, _Row], dropped: Counter[str]) -> None:
+    """Adds the notes of one file to `rows`, and what cannot be used to `dropped`."""
     names = parquet.schema_arrow.names
     if missing := [name for name in SOURCE_NOTE_COLUMNS if name not in names]:
         raise ValueError(f"no column {missing[0]}; notes need {', '.join(SOURCE_NOTE_COLUMNS)}")
@@ -104,12 +106,12 @@ def _read(parquet: pq.ParquetFile, file: Path, table: NoteTable) -> None:
         ):
             note_id = (fields[0] or "").strip(WHITE_SPACE)
             if not note_id:
-                table.dropped["null_note_id"] += 1
+                dropped["null_note_id"] += 1
             else:
-                if table._rows.pop(note_id, None) is not None:
-                    table.dropped["duplicate_note_id"] += 1
+                if rows.pop(note_id, None) is not None:
+                    dropped["duplicate_note_id"] += 1
                 note = Note(note_id, fields[1] or "", parse_topics(some), fields[2] or "")
-                table._rows[note_id] = _Row(note, (image or "").strip(WHITE_SPACE) or None, file, position)
+                rows[note_id] = _Row(note, (image or "").strip(WHITE_SPACE) or None, file, position)
             position += 1
 
 

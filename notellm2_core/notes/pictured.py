@@ -54,8 +54,10 @@ def pictured(value: NoteLike) -> PicturedNote:
 def parse_topics(value: Iterable[Any] | str | None) -> tuple[str, ...]:
     """Topics from a list, or from one string separated by '|', as the pipeline reads them: trimmed, none empty.
 
-    Raises ValueError where a topic is no text.
+    Raises ValueError where a topic is no text, or `value` neither list nor text.
     """
+    if not isinstance(value, Iterable | None):
+        raise ValueError(f"the topics of a note are a list or a text, not {type(value).__name__} {str(value)[:80]!r}.")
     found = value.split("|") if isinstance(value, str) else list(value) if value is not None else []
     wrong = [t for t in found if t is not None and not isinstance(t, str)]
     if wrong:

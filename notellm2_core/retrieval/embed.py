@@ -23,7 +23,8 @@ from notellm2_core.config import Export
 from notellm2_core.embeddings import write_shards
 from notellm2_core.files import link_or_copy
 from notellm2_core.inference.batch_embedder import WINDOW_BATCHES
-from notellm2_core.inference.embedder import BATCH_NOTES, Embedder, model_folder
+from notellm2_core.inference.embedder import BATCH_NOTES, Embedder
+from notellm2_core.inference.hub import model_folder
 from notellm2_core.notes.batch import InputKind
 from notellm2_core.notes.images import STATUSES
 from notellm2_core.notes.note_table import read_note_table
@@ -48,8 +49,6 @@ def embed_notes(
     notes_per_second (both of the notes embedded now). Raises ValueError where the model or the notes cannot be used,
     or `out` holds anything but this command's result.
     """
-    if batch_notes < 1:
-        raise ValueError(f"batch_notes = {batch_notes} must be 1 or more.")
     table = read_note_table(notes, images)
     folder = model_folder(model)
     work = out.with_name(f".{out.name}.partial")
@@ -57,6 +56,7 @@ def embed_notes(
         _require_own(out, made_from)
     _require_own(work, notes)
     embedder = Embedder.from_pretrained(folder)
+    embedder.require_options(inputs, batch_notes, dim)  # before anything is written
     decides = [deciding_files(folder), embedder.encoder.encoder_id, str(embedder.dtype), inputs, dim, batch_notes]
     work.mkdir(parents=True, exist_ok=True)
     for shard in out.glob("part-*.parquet"):

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from notellm2_core.config import Config
-from notellm2_core.inference.card import CARD, CARD_FACTS, card_facts, model_card
+from notellm2_core.inference.card import CARD, CARD_FACTS, Architecture, card_facts, model_card
 from notellm2_core.lake import write_atomically
 from notellm2_core.model.lora import adapted_layers, is_adapter, merge
+from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.vision import saved_encoder_id
 from notellm2_core.notes.batch import MLRMProcessor
@@ -46,13 +47,25 @@ def save_model(
         processor.save_pretrained(out)
         sizes = {name: weight.numel() for name, weight in weights.items()}
         model.save_pretrained(out, state_dict=weights, safe_serialization=True)
-        card = card_facts(config, model.config.to_dict(), sizes, train_days, facts)
+        card = card_facts(config, _architecture(model, processor), sizes, train_days, facts)
         (out / CARD_FACTS).write_text(json.dumps(card, indent=1))
         (out / CARD).write_text(model_card(card))
         if facts is not None:
             write_atomically(out / DONE, json.dumps(facts, indent=1))
     if dist.is_initialized():
         dist.barrier()
+
+
+def _architecture(model: MLRMModel, processor: MLRMProcessor) -> Architecture:
+    return Architecture(
+        encoder_id=model.config.encoder_id,
+        num_patches=processor.num_patches,
+        vision_width=processor.vision_width,
+        num_visual_words=processor.num_queries if get_method(model.config.method).visual_prompt else 0,
+        num_layers=model.llm.config.num_hidden_layers,
+        llm_width=model.projector.in_features,
+        projection_dim=model.projector.out_features,
+    )
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor] | None:

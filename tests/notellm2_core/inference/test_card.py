@@ -4,15 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers as hf
 import yaml
 
 from notellm2_core.config import Config
-from notellm2_core.inference.card import card_facts, model_card, read_card_facts
+from notellm2_core.inference.card import Architecture, card_facts, model_card, read_card_facts
+from notellm2_core.model.build import build_model
+from notellm2_core.model.llm import tiny_tokenizer
+from notellm2_core.model.vision import load_vision_encoder
+from notellm2_core.training.save import save_model
+from tests.notellm2_core.model.tiny import NUM_PATCHES, VISION_WIDTH, tiny_config
 
-ARCHITECTURE = {
-    "llm": {"num_hidden_layers": 24, "hidden_size": 4096}, "connector": {"vision_width": 768, "num_queries": 16},
-    "num_patches": 196, "projection_dim": 64, "encoder_id": "0123456789abcdef",
-}  # fmt: skip
+ARCHITECTURE = Architecture(
+    encoder_id="0123456789abcdef", num_patches=196, vision_width=768, num_visual_words=16, num_layers=24,
+    llm_width=4096, projection_dim=64,
+)  # fmt: skip
 SIZES = {"llm.a.weight": 1000, "llm.b.weight": 234, "connector.queries": 5, "tau": 1}
 TRAINING = {"steps": 7956, "num_train_pairs": 12345, "num_train_notes": 678, "num_validation_pairs": 90,
             "validation_recall_at_10": 0.31415926}  # fmt: skip
@@ -72,6 +78,44 @@ def test_the_layout_decides_library_and_example() -> None:
     front, body = split(model_card(facts(), layout="sentence-transformers"))
     assert front["library_name"] == "sentence-transformers" and front["pipeline_tag"] == "sentence-similarity"
     assert "sentence_transformer(" in body and "Embedder" not in body
+    assert "notellm2_core.model.mlrm" not in model_card(facts())  # the Embedder registers the model itself
+
+
+NO_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+DECODERS = {
+    "gpt2": {"n_layer": 3, "n_embd": 32, "n_head": 4},
+    "bloom": {"n_layer": 3, "hidden_size": 32, "n_head": 4},
+    "opt": {"num_hidden_layers": 3, "hidden_size": 48, "word_embed_proj_dim": 32, "num_attention_heads": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "connector", "llm", "expected"),
+    [
+        ("notellm2", "qformer", "tiny", (4, 2, 64)),
+        ("only_late_fusion", "qformer", "tiny", (0, 2, 64)),  # its prompt has no image
+        ("notellm2", "linear", "tiny", (NUM_PATCHES, 2, 64)),  # a place for every patch
+        ("notellm2", "mlp", "tiny", (NUM_PATCHES, 2, 64)),
+        *(("notellm2", "qformer", kind, (4, 3, 32)) for kind in DECODERS),  # each with names of its own
+    ],
+)
+def test_the_numbers_are_the_models(
+    method: str, connector: str, llm: str, expected: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """expected: visual tokens, layers and width of the LLM, as its own definition above says them."""
+    name = "tiny"
+    if llm in DECODERS:
+        tokenizer, name = tiny_tokenizer(), str(tmp_path / "llm")
+        sizes = hf.AutoConfig.for_model(llm, vocab_size=len(tokenizer), **DECODERS[llm], **NO_ENDS)
+        hf.AutoModel.from_config(sizes).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    config = tiny_config(method, connector=connector, name=name, attention="eager")
+    load_vision_encoder(config.model.vision).save_pretrained(tmp_path / "vision")
+    save_model(*build_model(config, tmp_path), tmp_path / "vision", tmp_path / "out", config)
+    found = read_card_facts(tmp_path / "out")
+    shapes = found["shapes"]
+    assert (shapes["visual tokens"], found["llm"]["num_layers"], shapes["LLM width"]) == expected
+    assert (shapes["patches per image"], shapes["vision width"]) == (NUM_PATCHES, VISION_WIDTH)
 
 
 def test_facts_that_cannot_be_read(tmp_path: Path) -> None:

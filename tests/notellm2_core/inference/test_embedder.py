@@ -122,6 +122,19 @@ def test_fewer_dimensions_are_made_unit_again(release: Release, embedder: Embedd
             embedder.embed(release.notes, dim=dim)
 
 
+def test_wrong_options_are_said_before_any_work(release: Release) -> None:
+    """No picture is read, and notes need not even be there."""
+    embedder = Embedder.from_pretrained(release.model)
+    for notes in ([], release.notes):
+        with pytest.raises(ValueError, match=r"dim = 17 must be between 1 and the model's 16"):
+            embedder.embed(notes, dim=17)
+        with pytest.raises(ValueError, match="batch_notes = 0 must be 1 or more"):
+            embedder.embed(notes, batch_notes=0)
+        with pytest.raises(ValueError, match="inputs = 'img'; choose one of multimodal, image, text"):
+            embedder.embed(notes, "img")  # type: ignore[arg-type]
+    assert not embedder.pictures
+
+
 @pytest.mark.parametrize(
     ("note", "said"),
     [
@@ -130,6 +143,7 @@ def test_fewer_dimensions_are_made_unit_again(release: Release, embedder: Embedd
         ({"title": 3}, "title of a note is text"),
         ({"image": 3}, "image of a note is a path"),
         ({"topics": ["a", 3]}, "a topic is text"),
+        ({"topics": 3}, "topics of a note are a list or a text, not int '3'"),
     ],
 )
 def test_wrong_notes_are_refused(embedder: Embedder, note: Any, said: str) -> None:

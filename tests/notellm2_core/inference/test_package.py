@@ -51,7 +51,10 @@ def test_a_package_is_the_model_with_its_table(
     exec(example.replace("FOLDER", str(out)), names)
     note = {"title": "Red kite", "topics": ["toys"], "content": "Flies well."}
     np.testing.assert_allclose(names["vectors"][0], Embedder.from_pretrained(out).embed([note])[0], atol=2e-6)
-    package(out, tmp_path / "again")  # a package can be packaged
+    package(out, tmp_path / "again", report)  # a package can be packaged, and still takes its own report alone
+    assert "| notellm2 | 12.3 |" in (tmp_path / "again" / "README.md").read_text()
+    with pytest.raises(ValueError, match="measured checkpoint xyz"):
+        package(tmp_path / "again", tmp_path / "wrong", write_report(tmp_path / "other", "xyz"))
 
 
 def test_what_cannot_be_packaged(release: Release, tmp_path: Path) -> None:
@@ -73,3 +76,29 @@ def test_what_cannot_be_packaged(release: Release, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be loaded"):
         package(model, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "model", "report"]
+
+
+def test_a_report_is_taken_only_where_both_sides_name_the_checkpoint(release: Release, tmp_path: Path) -> None:
+    report = write_report(tmp_path / "report", "abc")
+    with pytest.raises(ValueError, match="does not say which checkpoint it is"):
+        package(release.model, tmp_path / "out", report)  # the training command's folder is no dataset of the lake
+    model = Path(shutil.copytree(release.model, tmp_path / "model"))
+    (model / "manifest.json").write_text(json.dumps({"fingerprint": "abc"}))
+    (report / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"measured checkpoint \(it does not say which\)"):
+        package(model, tmp_path / "out", report)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "processor_config.json", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("half", [True, False])
+def test_an_incomplete_model_is_not_given_away(release: Release, name: str, half: bool, tmp_path: Path) -> None:
+    """Each file that the model cannot do without: cut in the middle, and missing."""
+    model = Path(shutil.copytree(release.model, tmp_path / "model"))
+    whole = (model / name).read_bytes()
+    (model / name).unlink()
+    if half:
+        (model / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError):
+        package(model, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]

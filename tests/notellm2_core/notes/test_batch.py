@@ -87,6 +87,11 @@ def test_image_and_text_inputs_keep_the_template() -> None:
     assert not batch.has_image.any() and not batch.patches.any() and not batch.global_feature.any()
 
 
+def test_an_unknown_kind_of_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="inputs = 'img'; choose one of multimodal, image, text"):
+        processor("tiny").encode(Note("n", "a", (), "b"), "img")  # type: ignore[arg-type]
+
+
 def test_basic_prompt_has_no_visual_word() -> None:
     p = processor("tiny", "basic")
     batch = p.collate([p.encode(Note("n", "a", (), "b"))], None, None, np.array([False]))
@@ -130,8 +135,16 @@ def test_save_and_load(tmp_path: Path) -> None:
     note = Note("n", "Some <IMG> title", ("x",), "content")
     assert q.encode(note).token_ids.tolist() == p.encode(note).token_ids.tolist()
     assert (q.text, q.prompt, q.num_queries, q.num_patches, q.vision_width) == (p.text, "micl", NUM_QUERIES, 2, 5)
-    with pytest.raises(ValueError, match="holds no processor_config.json"):
-        MLRMProcessor.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "nowhere", tmp_path / "empty"):
+        with pytest.raises(ValueError, match=rf"^{folder} gives no processor \([^;\n]*[^.]\); name the folder"):
+            MLRMProcessor.from_pretrained(folder)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=rf"^{tmp_path} gives no processor \("):
+        MLRMProcessor.from_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "Other"')
+    with pytest.raises(ValueError, match=rf"^{tmp_path} gives no processor \("):
+        MLRMProcessor.from_pretrained(tmp_path)
 
 
 def test_a_start_token_is_kept_where_the_tokenizer_has_one() -> None:

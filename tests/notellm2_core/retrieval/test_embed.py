@@ -126,10 +126,13 @@ def test_only_its_own_result_is_replaced(release: Release, tmp_path: Path, capsy
 
 
 def test_user_errors_are_one_line(release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "results" / "out"
+    out.parent.mkdir()
     assert "holds no notes" in error(capsys, release, tmp_path, out)
     pq.write_table(pa.table({"note_id": ["a"]}), tmp_path / "n.parquet")
     assert "no column title" in error(capsys, release, tmp_path / "n.parquet", out)
     assert "dim = 99" in error(capsys, release, release.source, out, "--dim", "99")
     assert "batch_notes = 0" in error(capsys, release, release.source, out, "--batch-notes", "0")
-    assert not out.exists()
+    with pytest.raises(ValueError, match="inputs = 'img'; choose one of multimodal, image, text"):
+        embed.embed_notes(release.model, release.source, out, "img")  # type: ignore[arg-type]
+    assert not list(out.parent.iterdir())  # no half-made folder either
