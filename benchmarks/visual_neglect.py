@@ -1,9 +1,9 @@
 """How much of the neglect of the image is the method's, the start's, the learning rate's? Protocol: decision 0006.
 
-    .venv/bin/python benchmarks/visual_neglect.py run [--seeds 201 202 203 204 205] [--out FOLDER] [--set KEY=VALUE ...]
+    .venv/bin/python benchmarks/visual_neglect.py run [--seeds 301 302 303 304 305] [--out FOLDER] [--set KEY=VALUE ...]
     .venv/bin/python benchmarks/visual_neglect.py report [--out FOLDER]
 
-`run` teaches the LLM to read the world's text, then trains the eight models of each seed, one at a time on one thread;
+`run` teaches two LLMs to read the world's text, then trains the eight models of each seed, one at a time on one thread;
 what is there already is not made again, so it can be killed and started again. `report` writes
 benchmarks/results/visual_neglect.md and .json.
 """
@@ -45,9 +45,10 @@ COMMON = {
     "training.checkpoint_every_steps": 1000, "training.validate_every_steps": 1000, "evaluation.baselines": ["random"],
 }  # fmt: skip
 READING = COMMON | {
-    "seed": 0, "model.llm.num_layers": 2, "model.method": "only_late_fusion", "model.start": {"pca_projector": True},
+    "seed": 0, "model.llm.num_layers": 2, "model.start": {"pca_projector": True},
     "training.num_steps": 300, "training.learning_rate": 5e-4,
 }  # fmt: skip
+PROMPT_OF = {"basic": "basic", "notellm2": "micl"}  # the method without fusion that has the same prompt
 BUDGET = COMMON | {"training.num_steps": 80, "training.learning_rate": 2e-4}
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "method": {"basic": {"model.method": "basic"}, "notellm2": {"model.method": "notellm2"}},
@@ -86,7 +87,7 @@ DATA = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "report"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[201, 202, 203, 204, 205])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[301, 302, 303, 304, 305])
     parser.add_argument("--cells", nargs="+", default=["/".join(c) for c in CELLS], metavar="METHOD/START/RATE")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change, in YAML")
     parser.add_argument("--out", type=Path, default=ROOT / ".dagster" / "benchmarks" / "visual_neglect")
@@ -95,10 +96,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.action == "run":
         make_data(load_config(CONFIG, BUDGET))
-        reader = teach_reading(options.out)
+        readers = {method: teach_reading(method, options.out) for method in PROMPT_OF}
         for seed, cell in itertools.product(options.seeds, CELLS):
             if "/".join(cell) in options.cells:
-                run(seed, cell, reader, changes, options.out)
+                run(seed, cell, readers[cell[0]], changes, options.out)
     else:
         report(options.out)
 
@@ -124,17 +125,18 @@ def make_data(config: Config) -> None:
         )
 
 
-def teach_reading(out: Path) -> Path:
-    """An LLM that reads the world's text, and its tokenizer: OUT/reader. Trained on pairs whose pictures are hidden.
+def teach_reading(method: str, out: Path) -> Path:
+    """An LLM that reads the world's text in this method's prompt, and its tokenizer: OUT/reader-METHOD.
 
-    The paper's LLMs come to the experiment able to read the platform's text; the first layers of a small one do not.
-    The prompt has no place for an image, so that the LLM learns to look away from it in neither method's prompt.
+    Trained on pairs whose pictures are hidden: zeros stand in their place. The paper's LLMs come to the experiment able
+    to read the platform's text in any prompt; the first layers of a small one are not.
     """
-    reader = out / "reader"
+    reader = out / f"reader-{method}"
     if reader.exists():
         return reader
-    config = load_config(CONFIG, READING)
-    folder, blind = out / "reading", out / "reading" / "images"
+    config = load_config(CONFIG, READING | {"model.method": PROMPT_OF[method]})
+    folder = out / f"reading-{method}"
+    blind = folder / "images"
     shutil.rmtree(folder, ignore_errors=True)
     images = inputs(Recipe(config))["images"]
     shutil.copytree(images, blind)
@@ -143,7 +145,7 @@ def teach_reading(out: Path) -> Path:
     pq.write_table(table.set_column(1, table.schema.field("image_id"), hidden), blind / "note_images.parquet")
     train(config, folder, {**inputs(Recipe(config)), "images": blind})
     model, processor = load_model(folder / "model")
-    draft = out / ".reader"
+    draft = folder / "reader"
     model.llm.save_pretrained(draft)
     processor.tokenizer.save_pretrained(draft)
     draft.rename(reader)
