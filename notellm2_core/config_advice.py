@@ -11,7 +11,7 @@ def without_effect(config: Config) -> list[str]:
     no_connector = not method.visual_prompt, f"model.method = {model.method}"
     no_visual_loss = "visual" not in method.losses, f"model.method = {model.method}"
     no_qformer = kind != "qformer", f"model.connector.kind = {kind}"
-    sizes = type(model.connector).model_fields.keys() - {"kind"}
+    sizes = [name for name in type(model.connector).model_fields if name != "kind"]
     measured = (model.start.pca_projector, model.start.fusion_scale, model.start.visual_token_gain)
     no_measure = not any(measured), "model.start without anything that is measured"
     by_time = config.split.by == "time", f"split.by = {config.split.by}"

@@ -15,4 +15,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A worker takes whole files; those that need the finished graph go to one, which makes it once."""
+    for item in items:
+        needs_graph = "finished" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("finished" if needs_graph else item.nodeid.partition("::")[0]))
     items.sort(key=lambda item: "test_weekly" not in item.nodeid)

@@ -50,10 +50,10 @@ def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
     """
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no model (no config.json); give the folder of a trained model.")
-    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-    if kind != MLRMConfig.model_type:
-        raise ValueError(f"{folder} holds a {kind}, not a trained model of this project; give the folder of one.")
     try:
+        kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+        if kind != MLRMConfig.model_type:
+            raise ValueError(f"{folder} holds a {kind}, not a trained model of this project; give the folder of one.")
         model = MLRMModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"the model in {folder} cannot be read: {e}") from e

@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import dagster as dg
@@ -123,11 +124,16 @@ def test_a_killed_jvm_is_tried_again(finished: Workplace, copy_of_finished: Work
     copy_of_finished.forget("events", "cooccurrence", "note_sides", "related_pairs", "pair_datasets")
     run = Recall(copy_of_finished)
 
-    def jvm() -> list[psutil.Process]:
+    def killed_a_jvm() -> bool:
         making = list((copy_of_finished.home / "lake").glob("*/.*"))
-        return [p for p in copy_of_finished.processes() if "java" in p.name()] if making else []
+        for process in copy_of_finished.processes() if making else []:
+            with suppress(psutil.NoSuchProcess):  # it may end by itself
+                if "java" in process.name():
+                    process.kill()
+                    return True
+        return False
 
-    wait_for(jvm)[0].kill()  # type: ignore[index]
+    wait_for(killed_a_jvm)
     assert run.process.wait(timeout=300) == 0, copy_of_finished.log.read_text()[-5000:]
     _same_as(finished, copy_of_finished)
 

@@ -20,7 +20,6 @@ SHORT = {"title_words": 3, "content_words": 1, "topic_words": 1}  # enough to be
 CASES: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},
     "basic, LoRA": {"method": "basic", "lora": {"rank": 8, "alpha": 8}},
-    "basic, linear connector": {"method": "basic", "connector": {"kind": "linear"}},
 }
 
 

@@ -42,7 +42,7 @@ def reference(world: World, variant: str) -> dict[str, Any]:
     [
         (2, (0, 1, 2, 3), "notellm2"),
         (4, (2,), "notellm2"),
-        (2, (2, 3), "adapters"),
+        (2, (3,), "adapters"),
         (2, (3,), "omni_retrieval"),
         (2, (3,), "only_late_fusion"),
     ],
