@@ -91,6 +91,10 @@ def _embed(options: argparse.Namespace) -> None:
     counts = embed_notes(
         options.model, options.notes, options.out, options.inputs, options.dim, batch_notes, options.images
     )
+    pictures = counts["pictures"]
+    if lost := {status: n for status, n in pictures.items() if n and status not in ("ok", "missing")}:
+        named = sum(lost.values()) + pictures["ok"]
+        print(f"warning: of {named} pictures, not used: {lost}; --images names their folder", file=sys.stderr)
     print(json.dumps(counts))
 
 

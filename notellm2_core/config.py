@@ -4,6 +4,7 @@ An unknown key, a wrong type or an unknown choice is an error that names the fil
 names or the field comments; counts are `num_*`.
 """
 
+import math
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -191,13 +192,15 @@ class Model(Section):
     connector: Connector = Connector()
     projection_dim: int = Field(64, gt=0)
     matryoshka_dims: tuple[Annotated[int, Field(gt=0)], ...] = ()  # shorter embeddings to train and report, e.g. 16, 32
-    temperature: float = 3.0  # tau at the start (Eq. 1); the scale is e^tau
+    temperature: float = Field(3.0, le=math.log(100), allow_inf_nan=False)  # tau at the start (Eq. 1)
     start: Start = Start()
     lora: LoRA | None = None  # null: full fine-tuning of the LLM
     license: str | None = None  # of the model card, as the hub writes it ("apache-2.0"); None: "other", none is stated
 
     @model_validator(mode="after")
     def _dims(self) -> "Model":
+        if len({*self.matryoshka_dims}) < len(self.matryoshka_dims):
+            raise ValueError(f"matryoshka_dims names a number twice: {list(self.matryoshka_dims)}")
         if wrong := [d for d in self.matryoshka_dims if d >= self.projection_dim]:
             raise ValueError(
                 f"matryoshka_dims names {wrong[0]}, which is not below projection_dim = {self.projection_dim}"

@@ -78,12 +78,14 @@ def _run() -> int:
         print(f"\nerror: {_why(result)}", file=sys.stderr)
         return 1
     made = Recipe(recipe.config, recipe.week, result.run_id)
-    report, index = made.dataset("eval_recall"), made.dataset("faiss_index")
+    report = made.dataset("eval_recall")
     for name in ("recall.md", "saliency.md"):
         if (report.path / name).exists():
             print(f"\n{(report.path / name).read_text()}")
     print(f"{time.monotonic() - started:.0f} s. Pictures of neighbours: {_relative(report.path / 'neighbours.jpg')}")
-    print(f"The index of all notes: {_relative(index.path / 'index')}")
+    print(f"The model: {_relative(made.dataset('checkpoint').path)}")
+    print(f"The vectors of all notes: {_relative(made.dataset('note_embeddings').path / 'multimodal')}")
+    print(f"Their index: {_relative(made.dataset('faiss_index').path / 'index')}")
     print("The asset graph, every figure and the MLflow curves: make dev")
     return 0
 

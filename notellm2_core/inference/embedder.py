@@ -23,7 +23,7 @@ from notellm2_core.embeddings import shortened
 from notellm2_core.inference.batch_embedder import WINDOW_BATCHES, BatchEmbedder
 from notellm2_core.inference.hub import model_folder
 from notellm2_core.inference.pictures import PictureFeatures
-from notellm2_core.model.build import load_encoder, load_model, require_its_encoder
+from notellm2_core.model.build import load_encoder, load_model, require_its_encoder, require_its_processor
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.notes.batch import InputKind, MLRMProcessor, require_input_kind
@@ -45,10 +45,11 @@ class Embedder:
     ) -> None:
         """Moves the model to `device` (None: the GPU where there is one) in fp32 on a CPU and bf16 on a GPU.
 
-        Raises ValueError where `encoder` is not the one that the model was trained with.
+        Raises ValueError where `encoder` is not the one that the model was trained with, or `processor` of another one.
         """
         assert isinstance(model.config, MLRMConfig)
         require_its_encoder(model.config, encoder.encoder_id)
+        require_its_processor(model.config, processor)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         nn.Module.to(model.eval(), self.device, self.dtype)

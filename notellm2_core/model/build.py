@@ -9,7 +9,7 @@ import notellm2_core.torch_compat  # noqa: F401, before transformers
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from notellm2_core.config import Config
 from notellm2_core.model.connector import ConnectorSizes
@@ -28,6 +28,7 @@ def build_model(config: Config, cache_dir: Path) -> tuple[MLRMModel, MLRMProcess
     method = get_method(config.model.method)
     num_patches, vision_width = vision_dims(config.model.vision)
     decoder, tokenizer = load_llm(config.model.llm, cache_dir)
+    require_its_tokenizer(decoder, tokenizer, config.model.llm.name)
     num_known_tokens = len(tokenizer)
     num_words = num_visual_words(config, num_patches)
     processor = MLRMProcessor(tokenizer, config.text, method.prompt, num_words, num_patches, vision_width)
@@ -55,11 +56,13 @@ def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
         if kind != MLRMConfig.model_type:
             raise ValueError(f"{folder} holds a {kind}, not a trained model of this project; give the folder of one.")
         model = MLRMModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, TypeError, KeyError) as e:  # the last two: settings that are no settings
         raise ValueError(f"the model in {folder} cannot be read: {e}") from e
     if model.config.encoder_id:  # a bare save_pretrained names none
         require_its_encoder(model.config, saved_encoder_id(folder / "vision"))
-    return model.eval(), MLRMProcessor.from_pretrained(folder)
+    processor = MLRMProcessor.from_pretrained(folder)
+    require_its_processor(model.config, processor)
+    return model.eval(), processor
 
 
 def load_encoder(folder: Path) -> VisionEncoder:
@@ -80,17 +83,47 @@ def require_its_encoder(config: PreTrainedConfig, encoder_id: str) -> None:
         )
 
 
+def require_its_processor(config: PreTrainedConfig, processor: MLRMProcessor) -> None:
+    """Raises ValueError where `processor` lays out other batches than the model reads."""
+    assert isinstance(config, MLRMConfig) and config.connector is not None
+    sizes = ConnectorSizes(**config.connector)
+    reads = {
+        "prompt": get_method(config.method).prompt,
+        "num_queries": sizes.num_queries if sizes.kind == "qformer" else config.num_patches,
+        "num_patches": config.num_patches,
+        "vision_width": sizes.vision_width,
+    }
+    for name, value in reads.items():
+        if getattr(processor, name) != value:
+            raise ValueError(
+                f"the processor has {name} = {getattr(processor, name)!r}, the model reads {value!r}: use the one that "
+                "was saved with the model."
+            )
+
+
+def require_its_tokenizer(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises ValueError where words of the tokenizer have no embedding. Tokens that were added to it may have none."""
+    num_rows = len(_word_embeddings(decoder))
+    if tokenizer.vocab_size > num_rows:
+        raise ValueError(
+            f"the tokenizer of {name} has {tokenizer.vocab_size} words, its table of embeddings {num_rows}; use the "
+            "model's own tokenizer."
+        )
+
+
 @torch.no_grad()
 def add_word_embeddings(decoder: PreTrainedModel, token_ids: list[int], num_known_tokens: int) -> None:
     """Word embeddings of new tokens start as the mean of the known ones.
 
-    The table grows only where the ids do not fit (Qwen's has spare rows already, and keeps them). Tokens that the
-    tokenizer knew before (ids below `num_known_tokens`) keep the row that they have.
+    The table grows only where the ids do not fit (Qwen's has spare rows already, and keeps them), and rows that it
+    gains are all of new tokens. Tokens that the tokenizer knew before (ids below `num_known_tokens`) keep their row.
     """
     new = [i for i in token_ids if i >= num_known_tokens]
+    num_rows = len(_word_embeddings(decoder))
     mean = _word_embeddings(decoder)[:num_known_tokens].mean(0)
-    if new and max(new) >= len(_word_embeddings(decoder)):
+    if new and max(new) >= num_rows:
         decoder.resize_token_embeddings(max(new) + 1, mean_resizing=False)
+    _word_embeddings(decoder)[num_rows:] = mean
     _word_embeddings(decoder)[new] = mean
 
 

@@ -15,8 +15,8 @@ from notellm2_core.model.llm import llm_architecture, load_tokenizer
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.parts import set_trained
-from notellm2_core.model.vision import vision_dims
-from notellm2_core.model.vision_towers import architecture_of, build_tower, dropped_projection_parameters
+from notellm2_core.model.vision import vision_architecture, vision_dims
+from notellm2_core.model.vision_towers import build_tower, dropped_projection_parameters
 from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.notes.text import IMAGE_TOKEN, PROMPTS, VISUAL_WORD_TOKEN, name_of
 
@@ -34,7 +34,7 @@ def describe(config: Config) -> dict[str, Any]:
     num_patches, vision_width = vision_dims(config.model.vision)
     method = get_method(config.model.method)
     with torch.device("meta"):
-        vision = architecture_of(config.model.vision)
+        vision = vision_architecture(config.model.vision)
         tower = build_tower(vision)
         model = MLRMModel(mlrm_config(config, architecture, num_patches, vision_width))
     parameters = {

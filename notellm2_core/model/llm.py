@@ -92,7 +92,7 @@ def llm_architecture(settings: config.LLM) -> PreTrainedConfig:
         model_type = fields.pop("model_type", None)
         if model_type is None:
             raise ValueError("model.llm.config has no model_type; name the architecture, for example llama.")
-        with _errors_of(f"model.llm.config of type {model_type!r}"):
+        with _errors_of(f"model.llm.config of type {model_type!r}", "correct model.llm.config"):
             given = AutoConfig.for_model(model_type, **fields)
             if unknown := [name for name in fields if not hasattr(AutoConfig.for_model(model_type), name)]:
                 raise ValueError(f"a {model_type} has no setting {unknown[0]!r}")
@@ -222,11 +222,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @contextmanager
-def _errors_of(name: str) -> Iterator[None]:
+def _errors_of(name: str, cure: str = f"set model.llm.name to {_DECODER_MODES}") -> Iterator[None]:
     """Whatever transformers says about weights that cannot be had becomes one sentence."""
     try:
         yield
     except (OSError, ImportError, ValueError, KeyError, SafetensorError, StrictDataclassError) as e:
-        raise ValueError(
-            f"the LLM {name!r} cannot be loaded ({one_line(e)}); set model.llm.name to {_DECODER_MODES}."
-        ) from e
+        missing = name.startswith(("/", ".", "~")) and not Path(name).exists()
+        reason = "there is no such folder" if missing else one_line(e)
+        raise ValueError(f"the LLM {name!r} cannot be loaded ({reason[:300]}); {cure}.") from e

@@ -13,6 +13,7 @@ import notellm2_core.torch_compat  # noqa: F401, before transformers
 
 # isort: split
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
@@ -70,7 +71,8 @@ class MLRMModel(PreTrainedModel):
     def __init__(self, config: MLRMConfig, llm: PreTrainedModel | None = None) -> None:
         """`llm`: the pretrained decoder; None: a random one of `config.llm`, to be filled by a checkpoint."""
         super().__init__(config)
-        assert config.llm is not None and config.connector is not None
+        if config.llm is None or config.connector is None:
+            raise ValueError("the config.json of the model lacks llm or connector; use a complete copy")
         method, sizes = get_method(config.method), ConnectorSizes(**config.connector)
         self.llm = llm if llm is not None else _random_llm(config)
         words = self.llm.get_input_embeddings()
@@ -133,12 +135,18 @@ class MLRMModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but a weight that is missing or of another shape is a ValueError, not a random one."""
+        """As in transformers, but from safetensors alone, and a weight that is missing, damaged or of another shape is
+        a ValueError, not a random one.
+        """
         wants_report = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True}
         try:
-            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        except RuntimeError as e:  # transformers' answer to weights of another shape
-            raise ValueError(f"{args[0]} does not fit its config.json: {' '.join(str(e).split())[:300]}") from e
+            # Weights of another shape go into the report.
+            loaded: Any = super().from_pretrained(
+                *args, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except SafetensorError as e:
+            raise ValueError(f"the weights of {args[0]} cannot be read: {e}") from e
         model, report = loaded
         require_complete(report, str(args[0]))
         if report["unexpected_keys"]:

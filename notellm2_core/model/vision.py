@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from notellm2_core import config
 from notellm2_core.model.vision_architecture import SUPPORTED, Architecture, Preprocess
-from notellm2_core.model.vision_towers import architecture_of, build_tower
+from notellm2_core.model.vision_towers import LIBRARIES, architecture_of, build_tower
 from notellm2_core.model.vision_weights import load_tower
 
 FEATURES_VERSION = 1  # part of encoder_id: raise it when this code computes other features from the same weights
@@ -69,8 +69,7 @@ class VisionEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path) -> "VisionEncoder":
         """What `save_pretrained` wrote. Raises ValueError if a file is missing, or does not give its encoder_id."""
-        facts = _read_facts(Path(folder))
-        architecture = Architecture.from_json(facts["architecture"])
+        facts, architecture = _read_facts(Path(folder)), _read_architecture(Path(folder))
         tower = build_tower(architecture)
         file = Path(folder) / "model.safetensors"
         try:
@@ -100,12 +99,16 @@ def load_vision_encoder(settings: config.Vision) -> VisionEncoder:
 
 def vision_dims(settings: config.Vision) -> tuple[int, int]:
     """(L, h_v) of the encoder that the settings name, without reading weights."""
-    if (folder := _saved_folder(settings)) is not None:
-        facts = _read_facts(folder)
-        return facts["num_patches"], facts["width"]
     with torch.device("meta"):
-        architecture = architecture_of(settings)
+        architecture = vision_architecture(settings)
         return _measure(architecture, build_tower(architecture).eval())
+
+
+def vision_architecture(settings: config.Vision) -> Architecture:
+    """The architecture that the settings name, or that their folder holds. Reads no weights."""
+    if (folder := _saved_folder(settings)) is not None:
+        return _read_architecture(folder)
+    return architecture_of(settings)
 
 
 def to_pixels(image: Image.Image, how: Preprocess) -> Tensor:
@@ -170,6 +173,16 @@ def _saved_folder(settings: config.Vision) -> Path | None:
 def saved_encoder_id(folder: Path) -> str:
     """Which encoder `folder` says it is, without reading weights. Raises ValueError where it holds none."""
     return str(_read_facts(folder)["encoder_id"])
+
+
+def _read_architecture(folder: Path) -> Architecture:
+    raw = _read_facts(folder)["architecture"]
+    try:
+        architecture = Architecture.from_json(raw)
+        _ = LIBRARIES[architecture.library]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{folder / 'config.json'} is not the configuration of a saved vision encoder ({e!r})") from e
+    return architecture
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:

@@ -53,12 +53,20 @@ class TimmTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.trunk.forward_features(pixels)
+        if not isinstance(features, Tensor):
+            raise ValueError(f"{type(self.trunk).__name__} of timm has no patch features; supported: {SUPPORTED}")
         pooled = self.trunk.forward_head(features, pre_logits=True)
         if features.ndim == 4:  # a map: [N, h_v, H, W], or [N, H, W, h_v] (Swin)
             if features.shape[1] == self.trunk.num_features:
                 features = features.permute(0, 2, 3, 1)
             return features.flatten(1, 2), pooled
-        return features[:, getattr(self.trunk, "num_prefix_tokens", 0) :], pooled
+        patches = features[:, getattr(self.trunk, "num_prefix_tokens", 0) :]
+        if patches.shape[1] == 1 or math.isqrt(patches.shape[1]) ** 2 != patches.shape[1]:  # a token of another kind
+            raise ValueError(
+                f"the {patches.shape[1]} tokens of timm's {type(self.trunk).__name__} are not the patches of a square "
+                f"picture; supported: {SUPPORTED}"
+            )
+        return patches, pooled
 
 
 class TinyTower(nn.Module):

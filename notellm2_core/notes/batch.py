@@ -84,7 +84,12 @@ class MLRMProcessor:
         vision_width: int,
         padding_side: Literal["right", "left"] = "right",
     ) -> None:
-        """Adds the two special tokens to `tokenizer` where it has not got them. `num_queries` is L_c."""
+        """Adds the two special tokens to `tokenizer` where it has not got them. `num_queries` is L_c.
+
+        Raises ValueError for an unknown prompt.
+        """
+        if prompt not in PROMPTS:
+            raise ValueError(f"prompt = {prompt!r}; choose one of {', '.join(PROMPTS)}")
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VISUAL_WORD_TOKEN]}, False)
         self.tokenizer = tokenizer
         new_token_ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VISUAL_WORD_TOKEN])
@@ -213,7 +218,10 @@ class MLRMProcessor:
             ) from e
         if settings.pop("processor_class", None) != cls.__name__:
             raise ValueError(f"{file} is not of a {cls.__name__}; give the folder of a trained model.")
-        return cls(tokenizer, Text(**settings.pop("text")), **settings)
+        try:
+            return cls(tokenizer, Text(**settings.pop("text")), **settings)
+        except (TypeError, KeyError, ValueError) as e:
+            raise ValueError(f"{file} is not the configuration of a {cls.__name__} ({' '.join(str(e).split())})") from e
 
     def _tokenize(self, text: str) -> list[int]:
         """Ids of plain text: what looks like a special token is spelled out, so none can be smuggled in."""

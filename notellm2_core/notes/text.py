@@ -111,5 +111,5 @@ def max_field_tokens(name: FieldName, settings: Text) -> int:
 def field_text(note: Note, name: FieldName, settings: Text) -> str:
     """A field as it goes into the prompt: truncated and escaped. Topics are joined with ", " and truncated together."""
     raw = {"title": note.title, "topic": ", ".join(note.topics), "content": note.content}[name]
-    raw = raw[: CHARACTERS_PER_TOKEN * max_field_tokens(name, settings)]
+    raw = raw.lstrip()[: CHARACTERS_PER_TOKEN * max_field_tokens(name, settings)]
     return escape(truncate_words(raw, field_limit(name, settings), settings.word_unit))

@@ -144,7 +144,7 @@ def optimizer_groups(named: dict[str, list[tuple[str, nn.Parameter]]], training:
 
 
 def _decays(part: str, name: str, parameter: nn.Parameter) -> bool:
-    return part != "tau" and parameter.ndim == 2 and "quer" not in name.rsplit(".", 1)[-1]
+    return part != "tau" and parameter.ndim >= 2 and "quer" not in name.rsplit(".", 1)[-1]
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_ratio: float) -> float:

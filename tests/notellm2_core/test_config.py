@@ -61,6 +61,9 @@ def test_the_defaults_are_the_papers(path: Path) -> None:
         ("training: {parts: [llm, words]}", "training.parts.1: Input should be 'llm', 'word_embeddings', 'connector'"),
         ("model: {llm: {name: tiny}, lora: {rank: 0}}", "model.lora.rank: Input should be greater than 0"),
         ("model: {llm: {name: tiny}, lora: {ranks: 8}}", "model.lora.ranks: no such setting"),
+        ("model: {llm: {name: tiny}, temperature: 5}", "model.temperature: Input should be less than or equal to 4.6"),
+        ("model: {llm: {name: tiny}, temperature: .nan}", "model.temperature: Input should be"),
+        ("model: {llm: {name: tiny}, matryoshka_dims: [8, 8]}", "names a number twice"),
         ("seed: [", "is not YAML"),
         ("on: 1", "Keys should be strings"),  # to YAML, `on` is a truth value
     ],

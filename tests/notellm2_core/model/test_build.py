@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, LlamaConfig, LlamaModel
 
 from notellm2_core.config import LLM
-from notellm2_core.model.build import add_word_embeddings, load_model
+from notellm2_core.model.build import add_word_embeddings, load_model, require_its_tokenizer
 from notellm2_core.model.llm import load_llm
 from notellm2_core.model.methods import METHODS
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
@@ -123,9 +123,58 @@ def test_an_incomplete_checkpoint_is_refused(saved: Path, damage: str, loader) -
     else:
         weights["surprise"] = torch.zeros(1)
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
-    words = {"missing": "queries", "missing_llm": "up_proj", "shape": "shape|does not fit", "unknown": "surprise"}
+    words = {"missing": "queries", "missing_llm": "up_proj", "unknown": "surprise"}
+    words["shape"] = "has weights of another shape for 1 tensors, among them projector.weight"
     with pytest.raises(ValueError, match=words[damage]):
         loader(saved)
+
+
+@pytest.mark.parametrize("name", ["num_queries", "prompt", "num_patches"])
+def test_a_processor_of_another_model_is_refused(saved: Path, name: str) -> None:
+    file = saved / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings[name] = "basic" if name == "prompt" else settings[name] - 1
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"the processor has {name} = .*use the one that was saved with the model"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("processor_config.json", {"prompt": "foo"}),
+        ("processor_config.json", {"surprise": 1}),
+        ("config.json", {"connector": None}),
+        ("config.json", {"connector": {"kind": "qformer", "surprise": 1}}),
+    ],
+)
+def test_a_damaged_configuration_is_one_sentence(saved: Path, file: str, change: dict[str, object]) -> None:
+    (saved / file).write_text(json.dumps(json.loads((saved / file).read_text()) | change))
+    with pytest.raises(ValueError, match=r"cannot be read|lacks llm or connector|is not the configuration of"):
+        load_model(saved)
+
+
+def test_nothing_is_unpickled(saved: Path) -> None:
+    """A checkpoint that is only there as a pickle is as good as none."""
+    torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        AutoModel.from_pretrained(saved)
+
+
+def test_words_without_an_embedding_are_refused() -> None:
+    """Tokens that were added to a tokenizer may lack one: they start as the mean, as the new ones do."""
+    decoder, tokenizer = load_llm(LLM(name="tiny"), Path("unused"))
+    num_words = len(tokenizer)
+    with pytest.raises(ValueError, match=f"has {num_words} words, its table of embeddings {num_words - 1}"):
+        require_its_tokenizer(
+            LlamaModel(LlamaConfig(**{**decoder.config.to_dict(), "vocab_size": num_words - 1})), tokenizer, "x"
+        )
+    tokenizer.add_tokens(["<ours>"])
+    require_its_tokenizer(decoder, tokenizer, "x")
+    mean = decoder.get_input_embeddings().weight.mean(0)
+    add_word_embeddings(decoder, [num_words + 1], num_words + 1)
+    torch.testing.assert_close(decoder.get_input_embeddings().weight[num_words:], mean.expand(2, -1))
 
 
 def test_a_folder_without_a_model(saved: Path, tmp_path: Path) -> None:

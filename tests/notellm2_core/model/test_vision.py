@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from notellm2_core import config
-from notellm2_core.model.vision import VisionEncoder, load_vision_encoder, to_pixels, vision_dims
+from notellm2_core.model.vision import VisionEncoder, load_vision_encoder, to_pixels, vision_architecture, vision_dims
 from notellm2_core.model.vision_architecture import Preprocess, library
 from notellm2_core.model.vision_towers import architecture_of, build_tower
 from notellm2_core.weights import PACKAGES
@@ -152,6 +152,8 @@ def test_package_weights_that_do_not_fit_are_refused(monkeypatch):
         (config.Vision(name="RN50"), "ModifiedResNet of open_clip has no patch features; supported: open_clip ViTs"),
         (config.Vision(name="coca_ViT-B-32"), "no patch features; supported"),
         (config.Vision(library="timm", name="mobilenetv3_small_100"), "do not go together; supported"),
+        (config.Vision(library="timm", name="volo_d1_224"), "197 tokens of timm's VOLO are not the patches of a squ"),
+        (config.Vision(library="timm", name="coat_tiny"), "CoaT of timm has no patch features; supported"),
     ],
 )
 def test_unusable_models(vision, message):
@@ -212,6 +214,7 @@ def test_saved_encoder_gives_the_same_bits(tmp_path, small_clip):
         by_setting = config.Vision(name="whatever", pretrained=str(tmp_path / str(number)))
         assert load_vision_encoder(by_setting).encoder_id == encoder.encoder_id
         assert vision_dims(by_setting) == (16, encoder.width)
+        assert vision_architecture(by_setting) == encoder.architecture
 
 
 def test_a_saved_encoder_that_was_changed_is_refused(tmp_path):
@@ -226,6 +229,11 @@ def test_a_saved_encoder_that_was_changed_is_refused(tmp_path):
         VisionEncoder.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="cannot be loaded"):
+        VisionEncoder.from_pretrained(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    facts["architecture"]["library"] = "zzz"
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="is not the configuration of a saved vision encoder .KeyError.'zzz'"):
         VisionEncoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is not the configuration of a saved vision encoder"):

@@ -82,3 +82,7 @@ def test_a_word_of_a_million_letters_is_cut() -> None:
     start = time.perf_counter()
     assert len(field_text(Note("n", "x" * 1_000_000, (), ""), "title", Text())) == 2560
     assert time.perf_counter() - start < 0.5
+
+
+def test_white_space_before_a_text_hides_nothing() -> None:
+    assert field_text(Note("n", "", (), " " * 20_000 + "late"), "content", Text()) == "late"
