@@ -32,6 +32,7 @@ def cooccurrence(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Ma
                 view_events=config.source.view_events,
                 click_events=config.source.click_events,
                 simultaneous=config.pairs.simultaneous,
+                max_user_notes=config.pairs.max_user_notes,
             )
 
     return pipeline.publish(context, build)
@@ -84,7 +85,7 @@ def related_pairs(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.M
                 scores=inputs["cooccurrence"].path,
                 sides=inputs["note_sides"].path / "sides",
                 out=draft.path,
-                filters=Filters(**config.pairs.model_dump(exclude={"simultaneous"})),
+                filters=Filters(**config.pairs.model_dump(exclude={"simultaneous", "max_user_notes"})),
             )
 
     return pipeline.publish(context, build)

@@ -67,6 +67,8 @@ class Pairs(Section):
     simultaneous: bool = (
         False  # whether a click at the very time of the view counts as subsequent (day-resolution logs)
     )
+    # Of each user, the notes viewed last and the notes clicked last that make pairs; None: all of them.
+    max_user_notes: int | None = Field(2000, gt=0)
     low: float = 0.01  # scores below are outliers; inclusive bound
     up: float = 30.0  # scores above are outliers; inclusive bound
     bounds: Literal["absolute", "quantile"] = "absolute"  # quantile: low and up are shares of the score distribution

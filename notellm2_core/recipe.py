@@ -42,7 +42,11 @@ STAGES: Mapping[str, Stage] = {
         ("source.view_events", "source.click_events", "source.ignored_events", "window.train_days", "window.test_days"),
     ),
     "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=2),
-    "cooccurrence": Stage(("events",), ("source.view_events", "source.click_events", "pairs.simultaneous")),
+    "cooccurrence": Stage(
+        ("events",),
+        ("source.view_events", "source.click_events", "pairs.simultaneous", "pairs.max_user_notes"),
+        version=2,
+    ),
     "note_sides": Stage(
         ("notes", "events", "vision_features"), ("split.by", "split.pool_share", "split.max_pool_notes")
     ),

@@ -1,4 +1,4 @@
-"""Eq. 2, second half: the scores of one block of queries. Every pair of a query lies in its block, so nothing is merged.
+"""Eq. 2, second half: the scores of a block of queries. Every pair of a query lies in its block: nothing is merged.
 
 A pair and a user's N_u are packed into one whole number; sorting these numbers groups the pairs. Sums run over equal
 N_u at once, in ascending order, so that a score has the same last digit however users were spread over the cluster.
@@ -29,7 +29,7 @@ class _Runs(NamedTuple):
     """How many users with the same N_u have the same pair; each [n], by key."""
 
     key: Ints  # query's place, target, place of N_u: one number
-    count: Ints
+    users: Ints
 
 
 def pair_scores(lists: pa.Table, pairs_at_a_time: int = _PAIRS_AT_A_TIME) -> Iterator[Pairs]:
@@ -51,7 +51,7 @@ def pair_scores(lists: pa.Table, pairs_at_a_time: int = _PAIRS_AT_A_TIME) -> Ite
     sizes, size = np.unique(table["num_clicked"].to_numpy(), return_inverse=True)
 
     size_bits, note_bits = int(len(sizes) - 1).bit_length(), int(click.max()).bit_length()
-    most_queries = 1 << (63 - note_bits - size_bits)
+    most_queries = 1 << min(62, 63 - note_bits - size_bits)  # of one chunk
     pair_end, place = np.cumsum(length), np.cumsum(np.append(False, query[1:] != query[:-1]))
     carried = _Runs(np.empty(0, np.int64), np.empty(0, np.int64))  # of the last query, which may go on
     low, weight = 0, 1.0 / sizes
@@ -68,17 +68,22 @@ def pair_scores(lists: pa.Table, pairs_at_a_time: int = _PAIRS_AT_A_TIME) -> Ite
         goes_on = high < len(query) and place[high] == place[high - 1]
         last = (place[high - 1] - place[low]) << (note_bits + size_bits)
         cut = int(np.searchsorted(runs.key, last)) if goes_on else len(runs.key)
-        carried = _Runs(runs.key[cut:] - last, runs.count[cut:])
-        if cut:
-            yield _summed(_Runs(runs.key[:cut], runs.count[:cut]), query[here], place[here], weight, note_bits, size_bits)
+        carried = _Runs(runs.key[cut:] - last, runs.users[cut:])
+        whole = _Runs(runs.key[:cut], runs.users[:cut])
+        pairs = _summed(whole, query[here], place[here], weight, note_bits, size_bits)
+        if len(pairs.query):
+            yield pairs
         low = high
 
 
-def _summed(runs, query, place, weight, note_bits, size_bits) -> Pairs:
+def _summed(
+    runs: _Runs, query: Ints, place: Ints, weight: npt.NDArray[np.float64], note_bits: int, size_bits: int
+) -> Pairs:
+    """The pairs of whole runs, without self pairs: the weights of their users added up, size by size."""
     pair = runs.key >> size_bits
     first = run_starts(pair)
-    score = np.add.reduceat(runs.count * weight[runs.key & ((1 << size_bits) - 1)], first)
-    num_users = np.add.reduceat(runs.count, first)
+    score = np.add.reduceat(runs.users * weight[runs.key & ((1 << size_bits) - 1)], first)
+    num_users = np.add.reduceat(runs.users, first)
     pair = pair[first]
     target = pair & ((1 << note_bits) - 1)
     queries = query[run_starts(place)][pair >> note_bits]
@@ -89,7 +94,7 @@ def _summed(runs, query, place, weight, note_bits, size_bits) -> Pairs:
 def _merged(a: _Runs, b: _Runs) -> _Runs:
     if not len(a.key):
         return b
-    key, count = np.concatenate([a.key, b.key]), np.concatenate([a.count, b.count])
+    key, count = np.concatenate([a.key, b.key]), np.concatenate([a.users, b.users])
     order = np.argsort(key, kind="stable")
     key = key[order]
     first = run_starts(key)

@@ -1,12 +1,13 @@
 """Eq. 2, first half: from interactions to the lists that the pairs are made of. Whole users, in numpy.
 
-A user's clicked notes lie in the order of their last clicks. Then the targets of a viewed note are the rest of that list
-from one place on, so that no times are kept, and every pair that is ever made counts. A user's lists are cut into blocks
-by the viewed note: a block holds all views of its notes, each with the clicks that follow, and is scored by itself.
+A user's clicked notes lie in the order of their last clicks. So the targets of a viewed note are the rest of that list
+from one place on: no times are kept, and every pair that is made counts. The lists are cut into blocks by the viewed
+note: a block holds all views of its notes, each with the clicks that follow, and is scored by itself.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +52,7 @@ class UserLists:
         group = block + num_blocks * (self.user // _USERS_AT_A_TIME)
         order = np.argsort(group, kind="stable")
         borders = np.append(run_starts(group[order]), len(order))
-        for low, high in zip(borders[:-1], borders[1:], strict=True):
+        for low, high in pairwise(borders):
             views = order[low:high]
             yield int(block[views[0]]), self._rows(views)
 
@@ -62,12 +63,12 @@ class UserLists:
         users, num_views = user[first], np.diff(np.append(first, len(user)))
         begin = np.minimum.reduceat(start, first)
         num_clicks = self.end[users] - begin
-        columns = (
+        columns = [
             pa.array(self.num_clicked[users], pa.int32()),
             _ragged(self.view[views], num_views),
             _ragged(start - np.repeat(begin, num_views), num_views),
             _ragged(self.click[ragged(begin, num_clicks)], num_clicks),
-        )
+        ]
         return pa.record_batch(columns, schema=LISTS)
 
 

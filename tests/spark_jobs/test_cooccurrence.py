@@ -1,8 +1,11 @@
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +21,23 @@ from tests.spark_jobs.conftest import EVENTS, Frame, at, rows_of
 from tests.spark_jobs.test_source import write_csv
 
 Log = list[tuple[str, str, int, str]]
+Scores = Callable[..., list[tuple[Any, ...]]]
+
+
+@pytest.fixture
+def scores_of(spark: SparkSession, tmp_path: Path) -> Scores:
+    """What `cooccurrence` writes, as rows."""
+    numbers = count()
+
+    def compute(*arguments: Any, **options: Any) -> list[tuple[Any, ...]]:
+        out = tmp_path / f"scores{next(numbers)}"
+        figures = cooccurrence(*arguments, out=out, **options)
+        assert {f.name[:5] for f in out.iterdir()} <= {"part-"}  # nothing hidden is left
+        rows = [tuple(r.values()) for file in sorted(out.iterdir()) for r in pq.read_table(file).to_pylist()]
+        assert figures["pairs"] == len(rows) and figures["queries"] == len({r[0] for r in rows})
+        return rows
+
+    return compute
 
 
 def brute_force(log: Log, simultaneous: bool) -> dict[tuple[str, str], tuple[Fraction, int]]:
@@ -37,7 +57,7 @@ def brute_force(log: Log, simultaneous: bool) -> dict[tuple[str, str], tuple[Fra
     return {pair: (sum(Fraction(1, len(clicked[u])) for u in us), len(us)) for pair, us in users.items()}
 
 
-def test_worked_example(frame: Frame) -> None:
+def test_worked_example(frame: Frame, scores_of: Scores) -> None:
     """Three users, by the second:
 
     u1  view A 1, click B 2, click C 3, view B 9        N = 2 (B, C)
@@ -59,8 +79,9 @@ def test_worked_example(frame: Frame) -> None:
     strict = [("A", "B", 1.5, 2), ("A", "C", 0.5, 1), ("B", "C", 0.5, 1), ("C", "B", 1.0, 1)]
     together = [("A", "B", 2.0, 3), ("A", "C", 1.0, 2), ("B", "C", 1.0, 2), ("C", "B", 1.5, 2)]
     for views in (["view", "click"], ["view"]):  # a click is a view, whether it is named one or not
-        assert rows_of(cooccurrence(events, views, ["click"]), *schema.SCORES.names) == strict
-    assert rows_of(cooccurrence(events, ["view"], ["click"], simultaneous=True), *schema.SCORES.names) == together
+        assert sorted(scores_of(events, views, ["click"])) == strict
+    assert sorted(scores_of(events, ["view"], ["click"], simultaneous=True)) == together
+    assert sorted(scores_of(events, ["view"], ["click"], max_user_notes=1)) == [("C", "B", 1.0, 1)]
     assert rows_of(target_clicks(events, ["click"]), "note_id", "num_users") == [("B", 3), ("C", 2)]
 
 
@@ -74,7 +95,7 @@ event = st.tuples(
 
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(logs=st.lists(st.lists(event, max_size=14), min_size=25, max_size=25), simultaneous=st.booleans())
-def test_equals_the_definition(frame: Frame, logs: list[Log], simultaneous: bool) -> None:
+def test_equals_the_definition(frame: Frame, scores_of: Scores, logs: list[Log], simultaneous: bool) -> None:
     """Many small logs at once: their users and notes are kept apart by a prefix, and U and N_u never mix users."""
     rows: Log = [(f"{i}{u}", f"{i}{n}", t, e) for i, log in enumerate(logs) for u, n, t, e in log]
     expected = {
@@ -82,21 +103,22 @@ def test_equals_the_definition(frame: Frame, logs: list[Log], simultaneous: bool
         for i, log in enumerate(logs)
         for (a, b), value in brute_force(log, simultaneous).items()
     }
-    scores = cooccurrence(frame(EVENTS, [(u, n, at(t), e) for u, n, t, e in rows]), ["view"], ["click"], simultaneous)
-    found = {(q, t): (s, n) for q, t, s, n in rows_of(scores, *schema.SCORES.names)}
+    events = frame(EVENTS, [(u, n, at(t), e) for u, n, t, e in rows])
+    found = {(q, t): (s, n) for q, t, s, n in scores_of(events, ["view"], ["click"], simultaneous=simultaneous)}
     assert found.keys() == expected.keys()
     for pair, (value, users) in expected.items():
         assert found[pair][1] == users
         assert found[pair][0] == pytest.approx(float(value), rel=1e-12)
 
 
-def test_sums_are_exact_and_do_not_depend_on_order(frame: Frame) -> None:
+def test_sums_are_exact_and_do_not_depend_on_order(frame: Frame, scores_of: Scores) -> None:
     """Users with N_u = 1 .. 40 who all saw A and then clicked B: the score is the harmonic number H_40."""
     rows = [(f"u{n}", "A", at(0), "view") for n in range(1, 41)]
     rows += [(f"u{n}", "B" if i == 0 else f"x{n}-{i}", at(1), "click") for n in range(1, 41) for i in range(n)]
-    runs = [cooccurrence(frame(EVENTS, r).repartition(p), ["view"], ["click"]) for r, p in ((rows, 1), (rows[::-1], 7))]
-    one, two = (rows_of(r, *schema.SCORES.names) for r in runs)
-    assert one == two  # bit by bit
+    one, two = (
+        scores_of(frame(EVENTS, r).repartition(p), ["view"], ["click"]) for r, p in ((rows, 1), (rows[::-1], 7))
+    )
+    assert one == two  # bit by bit, in the same order
     [harmonic] = [s for q, t, s, _ in one if (q, t) == ("A", "B")]
     assert harmonic == pytest.approx(float(sum(Fraction(1, n) for n in range(1, 41))), rel=1e-15)
 
@@ -112,7 +134,7 @@ def test_score_computes_equal_windows_once(
         )
     calls = []
     monkeypatch.setattr(job, "cooccurrence", lambda *a: calls.append(a) or cooccurrence(*a))
-    counts = score(spark, tmp_path / "same", tmp_path / "out", ["view"], ["click"], False)
+    counts = score(spark, tmp_path / "same", tmp_path / "out", ["view"], ["click"], False, None)
     assert len(calls) == 1 and counts["test"] == counts["train"]
     assert counts["train"]["pairs"] == 1 and counts["train"]["score"]["max"] == 1.0
     for table in ("train", "test"):
@@ -121,7 +143,7 @@ def test_score_computes_equal_windows_once(
     with pytest.raises(
         ValueError, match="test window: no user clicked one note after viewing another; set pairs.simult"
     ):
-        score(spark, tmp_path / "other", tmp_path / "out2", ["view"], ["click"], False)
+        score(spark, tmp_path / "other", tmp_path / "out2", ["view"], ["click"], False, None)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

@@ -1,0 +1,189 @@
+"""Eq. 2 inside a Spark task: Arrow rows in, Arrow rows out, and the files of scores.
+
+`cut_lists` turns whole users' interactions into lists (`spark_jobs.user_lists`), `write_scores` turns the lists of one
+block of queries into a file of scores (`spark_jobs.pair_scores`). Notes are numbers in between: their places among the
+ids that `write_note_ids` has put into a file, which every worker maps into its memory.
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from notellm2_core.schema import SCORES
+from spark_jobs.pair_scores import Pairs, pair_scores
+from spark_jobs.user_lists import LISTS, NEVER, user_lists
+
+INTERACTIONS = pa.schema(
+    [
+        pa.field("user_id", pa.string()),
+        pa.field("note_id", pa.string()),
+        pa.field("first_view", pa.int64()),  # microseconds
+        pa.field("last_click", pa.int64()),  # null: not clicked
+    ]
+)
+PIECES = pa.schema(
+    [
+        pa.field("block", pa.int32()),
+        pa.field("lists", pa.binary()),  # LISTS as bytes: Spark would take a list apart, number by number
+        pa.field("capped_users", pa.int64()),
+        pa.field("max_loss", pa.float64()),
+    ]
+)
+FIGURES = pa.schema(
+    [
+        pa.field("pairs", pa.int64()),
+        pa.field("queries", pa.int64()),
+        pa.field("max_users", pa.int64()),
+        pa.field("max_score", pa.float64()),
+        pa.field("scores", pa.list_(pa.float64())),  # a histogram: the lower ends of its bins ...
+        pa.field("counts", pa.list_(pa.int64())),  # ... and the pairs in them
+        pa.field("capped_users", pa.int64()),
+        pa.field("max_loss", pa.float64()),
+    ]
+)
+_NAMED = pa.schema(
+    [f.with_type(pa.dictionary(pa.int32(), pa.string())) if pa.types.is_string(f.type) else f for f in SCORES]
+)
+_BIN_BITS = 45  # the scores of a bin differ in these last bits of their 64: 128 bins to an octave
+_QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+def write_note_ids(note_ids: pa.ChunkedArray, file: Path) -> None:
+    """`note_ids` in their order, distinct as they come: the place of an id is the note's number."""
+    ids = note_ids.take(pc.sort_indices(note_ids)).cast(pa.string()).combine_chunks()
+    batch = pa.record_batch([ids], ["note_id"])
+    with pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _read_note_ids(file: Path) -> pa.StringArray:
+    return pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)["note_id"]
+
+
+def cut_lists(
+    batches: Iterator[pa.RecordBatch], note_ids: Path, num_blocks: int, simultaneous: bool, max_notes: int | None
+) -> Iterator[pa.RecordBatch]:
+    """INTERACTIONS of whole users -> PIECES: their lists by block, and a row for what the cap has cut."""
+    rows = pa.Table.from_batches([b.cast(INTERACTIONS) for b in batches], INTERACTIONS).combine_chunks()
+    if not rows.num_rows:
+        return
+    user = rows["user_id"].chunk(0).dictionary_encode().indices
+    named = rows["note_id"].chunk(0).dictionary_encode()
+    note = pc.index_in(named.dictionary, _read_note_ids(note_ids)).take(named.indices)
+    lists, capped = user_lists(
+        user.to_numpy().astype(np.int64),
+        note.to_numpy().astype(np.int64),
+        rows["first_view"].to_numpy(),
+        rows["last_click"].fill_null(NEVER).to_numpy(),
+        simultaneous,
+        max_notes,
+    )
+    for block, piece in lists.pieces(num_blocks):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, LISTS) as writer:
+            writer.write_batch(piece)
+        yield _row(PIECES, block, sink.getvalue().to_pybytes(), 0, 0.0)
+    yield _row(PIECES, 0, None, capped.users, capped.max_loss)
+
+
+def write_scores(pieces: Iterator[pa.RecordBatch], note_ids: Path, out: Path) -> Iterator[pa.RecordBatch]:
+    """PIECES of one block -> its file of SCORES in `out`, by query and target, and one row of FIGURES.
+
+    The file appears whole. One task writes it, and one that is tried again writes the same bytes.
+    """
+    rows = [row for batch in pieces for row in batch.to_pylist()]
+    if not rows:
+        return
+    lists = [row["lists"] for row in rows if row["lists"] is not None]
+    table = pa.Table.from_batches((batch for piece in lists for batch in pa.ipc.open_stream(piece)), LISTS)
+    ids = _read_note_ids(note_ids)
+    file = out / f"part-{rows[0]['block']:05d}.parquet"
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    figures = _Figures()
+    with pq.ParquetWriter(
+        draft,
+        _NAMED,
+        store_schema=False,  # it would have readers make dictionaries of the ids
+        dictionary_pagesize_limit=1 << 26,  # beyond, the ids themselves are written, which takes four times as long
+        write_statistics=["query_id", "score", "num_users"],
+    ) as writer:
+        for pairs in pair_scores(table):
+            writer.write_table(_named(pairs, ids))
+            figures.add(pairs)
+    if figures.pairs:
+        draft.replace(file)
+    else:
+        draft.unlink()
+    capped_users, losses = sum(row["capped_users"] for row in rows), sorted(row["max_loss"] for row in rows)
+    yield _row(FIGURES, *figures.row(), capped_users, math.fsum(losses))
+
+
+def _named(pairs: Pairs, ids: pa.StringArray) -> pa.Table:
+    """_NAMED: SCORES whose ids are numbers into the list of those that occur."""
+    columns = [_dictionary(numbers, ids) for numbers in (pairs.query, pairs.target)]
+    return pa.table([*columns, pairs.score, pairs.num_users], schema=_NAMED)
+
+
+def _dictionary(numbers: Any, ids: pa.StringArray) -> pa.DictionaryArray:
+    occurs = np.zeros(len(ids), bool)
+    occurs[numbers] = True
+    places = np.cumsum(occurs, dtype=np.int32) - 1
+    return pa.DictionaryArray.from_arrays(pa.array(places[numbers]), ids.filter(pa.array(occurs)))
+
+
+class _Figures:
+    """What is to be told of a block's pairs."""
+
+    def __init__(self) -> None:
+        self.pairs = self.queries = self.max_users = 0
+        self.max_score = 0.0
+        self.bins: Counter[int] = Counter()
+
+    def add(self, pairs: Pairs) -> None:
+        self.pairs += len(pairs.query)
+        self.queries += len(np.unique(pairs.query))
+        self.max_users = max(self.max_users, int(pairs.num_users.max()))
+        self.max_score = max(self.max_score, float(pairs.score.max()))
+        bins = pairs.score.view(np.int64) >> _BIN_BITS
+        first = int(bins.min())
+        counts = np.bincount(bins - first)
+        self.bins.update({first + int(i): int(counts[i]) for i in np.flatnonzero(counts)})
+
+    def row(self) -> tuple[Any, ...]:
+        bins = sorted(self.bins)
+        scores = (np.array(bins, np.int64) << _BIN_BITS).view(np.float64)
+        return self.pairs, self.queries, self.max_users, self.max_score, scores, [self.bins[b] for b in bins]
+
+
+def merged_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """FIGURES of all blocks -> pairs, queries, max_users, score {quantiles, cut to 1 %}, capped_users, max_loss."""
+    bins: Counter[float] = Counter()
+    for row in rows:
+        bins.update(dict(zip(row["scores"], row["counts"], strict=True)))
+    scores = sorted(bins)
+    upto = np.cumsum([bins[s] for s in scores])
+    quantiles = {
+        name: scores[int(np.searchsorted(upto, max(1, share * upto[-1])))] if scores else None
+        for name, share in _QUANTILES.items()
+    }
+    return {
+        "pairs": sum(row["pairs"] for row in rows),
+        "queries": sum(row["queries"] for row in rows),
+        "max_users": max((row["max_users"] for row in rows), default=0),
+        "score": {**quantiles, "max": max((row["max_score"] for row in rows), default=0) or None},
+        "capped_users": sum(row["capped_users"] for row in rows),
+        "max_loss": math.fsum(row["max_loss"] for row in rows),
+    }
+
+
+def _row(schema: pa.Schema, *values: Any) -> pa.RecordBatch:
+    columns = [pa.array([value], field.type) for value, field in zip(values, schema, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
