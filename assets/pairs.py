@@ -1,6 +1,7 @@
 """From clean events to related pairs, split without leaks (Eq. 2, section 2.3)."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 import dagster as dg
 
@@ -22,7 +23,7 @@ def cooccurrence(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Ma
     config = pipeline.recipe().config
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        from spark_jobs.cooccurrence import score
+        from spark_jobs.cooccurrence import Scoring, score
 
         with pipeline.spark(config, "cooccurrence") as spark:
             draft.metrics |= score(
@@ -31,8 +32,7 @@ def cooccurrence(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Ma
                 out=draft.path,
                 view_events=config.source.view_events,
                 click_events=config.source.click_events,
-                simultaneous=config.pairs.simultaneous,
-                max_user_notes=config.pairs.max_user_notes,
+                scoring=Scoring(**{f.name: getattr(config.pairs, f.name) for f in fields(Scoring)}),
             )
 
     return pipeline.publish(context, build)
@@ -85,7 +85,7 @@ def related_pairs(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.M
                 scores=inputs["cooccurrence"].path,
                 sides=inputs["note_sides"].path / "sides",
                 out=draft.path,
-                filters=Filters(**config.pairs.model_dump(exclude={"simultaneous", "max_user_notes"})),
+                filters=Filters(**{f.name: getattr(config.pairs, f.name) for f in fields(Filters)}),
             )
 
     return pipeline.publish(context, build)

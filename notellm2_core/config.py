@@ -64,9 +64,10 @@ class Window(Section):
 class Pairs(Section):
     """Eq. 2 and section 2.3: which notes are related."""
 
-    simultaneous: bool = (
-        False  # whether a click at the very time of the view counts as subsequent (day-resolution logs)
-    )
+    score: Literal["cooccurrence", "swing"] = "cooccurrence"  # Eq. 2 (the paper), or Swing, which knows no order
+    swing_alpha: float = Field(1.0, gt=0)  # the larger, the less it counts what else two users have in common
+    swing_max_users: int = Field(1000, gt=1)  # of a note: those that clicked the fewest notes
+    simultaneous: bool = False  # whether a click at the time of the view counts as subsequent (day-resolution logs)
     # Of each user, the notes viewed last and the notes clicked last that make pairs; None: all of them.
     max_user_notes: int | None = Field(2000, gt=0)
     low: float = 0.01  # scores below are outliers; inclusive bound

@@ -15,8 +15,10 @@ def without_effect(config: Config) -> list[str]:
     measured = (model.start.pca_projector, model.start.fusion_scale, model.start.visual_token_gain)
     no_measure = not any(measured), "model.start without anything that is measured"
     by_time = config.split.by == "time", f"split.by = {config.split.by}"
+    no_swing = config.pairs.score != "swing", f"pairs.score = {config.pairs.score}"
+    no_order = config.pairs.score == "swing", f"pairs.score = {config.pairs.score}"
     sections = {
-        "split": config.split, "model": model, "model.start": model.start, "model.connector": model.connector,
+        "pairs": config.pairs, "split": config.split, "model": model, "model.start": model.start, "model.connector": model.connector,
         "training": config.training,
     }  # fmt: skip
 
@@ -24,6 +26,9 @@ def without_effect(config: Config) -> list[str]:
         return {*parts}.isdisjoint(config.trained_parts), f"training.parts without {', '.join(parts)}"
 
     idle = {
+        ("pairs", "swing_alpha"): no_swing,
+        ("pairs", "swing_max_users"): no_swing,
+        ("pairs", "simultaneous"): no_order,
         ("split", "pool_share"): by_time,
         ("model.start", "fusion_scale"): no_fusion,
         ("model.start", "gate_bias"): no_fusion,

@@ -44,7 +44,8 @@ STAGES: Mapping[str, Stage] = {
     "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=2),
     "cooccurrence": Stage(
         ("events",),
-        ("source.view_events", "source.click_events", "pairs.simultaneous", "pairs.max_user_notes"),
+        ("source.view_events", "source.click_events", "pairs.score", "pairs.simultaneous", "pairs.max_user_notes",
+         "pairs.swing_alpha", "pairs.swing_max_users"),
         version=2,
     ),
     "note_sides": Stage(

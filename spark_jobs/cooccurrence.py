@@ -26,6 +26,7 @@ from spark_jobs.clean import clean_events
 from spark_jobs.score_tasks import (
     FIGURES,
     PIECES,
+    Scoring,
     cut_lists,
     merged_figures,
     write_note_ids,
@@ -35,7 +36,7 @@ from spark_jobs.session import spark_session
 from spark_jobs.source import land_events, read_source_events
 from spark_jobs.tables import counts_by, read_table, readable, replacing, top_counts, write_table
 
-MAX_USER_NOTES = 2000
+_AS_THE_PAPER = Scoring()
 
 
 def cooccurrence(
@@ -43,8 +44,7 @@ def cooccurrence(
     view_events: Sequence[str],
     click_events: Sequence[str],
     out: Path,
-    simultaneous: bool = False,
-    max_user_notes: int | None = MAX_USER_NOTES,
+    scoring: Scoring = _AS_THE_PAPER,
 ) -> dict[str, Any]:
     """Eq. 2: s(A -> B) = sum over u in U(A -> B) of 1 / N_u, as SCORES in the new folder `out`.
 
@@ -53,7 +53,7 @@ def cooccurrence(
     too. N_u is the number of distinct notes that u clicked in `events`. A note is not paired with itself.
 
     Of each user, the `max_user_notes` notes viewed last and the `max_user_notes` notes clicked last make pairs (None:
-    all of them); N_u counts all.
+    all of them); N_u counts all. `score = "swing"` makes another score of the same clicks (`spark_jobs.swing`).
 
     `out` gets a file for each block of queries, ordered by query and target: the same bytes on every run. Workers write
     them, so all of them must see it.
@@ -72,10 +72,10 @@ def cooccurrence(
     write_note_ids(rows.select("note_id").distinct().toArrow()["note_id"], note_ids)
 
     def cut(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return cut_lists(batches, note_ids, num_blocks, simultaneous, max_user_notes)
+        return cut_lists(batches, note_ids, num_blocks, scoring)
 
     def write(pieces: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return write_scores(pieces, note_ids, out)
+        return write_scores(pieces, note_ids, out, scoring)
 
     pieces = rows.repartition(num_blocks, "user_id").mapInArrow(cut, from_arrow_schema(PIECES))
     figures = pieces.repartitionById(num_blocks, "block").mapInArrow(write, from_arrow_schema(FIGURES)).toArrow()
@@ -96,8 +96,7 @@ def score(
     out: Path,
     view_events: Sequence[str],
     click_events: Sequence[str],
-    simultaneous: bool,
-    max_user_notes: int | None,
+    scoring: Scoring,
 ) -> dict[str, Any]:
     """`events/train`, `events/test` -> `out/train`, `out/test` (SCORES), `out/train_clicks`, `out/test_clicks`.
 
@@ -111,7 +110,7 @@ def score(
             counts["test"] = counts["train"]
             break
         table = read_table(spark, events / window)
-        counts[window] = cooccurrence(table, view_events, click_events, out / window, simultaneous, max_user_notes)
+        counts[window] = cooccurrence(table, view_events, click_events, out / window, scoring)
         _require_pairs(counts[window], f"{window} window")
         write_table(target_clicks(table, click_events), out / f"{window}_clicks", ["note_id"])
     return counts
@@ -142,15 +141,17 @@ def main() -> None:
     parser.add_argument(
         "--max-user-notes",
         type=_number_or_all,
-        default=MAX_USER_NOTES,
+        default=_AS_THE_PAPER.max_user_notes,
         help="the notes viewed last, and clicked last, of a user that make pairs, or 'all' (default: %(default)s)",
     )
+    parser.add_argument("--score", choices=("cooccurrence", "swing"), default="cooccurrence", help="Eq. 2, or Swing")
     parser.add_argument("--start", type=date.fromisoformat, help="first day, YYYY-MM-DD")
     parser.add_argument("--end", type=date.fromisoformat, help="the day after the last one")
     args = parser.parse_args()
     view_events, click_events = (
         [name.strip() for name in names.split(",")] for names in (args.view_events, args.click_events)
     )
+    scoring = Scoring(args.score, args.simultaneous, args.max_user_notes)
     with one_line_errors(), replacing(args.out, args.events, SCORES.names) as out, readable(args.events):
         spark = spark_session("cooccurrence")
         raw = land_events(read_source_events(spark, args.events)).persist()
@@ -159,7 +160,7 @@ def main() -> None:
         events = events.persist()
         if not events.filter(F.col("event").isin(click_events)).head(1):
             raise ValueError(f"{args.events}: no clicks; set --click-events, --start, --end. Event names: {names}.")
-        counts = cooccurrence(events, view_events, click_events, out, args.simultaneous, args.max_user_notes)
+        counts = cooccurrence(events, view_events, click_events, out, scoring)
         _require_pairs(counts, str(args.events))
         print(json.dumps({"rows": raw.count(), "events": names, "dropped": counts_by(quarantine, "reason"), **counts}))
 

@@ -9,8 +9,9 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,20 @@ import pyarrow.parquet as pq
 
 from notellm2_core.schema import SCORES
 from spark_jobs.pair_scores import Pairs, pair_scores
+from spark_jobs.swing import swing_scores
 from spark_jobs.user_lists import LISTS, NEVER, user_lists
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How pairs are scored: settings of the section `pairs` of the configuration; see there."""
+
+    score: Literal["cooccurrence", "swing"] = "cooccurrence"
+    simultaneous: bool = False
+    max_user_notes: int | None = 2000
+    swing_alpha: float = 1.0
+    swing_max_users: int = 1000
+
 
 INTERACTIONS = pa.schema(
     [
@@ -69,10 +83,13 @@ def _read_note_ids(file: Path) -> pa.StringArray:
 
 
 def cut_lists(
-    batches: Iterator[pa.RecordBatch], note_ids: Path, num_blocks: int, simultaneous: bool, max_notes: int | None
+    batches: Iterator[pa.RecordBatch], note_ids: Path, num_blocks: int, scoring: Scoring
 ) -> Iterator[pa.RecordBatch]:
     """INTERACTIONS of whole users -> PIECES: their lists by block, and a row for what the cap has cut."""
     rows = pa.Table.from_batches([b.cast(INTERACTIONS) for b in batches], INTERACTIONS).combine_chunks()
+    if scoring.score == "swing":  # clicks alone, each as a view too
+        rows = rows.filter(pc.is_valid(rows["last_click"])).combine_chunks()
+        rows = rows.set_column(2, "first_view", rows["last_click"])
     if not rows.num_rows:
         return
     user = rows["user_id"].chunk(0).dictionary_encode().indices
@@ -83,8 +100,8 @@ def cut_lists(
         note.to_numpy().astype(np.int64),
         rows["first_view"].to_numpy(),
         rows["last_click"].fill_null(NEVER).to_numpy(),
-        simultaneous,
-        max_notes,
+        "any" if scoring.score == "swing" else "not earlier" if scoring.simultaneous else "later",
+        scoring.max_user_notes,
     )
     for block, piece in lists.pieces(num_blocks):
         sink = pa.BufferOutputStream()
@@ -94,7 +111,9 @@ def cut_lists(
     yield _row(PIECES, 0, None, capped.users, capped.max_loss)
 
 
-def write_scores(pieces: Iterator[pa.RecordBatch], note_ids: Path, out: Path) -> Iterator[pa.RecordBatch]:
+def write_scores(
+    pieces: Iterator[pa.RecordBatch], note_ids: Path, out: Path, scoring: Scoring
+) -> Iterator[pa.RecordBatch]:
     """PIECES of one block -> its file of SCORES in `out`, by query and target, and one row of FIGURES.
 
     The file appears whole. One task writes it, and one that is tried again writes the same bytes.
@@ -115,7 +134,7 @@ def write_scores(pieces: Iterator[pa.RecordBatch], note_ids: Path, out: Path) ->
         dictionary_pagesize_limit=1 << 26,  # beyond, the ids themselves are written, which takes four times as long
         write_statistics=["query_id", "score", "num_users"],
     ) as writer:
-        for pairs in pair_scores(table):
+        for pairs in _scored(table, scoring):
             writer.write_table(_named(pairs, ids))
             figures.add(pairs)
     if figures.pairs:
@@ -124,6 +143,12 @@ def write_scores(pieces: Iterator[pa.RecordBatch], note_ids: Path, out: Path) ->
         draft.unlink()
     capped_users, losses = sum(row["capped_users"] for row in rows), sorted(row["max_loss"] for row in rows)
     yield _row(FIGURES, *figures.row(), capped_users, math.fsum(losses))
+
+
+def _scored(lists: pa.Table, scoring: Scoring) -> Iterator[Pairs]:
+    if scoring.score == "swing":
+        return swing_scores(lists, scoring.swing_alpha, scoring.swing_max_users)
+    return pair_scores(lists)
 
 
 def _named(pairs: Pairs, ids: pa.StringArray) -> pa.Table:

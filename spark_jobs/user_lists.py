@@ -8,12 +8,15 @@ note: a block holds all views of its notes, each with the clicks that follow, an
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 Ints = npt.NDArray[np.int64]
+
+Follows = Literal["later", "not earlier", "any"]
 
 NEVER = np.iinfo(np.int64).min  # the last click on a note that was not clicked
 LISTS = pa.schema(
@@ -73,12 +76,12 @@ class UserLists:
 
 
 def user_lists(
-    user: Ints, note: Ints, first_view: Ints, last_click: Ints, simultaneous: bool, max_notes: int | None
+    user: Ints, note: Ints, first_view: Ints, last_click: Ints, follows: Follows, max_notes: int | None
 ) -> tuple[UserLists, Capped]:
     """Interactions (at least one; several of one user and note add up) -> lists, and what the cap has cut.
 
-    `user` and `note` are numbers below 2**31, times have any unit, `last_click` may be NEVER. A click follows a view if
-    it is later (`simultaneous`: not earlier). Of each user the `max_notes` notes first viewed latest and the
+    `user` and `note` are numbers below 2**31, times have any unit, `last_click` may be NEVER. `follows` says which
+    clicks of a user follow a view. Of each user the `max_notes` notes first viewed latest and the
     `max_notes` notes last clicked latest stay, ties by number (None: all). N_u is counted before. A user adds at most
     1 / N_u to any one score, so the sum of 1 / N_u over the users that were cut bounds what a score has lost.
     """
@@ -91,7 +94,10 @@ def user_lists(
     num_users = int(user[-1]) + 1
     num_clicked, num_viewed = np.bincount(user[clicked], minlength=num_users), np.bincount(user, minlength=num_users)
     end = np.cumsum(num_clicked)
-    start = np.searchsorted(clicked_at, viewed_at, side="left" if simultaneous else "right")
+    if follows == "any":
+        start = (end - num_clicked)[user]
+    else:
+        start = np.searchsorted(clicked_at, viewed_at, side="right" if follows == "later" else "left")
     kept = np.ones(len(user), bool)
     capped = Capped(0, 0.0)
     if max_notes is not None:

@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from notellm2_core import schema
 from spark_jobs import cooccurrence as job
-from spark_jobs.cooccurrence import cooccurrence, score, target_clicks
+from spark_jobs.cooccurrence import Scoring, cooccurrence, score, target_clicks
 from spark_jobs.tables import write_table
 from tests.spark_jobs.conftest import EVENTS, Frame, at, rows_of
 from tests.spark_jobs.test_source import write_csv
@@ -80,8 +80,8 @@ def test_worked_example(frame: Frame, scores_of: Scores) -> None:
     together = [("A", "B", 2.0, 3), ("A", "C", 1.0, 2), ("B", "C", 1.0, 2), ("C", "B", 1.5, 2)]
     for views in (["view", "click"], ["view"]):  # a click is a view, whether it is named one or not
         assert sorted(scores_of(events, views, ["click"])) == strict
-    assert sorted(scores_of(events, ["view"], ["click"], simultaneous=True)) == together
-    assert sorted(scores_of(events, ["view"], ["click"], max_user_notes=1)) == [("C", "B", 1.0, 1)]
+    assert sorted(scores_of(events, ["view"], ["click"], scoring=Scoring(simultaneous=True))) == together
+    assert sorted(scores_of(events, ["view"], ["click"], scoring=Scoring(max_user_notes=1))) == [("C", "B", 1.0, 1)]
     assert rows_of(target_clicks(events, ["click"]), "note_id", "num_users") == [("B", 3), ("C", 2)]
 
 
@@ -104,7 +104,10 @@ def test_equals_the_definition(frame: Frame, scores_of: Scores, logs: list[Log],
         for (a, b), value in brute_force(log, simultaneous).items()
     }
     events = frame(EVENTS, [(u, n, at(t), e) for u, n, t, e in rows])
-    found = {(q, t): (s, n) for q, t, s, n in scores_of(events, ["view"], ["click"], simultaneous=simultaneous)}
+    found = {
+        (q, t): (s, n)
+        for q, t, s, n in scores_of(events, ["view"], ["click"], scoring=Scoring(simultaneous=simultaneous))
+    }
     assert found.keys() == expected.keys()
     for pair, (value, users) in expected.items():
         assert found[pair][1] == users
@@ -134,7 +137,7 @@ def test_score_computes_equal_windows_once(
         )
     calls = []
     monkeypatch.setattr(job, "cooccurrence", lambda *a: calls.append(a) or cooccurrence(*a))
-    counts = score(spark, tmp_path / "same", tmp_path / "out", ["view"], ["click"], False, None)
+    counts = score(spark, tmp_path / "same", tmp_path / "out", ["view"], ["click"], Scoring())
     assert len(calls) == 1 and counts["test"] == counts["train"]
     assert counts["train"]["pairs"] == 1 and counts["train"]["score"]["max"] == 1.0
     for table in ("train", "test"):
@@ -143,7 +146,7 @@ def test_score_computes_equal_windows_once(
     with pytest.raises(
         ValueError, match="test window: no user clicked one note after viewing another; set pairs.simult"
     ):
-        score(spark, tmp_path / "other", tmp_path / "out2", ["view"], ["click"], False, None)
+        score(spark, tmp_path / "other", tmp_path / "out2", ["view"], ["click"], Scoring())
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

@@ -20,7 +20,7 @@ def scored(
     rows: Rows, simultaneous: bool = False, max_notes: int | None = None, num_blocks: int = 1, at_a_time: int = 1 << 22
 ) -> tuple[dict[tuple[int, int], tuple[float, int]], Capped]:
     columns = [np.array([NEVER if v is None else v for v in column], np.int64) for column in zip(*rows, strict=True)]
-    lists, capped = user_lists(*columns, simultaneous, max_notes)
+    lists, capped = user_lists(*columns, "not earlier" if simultaneous else "later", max_notes)
     blocks = defaultdict(list)
     for block, piece in lists.pieces(num_blocks):
         blocks[block].append(piece)

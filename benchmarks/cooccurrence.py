@@ -1,0 +1,281 @@
+"""Eq. 2 over generated logs: time, memory and growth, beside DuckDB and beside Spark's own joins.
+
+    .venv/bin/python benchmarks/cooccurrence.py                      everything, about an hour on two cores
+    .venv/bin/python benchmarks/cooccurrence.py --millions 1 5       smaller logs only
+
+Notes follow Zipf's law, the activity of users is log-normal with a mean of 40 events, notes are a fiftieth of the
+events. Each contender runs in a process of its own, from the same Parquet file to a Parquet table of scores; its time
+begins when its session is ready to work. Contenders:
+  ours          spark_jobs.cooccurrence
+  duckdb        one SQL query, two threads
+  expressions   Spark's built-in expressions: first views and last clicks of each user, then a join
+  events_join   Spark, as the equation reads: events joined with events, then distinct (up to --join-millions)
+The result of each is compared with DuckDB's, row for row. `ours` runs twice at the smallest size, to compare the bytes,
+and once with a user of 200,000 events more among 10 million.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from benchmarks.recall_seeds import tree_memory
+
+RESULTS = Path(__file__).parent / "results"
+DAY = 86_400_000_000
+SQL = """
+    WITH seen AS (
+        SELECT user_id, note_id, min(timestamp) AS first_view, max(timestamp) FILTER (event = 'click') AS last_click
+        FROM read_parquet('{log}') GROUP BY ALL
+    ), clicks AS (
+        SELECT *, count(*) OVER (PARTITION BY user_id) AS n FROM seen WHERE last_click IS NOT NULL
+    )
+    SELECT v.note_id AS query_id, c.note_id AS target_id, sum(1.0 / n) AS score, count(*) AS num_users
+    FROM seen v JOIN clicks c ON v.user_id = c.user_id
+    WHERE v.first_view < c.last_click AND v.note_id <> c.note_id GROUP BY ALL
+"""
+
+
+def generate(num_events: int, file: Path, heavy_user: int = 0, seed: int = 0) -> None:
+    """A log of two weeks; with `heavy_user`, one more user with so many events."""
+    rng = np.random.default_rng(seed)
+    num_users, num_notes = num_events // 40, num_events // 50
+    activity = rng.lognormal(0, 1, num_users)
+    popularity = 1.0 / np.arange(1, num_notes + 1) ** 0.8
+    user = rng.choice(num_users, num_events, p=activity / activity.sum())
+    user = np.append(user, np.full(heavy_user, num_users))
+    note = rng.choice(num_notes, len(user), p=popularity / popularity.sum())
+    note = rng.permutation(num_notes)[note]  # ids do not follow popularity
+    start = 1_704_067_200_000_000
+    ids = {"u": num_users + 1, "n": num_notes}
+    names = {letter: pa.array([f"{letter}{i}" for i in range(count)]) for letter, count in ids.items()}
+    columns = {
+        "user_id": names["u"].take(pa.array(user)),
+        "note_id": names["n"].take(pa.array(note)),
+        "timestamp": pa.array(start + rng.integers(0, 14 * DAY, len(user)), pa.timestamp("us", "UTC")),
+        "event": pa.array(["view", "click"]).take(pa.array((rng.random(len(user)) < 0.4).astype(np.int8))),
+    }
+    pq.write_table(pa.table(columns), file, row_group_size=500_000)
+
+
+def ours(log: Path, out: Path, memory: str) -> float:
+    from spark_jobs.cooccurrence import cooccurrence
+
+    spark = _session(memory)
+    started = time.monotonic()
+    cooccurrence(spark.read.parquet(str(log)), ["view"], ["click"], out)
+    return time.monotonic() - started
+
+
+def expressions(log: Path, out: Path, memory: str) -> float:
+    def scores(events: DataFrame) -> DataFrame:
+        seen = events.groupBy("user_id", "note_id").agg(
+            F.min("timestamp").alias("first_view"),
+            F.max(F.when(F.col("event") == "click", F.col("timestamp"))).alias("last_click"),
+        )
+        n = F.expr("count(*) OVER (PARTITION BY user_id)")
+        clicks = seen.filter("last_click IS NOT NULL").select("user_id", F.col("note_id").alias("target_id"),
+                                                              "last_click", (1 / n).alias("weight"))  # fmt: skip
+        views = seen.select("user_id", F.col("note_id").alias("query_id"), "first_view")
+        pairs = views.join(clicks, "user_id").filter("first_view < last_click AND query_id <> target_id")
+        return _summed(pairs)
+
+    return _with_spark(log, out, memory, scores)
+
+
+def events_join(log: Path, out: Path, memory: str) -> float:
+    def scores(events: DataFrame) -> DataFrame:
+        clicks = events.filter("event = 'click'")
+        weights = clicks.groupBy("user_id").agg((1 / F.count_distinct("note_id")).alias("weight"))
+        later = clicks.select("user_id", F.col("note_id").alias("target_id"), F.col("timestamp").alias("clicked_at"))
+        pairs = events.withColumnRenamed("note_id", "query_id").join(later, "user_id")
+        pairs = pairs.filter("timestamp < clicked_at AND query_id <> target_id")
+        return _summed(pairs.select("user_id", "query_id", "target_id").distinct().join(weights, "user_id"))
+
+    return _with_spark(log, out, memory, scores)
+
+
+def _summed(pairs: DataFrame) -> DataFrame:
+    sums = F.sum("weight").alias("score"), F.count("*").alias("num_users")
+    return pairs.groupBy("query_id", "target_id").agg(*sums)
+
+
+def _with_spark(log: Path, out: Path, memory: str, scores: Callable[[DataFrame], DataFrame]) -> float:
+    spark = _session(memory)
+    started = time.monotonic()
+    scores(spark.read.parquet(str(log))).write.parquet(str(out))
+    return time.monotonic() - started
+
+
+def _session(memory: str) -> SparkSession:
+    from spark_jobs.session import spark_session
+
+    spark = spark_session("benchmark", "local[2]", memory, 16)
+    spark.range(1000).repartition(2).mapInArrow(
+        lambda batches: batches, "id long"
+    ).count()  # all that starts is started
+    return spark
+
+
+def with_duckdb(log: Path, out: Path, memory: str) -> float:
+    out.mkdir()
+    database = duckdb.connect(config={"threads": 2, "memory_limit": memory.replace("g", "GB")})
+    database.execute(f"SET temp_directory = '{out.parent}/spill'; SET preserve_insertion_order = false")
+    started = time.monotonic()
+    database.execute(f"COPY ({SQL.format(log=log)}) TO '{out}/scores.parquet' (FORMAT parquet)")
+    return time.monotonic() - started
+
+
+CONTENDERS = {"ours": ours, "duckdb": with_duckdb, "expressions": expressions, "events_join": events_join}
+
+
+def measure(contender: str, log: Path, out: Path, memory: str) -> dict[str, Any]:
+    """One contender in a process of its own: seconds of the work, peak memory of its processes."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, __file__, "--one", contender, str(log), str(out), memory]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    process, peak = psutil.Popen(command, env=environment), 0
+    while process.poll() is None:
+        peak = max(peak, tree_memory(process))
+        time.sleep(0.5)
+    figures = {"contender": contender, "peak_gb": peak / 2**30}
+    if process.returncode:
+        return figures | {"seconds": None, "failed": process.returncode}
+    return figures | {"seconds": float(Path(f"{out}.seconds").read_text())}
+
+
+def compare(found: Path, expected: Path) -> dict[str, Any]:
+    """Rows, rows that only one of both has or whose users differ, and the largest relative difference of a score."""
+    database = duckdb.connect(config={"threads": 2, "memory_limit": "8GB"})
+    rows, differing, error = database.execute(
+        f"""SELECT count(*), count(*) FILTER (a.num_users IS DISTINCT FROM b.num_users),
+                   max(abs(a.score - b.score) / b.score)
+            FROM read_parquet('{found}/*.parquet') a FULL JOIN read_parquet('{expected}/*.parquet') b
+            USING (query_id, target_id)"""
+    ).fetchone() or (0, 0, 0.0)
+    return {"pairs": rows, "differing": differing, "max_error": error}
+
+
+def digest(folder: Path) -> str:
+    whole = hashlib.sha256()
+    for file in sorted(folder.glob("*.parquet")):
+        whole.update(file.name.encode() + file.read_bytes())
+    return whole.hexdigest()
+
+
+def run(millions: list[int], join_millions: int, heavy_millions: int, memory: str, work: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {"sizes": []}
+    for size in millions:
+        log = work / f"log_{size}.parquet"
+        generate(size * 1_000_000, log)
+        rows = []
+        for contender in CONTENDERS:
+            if contender == "events_join" and size > join_millions:
+                continue
+            row = measure(contender, log, work / contender, memory)
+            rows.append(row)
+            print(json.dumps({"millions": size, **row}), flush=True)
+        for row in rows:
+            if row["seconds"] is not None:
+                row |= compare(work / row["contender"], work / "duckdb")
+        results["sizes"].append({"millions": size, "rows": rows})
+        if size == millions[0]:
+            first = digest(work / "ours")
+            measure("ours", log, work / "ours", memory)
+            results["same_bytes"] = first == digest(work / "ours")
+        if size == heavy_millions:
+            # The machine's speed changes with the hour: with and without the heavy user in turn.
+            heavy = work / "log_heavy.parquet"
+            generate(size * 1_000_000, heavy, heavy_user=200_000)
+            seconds: dict[str, list[float]] = {"without": [], "with": []}
+            for _ in range(2):
+                for name, file in (("without", log), ("with", heavy)):
+                    seconds[name].append(measure("ours", file, work / "ours", memory)["seconds"])
+            results["heavy_user"] = seconds
+            print(json.dumps(seconds), flush=True)
+            heavy.unlink()
+        log.unlink()
+    return results
+
+
+def exponent(sizes: list[dict[str, Any]], contender: str) -> float | None:
+    """Of the power law from the smallest size to the largest."""
+    times = [(s["millions"], r["seconds"]) for s in sizes for r in s["rows"] if r["contender"] == contender]
+    if len(times) < 2:
+        return None
+    (small, fast), (large, slow) = times[0], times[-1]
+    return math.log(slow / fast) / math.log(large / small)
+
+
+def to_markdown(results: dict[str, Any], memory: str) -> str:
+    total = psutil.virtual_memory().total >> 30
+    lines = [
+        "# Co-occurrence scores (Eq. 2)",
+        "",
+        f"{date.today()}, {platform.machine()}, {psutil.cpu_count()} cores, {total} GB, Python "
+        f"{platform.python_version()}. Command: `python {' '.join(sys.argv)}`; Spark's driver has {memory}.",
+        "",
+        "| million events | contender | seconds | peak memory, GB | pairs | differing | largest relative error |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for size, r in ((s["millions"], r) for s in results["sizes"] for r in s["rows"]):
+        seconds = f"failed ({r['failed']})" if r["seconds"] is None else f"{r['seconds']:.1f}"
+        found = f"{r['pairs']:,} | {r['differing']} | {r['max_error']:.0e}" if "pairs" in r else " | | "
+        lines.append(f"| {size} | {r['contender']} | {seconds} | {r['peak_gb']:.1f} | {found} |")
+    for contender in ("ours", "duckdb"):
+        if (power := exponent(results["sizes"], contender)) is not None:
+            lines += [
+                "",
+                f"Growth of {contender} from the smallest log to the largest: events to the power {power:.2f}.",
+            ]
+    lines += ["", f"Two runs of ours at the smallest size wrote the same bytes: {results['same_bytes']}."]
+    if heavy := results.get("heavy_user"):
+        more = 100 * (sum(heavy["with"]) / sum(heavy["without"]) - 1)
+        runs = {name: " and ".join(f"{s:.1f}" for s in of) for name, of in heavy.items()}
+        lines += ["", f"A user of 200,000 events more: {runs['with']} s, without {runs['without']} s ({more:+.0f} %)."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--millions", type=int, nargs="+", default=[1, 5, 10, 30], help="events of the logs")
+    parser.add_argument("--join-millions", type=int, default=10, help="the largest log for events_join")
+    parser.add_argument("--heavy-millions", type=int, default=10, help="the log that gets a heavy user")
+    parser.add_argument("--memory", default="3g", help="of Spark's driver, and of DuckDB")
+    parser.add_argument("--one", nargs=4, metavar=("CONTENDER", "LOG", "OUT", "MEMORY"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        contender, log, out, memory = options.one
+        seconds = CONTENDERS[contender](Path(log), Path(out), memory)
+        Path(f"{out}.seconds").write_text(str(seconds))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        results = run(
+            sorted(options.millions), options.join_millions, options.heavy_millions, options.memory, Path(work)
+        )
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "cooccurrence.json").write_text(json.dumps(results, indent=1))
+    (RESULTS / "cooccurrence.md").write_text(text := to_markdown(results, options.memory))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
