@@ -18,8 +18,8 @@ def without_effect(config: Config) -> list[str]:
     no_swing = config.pairs.score != "swing", f"pairs.score = {config.pairs.score}"
     no_order = config.pairs.score == "swing", f"pairs.score = {config.pairs.score}"
     sections = {
-        "pairs": config.pairs, "split": config.split, "model": model, "model.start": model.start, "model.connector": model.connector,
-        "training": config.training,
+        "pairs": config.pairs, "split": config.split, "model": model, "model.start": model.start,
+        "model.connector": model.connector, "training": config.training,
     }  # fmt: skip
 
     def untrained(*parts: Part) -> tuple[bool, str]:
