@@ -18,7 +18,7 @@ def dropped_share(figures: Figures, limits: Checks) -> Verdict:
 
     Exact duplicates of an event are harmless; rows without a readable time are judged where the log is landed.
     """
-    harmless = ("duplicate_event", "bad_timestamp")
+    harmless = ("duplicate_event", "bad_timestamp", "absurd_timestamp")
     dropped = sum(rows for reason, rows in figures["dropped"].items() if reason not in harmless)
     unjudged = sum(figures["dropped"].get(reason, 0) for reason in harmless)
     read = figures["rows"] - figures.get("outside_window", 0) - figures.get("ignored_event", 0) - unjudged

@@ -100,6 +100,7 @@ def events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Material
                 view_events=source.view_events,
                 click_events=source.click_events,
                 ignored_events=source.ignored_events,
+                max_events_per_day=source.max_events_per_day,
                 train_start=window.train.start,
                 train_end=window.train.end,
                 test_start=window.test.start,

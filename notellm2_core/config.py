@@ -42,6 +42,7 @@ class Source(Section):
     view_events: tuple[str, ...] = ("view", "click")  # event names that count as "viewed"
     click_events: tuple[str, ...] = ("click",)  # event names that count as "clicked"; a clicked note counts as viewed
     ignored_events: tuple[str, ...] = ()  # known names that are neither; any other name is quarantined
+    max_events_per_day: int | None = Field(5000, gt=0)  # a user with more on any day is a robot; None: nobody is
     first_day: date = date(1990, 1, 1)  # first partition of the raw events
     partition: Literal["week", "year"] = "week"  # how the raw events are cut (years for logs that spread over decades)
     max_image_pixels: int = Field(50_000_000, gt=0)  # larger images are counted as too large, never decoded

@@ -35,11 +35,13 @@ _MODEL = ("seed", *TEXT_SETTINGS, "model.method", "model.llm", "model.connector"
           "model.matryoshka_dims", "model.temperature", "model.start", "model.vision")  # fmt: skip
 
 STAGES: Mapping[str, Stage] = {
-    "raw_events": Stage((), ("source.partition",), version=3),
+    "raw_events": Stage((), ("source.partition",), version=4),
     "notes": Stage((), ()),
     "events": Stage(
         ("raw_events", "notes"),
-        ("source.view_events", "source.click_events", "source.ignored_events", "window.train_days", "window.test_days"),
+        ("source.view_events", "source.click_events", "source.ignored_events", "source.max_events_per_day",
+         "window.train_days", "window.test_days"),
+        version=2,
     ),
     "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=2),
     "cooccurrence": Stage(

@@ -6,6 +6,7 @@
 import shutil
 from collections.abc import Sequence
 from datetime import date
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from notellm2_core.schema import EVENTS, NOTES, QUARANTINE
-from spark_jobs.source import read_source_notes, trimmed
-from spark_jobs.tables import counts_by, figures, read_table, readable, top_counts, write_table
+from spark_jobs.source import UNDATED, read_source_notes, trimmed
+from spark_jobs.tables import counts_by, figures, num_files, read_table, readable, top_counts, write_table
 
 # Labels of rows that are out of question rather than at fault: counted, but not quarantined.
 _OUTSIDE, _IGNORED = "outside_window", "ignored_event"
@@ -98,6 +99,7 @@ def prepare_events(
     view_events: Sequence[str],
     click_events: Sequence[str],
     ignored_events: Sequence[str],
+    max_events_per_day: int | None,
     train_start: date,
     train_end: date,
     test_start: date,
@@ -105,15 +107,19 @@ def prepare_events(
 ) -> dict[str, Any]:
     """Landed events -> `out/train`, `out/test` (EVENTS) and `out/quarantine`. Ends are exclusive; windows may be equal.
 
+    A user with more than `max_events_per_day` on some day of the windows is a robot: none of its events counts.
     Returns rows, outside_window, ignored_event, dropped {reason: rows}, and for train and test: events, views, clicks,
     users, notes, first_day, last_day. Raises ValueError for a window without events or without clicks.
     """
     windows = {"train": (train_start, train_end), "test": (test_start, test_end)}
-    raw, known = read_table(spark, *raw_paths), read_table(spark, notes)
-    labelled = _label_events(raw, known, view_events, click_events, ignored_events, list(windows.values())).persist()
+    raw, known = _read_landed(spark, raw_paths), read_table(spark, notes)
+    labelled = _label_events(
+        raw, known, view_events, click_events, ignored_events, list(windows.values()), max_events_per_day
+    ).persist()
     labels = counts_by(labelled, "reason")
     counts: dict[str, Any] = {
         "rows": sum(labels.values()),
+        "robots": figures(labelled.filter("reason = 'robot'"), users=F.count_distinct("user_id"))["users"],
         _OUTSIDE: labels.pop(_OUTSIDE, 0),
         _IGNORED: labels.pop(_IGNORED, 0),
     }
@@ -128,7 +134,8 @@ def prepare_events(
             shutil.copytree(out / "train", out / "test")
             counts["test"] = counts["train"]
             break
-        write_table(events.filter(_within(start, end)), out / name, ["user_id", "timestamp", "note_id", "event"])
+        in_window, order = events.filter(_within(start, end)), ["user_id", "timestamp", "note_id", "event"]
+        write_table(in_window, out / name, order, num_files(spark))
         counts[name] = _event_counts(read_table(spark, out / name), click_events)
         span = f"{start} to {end} (exclusive)"
         reach = f"the events read reach from {data['first']} to {data['last']}"
@@ -161,6 +168,12 @@ def prepare_events(
     return counts
 
 
+def _read_landed(spark: SparkSession, raw_paths: Sequence[Path]) -> DataFrame:
+    """Landed events, with whether `land` could place them in time."""
+    tables = [read_table(spark, path).withColumn("placed", F.lit(path.name != UNDATED)) for path in raw_paths]
+    return reduce(DataFrame.union, tables)
+
+
 def _event_counts(events: DataFrame, click_events: Sequence[str]) -> dict[str, Any]:
     day = F.date_format("timestamp", "yyyy-MM-dd")
     is_click = F.col("event").isin(*click_events)
@@ -187,11 +200,12 @@ def clean_events(
 ) -> tuple[DataFrame, DataFrame]:
     """Landed events of the days [start, end) -> (EVENTS, QUARANTINE).
 
-    Reasons, the first that holds: bad_timestamp, null_user, null_note, unknown_event, unknown_note (unless `notes` is
-    None), duplicate_event (same user, note, time and event: one is kept). Ignored events (None: all that are neither
+    Reasons, the first that holds: bad_timestamp, absurd_timestamp, null_user, null_note, unknown_event, robot, unknown_note (unless `notes`
+    is None), duplicate_event (same user, note, time and event: one is kept). Ignored events (None: all that are neither
     viewed nor clicked) and rows outside the days are in neither table.
     """
-    labelled = _label_events(raw, notes, view_events, click_events, ignored_events, [(start, end)])
+    raw = raw.withColumn("placed", F.isnotnull("timestamp"))
+    labelled = _label_events(raw, notes, view_events, click_events, ignored_events, [(start, end)], None)
     return _split_labelled(labelled)
 
 
@@ -207,23 +221,31 @@ def _label_events(
     click_events: Sequence[str],
     ignored_events: Sequence[str] | None,
     windows: Sequence[tuple[date | None, date | None]],
+    max_events_per_day: int | None,
 ) -> DataFrame:
     """Landed events with the `reason` to drop them (null: none). `ignored_events` None: all the other ones."""
-    known = raw.withColumn("known", F.lit(True))
-    if notes is not None:
-        known = raw.join(notes.select("note_id", F.lit(True).alias("known")), "note_id", "left")
     in_windows = F.lit(False)
     for start, end in windows:
         in_windows = in_windows | _within(start, end)
     event = F.coalesce("event", F.lit(""))
     used = event.isin(*view_events, *click_events)
+    known = raw.withColumn("known", F.lit(True))
+    if notes is not None:
+        known = raw.join(notes.select("note_id", F.lit(True).alias("known")), "note_id", "left")
+    known = known.withColumn("robot", F.lit(None).cast("boolean"))
+    if max_events_per_day is not None:
+        days = raw.filter(used & F.col("placed") & in_windows).groupBy("user_id", F.to_date("timestamp")).count()
+        robots = days.filter(F.col("count") > max_events_per_day).select("user_id").distinct()
+        known = known.drop("robot").join(F.broadcast(robots.withColumn("robot", F.lit(True))), "user_id", "left")
     fault = (
         F.when(~used if ignored_events is None else event.isin(*ignored_events), _IGNORED)
         .when(F.isnull("timestamp"), "bad_timestamp")
+        .when(~F.col("placed"), "absurd_timestamp")
         .when(~in_windows, _OUTSIDE)
         .when(F.isnull("user_id"), "null_user")
         .when(F.isnull("note_id"), "null_note")
         .when(~used, "unknown_event")
+        .when(F.col("robot"), "robot")
         .when(F.isnull("known"), "unknown_note")
     )
     same = Window.partitionBy("user_id", "note_id", "timestamp", "event", "fault").orderBy("row")

@@ -34,7 +34,7 @@ from spark_jobs.score_tasks import (
 )
 from spark_jobs.session import spark_session
 from spark_jobs.source import land_events, read_source_events
-from spark_jobs.tables import counts_by, read_table, readable, replacing, top_counts, write_table
+from spark_jobs.tables import counts_by, num_files, read_table, readable, replacing, top_counts, write_table
 
 _AS_THE_PAPER = Scoring()
 
@@ -59,9 +59,9 @@ def cooccurrence(
     them, so all of them must see it.
 
     Returns pairs, queries, max_users (the most of one pair), score {min, p10, p50, p90, p99, max; cut to 1 %},
-    capped_users, and max_loss: no score has lost more by the cap.
+    capped_users, and max_loss: no score has lost more by the cap (Swing: none, but capped_notes).
     """
-    num_blocks = int(events.sparkSession.conf.get("spark.sql.shuffle.partitions") or 1)
+    num_blocks = num_files(events.sparkSession)
     is_click = F.col("event").isin(*click_events)
     micros = F.unix_micros("timestamp")
     rows = events.filter(is_click | F.col("event").isin(*view_events)).select(
@@ -81,7 +81,12 @@ def cooccurrence(
     figures = pieces.repartitionById(num_blocks, "block").mapInArrow(write, from_arrow_schema(FIGURES)).toArrow()
     for hidden in out.glob(".*"):  # the ids, and what a task that was tried again may have left
         hidden.unlink()
-    return merged_figures(figures.to_pylist())
+    counts = merged_figures(figures.to_pylist())
+    if scoring.score == "swing":  # its score has no such bound, but a second cap
+        clicked = target_clicks(events, click_events)
+        counts["max_loss"] = None
+        counts["capped_notes"] = clicked.filter(F.col("num_users") > scoring.swing_max_users).count()
+    return counts
 
 
 def target_clicks(events: DataFrame, click_events: Sequence[str]) -> DataFrame:

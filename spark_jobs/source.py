@@ -10,12 +10,13 @@ A `timestamp` is one of
   - a date as eight digits (20250119), as text or as a number;
   - ISO 8601 text: a date, or a date and time with or without an offset (none: UTC);
   - a Parquet timestamp or date (without a zone: UTC).
-Anything else, and any time outside the years 1 to 9999, cannot be placed.
+Anything else, and any time outside the years 1 to 9999, cannot be placed. What `land` also refuses to place are absurd
+times: before 1970-01-02, as of a clock that was never set, and more than a day after the landing.
 """
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -35,26 +36,33 @@ _MICROS_OF_YEARS = (-62135596800000000, 253402300799999999)  # 0001-01-01 .. 999
 _ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 
 
-def land(spark: SparkSession, source: Path, out: Path, partition: Literal["week", "year"]) -> dict[str, Any]:
+def land(
+    spark: SparkSession, source: Path, out: Path, partition: Literal["week", "year"], now: datetime | None = None
+) -> dict[str, Any]:
     """Place the raw events in time: `out/<period>/*.parquet`, the rest in `out/undated/`.
 
-    A period is named by its first day (the Sunday, or January 1st). Returns rows, undated rows, first and last day, up
+    A period is named by its first day (the Sunday, or January 1st). `now` (None: the clock's) judges absurd times.
+    Returns rows, undated rows, first and last day, up
     to which day the log covers (`covered_until`), rows by event name (`top_counts`), and the periods with their rows.
     Raises ValueError for a source that cannot be used.
     """
     with readable(find_events(source)):
-        raw = land_events(read_source_events(spark, source), partition)
+        landed = land_events(read_source_events(spark, source), partition)
+        latest = (now or datetime.now(UTC)) + timedelta(days=1)
+        absurd = (F.col("timestamp") < F.lit("1970-01-02").cast("timestamp")) | (F.col("timestamp") > F.lit(latest))
+        raw = landed.withColumn("period", F.when(absurd, UNDATED).otherwise(F.col("period")))
         write_partitions(raw, out, "period", ["timestamp", "user_id", "note_id", "event", "row"])
     if not any(out.rglob("*.parquet")):
         raise ValueError(f"{find_events(source)} holds no rows.")
     landed = spark.read.parquet(*(str(p) for p in sorted(out.iterdir())))
-    days = counts_by(landed.withColumn("day", F.date_format("timestamp", "yyyy-MM-dd")), "day")
+    # One row per file that Spark opened: its folder is the period.
+    landed = landed.withColumn("period", F.element_at(F.split(F.col("_metadata.file_path"), "/"), -2))
+    day = F.when(F.col("period") != UNDATED, F.date_format("timestamp", "yyyy-MM-dd"))
+    days = counts_by(landed.withColumn("day", day), "day")
     undated = days.pop("", 0)
     if not days:
         raise ValueError(f"no timestamp of {find_events(source)} can be read; it takes Unix seconds or ISO 8601.")
-    # One row per file that Spark opened: its folder is the period.
-    names = landed.select(F.element_at(F.split(F.col("_metadata.file_path"), "/"), -2).alias("period"))
-    periods = [{"period": period, "rows": rows} for period, rows in sorted(counts_by(names, "period").items())]
+    periods = [{"period": period, "rows": rows} for period, rows in sorted(counts_by(landed, "period").items())]
     return {
         "rows": sum(days.values()) + undated,
         "undated": undated,

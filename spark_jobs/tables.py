@@ -46,6 +46,11 @@ def _settle(folder: Path) -> None:
         file.rename(folder / f"part-{i:05d}.parquet")
 
 
+def num_files(spark: SparkSession) -> int:
+    """The files, and tasks, of a table that may be large: spark.shuffle_partitions."""
+    return int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
+
+
 def read_table(spark: SparkSession, *paths: Path) -> DataFrame:
     """The rows of the Parquet folders `paths`. Raises ValueError naming the first that is not there."""
     for path in paths:

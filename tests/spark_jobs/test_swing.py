@@ -45,8 +45,8 @@ def by_definition(clicks: Clicks, alpha: float) -> Scores:
 def test_worked_example() -> None:
     """u clicked 1, 2, 3; v clicked 1, 2; x clicked 1, 3; alpha = 1.
 
-    1 and 2 were clicked together by u and v, who share these two: 1/sqrt(3 * 2) / (1 + 2). 1 and 3 by u and x, likewise.
-    2 and 3 by u alone, which makes no pair of users.
+    1 and 2 were clicked by u and v, who share these two: 1/sqrt(3 * 2) / (1 + 2). 1 and 3 by u and x, likewise. 2 and 3
+    were clicked by u alone, which makes no pair of users.
     """
     clicks = [("u", 1), ("u", 2), ("u", 3), ("v", 1), ("v", 2), ("x", 1), ("x", 3)]
     value = pytest.approx(1 / math.sqrt(6) / 3), 2
