@@ -1,15 +1,12 @@
 """The proof: recall of held-out pairs, beside everything it has to beat, and how much the model looks at the image."""
 
-import base64
 import sys
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import dagster as dg
 
 from assets.commands import run_command
-from assets.resources import Pipeline, dataset_deps
+from assets.resources import Pipeline, dataset_deps, shown
 from assets.tracking import TrackedRun
 from assets.training import GPU_RETRIES, note_arguments
 from notellm2_core.lake import Dataset, Draft
@@ -63,24 +60,8 @@ def eval_recall(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mat
         )
         draft.metrics["ann"] = dict(inputs["faiss_index"].manifest.metrics)
 
-    return pipeline.publish(context, build, _show)
-
-
-def _show(dataset: Dataset) -> dict[str, Any]:
     files = {
         "recall": ["recall.md"], "neighbours": ["neighbours.jpg"], "plot": ["recall.png"],
         "saliency": ["saliency.md", "saliency.png"],
     }  # fmt: skip
-    shown = {
-        name: "\n".join(_markdown(dataset.path / file) for file in some)
-        for name, some in files.items()
-        if (dataset.path / some[0]).exists()
-    }
-    return {name: dg.MetadataValue.md(text) for name, text in shown.items()}
-
-
-def _markdown(path: Path) -> str:
-    if path.suffix == ".md":
-        return path.read_text()
-    kind = {".jpg": "jpeg", ".png": "png"}[path.suffix]
-    return f"![{path.stem}](data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()})"
+    return pipeline.publish(context, build, shown(files))

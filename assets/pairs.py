@@ -6,7 +6,7 @@ from dataclasses import fields
 import dagster as dg
 
 from assets.logs import SPARK_RETRIES
-from assets.resources import Pipeline, dataset_deps
+from assets.resources import Pipeline, dataset_deps, shown
 from assets.tracking import TrackedRun
 from notellm2_core.lake import Dataset, Draft
 
@@ -115,3 +115,24 @@ def pair_datasets(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.M
             )
 
     return pipeline.publish(context, build)
+
+
+@dg.asset(group_name="pairs", kinds={"numpy"}, deps=dataset_deps("data_card"))
+def data_card(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """The data of this release for people: Table 1, what was dropped, how scores, pairs and clicks are spread."""
+    recipe = pipeline.recipe()
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        from notellm2_core.evaluation.data_card import write_data_card
+
+        draft.metrics |= write_data_card(
+            notes=inputs["notes"].path / "notes",
+            pairs=inputs["pair_datasets"].path,
+            clicks=inputs["cooccurrence"].path,
+            out=draft.path,
+            manifests={name: dataset.manifest.metrics for name, dataset in inputs.items()},
+            window={"train": recipe.window.train.iso(), "test": recipe.window.test.iso()},
+            unit=recipe.config.text.word_unit,
+        )
+
+    return pipeline.publish(context, build, shown({"data card": ["data_card.md", "data_card.png"]}))

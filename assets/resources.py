@@ -1,7 +1,8 @@
 """What the assets ask for: the configuration, its lake, Spark, and `publish`, the one way a dataset comes to be."""
 
+import base64
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,24 @@ class Pipeline(dg.ConfigurableResource):
             },
             data_version=dg.DataVersion(fingerprint),
         )
+
+
+def shown(files: Mapping[str, Sequence[str]]) -> Callable[[Dataset], Mapping[str, Any]]:
+    """What shows the .md, .png and .jpg files of a dataset, those of one name together; absent ones are left out."""
+
+    def show(dataset: Dataset) -> Mapping[str, Any]:
+        found = {name: [dataset.path / file for file in some] for name, some in files.items()}
+        texts = {name: "\n".join(map(_markdown, filter(Path.exists, some))) for name, some in found.items()}
+        return {name: dg.MetadataValue.md(text) for name, text in texts.items() if text}
+
+    return show
+
+
+def _markdown(path: Path) -> str:
+    if path.suffix == ".md":
+        return path.read_text()
+    kind = {".jpg": "jpeg", ".png": "png"}[path.suffix]
+    return f"![{path.stem}](data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()})"
 
 
 def dataset_deps(name: str) -> list[dg.AssetDep]:

@@ -58,6 +58,9 @@ STAGES: Mapping[str, Stage] = {
         ("pairs.low", "pairs.up", "pairs.bounds", "pairs.top_t", "pairs.popularity_power", "pairs.min_users"),
     ),
     "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",)),
+    "data_card": Stage(
+        ("raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",)
+    ),
     "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=3),
     "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "model.lora", "training"), version=3),
     "start_embeddings": Stage(

@@ -200,9 +200,9 @@ def clean_events(
 ) -> tuple[DataFrame, DataFrame]:
     """Landed events of the days [start, end) -> (EVENTS, QUARANTINE).
 
-    Reasons, the first that holds: bad_timestamp, absurd_timestamp, null_user, null_note, unknown_event, robot, unknown_note (unless `notes`
-    is None), duplicate_event (same user, note, time and event: one is kept). Ignored events (None: all that are neither
-    viewed nor clicked) and rows outside the days are in neither table.
+    Reasons, the first that holds: bad_timestamp, absurd_timestamp, null_user, null_note, unknown_event, robot,
+    unknown_note (unless `notes` is None), duplicate_event (same user, note, time and event: one is kept). Ignored
+    events (None: all that are neither viewed nor clicked) and rows outside the days are in neither table.
     """
     raw = raw.withColumn("placed", F.isnotnull("timestamp"))
     labelled = _label_events(raw, notes, view_events, click_events, ignored_events, [(start, end)], None)

@@ -8,7 +8,7 @@ ids that `write_note_ids` has put into a file, which every worker maps into its 
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -189,7 +189,10 @@ class _Figures:
 
 
 def merged_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """FIGURES of all blocks -> pairs, queries, max_users, score {quantiles, cut to 1 %}, capped_users, max_loss."""
+    """FIGURES of all blocks -> pairs, queries, max_users, score {quantiles}, histogram, capped_users, max_loss.
+
+    Quantiles are cut to 1 %. The histogram has two bins to an octave: `pairs` [n] between `edges` [n + 1].
+    """
     bins: Counter[float] = Counter()
     for row in rows:
         bins.update(dict(zip(row["scores"], row["counts"], strict=True)))
@@ -204,9 +207,19 @@ def merged_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "queries": sum(row["queries"] for row in rows),
         "max_users": max((row["max_users"] for row in rows), default=0),
         "score": {**quantiles, "max": max((row["max_score"] for row in rows), default=0) or None},
+        "histogram": _histogram(bins),
         "capped_users": sum(row["capped_users"] for row in rows),
         "max_loss": math.fsum(row["max_loss"] for row in rows),
     }
+
+
+def _histogram(bins: Mapping[float, int]) -> dict[str, list[float]]:
+    if not bins:
+        return {"edges": [0.0, 1.0], "pairs": [0]}
+    places = np.floor(2 * np.log2(list(bins))).astype(int)
+    first = int(places.min())
+    pairs = np.bincount(places - first, weights=list(bins.values())).astype(int)
+    return {"edges": [2.0 ** ((first + i) / 2) for i in range(len(pairs) + 1)], "pairs": pairs.tolist()}
 
 
 def _row(schema: pa.Schema, *values: Any) -> pa.RecordBatch:

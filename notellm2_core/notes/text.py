@@ -76,10 +76,16 @@ _WORDS = {
     "space": re.compile(r"\S+"),
     "character": re.compile(r"\S"),
 }
+WordUnit = Literal["auto", "space", "character"]
 _LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
-def truncate_words(text: str, num_words: int, unit: Literal["auto", "space", "character"] = "auto") -> str:
+def count_words(text: str, unit: WordUnit = "auto") -> int:
+    """How many words `text` has; see `truncate_words`."""
+    return sum(1 for _ in _WORDS[unit].finditer(text))
+
+
+def truncate_words(text: str, num_words: int, unit: WordUnit = "auto") -> str:
     """The first `num_words` words of `text`, as they stand, without the white space around them.
 
     unit = auto: a Chinese or Japanese character is a word, all else is split at white space.

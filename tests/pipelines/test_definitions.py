@@ -22,6 +22,7 @@ GRAPH = {
     "note_sides": {"notes", "events", "vision_features"},
     "related_pairs": {"cooccurrence", "note_sides"},
     "pair_datasets": {"related_pairs", "note_sides"},
+    "data_card": {"raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"},
     "vision_features": {"notes"},
     "start_model": {"notes", "vision_features", "pair_datasets"},
     "checkpoint": {"notes", "vision_features", "pair_datasets"},

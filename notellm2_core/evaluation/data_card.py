@@ -1,0 +1,202 @@
+"""The data of a release for people: the rows of Table 1, what was dropped, how scores, pairs and clicks are spread.
+
+Reads what the Spark jobs have written and the figures in their manifests; no Spark, no torch.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from notellm2_core.notes.text import WordUnit, count_words
+
+Figures = Mapping[str, Any]
+_TEXTS = {
+    "avg. # words per title": "title_words",
+    "avg. # topics per note": "topics",
+    "avg. # words per topic": "topic_words",
+    "avg. # words per content": "content_words",
+}
+
+
+def write_data_card(
+    *,
+    notes: Path,
+    pairs: Path,
+    clicks: Path,
+    out: Path,
+    manifests: Mapping[str, Figures],
+    window: Mapping[str, Sequence[str]],
+    unit: WordUnit,
+) -> dict[str, Any]:
+    """Write data_card.md, data_card.png and data_card.json into `out`; returns the rows of Table 1.
+
+    `pairs` holds train, validation, test and pool as `spark_jobs.split` wrote them; `clicks` train_clicks and
+    test_clicks; `manifests` the figures of raw_events, notes, events, cooccurrence, related_pairs and pair_datasets.
+    """
+    train, test = (_pairs(pairs, *names) for names in (("train", "validation"), ("test",)))
+    members = {
+        "train": pc.unique(pa.chunked_array([*train["query_id"].chunks, *train["target_id"].chunks], pa.string())),
+        "test": pq.read_table(pairs / "pool", columns=["note_id"])["note_id"].combine_chunks(),
+    }
+    table = {
+        side: {"notes": len(ids), "pairs": len(of), **_texts(notes, ids, unit)}
+        for (side, ids), of in zip(members.items(), (train, test), strict=True)
+    }
+    spread = {
+        "targets per query, train": _counts(train["query_id"]),
+        "queries per target, train": _counts(train["target_id"]),
+        "queries per target, test": _counts(test["target_id"]),
+    }
+    users = {
+        name: np.sort(pq.read_table(clicks / f"{name}_clicks")["num_users"].to_numpy())[::-1]
+        for name in ("train", "test")
+    }
+    kept = {"train": train["score"].to_numpy(), "test": test["score"].to_numpy()}
+    figures = {"table": table, "window": {name: list(days) for name, days in window.items()}}
+    (out / "data_card.json").write_text(json.dumps(figures, indent=1))
+    (out / "data_card.md").write_text(_markdown(table, spread, users, manifests, window))
+    (out / "data_card.png").write_bytes(_plot(spread, users, kept, manifests["cooccurrence"]))
+    return table
+
+
+def _pairs(folder: Path, *names: str) -> pa.Table:
+    columns = ["query_id", "target_id", "score"]
+    return pa.concat_tables([pq.read_table(folder / name, columns=columns) for name in names])
+
+
+def _counts(ids: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """How often each id occurs, the most frequent first."""
+    return np.sort(pc.value_counts(ids).field("counts").to_numpy())[::-1]
+
+
+def _texts(notes: Path, ids: pa.Array, unit: WordUnit) -> dict[str, float]:
+    """Means over the notes `ids`, read a batch at a time; words as `text.word_unit` counts them."""
+    totals = dict.fromkeys(("title_words", "topics", "topic_words", "content_words"), 0)
+    found = 0
+    for file in sorted(notes.glob("*.parquet")):
+        for batch in pq.ParquetFile(file).iter_batches(columns=["note_id", "title", "topics", "content"]):
+            chosen = batch.filter(pc.is_in(batch["note_id"], ids))
+            found += chosen.num_rows
+            totals["topics"] += len(chosen["topics"].flatten())
+            for name, texts in (("title", chosen["title"]), ("topic", chosen["topics"].flatten()),
+                                ("content", chosen["content"])):  # fmt: skip
+                totals[f"{name}_words"] += sum(count_words(text, unit) for text in texts.to_pylist())
+    per_note = max(found, 1)
+    means = {name: total / per_note for name, total in totals.items()}
+    return means | {"topic_words": totals["topic_words"] / max(totals["topics"], 1)}
+
+
+def _markdown(
+    table: Mapping[str, Figures],
+    spread: Mapping[str, npt.NDArray[np.int64]],
+    users: Mapping[str, npt.NDArray[np.int64]],
+    manifests: Mapping[str, Figures],
+    window: Mapping[str, Sequence[str]],
+) -> str:
+    raw, events, scores, related = (manifests[n] for n in ("raw_events", "events", "cooccurrence", "related_pairs"))
+    days = {name: f"{start} to {end} (exclusive)" for name, (start, end) in window.items()}
+    lines = [
+        f"# Data card: training days {days['train']}, test days {days['test']}",
+        "",
+        f"The log reaches from {raw['first_day']} to {raw['last_day']} with {raw['rows']:,} rows.",
+        "",
+        "## Table 1",
+        "",
+        *_table(["", "training", "test"], [
+            ["# notes", *(f"{table[s]['notes']:,}" for s in ("train", "test"))],
+            ["# note pairs", *(f"{table[s]['pairs']:,}" for s in ("train", "test"))],
+            *([title, *(f"{table[s][key]:.2f}" for s in ("train", "test"))] for title, key in _TEXTS.items()),
+        ]),
+        "",
+        "Training: the notes of the training and validation pairs. Test: the pool, and the pairs inside it.",
+        "",
+        "## From events to pairs",
+        "",
+        *_table(["", "training", "test"], [
+            *([name, *(f"{events[s][name]:,}" for s in ("train", "test"))]
+              for name in ("events", "views", "clicks", "users", "notes")),
+            ["scored pairs", *(f"{scores[s]['pairs']:,}" for s in ("train", "test"))],
+            *([title, *(f"{related[s][key]:,}" for s in ("train", "test"))] for title, key in (
+                ("both notes on the side", "pairs_on_side"), ("enough users", "pairs_with_min_users"),
+                ("score within bounds", "pairs_within_bounds"), ("strongest of the query", "pairs"))),
+            ["users capped", *(f"{scores[s]['capped_users']:,}" for s in ("train", "test"))],
+            ["a score has lost at most", *(_loss(scores[s]["max_loss"]) for s in ("train", "test"))],
+        ]),
+        "",
+        "## Dropped",
+        "",
+        *_table(["", "reason", "rows"], [
+            [name, reason, f"{rows:,}"]
+            for name in ("notes", "events") for reason, rows in manifests[name]["dropped"].items()
+        ] or [["–", "nothing", "0"]]),
+        "",
+        "## Spread",
+        "",
+        *_table(["", "of", "mean", "median", "largest", "share of the top 1 %"], [
+            *_spread_rows(spread.items()),
+            *_spread_rows((f"users per clicked note, {name}", of) for name, of in users.items()),
+        ]),
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
+
+
+def _spread_rows(of: Iterable[tuple[str, npt.NDArray[np.int64]]]) -> list[list[str]]:
+    rows = []
+    for name, counts in of:
+        top = counts[: max(1, len(counts) // 100)].sum() / max(counts.sum(), 1)
+        rows.append(
+            [name, f"{len(counts):,}", f"{counts.mean():.2f}", f"{np.median(counts):.0f}", f"{counts[0]:,}",
+             f"{100 * top:.1f} %"] if len(counts) else [name, "0", "–", "–", "–", "–"]
+        )  # fmt: skip
+    return rows
+
+
+def _plot(
+    spread: Mapping[str, npt.NDArray[np.int64]],
+    users: Mapping[str, npt.NDArray[np.int64]],
+    kept: Mapping[str, npt.NDArray[np.float64]],
+    scores: Figures,
+) -> bytes:
+    """Scores before and after the filters, pairs per note, and clicks by rank. PNG bytes."""
+    from matplotlib.figure import Figure  # no pyplot: it keeps state and looks for a display; a Figure draws with Agg
+
+    figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")
+    histogram, pairs, popularity = figure.subplots(1, 3)
+    for name, colour in (("train", "tab:blue"), ("test", "tab:green")):
+        found = scores[name]["histogram"]
+        histogram.stairs(found["pairs"], found["edges"], color=colour, label=f"{name}, all")
+        if len(kept[name]):
+            counts, edges = np.histogram(kept[name], bins=np.array(found["edges"]))
+            histogram.stairs(counts, edges, color=colour, fill=True, alpha=0.4, label=f"{name}, kept")
+        popularity.plot(np.arange(1, len(users[name]) + 1), users[name], color=colour, label=name)
+    histogram.set(xscale="log", yscale="log", xlabel="score", ylabel="pairs", title="Scores")
+    popularity.set(
+        xscale="log", yscale="log", xlabel="rank of the note", ylabel="users", title="Users per clicked note"
+    )
+    for name, counts in spread.items():
+        pairs.plot(np.arange(1, len(counts) + 1), counts, label=name)
+    pairs.set(xscale="log", yscale="log", xlabel="rank of the note", ylabel="pairs", title="Pairs per note")
+    for panel in (histogram, pairs, popularity):
+        panel.legend(fontsize=8, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
