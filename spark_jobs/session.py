@@ -41,18 +41,20 @@ def spark_session(
     app_name: str,
     master: str = "local[*]",
     driver_memory: str = "2g",
-    shuffle_partitions: int = 8,
+    shuffle_partitions: int | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> SparkSession:
     """The session of this process, created where there is none yet.
 
     SPARK_REMOTE (Spark Connect) and spark-submit bring their own master and memory; then `master` and `driver_memory`
-    have no effect. `extra` are Spark settings that win over all others. Raises ValueError where no Java is found.
+    have no effect. `shuffle_partitions` None: what spark-submit or the server says, 8 elsewhere. `extra` are Spark settings that win over all others. Raises ValueError where no Java is found.
     """
     warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)  # none is used here
     builder = SparkSession.builder.appName(app_name)
-    settings = {**_SQL_SETTINGS, "spark.sql.shuffle.partitions": str(shuffle_partitions)}
     elsewhere = "SPARK_REMOTE" in os.environ or "PYSPARK_GATEWAY_PORT" in os.environ
+    settings = dict(_SQL_SETTINGS)
+    if shuffle_partitions is not None or not elsewhere:
+        settings["spark.sql.shuffle.partitions"] = str(shuffle_partitions or 8)
     scratch = None
     if not elsewhere:
         os.environ["JAVA_HOME"] = java_home()

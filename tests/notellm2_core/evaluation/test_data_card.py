@@ -51,9 +51,8 @@ def test_data_card(tmp_path: Path) -> None:
         write(tmp_path / "pairs" / name, [{"query_id": q, "target_id": t, "score": 0.6} for q, t in of])
     write(tmp_path / "pairs" / "pool", [{"note_id": "c"}, {"note_id": "d"}])
     for name in ("train", "test"):
-        write(
-            tmp_path / "clicks" / f"{name}_clicks", [{"note_id": n, "num_users": u} for n, u in zip("abc", (1, 7, 2))]
-        )
+        clicks = [{"note_id": note, "num_users": users} for note, users in {"a": 1, "b": 7, "c": 2}.items()]
+        write(tmp_path / "clicks" / f"{name}_clicks", clicks)
     (tmp_path / "out").mkdir()
     table = write_data_card(
         notes=tmp_path / "notes",

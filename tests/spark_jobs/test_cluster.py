@@ -1,0 +1,81 @@
+"""A job by spark-submit on a standalone cluster, a master and two workers on loopback: the same bytes as locally."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyspark
+import pytest
+from pyspark.sql import SparkSession
+
+from spark_jobs import cooccurrence as job
+from spark_jobs.session import java_home
+from tests.spark_jobs.test_source import write_csv
+
+SPARK = Path(pyspark.__file__).parent
+HOST = "127.0.0.1"
+
+
+@contextmanager
+def process(log: Path, *command: str, env: dict[str, str]) -> Iterator[None]:
+    with log.open("w") as out, subprocess.Popen(command, env=env, stdout=out, stderr=out) as running:
+        try:
+            yield
+        finally:
+            running.terminate()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The master's address, and the environment that spark-submit needs."""
+    with socket.create_server((HOST, 0)) as free:
+        port = free.getsockname()[1]
+    env = os.environ | {
+        "JAVA_HOME": java_home(), "SPARK_HOME": str(SPARK), "SPARK_LOCAL_IP": HOST, "PYSPARK_PYTHON": sys.executable,
+        "JDK_JAVA_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+    }  # fmt: skip
+    start = str(SPARK / "bin" / "spark-class"), "org.apache.spark.deploy"
+    address = f"spark://{HOST}:{port}"
+    with ExitStack() as running:
+        master = [f"{start[1]}.master.Master", "--host", HOST, "--port", str(port), "--webui-port", "0"]
+        running.enter_context(process(tmp_path / "master.log", start[0], *master, env=env))
+        for n in range(2):
+            folder = str(tmp_path / f"worker{n}")
+            worker = [f"{start[1]}.worker.Worker", "--host", HOST, "--cores", "1", "--memory", "1g", "--webui-port", "0",
+                      "--work-dir", folder, address]  # fmt: skip
+            running.enter_context(process(tmp_path / f"worker{n}.log", start[0], *worker, env=env))
+        deadline = time.monotonic() + 120
+        while (tmp_path / "master.log").read_text().count("Registering worker") < 2:
+            assert time.monotonic() < deadline, (tmp_path / "master.log").read_text()
+            time.sleep(0.2)
+        yield address, env
+
+
+def test_the_same_bytes_as_in_local_mode(
+    cluster: tuple[str, dict[str, str]], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, env = cluster
+    rng = np.random.default_rng(0)
+    user, note, time_, clicked = (rng.integers(0, size, 600).tolist() for size in (20, 30, 9999, 2))
+    lines = [f"u{u},n{n},{t},{('view', 'click')[c]}" for u, n, t, c in zip(user, note, time_, clicked, strict=True)]
+    log = write_csv(tmp_path / "events.csv", lines)
+
+    settings = {"spark.executor.memory": "600m", "spark.driver.host": HOST, "spark.ui.enabled": "false",
+                "spark.sql.shuffle.partitions": "2"}  # fmt: skip
+    options = [part for key, value in settings.items() for part in ("--conf", f"{key}={value}")]
+    arguments = "--events", str(log), "--out"
+    command = [str(SPARK / "bin" / "spark-submit"), "--master", address, *options, str(job.__file__), *arguments]
+    done = subprocess.run([*command, str(tmp_path / "cluster")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr(job, "spark_session", lambda name: spark)
+    monkeypatch.setattr(sys, "argv", ["cooccurrence", *arguments, str(tmp_path / "local")])
+    job.main()
+    there, here = ({f.name: f.read_bytes() for f in (tmp_path / place).iterdir()} for place in ("cluster", "local"))
+    assert sorted(there) == ["part-00000.parquet", "part-00001.parquet"] and there == here
