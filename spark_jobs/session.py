@@ -47,7 +47,8 @@ def spark_session(
     """The session of this process, created where there is none yet.
 
     SPARK_REMOTE (Spark Connect) and spark-submit bring their own master and memory; then `master` and `driver_memory`
-    have no effect. `shuffle_partitions` None: what spark-submit or the server says, 8 elsewhere. `extra` are Spark settings that win over all others. Raises ValueError where no Java is found.
+    have no effect. `shuffle_partitions` None: what spark-submit or the server says, 8 elsewhere. `extra` are Spark
+    settings that win over all others. Raises ValueError where no Java is found.
     """
     warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)  # none is used here
     builder = SparkSession.builder.appName(app_name)

@@ -89,7 +89,8 @@ def prepared(spark: SparkSession, folder: Path, lines: list[str], **settings: An
     (folder / "notes").mkdir()
     pq.write_table(pa.table({"note_id": ["n1", "n2"]}), folder / "notes" / "part.parquet")
     raw = [folder / "raw" / p for p in periods]
-    return prepare_events(spark, raw, folder / "notes", folder / "out", **{**NAMES, **WINDOWS, **settings})
+    settings = {"max_events_per_day": None, **NAMES, **WINDOWS, **settings}
+    return prepare_events(spark, raw, folder / "notes", folder / "out", **settings)
 
 
 LINES = [
@@ -130,6 +131,36 @@ def test_every_row_is_kept_or_counted(spark: SparkSession, tmp_path: Path) -> No
     assert Counter(q["reason"] for q in quarantine) == dropped
     rows = [json.loads(q["row"]) for q in quarantine]
     assert {"user_id": "u1", "note_id": "n1", "timestamp": "whenever", "event": "view"} in rows
+
+
+def test_robots_and_absurd_times(spark: SparkSession, tmp_path: Path) -> None:
+    """Three events on a day, of any kind and note, are a robot's where two are the most; its other days fall with them.
+
+    Repeated rows count, ignored and unknown events do not. Times of the first day of 1970, as of a clock that was never
+    set, and of the future are no user's at all.
+    """
+    lines = [
+        "robot,n1,2024-01-01T00:00,view",
+        "robot,n1,2024-01-01T00:00,view",
+        "robot,n9,2024-01-01T23:59,click",
+        "robot,n2,2024-01-09,click",
+        "busy,n1,2024-01-01,view",
+        "busy,n2,2024-01-01,click",
+        "busy,n2,2024-01-01,share",
+        "busy,n2,2024-01-01,purchase",
+        "busy,n1,2024-01-02,view",
+        "busy,n1,2024-01-09,click",
+        "busy,n1,0,view",
+        "busy,n1,86399,view",
+        "busy,n1,2999-01-01,view",
+        ",n1,2024-01-03,view",
+        ",n1,2024-01-03T01:00,view",
+        ",n1,2024-01-03T02:00,view",
+    ]
+    counts = prepared(spark, tmp_path, lines, max_events_per_day=2)
+    assert counts["dropped"] == {"robot": 4, "absurd_timestamp": 3, "null_user": 3, "unknown_event": 1}
+    assert (counts["robots"], counts["train"]["events"], counts["test"]["events"]) == (1, 3, 1)
+    assert prepared(spark, tmp_path / "b", lines, max_events_per_day=3)["robots"] == 0
 
 
 def test_equal_windows_and_other_names(spark: SparkSession, tmp_path: Path) -> None:

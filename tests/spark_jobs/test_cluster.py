@@ -47,8 +47,8 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         running.enter_context(process(tmp_path / "master.log", start[0], *master, env=env))
         for n in range(2):
             folder = str(tmp_path / f"worker{n}")
-            worker = [f"{start[1]}.worker.Worker", "--host", HOST, "--cores", "1", "--memory", "1g", "--webui-port", "0",
-                      "--work-dir", folder, address]  # fmt: skip
+            worker = [f"{start[1]}.worker.Worker", "--host", HOST, "--webui-port", "0", "--cores", "1",
+                      "--memory", "1g", "--work-dir", folder, address]  # fmt: skip
             running.enter_context(process(tmp_path / f"worker{n}.log", start[0], *worker, env=env))
         deadline = time.monotonic() + 120
         while (tmp_path / "master.log").read_text().count("Registering worker") < 2:

@@ -173,6 +173,13 @@ def test_command(
         error = capsys.readouterr().err
         assert caught.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
 
+    again = tmp_path / "events2.csv"
+    write_csv(again, ["u,A,1,click", "u,B,2,click", "v,A,3,click", "v,B,1,click", "v,C,9,view"])
+    run(monkeypatch, "--events", again, "--out", tmp_path / "swing", "--score", "swing", "--max-user-notes", "all")
+    swing = [tuple(row.values()) for row in pq.read_table(tmp_path / "swing").to_pylist()]
+    assert sorted(swing) == [("A", "B", pytest.approx(1 / 6), 2), ("B", "A", pytest.approx(1 / 6), 2)]  # 1/2 / (1 + 2)
+    assert json.loads(capsys.readouterr().out)["max_loss"] is None
+
     fails("no clicks; set --click-events", "--events", log, "--out", tmp_path / "none")
     fails("does not exist", "--events", tmp_path / "nowhere", "--out", tmp_path / "none")
     (tmp_path / "mine").mkdir()
