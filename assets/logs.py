@@ -1,9 +1,12 @@
 """From the user's source to clean notes and events."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
+from assets.parts import Span, landings, reduced_periods, spans
 from assets.resources import Pipeline, dataset_deps, one_sentence
 from assets.tracking import TrackedRun
 from notellm2_core.config import Source
@@ -50,10 +53,14 @@ def raw_events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
     ensure_demo_world(context, recipe)
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        from spark_jobs.source import land
+        from spark_jobs.source import landed_figures
 
         with pipeline.spark(recipe.config, "raw_events") as spark:
-            draft.metrics |= land(spark, recipe.source, draft.path, recipe.config.source.partition)
+            parts = landings(context, spark, recipe)
+        for part in parts:
+            for file in part.manifest.files:
+                draft.link(f"{Path(file).parent}/{part.manifest.fingerprint}-{Path(file).name}", part, file)
+        draft.metrics |= landed_figures(recipe.source, [part.manifest.metrics for part in parts])
 
     result = pipeline.publish(context, build)
     _announce_periods(context, recipe.dataset("raw_events"))
@@ -84,27 +91,27 @@ def events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Material
     source = recipe.config.source
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        from spark_jobs.clean import prepare_events
-        from spark_jobs.source import periods_between
+        from spark_jobs.clean import EventNames
+        from spark_jobs.interactions import Window, join_periods
+        from spark_jobs.source import UNDATED
 
-        window, landed = recipe.window, inputs["raw_events"].manifest.metrics
-        periods = sorted(
-            {p for days in (window.train, window.test) for p in periods_between(days.start, days.end, **landed)}
-        )
+        raw, days = inputs["raw_events"], recipe.window
+        train, test = (spans(raw, window, source.partition) for window in (days.train, days.test))
+        undated = [(UNDATED, None)] if (raw.path / UNDATED).exists() else []
         with pipeline.spark(recipe.config, "events") as spark:
-            draft.metrics |= prepare_events(
+            periods = reduced_periods(context, spark, recipe, raw, [*train, *test, *undated], draft)
+
+            def figures(parts: Sequence[tuple[str, Span | None]]) -> dict[Path, Mapping[str, Any]]:
+                return {periods[part].path: periods[part].manifest.metrics for part in parts}
+
+            draft.metrics |= join_periods(
                 spark,
-                raw_paths=[inputs["raw_events"].path / period for period in periods],
+                train=Window(days.train.start, days.train.end, figures(train)),
+                test=Window(days.test.start, days.test.end, figures(test)),
+                undated=figures(undated),
                 notes=inputs["notes"].path / "notes",
                 out=draft.path,
-                view_events=source.view_events,
-                click_events=source.click_events,
-                ignored_events=source.ignored_events,
-                max_events_per_day=source.max_events_per_day,
-                train_start=window.train.start,
-                train_end=window.train.end,
-                test_start=window.test.start,
-                test_end=window.test.end,
+                names=EventNames(source.view_events, source.click_events, source.ignored_events),
             )
 
     return pipeline.publish(context, build)

@@ -28,10 +28,8 @@ def cooccurrence(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Ma
         with pipeline.spark(config, "cooccurrence") as spark:
             draft.metrics |= score(
                 spark,
-                events=inputs["events"].path,
+                windows=inputs["events"].path,
                 out=draft.path,
-                view_events=config.source.view_events,
-                click_events=config.source.click_events,
                 scoring=Scoring(**{f.name: getattr(config.pairs, f.name) for f in fields(Scoring)}),
             )
 

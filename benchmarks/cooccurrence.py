@@ -10,8 +10,8 @@ begins when its session is ready to work. Contenders:
   duckdb        one SQL query, two threads
   expressions   Spark's built-in expressions: first views and last clicks of each user, then a join
   events_join   Spark, as the equation reads: events joined with events, then distinct
-The last two stop at --join-millions. The result of each is compared with DuckDB's, row for row. `ours` runs twice at the smallest size, to compare the bytes,
-and once with a user of 200,000 events more among 10 million.
+The last two stop at --join-millions. The result of each is compared with DuckDB's, row for row. `ours` runs twice at the
+smallest size, to compare the bytes, and in turn with and without a user of 200,000 events more among 10 million.
 """
 
 import argparse
@@ -77,11 +77,13 @@ def generate(num_events: int, file: Path, heavy_user: int = 0, seed: int = 0) ->
 
 
 def ours(log: Path, out: Path, memory: str) -> float:
+    from spark_jobs.clean import EventNames
     from spark_jobs.cooccurrence import cooccurrence
+    from spark_jobs.interactions import interactions
 
     spark = _session(memory)
     started = time.monotonic()
-    cooccurrence(spark.read.parquet(str(log)), ["view"], ["click"], out)
+    cooccurrence(interactions(spark.read.parquet(str(log)), EventNames(["view"], ["click"], None)), out)
     return time.monotonic() - started
 
 

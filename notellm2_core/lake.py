@@ -13,7 +13,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,6 +86,18 @@ class Lake:
             return None
         return open_dataset(path)
 
+    def open(self, name: str, fingerprint: str) -> Dataset:
+        """The published dataset. Raises LakeError where it is not there or cannot be trusted."""
+        return open_dataset(self.path(name, fingerprint))
+
+    def datasets(self, name: str) -> list[Dataset]:
+        """All published datasets of this name that can be trusted, the oldest first."""
+        found = []
+        for path in (self.root / name).glob("*"):
+            with suppress(LakeError):
+                found.append(open_dataset(path))
+        return sorted(found, key=lambda d: (d.manifest.created, d.manifest.fingerprint))
+
     @contextmanager
     def publish(
         self, name: str, fingerprint: str, inputs: Mapping[str, str], settings: Mapping[str, Any]
@@ -107,7 +119,7 @@ class Lake:
                 fingerprint=fingerprint,
                 inputs=dict(inputs),
                 settings=dict(settings),
-                files=_describe(work),
+                files=_describe(work, draft.linked),
                 metrics=draft.metrics,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
@@ -140,6 +152,17 @@ class Draft:
 
     path: Path
     metrics: dict[str, Any] = field(default_factory=dict)
+    linked: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # relative path -> facts known of it
+
+    def link(self, name: str, dataset: Dataset, file: str) -> None:
+        """Take over `file` of a published dataset as `name`, without reading or copying it where the disk can."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(dataset.path / file, target)
+        except OSError:  # a disk without hard links
+            shutil.copy2(dataset.path / file, target)
+        self.linked[name] = dataset.manifest.files[file]
 
 
 def open_dataset(path: Path) -> Dataset:
@@ -180,17 +203,23 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-def _describe(folder: Path) -> dict[str, dict[str, Any]]:
-    """Facts of every file. Spark's markers and hidden checksums are dropped: the manifest replaces them."""
-    files: dict[str, dict[str, Any]] = {}
+def _describe(folder: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Facts of every file, those of `known` ones without reading them.
+
+    Spark's markers and hidden checksums are dropped: the manifest replaces them.
+    """
+    files: dict[str, Mapping[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and _is_hidden(path):
             path.unlink()
     for path in _files(folder):
+        if (name := str(path.relative_to(folder))) in known:
+            files[name] = known[name]
+            continue
         facts: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         if path.suffix == ".parquet":
             facts["rows"] = pq.read_metadata(path).num_rows
-        files[str(path.relative_to(folder))] = facts
+        files[name] = facts
     return files
 
 

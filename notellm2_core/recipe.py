@@ -35,20 +35,19 @@ _MODEL = ("seed", *TEXT_SETTINGS, "model.method", "model.llm", "model.connector"
           "model.matryoshka_dims", "model.temperature", "model.start", "model.vision")  # fmt: skip
 
 STAGES: Mapping[str, Stage] = {
-    "raw_events": Stage((), ("source.partition",), version=4),
+    "raw_events": Stage((), ("source.partition",), version=5),
     "notes": Stage((), ()),
     "events": Stage(
         ("raw_events", "notes"),
         ("source.view_events", "source.click_events", "source.ignored_events", "source.max_events_per_day",
          "window.train_days", "window.test_days"),
-        version=2,
+        version=3,
     ),
     "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=2),
     "cooccurrence": Stage(
         ("events",),
-        ("source.view_events", "source.click_events", "pairs.score", "pairs.simultaneous", "pairs.max_user_notes",
-         "pairs.swing_alpha", "pairs.swing_max_users"),
-        version=2,
+        ("pairs.score", "pairs.simultaneous", "pairs.max_user_notes", "pairs.swing_alpha", "pairs.swing_max_users"),
+        version=3,
     ),
     "note_sides": Stage(
         ("notes", "events", "vision_features"), ("split.by", "split.pool_share", "split.max_pool_notes")

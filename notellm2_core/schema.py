@@ -34,6 +34,16 @@ EVENTS = pa.schema(
         pa.field("event", pa.string(), nullable=False),
     ]
 )
+INTERACTIONS = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("first_view", pa.timestamp("us", tz="UTC"), nullable=False),  # or click
+        pa.field("last_click", pa.timestamp("us", tz="UTC")),  # null: not clicked
+        pa.field("events", pa.int64(), nullable=False),
+        pa.field("clicks", pa.int64(), nullable=False),  # of the events
+    ]
+)
 # Everything that was dropped, as it came, with the reason.
 QUARANTINE = pa.schema([pa.field("reason", pa.string(), nullable=False), pa.field("row", pa.string(), nullable=False)])
 

@@ -10,7 +10,7 @@ import argparse
 import filecmp
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.schema import SCORES
-from spark_jobs.clean import clean_events
+from spark_jobs.clean import EventNames, label_events, split_labelled, within
+from spark_jobs.interactions import interactions
 from spark_jobs.score_tasks import (
     FIGURES,
     PIECES,
@@ -39,18 +40,12 @@ from spark_jobs.tables import counts_by, num_files, read_table, readable, replac
 _AS_THE_PAPER = Scoring()
 
 
-def cooccurrence(
-    events: DataFrame,
-    view_events: Sequence[str],
-    click_events: Sequence[str],
-    out: Path,
-    scoring: Scoring = _AS_THE_PAPER,
-) -> dict[str, Any]:
+def cooccurrence(interactions: DataFrame, out: Path, scoring: Scoring = _AS_THE_PAPER) -> dict[str, Any]:
     """Eq. 2: s(A -> B) = sum over u in U(A -> B) of 1 / N_u, as SCORES in the new folder `out`.
 
     u is in the set U(A -> B) iff u's first view of A is earlier than (`simultaneous`: not later than) u's last click on
     B. So the first view and the last click of each user and note decide, and no events are joined. A click is a view
-    too. N_u is the number of distinct notes that u clicked in `events`. A note is not paired with itself.
+    too. N_u is the number of distinct notes that u clicked. A note is not paired with itself.
 
     Of each user, the `max_user_notes` notes viewed last and the `max_user_notes` notes clicked last make pairs (None:
     all of them); N_u counts all. `score = "swing"` makes another score of the same clicks (`spark_jobs.swing`).
@@ -61,12 +56,9 @@ def cooccurrence(
     Returns pairs, queries, max_users (the most of one pair), score {min, p10, p50, p90, p99, max; cut to 1 %},
     capped_users, and max_loss: no score has lost more by the cap (Swing: none, but capped_notes).
     """
-    num_blocks = num_files(events.sparkSession)
-    is_click = F.col("event").isin(*click_events)
-    micros = F.unix_micros("timestamp")
-    rows = events.filter(is_click | F.col("event").isin(*view_events)).select(
-        "user_id", "note_id", micros.alias("first_view"), F.when(is_click, micros).alias("last_click")
-    )
+    num_blocks = num_files(interactions.sparkSession)
+    micros = (F.unix_micros(c).alias(c) for c in ("first_view", "last_click"))
+    rows = interactions.select("user_id", "note_id", *micros)
     out.mkdir(parents=True)
     note_ids = out / ".note_ids.arrow"
     write_note_ids(rows.select("note_id").distinct().toArrow()["note_id"], note_ids)
@@ -83,41 +75,35 @@ def cooccurrence(
         hidden.unlink()
     counts = merged_figures(figures.to_pylist())
     if scoring.score == "swing":  # its score has no such bound, but a second cap
-        clicked = target_clicks(events, click_events)
+        clicked = target_clicks(interactions)
         counts["max_loss"] = None
         counts["capped_notes"] = clicked.filter(F.col("num_users") > scoring.swing_max_users).count()
     return counts
 
 
-def target_clicks(events: DataFrame, click_events: Sequence[str]) -> DataFrame:
+def target_clicks(interactions: DataFrame) -> DataFrame:
     """note_id, num_users: how many distinct users clicked each note; notes without clicks are left out."""
-    clicks = events.filter(F.col("event").isin(*click_events))
+    clicks = interactions.filter("last_click IS NOT NULL")
     return clicks.groupBy("note_id").agg(F.count_distinct("user_id").alias("num_users"))
 
 
-def score(
-    spark: SparkSession,
-    events: Path,
-    out: Path,
-    view_events: Sequence[str],
-    click_events: Sequence[str],
-    scoring: Scoring,
-) -> dict[str, Any]:
-    """`events/train`, `events/test` -> `out/train`, `out/test` (SCORES), `out/train_clicks`, `out/test_clicks`.
+def score(spark: SparkSession, windows: Path, out: Path, scoring: Scoring) -> dict[str, Any]:
+    """`windows/train`, `windows/test` (INTERACTIONS) -> `out/train`, `out/test` (SCORES), and `out/train_clicks`,
+    `out/test_clicks` (TARGET_CLICKS).
 
     Equal windows are computed once. Returns for train and test what `cooccurrence` returns.
     """
     counts: dict[str, Any] = {}
     for window in ("train", "test"):
-        if window == "test" and _same_files(events / "train", events / "test"):
+        if window == "test" and _same_files(windows / "train", windows / "test"):
             shutil.copytree(out / "train", out / "test")
             shutil.copytree(out / "train_clicks", out / "test_clicks")
             counts["test"] = counts["train"]
             break
-        table = read_table(spark, events / window)
-        counts[window] = cooccurrence(table, view_events, click_events, out / window, scoring)
+        table = read_table(spark, windows / window)
+        counts[window] = cooccurrence(table, out / window, scoring)
         _require_pairs(counts[window], f"{window} window")
-        write_table(target_clicks(table, click_events), out / f"{window}_clicks", ["note_id"])
+        write_table(target_clicks(table), out / f"{window}_clicks", ["note_id"])
     return counts
 
 
@@ -153,19 +139,19 @@ def main() -> None:
     parser.add_argument("--start", type=date.fromisoformat, help="first day, YYYY-MM-DD")
     parser.add_argument("--end", type=date.fromisoformat, help="the day after the last one")
     args = parser.parse_args()
-    view_events, click_events = (
-        [name.strip() for name in names.split(",")] for names in (args.view_events, args.click_events)
-    )
+    views, clicks = ([name.strip() for name in of.split(",")] for of in (args.view_events, args.click_events))
+    event_names = EventNames(views, clicks, ignored=None)
     scoring = Scoring(args.score, args.simultaneous, args.max_user_notes)
     with one_line_errors(), replacing(args.out, args.events, SCORES.names) as out, readable(args.events):
         spark = spark_session("cooccurrence")
         raw = land_events(read_source_events(spark, args.events)).persist()
         names = top_counts(raw, "event")
-        events, quarantine = clean_events(raw, None, view_events, click_events, None, args.start, args.end)
-        events = events.persist()
-        if not events.filter(F.col("event").isin(click_events)).head(1):
+        in_days = F.isnull("timestamp") | within(args.start, args.end)
+        labelled = label_events(raw.filter(in_days), event_names).persist()
+        events, quarantine = split_labelled(labelled)
+        if not events.filter(F.col("event").isin(*event_names.clicks)).head(1):
             raise ValueError(f"{args.events}: no clicks; set --click-events, --start, --end. Event names: {names}.")
-        counts = cooccurrence(events, view_events, click_events, out, scoring)
+        counts = cooccurrence(interactions(events, event_names), out, scoring)
         _require_pairs(counts, str(args.events))
         print(json.dumps({"rows": raw.count(), "events": names, "dropped": counts_by(quarantine, "reason"), **counts}))
 

@@ -35,7 +35,7 @@ class Scoring:
     swing_max_users: int = 1000
 
 
-INTERACTIONS = pa.schema(
+_ROWS = pa.schema(
     [
         pa.field("user_id", pa.string()),
         pa.field("note_id", pa.string()),
@@ -85,8 +85,8 @@ def _read_note_ids(file: Path) -> pa.StringArray:
 def cut_lists(
     batches: Iterator[pa.RecordBatch], note_ids: Path, num_blocks: int, scoring: Scoring
 ) -> Iterator[pa.RecordBatch]:
-    """INTERACTIONS of whole users -> PIECES: their lists by block, and a row for what the cap has cut."""
-    rows = pa.Table.from_batches([b.cast(INTERACTIONS) for b in batches], INTERACTIONS).combine_chunks()
+    """_ROWS of whole users -> PIECES: their lists by block, and a row for what the cap has cut."""
+    rows = pa.Table.from_batches([b.cast(_ROWS) for b in batches], _ROWS).combine_chunks()
     if scoring.score == "swing":  # clicks alone, each as a view too
         rows = rows.filter(pc.is_valid(rows["last_click"])).combine_chunks()
         rows = rows.set_column(2, "first_view", rows["last_click"])

@@ -11,12 +11,13 @@ A `timestamp` is one of
   - ISO 8601 text: a date, or a date and time with or without an offset (none: UTC);
   - a Parquet timestamp or date (without a zone: UTC).
 Anything else, and any time outside the years 1 to 9999, cannot be placed. What `land` also refuses to place are absurd
-times: before 1970-01-02, as of a clock that was never set, and more than a day after the landing.
+times: before 1970-01-02, as of a clock that was never set, and from 2100 on.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime, timedelta
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -33,45 +34,66 @@ _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])$"  # as seconds they would all be of August 1970
 _ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]\d{1,2}:.*)?$"  # Spark alone would also take a year, or a time of today
 _MICROS_OF_YEARS = (-62135596800000000, 253402300799999999)  # 0001-01-01 .. 9999-12-31, what Python can show
+_PLAUSIBLE = ("1970-01-02", "2099-12-31 23:59:59.999999")
 _ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 
 
 def land(
-    spark: SparkSession, source: Path, out: Path, partition: Literal["week", "year"], now: datetime | None = None
+    spark: SparkSession,
+    source: Path,
+    out: Path,
+    partition: Literal["week", "year"],
+    files: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Place the raw events in time: `out/<period>/*.parquet`, the rest in `out/undated/`.
+    """Place raw events in time: `out/<period>/*.parquet`, what has no readable or an absurd time in `out/undated/`.
 
-    A period is named by its first day (the Sunday, or January 1st). `now` (None: the clock's) judges absurd times.
-    Returns rows, undated rows, first and last day, up
-    to which day the log covers (`covered_until`), rows by event name (`top_counts`), and the periods with their rows.
-    Raises ValueError for a source that cannot be used.
+    A period is named by its first day (the Sunday, or January 1st). `files`: which of `event_files(source)`; None: all.
+    Returns rows {period: rows}, days {day: rows}, and events {name: rows} (`top_counts`). Raises ValueError for a
+    source that cannot be used.
     """
     with readable(find_events(source)):
-        landed = land_events(read_source_events(spark, source), partition)
-        latest = (now or datetime.now(UTC)) + timedelta(days=1)
-        absurd = (F.col("timestamp") < F.lit("1970-01-02").cast("timestamp")) | (F.col("timestamp") > F.lit(latest))
-        raw = landed.withColumn("period", F.when(absurd, UNDATED).otherwise(F.col("period")))
-        write_partitions(raw, out, "period", ["timestamp", "user_id", "note_id", "event", "row"])
+        landed = land_events(read_source_events(spark, source, files), partition)
+        absurd = ~F.col("timestamp").between(*(F.lit(bound).cast("timestamp") for bound in _PLAUSIBLE))
+        placed = landed.withColumn("period", F.when(absurd, UNDATED).otherwise(F.col("period")))
+        write_partitions(placed, out, "period", ["timestamp", "user_id", "note_id", "event", "row"])
     if not any(out.rglob("*.parquet")):
-        raise ValueError(f"{find_events(source)} holds no rows.")
+        return {"rows": {}, "days": {}, "events": {}}
     landed = spark.read.parquet(*(str(p) for p in sorted(out.iterdir())))
     # One row per file that Spark opened: its folder is the period.
     landed = landed.withColumn("period", F.element_at(F.split(F.col("_metadata.file_path"), "/"), -2))
     day = F.when(F.col("period") != UNDATED, F.date_format("timestamp", "yyyy-MM-dd"))
     days = counts_by(landed.withColumn("day", day), "day")
-    undated = days.pop("", 0)
+    days.pop("", None)
+    return {"rows": counts_by(landed, "period"), "days": days, "events": top_counts(landed, "event")}
+
+
+def landed_figures(source: Path, landings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `land` returned of all files of `source`, together.
+
+    Returns rows, undated rows, first and last day, up to which day the log covers (`covered_until`), rows by event
+    name, and the periods with their rows. Raises ValueError for a log without rows, or without a time that can be read.
+    """
+    rows, days, events = (_added(of[key] for of in landings) for key in ("rows", "days", "events"))
+    if not rows:
+        raise ValueError(f"{find_events(source)} holds no rows.")
     if not days:
         raise ValueError(f"no timestamp of {find_events(source)} can be read; it takes Unix seconds or ISO 8601.")
-    periods = [{"period": period, "rows": rows} for period, rows in sorted(counts_by(landed, "period").items())]
     return {
-        "rows": sum(days.values()) + undated,
-        "undated": undated,
+        "rows": sum(rows.values()),
+        "undated": rows[UNDATED],
         "first_day": min(days),
         "last_day": max(days),
         "covered_until": covered_until(days),
-        "events": top_counts(landed, "event"),
-        "periods": periods,
+        "events": dict(sorted(events.items(), key=lambda item: (-item[1], item[0]))),
+        "periods": [{"period": period, "rows": rows[period]} for period in sorted(rows) if rows[period]],
     }
+
+
+def _added(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for of in counts:
+        total.update(of)
+    return total
 
 
 def covered_until(rows_by_day: Mapping[str, int]) -> str:
@@ -84,6 +106,12 @@ def covered_until(rows_by_day: Mapping[str, int]) -> str:
     below = list(accumulate(sizes))
     usual = sizes[bisect_left(below, below[-1] / 2)]
     return max(day for day, rows in rows_by_day.items() if rows >= usual / 100)
+
+
+def days_of(period: str, partition: Literal["week", "year"]) -> tuple[date, date]:
+    """The days [start, end) of a landed period."""
+    start = date.fromisoformat(period)
+    return start, start + timedelta(days=7) if partition == "week" else date(start.year + 1, 1, 1)
 
 
 def periods_between(
@@ -106,6 +134,15 @@ def periods_between(
     return [*chosen, *(n for n in names if n == UNDATED)]
 
 
+def event_files(source: Path) -> list[str]:
+    """The files of the log, relative to `source`; in a folder, those that readers of Parquet open."""
+    path = find_events(source)
+    if not path.is_dir():
+        return [path.name]
+    files = (file.relative_to(source) for file in path.rglob("*") if file.is_file())
+    return sorted(str(file) for file in files if not any(part.startswith((".", "_")) for part in file.parts))
+
+
 def find_events(source: Path) -> Path:
     """The one file or folder of events in `source`."""
     if not source.exists():
@@ -120,10 +157,11 @@ def find_events(source: Path) -> Path:
     return found[0]
 
 
-def read_source_events(spark: SparkSession, source: Path) -> DataFrame:
+def read_source_events(spark: SparkSession, source: Path, files: Sequence[str] | None = None) -> DataFrame:
     """The events of `source` as they came, every column of a CSV as text.
 
-    `source` is a source folder, or directly a .csv(.gz) file or a folder of Parquet. Raises ValueError naming the file,
+    `source` is a source folder, or directly a .csv(.gz) file or a folder of Parquet. `files`: which of its
+    `event_files`; None: all. Raises ValueError naming the file,
     and the column that is missing or of the wrong type.
     """
     is_table = source.is_file() or (any(source.glob("*.parquet")) and not (source / "notes.parquet").exists())
@@ -133,6 +171,8 @@ def read_source_events(spark: SparkSession, source: Path) -> DataFrame:
             events = spark.read.csv(str(path), header=True, quote='"', escape='"')
         elif path.is_dir() and not any(path.rglob("*.parquet")):
             raise ValueError(f"{path} holds no Parquet files.")
+        elif files is not None and path.is_dir():
+            events = spark.read.option("basePath", str(path)).parquet(*(str(source / file) for file in files))
         else:
             events = spark.read.parquet(str(path))
     _require(events, SOURCE_EVENT_COLUMNS, path)

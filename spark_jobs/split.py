@@ -74,7 +74,7 @@ def note_sides(
     max_pool_notes: int | None = None,
     images: DataFrame | None = None,
 ) -> DataFrame:
-    """NOTES, EVENTS, EVENTS -> NOTE_SIDES. Near-duplicates never stand on both sides.
+    """NOTES, INTERACTIONS, INTERACTIONS -> NOTE_SIDES. Near-duplicates never stand on both sides.
 
     time: the train side is what has events in the training days, the pool what has events in the test days and not in
     the training days; a note of the pool with a near-duplicate on the train side is on neither.

@@ -30,8 +30,11 @@ def write_table(df: DataFrame, out: Path, sort: Sequence[str], num_files: int = 
 
 
 def write_partitions(df: DataFrame, out: Path, partition: str, sort: Sequence[str]) -> None:
-    """Write `df` to `out/<value of partition>/`, one sorted Parquet file in each; `out` may exist."""
-    placed = df.repartition(partition).sortWithinPartitions(partition, *sort)
+    """Write `df` to `out/<value of partition>/`, sorted within each file; `out` may exist.
+
+    A value of ordinary size has one file; Spark spreads a large one over several tasks.
+    """
+    placed = df.hint("rebalance", partition).sortWithinPartitions(partition, *sort)
     placed.write.mode("append").partitionBy(partition).parquet(str(out))
     for folder in out.glob(f"{partition}=*"):
         _settle(folder.rename(out / folder.name.partition("=")[2]))

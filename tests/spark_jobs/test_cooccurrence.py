@@ -11,15 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from notellm2_core import schema
 from spark_jobs import cooccurrence as job
+from spark_jobs.clean import EventNames
 from spark_jobs.cooccurrence import Scoring, cooccurrence, score, target_clicks
+from spark_jobs.interactions import interactions
 from spark_jobs.tables import write_table
 from tests.spark_jobs.conftest import EVENTS, Frame, at, rows_of
 from tests.spark_jobs.test_source import write_csv
 
+NAMES = EventNames(views=["view"], clicks=["click"], ignored=None)
 Log = list[tuple[str, str, int, str]]
 Scores = Callable[..., list[tuple[Any, ...]]]
 
@@ -29,9 +32,9 @@ def scores_of(spark: SparkSession, tmp_path: Path) -> Scores:
     """What `cooccurrence` writes, as rows."""
     numbers = count()
 
-    def compute(*arguments: Any, **options: Any) -> list[tuple[Any, ...]]:
+    def compute(events: DataFrame, **options: Any) -> list[tuple[Any, ...]]:
         out = tmp_path / f"scores{next(numbers)}"
-        figures = cooccurrence(*arguments, out=out, **options)
+        figures = cooccurrence(interactions(events, NAMES), out=out, **options)
         assert {f.name[:5] for f in out.iterdir()} <= {"part-"}  # nothing hidden is left
         rows = [tuple(r.values()) for file in sorted(out.iterdir()) for r in pq.read_table(file).to_pylist()]
         assert figures["pairs"] == len(rows) and figures["queries"] == len({r[0] for r in rows})
@@ -48,8 +51,6 @@ def brute_force(log: Log, simultaneous: bool) -> dict[tuple[str, str], tuple[Fra
             clicked[user].add(note)
     users = defaultdict(set)
     for user, a, seen_at, event in log:
-        if event not in ("view", "click"):
-            continue
         for other, b, clicked_at, name in log:
             followed = seen_at <= clicked_at if simultaneous else seen_at < clicked_at
             if user == other and a != b and name == "click" and followed:
@@ -73,23 +74,21 @@ def test_worked_example(frame: Frame, scores_of: Scores) -> None:
         ("u1", "A", 1, "view"), ("u1", "B", 2, "click"), ("u1", "C", 3, "click"), ("u1", "B", 9, "view"),
         ("u2", "B", 5, "click"), ("u2", "A", 5, "view"), ("u2", "C", 5, "click"),
         ("u3", "A", 1, "view"), ("u3", "B", 2, "click"), ("u3", "B", 4, "click"), ("u3", "C", 3, "view"),
-        ("u3", "Z", 0, "share"),
     ]  # fmt: skip
     events = frame(EVENTS, [(u, n, at(t), e) for u, n, t, e in log])
     strict = [("A", "B", 1.5, 2), ("A", "C", 0.5, 1), ("B", "C", 0.5, 1), ("C", "B", 1.0, 1)]
     together = [("A", "B", 2.0, 3), ("A", "C", 1.0, 2), ("B", "C", 1.0, 2), ("C", "B", 1.5, 2)]
-    for views in (["view", "click"], ["view"]):  # a click is a view, whether it is named one or not
-        assert sorted(scores_of(events, views, ["click"])) == strict
-    assert sorted(scores_of(events, ["view"], ["click"], scoring=Scoring(simultaneous=True))) == together
-    assert sorted(scores_of(events, ["view"], ["click"], scoring=Scoring(max_user_notes=1))) == [("C", "B", 1.0, 1)]
-    assert rows_of(target_clicks(events, ["click"]), "note_id", "num_users") == [("B", 3), ("C", 2)]
+    assert sorted(scores_of(events)) == strict
+    assert sorted(scores_of(events, scoring=Scoring(simultaneous=True))) == together
+    assert sorted(scores_of(events, scoring=Scoring(max_user_notes=1))) == [("C", "B", 1.0, 1)]
+    assert rows_of(target_clicks(interactions(events, NAMES)), "note_id", "num_users") == [("B", 3), ("C", 2)]
 
 
 event = st.tuples(
     st.sampled_from(["u1", "u2", "u3"]),
     st.sampled_from(["A", "B", "C", "D"]),
     st.integers(0, 4),
-    st.sampled_from(["view", "view", "click", "click", "share"]),
+    st.sampled_from(["view", "click"]),
 )
 
 
@@ -104,10 +103,7 @@ def test_equals_the_definition(frame: Frame, scores_of: Scores, logs: list[Log],
         for (a, b), value in brute_force(log, simultaneous).items()
     }
     events = frame(EVENTS, [(u, n, at(t), e) for u, n, t, e in rows])
-    found = {
-        (q, t): (s, n)
-        for q, t, s, n in scores_of(events, ["view"], ["click"], scoring=Scoring(simultaneous=simultaneous))
-    }
+    found = {(q, t): (s, n) for q, t, s, n in scores_of(events, scoring=Scoring(simultaneous=simultaneous))}
     assert found.keys() == expected.keys()
     for pair, (value, users) in expected.items():
         assert found[pair][1] == users
@@ -118,9 +114,7 @@ def test_sums_are_exact_and_do_not_depend_on_order(frame: Frame, scores_of: Scor
     """Users with N_u = 1 .. 40 who all saw A and then clicked B: the score is the harmonic number H_40."""
     rows = [(f"u{n}", "A", at(0), "view") for n in range(1, 41)]
     rows += [(f"u{n}", "B" if i == 0 else f"x{n}-{i}", at(1), "click") for n in range(1, 41) for i in range(n)]
-    one, two = (
-        scores_of(frame(EVENTS, r).repartition(p), ["view"], ["click"]) for r, p in ((rows, 1), (rows[::-1], 7))
-    )
+    one, two = (scores_of(frame(EVENTS, r).repartition(p)) for r, p in ((rows, 1), (rows[::-1], 7)))
     assert one == two  # bit by bit, in the same order
     [harmonic] = [s for q, t, s, _ in one if (q, t) == ("A", "B")]
     assert harmonic == pytest.approx(float(sum(Fraction(1, n) for n in range(1, 41))), rel=1e-15)
@@ -131,13 +125,12 @@ def test_score_computes_equal_windows_once(
 ) -> None:
     events = frame(EVENTS, [("u", "A", at(0), "view"), ("u", "B", at(1), "click")])
     for window in ("train", "test"):
-        write_table(events, tmp_path / "same" / window, ["user_id"])
-        write_table(
-            events.filter(f"event != 'click' OR '{window}' = 'train'"), tmp_path / "other" / window, ["user_id"]
-        )
+        write_table(interactions(events, NAMES), tmp_path / "same" / window, ["user_id"])
+        some = events.filter(f"event != 'click' OR '{window}' = 'train'")
+        write_table(interactions(some, NAMES), tmp_path / "other" / window, ["user_id"])
     calls = []
     monkeypatch.setattr(job, "cooccurrence", lambda *a: calls.append(a) or cooccurrence(*a))
-    counts = score(spark, tmp_path / "same", tmp_path / "out", ["view"], ["click"], Scoring())
+    counts = score(spark, tmp_path / "same", tmp_path / "out", Scoring())
     assert len(calls) == 1 and counts["test"] == counts["train"]
     assert counts["train"]["pairs"] == 1 and counts["train"]["score"]["max"] == 1.0
     for table in ("train", "test"):
@@ -146,7 +139,7 @@ def test_score_computes_equal_windows_once(
     with pytest.raises(
         ValueError, match="test window: no user clicked one note after viewing another; set pairs.simult"
     ):
-        score(spark, tmp_path / "other", tmp_path / "out2", ["view"], ["click"], Scoring())
+        score(spark, tmp_path / "other", tmp_path / "out2", Scoring())
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

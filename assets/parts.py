@@ -1,0 +1,100 @@
+"""Parts that later weeks take over: landings of the log's files, and reduced periods. Each is a dataset of the lake.
+
+A week that slides on lands the files that are new and reduces the period that is new; the result is the same, to the
+last digit, as if all were made again.
+"""
+
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import dagster as dg
+
+from notellm2_core.lake import Dataset, Draft, fingerprint
+from notellm2_core.recipe import Days, Recipe
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+_LANDING_VERSION = 1  # of the code in spark_jobs.source
+_PERIOD_VERSION = 1  # of the code in spark_jobs.clean and spark_jobs.interactions
+
+Partition = Literal["week", "year"]
+Span = tuple[date, date]  # days [start, end)
+
+
+def landings(context: dg.AssetExecutionContext, spark: "SparkSession", recipe: Recipe) -> list[Dataset]:
+    """The landings that hold the source's files, each file once; one is made of those that are new or have changed."""
+    from spark_jobs.source import event_files, land
+
+    source, partition = recipe.source, recipe.config.source.partition
+    stats = {file: (source / file).stat() for file in event_files(source)}
+    files = {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+    origin = {"version": _LANDING_VERSION, "source": str(source.resolve()), "partition": partition}
+    found, new = [], files
+    for landing in recipe.lake.datasets("landing"):
+        held = landing.manifest.settings["files"]
+        if landing.manifest.settings == {**origin, "files": held} and held.items() <= new.items():
+            found.append(landing)
+            new = {file: stat for file, stat in new.items() if file not in held}
+    context.log.info(f"{len(files)} files of events, {len(files) - len(new)} of them landed before")
+    if not new:
+        return found
+    settings = {**origin, "files": new}
+    key = fingerprint(settings)
+    with recipe.lake.publish("landing", key, {}, settings) as draft:
+        draft.metrics |= land(spark, source, draft.path, partition, list(new))
+    return [*found, recipe.lake.open("landing", key)]
+
+
+def reduced_periods(
+    context: dg.AssetExecutionContext,
+    spark: "SparkSession",
+    recipe: Recipe,
+    raw: Dataset,
+    wanted: Iterable[tuple[str, Span | None]],
+    draft: Draft,
+) -> dict[tuple[str, Span | None], Dataset]:
+    """The interactions of each wanted period of `raw`, on the days that count (None: undated); missing ones are made."""
+    from spark_jobs.clean import EventNames
+    from spark_jobs.interactions import reduce_periods
+
+    source = recipe.config.source
+    rules = source.model_dump(include={"view_events", "click_events", "ignored_events", "max_events_per_day"})
+
+    def settings(period: str, days: Span | None) -> dict[str, Any]:
+        files = [facts["sha256"] for file, facts in raw.manifest.files.items() if Path(file).parts[0] == period]
+        return {"version": _PERIOD_VERSION, "files": files, "days": days, **rules}
+
+    keys = {part: fingerprint(settings(*part)) for part in wanted}
+    missing = {key: part for part, key in keys.items() if recipe.lake.find("period", key) is None}
+    context.log.info(f"{len(keys)} periods, {len(keys) - len(missing)} of them reduced before")
+    if missing:
+        work = draft.path / ".periods"
+        counts = reduce_periods(
+            spark,
+            landed={key: raw.path / period for key, (period, _) in missing.items()},
+            days={key: days for key, (_, days) in missing.items()},
+            out=work,
+            names=EventNames(source.view_events, source.click_events, source.ignored_events),
+            max_events_per_day=source.max_events_per_day,
+        )
+        for key, part in missing.items():
+            with recipe.lake.publish("period", key, {"raw_events": raw.manifest.fingerprint}, settings(*part)) as one:
+                for table in sorted((work / key).iterdir()) if (work / key).exists() else ():
+                    table.rename(one.path / table.name)
+                one.metrics |= counts[key]
+    return {part: recipe.lake.open("period", key) for part, key in keys.items()}
+
+
+def spans(raw: Dataset, window: Days, partition: Partition) -> list[tuple[str, Span]]:
+    """The landed periods with days in `window`, each with those days."""
+    from spark_jobs.source import UNDATED, days_of, periods_between
+
+    found = []
+    for period in periods_between(window.start, window.end, **raw.manifest.metrics):
+        if period != UNDATED:
+            first, last = days_of(period, partition)
+            found.append((period, (max(first, window.start), min(last, window.end))))
+    return [(period, days) for period, days in found if days[0] < days[1]]

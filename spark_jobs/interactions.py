@@ -1,0 +1,241 @@
+"""Interactions: what each user did with each note. All that Eq. 2 needs of the events, and much less than they are.
+
+A period of the log is reduced once (`reduce_periods`), whatever windows it is part of later; a window is its periods
+side by side, less robots and unknown notes (`join_periods`), which no period can tell alone. So one user and note may
+stand in several rows: what counts is the first view and the last click of all.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import reduce
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from notellm2_core.schema import INTERACTIONS, QUARANTINE
+from spark_jobs.clean import IGNORED, EventNames, label_events, split_labelled, within
+from spark_jobs.tables import figures, num_files, read_table, write_partitions, write_table
+
+Rows = Sequence[Any]  # of Spark
+_TABLES = {
+    "interactions": INTERACTIONS,
+    "robots": pa.schema([pa.field("user_id", pa.string(), nullable=False)]),
+    "quarantine": QUARANTINE,
+}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Days [start, end), the reduced periods that lie in them, and what `reduce_periods` returned of each."""
+
+    start: date
+    end: date
+    periods: Mapping[Path, Mapping[str, Any]]
+
+
+def interactions(events: DataFrame, names: EventNames) -> DataFrame:
+    """EVENTS -> INTERACTIONS, a row per event: a view at its time, and a click too where it is one."""
+    clicked = F.col("event").isin(*names.clicks)
+    return events.select(
+        "user_id",
+        "note_id",
+        F.col("timestamp").alias("first_view"),
+        F.when(clicked, F.col("timestamp")).alias("last_click"),
+        F.lit(1).cast("bigint").alias("events"),
+        clicked.cast("bigint").alias("clicks"),
+        *(c for c in events.columns if c == "period"),
+    )
+
+
+def reduce_periods(
+    spark: SparkSession,
+    landed: Mapping[str, Path],
+    days: Mapping[str, tuple[date, date] | None],
+    out: Path,
+    names: EventNames,
+    max_events_per_day: int | None,
+) -> dict[str, dict[str, Any]]:
+    """Landed periods, by name -> of each `out/NAME/interactions` (INTERACTIONS), `robots` (user_id), `quarantine`.
+
+    A table without rows is not written. `days` [start, end) of a period are those that count; None: its rows are
+    undated, and all go to the quarantine. A user with more than `max_events_per_day` on a day is a robot; its
+    interactions are still there.
+    Returns of each rows (of the days), ignored_event, dropped {reason: rows}, events {name: rows}, first_day, last_day.
+    """
+    labelled = reduce(
+        DataFrame.union, (_labelled(spark, path, days[period], names, period) for period, path in landed.items())
+    ).persist()
+    events, quarantine = split_labelled(labelled)
+    reduced = (
+        interactions(events, names)
+        .groupBy("period", "user_id", "note_id")
+        .agg(
+            F.min("first_view").alias("first_view"),
+            F.max("last_click").alias("last_click"),
+            F.sum("events").alias("events"),
+            F.sum("clicks").alias("clicks"),
+        )
+    )
+    used = labelled.filter("reason IS NULL OR reason = 'duplicate_event'")
+    by_day = used.groupBy("period", "user_id", F.to_date("timestamp")).count()
+    robots = by_day.filter(F.col("count") > (max_events_per_day or 1 << 62)).select("period", "user_id").distinct()
+    tables = {"interactions": (reduced, ["user_id", "note_id"]), "robots": (robots, ["user_id"]),
+              "quarantine": (quarantine, ["reason", "row"])}  # fmt: skip
+    for name, (table, sort) in tables.items():
+        write_partitions(table, out / f".{name}", "period", sort)
+        for folder in sorted((out / f".{name}").iterdir()):
+            (out / folder.name).mkdir(exist_ok=True)
+            folder.rename(out / folder.name / name)
+        (out / f".{name}").rmdir()
+    by_reason, by_event = (
+        labelled.groupBy("period", F.coalesce(F.col(c), F.lit("")).alias("key")).count().collect()
+        for c in ("reason", "event")
+    )
+    day = F.date_format("timestamp", "yyyy-MM-dd")
+    spans = events.groupBy("period").agg(F.min(day).alias("first_day"), F.max(day).alias("last_day")).collect()
+    counts = {period: _period_counts(period, by_reason, by_event, spans) for period in landed}
+    labelled.unpersist()
+    return counts
+
+
+def _labelled(
+    spark: SparkSession, path: Path, days: tuple[date, date] | None, names: EventNames, period: str
+) -> DataFrame:
+    raw = read_table(spark, path)
+    if days is not None:
+        raw = raw.filter(within(*days))
+    return label_events(raw, names, dated=days is not None).withColumn("period", F.lit(period))
+
+
+def _period_counts(period: str, by_reason: Rows, by_event: Rows, spans: Rows) -> dict[str, Any]:
+    reasons, events = (
+        {r["key"]: r["count"] for r in sorted(rows, key=lambda r: (-r["count"], r["key"])) if r["period"] == period}
+        for rows in (by_reason, by_event)
+    )
+    span = next((r for r in spans if r["period"] == period), {"first_day": None, "last_day": None})
+    return {
+        "rows": sum(reasons.values()),
+        IGNORED: reasons.get(IGNORED, 0),
+        "dropped": {reason: rows for reason, rows in reasons.items() if reason not in ("", IGNORED)},
+        "events": dict(islice(events.items(), 20)),
+        "first_day": span["first_day"],
+        "last_day": span["last_day"],
+    }
+
+
+def join_periods(
+    spark: SparkSession,
+    train: Window,
+    test: Window,
+    undated: Mapping[Path, Mapping[str, Any]],
+    notes: Path,
+    out: Path,
+    names: EventNames,
+) -> dict[str, Any]:
+    """Reduced periods -> `out/train`, `out/test` (INTERACTIONS) and `out/quarantine`. Windows may be equal.
+
+    The interactions of robots (of either window) and those with unknown notes go to the quarantine, a row for each,
+    and are counted by their events. Returns rows, ignored_event, dropped {reason: events}, robots (users), and for
+    train and test: events, views, clicks, users, notes, first_day, last_day. Raises ValueError for a window without
+    events or without clicks.
+    """
+    parts = {**undated, **train.periods, **test.periods}
+    robots = _read(spark, parts, "robots").distinct().withColumn("robot", F.lit(True))
+    known = read_table(spark, notes).select("note_id", F.lit(True).alias("known"))
+
+    def labelled(periods: Mapping[Path, Any]) -> DataFrame:
+        table = _read(spark, periods, "interactions").join(F.broadcast(robots), "user_id", "left")
+        reason = F.when(F.col("robot"), "robot").when(F.isnull("known"), "unknown_note")
+        return table.join(known, "note_id", "left").withColumn("reason", reason)
+
+    faulty = labelled(parts).filter("reason IS NOT NULL").persist()
+    row = F.to_json(F.struct(*INTERACTIONS.names), {"ignoreNullFields": "false"}).alias("row")
+    before = _read(spark, parts, "quarantine").select(QUARANTINE.names)
+    write_table(before.union(faulty.select("reason", row)), out / "quarantine", ["reason", "row"])
+    dropped = _sums(of["dropped"] for of in parts.values())
+    dropped.update({r["reason"]: r["sum(events)"] for r in faulty.groupBy("reason").sum("events").collect()})
+    faulty.unpersist()
+    counts: dict[str, Any] = {
+        "rows": sum(of["rows"] for of in parts.values()),
+        IGNORED: sum(of[IGNORED] for of in parts.values()),
+        "dropped": dict(dropped.most_common()),
+        "robots": robots.count(),
+    }
+    for name, window in (("train", train), ("test", test)):
+        if name == "test" and test == train:
+            shutil.copytree(out / "train", out / "test")
+            counts["test"] = counts["train"]
+            break
+        kept = labelled(window.periods).filter("reason IS NULL").select(INTERACTIONS.names)
+        write_table(kept, out / name, ["user_id", "note_id", "first_view"], num_files(spark))
+        counts[name] = _counts(read_table(spark, out / name), window)
+        _require(counts, name, window, names, spark, notes)
+    return counts
+
+
+def _read(spark: SparkSession, parts: Mapping[Path, Any], table: str) -> DataFrame:
+    """The rows of this table of all parts; a part without it has none."""
+    folders = [part / table for part in parts if (part / table).exists()]
+    return read_table(spark, *folders) if folders else spark.createDataFrame([], from_arrow_schema(_TABLES[table]))
+
+
+def _sums(of: Any) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for counts in of:
+        total.update(counts)
+    return total
+
+
+def _counts(table: DataFrame, window: Window) -> dict[str, Any]:
+    days = {key: [of[key] for of in window.periods.values() if of[key]] for key in ("first_day", "last_day")}
+    sums = figures(
+        table,
+        events=F.sum("events"),
+        clicks=F.sum("clicks"),
+        users=F.count_distinct("user_id"),
+        notes=F.count_distinct("note_id"),
+    )
+    events, clicks = sums["events"] or 0, sums["clicks"] or 0
+    return {
+        **sums, "events": events, "clicks": clicks, "views": events - clicks,
+        "first_day": min(days["first_day"], default=None), "last_day": max(days["last_day"], default=None),
+    }  # fmt: skip
+
+
+def _require(
+    counts: Mapping[str, Any], name: str, window: Window, names: EventNames, spark: SparkSession, notes: Path
+) -> None:
+    """Raises ValueError naming the setting that leaves the window without events, or without clicks."""
+    span = f"{window.start} to {window.end} (exclusive)"
+    found = ", ".join(_sums(of["events"] for of in window.periods.values()))
+    if not counts[name]["events"]:
+        dropped = counts["dropped"]
+        most = next(iter(dropped), "")
+        says = f"no usable events in the {name} window, {span}:"
+        if most == "unknown_event":
+            raise ValueError(
+                f"{says} the log's event names are {found}, the settings know {', '.join(names.all)}; set "
+                "source.view_events and source.click_events."
+            )
+        if most == "unknown_note":
+            tables = _read(spark, window.periods, "interactions"), read_table(spark, notes)
+            ids = (figures(table, id=F.min("note_id"))["id"] for table in tables)
+            raise ValueError(
+                f"{says} the log's notes are not in notes.parquet; "
+                "a note_id of the log is {!r}, one of notes.parquet {!r}.".format(*ids)
+            )
+        reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.items()) or "nothing"
+        raise ValueError(f"{says} dropped: {reasons}; set window.end (or WEEK) and window.{name}_days.")
+    if not counts[name]["clicks"]:
+        raise ValueError(
+            f"no clicks in the {name} window, {span}: set source.click_events, now {list(names.clicks)}, to names "
+            f"that occur ({found}), or window.end."
+        )
