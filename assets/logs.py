@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.parts import Span, landings, reduced_periods, spans
+from assets.parts import Period, landings, reduced_periods
 from assets.resources import Pipeline, dataset_deps, one_sentence
 from assets.tracking import TrackedRun
 from notellm2_core.config import Source
@@ -93,15 +93,18 @@ def events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Material
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
         from spark_jobs.clean import EventNames
         from spark_jobs.interactions import Window, join_periods
-        from spark_jobs.source import UNDATED
+        from spark_jobs.source import UNDATED, periods_between
 
         raw, days = inputs["raw_events"], recipe.window
-        train, test = (spans(raw, window, source.partition) for window in (days.train, days.test))
-        undated = [(UNDATED, None)] if (raw.path / UNDATED).exists() else []
+        train, test = (
+            periods_between(of.start, of.end, source.partition, **raw.manifest.metrics)
+            for of in (days.train, days.test)
+        )
+        undated: list[Period] = [(UNDATED, None)] if (raw.path / UNDATED).exists() else []
         with pipeline.spark(recipe.config, "events") as spark:
             periods = reduced_periods(context, spark, recipe, raw, [*train, *test, *undated], draft)
 
-            def figures(parts: Sequence[tuple[str, Span | None]]) -> dict[Path, Mapping[str, Any]]:
+            def figures(parts: Sequence[Period]) -> dict[Path, Mapping[str, Any]]:
                 return {periods[part].path: periods[part].manifest.metrics for part in parts}
 
             draft.metrics |= join_periods(

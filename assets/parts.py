@@ -7,12 +7,12 @@ last digit, as if all were made again.
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from notellm2_core.lake import Dataset, Draft, fingerprint
-from notellm2_core.recipe import Days, Recipe
+from notellm2_core.recipe import Recipe
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 _LANDING_VERSION = 1  # of the code in spark_jobs.source
 _PERIOD_VERSION = 1  # of the code in spark_jobs.clean and spark_jobs.interactions
 
-Partition = Literal["week", "year"]
-Span = tuple[date, date]  # days [start, end)
+Period = tuple[str, tuple[date, date] | None]  # its name and the days [start, end) of it; None: undated
 
 
 def landings(context: dg.AssetExecutionContext, spark: "SparkSession", recipe: Recipe) -> list[Dataset]:
@@ -53,17 +52,17 @@ def reduced_periods(
     spark: "SparkSession",
     recipe: Recipe,
     raw: Dataset,
-    wanted: Iterable[tuple[str, Span | None]],
+    wanted: Iterable[Period],
     draft: Draft,
-) -> dict[tuple[str, Span | None], Dataset]:
-    """The interactions of each wanted period of `raw`, on the days that count (None: undated); missing ones are made."""
+) -> dict[Period, Dataset]:
+    """The interactions of each wanted period of `raw`, on the days that count. Missing ones are made inside `draft`."""
     from spark_jobs.clean import EventNames
     from spark_jobs.interactions import reduce_periods
 
     source = recipe.config.source
     rules = source.model_dump(include={"view_events", "click_events", "ignored_events", "max_events_per_day"})
 
-    def settings(period: str, days: Span | None) -> dict[str, Any]:
+    def settings(period: str, days: tuple[date, date] | None) -> dict[str, Any]:
         files = [facts["sha256"] for file, facts in raw.manifest.files.items() if Path(file).parts[0] == period]
         return {"version": _PERIOD_VERSION, "files": files, "days": days, **rules}
 
@@ -86,15 +85,3 @@ def reduced_periods(
                     table.rename(one.path / table.name)
                 one.metrics |= counts[key]
     return {part: recipe.lake.open("period", key) for part, key in keys.items()}
-
-
-def spans(raw: Dataset, window: Days, partition: Partition) -> list[tuple[str, Span]]:
-    """The landed periods with days in `window`, each with those days."""
-    from spark_jobs.source import UNDATED, days_of, periods_between
-
-    found = []
-    for period in periods_between(window.start, window.end, **raw.manifest.metrics):
-        if period != UNDATED:
-            first, last = days_of(period, partition)
-            found.append((period, (max(first, window.start), min(last, window.end))))
-    return [(period, days) for period, days in found if days[0] < days[1]]

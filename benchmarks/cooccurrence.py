@@ -10,8 +10,8 @@ begins when its session is ready to work. Contenders:
   duckdb        one SQL query, two threads
   expressions   Spark's built-in expressions: first views and last clicks of each user, then a join
   events_join   Spark, as the equation reads: events joined with events, then distinct
-The last two stop at --join-millions. The result of each is compared with DuckDB's, row for row. `ours` runs twice at the
-smallest size, to compare the bytes, and in turn with and without a user of 200,000 events more among 10 million.
+The last two stop at --join-millions. The result of each is compared with DuckDB's, row for row. `ours` runs twice at
+the smallest size, to compare the bytes, and in turn with and without a user of 200,000 events more among 10 million.
 """
 
 import argparse

@@ -35,6 +35,8 @@ _DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])$"  # as seconds the
 _ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]\d{1,2}:.*)?$"  # Spark alone would also take a year, or a time of today
 _MICROS_OF_YEARS = (-62135596800000000, 253402300799999999)  # 0001-01-01 .. 9999-12-31, what Python can show
 _PLAUSIBLE = ("1970-01-02", "2099-12-31 23:59:59.999999")
+Partition = Literal["week", "year"]
+Span = tuple[date, date]  # days [start, end)
 _ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 
 
@@ -42,7 +44,7 @@ def land(
     spark: SparkSession,
     source: Path,
     out: Path,
-    partition: Literal["week", "year"],
+    partition: Partition,
     files: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Place raw events in time: `out/<period>/*.parquet`, what has no readable or an absurd time in `out/undated/`.
@@ -108,30 +110,31 @@ def covered_until(rows_by_day: Mapping[str, int]) -> str:
     return max(day for day, rows in rows_by_day.items() if rows >= usual / 100)
 
 
-def days_of(period: str, partition: Literal["week", "year"]) -> tuple[date, date]:
-    """The days [start, end) of a landed period."""
-    start = date.fromisoformat(period)
-    return start, start + timedelta(days=7) if partition == "week" else date(start.year + 1, 1, 1)
-
-
 def periods_between(
-    start: date, end: date, periods: Sequence[Mapping[str, Any]], first_day: str, last_day: str, **others: Any
-) -> list[str]:
-    """The landed periods that reach into the days [start, end), and the undated rows, which are counted there.
+    start: date,
+    end: date,
+    partition: Partition,
+    periods: Sequence[Mapping[str, Any]],
+    first_day: str,
+    last_day: str,
+    **others: Any,
+) -> list[tuple[str, Span]]:
+    """The landed periods with days in [start, end), each with those days; the undated rows are in no period.
 
-    `periods`, `first_day`, `last_day`: as `land` returned them. Raises ValueError where the log has none of the days.
+    `periods`, `first_day`, `last_day`: as `landed_figures` returned them. Raises ValueError where the log ends before
+    the days, or begins after them.
     """
-    names = [p["period"] for p in periods]
-    dated = sorted(n for n in names if n != UNDATED)
-    # A period reaches to the first day of the next one that has events, or further: no event lies between.
-    nexts = [*dated[1:], "9999"]
-    chosen = [n for n, following in zip(dated, nexts, strict=True) if n < str(end) and following > str(start)]
-    if not chosen or not (first_day < str(end) and str(start) <= last_day):
+    if not (first_day < str(end) and str(start) <= last_day):
         raise ValueError(
             f"the log reaches from {first_day} to {last_day}, not into the window from {start} to {end} (exclusive): "
             "set window.end (or WEEK, where you named one), window.train_days or window.test_days"
         )
-    return [*chosen, *(n for n in names if n == UNDATED)]
+    found = []
+    for period in sorted(p["period"] for p in periods if p["period"] != UNDATED):
+        first = date.fromisoformat(period)
+        after = first + timedelta(days=7) if partition == "week" else date(first.year + 1, 1, 1)
+        found.append((period, (max(first, start), min(after, end))))
+    return [(period, days) for period, days in found if days[0] < days[1]]
 
 
 def event_files(source: Path) -> list[str]:
@@ -182,7 +185,7 @@ def read_source_events(spark: SparkSession, source: Path, files: Sequence[str] |
     return _typed(events, "timestamp", dated, "text, numbers or timestamps", path)
 
 
-def land_events(events: DataFrame, partition: Literal["week", "year"] = "week") -> DataFrame:
+def land_events(events: DataFrame, partition: Partition = "week") -> DataFrame:
     """Source events -> user_id, note_id, event (trimmed; "" is null), timestamp (UTC; null: unreadable), row, period.
 
     `row` is the whole row as it came, in JSON.

@@ -50,7 +50,7 @@ def brute_force(log: Log, simultaneous: bool) -> dict[tuple[str, str], tuple[Fra
         if event == "click":
             clicked[user].add(note)
     users = defaultdict(set)
-    for user, a, seen_at, event in log:
+    for user, a, seen_at, _ in log:
         for other, b, clicked_at, name in log:
             followed = seen_at <= clicked_at if simultaneous else seen_at < clicked_at
             if user == other and a != b and name == "click" and followed:

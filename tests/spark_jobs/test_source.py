@@ -1,5 +1,5 @@
 import gzip
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from pyspark.sql import functions as F
 from spark_jobs.source import (
     UNDATED,
     covered_until,
+    event_files,
     find_events,
     land,
     land_events,
+    landed_figures,
     periods_between,
     read_source_events,
     read_source_notes,
@@ -97,8 +99,8 @@ def test_land_makes_one_folder_per_period(spark: SparkSession, tmp_path: Path) -
     ]
     write_csv(tmp_path / "events.csv.gz", lines)
     out = tmp_path / "raw"
-    counts = land(spark, tmp_path, out, "week")
-    assert counts == {
+    landing = land(spark, tmp_path, out, "week")
+    assert landed_figures(tmp_path, [landing]) == {
         "rows": 5, "undated": 2, "first_day": "2024-01-01", "last_day": "2024-01-07", "covered_until": "2024-01-07",
         "events": {"view": 3, "": 1, "click": 1},
         "periods": [
@@ -112,8 +114,34 @@ def test_land_makes_one_folder_per_period(spark: SparkSession, tmp_path: Path) -
     assert week.column_names == ["user_id", "note_id", "event", "timestamp", "row"]
     assert week.schema.field("timestamp").type == pa.timestamp("us", tz="UTC")
     assert week["user_id"].to_pylist() == ['u "x"', "u"]
-    counts = land(spark, tmp_path, tmp_path / "years", "year")
-    assert counts["periods"][0] == {"period": "2024-01-01", "rows": 3}
+    assert land(spark, tmp_path, tmp_path / "years", "year")["rows"] == {"2024-01-01": 3, UNDATED: 2}
+
+
+def test_files_are_landed_by_themselves_and_add_up(spark: SparkSession, tmp_path: Path) -> None:
+    """Two files, and a third in a folder of its day; what readers of Parquet do not open is no file of the log."""
+    days = {"a.parquet": "2024-01-01", "b.parquet": "2024-01-07", "day=3/c.parquet": "2024-01-08"}
+    for name, day in days.items():
+        (tmp_path / "events" / name).parent.mkdir(parents=True, exist_ok=True)
+        columns = {"user_id": ["u", "v"], "note_id": ["n", "n"], "timestamp": [day, "never"], "event": ["view"] * 2}
+        pq.write_table(pa.table(columns), tmp_path / "events" / name)
+    (tmp_path / "events" / "_SUCCESS").touch()
+    files = event_files(tmp_path)
+    assert files == [f"events/{name}" for name in days]
+    whole = land(spark, tmp_path, tmp_path / "whole", "week")
+    parts = [
+        land(spark, tmp_path, tmp_path / f"part{n}", "week", some) for n, some in enumerate((files[:2], files[2:]))
+    ]
+    assert landed_figures(tmp_path, parts) == landed_figures(tmp_path, [whole])
+    assert [part["rows"] for part in parts] == [
+        {UNDATED: 2, "2023-12-31": 1, "2024-01-07": 1},
+        {UNDATED: 1, "2024-01-07": 1},
+    ]
+
+
+def test_absurd_times_are_not_placed(spark: SparkSession, tmp_path: Path) -> None:
+    """A clock that was never set, and one far ahead."""
+    write_csv(tmp_path / "events.csv", [f"u,n,{time},view" for time in (0, 86399, 86400, "2099-12-31", "2100-01-01")])
+    assert land(spark, tmp_path, tmp_path / "raw", "year")["rows"] == {UNDATED: 3, "1970-01-01": 1, "2099-01-01": 1}
 
 
 def test_a_few_wrong_clocks_do_not_move_the_end_of_the_log() -> None:
@@ -130,7 +158,7 @@ def test_a_few_wrong_clocks_do_not_move_the_end_of_the_log() -> None:
 def test_events_that_cannot_be_used_are_named(spark: SparkSession, tmp_path: Path) -> None:
     def raises(message: str) -> None:
         with pytest.raises(ValueError, match=message) as caught:
-            land(spark, tmp_path, tmp_path / "out", "week")
+            landed_figures(tmp_path, [land(spark, tmp_path, tmp_path / "out", "week")])
         assert "\n" not in str(caught.value)
 
     with pytest.raises(ValueError, match="does not exist; set source.path"):
@@ -190,18 +218,22 @@ def test_notes_that_cannot_be_used_are_named(spark: SparkSession, tmp_path: Path
 
 
 def test_periods_of_a_window() -> None:
-    """Those that may hold one of its days, and the undated rows; a window beside the log is named with its days."""
+    """Those with one of its days, and which of theirs; a window beside the log is named with its days."""
     names = ["2025-01-05", "2025-01-12", "2025-01-26", UNDATED]  # the week of the 19th has no event
     landed = {"periods": [{"period": n, "rows": 1} for n in names], "first_day": "2025-01-06", "last_day": "2025-01-30"}
 
-    def chosen(start: date, end: date) -> list[str]:
-        return periods_between(start, end, **landed, rows=4)  # type: ignore[arg-type]
+    def chosen(start: int, end: int) -> list[tuple[str, int, int]]:
+        found = periods_between(date(2025, 1, start), date(2025, 1, end), "week", **landed, rows=4)  # type: ignore[arg-type]
+        return [(period[-2:], *(day.day for day in days)) for period, days in found]
 
-    assert chosen(date(2025, 1, 12), date(2025, 1, 26)) == ["2025-01-12", UNDATED]
-    assert chosen(date(2025, 1, 11), date(2025, 1, 27)) == names
-    assert chosen(date(2025, 1, 20), date(2025, 1, 21)) == ["2025-01-12", UNDATED]
-    for start, end in ((date(2024, 12, 1), date(2025, 1, 5)), (date(2025, 1, 31), date(2025, 3, 1))):
-        with pytest.raises(
-            ValueError, match=f"from 2025-01-06 to 2025-01-30, not into the window from {start} to {end}"
-        ):
-            chosen(start, end)
+    assert chosen(12, 26) == [("12", 12, 19)]
+    assert chosen(11, 27) == [("05", 11, 12), ("12", 12, 19), ("26", 26, 27)]
+    assert chosen(20, 21) == []
+    whole = {**landed, "periods": [{"period": "2025-01-01", "rows": 1}]}
+    assert periods_between(date(2024, 6, 1), date(2026, 1, 1), "year", **whole) == [  # type: ignore[arg-type]
+        ("2025-01-01", (date(2025, 1, 1), date(2026, 1, 1)))
+    ]
+    for start, end in ((1, 5), (31, 32)):
+        days = date(2025, 1, start), date(2025, 1, 1) + timedelta(days=end - 1)
+        with pytest.raises(ValueError, match=f"from 2025-01-06 to 2025-01-30, not into the window from {days[0]} to"):
+            periods_between(*days, "week", **landed)  # type: ignore[arg-type]
