@@ -116,7 +116,9 @@ def test_robots_and_absurd_times(spark: SparkSession, tmp_path: Path) -> None:
         ",n1,2024-01-03T02:00,view",
     ]
     counts = prepared(spark, tmp_path, lines, max_events_per_day=2)
-    assert counts["dropped"] == {"robot": 4, "absurd_timestamp": 3, "null_user": 3, "unknown_event": 1}
+    assert counts["dropped"] == {
+        "robot": 3, "absurd_timestamp": 3, "null_user": 3, "unknown_event": 1, "duplicate_event": 1,
+    }  # fmt: skip
     assert (counts["robots"], counts["train"]["events"], counts["test"]["events"]) == (1, 3, 1)
     assert prepared(spark, tmp_path / "b", lines, max_events_per_day=3)["robots"] == 0
 
