@@ -1,0 +1,81 @@
+"""A window that slides on by a week reads the new week, and its result is the same to the last digit."""
+
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from notellm2_core.lake import Lake, sha256_of
+from tests.pipelines.conftest import Workplace, make_workplace
+
+pytestmark = pytest.mark.slow
+FIRST_DAY = datetime(2024, 1, 7, tzinfo=UTC)  # a Sunday
+CHANGES = {"window.train_days": 14, "window.test_days": 7, "source.max_events_per_day": 40}
+
+
+def write_week(source: Path, week: int) -> None:
+    """A week of 40 users and 30 notes; in week 1 and in week 3 another user is a robot."""
+    rng = np.random.default_rng(week)
+    user, note, second = (rng.integers(0, size, 900) for size in (40, 30, 7 * 86400))
+    if week in (1, 3):
+        user[:60], second[:60] = week, np.arange(60)
+    start = FIRST_DAY + timedelta(weeks=week)
+    columns = {
+        "user_id": [f"u{u}" for u in user],
+        "note_id": [f"n{n}" for n in note],
+        "timestamp": [(start + timedelta(seconds=int(s))).isoformat() for s in second],
+        "event": np.where(rng.random(900) < 0.4, "click", "view").tolist(),
+    }
+    (source / "events").mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), source / "events" / f"week{week}.parquet")
+
+
+def materialize(workplace: Workplace) -> None:
+    dagster = str(Path(sys.executable).parent / "dagster")
+    select = "raw_events,notes,events,cooccurrence"
+    code, output = workplace.run(
+        dagster, "asset", "materialize", "--select", select, "--partition", f"{FIRST_DAY:%Y-%m-%d}"
+    )
+    assert code == 0, output[-5000:]
+
+
+def parts(lake: Lake) -> dict[str, int]:
+    return {name: len(lake.datasets(name)) for name in ("landing", "period")}
+
+
+def scores(workplace: Workplace) -> dict[str, str]:
+    dataset = workplace.recipe.dataset("cooccurrence")
+    return {file: sha256_of(dataset.path / file) for file in dataset.manifest.files}
+
+
+def test_a_new_week_alone_is_read(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    notes = {"note_id": [f"n{n}" for n in range(29)], **{c: ["x"] * 29 for c in ("title", "topics", "content")}}
+    pq.write_table(pa.table(notes), source / "notes.parquet")  # n29 is unknown
+    for week in range(3):
+        write_week(source, week)
+    sliding = make_workplace(tmp_path / "sliding", CHANGES | {"source.path": str(source)})
+    lake = sliding.recipe.lake
+    materialize(sliding)
+    assert parts(lake) == {"landing": 1, "period": 3}
+    before = scores(sliding)
+
+    write_week(source, 3)
+    materialize(sliding)
+    assert parts(lake) == {"landing": 2, "period": 4}
+    assert list(lake.datasets("landing")[-1].manifest.settings["files"]) == ["events/week3.parquet"]
+    events = sliding.recipe.dataset("events").manifest.metrics
+    assert events["robots"] == 2 and events["dropped"]["unknown_note"] > 0
+    after = scores(sliding)
+    assert before != after
+
+    fresh = make_workplace(tmp_path / "fresh", CHANGES | {"source.path": str(source)})
+    materialize(fresh)
+    assert parts(fresh.recipe.lake) == {"landing": 1, "period": 3}
+    assert scores(fresh) == after
+    assert fresh.recipe.dataset("events").manifest.metrics == events
