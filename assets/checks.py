@@ -21,7 +21,7 @@ def dropped_share(figures: Figures, limits: Checks) -> Verdict:
     harmless = ("duplicate_event", "bad_timestamp", "absurd_timestamp")
     dropped = sum(rows for reason, rows in figures["dropped"].items() if reason not in harmless)
     unjudged = sum(figures["dropped"].get(reason, 0) for reason in harmless)
-    read = figures["rows"] - figures.get("outside_window", 0) - figures.get("ignored_event", 0) - unjudged
+    read = figures["rows"] - figures.get("ignored_event", 0) - unjudged
     share = dropped / read if read else 0.0
     reasons = ", ".join(f"{rows} {reason}" for reason, rows in figures["dropped"].items())
     return share <= limits.max_dropped_share, {

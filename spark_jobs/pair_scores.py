@@ -1,7 +1,8 @@
 """Eq. 2, second half: the scores of a block of queries. Every pair of a query lies in its block: nothing is merged.
 
-A pair and a user's N_u are packed into one whole number; sorting these numbers groups the pairs. Sums run over equal
-N_u at once, in ascending order, so that a score has the same last digit however users were spread over the cluster.
+A pair and a user's N_u are packed into one whole number; sorting these numbers groups the pairs. 1 / N_u is added up in
+two parts, of which the first adds up exactly, so that a score is rounded once: its last digit depends neither on the
+order of users nor on their partition, and sums that are equal are equal (1/3 + 1/6 = 1/2).
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pyarrow as pa
 
 from spark_jobs.user_lists import Ints, ragged, run_starts
 
+Floats = npt.NDArray[np.float64]
+
 _PAIRS_AT_A_TIME = 1 << 22  # bounds the memory: about 60 bytes for each
 
 
@@ -21,7 +24,7 @@ class Pairs(NamedTuple):
 
     query: Ints
     target: Ints
-    score: npt.NDArray[np.float64]
+    score: Floats
     num_users: Ints
 
 
@@ -32,7 +35,9 @@ class _Runs(NamedTuple):
     users: Ints
 
 
-def pair_scores(lists: pa.Table, pairs_at_a_time: int = _PAIRS_AT_A_TIME) -> Iterator[Pairs]:
+def pair_scores(lists: pa.Table, pairs_at_a_time: int = Floats = npt.NDArray[np.float64]
+
+_PAIRS_AT_A_TIME) -> Iterator[Pairs]:
     """LISTS of a block -> its pairs in pieces: s(A -> B) = sum over u in U(A -> B) of 1 / N_u."""
     if not lists.num_rows:
         return
@@ -54,7 +59,7 @@ def pair_scores(lists: pa.Table, pairs_at_a_time: int = _PAIRS_AT_A_TIME) -> Ite
     most_queries = 1 << min(62, 63 - note_bits - size_bits)  # of one chunk
     pair_end, place = np.cumsum(length), np.cumsum(np.append(False, query[1:] != query[:-1]))
     carried = _Runs(np.empty(0, np.int64), np.empty(0, np.int64))  # of the last query, which may go on
-    low, weight = 0, 1.0 / sizes
+    low, weight = 0, _in_two_parts(sizes)
     while low < len(query):
         done = int(pair_end[low - 1]) if low else 0
         high = int(np.searchsorted(pair_end, done + pairs_at_a_time, side="right"))
@@ -77,18 +82,26 @@ def pair_scores(lists: pa.Table, pairs_at_a_time: int = _PAIRS_AT_A_TIME) -> Ite
 
 
 def _summed(
-    runs: _Runs, query: Ints, place: Ints, weight: npt.NDArray[np.float64], note_bits: int, size_bits: int
+    runs: _Runs, query: Ints, place: Ints, weight: tuple[Floats, Floats], note_bits: int, size_bits: int
 ) -> Pairs:
     """The pairs of whole runs, without self pairs: the weights of their users added up, size by size."""
     pair = runs.key >> size_bits
     first = run_starts(pair)
-    score = np.add.reduceat(runs.users * weight[runs.key & ((1 << size_bits) - 1)], first)
+    size = runs.key & ((1 << size_bits) - 1)
+    parts = (np.add.reduceat(runs.users * part[size], first) for part in weight)
+    score = next(parts) + next(parts)
     num_users = np.add.reduceat(runs.users, first)
     pair = pair[first]
     target = pair & ((1 << note_bits) - 1)
     queries = query[run_starts(place)][pair >> note_bits]
     other = queries != target  # a note is not paired with itself
     return Pairs(queries[other], target[other], score[other], num_users[other])
+
+
+def _in_two_parts(sizes: Ints) -> tuple[Floats, Floats]:
+    """1 / size as a + b: a has 26 binary places, so that sums of it below 2**27 are exact; b is below 2**-26."""
+    first = np.round(2.0**26 / sizes) / 2.0**26
+    return first, (1.0 - first * sizes) / sizes
 
 
 def _merged(a: _Runs, b: _Runs) -> _Runs:

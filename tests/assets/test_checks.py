@@ -9,9 +9,9 @@ LIMITS = Checks()
 
 
 def test_dropped_share_is_of_the_rows_that_could_have_been_kept() -> None:
-    """200 rows, less those outside the window, ignored, repeated or undated, are 100; 20 of them are dropped."""
+    """160 rows, less those ignored, repeated or undated, are 100; 20 of them are dropped."""
     dropped = {"unknown_event": 20, "duplicate_event": 30, "bad_timestamp": 20}
-    figures = {"rows": 200, "outside_window": 40, "ignored_event": 10, "dropped": dropped}
+    figures = {"rows": 160, "ignored_event": 10, "dropped": dropped}
     passed, shown = checks.dropped_share(figures, LIMITS)
     assert passed and shown["dropped_share"] == pytest.approx(0.2) and shown["checks.max_dropped_share"] == 0.2
     assert shown["dropped"] == "20 unknown_event, 30 duplicate_event, 20 bad_timestamp"

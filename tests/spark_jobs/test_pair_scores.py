@@ -75,7 +75,7 @@ def test_equals_the_definition(
     assert found.keys() == expected.keys()
     for pair, (score, users) in expected.items():
         assert found[pair][1] == users
-        assert found[pair][0] == pytest.approx(float(score), rel=1e-14)
+        assert found[pair][0] == float(score)  # rounded once
 
 
 @settings(max_examples=100, deadline=None)
@@ -98,6 +98,16 @@ def test_worked_example_of_a_cap() -> None:
     assert len(scored(rows)[0]) == 12
     found, capped = scored(rows, max_notes=2)
     assert found == {(4, 5): (pytest.approx(1 / 3), 1)} and capped == Capped(1, pytest.approx(1 / 3))
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=60))
+def test_a_score_is_the_exact_sum_rounded_once(sizes: list[int]) -> None:
+    """A user for each size: it views note 0, and then clicks note 1 and as many others as make its N_u."""
+    rows: Rows = [(user, 0, 0, None) for user in range(len(sizes))]
+    rows += [(user, 1 + n, 1, 1) for user, size in enumerate(sizes) for n in range(size)]
+    exact = sum((Fraction(1, size) for size in sizes), Fraction())
+    assert scored(rows)[0][0, 1] == (float(exact), len(sizes))
 
 
 @settings(max_examples=30, deadline=None)
