@@ -54,7 +54,7 @@ def land(
     source that cannot be used.
     """
     with readable(find_events(source)):
-        landed = land_events(read_source_events(spark, source, files), partition)
+        landed = land_events(read_source_events(spark, source, files or event_files(source)), partition)
         absurd = ~F.col("timestamp").between(*(F.lit(bound).cast("timestamp") for bound in _PLAUSIBLE))
         placed = landed.withColumn("period", F.when(absurd, UNDATED).otherwise(F.col("period")))
         write_partitions(placed, out, "period", ["timestamp", "user_id", "note_id", "event", "row"])

@@ -142,7 +142,7 @@ def test_an_empty_window_names_the_setting_and_the_days_of_the_data(spark: Spark
         prepared(spark, tmp_path / "b", LINES, test=gap)
     with pytest.raises(ValueError, match=r"no clicks in the train window.*source.click_events, now \['buy'\].*click"):
         prepared(spark, tmp_path / "c", LINES, names=EventNames(["view", "click"], ["buy"], ["share"]))
-    with pytest.raises(ValueError, match=r"the log's event names are click, view, the settings know buy, seen; set"):
+    with pytest.raises(ValueError, match=r"the log's event names are view, click, the settings know buy, seen; set"):
         prepared(spark, tmp_path / "d", LINES[:7], names=EventNames(["seen"], ["buy"], []))
     with pytest.raises(
         ValueError, match=r"notes are not in notes.parquet; a note_id of the log is 'N1', one of .* 'n1'"
