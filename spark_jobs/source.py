@@ -139,11 +139,25 @@ def periods_between(
 
 def event_files(source: Path) -> list[str]:
     """The files of the log, relative to `source`; in a folder, those that readers of Parquet open."""
-    path = find_events(source)
+    return [str(file.relative_to(source)) for file in _visible_files(find_events(source))]
+
+
+def _visible_files(path: Path) -> list[Path]:
     if not path.is_dir():
-        return [path.name]
-    files = (file.relative_to(source) for file in path.rglob("*") if file.is_file())
-    return sorted(str(file) for file in files if not any(part.startswith((".", "_")) for part in file.parts))
+        return [path]
+    files = (file for file in path.rglob("*") if file.is_file())
+    return sorted(f for f in files if not any(part.startswith((".", "_")) for part in f.relative_to(path).parts))
+
+
+def _read_parquet(spark: SparkSession, path: Path, files: Sequence[Path]) -> DataFrame:
+    """All rows of `files`. Folders are read for columns (event=click/) only where files lack them: Spark then ignores
+    the files of other folders.
+    """
+    names = [str(file) for file in files]
+    events = spark.read.parquet(*names)
+    if all(column in events.columns for column in SOURCE_EVENT_COLUMNS) or path.is_file():
+        return events
+    return spark.read.option("basePath", str(path)).parquet(*names)
 
 
 def find_events(source: Path) -> Path:
@@ -164,8 +178,7 @@ def read_source_events(spark: SparkSession, source: Path, files: Sequence[str] |
     """The events of `source` as they came, every column of a CSV as text.
 
     `source` is a source folder, or directly a .csv(.gz) file or a folder of Parquet. `files`: which of its
-    `event_files`; None: all. Raises ValueError naming the file,
-    and the column that is missing or of the wrong type.
+    `event_files`; None: all. Raises ValueError naming the file, and the column that is missing or of the wrong type.
     """
     is_table = source.is_file() or (any(source.glob("*.parquet")) and not (source / "notes.parquet").exists())
     path = source if is_table else find_events(source)
@@ -174,10 +187,9 @@ def read_source_events(spark: SparkSession, source: Path, files: Sequence[str] |
             events = spark.read.csv(str(path), header=True, quote='"', escape='"')
         elif path.is_dir() and not any(path.rglob("*.parquet")):
             raise ValueError(f"{path} holds no Parquet files.")
-        elif files is not None and path.is_dir():
-            events = spark.read.option("basePath", str(path)).parquet(*(str(source / file) for file in files))
         else:
-            events = spark.read.parquet(str(path))
+            chosen = [source / file for file in files] if files is not None else _visible_files(path)
+            events = _read_parquet(spark, path, chosen)
     _require(events, SOURCE_EVENT_COLUMNS, path)
     for column in ("user_id", "note_id", "event"):
         events = _typed(events, column, _ID_TYPES, "text or whole numbers", path)

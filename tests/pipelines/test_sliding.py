@@ -1,22 +1,23 @@
 """A window that slides on by a week reads the new week, and its result is the same to the last digit."""
 
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import dagster as dg
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from assets.logs import PARTITIONS, events, notes, raw_events
+from assets.pairs import cooccurrence
+from assets.resources import Pipeline
 from notellm2_core.lake import Lake, sha256_of
 from tests.pipelines.conftest import Workplace, make_workplace
 
 pytestmark = pytest.mark.slow
-FIRST_DAY = datetime(2024, 1, 7, tzinfo=UTC)  # a Sunday
-CHANGES = {
-    "window.train_days": 14, "window.test_days": 7, "source.max_events_per_day": 40, "source.first_day": "2024-01-01",
-}  # fmt: skip
+FIRST_DAY = datetime(2025, 1, 5, tzinfo=UTC)  # a Sunday
+CHANGES = {"window.train_days": 14, "window.test_days": 7, "source.max_events_per_day": 40}
 
 
 def write_week(source: Path, week: int) -> None:
@@ -37,12 +38,12 @@ def write_week(source: Path, week: int) -> None:
 
 
 def materialize(workplace: Workplace) -> None:
-    dagster = str(Path(sys.executable).parent / "dagster")
-    select = "raw_events,notes,events,cooccurrence"
-    code, output = workplace.run(
-        dagster, "asset", "materialize", "--select", select, "--partition", f"{FIRST_DAY:%Y-%m-%d}"
+    """The steps up to the scores, in this process."""
+    dg.materialize(
+        [raw_events, notes, events, cooccurrence],
+        resources={"pipeline": Pipeline(config_path=str(workplace.config))},
+        partition_key=PARTITIONS.get_first_partition_key(),
     )
-    assert code == 0, output[-5000:]
 
 
 def parts(lake: Lake) -> dict[str, int]:
@@ -58,8 +59,8 @@ def scores(workplace: Workplace) -> dict[str, str]:
 def test_a_new_week_alone_is_read(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    notes = {"note_id": [f"n{n}" for n in range(29)], **{c: ["x"] * 29 for c in ("title", "topics", "content")}}
-    pq.write_table(pa.table(notes), source / "notes.parquet")  # n29 is unknown
+    columns = {"note_id": [f"n{n}" for n in range(29)], **{c: ["x"] * 29 for c in ("title", "topics", "content")}}
+    pq.write_table(pa.table(columns), source / "notes.parquet")  # n29 is unknown
     for week in range(3):
         write_week(source, week)
     sliding = make_workplace(tmp_path / "sliding", CHANGES | {"source.path": str(source)})
@@ -72,8 +73,8 @@ def test_a_new_week_alone_is_read(tmp_path: Path) -> None:
     materialize(sliding)
     assert parts(lake) == {"landing": 2, "period": 4}
     assert list(lake.datasets("landing")[-1].manifest.settings["files"]) == ["events/week3.parquet"]
-    events = sliding.recipe.dataset("events").manifest.metrics
-    assert events["robots"] == 2 and events["dropped"]["unknown_note"] > 0
+    figures = sliding.recipe.dataset("events").manifest.metrics
+    assert figures["robots"] == 2 and figures["dropped"]["unknown_note"] > 0
     after = scores(sliding)
     assert before != after
 
@@ -81,4 +82,4 @@ def test_a_new_week_alone_is_read(tmp_path: Path) -> None:
     materialize(fresh)
     assert parts(fresh.recipe.lake) == {"landing": 1, "period": 3}
     assert scores(fresh) == after
-    assert fresh.recipe.dataset("events").manifest.metrics == events
+    assert fresh.recipe.dataset("events").manifest.metrics == figures
