@@ -112,3 +112,31 @@ def test_a_dataset_that_cannot_be_trusted_is_refused_in_one_sentence(tmp_path: P
 def test_fingerprint_is_stable_and_sensitive() -> None:
     assert fingerprint({"b": 1, "a": [1, 2]}) == fingerprint({"a": [1, 2], "b": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_a_linked_file_is_taken_over_with_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without being read, by a hard link; on a disk that has none, by a copy. The first dataset may go then."""
+    lake = Lake(tmp_path)
+    part = open_dataset(_publish(lake))
+
+    def no_link(*_: object) -> None:
+        raise OSError("no hard links here")
+
+    for name in ("linked", "copied"):
+        if name == "copied":
+            monkeypatch.setattr(os, "link", no_link)
+        with lake.publish(name, "f", {}, {}) as draft:
+            draft.link("whole/a.parquet", part, "part/0.parquet")
+        whole = lake.open(name, "f")
+        assert whole.manifest.files == {"whole/a.parquet": part.manifest.files["part/0.parquet"]}
+        assert os.path.samefile(whole.path / "whole/a.parquet", part.path / "part/0.parquet") == (name == "linked")
+    shutil.rmtree(part.path)
+    assert pq.read_table(lake.open("linked", "f").path / "whole").num_rows == 3
+
+
+def test_datasets_of_a_name_without_those_that_cannot_be_trusted(tmp_path: Path) -> None:
+    lake = Lake(tmp_path)
+    assert lake.datasets("things") == []
+    paths = [_publish(lake, fp) for fp in ("f2", "f1", "f3")]
+    (paths[2] / MANIFEST).write_text("{")
+    assert {dataset.path for dataset in lake.datasets("things")} == {*paths[:2]}
