@@ -50,13 +50,13 @@ STAGES: Mapping[str, Stage] = {
         version=3,
     ),
     "note_sides": Stage(
-        ("notes", "events", "vision_features"), ("split.by", "split.pool_share", "split.max_pool_notes")
+        ("notes", "events", "vision_features"), ("split.by", "split.pool_share", "split.max_pool_notes"), version=2
     ),
     "related_pairs": Stage(
         ("cooccurrence", "note_sides"),
         ("pairs.low", "pairs.up", "pairs.bounds", "pairs.top_t", "pairs.popularity_power", "pairs.min_users"),
     ),
-    "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",)),
+    "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",), version=2),
     "data_card": Stage(
         ("raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",)
     ),

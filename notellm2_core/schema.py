@@ -53,8 +53,12 @@ NOTE_SIDES = pa.schema(
         pa.field("note_id", pa.string(), nullable=False),
         pa.field("side", pa.string(), nullable=False),  # "train" | "pool"
         pa.field("group_id", pa.string(), nullable=False),  # near-duplicates share it and never straddle the split
+        pa.field(
+            "in_train_days", pa.bool_(), nullable=False
+        ),  # whether it has an interaction there; a cold note has not
     ]
 )
+POOL = pa.schema([NOTE_SIDES.field("note_id"), NOTE_SIDES.field("in_train_days")])
 SCORES = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from notellm2_core.schema import NOTE_SIDES, RELATED_PAIRS
+from notellm2_core.schema import NOTE_SIDES, POOL, RELATED_PAIRS
 from spark_jobs.groups import clusters, components, computed, near_duplicates, position
 from spark_jobs.tables import counts_by, figures, read_table, write_table
 
@@ -82,17 +82,17 @@ def note_sides(
     in the training days, a pool note events in the test days.
     Of the pool, the `max_pool_notes` notes with the lowest hash are kept.
     """
-    in_train = train_events.select("note_id").distinct().withColumn("in_train", F.lit(True))
+    in_train = train_events.select("note_id").distinct().withColumn("in_train_days", F.lit(True))
     in_test = test_events.select("note_id").distinct().withColumn("in_test", F.lit(True))
     grouped = near_duplicates(notes, images)
     seen = grouped.join(in_train, "note_id", "left").join(in_test, "note_id", "left").na.fill(False)
     if by == "time":
-        touched = seen.groupBy("group_id").agg(F.bool_or("in_train").alias("touches_train"))
+        touched = seen.groupBy("group_id").agg(F.bool_or("in_train_days").alias("touches_train"))
         seen = seen.join(touched, "group_id")
-        is_train, is_pool = F.col("in_train"), F.col("in_test") & ~F.col("touches_train")
+        is_train, is_pool = F.col("in_train_days"), F.col("in_test") & ~F.col("touches_train")
     elif by == "hash":
         in_pool = position(F.col("group_id"), "side ") < pool_share
-        is_train, is_pool = F.col("in_train") & ~in_pool, F.col("in_test") & in_pool
+        is_train, is_pool = F.col("in_train_days") & ~in_pool, F.col("in_test") & in_pool
     else:
         raise ValueError(f"split.by = {by} is unknown; use time or hash.")
     side = F.when(is_train, "train").when(is_pool, "pool")
@@ -186,7 +186,7 @@ def leakage(train: DataFrame, validation: DataFrame, test: DataFrame, sides: Dat
 
 
 def split(spark: SparkSession, pairs: Path, sides: Path, out: Path, validation_share: float) -> dict[str, Any]:
-    """`pairs/{train,test}` -> `out/train`, `out/validation`, `out/test` (RELATED_PAIRS) and `out/pool` (note_id).
+    """`pairs/{train,test}` -> `out/train`, `out/validation`, `out/test` (RELATED_PAIRS) and `out/pool` (POOL).
 
     Returns pairs, queries and notes of each, dropped_straddling, pool, and `leakage` (all zero). Raises ValueError
     where training or validation would be left without pairs.
@@ -209,7 +209,7 @@ def split(spark: SparkSession, pairs: Path, sides: Path, out: Path, validation_s
             f"split.validation_share = {validation_share} cuts {num_pairs} pairs into {counts['train']['pairs']} for "
             f"training and {counts['validation']['pairs']} for validation; change it, or keep more pairs (pairs.low)."
         )
-    pool = note_side.filter("side = 'pool'").select("note_id")
+    pool = note_side.filter("side = 'pool'").select(POOL.names)
     write_table(pool, out / "pool", ["note_id"])
     straddling = num_pairs - counts["train"]["pairs"] - counts["validation"]["pairs"]
     leaks = leakage(**tables, sides=note_side)

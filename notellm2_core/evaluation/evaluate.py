@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -43,6 +44,14 @@ def read_pairs(path: Path) -> Pairs:
         [("query_id", "ascending"), ("target_id", "ascending")]
     )
     return Pairs(tuple(table["query_id"].to_pylist()), tuple(table["target_id"].to_pylist()))
+
+
+def read_cold(pool: Path) -> frozenset[str]:
+    """The notes of the pool without an interaction in the training days; empty where the table does not say."""
+    if "in_train_days" not in pq.ParquetDataset(pool).schema.names:
+        return frozenset()
+    table = pq.read_table(pool, columns=["note_id", "in_train_days"])
+    return frozenset(table.filter(pc.invert(table["in_train_days"]))["note_id"].to_pylist())
 
 
 def evaluate(
@@ -91,7 +100,7 @@ def evaluate(
             ranks["oracle", inputs] = count_ranks(known.rows(inputs, pool_ids), pool_ids, test)
 
     lengths = token_lengths(texts, load_tokenizer(config.text.length_tokenizer or tokenizer))
-    masks = slice_masks(test, lengths, config.text.short_tokens, config.text.long_tokens)
+    masks = slice_masks(test, lengths, config.text.short_tokens, config.text.long_tokens, read_cold(pairs / "pool"))
     ks = config.evaluation.ks
     candidates = next(iter(ranks.values())).candidates if ranks else np.zeros(0, dtype=np.int64)
     chance = {str(k): 100 * float(np.minimum(1, k / candidates).mean()) if len(candidates) else None for k in ks}

@@ -1,10 +1,10 @@
-"""The slices of the test pairs: short and long notes as query or as target (sections 4.1 and C of the paper).
+"""The slices of the test pairs: short, long and cold notes as query or as target (sections 4.1 and C of the paper).
 
 A note's length is the number of tokens of its whole plain text under text.length_tokenizer; pin one there, and the
 slices stay the same whatever model is evaluated (without, they are counted in the model's own tokens).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from notellm2_core.evaluation.recall import Pairs
 from notellm2_core.notes.plain_text import plain_text
 from notellm2_core.notes.records import Note
 
-SLICES = ("all", "short_query", "short_target", "long_query", "long_target")
+SLICES = ("all", "short_query", "short_target", "long_query", "long_target", "cold_query", "cold_target")
 BATCH_NOTES = 1000
 
 
@@ -48,12 +48,21 @@ def token_lengths(notes: Mapping[str, Note], tokenizer: Tokenizer) -> dict[str, 
     return lengths
 
 
-def slice_masks(pairs: Pairs, lengths: Mapping[str, int], short: int, long: int) -> dict[str, np.ndarray]:
-    """Boolean masks [P] over the pairs, by slice name: short is fewer than `short` tokens, long more than `long`."""
+def slice_masks(
+    pairs: Pairs, lengths: Mapping[str, int], short: int, long: int, cold: Collection[str] = frozenset()
+) -> dict[str, np.ndarray]:
+    """Boolean masks [P] over the pairs, by slice name: short is fewer than `short` tokens, long more than `long`.
+
+    cold: the notes that nobody met in the training days. A model knows nothing of them but their content.
+    """
     missing = {i for i in (*pairs.query_ids, *pairs.target_ids) if i not in lengths}
     if missing:
         raise ValueError(f"{len(missing)} notes of the pairs have no text to measure (the first is {min(missing)!r}).")
     query = np.array([lengths[i] for i in pairs.query_ids], dtype=np.int64)
     target = np.array([lengths[i] for i in pairs.target_ids], dtype=np.int64)
-    masks = (np.ones(len(pairs), dtype=bool), query < short, target < short, query > long, target > long)
+    cold_query, cold_target = (np.array([i in cold for i in ids], bool) for ids in (pairs.query_ids, pairs.target_ids))
+    masks = (
+        np.ones(len(pairs), dtype=bool), query < short, target < short, query > long, target > long,
+        cold_query, cold_target,
+    )  # fmt: skip
     return dict(zip(SLICES, masks, strict=True))

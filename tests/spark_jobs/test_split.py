@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from notellm2_core import schema
 from spark_jobs.split import assign_sides, leakage, note_sides, split, split_pairs
@@ -59,6 +60,10 @@ def test_by_hash_whole_groups_take_sides(frame: Frame) -> None:
     assert sum(s == "train" for s in cut.values()) == sum(s == "train" for s in expected.values())
     halves = sides_of(note_sides(notes, seen(frame, names[:100]), seen(frame, names[100:]), "hash", 0.3))
     assert halves == {n: s for n, s in expected.items() if (s == "train") == (n < "n100")}
+    cold = note_sides(notes, seen(frame, names[:150]), seen(frame, names[100:]), "hash", 0.3)
+    assert dict(rows_of(cold, "note_id", "in_train_days")) == {
+        n: n < "n150" for n, s in expected.items() if (n < "n150" and s == "train") or (n >= "n100" and s == "pool")
+    }
 
 
 def test_assign_sides_counts_and_names_the_setting(spark: SparkSession, frame: Frame, tmp_path: Path) -> None:
@@ -129,7 +134,8 @@ def related(frame: Frame, tmp_path: Path) -> Path:
     write_table(
         frame(PAIRS, [("p1", f"p{i}", 1.0, 1, i) for i in (2, 3, 4)]), tmp_path / "pairs" / "test", ["query_id"]
     )
-    write_table(twins.union(pool), tmp_path / "sides", ["note_id"])
+    all_sides = twins.union(pool).withColumn("in_train_days", F.col("note_id") != "p1")
+    write_table(all_sides, tmp_path / "sides", ["note_id"])
     return tmp_path
 
 
@@ -146,7 +152,9 @@ def test_split_writes_disjoint_tables_the_same_on_every_run(spark: SparkSession,
     assert 0 < counts["validation"]["pairs"] < 0.2 * total
     schema_of = pq.read_table(related / "a" / "validation").schema
     assert [(f.name, f.type) for f in schema_of] == [(f.name, f.type) for f in schema.RELATED_PAIRS]
-    assert pq.read_table(related / "a" / "pool").column_names == ["note_id"]
+    pool = pq.read_table(related / "a" / "pool")
+    assert [(f.name, f.type) for f in pool.schema] == [(f.name, f.type) for f in schema.POOL]
+    assert [row["note_id"] for row in pool.to_pylist() if not row["in_train_days"]] == ["p1"]
 
 
 def test_too_few_pairs_to_split(spark: SparkSession, frame: Frame, tmp_path: Path) -> None:

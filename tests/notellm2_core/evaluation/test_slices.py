@@ -29,13 +29,15 @@ def test_lengths_count_the_whole_text(tokenizer: Tokenizer, tmp_path: Path) -> N
 def test_short_is_below_and_long_is_above() -> None:
     """Bounds are exclusive: 50 tokens are not short, 165 are not long."""
     lengths = {"a": 49, "b": 50, "c": 165, "d": 166}
-    masks = slice_masks(Pairs(("a", "b", "c", "d"), ("d", "c", "b", "a")), lengths, short=50, long=165)
+    masks = slice_masks(Pairs(("a", "b", "c", "d"), ("d", "c", "b", "a")), lengths, short=50, long=165, cold={"a"})
     assert {name: mask.tolist() for name, mask in masks.items()} == {
         "all": [True] * 4,
         "short_query": [True, False, False, False],
         "short_target": [False, False, False, True],
         "long_query": [False, False, False, True],
         "long_target": [True, False, False, False],
+        "cold_query": [True, False, False, False],
+        "cold_target": [False, False, False, True],
     }
 
 
