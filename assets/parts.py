@@ -4,6 +4,7 @@ A week that slides on lands the files that are new and reduces the period that i
 last digit, as if all were made again.
 """
 
+import shutil
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
@@ -17,8 +18,9 @@ from notellm2_core.recipe import Recipe
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-_LANDING_VERSION = 1  # of the code in spark_jobs.source
-_PERIOD_VERSION = 1  # of the code in spark_jobs.clean and spark_jobs.interactions
+# Raise these, and the version of raw_events or events in notellm2_core.recipe with them, when code changes a result.
+_LANDING_VERSION = 1  # spark_jobs.source
+_PERIOD_VERSION = 1  # spark_jobs.clean, spark_jobs.interactions
 
 Period = tuple[str, tuple[date, date] | None]  # its name and the days [start, end) of it; None: undated
 
@@ -84,4 +86,5 @@ def reduced_periods(
                 for table in sorted((work / key).iterdir()) if (work / key).exists() else ():
                     table.rename(one.path / table.name)
                 one.metrics |= counts[key]
+        shutil.rmtree(work)
     return {part: recipe.lake.open("period", key) for part, key in keys.items()}

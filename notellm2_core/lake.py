@@ -93,7 +93,7 @@ class Lake:
     def datasets(self, name: str) -> list[Dataset]:
         """All published datasets of this name that can be trusted, the oldest first."""
         found = []
-        for path in (self.root / name).glob("*"):
+        for path in (self.root / name).glob("[!.]*"):  # drafts are hidden
             with suppress(LakeError):
                 found.append(open_dataset(path))
         return sorted(found, key=lambda d: (d.manifest.created, d.manifest.fingerprint))

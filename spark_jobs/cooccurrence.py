@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
@@ -37,18 +39,19 @@ from spark_jobs.session import spark_session
 from spark_jobs.source import land_events, read_source_events
 from spark_jobs.tables import counts_by, num_files, read_table, readable, replacing, top_counts, write_table
 
-_AS_THE_PAPER = Scoring()
+_DEFAULT = Scoring()
 
 
-def cooccurrence(interactions: DataFrame, out: Path, scoring: Scoring = _AS_THE_PAPER) -> dict[str, Any]:
+def cooccurrence(interactions: DataFrame, out: Path, scoring: Scoring = _DEFAULT) -> dict[str, Any]:
     """Eq. 2: s(A -> B) = sum over u in U(A -> B) of 1 / N_u, as SCORES in the new folder `out`.
 
     u is in the set U(A -> B) iff u's first view of A is earlier than (`simultaneous`: not later than) u's last click on
     B. So the first view and the last click of each user and note decide, and no events are joined. A click is a view
     too. N_u is the number of distinct notes that u clicked. A note is not paired with itself.
 
-    Of each user, the `max_user_notes` notes viewed last and the `max_user_notes` notes clicked last make pairs (None:
-    all of them); N_u counts all. `score = "swing"` makes another score of the same clicks (`spark_jobs.swing`).
+    Of each user, the `max_user_notes` notes first viewed latest and the `max_user_notes` notes last clicked latest make
+    pairs (None: all of them); N_u counts all. `score = "swing"` makes another score of the same clicks
+    (`spark_jobs.swing`).
 
     `out` gets a file for each block of queries, ordered by query and target: the same bytes on every run. Workers write
     them, so all of them must see it.
@@ -59,6 +62,7 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: Scoring = _AS_THE_
     num_blocks = num_files(interactions.sparkSession)
     micros = (F.unix_micros(c).alias(c) for c in ("first_view", "last_click"))
     rows = interactions.select("user_id", "note_id", *micros)
+    out = out.resolve()  # workers have another working directory
     out.mkdir(parents=True)
     note_ids = out / ".note_ids.arrow"
     write_note_ids(rows.select("note_id").distinct().toArrow()["note_id"], note_ids)
@@ -70,10 +74,17 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: Scoring = _AS_THE_
         return write_scores(pieces, note_ids, out, scoring)
 
     pieces = rows.repartition(num_blocks, "user_id").mapInArrow(cut, from_arrow_schema(PIECES))
-    figures = pieces.repartitionById(num_blocks, "block").mapInArrow(write, from_arrow_schema(FIGURES)).toArrow()
+    written = pieces.repartitionById(num_blocks, "block").mapInArrow(write, from_arrow_schema(FIGURES))
+    try:
+        counts = merged_figures(written.toArrow().to_pylist())
+    except PySparkException as e:
+        if "FileNotFoundError" in str(e):
+            raise ValueError(f"not all workers see the folder {out}; name one that they share.") from e
+        raise
     for hidden in out.glob(".*"):  # the ids, and what a task that was tried again may have left
-        hidden.unlink()
-    counts = merged_figures(figures.to_pylist())
+        hidden.unlink(missing_ok=True)
+    if counts["pairs"] != sum(pq.read_metadata(file).num_rows for file in out.iterdir()):
+        raise ValueError(f"{out} does not hold all that the workers have written; name a folder that they share.")
     if scoring.score == "swing":  # its score has no such bound, but a second cap
         clicked = target_clicks(interactions)
         counts["max_loss"] = None
@@ -102,17 +113,20 @@ def score(spark: SparkSession, windows: Path, out: Path, scoring: Scoring) -> di
             break
         table = read_table(spark, windows / window)
         counts[window] = cooccurrence(table, out / window, scoring)
-        _require_pairs(counts[window], f"{window} window")
+        _require_pairs(counts[window], scoring, f"{window} window")
         write_table(target_clicks(table), out / f"{window}_clicks", ["note_id"])
     return counts
 
 
-def _require_pairs(counts: Mapping[str, Any], where: str) -> None:
-    if not counts["pairs"]:
-        raise ValueError(
-            f"{where}: no user clicked one note after viewing another; set pairs.simultaneous (--simultaneous) "
-            "for times by the day, or a longer window."
-        )
+def _require_pairs(counts: Mapping[str, Any], scoring: Scoring, where: str) -> None:
+    if counts["pairs"]:
+        return
+    if scoring.score == "swing":
+        raise ValueError(f"{where}: no two users clicked the same two notes; set a longer window, or pairs.score.")
+    raise ValueError(
+        f"{where}: no user clicked one note after viewing another; set pairs.simultaneous (--simultaneous) "
+        "for times by the day, or a longer window."
+    )
 
 
 def _same_files(a: Path, b: Path) -> bool:
@@ -132,8 +146,8 @@ def main() -> None:
     parser.add_argument(
         "--max-user-notes",
         type=_number_or_all,
-        default=_AS_THE_PAPER.max_user_notes,
-        help="the notes viewed last, and clicked last, of a user that make pairs, or 'all' (default: %(default)s)",
+        metavar="N",
+        help="of each user, the notes viewed latest and clicked latest that make pairs (default: all)",
     )
     parser.add_argument("--score", choices=("cooccurrence", "swing"), default="cooccurrence", help="Eq. 2, or Swing")
     parser.add_argument("--start", type=date.fromisoformat, help="first day, YYYY-MM-DD")
@@ -152,15 +166,15 @@ def main() -> None:
         if not events.filter(F.col("event").isin(*event_names.clicks)).head(1):
             raise ValueError(f"{args.events}: no clicks; set --click-events, --start, --end. Event names: {names}.")
         counts = cooccurrence(interactions(events, event_names), out, scoring)
-        _require_pairs(counts, str(args.events))
+        _require_pairs(counts, scoring, str(args.events))
         print(json.dumps({"rows": raw.count(), "events": names, "dropped": counts_by(quarantine, "reason"), **counts}))
 
 
 def _number_or_all(text: str) -> int | None:
     if text == "all":
         return None
-    if int(text) < 1:
-        raise ValueError(text)  # argparse names the option
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is neither a number above 0 nor 'all'")
     return int(text)
 
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import reduce
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Window as SparkWindow
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
@@ -25,6 +25,7 @@ from spark_jobs.clean import IGNORED, EventNames, label_events, split_labelled, 
 from spark_jobs.tables import figures, num_files, read_table, write_partitions, write_table
 
 Rows = Sequence[Any]  # of Spark
+_NUM_NAMES = 20  # of events that are told
 _TABLES = {
     "interactions": INTERACTIONS,
     "robots": pa.schema([pa.field("user_id", pa.string(), nullable=False)]),
@@ -95,13 +96,14 @@ def reduce_periods(
             (out / folder.name).mkdir(exist_ok=True)
             folder.rename(out / folder.name / name)
         (out / f".{name}").rmdir()
-    by_reason, by_event = (
-        labelled.groupBy("period", F.coalesce(F.col(c), F.lit("")).alias("key")).count().collect()
-        for c in ("reason", "event")
-    )
+    by_reason = labelled.groupBy("period", F.coalesce("reason", F.lit("")).alias("key")).count()
+    by_event = labelled.groupBy("period", F.coalesce("event", F.lit("")).alias("key")).count()
+    most = SparkWindow.partitionBy("period").orderBy(F.desc("count"), "key")  # there may be as many names as rows
+    by_event = by_event.withColumn("place", F.row_number().over(most)).filter(F.col("place") <= _NUM_NAMES)
     day = F.date_format("timestamp", "yyyy-MM-dd")
-    spans = events.groupBy("period").agg(F.min(day).alias("first_day"), F.max(day).alias("last_day")).collect()
-    counts = {period: _period_counts(period, by_reason, by_event, spans) for period in landed}
+    spans = events.groupBy("period").agg(F.min(day).alias("first_day"), F.max(day).alias("last_day"))
+    found = by_reason.collect(), by_event.collect(), spans.collect()
+    counts = {period: _period_counts(period, *found) for period in landed}
     labelled.unpersist()
     return counts
 
@@ -125,7 +127,7 @@ def _period_counts(period: str, by_reason: Rows, by_event: Rows, spans: Rows) ->
         "rows": sum(reasons.values()),
         IGNORED: reasons.get(IGNORED, 0),
         "dropped": {reason: rows for reason, rows in reasons.items() if reason not in ("", IGNORED)},
-        "events": dict(islice(events.items(), 20)),
+        "events": events,
         "first_day": span["first_day"],
         "last_day": span["last_day"],
     }
@@ -217,14 +219,20 @@ def _require(
     span = f"{window.start} to {window.end} (exclusive)"
     found = ", ".join(_sums(of["events"] for of in window.periods.values()))
     if not counts[name]["events"]:
-        dropped = counts["dropped"]
-        most = next(iter(dropped), "")
+        dropped = _sums(of["dropped"] for of in window.periods.values())
+        if (
+            sum(of["rows"] - of[IGNORED] for of in window.periods.values()) > dropped.total()
+        ):  # the window took the rest
+            dropped = _sums([{reason: counts["dropped"].get(reason, 0) for reason in ("robot", "unknown_note")}])
+        most = next(iter(dict(dropped.most_common())), "")
         says = f"no usable events in the {name} window, {span}:"
         if most == "unknown_event":
             raise ValueError(
                 f"{says} the log's event names are {found}, the settings know {', '.join(names.all)}; set "
                 "source.view_events and source.click_events."
             )
+        if most == "robot":
+            raise ValueError(f"{says} all are of robots; raise source.max_events_per_day.")
         if most == "unknown_note":
             tables = _read(spark, window.periods, "interactions"), read_table(spark, notes)
             ids = (figures(table, id=F.min("note_id"))["id"] for table in tables)
@@ -232,7 +240,7 @@ def _require(
                 f"{says} the log's notes are not in notes.parquet; "
                 "a note_id of the log is {!r}, one of notes.parquet {!r}.".format(*ids)
             )
-        reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.items()) or "nothing"
+        reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.most_common()) or "nothing"
         raise ValueError(f"{says} dropped: {reasons}; set window.end (or WEEK) and window.{name}_days.")
     if not counts[name]["clicks"]:
         raise ValueError(

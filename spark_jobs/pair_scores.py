@@ -16,7 +16,7 @@ from spark_jobs.user_lists import Ints, ragged, run_starts
 
 Floats = npt.NDArray[np.float64]
 
-_PAIRS_AT_A_TIME = 1 << 22  # bounds the memory: about 60 bytes for each
+PAIRS_AT_A_TIME = 1 << 22  # bounds the memory: about 60 bytes for each
 
 
 class Pairs(NamedTuple):
@@ -35,7 +35,7 @@ class _Runs(NamedTuple):
     users: Ints
 
 
-def pair_scores(lists: pa.Table, pairs_at_a_time: int = _PAIRS_AT_A_TIME) -> Iterator[Pairs]:
+def pair_scores(lists: pa.Table, pairs_at_a_time: int = PAIRS_AT_A_TIME) -> Iterator[Pairs]:
     """LISTS of a block -> its pairs in pieces: s(A -> B) = sum over u in U(A -> B) of 1 / N_u."""
     if not lists.num_rows:
         return

@@ -7,6 +7,7 @@ ids that `write_note_ids` has put into a file, which every worker maps into its 
 
 import math
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyspark import TaskContext
 
 from notellm2_core.schema import SCORES
 from spark_jobs.pair_scores import Pairs, pair_scores
@@ -30,7 +32,7 @@ class Scoring:
 
     score: Literal["cooccurrence", "swing"] = "cooccurrence"
     simultaneous: bool = False
-    max_user_notes: int | None = 2000
+    max_user_notes: int | None = None
     swing_alpha: float = 1.0
     swing_max_users: int = 1000
 
@@ -86,18 +88,16 @@ def cut_lists(
     batches: Iterator[pa.RecordBatch], note_ids: Path, num_blocks: int, scoring: Scoring
 ) -> Iterator[pa.RecordBatch]:
     """_ROWS of whole users -> PIECES: their lists by block, and a row for what the cap has cut."""
-    rows = pa.Table.from_batches([b.cast(_ROWS) for b in batches], _ROWS).combine_chunks()
-    if scoring.score == "swing":  # clicks alone, each as a view too
-        rows = rows.filter(pc.is_valid(rows["last_click"])).combine_chunks()
-        rows = rows.set_column(2, "first_view", rows["last_click"])
+    rows = pa.Table.from_batches([b.cast(_ROWS) for b in batches], _ROWS)
+    if scoring.score == "swing":
+        rows = rows.filter(pc.is_valid(rows["last_click"]))
     if not rows.num_rows:
         return
-    user = rows["user_id"].chunk(0).dictionary_encode().indices
-    named = rows["note_id"].chunk(0).dictionary_encode()
-    note = pc.index_in(named.dictionary, _read_note_ids(note_ids)).take(named.indices)
+    users, notes = (_numbered(rows[name]) for name in ("user_id", "note_id"))
+    numbers = pc.index_in(notes.dictionary, _read_note_ids(note_ids)).to_numpy()
     lists, capped = user_lists(
-        user.to_numpy().astype(np.int64),
-        note.to_numpy().astype(np.int64),
+        users.indices.to_numpy().astype(np.int64),
+        numbers[notes.indices.to_numpy()].astype(np.int64),
         rows["first_view"].to_numpy(),
         rows["last_click"].fill_null(NEVER).to_numpy(),
         "any" if scoring.score == "swing" else "not earlier" if scoring.simultaneous else "later",
@@ -111,12 +111,18 @@ def cut_lists(
     yield _row(PIECES, 0, None, capped.users, capped.max_loss)
 
 
+def _numbered(ids: pa.ChunkedArray) -> pa.DictionaryArray:
+    """Only the distinct ids are put together: all of a partition can be more bytes than an Arrow array holds."""
+    encoded = ids.dictionary_encode().combine_chunks()
+    return encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) else encoded
+
+
 def write_scores(
     pieces: Iterator[pa.RecordBatch], note_ids: Path, out: Path, scoring: Scoring
 ) -> Iterator[pa.RecordBatch]:
     """PIECES of one block -> its file of SCORES in `out`, by query and target, and one row of FIGURES.
 
-    The file appears whole. One task writes it, and one that is tried again writes the same bytes.
+    The file appears whole. A task that is tried again, or runs twice at once, writes the same bytes.
     """
     rows = [row for batch in pieces for row in batch.to_pylist()]
     if not rows:
@@ -125,7 +131,8 @@ def write_scores(
     table = pa.Table.from_batches((batch for piece in lists for batch in pa.ipc.open_stream(piece)), LISTS)
     ids = _read_note_ids(note_ids)
     file = out / f"part-{rows[0]['block']:05d}.parquet"
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    task = TaskContext.get()
+    draft = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.{task.taskAttemptId() if task else 0}")
     figures = _Figures()
     with pq.ParquetWriter(
         draft,

@@ -14,6 +14,8 @@ Anything else, and any time outside the years 1 to 9999, cannot be placed. What 
 times: before 1970-01-02, as of a clock that was never set, and from 2100 on.
 """
 
+import os
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,7 +81,10 @@ def landed_figures(source: Path, landings: Sequence[Mapping[str, Any]]) -> dict[
     if not rows:
         raise ValueError(f"{find_events(source)} holds no rows.")
     if not days:
-        raise ValueError(f"no timestamp of {find_events(source)} can be read; it takes Unix seconds or ISO 8601.")
+        raise ValueError(
+            f"no timestamp of {find_events(source)} can be read and lies between {_PLAUSIBLE[0]} and 2099; it takes "
+            "Unix seconds or ISO 8601."
+        )
     return {
         "rows": sum(rows.values()),
         "undated": rows[UNDATED],
@@ -145,15 +150,18 @@ def event_files(source: Path) -> list[str]:
 def _visible_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = (file for file in path.rglob("*") if file.is_file())
-    return sorted(f for f in files if not any(part.startswith((".", "_")) for part in f.relative_to(path).parts))
+    found = []
+    for folder, folders, files in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        found += [Path(folder) / name for name in files if not name.startswith((".", "_"))]
+    return sorted(found)
 
 
 def _read_parquet(spark: SparkSession, path: Path, files: Sequence[Path]) -> DataFrame:
     """All rows of `files`. Folders are read for columns (event=click/) only where files lack them: Spark then ignores
     the files of other folders.
     """
-    names = [str(file) for file in files]
+    names = [re.sub(r"([\\*?{}\[\]])", r"\\\1", str(file)) for file in files]  # which Spark takes for patterns
     events = spark.read.parquet(*names)
     if all(column in events.columns for column in SOURCE_EVENT_COLUMNS) or path.is_file():
         return events

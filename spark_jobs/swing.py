@@ -13,12 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 from scipy import sparse
 
-from spark_jobs.pair_scores import Pairs
+from spark_jobs.pair_scores import PAIRS_AT_A_TIME, Pairs
 from spark_jobs.user_lists import Ints, ragged, run_starts
+
+_CELLS_AT_A_TIME = 1 << 24  # of a table of users and targets: 128 MB
 
 
 def swing_scores(lists: pa.Table, alpha: float, max_users: int) -> Iterator[Pairs]:
-    """LISTS of a block whose views are clicks and followed by all clicks -> its pairs, a query at a time.
+    """LISTS of a block whose views are clicks and followed by all clicks -> its pairs in pieces.
 
     Of a query's users the `max_users` that clicked the fewest notes count: their weights are the largest. The order of
     users in `lists` does not matter, to the last digit.
@@ -34,10 +36,18 @@ def swing_scores(lists: pa.Table, alpha: float, max_users: int) -> Iterator[Pair
     order = np.argsort(query, kind="stable")  # users stay in order
     query, user = query[order], user[order]
     first = run_starts(query)
+    waiting: list[Pairs] = []
     for note, users in zip(query[first], np.split(user, first[1:]), strict=True):
-        pairs = _of_query(int(note), users[:max_users], offsets, click, weight, alpha)
-        if len(pairs.query):
-            yield pairs
+        waiting.append(_of_query(int(note), users[:max_users], offsets, click, weight, alpha))
+        if sum(len(pairs.query) for pairs in waiting) >= PAIRS_AT_A_TIME:
+            yield from _together(waiting)
+            waiting = []
+    yield from _together(waiting)
+
+
+def _together(pairs: list[Pairs]) -> Iterator[Pairs]:
+    if any(len(of.query) for of in pairs):
+        yield Pairs(*map(np.concatenate, zip(*pairs, strict=True)))
 
 
 def _of_query(
@@ -50,11 +60,15 @@ def _of_query(
     in_common = (clicked @ clicked.T).toarray()
     swing = np.outer(weight[users], weight[users]) / (alpha + in_common)
     np.fill_diagonal(swing, 0.0)
-    score = clicked.multiply(swing @ clicked).sum(axis=0) / 2
+    score = np.zeros(len(targets))
+    slice_of = max(1, _CELLS_AT_A_TIME // len(targets))
+    for start in range(0, len(users), slice_of):
+        some = slice(start, start + slice_of)
+        score += np.asarray(clicked[some].multiply(swing[some] @ clicked).sum(axis=0)) / 2
     num_users = np.bincount(column, minlength=len(targets))
     kept = (num_users > 1) & (targets != note)
     targets = targets[kept].astype(np.int64)
-    return Pairs(np.full(len(targets), note), targets, np.asarray(score)[kept], num_users[kept])
+    return Pairs(np.full(len(targets), note), targets, score[kept], num_users[kept])
 
 
 def _in_order(lists: pa.Table) -> pa.Table:

@@ -27,7 +27,7 @@ LISTS = pa.schema(
         pa.field("clicks", pa.list_(pa.int32())),  # notes, by their last click
     ]
 )
-_USERS_AT_A_TIME = 1 << 15  # bounds the bytes of one piece
+_CLICKS_AT_A_TIME = 1 << 22  # of one piece, so that it stays a small row for Spark
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class UserLists:
     def pieces(self, num_blocks: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         """(block, LISTS), by block: note mod `num_blocks`. A user has a row in every block with a note it viewed."""
         block = self.view % num_blocks
-        group = block + num_blocks * (self.user // _USERS_AT_A_TIME)
+        size = np.diff(self.end, prepend=0)
+        group = block + num_blocks * (np.cumsum(size) // _CLICKS_AT_A_TIME)[self.user]
         order = np.argsort(group, kind="stable")
         borders = np.append(run_starts(group[order]), len(order))
         for low, high in pairwise(borders):
@@ -81,11 +82,14 @@ def user_lists(
     """Interactions (at least one; several of one user and note add up) -> lists, and what the cap has cut.
 
     `user` and `note` are numbers below 2**31, times have any unit, `last_click` may be NEVER. `follows` says which
-    clicks of a user follow a view. Of each user the `max_notes` notes first viewed latest and the
-    `max_notes` notes last clicked latest stay, ties by number (None: all). N_u is counted before. A user adds at most
-    1 / N_u to any one score, so the sum of 1 / N_u over the users that were cut bounds what a score has lost.
+    clicks of a user follow a view; "any" is for notes that were all clicked, and takes the last click for the view. Of
+    each user the `max_notes` notes first viewed latest and the `max_notes` notes last clicked latest stay, ties by
+    number (None: all). N_u is counted before. A user adds at most 1 / N_u to any one score, so the sum of 1 / N_u over
+    the users that were cut bounds what a score has lost.
     """
     user, note, first_view, last_click = _merged(user, note, first_view, last_click)
+    if follows == "any":
+        first_view = last_click
     clicked = last_click > NEVER
     time = _ranks(np.concatenate([first_view, last_click[clicked]]))
     viewed_at, clicked_at = user << 32 | time[: len(user)], user[clicked] << 32 | time[len(user) :]
@@ -103,7 +107,7 @@ def user_lists(
     if max_notes is not None:
         start = np.maximum(start, end[user] - max_notes)
         kept[_earliest(viewed_at, user, num_viewed, max_notes)] = False
-        cut = (num_clicked > 0) & (np.maximum(num_clicked, num_viewed) > max_notes)
+        cut = (num_clicked > 0) & (num_viewed > max_notes)
         capped = Capped(int(cut.sum()), float((1.0 / np.sort(num_clicked[cut])).sum()))
     kept &= start < end[user]
     return UserLists(user[kept], note[kept], start[kept], click, end, num_clicked), capped

@@ -138,5 +138,6 @@ def test_datasets_of_a_name_without_those_that_cannot_be_trusted(tmp_path: Path)
     lake = Lake(tmp_path)
     assert lake.datasets("things") == []
     paths = [_publish(lake, fp) for fp in ("f2", "f1", "f3")]
+    shutil.copytree(paths[0], paths[0].with_name(".f2.host.1.draft"))  # what is about to be moved in
     (paths[2] / MANIFEST).write_text("{")
     assert {dataset.path for dataset in lake.datasets("things")} == {*paths[:2]}

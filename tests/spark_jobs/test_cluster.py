@@ -71,7 +71,7 @@ def test_the_same_bytes_as_in_local_mode(
     options = [part for key, value in settings.items() for part in ("--conf", f"{key}={value}")]
     arguments = "--events", str(log), "--out"
     command = [str(SPARK / "bin" / "spark-submit"), "--master", address, *options, str(job.__file__), *arguments]
-    done = subprocess.run([*command, str(tmp_path / "cluster")], env=env, capture_output=True, text=True)
+    done = subprocess.run([*command, "cluster"], env=env, capture_output=True, text=True, cwd=tmp_path)  # from here
     assert done.returncode == 0, done.stderr
 
     monkeypatch.setattr(job, "spark_session", lambda name: spark)

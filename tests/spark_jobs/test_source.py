@@ -125,8 +125,11 @@ def test_files_are_landed_by_themselves_and_add_up(spark: SparkSession, tmp_path
         columns = {"user_id": ["u", "v"], "note_id": ["n", "n"], "timestamp": [day, "never"], "event": ["view"] * 2}
         pq.write_table(pa.table(columns), tmp_path / "events" / name)
     (tmp_path / "events" / "_SUCCESS").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "events" / "b.parquet").rename(tmp_path / "elsewhere" / "week[1].parquet")
+    (tmp_path / "events" / "b").symlink_to(tmp_path / "elsewhere")
     files = event_files(tmp_path)
-    assert files == [f"events/{name}" for name in days]
+    assert files == ["events/a.parquet", "events/b/week[1].parquet", "events/day=3/c.parquet"]
     whole = land(spark, tmp_path, tmp_path / "whole", "week")
     parts = [
         land(spark, tmp_path, tmp_path / f"part{n}", "week", some) for n, some in enumerate((files[:2], files[2:]))
@@ -136,6 +139,15 @@ def test_files_are_landed_by_themselves_and_add_up(spark: SparkSession, tmp_path
         {UNDATED: 2, "2023-12-31": 1, "2024-01-07": 1},
         {UNDATED: 1, "2024-01-07": 1},
     ]
+
+
+def test_folders_name_columns_that_files_lack(spark: SparkSession, tmp_path: Path) -> None:
+    """As text: 007 is no number."""
+    (tmp_path / "events" / "note_id=007").mkdir(parents=True)
+    columns = {"user_id": ["u"], "timestamp": ["2024-01-01"], "event": ["view"]}
+    pq.write_table(pa.table(columns), tmp_path / "events" / "note_id=007" / "a.parquet")
+    land(spark, tmp_path, tmp_path / "raw", "week")
+    assert pq.read_table(tmp_path / "raw" / "2023-12-31")["note_id"].to_pylist() == ["007"]
 
 
 def test_absurd_times_are_not_placed(spark: SparkSession, tmp_path: Path) -> None:

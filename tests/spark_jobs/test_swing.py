@@ -76,6 +76,19 @@ def test_the_last_digit_does_not_depend_on_the_order_of_users() -> None:
     assert one == two
 
 
+def test_a_cap_keeps_the_notes_clicked_last_however_the_log_was_cut() -> None:
+    """A@1, B@2, C@3 and A@10 with two notes kept: C and A, whether a row stands for a note or for an event."""
+    rows = [(user, note, time, time) for user in (0, 1) for note, time in ((0, 1), (1, 2), (2, 3), (0, 10))]
+    merged = [(user, note, first, last) for user in (0, 1) for note, first, last in ((0, 1, 10), (1, 2, 2), (2, 3, 3))]
+    found = []
+    for of in (rows, merged):
+        columns = [np.array(column, np.int64) for column in zip(*of, strict=True)]
+        lists, _ = user_lists(*columns, "any", 2)
+        [pairs] = swing_scores(pa.Table.from_batches([piece for _, piece in lists.pieces(1)], LISTS), 1.0, 10)
+        found.append(list(zip(pairs.query.tolist(), pairs.target.tolist(), strict=True)))
+    assert found == [[(0, 2), (2, 0)]] * 2
+
+
 def test_of_many_users_those_with_the_fewest_clicks_count() -> None:
     """Note 0 and note 1 are clicked by users with 2, 2 and 5 notes; with two users kept, the third adds nothing."""
     clicks = [(u, n) for u in (0, 1, 2) for n in (0, 1)] + [(2, n) for n in (2, 3, 4)]
