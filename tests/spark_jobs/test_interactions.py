@@ -141,7 +141,8 @@ def test_an_empty_window_names_the_setting_and_the_days_of_the_data(spark: Spark
     ):
         prepared(spark, tmp_path / "b", LINES, test=gap)
     with pytest.raises(ValueError, match=r"train window, 2024-01-01 to .* all are of robots; raise source.max_events"):
-        prepared(spark, tmp_path / "f", LINES[3:7], max_events_per_day=1, train=(date(2024, 1, 7), date(2024, 1, 8)))
+        lines = ["u1,n1,2024-01-01,view", "u1,n2,2024-01-01,click", "u2,n2,2024-01-08,click"]
+        prepared(spark, tmp_path / "f", lines, max_events_per_day=1)
     with pytest.raises(ValueError, match=r"no clicks in the train window.*source.click_events, now \['buy'\].*click"):
         prepared(spark, tmp_path / "c", LINES, names=EventNames(["view", "click"], ["buy"], ["share"]))
     with pytest.raises(ValueError, match=r"the log's event names are view, click, the settings know buy, seen; set"):
