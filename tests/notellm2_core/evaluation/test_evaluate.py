@@ -61,7 +61,8 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(
         pa.Table.from_pylist(pairs[::-1], schema=schema.RELATED_PAIRS), root / "pairs" / "test" / "0.parquet"
     )
-    pq.write_table(pa.table({"note_id": ids}), root / "pairs" / "pool" / "0.parquet")
+    known = [n % 10 > 0 for n in range(len(ids))]  # every tenth is cold
+    pq.write_table(pa.table({"note_id": ids, "in_train_days": known}), root / "pairs" / "pool" / "0.parquet")
     write_shard(root / "embeddings" / "part-00000.parquet", [*ids, "x"], np.eye(6)[[*topics, 5]], {})
     pq.write_table(pa.table({"note_id": ["n00"], "num_users": [9]}), root / "clicks.parquet")
     oracle = {"note_id": ids, "text_key": [f"t{t}" for t in topics], "image_key": pa.nulls(NUM_NOTES, pa.string())}
@@ -105,7 +106,10 @@ def test_report(lake: Path, config: Config) -> None:
     assert report.recall("popularity", "", k=1) == pytest.approx(100 * (1 + 1 / 29) / 30)
     assert report.recall("bm25", "text", k=5) == pytest.approx(100)
     assert report.recall("random", "", k=1) < 20
-    assert report.num_pairs == {"all": 30, "short_query": 5, "short_target": 5, "long_query": 25, "long_target": 25}
+    assert report.num_pairs == {
+        "all": 30, "short_query": 5, "short_target": 5, "long_query": 25, "long_target": 25,
+        "cold_query": 3, "cold_target": 3,
+    }  # fmt: skip
     assert report.facts["chance"] == {"1": pytest.approx(100 / 29), "5": pytest.approx(500 / 29)}
     assert -0.1 < report.facts["mean_cosine"]["notellm2 multimodal"] < 0.4
     methods = list(dict.fromkeys(r.method for r in report.rows))
