@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 # Raise these, and the version of raw_events or events in notellm2_core.recipe with them, when code changes a result.
 _LANDING_VERSION = 1  # spark_jobs.source
 _PERIOD_VERSION = 1  # spark_jobs.clean, spark_jobs.interactions
+_MAX_LANDINGS = 64  # of one run
 
 Period = tuple[str, tuple[date, date] | None]  # its name and the days [start, end) of it; None: undated
 
 
 def landings(context: dg.AssetExecutionContext, spark: "SparkSession", recipe: Recipe) -> list[Dataset]:
-    """The landings that hold the source's files, each file once; one is made of those that are new or have changed."""
+    """The landings that hold the source's files, each file once. Those that are new or have changed are landed."""
     from spark_jobs.source import event_files, land
 
     source, partition = recipe.source, recipe.config.source.partition
@@ -40,13 +41,20 @@ def landings(context: dg.AssetExecutionContext, spark: "SparkSession", recipe: R
             found.append(landing)
             new = {file: stat for file, stat in new.items() if file not in held}
     context.log.info(f"{len(files)} files of events, {len(files) - len(new)} of them landed before")
-    if not new:
-        return found
-    settings = {**origin, "files": new}
-    key = fingerprint(settings)
-    with recipe.lake.publish("landing", key, {}, settings) as draft:
-        draft.metrics |= land(spark, source, draft.path, partition, list(new))
-    return [*found, recipe.lake.open("landing", key)]
+    for number, some in enumerate(groups := _groups(list(new)), start=1):
+        settings = {**origin, "files": {file: new[file] for file in some}}
+        key = fingerprint(settings)
+        with recipe.lake.publish("landing", key, {}, settings) as draft:
+            draft.metrics |= land(spark, source, draft.path, partition, some)
+        context.log.info(f"landed {number} of {len(groups)}: {', '.join(some)}")
+        found.append(recipe.lake.open("landing", key))
+    return found
+
+
+def _groups(files: list[str]) -> list[list[str]]:
+    """Files that are landed together: one by itself, unless there are very many."""
+    size = -(-len(files) // _MAX_LANDINGS)
+    return [files[start : start + size] for start in range(0, len(files), size or 1)]
 
 
 def reduced_periods(
