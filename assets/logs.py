@@ -53,7 +53,7 @@ def raw_events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
     ensure_demo_world(context, recipe)
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        from spark_jobs.source import landed_figures
+        from spark_jobs.landing import landed_figures
 
         with pipeline.spark(recipe.config, "raw_events") as spark:
             parts = landings(context, spark, recipe)
@@ -93,7 +93,7 @@ def events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Material
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
         from spark_jobs.clean import EventNames
         from spark_jobs.interactions import Window, join_periods
-        from spark_jobs.source import UNDATED, periods_between
+        from spark_jobs.landing import UNDATED, periods_between
 
         raw, days = inputs["raw_events"], recipe.window
         train, test = (

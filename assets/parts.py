@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 # Raise these, and the version of raw_events or events in notellm2_core.recipe with them, when code changes a result.
-_LANDING_VERSION = 1  # spark_jobs.source
+_LANDING_VERSION = 1  # spark_jobs.source, spark_jobs.landing
 _PERIOD_VERSION = 1  # spark_jobs.clean, spark_jobs.interactions
 _MAX_LANDINGS = 64  # of one run
 
@@ -28,7 +28,8 @@ Period = tuple[str, tuple[date, date] | None]  # its name and the days [start, e
 
 def landings(context: dg.AssetExecutionContext, spark: "SparkSession", recipe: Recipe) -> list[Dataset]:
     """The landings that hold the source's files, each file once. Those that are new or have changed are landed."""
-    from spark_jobs.source import event_files, land
+    from spark_jobs.landing import land
+    from spark_jobs.source import event_files
 
     source, partition = recipe.source, recipe.config.source.partition
     stats = {file: (source / file).stat() for file in event_files(source)}

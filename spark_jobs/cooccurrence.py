@@ -11,6 +11,7 @@ import filecmp
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.schema import SCORES
 from spark_jobs.clean import EventNames, label_events, split_labelled, within
 from spark_jobs.interactions import interactions
+from spark_jobs.landing import land_events
 from spark_jobs.score_tasks import (
     FIGURES,
     PIECES,
@@ -36,7 +38,7 @@ from spark_jobs.score_tasks import (
     write_scores,
 )
 from spark_jobs.session import spark_session
-from spark_jobs.source import land_events, read_source_events
+from spark_jobs.source import read_source_events
 from spark_jobs.tables import counts_by, num_files, read_table, readable, replacing, top_counts, write_table
 
 _DEFAULT = Scoring()
@@ -150,12 +152,15 @@ def main() -> None:
         help="of each user, the notes viewed latest and clicked latest that make pairs (default: all)",
     )
     parser.add_argument("--score", choices=("cooccurrence", "swing"), default="cooccurrence", help="Eq. 2, or Swing")
+    parser.add_argument("--swing-alpha", type=float, default=_DEFAULT.swing_alpha, help="default: %(default)s")
+    parser.add_argument("--swing-max-users", type=int, default=_DEFAULT.swing_max_users, help="default: %(default)s")
     parser.add_argument("--start", type=date.fromisoformat, help="first day, YYYY-MM-DD")
     parser.add_argument("--end", type=date.fromisoformat, help="the day after the last one")
     args = parser.parse_args()
     views, clicks = ([name.strip() for name in of.split(",")] for of in (args.view_events, args.click_events))
     event_names = EventNames(views, clicks, ignored=None)
-    scoring = Scoring(args.score, args.simultaneous, args.max_user_notes)
+    names = (field.name for field in fields(Scoring))
+    scoring = Scoring(**{name: getattr(args, name) for name in names})
     with one_line_errors(), replacing(args.out, args.events, SCORES.names) as out, readable(args.events):
         spark = spark_session("cooccurrence")
         raw = land_events(read_source_events(spark, args.events)).persist()

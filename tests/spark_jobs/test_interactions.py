@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 from notellm2_core import schema
 from spark_jobs.clean import EventNames
 from spark_jobs.interactions import Window, join_periods, reduce_periods
-from spark_jobs.source import UNDATED, Span, land, landed_figures, periods_between
+from spark_jobs.landing import UNDATED, Span, land, landed_figures, periods_between
 from tests.spark_jobs.test_source import write_csv
 
 NAMES = EventNames(["view"], ["click"], ["share"])
