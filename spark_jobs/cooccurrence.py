@@ -159,8 +159,7 @@ def main() -> None:
     args = parser.parse_args()
     views, clicks = ([name.strip() for name in of.split(",")] for of in (args.view_events, args.click_events))
     event_names = EventNames(views, clicks, ignored=None)
-    names = (field.name for field in fields(Scoring))
-    scoring = Scoring(**{name: getattr(args, name) for name in names})
+    scoring = Scoring(**{field.name: getattr(args, field.name) for field in fields(Scoring)})
     with one_line_errors(), replacing(args.out, args.events, SCORES.names) as out, readable(args.events):
         spark = spark_session("cooccurrence")
         raw = land_events(read_source_events(spark, args.events)).persist()
