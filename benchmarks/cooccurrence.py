@@ -11,8 +11,8 @@ begins when its session is ready to work. Contenders:
   expressions   Spark's built-in expressions: first views and last clicks of each user, then a join
   events_join   Spark, as the equation reads: events joined with events, then distinct
 The last two stop at --join-millions. The result of each is compared with DuckDB's, row for row. `ours` runs twice at
-the smallest size, to compare the bytes, and, heavy users
-capped as in the pipeline, in turn with and without a user of 200,000 events more among 10 million.
+the smallest size, to compare the bytes, and, heavy users capped as in the pipeline, in turn with and without a user of
+200,000 events more among 10 million.
 """
 
 import argparse
@@ -37,8 +37,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from recall_seeds import tree_memory
 
-from benchmarks.recall_seeds import tree_memory
 from notellm2_core.config import Pairs
 
 RESULTS = Path(__file__).parent / "results"
