@@ -17,8 +17,7 @@ times: before 1970-01-02, as of a clock that was never set, and from 2100 on.
 import os
 import re
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -29,7 +28,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from notellm2_core.schema import SOURCE_EVENT_COLUMNS, SOURCE_EVENTS, SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
-from spark_jobs.tables import counts_by, readable, top_counts, write_partitions
+from spark_jobs.tables import added, counts_by, readable, top_counts, write_partitions
 
 UNDATED = "undated"  # the partition of rows whose time cannot be read
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
@@ -77,7 +76,7 @@ def landed_figures(source: Path, landings: Sequence[Mapping[str, Any]]) -> dict[
     Returns rows, undated rows, first and last day, up to which day the log covers (`covered_until`), rows by event
     name, and the periods with their rows. Raises ValueError for a log without rows, or without a time that can be read.
     """
-    rows, days, events = (_added(of[key] for of in landings) for key in ("rows", "days", "events"))
+    rows, days, events = (added(of[key] for of in landings) for key in ("rows", "days", "events"))
     if not rows:
         raise ValueError(f"{find_events(source)} holds no rows.")
     if not days:
@@ -94,13 +93,6 @@ def landed_figures(source: Path, landings: Sequence[Mapping[str, Any]]) -> dict[
         "events": dict(sorted(events.items(), key=lambda item: (-item[1], item[0]))),
         "periods": [{"period": period, "rows": rows[period]} for period in sorted(rows) if rows[period]],
     }
-
-
-def _added(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for of in counts:
-        total.update(of)
-    return total
 
 
 def covered_until(rows_by_day: Mapping[str, int]) -> str:

@@ -4,7 +4,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,14 @@ def counts_by(df: DataFrame, column: str) -> dict[str, int]:
     """Rows per value of `column`, the most frequent first; null is counted as ""."""
     rows = df.groupBy(F.coalesce(F.col(column), F.lit("")).alias("key")).count().collect()
     return {r["key"]: r["count"] for r in sorted(rows, key=lambda r: (-r["count"], r["key"]))}
+
+
+def added(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """Several counts by name as one."""
+    total: Counter[str] = Counter()
+    for of in counts:
+        total.update(of)
+    return total
 
 
 def top_counts(df: DataFrame, column: str, num: int = 20) -> dict[str, int]:
