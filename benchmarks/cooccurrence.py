@@ -6,12 +6,13 @@
 Notes follow Zipf's law, the activity of users is log-normal with a mean of 40 events, notes are a fiftieth of the
 events. Each contender runs in a process of its own, from the same Parquet file to a Parquet table of scores; its time
 begins when its session is ready to work. Contenders:
-  ours          spark_jobs.cooccurrence
+  ours          spark_jobs.cooccurrence, nobody capped
   duckdb        one SQL query, two threads
   expressions   Spark's built-in expressions: first views and last clicks of each user, then a join
   events_join   Spark, as the equation reads: events joined with events, then distinct
 The last two stop at --join-millions. The result of each is compared with DuckDB's, row for row. `ours` runs twice at
-the smallest size, to compare the bytes, and in turn with and without a user of 200,000 events more among 10 million.
+the smallest size, to compare the bytes, and, heavy users capped as in the pipeline, in turn with and without a user of
+200,000 events more among 10 million.
 """
 
 import argparse
@@ -36,8 +37,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from recall_seeds import tree_memory
 
-from benchmarks.recall_seeds import tree_memory
 from notellm2_core.config import Pairs
 
 RESULTS = Path(__file__).parent / "results"
@@ -77,16 +78,20 @@ def generate(num_events: int, file: Path, heavy_user: int = 0, seed: int = 0) ->
     pq.write_table(pa.table(columns), file, row_group_size=500_000)
 
 
-def ours(log: Path, out: Path, memory: str) -> float:
+def ours(log: Path, out: Path, memory: str, max_user_notes: int | None = None) -> float:
     from spark_jobs.clean import EventNames
     from spark_jobs.cooccurrence import Scoring, cooccurrence
     from spark_jobs.interactions import interactions
 
     spark = _session(memory)
     started = time.monotonic()
-    scoring = Scoring(max_user_notes=Pairs().max_user_notes)  # as the pipeline does
+    scoring = Scoring(max_user_notes=max_user_notes)
     cooccurrence(interactions(spark.read.parquet(str(log)), EventNames(["view"], ["click"], None)), out, scoring)
     return time.monotonic() - started
+
+
+def capped(log: Path, out: Path, memory: str) -> float:
+    return ours(log, out, memory, Pairs().max_user_notes)
 
 
 def expressions(log: Path, out: Path, memory: str) -> float:
@@ -148,7 +153,13 @@ def with_duckdb(log: Path, out: Path, memory: str) -> float:
     return time.monotonic() - started
 
 
-CONTENDERS = {"ours": ours, "duckdb": with_duckdb, "expressions": expressions, "events_join": events_join}
+CONTENDERS = {
+    "ours": ours,
+    "capped": capped,
+    "duckdb": with_duckdb,
+    "expressions": expressions,
+    "events_join": events_join,
+}
 
 
 def measure(contender: str, log: Path, out: Path, memory: str) -> dict[str, Any]:
@@ -198,7 +209,7 @@ def run(millions: list[int], join_millions: int, heavy_millions: int, memory: st
         log = work / f"log_{size}.parquet"
         generate(size * 1_000_000, log)
         rows = []
-        for contender in CONTENDERS:
+        for contender in (name for name in CONTENDERS if name != "capped"):
             if contender in ("expressions", "events_join") and size > join_millions:
                 continue
             row = measure(contender, log, work / contender, memory)
@@ -219,7 +230,7 @@ def run(millions: list[int], join_millions: int, heavy_millions: int, memory: st
             seconds: dict[str, list[float]] = {"without": [], "with": []}
             for _ in range(2):
                 for name, file in (("without", log), ("with", heavy)):
-                    seconds[name].append(measure("ours", file, work / "ours", memory)["seconds"])
+                    seconds[name].append(measure("capped", file, work / "ours", memory)["seconds"])
             results["heavy_user"] = seconds
             print(json.dumps(seconds), flush=True)
             heavy.unlink()

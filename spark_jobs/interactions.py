@@ -6,7 +6,6 @@ stand in several rows: what counts is the first view and the last click of all.
 """
 
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -22,9 +21,9 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from notellm2_core.schema import INTERACTIONS, QUARANTINE
 from spark_jobs.clean import IGNORED, EventNames, label_events, split_labelled, within
-from spark_jobs.tables import figures, num_files, read_table, write_partitions, write_table
+from spark_jobs.tables import added, figures, num_files, read_table, write_partitions, write_table
 
-Rows = Sequence[Any]  # of Spark
+_Rows = Sequence[Any]  # of Spark
 _NUM_NAMES = 20  # of events that are told
 _TABLES = {
     "interactions": INTERACTIONS,
@@ -117,7 +116,7 @@ def _labelled(
     return label_events(raw, names, dated=days is not None).withColumn("period", F.lit(period))
 
 
-def _period_counts(period: str, by_reason: Rows, by_event: Rows, spans: Rows) -> dict[str, Any]:
+def _period_counts(period: str, by_reason: _Rows, by_event: _Rows, spans: _Rows) -> dict[str, Any]:
     reasons, events = (
         {r["key"]: r["count"] for r in sorted(rows, key=lambda r: (-r["count"], r["key"])) if r["period"] == period}
         for rows in (by_reason, by_event)
@@ -162,7 +161,7 @@ def join_periods(
     row = F.to_json(F.struct(*INTERACTIONS.names), {"ignoreNullFields": "false"}).alias("row")
     before = _read(spark, parts, "quarantine").select(QUARANTINE.names)
     write_table(before.union(faulty.select("reason", row)), out / "quarantine", ["reason", "row"])
-    dropped = _sums(of["dropped"] for of in parts.values())
+    dropped = added(of["dropped"] for of in parts.values())
     dropped.update({r["reason"]: r["sum(events)"] for r in faulty.groupBy("reason").sum("events").collect()})
     faulty.unpersist()
     counts: dict[str, Any] = {
@@ -189,13 +188,6 @@ def _read(spark: SparkSession, parts: Mapping[Path, Any], table: str) -> DataFra
     return read_table(spark, *folders) if folders else spark.createDataFrame([], from_arrow_schema(_TABLES[table]))
 
 
-def _sums(of: Any) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for counts in of:
-        total.update(counts)
-    return total
-
-
 def _counts(table: DataFrame, window: Window) -> dict[str, Any]:
     days = {key: [of[key] for of in window.periods.values() if of[key]] for key in ("first_day", "last_day")}
     sums = figures(
@@ -217,13 +209,12 @@ def _require(
 ) -> None:
     """Raises ValueError naming the setting that leaves the window without events, or without clicks."""
     span = f"{window.start} to {window.end} (exclusive)"
-    found = ", ".join(_sums(of["events"] for of in window.periods.values()))
+    found = ", ".join(added(of["events"] for of in window.periods.values()))
     if not counts[name]["events"]:
-        dropped = _sums(of["dropped"] for of in window.periods.values())
-        if (
-            sum(of["rows"] - of[IGNORED] for of in window.periods.values()) > dropped.total()
-        ):  # the window took the rest
-            dropped = _sums([{reason: counts["dropped"].get(reason, 0) for reason in ("robot", "unknown_note")}])
+        dropped = added(of["dropped"] for of in window.periods.values())
+        rows = sum(of["rows"] - of[IGNORED] for of in window.periods.values())
+        if rows > dropped.total():  # the window took the rest
+            dropped = added([{reason: counts["dropped"].get(reason, 0) for reason in ("robot", "unknown_note")}])
         most = next(iter(dict(dropped.most_common())), "")
         says = f"no usable events in the {name} window, {span}:"
         if most == "unknown_event":

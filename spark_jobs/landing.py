@@ -5,8 +5,7 @@ What cannot be placed is kept apart as undated: rows without a readable time, an
 """
 
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from spark_jobs.source import event_files, event_time, find_events, read_source_events, trimmed
-from spark_jobs.tables import counts_by, readable, top_counts, write_partitions
+from spark_jobs.tables import added, counts_by, readable, top_counts, write_partitions
 
 UNDATED = "undated"  # the period of rows that cannot be placed
 _PLAUSIBLE = ("1970-01-02", "2099-12-31 23:59:59.999999")
@@ -76,7 +75,7 @@ def landed_figures(source: Path, landings: Sequence[Mapping[str, Any]]) -> dict[
     Returns rows, undated rows, first and last day, up to which day the log covers (`covered_until`), rows by event
     name, and the periods with their rows. Raises ValueError for a log without rows, or without a time that can be read.
     """
-    rows, days, events = (_added(of[key] for of in landings) for key in ("rows", "days", "events"))
+    rows, days, events = (added(of[key] for of in landings) for key in ("rows", "days", "events"))
     if not rows:
         raise ValueError(f"{find_events(source)} holds no rows.")
     if not days:
@@ -93,13 +92,6 @@ def landed_figures(source: Path, landings: Sequence[Mapping[str, Any]]) -> dict[
         "events": dict(sorted(events.items(), key=lambda item: (-item[1], item[0]))),
         "periods": [{"period": period, "rows": rows[period]} for period in sorted(rows) if rows[period]],
     }
-
-
-def _added(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for of in counts:
-        total.update(of)
-    return total
 
 
 def covered_until(rows_by_day: Mapping[str, int]) -> str:

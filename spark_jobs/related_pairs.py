@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.schema import RELATED_PAIRS, SCORES
 from spark_jobs.session import spark_session
-from spark_jobs.tables import figures, quantiles, read_table, readable, replacing, score_quantiles, write_table
+from spark_jobs.tables import figures, read_table, readable, replacing, score_quantiles, write_table
 
 Bounds = Literal["absolute", "quantile"]
 
@@ -74,8 +74,9 @@ def within_bounds(scores: DataFrame, low: float, up: float, bounds: Bounds) -> D
     """The pairs with low <= score <= up; as quantiles, the bounds are exact percentiles of the given scores."""
     if bounds == "absolute":
         return scores.filter(F.col("score").between(low, up))
-    limits = quantiles(scores, "score", [low, up])
-    return scores.filter(F.col("score").between(*limits)) if limits else scores
+    limits = scores.agg(F.percentile("score", F.array(F.lit(float(low)), F.lit(float(up)))).alias("limits"))
+    inside = F.col("score").between(F.col("limits")[0], F.col("limits")[1])
+    return scores.crossJoin(F.broadcast(limits)).filter(inside).select(SCORES.names)
 
 
 def strongest(scores: DataFrame, top_t: int) -> DataFrame:

@@ -36,12 +36,13 @@ def swing_scores(lists: pa.Table, alpha: float, max_users: int) -> Iterator[Pair
     order = np.argsort(query, kind="stable")  # users stay in order
     query, user = query[order], user[order]
     first = run_starts(query)
-    waiting: list[Pairs] = []
+    waiting, num_pairs = [], 0
     for note, users in zip(query[first], np.split(user, first[1:]), strict=True):
         waiting.append(_of_query(int(note), users[:max_users], offsets, click, weight, alpha))
-        if sum(len(pairs.query) for pairs in waiting) >= PAIRS_AT_A_TIME:
+        num_pairs += len(waiting[-1].query)
+        if num_pairs >= PAIRS_AT_A_TIME:
             yield from _together(waiting)
-            waiting = []
+            waiting, num_pairs = [], 0
     yield from _together(waiting)
 
 

@@ -4,15 +4,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
-from operator import or_
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from py4j.protocol import Py4JJavaError
@@ -118,6 +115,14 @@ def counts_by(df: DataFrame, column: str) -> dict[str, int]:
     return {r["key"]: r["count"] for r in sorted(rows, key=lambda r: (-r["count"], r["key"]))}
 
 
+def added(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """Several counts by name as one."""
+    total: Counter[str] = Counter()
+    for of in counts:
+        total.update(of)
+    return total
+
+
 def top_counts(df: DataFrame, column: str, num: int = 20) -> dict[str, int]:
     """As `counts_by` for a column that may hold as many values as rows: the `num` most frequent, and "(others)"."""
     key = F.coalesce(F.col(column), F.lit("")).alias("key")
@@ -134,63 +139,5 @@ def figures(df: DataFrame, **expressions: Column) -> dict[str, Any]:
 def score_quantiles(df: DataFrame) -> dict[str, float | None]:
     """Exact quantiles of `score`; None where there are no rows."""
     shares = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    found = quantiles(df, "score", list(shares.values()))
-    return dict(zip(shares, found, strict=True)) if found else dict.fromkeys(shares)
-
-
-def quantiles(df: DataFrame, column: str, shares: Sequence[float]) -> list[float]:
-    """Exact quantiles of a column of doubles, on the line between two values where they fall there; [] without rows.
-
-    Two passes, however many rows: a histogram finds the bins where the wanted values lie, and only these are looked at.
-    (Spark's own `percentile` holds every distinct value in one task's memory.)
-    """
-
-    def histogram(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            bins, rows = np.unique(_bins(batch["value"].to_numpy()), return_counts=True)
-            yield pa.record_batch({"bin": bins, "rows": rows})
-
-    whole = df.select(F.col(column).alias("value")).mapInArrow(histogram, "bin bigint, rows bigint")
-    bins, rows = _sorted_counts(whole.groupBy("bin").sum("rows"))
-    if not len(bins):
-        return []
-    upto = np.cumsum(rows)
-    places = np.array(shares) * (upto[-1] - 1)
-    low, high = np.floor(places).astype(int), np.ceil(places).astype(int)
-    wanted = np.unique(np.searchsorted(upto, [low, high], side="right"))
-    inside = reduce(or_, (F.col(column).between(*_edges(bins[n])) for n in wanted))
-    values, rows = _sorted_counts(df.filter(inside).groupBy(column).count())
-    # Places count from the first value: those before a bin, and those inside it.
-    before = upto[wanted] - np.diff(upto, prepend=0)[wanted]
-    first = np.searchsorted(_bins(values), bins[wanted])
-    end_of = np.cumsum(rows) + np.repeat(
-        before - np.append(0, np.cumsum(rows))[first], np.diff(np.append(first, len(values)))
-    )
-    at_low, at_high = (values[np.searchsorted(end_of, of, side="right")] for of in (low, high))
-    return (at_low + (places - low) * (at_high - at_low)).tolist()
-
-
-def _sorted_counts(counts: DataFrame) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """The keys of a table of counts in ascending order, and their rows."""
-    rows = sorted(map(tuple, counts.collect()))
-    return np.array([key for key, _ in rows]), np.array([count for _, count in rows], np.int64)
-
-
-_BIN_BITS = 40  # values of a bin differ in these last bits of their 64: 4096 bins to an octave
-
-
-def _bins(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    bits = values.view(np.int64)
-    return _in_order(bits) >> _BIN_BITS
-
-
-def _edges(number: np.int64) -> tuple[float, float]:
-    """The lowest and the highest value of a bin."""
-    first = np.array([number, number + 1], np.int64) << _BIN_BITS
-    low, high = _in_order(first - np.array([0, 1])).view(np.float64).tolist()
-    return low, high
-
-
-def _in_order(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The bits of doubles as whole numbers of the same order, and back."""
-    return bits ^ ((bits >> 63) & np.iinfo(np.int64).max)
+    values = df.agg(F.percentile("score", F.array(*map(F.lit, shares.values())))).collect()[0][0]
+    return dict(zip(shares, values or [None] * len(shares), strict=True))

@@ -62,8 +62,11 @@ def _inputs(embeddings: Path) -> list[Path]:
 
 
 def _figures(report: Report) -> dict[str, Any]:
+    """The recalls as nested figures; a cold slice that is empty, or holds all pairs, says nothing of its own."""
+    whole = report.num_pairs["all"]
+    silent = {name for name in ("cold_query", "cold_target") if report.num_pairs[name] in (0, whole)}
     figures: dict[str, Any] = {}
-    for row in report.rows:
+    for row in (row for row in report.rows if row.slice not in silent):
         figures.setdefault(row.method, {}).setdefault(row.inputs or "-", {})[row.slice] = {
             str(recall.k): recall.expected for recall in row.recalls if recall.expected is not None
         }
