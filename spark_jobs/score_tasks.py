@@ -223,10 +223,12 @@ def merged_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _histogram(bins: Mapping[float, int]) -> dict[str, list[float]]:
     if not bins:
         return {"edges": [0.0, 1.0], "pairs": [0]}
-    places = np.floor(2 * np.log2(list(bins))).astype(int)
+    mantissa, exponent = np.frexp(list(bins))  # in [0.5, 1), cut at 0.75: where a bin ends, so none is counted wrong
+    places = 2 * exponent + (mantissa >= 0.75)
     first = int(places.min())
     pairs = np.bincount(places - first, weights=list(bins.values())).astype(int)
-    return {"edges": [2.0 ** ((first + i) / 2) for i in range(len(pairs) + 1)], "pairs": pairs.tolist()}
+    ends = np.arange(first, first + len(pairs) + 1)
+    return {"edges": np.ldexp(np.where(ends % 2, 0.75, 0.5), ends // 2).tolist(), "pairs": pairs.tolist()}
 
 
 def _row(schema: pa.Schema, *values: Any) -> pa.RecordBatch:

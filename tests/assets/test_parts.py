@@ -11,11 +11,11 @@ import pytest
 
 from assets.logs import PARTITIONS, events, notes, raw_events
 from assets.pairs import cooccurrence
+from assets.parts import _groups
 from assets.resources import Pipeline
 from notellm2_core.lake import Lake, sha256_of
 from tests.pipelines.conftest import Workplace, make_workplace
 
-pytestmark = pytest.mark.slow
 FIRST_DAY = datetime(2025, 1, 5, tzinfo=UTC)  # a Sunday
 CHANGES = {"window.train_days": 14, "window.test_days": 7, "source.max_events_per_day": 40}
 
@@ -56,6 +56,7 @@ def scores(workplace: Workplace) -> dict[str, str]:
     return {file: sha256_of(dataset.path / file) for file in dataset.manifest.files if "clicks" not in file}
 
 
+@pytest.mark.slow
 def test_a_new_week_alone_is_read(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -84,3 +85,11 @@ def test_a_new_week_alone_is_read(tmp_path: Path) -> None:
     assert parts(fresh.recipe.lake) == {"landing": 3, "period": 3}
     assert scores(fresh) == after
     assert fresh.recipe.dataset("events").manifest.metrics == figures
+
+
+@pytest.mark.parametrize(("num_files", "sizes"), [(0, []), (3, [1, 1, 1]), (64, [1] * 64), (65, [2] * 32 + [1])])
+def test_groups(num_files: int, sizes: list[int]) -> None:
+    """One file is a landing by itself, unless that would make more than 64."""
+    files = [f"events/{i}.parquet" for i in range(num_files)]
+    groups = _groups(files)
+    assert [len(g) for g in groups] == sizes and [f for g in groups for f in g] == files
