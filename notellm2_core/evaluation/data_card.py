@@ -184,9 +184,10 @@ def _plot(
         found = scores[name]["histogram"]
         histogram.stairs(found["pairs"], found["edges"], color=colour, label=f"{name}, all")
         if len(kept[name]):
-            # Of the same width as the others, whose range they leave where scores were corrected.
-            first, last = np.floor(2 * np.log2([kept[name].min(), kept[name].max()])).astype(int)
-            counts, edges = np.histogram(kept[name], bins=2.0 ** (np.arange(first, last + 2) / 2))
+            # The same bins as the others', whose range they leave where scores were corrected.
+            exponents = np.frexp([kept[name].min(), kept[name].max()])[1]
+            bins = np.ldexp([0.5, 0.75], np.arange(exponents[0], exponents[1] + 2)[:, None]).ravel()
+            counts, edges = np.histogram(kept[name], bins)
             histogram.stairs(counts, edges, color=colour, fill=True, alpha=0.4, label=f"{name}, kept")
         popularity.plot(np.arange(1, len(users[name]) + 1), users[name], color=colour, label=name)
     histogram.set(xscale="log", yscale="log", xlabel="score", ylabel="pairs", title="Scores")
