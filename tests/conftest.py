@@ -1,11 +1,38 @@
-"""Two workers share the files; the longest file starts first, so that neither waits for the other at the end."""
+"""Two workers share the tests; what is dear is made by one of them, and the longest work starts first."""
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub that cannot be reached is not waited for
+
+# What one worker takes as a whole, in this order: the finished graph and the Spark session are made once.
+UNITS = {"tests/pipelines/": "graph", "tests/spark_jobs/": "spark", "tests/assets/test_parts.py": "spark"}
+
+
+def unit(nodeid: str) -> str:
+    """The unit of a test: of those above, or its file."""
+    file = nodeid.partition("::")[0]
+    return next((name for start, name in UNITS.items() if file.startswith(start)), file)
+
+
+class Scheduling(LoadFileScheduling):
+    """(xdist's own groups do not reach it under pytest 9.2.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return unit(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    return Scheduling(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -14,10 +41,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A worker takes whole files; those that need the finished graph go to one, which makes it once."""
-    for item in items:
-        needs_graph = "finished" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("finished" if needs_graph else item.nodeid.partition("::")[0]))
-    items.sort(key=lambda item: "test_weekly" not in item.nodeid)
+    first = list(dict.fromkeys(UNITS.values()))
+    items.sort(key=lambda item: first.index(name) if (name := unit(item.nodeid)) in first else len(first))
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator["SparkSession"]:
+    """One session for all tests of a worker."""
+    from spark_jobs.session import spark_session
+
+    # Many small jobs: no time for the compilers to pay off.
+    os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+    extra = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
+    session = spark_session("tests", "local[2]", "1g", 2, extra)
+    del os.environ["JDK_JAVA_OPTIONS"]
+    yield session
+    session.stop()

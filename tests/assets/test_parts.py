@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyspark.sql import SparkSession
 
 from assets.logs import PARTITIONS, events, notes, raw_events
 from assets.pairs import cooccurrence
@@ -38,7 +39,7 @@ def write_week(source: Path, week: int) -> None:
 
 
 def materialize(workplace: Workplace) -> None:
-    """The steps up to the scores, in this process."""
+    """The steps up to the scores, in this process and its Spark session."""
     dg.materialize(
         [raw_events, notes, events, cooccurrence],
         resources={"pipeline": Pipeline(config_path=str(workplace.config))},
@@ -56,8 +57,9 @@ def scores(workplace: Workplace) -> dict[str, str]:
     return {file: sha256_of(dataset.path / file) for file in dataset.manifest.files if "clicks" not in file}
 
 
+@pytest.mark.spark
 @pytest.mark.slow
-def test_a_new_week_alone_is_read(tmp_path: Path) -> None:
+def test_a_new_week_alone_is_read(spark: SparkSession, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     columns = {"note_id": [f"n{n}" for n in range(29)], **{c: ["x"] * 29 for c in ("title", "topics", "content")}}

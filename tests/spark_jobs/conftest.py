@@ -1,15 +1,12 @@
-"""One Spark session for all tests of this folder, and short ways to make its tables."""
+"""Short ways to make Spark's tables."""
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pyspark.sql import DataFrame, SparkSession
-
-from spark_jobs.session import spark_session
 
 EVENTS = "user_id string, note_id string, timestamp timestamp, event string"
 SCORES = "query_id string, target_id string, score double, num_users bigint"
@@ -23,17 +20,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.spark)
-
-
-@pytest.fixture(scope="session")
-def spark() -> Iterator[SparkSession]:
-    # Many small jobs: no time for the compilers to pay off.
-    os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-    extra = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
-    session = spark_session("tests", "local[2]", "1g", 2, extra)
-    del os.environ["JDK_JAVA_OPTIONS"]
-    yield session
-    session.stop()
 
 
 @pytest.fixture(scope="session")

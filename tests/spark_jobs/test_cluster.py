@@ -28,7 +28,7 @@ def process(log: Path, *command: str, env: dict[str, str]) -> Iterator[None]:
         try:
             yield
         finally:
-            running.terminate()
+            running.kill()
 
 
 @pytest.fixture
