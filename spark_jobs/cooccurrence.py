@@ -2,6 +2,8 @@
 
 python -m spark_jobs.cooccurrence --events PATH --out DIR [--view-events view,click --click-events click]
 
+The command takes every readable event: robots and absurd times are left to the pipeline, which sees the whole log.
+
 Spark brings each user's interactions together, and then the lists made of them; what is done inside a task is in
 `spark_jobs.score_tasks`. Pairs, by far the largest table, are never shuffled (docs/decisions/0008).
 """
@@ -59,7 +61,8 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: Scoring = _DEFAULT
     them, so all of them must see it.
 
     Returns pairs, queries, max_users (the most of one pair), score {min, p10, p50, p90, p99, max; cut to 1 %},
-    capped_users, and max_loss: no score has lost more by the cap (Swing: none, but capped_notes).
+    capped_users, capped_notes (Swing: notes with more users than count), and max_loss: no score has lost more by the
+    cap (Swing: None).
     """
     num_blocks = num_files(interactions.sparkSession)
     micros = (F.unix_micros(c).alias(c) for c in ("first_view", "last_click"))
@@ -87,11 +90,10 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: Scoring = _DEFAULT
         hidden.unlink(missing_ok=True)
     if counts["pairs"] != sum(pq.read_metadata(file).num_rows for file in out.iterdir()):
         raise ValueError(f"{out} does not hold all that the workers have written; name a folder that they share.")
-    if scoring.score == "swing":  # its score has no such bound, but a second cap
-        clicked = target_clicks(interactions)
-        counts["max_loss"] = None
-        counts["capped_notes"] = clicked.filter(F.col("num_users") > scoring.swing_max_users).count()
-    return counts
+    if scoring.score != "swing":
+        return counts | {"capped_notes": 0}
+    crowded = target_clicks(interactions).filter(F.col("num_users") > scoring.swing_max_users)
+    return counts | {"capped_notes": crowded.count(), "max_loss": None}  # Swing has no such bound
 
 
 def target_clicks(interactions: DataFrame) -> DataFrame:

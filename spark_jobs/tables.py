@@ -1,4 +1,4 @@
-"""Reading and writing Parquet tables so that two runs write the same bytes, and figures about them."""
+"""Reading and writing Parquet tables so that two runs write the same rows into the same files, and figures of them."""
 
 import os
 import re

@@ -128,6 +128,7 @@ def _markdown(
                 ("both notes on the side", "pairs_on_side"), ("enough users", "pairs_with_min_users"),
                 ("score within bounds", "pairs_within_bounds"), ("strongest of the query", "pairs"))),
             ["users capped", *(f"{scores[s]['capped_users']:,}" for s in ("train", "test"))],
+            ["notes whose users were capped (Swing)", *(f"{scores[s]['capped_notes']:,}" for s in ("train", "test"))],
             ["a score has lost at most", *(_loss(scores[s]["max_loss"]) for s in ("train", "test"))],
         ]),
         "",

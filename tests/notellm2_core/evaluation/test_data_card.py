@@ -24,7 +24,13 @@ MANIFESTS = {
         **{s: {"events": 40, "views": 30, "clicks": 10, "users": 5, "notes": 4} for s in ("train", "test")},
     },
     "cooccurrence": {
-        s: {"pairs": 9, "capped_users": 1, "max_loss": 0.25, "histogram": {"edges": [0.25, 0.5, 1.0], "pairs": [4, 5]}}
+        s: {
+            "pairs": 9,
+            "capped_users": 1,
+            "capped_notes": 0,
+            "max_loss": 0.25,
+            "histogram": {"edges": [0.25, 0.5, 1.0], "pairs": [4, 5]},
+        }
         for s in ("train", "test")
     },
     "related_pairs": {
