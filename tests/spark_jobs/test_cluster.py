@@ -1,10 +1,9 @@
-"""A job by spark-submit on a standalone cluster, a master and two workers on loopback: the same bytes as locally."""
+"""A job on a standalone cluster, a master and two workers on loopback: the same bytes as locally."""
 
 import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,9 +16,15 @@ from pyspark.sql import SparkSession
 from spark_jobs import cooccurrence as job
 from spark_jobs.session import java_home
 from tests.spark_jobs.test_source import write_csv
+from tests.waiting import wait_for
 
 SPARK = Path(pyspark.__file__).parent
 HOST = "127.0.0.1"
+
+
+def free_port() -> int:
+    with socket.create_server((HOST, 0)) as free:
+        return int(free.getsockname()[1])
 
 
 @contextmanager
@@ -34,8 +39,7 @@ def process(log: Path, *command: str, env: dict[str, str]) -> Iterator[None]:
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """The master's address, and the environment that spark-submit needs."""
-    with socket.create_server((HOST, 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     env = os.environ | {
         "JAVA_HOME": java_home(), "SPARK_HOME": str(SPARK), "SPARK_LOCAL_IP": HOST, "PYSPARK_PYTHON": sys.executable,
         "JDK_JAVA_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
@@ -50,32 +54,46 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             worker = [f"{start[1]}.worker.Worker", "--host", HOST, "--webui-port", "0", "--cores", "1",
                       "--memory", "1g", "--work-dir", folder, address]  # fmt: skip
             running.enter_context(process(tmp_path / f"worker{n}.log", start[0], *worker, env=env))
-        deadline = time.monotonic() + 120
-        while (tmp_path / "master.log").read_text().count("Registering worker") < 2:
-            assert time.monotonic() < deadline, (tmp_path / "master.log").read_text()
-            time.sleep(0.2)
+        wait_for(lambda: (tmp_path / "master.log").read_text().count("Registering worker") == 2)
         yield address, env
 
 
-def test_the_same_bytes_as_in_local_mode(
-    cluster: tuple[str, dict[str, str]], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    address, env = cluster
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     user, note, time_, clicked = (rng.integers(0, size, 600).tolist() for size in (20, 30, 9999, 2))
     lines = [f"u{u},n{n},{t},{('view', 'click')[c]}" for u, n, t, c in zip(user, note, time_, clicked, strict=True)]
-    log = write_csv(tmp_path / "events.csv", lines)
+    return write_csv(tmp_path / "events.csv", lines)
 
+
+def test_the_same_bytes_as_in_local_mode(
+    cluster: tuple[str, dict[str, str]], log: Path, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By spark-submit, and by Spark Connect: a server on the cluster, and a client that has no JVM."""
+    address, env = cluster
     settings = {"spark.executor.memory": "600m", "spark.driver.host": HOST, "spark.ui.enabled": "false",
                 "spark.sql.shuffle.partitions": "2"}  # fmt: skip
     options = [part for key, value in settings.items() for part in ("--conf", f"{key}={value}")]
+    submit = str(SPARK / "bin" / "spark-submit"), "--master", address, *options
     arguments = "--events", str(log), "--out"
-    command = [str(SPARK / "bin" / "spark-submit"), "--master", address, *options, str(job.__file__), *arguments]
-    done = subprocess.run([*command, "cluster"], env=env, capture_output=True, text=True, cwd=tmp_path)  # from here
-    assert done.returncode == 0, done.stderr
+
+    def run(out: str, *command: str, **more: str) -> None:
+        done = subprocess.run([*command, *arguments, out], env=env | more, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    run("cluster", *submit, str(job.__file__))
+    port = free_port()
+    server = "--class", "org.apache.spark.sql.connect.service.SparkConnectServer"
+    serve = *submit, *server, "--conf", f"spark.connect.grpc.binding.port={port}", "spark-internal"
+    with process(tmp_path / "server.log", *serve, env=env):
+        wait_for(lambda: "Spark Connect server started" in (tmp_path / "server.log").read_text())
+        python_path = str(Path(job.__file__).parents[1])
+        run("connect", sys.executable, "-m", job.__name__, SPARK_REMOTE=f"sc://{HOST}:{port}", PYTHONPATH=python_path)
 
     monkeypatch.setattr(job, "spark_session", lambda name: spark)
     monkeypatch.setattr(sys, "argv", ["cooccurrence", *arguments, str(tmp_path / "local")])
     job.main()
-    there, here = ({f.name: f.read_bytes() for f in (tmp_path / place).iterdir()} for place in ("cluster", "local"))
-    assert sorted(there) == ["part-00000.parquet", "part-00001.parquet"] and there == here
+    submitted, connected, here = (
+        {f.name: f.read_bytes() for f in (tmp_path / place).iterdir()} for place in ("cluster", "connect", "local")
+    )
+    assert sorted(here) == ["part-00000.parquet", "part-00001.parquet"] and submitted == connected == here
