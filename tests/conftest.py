@@ -54,6 +54,7 @@ def spark() -> Iterator["SparkSession"]:
     # Many small jobs: no time for the compilers to pay off.
     os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
     extra = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
+    extra["spark.hadoop.fs.s3a.endpoint"] = "http://127.0.0.1:9000"  # for test_session: Hadoop reads it at the start
     session = spark_session("tests", "local[2]", "1g", 2, extra)
     del os.environ["JDK_JAVA_OPTIONS"]
     yield session

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyspark.sql import SparkSession
 
 from spark_jobs import session
 from spark_jobs.session import java_home
@@ -113,3 +114,7 @@ def test_the_jvm_ends_with_a_killed_parent_and_its_scratch_is_swept(
 def _lives(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_settings_of_a_bucket_reach_hadoop(spark: SparkSession) -> None:
+    assert spark.sparkContext._jsc.hadoopConfiguration().get("fs.s3a.endpoint") == "http://127.0.0.1:9000"
