@@ -7,7 +7,7 @@ with one sentence instead of being misread.
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # --- source (what the user brings; extra columns are ignored) -------------------------------------------------------
 SOURCE_NOTE_COLUMNS = ("note_id", "title", "topics", "content")  # plus one of SOURCE_IMAGE_COLUMNS, or no image at all
@@ -80,16 +80,21 @@ NOTE_IMAGES = pa.schema(
     [
         pa.field("note_id", pa.string(), nullable=False),
         pa.field("image_id", pa.string()),  # sha256 of the encoded bytes; null: no usable image
+        pa.field("perceptual_hash", pa.string()),  # notes.images.perceptual_hash; null: none
         pa.field("status", pa.string(), nullable=False),  # one of notes.images.STATUSES
     ]
 )
 
 
 def vision_features(num_patches: int, width: int) -> pa.Schema:
-    """Columns of the feature cache: patch features `[num_patches * width]` and the global feature `[width]`, fp16."""
+    """Columns of the feature cache: patch features `[num_patches * width]` and the global feature `[width]`, fp16.
+
+    The perceptual hash stands beside them because it takes the decoded picture too.
+    """
     return pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
+            pa.field("perceptual_hash", pa.string()),
             pa.field("patches", pa.list_(pa.float16(), num_patches * width), nullable=False),
             pa.field("global_feature", pa.list_(pa.float16(), width), nullable=False),
         ]

@@ -43,7 +43,8 @@ def near_duplicates(notes: DataFrame, images: DataFrame | None = None) -> DataFr
     """NOTES -> (note_id, group_id): notes with the same text or the same picture share a group, also in a chain.
 
     Text is the same after lower-casing and collapsing white space, over title, topics and content; notes without text
-    have no text in common. A picture is the same by its path, its bytes, or its `image_id` in `images` (NOTE_IMAGES).
+    have no text in common. A picture is the same by its bytes or its perceptual hash in `images` (NOTE_IMAGES), without
+    them by its path or its bytes.
     The group is named by its smallest note id.
     """
     text = F.concat_ws(" ", "title", F.array_join("topics", " "), "content")
@@ -52,7 +53,7 @@ def near_duplicates(notes: DataFrame, images: DataFrame | None = None) -> DataFr
         (notes, F.when(words != "", F.sha2(words, 256))),
     ]
     if images is not None:  # one path may stand for "no picture" in many notes: only usable pictures have an image_id
-        keys.append((images, F.col("image_id")))
+        keys += [(images, F.col("image_id")), (images, F.col("perceptual_hash"))]
     else:
         keys += [(notes, F.col("image_path")), (notes, F.sha2("image", 256))]
     tables = [

@@ -51,6 +51,7 @@ class FeatureStore:
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{self.root / STORE_FACTS} is damaged ({e!r}); delete it and run again") from e
         self._rows: dict[str, tuple[Path, int]] = {}  # image id -> its part and row
+        self._hashes: dict[str, str | None] = {}
         self._read: set[Path] = set()
 
     @classmethod
@@ -74,20 +75,31 @@ class FeatureStore:
                     expected = schema.vision_features(self.num_patches, self.width)
                     if not file.schema_arrow.equals(expected):
                         raise ValueError("other columns than this store has")
-                    ids = file.read(["image_id"])["image_id"].to_pylist()
-                for row, image_id in enumerate(ids):
+                    ids, hashes = (c.to_pylist() for c in file.read(["image_id", "perceptual_hash"]).columns)
+                for row, (image_id, picture_hash) in enumerate(zip(ids, hashes, strict=True)):
                     self._rows.setdefault(image_id, (part, row))
+                    self._hashes[image_id] = picture_hash
                 self._read.add(part)
         return set(self._rows)
 
-    def append(self, image_ids: Sequence[str], patches: np.ndarray, global_feature: np.ndarray) -> None:
+    def perceptual_hash(self, image_id: str) -> str | None:
+        """`notes.images.perceptual_hash` of a known picture."""
+        return self._hashes[image_id]
+
+    def append(
+        self,
+        image_ids: Sequence[str],
+        patches: np.ndarray,
+        global_feature: np.ndarray,
+        perceptual_hashes: Sequence[str | None] | None = None,
+    ) -> None:
         """Add one part: `patches` [n, L, h_v] and `global_feature` [n, h_v], kept as fp16.
 
         Raises ValueError if a number does not fit into fp16.
         """
         n = len(image_ids)
         assert patches.shape == (n, self.num_patches, self.width) and global_feature.shape == (n, self.width)
-        arrays: list[pa.Array] = [pa.array(image_ids, pa.string())]
+        arrays: list[pa.Array] = [pa.array(c, pa.string()) for c in (image_ids, perceptual_hashes or [None] * n)]
         for values in (patches, global_feature):
             with np.errstate(over="ignore"):
                 half = np.ascontiguousarray(values, dtype=np.float16).reshape(n, -1)

@@ -42,6 +42,7 @@ class _Prepared:
     note_id: str
     status: images.Status
     image_id: str | None = None
+    perceptual_hash: str | None = None
     pixels: "Tensor | None" = None
 
 
@@ -61,9 +62,10 @@ def compute(
     encoder.to(device)
     known = store.known()  # and whatever this run has taken on
     before = frozenset(known)
+    hashes = {image_id: store.perceptual_hash(image_id) for image_id in known}
     batch: dict[str, Tensor] = {}
     part: list[tuple[list[str], np.ndarray, np.ndarray]] = []
-    rows: list[tuple[str, str | None, str]] = []
+    rows: list[tuple[str, str | None, str | None, str]] = []
 
     def prepare(note: tuple[str, str | None, bytes | None]) -> _Prepared:
         note_id, image_path, data = note
@@ -77,7 +79,7 @@ def compute(
         status, image = images.decode(encoded.data, max_pixels)
         if image is None:
             return _Prepared(note_id, status)
-        return _Prepared(note_id, "ok", image_id, encoder.preprocess(image))
+        return _Prepared(note_id, "ok", image_id, images.perceptual_hash(image), encoder.preprocess(image))
 
     def encode() -> None:
         with torch.inference_mode():
@@ -87,28 +89,31 @@ def compute(
 
     def flush() -> None:
         ids, patches, pooled = zip(*part, strict=True)
-        store.append([i for some in ids for i in some], np.concatenate(patches), np.concatenate(pooled))
+        image_ids = [i for some in ids for i in some]
+        store.append(image_ids, np.concatenate(patches), np.concatenate(pooled), [hashes[i] for i in image_ids])
         part.clear()
 
     total = sum(pq.read_metadata(file).num_rows for file in _note_files(notes))
     with ThreadPoolExecutor(max_workers=min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
         done = _in_order(pool, prepare, _read_notes(notes), ahead=2 * batch_size)
         for found in tqdm(done, total=total, desc="vision features", unit="note", mininterval=1):
-            rows.append((found.note_id, found.image_id, found.status))
             if found.pixels is not None and found.image_id is not None and found.image_id not in known:
                 known.add(found.image_id)
+                hashes[found.image_id] = found.perceptual_hash
                 batch[found.image_id] = found.pixels
                 if len(batch) == batch_size:
                     encode()
                     if len(part) * batch_size >= part_images:
                         flush()
+            picture_hash = None if found.image_id is None else hashes[found.image_id]
+            rows.append((found.note_id, found.image_id, picture_hash, found.status))
     if batch:
         encode()
     if part:
         flush()
 
-    columns = [list(column) for column in zip(*rows, strict=True)] or [[], [], []]
-    statuses = Counter(columns[2])
+    columns = [list(column) for column in zip(*rows, strict=True)] or [[], [], [], []]
+    statuses = Counter(columns[3])
     distinct = {image_id for image_id in columns[1] if image_id}
     counts: dict[str, Any] = {"notes": len(rows)} | {status: statuses[status] for status in images.STATUSES}
     counts |= {"distinct_images": len(distinct), "computed": len(distinct - before), "reused": len(distinct & before)}

@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
+import imagehash
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -24,6 +25,7 @@ FORMATS = tuple(  # MPO opens as JPEG; AVIF is not in every build of Pillow
 )
 _MAX_BYTES_PER_PIXEL = 8  # 16 bits x 4 channels, uncompressed: no file of allowed pixels is larger (plus a margin)
 _MARGIN_BYTES = 1 << 20
+_LEAST_CONTRAST = 8  # of 255 greys; below, the hash would be made of noise
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,15 @@ def to_rgb(image: Image.Image, max_pixels: int) -> tuple[Status, Image.Image | N
         raise
     except Exception:  # damaged bytes make Pillow's decoders raise nearly anything; the caller counts it
         return "broken", None
+
+
+def perceptual_hash(image: Image.Image) -> str | None:
+    """pHash: 64 bits of the picture's low frequencies, in hex; copies of another size or compression mostly share it.
+
+    None for a picture that shows nothing, a single colour say: all of those would be one.
+    """
+    small = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    return str(imagehash.phash(small)) if np.ptp(np.asarray(small)) >= _LEAST_CONTRAST else None
 
 
 def _open(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:

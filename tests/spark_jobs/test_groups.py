@@ -37,7 +37,8 @@ def test_near_duplicates_share_text_or_picture_also_in_a_chain(frame: Frame) -> 
     """a and b share their text, b and c a path, c and d the bytes: one group where no pictures were read. f and g have
     no text at all, which is nothing to share; h and i differ in their topics.
 
-    Where pictures were read, only their hash counts: d and e share it, and c's path may stand for "no picture"."""
+    Where pictures were read, only their hashes count: d and e share the bytes', f and g look alike, and c's path may
+    stand for "no picture"."""
     rows = [
         ("e", "lonely", [], "", None, None),
         ("d", "four", [], "", None, b"1"),
@@ -49,11 +50,12 @@ def test_near_duplicates_share_text_or_picture_also_in_a_chain(frame: Frame) -> 
         ("h", "x", ["t"], "", None, None),
         ("i", "x", ["u"], "", None, None),
     ]
-    images = frame("note_id string, image_id string", [("d", "sha"), ("e", "sha"), ("f", None), ("g", None)])
+    pictures = [("d", "sha", None), ("e", "sha", None), ("f", "one", "like"), ("g", "two", "like"), ("h", None, None)]
+    images = frame("note_id string, image_id string, perceptual_hash string", pictures)
     unread = rows_of(near_duplicates(frame(NOTES, rows), None), "note_id", "group_id")
     assert dict(unread) == {**dict.fromkeys("abcd", "a"), **{n: n for n in "efghi"}}
     read = rows_of(near_duplicates(frame(NOTES, rows), images), "note_id", "group_id")
-    assert dict(read) == {"a": "a", "b": "a", "d": "d", "e": "d", **{n: n for n in "cfghi"}}
+    assert dict(read) == {"a": "a", "b": "a", "d": "d", "e": "d", "f": "f", "g": "f", **{n: n for n in "chi"}}
 
 
 def test_clusters_follow_the_strongest_neighbour(frame: Frame) -> None:

@@ -224,6 +224,8 @@ def test_the_whole_run(world, tmp_path):
     assert [status[f"n{i}"] for i in range(1, 10)] == [
         "ok", "ok", "ok", "ok", "not_found", "broken", "escapes", "too_large", "missing",
     ]  # fmt: skip
+    hashes = dict(zip(table["note_id"].to_pylist(), table["perceptual_hash"].to_pylist(), strict=True))
+    assert hashes["n1"] == hashes["n2"] == hashes["n3"] is not None and hashes["n5"] is None
     note_images = read_note_images(tmp_path / "out")
     one, two = image_id(first), image_id(second)
     assert note_images == dict.fromkeys(("n1", "n2", "n3"), one) | {"n4": two} | dict.fromkeys(

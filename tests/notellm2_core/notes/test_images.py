@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from notellm2_core.notes import images
-from notellm2_core.notes.images import check_header, decode, fetch, read_image
+from notellm2_core.notes.images import check_header, decode, fetch, perceptual_hash, read_image
 
 MAX = 1_000_000
 
@@ -248,3 +248,23 @@ def test_damaged_bytes_never_raise(fmt, seed):
     status, image = decode(bytes(data), MAX)
     assert status in ("ok", "broken", "too_large")
     assert (image is not None and image.mode == "RGB") == (status == "ok")
+
+
+def test_perceptual_hash():
+    """Most copies of other quality, size or format share it; other pictures do not, and a single colour has none."""
+
+    def clouds(seed: int) -> Image.Image:
+        values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        return Image.fromarray(values).resize((200, 160), Image.Resampling.BICUBIC)
+
+    def is_shared(picture: Image.Image, copy: bytes) -> bool:
+        return perceptual_hash(decode(copy, MAX)[1]) == perceptual_hash(picture)
+
+    pictures = [clouds(seed) for seed in range(20)]
+    for quality, side in ((90, 200), (60, 200), (85, 100)):
+        copies = [encode(p.resize((side, side * 4 // 5)), "JPEG", quality=quality) for p in pictures]
+        assert sum(map(is_shared, pictures, copies)) >= 10
+    assert all(is_shared(p, encode(p, "PNG")) for p in pictures)
+    assert len({perceptual_hash(p) for p in pictures}) == 20
+    assert perceptual_hash(Image.new("RGB", (64, 64), "white")) is None
+    assert perceptual_hash(Image.new("RGB", (64, 64), "red")) is None

@@ -62,7 +62,7 @@ def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6, comple
     encoder = load_vision_encoder(tiny_config().model.vision)
     encoder.save_pretrained(world.path("images") / "vision")
     statuses = ["missing" if i is None else "ok" for i in images]
-    table = pa.table([pa.array(c, pa.string()) for c in (ids, images, statuses)], schema=NOTE_IMAGES)
+    table = pa.table([pa.array(c, pa.string()) for c in (ids, images, [None] * len(ids), statuses)], schema=NOTE_IMAGES)
     write(world.path("images") / "note_images.parquet", table)
     known = [i for i in images if i is not None]
     store = FeatureStore.create(world.path("store") / encoder.encoder_id, encoder.num_patches, encoder.width)
