@@ -18,7 +18,7 @@ def dropped_share(figures: Figures, limits: Checks) -> Verdict:
 
     Exact duplicates of an event are harmless; rows without a readable time are judged where the log is landed.
     """
-    harmless = ("duplicate_event", "bad_timestamp", "absurd_timestamp")
+    harmless = ("duplicate_event", "malformed_row", "bad_timestamp", "absurd_timestamp")
     dropped = sum(rows for reason, rows in figures["dropped"].items() if reason not in harmless)
     unjudged = sum(figures["dropped"].get(reason, 0) for reason in harmless)
     read = figures["rows"] - figures.get("ignored_event", 0) - unjudged
@@ -32,10 +32,11 @@ def dropped_share(figures: Figures, limits: Checks) -> Verdict:
 
 
 def undated_share(figures: Figures, limits: Checks) -> Verdict:
-    """Not more of the log than allowed has a time that cannot be read."""
-    share = figures["undated"] / figures["rows"]
+    """Not more than allowed of any file of the log, or of the files that are landed together, can be placed nowhere."""
+    share = figures["most_undated"]["share"]
     return share <= limits.max_dropped_share, {
         "undated_share": share,
+        "file": figures["most_undated"]["file"],
         "checks.max_dropped_share": limits.max_dropped_share,
     }
 

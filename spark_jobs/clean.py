@@ -106,13 +106,14 @@ class EventNames:
 def label_events(raw: DataFrame, names: EventNames, dated: bool = True) -> DataFrame:
     """Landed events with the `reason` to drop them (null: none), the first that holds of:
 
-    ignored_event, bad_timestamp, absurd_timestamp (all others where not `dated`: what `land` could not place),
-    null_user, null_note, unknown_event, duplicate_event (same user, note, time and event: one is kept).
+    malformed_row, ignored_event, bad_timestamp, absurd_timestamp (all others where not `dated`: what `land` could not
+    place), null_user, null_note, unknown_event, duplicate_event (same user, note, time and event: one is kept).
     """
     event = F.coalesce("event", F.lit(""))
     used = event.isin(*names.views, *names.clicks)
     fault = (
-        F.when(~used if names.ignored is None else event.isin(*names.ignored), IGNORED)
+        F.when(F.col("malformed"), "malformed_row")
+        .when(~used if names.ignored is None else event.isin(*names.ignored), IGNORED)
         .when(F.isnull("timestamp"), "bad_timestamp")
         .when(F.lit(not dated), "absurd_timestamp")
         .when(F.isnull("user_id"), "null_user")

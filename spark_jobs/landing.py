@@ -5,7 +5,7 @@ What cannot be placed is kept apart as undated: rows without a readable time, an
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from spark_jobs.source import event_files, event_time, find_events, read_source_events, trimmed
+from notellm2_core.schema import SOURCE_EVENT_COLUMNS
+from spark_jobs.source import MALFORMED, event_files, event_time, find_events, read_source_events, trimmed
 from spark_jobs.tables import added, counts_by, readable, top_counts, write_partitions
 
 UNDATED = "undated"  # the period of rows that cannot be placed
@@ -33,47 +34,56 @@ def land(
     """Place raw events in time: `out/<period>/*.parquet`, what has no readable or an absurd time in `out/undated/`.
 
     A period is named by its first day (the Sunday, or January 1st). `files`: which of `event_files(source)`; None: all.
-    Returns rows {period: rows}, days {day: rows}, and events {name: rows} (`top_counts`). Raises ValueError for a
-    source that cannot be used.
+    Returns files, rows {period: rows}, days {day: rows}, and events {name: rows} (`top_counts`). Raises ValueError for
+    a source that cannot be used.
     """
+    files = list(files or event_files(source))
     with readable(find_events(source)):
-        landed = land_events(read_source_events(spark, source, files or event_files(source)), partition)
+        landed = land_events(read_source_events(spark, source, files), partition)
         absurd = ~F.col("timestamp").between(*(F.lit(bound).cast("timestamp") for bound in _PLAUSIBLE))
         placed = landed.withColumn("period", F.when(absurd, UNDATED).otherwise(F.col("period")))
         write_partitions(placed, out, "period", ["timestamp", "user_id", "note_id", "event", "row"])
     if not any(out.rglob("*.parquet")):
-        return {"rows": {}, "days": {}, "events": {}}
+        return {"files": files, "rows": {}, "days": {}, "events": {}}
     landed = spark.read.parquet(*(str(p) for p in sorted(out.iterdir())))
     # One row per file that Spark opened: its folder is the period.
     landed = landed.withColumn("period", F.element_at(F.split(F.col("_metadata.file_path"), "/"), -2))
     day = F.when(F.col("period") != UNDATED, F.date_format("timestamp", "yyyy-MM-dd"))
     days = counts_by(landed.withColumn("day", day), "day")
     days.pop("", None)
-    return {"rows": counts_by(landed, "period"), "days": days, "events": top_counts(landed, "event")}
+    return {"files": files, "rows": counts_by(landed, "period"), "days": days, "events": top_counts(landed, "event")}
 
 
 def land_events(events: DataFrame, partition: Partition = "week") -> DataFrame:
-    """Source events -> user_id, note_id, event (trimmed; "" is null), timestamp (UTC; null: unreadable), row, period.
+    """Source events -> user_id, note_id, event (trimmed; "" is null), timestamp (UTC; null: unreadable), malformed, row
+    and period.
 
-    `row` is the whole row as it came, in JSON.
+    `row` is the row as it came, in JSON: the columns of the contract, or the line of a CSV with more or fewer fields
+    than its header. Of such a malformed one nothing else is read.
     """
+    line = F.col(MALFORMED) if MALFORMED in events.columns else F.lit(None).cast("string")
+    as_it_came = F.to_json(F.struct(*SOURCE_EVENT_COLUMNS), {"ignoreNullFields": "false"})
+    ids = {c: trimmed(F.col(c).cast("string")) for c in ("user_id", "note_id", "event")}
+    read = ids | {"timestamp": event_time(events.schema["timestamp"].dataType)}
     if partition == "week":  # date_trunc's week starts on Monday, ours on Sunday
         first_day = F.date_trunc("week", F.col("timestamp") + F.expr("INTERVAL 1 DAY")) - F.expr("INTERVAL 1 DAY")
     else:
         first_day = F.date_trunc(partition, "timestamp")
     period = F.date_format(first_day, "yyyy-MM-dd")
     return events.select(
-        *(trimmed(F.col(c).cast("string")).alias(c) for c in ("user_id", "note_id", "event")),
-        event_time(events.schema["timestamp"].dataType).alias("timestamp"),
-        F.to_json(F.struct("*"), {"ignoreNullFields": "false"}).alias("row"),
+        *(F.when(F.isnull(line), value).alias(name) for name, value in read.items()),
+        F.isnotnull(line).alias("malformed"),
+        F.when(F.isnull(line), as_it_came).otherwise(F.to_json(F.struct(line.alias("line")))).alias("row"),
     ).withColumn("period", F.coalesce(period, F.lit(UNDATED)))
 
 
 def landed_figures(source: Path, landings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `land` returned of all files of `source`, together.
 
-    Returns rows, undated rows, first and last day, up to which day the log covers (`covered_until`), rows by event
-    name, and the periods with their rows. Raises ValueError for a log without rows, or without a time that can be read.
+    Returns rows, undated rows, and the file (the first of those landed together) with the largest share of them: a week
+    that is broken must not hide behind good years, but landings of a hundredth of the usual size are not looked at.
+    Also first and last day, up to which day the log covers (`covered_until`), rows by event name, and the periods with
+    their rows. Raises ValueError for a log without rows, or without a time that can be read.
     """
     rows, days, events = (added(of[key] for of in landings) for key in ("rows", "days", "events"))
     if not rows:
@@ -83,9 +93,17 @@ def landed_figures(source: Path, landings: Sequence[Mapping[str, Any]]) -> dict[
             f"no timestamp of {find_events(source)} can be read and lies between {_PLAUSIBLE[0]} and 2099; it takes "
             "Unix seconds or ISO 8601."
         )
+    sizes = [sum(of["rows"].values()) for of in landings]
+    shares = [
+        (of["rows"].get(UNDATED, 0) / size, of["files"][0])
+        for of, size in zip(landings, sizes, strict=True)
+        if size >= _usual(sizes) / 100
+    ]
+    share, file = max(shares)
     return {
         "rows": sum(rows.values()),
         "undated": rows[UNDATED],
+        "most_undated": {"file": file, "share": share},
         "first_day": min(days),
         "last_day": max(days),
         "covered_until": covered_until(days),
@@ -100,10 +118,15 @@ def covered_until(rows_by_day: Mapping[str, int]) -> str:
     A log ends there, whatever devices with a wrong clock have written after it. The median day would not do: a few of
     them, each on a day of its own, can be most of the days.
     """
-    sizes = sorted(rows_by_day.values())
-    below = list(accumulate(sizes))
-    usual = sizes[bisect_left(below, below[-1] / 2)]
+    usual = _usual(rows_by_day.values())
     return max(day for day, rows in rows_by_day.items() if rows >= usual / 100)
+
+
+def _usual(sizes: Iterable[int]) -> int:
+    """The size of the part that the median row lies in."""
+    ordered = sorted(sizes)
+    below = list(accumulate(ordered))
+    return ordered[bisect_left(below, below[-1] / 2)]
 
 
 def periods_between(

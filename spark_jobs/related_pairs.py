@@ -7,7 +7,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.schema import RELATED_PAIRS, SCORES
 from spark_jobs.session import spark_session
-from spark_jobs.tables import figures, read_table, readable, replacing, score_quantiles, write_table
+from spark_jobs.tables import figures, quantiles, read_table, readable, replacing, score_quantiles, write_table
 
 Bounds = Literal["absolute", "quantile"]
 
@@ -32,24 +32,6 @@ class Filters:
     min_users: int
 
 
-class Filtered(NamedTuple):
-    """What the filters leave, one after the other."""
-
-    candidates: DataFrame  # SCORES: pairs of enough users, scores corrected
-    inside: DataFrame  # SCORES: those within the bounds
-    pairs: DataFrame  # RELATED_PAIRS: the strongest targets of each query
-
-
-def related_pairs(scores: DataFrame, target_clicks: DataFrame | None, filters: Filters) -> Filtered:
-    """SCORES -> RELATED_PAIRS: filter, then the `top_t` targets of each query, ties by target id.
-
-    `target_clicks` (note_id, num_users) serves the popularity correction, whose result is the score from there on.
-    """
-    candidates = corrected(scores, target_clicks, filters.popularity_power, filters.min_users)
-    inside = within_bounds(candidates, filters.low, filters.up, filters.bounds)
-    return Filtered(candidates, inside, strongest(inside, filters.top_t).select(RELATED_PAIRS.names))
-
-
 def same_side(scores: DataFrame, sides: DataFrame) -> DataFrame:
     """The pairs whose notes are both in `sides` (NOTE_SIDES), on the same side."""
     query = sides.select(F.col("note_id").alias("query_id"), F.col("side").alias("query_side"))
@@ -59,30 +41,32 @@ def same_side(scores: DataFrame, sides: DataFrame) -> DataFrame:
 
 
 def corrected(scores: DataFrame, target_clicks: DataFrame | None, power: float, min_users: int) -> DataFrame:
-    """The pairs of at least `min_users` users, each score divided by (users who clicked its target) ** `power`."""
+    """The pairs of at least `min_users` users, each score divided by (users who clicked its target) ** `power`.
+
+    `target_clicks`: TARGET_CLICKS; not needed where `power` is 0.
+    """
     seen = scores.filter(F.col("num_users") >= min_users)
     if power == 0:
         return seen
     if target_clicks is None:
         raise ValueError(f"pairs.popularity_power = {power} needs the clicks of the targets; without them set it to 0.")
-    clicks = target_clicks.select(F.col("note_id").alias("target_id"), F.col("num_users").alias("clicks"))
-    score = F.col("score") / F.pow(F.col("clicks").cast("double"), F.lit(float(power)))
-    return seen.join(clicks, "target_id").withColumn("score", score).select(SCORES.names)
+    users = target_clicks.select(F.col("note_id").alias("target_id"), F.col("num_users").alias("target_users"))
+    score = F.col("score") / F.pow(F.col("target_users").cast("double"), F.lit(float(power)))
+    return seen.join(users, "target_id").withColumn("score", score).select(SCORES.names)
 
 
 def within_bounds(scores: DataFrame, low: float, up: float, bounds: Bounds) -> DataFrame:
     """The pairs with low <= score <= up; as quantiles, the bounds are exact percentiles of the given scores."""
-    if bounds == "absolute":
-        return scores.filter(F.col("score").between(low, up))
-    limits = scores.agg(F.percentile("score", F.array(F.lit(float(low)), F.lit(float(up)))).alias("limits"))
-    inside = F.col("score").between(F.col("limits")[0], F.col("limits")[1])
-    return scores.crossJoin(F.broadcast(limits)).filter(inside).select(SCORES.names)
+    limits = [low, up] if bounds == "absolute" else quantiles(scores, "score", [low, up])
+    return scores.filter(F.col("score").between(*map(F.lit, limits)))
 
 
 def strongest(scores: DataFrame, top_t: int) -> DataFrame:
-    """The `top_t` pairs of each query by (score descending, target id ascending), with their rank from 1."""
+    """SCORES -> RELATED_PAIRS: the `top_t` of each query by (score descending, target id ascending)."""
     order = Window.partitionBy("query_id").orderBy(F.desc("score"), F.asc("target_id"))
-    return scores.withColumn("rank", F.row_number().over(order)).filter(F.col("rank") <= top_t)
+    return (
+        scores.withColumn("rank", F.row_number().over(order)).filter(F.col("rank") <= top_t).select(RELATED_PAIRS.names)
+    )
 
 
 def relate(spark: SparkSession, scores: Path, sides: Path, out: Path, filters: Filters) -> dict[str, Any]:
@@ -95,7 +79,8 @@ def relate(spark: SparkSession, scores: Path, sides: Path, out: Path, filters: F
     for window, side in (("train", "train"), ("test", "pool")):
         on_side = same_side(read_table(spark, scores / window), read_table(spark, sides).filter(F.col("side") == side))
         clicks = read_table(spark, scores / f"{window}_clicks")
-        counts[window] = _relate(spark, on_side, clicks, out / window, window, filters)
+        none = f"no pair has both notes on the side {side}; set window.{window}_days, split.by or split.pool_share."
+        counts[window] = _relate(spark, on_side, clicks, out / window, window, filters, none)
     return counts
 
 
@@ -106,39 +91,41 @@ def _relate(
     out: Path,
     name: str,
     filters: Filters,
+    none: str,
 ) -> dict[str, Any]:
-    """Filter, write and count one table of pairs. Raises ValueError naming the setting that left none."""
-    scores = scores.persist()
-    num_scores = scores.count()
-    if not num_scores:
-        raise ValueError(f"{name}: no pair has both notes on its side; set split.pool_share, or a longer window.")
-    candidates, inside, kept = related_pairs(scores, clicks, filters)
-    candidates.persist()
-    quantiles = score_quantiles(candidates)
-    if quantiles["max"] is None:
-        most = figures(scores, users=F.max("num_users"))["users"]
+    """Filter, write and count one table of pairs. Raises ValueError naming the setting that left none.
+
+    `none`: what to say where `scores` has no rows.
+    """
+    found = figures(scores, pairs=F.count("*"), most_users=F.max("num_users"))
+    if not found["pairs"]:
+        raise ValueError(f"{name}: {none}")
+    candidates = corrected(scores, clicks, filters.popularity_power, filters.min_users).persist()
+    spread = score_quantiles(candidates)
+    if spread["max"] is None:
         raise ValueError(
-            f"{name}: no pair has pairs.min_users = {filters.min_users} users (the most is {most}); lower it."
+            f"{name}: no pair has pairs.min_users = {filters.min_users} users (the most is {found['most_users']}); "
+            "lower it."
         )
+    inside = within_bounds(candidates, filters.low, filters.up, filters.bounds)
     num_inside = inside.count()
     if not num_inside:
         raise ValueError(
             f"{name}: no score lies in [pairs.low, pairs.up] = [{filters.low}, {filters.up}] ({filters.bounds}); the "
-            f" scores reach from {quantiles['min']:.6g} to {quantiles['max']:.6g}."
+            f" scores reach from {spread['min']:.6g} to {spread['max']:.6g}."
         )
-    write_table(kept, out, ["query_id", "rank"])
+    write_table(strongest(inside, filters.top_t), out, ["query_id", "rank"])
     num_candidates = candidates.count()
     candidates.unpersist()
-    scores.unpersist()
     pairs = read_table(spark, out)
     ends = pairs.select(F.explode(F.array("query_id", "target_id")).alias("note_id"))
     return {
-        "pairs_on_side": num_scores,
+        "pairs_on_side": found["pairs"],
         "pairs_with_min_users": num_candidates,
         "pairs_within_bounds": num_inside,
         **figures(pairs, pairs=F.count("*"), queries=F.count_distinct("query_id")),
         "notes": ends.distinct().count(),
-        "score_before_bounds": quantiles,
+        "score_before_bounds": spread,
         "score": score_quantiles(pairs),
     }
 
@@ -164,7 +151,7 @@ def main() -> None:
         if missing:
             raise ValueError(f"{args.scores} lacks the column {missing[0]}; it has {', '.join(scores.columns)}.")
         filters = Filters(args.low, args.up, args.bounds, args.top_t, 0.0, args.min_users)
-        print(json.dumps(_relate(spark, scores, None, out, str(args.scores), filters)))
+        print(json.dumps(_relate(spark, scores, None, out, str(args.scores), filters, "no pairs.")))
 
 
 if __name__ == "__main__":

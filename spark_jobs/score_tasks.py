@@ -9,7 +9,7 @@ import math
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from pyspark import TaskContext
 from notellm2_core.schema import SCORES
 from spark_jobs.pair_scores import Pairs, pair_scores
 from spark_jobs.swing import swing_scores
-from spark_jobs.user_lists import LISTS, NEVER, user_lists
+from spark_jobs.user_lists import LISTS, NEVER, summed, user_lists
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ PIECES = pa.schema(
     [
         pa.field("block", pa.int32()),
         pa.field("lists", pa.binary()),  # LISTS as bytes: Spark would take a list apart, number by number
+        pa.field("losses", pa.binary()),  # _LOSSES, likewise
         pa.field("capped_users", pa.int64()),
-        pa.field("max_loss", pa.float64()),
+        pa.field("users_loss", pa.float64()),
     ]
 )
 FIGURES = pa.schema(
@@ -62,9 +63,12 @@ FIGURES = pa.schema(
         pa.field("scores", pa.list_(pa.float64())),  # a histogram: the lower ends of its bins ...
         pa.field("counts", pa.list_(pa.int64())),  # ... and the pairs in them
         pa.field("capped_users", pa.int64()),
-        pa.field("max_loss", pa.float64()),
+        pa.field("users_loss", pa.float64()),
+        pa.field("view_loss", pa.float64()),  # the largest of a note whose views were cut
+        pa.field("click_loss", pa.float64()),
     ]
 )
+_LOSSES = pa.schema([pa.field("key", pa.int64()), pa.field("loss", pa.float64())])  # key: 2 note + (1 if clicked)
 _NAMED = pa.schema(
     [f.with_type(pa.dictionary(pa.int32(), pa.string())) if pa.types.is_string(f.type) else f for f in SCORES]
 )
@@ -87,7 +91,7 @@ def _read_note_ids(file: Path) -> pa.StringArray:
 def cut_lists(
     batches: Iterator[pa.RecordBatch], note_ids: Path, num_blocks: int, scoring: Scoring
 ) -> Iterator[pa.RecordBatch]:
-    """_ROWS of whole users -> PIECES: their lists by block, and a row for what the cap has cut."""
+    """_ROWS of whole users -> PIECES: their lists by block, and by block what the cap has cut from its notes."""
     rows = pa.Table.from_batches([b.cast(_ROWS) for b in batches], _ROWS)
     if scoring.score == "swing":
         rows = rows.filter(pc.is_valid(rows["last_click"]))
@@ -104,17 +108,17 @@ def cut_lists(
         scoring.max_user_notes,
     )
     for block, piece in lists.pieces(num_blocks):
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, LISTS) as writer:
-            writer.write_batch(piece)
-        yield _row(PIECES, block, sink.getvalue().to_pybytes(), 0, 0.0)
-    yield _row(PIECES, 0, None, capped.users, capped.max_loss)
+        yield _row(PIECES, block, _bytes(piece), None, 0, 0.0)
+    for block in np.unique(capped.note % num_blocks).tolist():
+        here = capped.note % num_blocks == block
+        losses = [pa.array((capped.note << 1 | capped.clicked)[here]), pa.array(capped.note_loss[here])]
+        yield _row(PIECES, block, None, _bytes(pa.record_batch(losses, schema=_LOSSES)), 0, 0.0)
+    yield _row(PIECES, 0, None, None, capped.users, capped.loss)
 
 
 def _numbered(ids: pa.ChunkedArray) -> pa.DictionaryArray:
     """Only the distinct ids are put together: all of a partition can be more bytes than an Arrow array holds."""
-    encoded = ids.dictionary_encode().combine_chunks()
-    return encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) else encoded
+    return ids.dictionary_encode().combine_chunks()
 
 
 def write_scores(
@@ -127,8 +131,7 @@ def write_scores(
     rows = [row for batch in pieces for row in batch.to_pylist()]
     if not rows:
         return
-    lists = [row["lists"] for row in rows if row["lists"] is not None]
-    table = pa.Table.from_batches((batch for piece in lists for batch in pa.ipc.open_stream(piece)), LISTS)
+    table = _table(LISTS, (row["lists"] for row in rows))
     ids = _read_note_ids(note_ids)
     file = out / f"part-{rows[0]['block']:05d}.parquet"
     task = TaskContext.get()
@@ -148,8 +151,11 @@ def write_scores(
         draft.replace(file)
     else:
         draft.unlink()
-    capped_users, losses = sum(row["capped_users"] for row in rows), sorted(row["max_loss"] for row in rows)
-    yield _row(FIGURES, *figures.row(), capped_users, math.fsum(losses))
+    users, users_loss = sum(row["capped_users"] for row in rows), math.fsum(row["users_loss"] for row in rows)
+    losses = _table(_LOSSES, (row["losses"] for row in rows))
+    key, loss = summed(losses["key"].to_numpy(), losses["loss"].to_numpy())
+    largest = (float(loss[key % 2 == clicked].max(initial=0.0)) for clicked in (0, 1))
+    yield _row(FIGURES, *figures.row(), users, users_loss, *largest)
 
 
 def _scored(lists: pa.Table, scoring: Scoring) -> Iterator[Pairs]:
@@ -216,8 +222,18 @@ def merged_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "score": {**quantiles, "max": max((row["max_score"] for row in rows), default=0) or None},
         "histogram": _histogram(bins),
         "capped_users": sum(row["capped_users"] for row in rows),
-        "max_loss": math.fsum(row["max_loss"] for row in rows),
+        "max_loss": _max_loss(rows),
     }
+
+
+def _max_loss(rows: list[dict[str, Any]]) -> float:
+    """No score has lost more by the cap.
+
+    A score of A -> B loses 1 / N_u of each user that has lost the view of A or the click on B: not more than such users
+    of one note A and of one note B have together, and not more than all capped users.
+    """
+    of_notes = sum(max((row[name] for row in rows), default=0.0) for name in ("view_loss", "click_loss"))
+    return min(of_notes, math.fsum(row["users_loss"] for row in rows))
 
 
 def _histogram(bins: Mapping[float, int]) -> dict[str, list[float]]:
@@ -229,6 +245,18 @@ def _histogram(bins: Mapping[float, int]) -> dict[str, list[float]]:
     pairs = np.bincount(places - first, weights=list(bins.values())).astype(int)
     ends = np.arange(first, first + len(pairs) + 1)
     return {"edges": np.ldexp(np.where(ends % 2, 0.75, 0.5), ends // 2).tolist(), "pairs": pairs.tolist()}
+
+
+def _bytes(batch: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _table(schema: pa.Schema, pieces: Iterable[bytes | None]) -> pa.Table:
+    found = (batch for piece in pieces if piece is not None for batch in pa.ipc.open_stream(piece))
+    return pa.Table.from_batches(found, schema)
 
 
 def _row(schema: pa.Schema, *values: Any) -> pa.RecordBatch:

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -29,6 +30,7 @@ _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])$"  # as seconds they would all be of August 1970
 _ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]\d{1,2}:.*)?$"  # Spark alone would also take a year, or a time of today
 _MICROS_OF_YEARS = (-62135596800000000, 253402300799999999)  # 0001-01-01 .. 9999-12-31, what Python can show
+MALFORMED = "_corrupt_record"  # Spark's name for it
 _ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 
 
@@ -47,6 +49,10 @@ def _visible_files(path: Path) -> list[Path]:
     return sorted(found)
 
 
+def _holds_parquet(folder: Path) -> bool:
+    return any(file.suffix == ".parquet" for file in _visible_files(folder))
+
+
 def _read_parquet(spark: SparkSession, path: Path, files: Sequence[Path]) -> DataFrame:
     """All rows of `files`. Folders are read for columns (event=click/) only where files lack them: Spark then ignores
     the files of other folders.
@@ -56,6 +62,15 @@ def _read_parquet(spark: SparkSession, path: Path, files: Sequence[Path]) -> Dat
     if all(column in events.columns for column in SOURCE_EVENT_COLUMNS) or path.is_file():
         return events
     return spark.read.option("basePath", str(path)).parquet(*names)
+
+
+def _read_csv(spark: SparkSession, path: Path) -> DataFrame:
+    """All columns as text, and MALFORMED: the line where it has more or fewer fields than the header, else null."""
+    form: dict[str, Any] = {"header": True, "quote": '"', "escape": '"'}
+    named = spark.read.csv(str(path), **form)
+    _require(named, SOURCE_EVENT_COLUMNS, path)
+    columns = T.StructType([*named.schema, T.StructField(MALFORMED, T.StringType())])
+    return spark.read.csv(str(path), columns, columnNameOfCorruptRecord=MALFORMED, **form)
 
 
 def find_events(source: Path) -> Path:
@@ -73,17 +88,18 @@ def find_events(source: Path) -> Path:
 
 
 def read_source_events(spark: SparkSession, source: Path, files: Sequence[str] | None = None) -> DataFrame:
-    """The events of `source` as they came, every column of a CSV as text.
+    """The events of `source` as they came; of a CSV every column as text, and MALFORMED.
 
     `source` is a source folder, or directly a .csv(.gz) file or a folder of Parquet. `files`: which of its
     `event_files`; None: all. Raises ValueError naming the file, and the column that is missing or of the wrong type.
     """
-    is_table = source.is_file() or (any(source.glob("*.parquet")) and not (source / "notes.parquet").exists())
+    is_source = any((source / name).exists() for name in ("notes.parquet", *SOURCE_EVENTS))
+    is_table = source.is_file() or (not is_source and _holds_parquet(source))
     path = source if is_table else find_events(source)
     with readable(path):
         if path.name.endswith((".csv", ".csv.gz")):
-            events = spark.read.csv(str(path), header=True, quote='"', escape='"')
-        elif path.is_dir() and not any(path.rglob("*.parquet")):
+            events = _read_csv(spark, path)
+        elif path.is_dir() and not _holds_parquet(path):
             raise ValueError(f"{path} holds no Parquet files.")
         else:
             chosen = [source / file for file in files] if files is not None else _visible_files(path)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 Follows = Literal["later", "not earlier", "any"]
 
@@ -32,10 +33,16 @@ _CLICKS_AT_A_TIME = 1 << 22  # of one piece, so that it stays a small row for Sp
 
 @dataclass(frozen=True)
 class Capped:
-    """What a cap has cut: users, and the most that any one score has lost by it."""
+    """What a cap has cut. A user adds at most 1 / N_u to any one score, and so has cut at most that from it."""
 
     users: int
-    max_loss: float
+    loss: float  # the sum of 1 / N_u over these users
+    note: Ints  # notes that some of them have viewed, or clicked, and lost
+    clicked: npt.NDArray[np.bool_]  # of each such note: whether it was lost from the clicks, or from the views
+    note_loss: Floats  # the sum of 1 / N_u over the users that have lost it
+
+
+NOTHING_CAPPED = Capped(0, 0.0, np.empty(0, np.int64), np.empty(0, bool), np.empty(0))
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,7 @@ def user_lists(
     `user` and `note` are numbers below 2**31, times have any unit, `last_click` may be NEVER. `follows` says which
     clicks of a user follow a view; "any" is for notes that were all clicked, and takes the last click for the view. Of
     each user the `max_notes` notes first viewed latest and the `max_notes` notes last clicked latest stay, ties by
-    number (None: all). N_u is counted before. A user adds at most 1 / N_u to any one score, so the sum of 1 / N_u over
-    the users that were cut bounds what a score has lost.
+    number (None: all). N_u is counted before.
     """
     user, note, first_view, last_click = _merged(user, note, first_view, last_click)
     if follows == "any":
@@ -103,14 +109,27 @@ def user_lists(
     else:
         start = np.searchsorted(clicked_at, viewed_at, side="right" if follows == "later" else "left")
     kept = np.ones(len(user), bool)
-    capped = Capped(0, 0.0)
+    capped = NOTHING_CAPPED
     if max_notes is not None:
         start = np.maximum(start, end[user] - max_notes)
         kept[_earliest(viewed_at, user, num_viewed, max_notes)] = False
+        clicker = np.repeat(np.arange(num_users), num_clicked)
+        lost = np.arange(len(click)) < (end - max_notes)[clicker]
         cut = (num_clicked > 0) & (num_viewed > max_notes)
-        capped = Capped(int(cut.sum()), float((1.0 / np.sort(num_clicked[cut])).sum()))
+        capped = _capped(num_clicked, cut, user[~kept], note[~kept], clicker[lost], click[lost])
     kept &= start < end[user]
     return UserLists(user[kept], note[kept], start[kept], click, end, num_clicked), capped
+
+
+def _capped(
+    num_clicked: Ints, cut: npt.NDArray[np.bool_], viewer: Ints, view: Ints, clicker: Ints, click: Ints
+) -> Capped:
+    """From the views and the clicks that were lost: their users, and their notes."""
+    some = num_clicked[viewer] > 0  # who clicks nothing adds to no score
+    user, note = np.append(viewer[some], clicker), np.append(view[some], click)
+    clicked = np.arange(len(user)) >= some.sum()
+    key, loss = summed(note << 1 | clicked, 1.0 / num_clicked[user])
+    return Capped(int(cut.sum()), float((1.0 / np.sort(num_clicked[cut])).sum()), key >> 1, key % 2 == 1, loss)
 
 
 def _merged(user: Ints, note: Ints, first_view: Ints, last_click: Ints) -> tuple[Ints, Ints, Ints, Ints]:
@@ -146,6 +165,13 @@ def _ranks(values: Ints) -> Ints:
 def run_starts(ordered: Ints) -> Ints:
     """Where each run of equal values starts."""
     return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))[: len(ordered)]
+
+
+def summed(key: Ints, value: Floats) -> tuple[Ints, Floats]:
+    """The distinct keys, and the sums of their values: the same, to the last digit, in whatever order they came."""
+    order = np.lexsort((value, key))
+    first = run_starts(key[order])
+    return key[order][first], np.add.reduceat(value[order], first) if len(first) else value
 
 
 def ragged(begin: Ints, length: Ints) -> Ints:

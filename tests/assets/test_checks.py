@@ -21,8 +21,12 @@ def test_dropped_share_is_of_the_rows_that_could_have_been_kept() -> None:
 
 
 def test_undated_share() -> None:
-    assert checks.undated_share({"rows": 10, "undated": 2}, LIMITS)[0]
-    assert not checks.undated_share({"rows": 10, "undated": 3}, LIMITS)[0]
+    """Of the worst file, however good the others are."""
+
+    def verdict(share: float) -> bool:
+        return checks.undated_share({"most_undated": {"file": "f", "share": share}}, LIMITS)[0]
+
+    assert verdict(0.2) and not verdict(0.3)
 
 
 def test_unusable_images_are_measured_on_the_notes_that_name_one() -> None:

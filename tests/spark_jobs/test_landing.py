@@ -1,11 +1,14 @@
+import json
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
+from spark_jobs.clean import EventNames, label_events
 from spark_jobs.landing import UNDATED, covered_until, land, landed_figures, periods_between
 from spark_jobs.source import event_files
 from tests.spark_jobs.test_source import write_csv
@@ -23,7 +26,8 @@ def test_land_makes_one_folder_per_period(spark: SparkSession, tmp_path: Path) -
     out = tmp_path / "raw"
     landing = land(spark, tmp_path, out, "week")
     assert landed_figures(tmp_path, [landing]) == {
-        "rows": 5, "undated": 2, "first_day": "2024-01-01", "last_day": "2024-01-07", "covered_until": "2024-01-07",
+        "rows": 5, "undated": 2, "most_undated": {"file": "events.csv.gz", "share": 0.4},
+        "first_day": "2024-01-01", "last_day": "2024-01-07", "covered_until": "2024-01-07",
         "events": {"view": 3, "": 1, "click": 1},
         "periods": [
             {"period": "2023-12-31", "rows": 2}, {"period": "2024-01-07", "rows": 1}, {"period": "undated", "rows": 2},
@@ -33,7 +37,7 @@ def test_land_makes_one_folder_per_period(spark: SparkSession, tmp_path: Path) -
         f"{p}/part-00000.parquet" for p in ("2023-12-31", "2024-01-07", "undated")
     ]
     week = pq.read_table(out / "2023-12-31")
-    assert week.column_names == ["user_id", "note_id", "event", "timestamp", "row"]
+    assert week.column_names == ["user_id", "note_id", "event", "timestamp", "malformed", "row"]
     assert week.schema.field("timestamp").type == pa.timestamp("us", tz="UTC")
     assert week["user_id"].to_pylist() == ['u "x"', "u"]
     assert land(spark, tmp_path, tmp_path / "years", "year")["rows"] == {"2024-01-01": 3, UNDATED: 2}
@@ -56,7 +60,8 @@ def test_files_are_landed_by_themselves_and_add_up(spark: SparkSession, tmp_path
     parts = [
         land(spark, tmp_path, tmp_path / f"part{n}", "week", some) for n, some in enumerate((files[:2], files[2:]))
     ]
-    assert landed_figures(tmp_path, parts) == landed_figures(tmp_path, [whole])
+    worst = {"file": "events/a.parquet", "share": 0.5}
+    assert landed_figures(tmp_path, parts) == landed_figures(tmp_path, [whole]) | {"most_undated": worst}
     assert [part["rows"] for part in parts] == [
         {UNDATED: 2, "2023-12-31": 1, "2024-01-07": 1},
         {UNDATED: 1, "2024-01-07": 1},
@@ -70,6 +75,31 @@ def test_folders_name_columns_that_files_lack(spark: SparkSession, tmp_path: Pat
     pq.write_table(pa.table(columns), tmp_path / "events" / "note_id=007" / "a.parquet")
     land(spark, tmp_path, tmp_path / "raw", "week")
     assert pq.read_table(tmp_path / "raw" / "2023-12-31")["note_id"].to_pylist() == ["007"]
+
+
+def test_a_line_with_other_fields_than_the_header_is_malformed(spark: SparkSession, tmp_path: Path) -> None:
+    """Nothing is guessed from it; the line goes to the quarantine whole. Other columns are no part of `row`."""
+    lines = ["u,n,2024-01-01,view,phone", "Doe, J,n,2024-01-01,view,phone", "u,n,2024-01-01", "u,n,,view,tv"]
+    write_csv(tmp_path / "events.csv", lines, header="user_id,note_id,timestamp,event,device")
+    assert land(spark, tmp_path, tmp_path / "raw", "week")["rows"] == {UNDATED: 3, "2023-12-31": 1}
+    labelled = label_events(spark.read.parquet(str(tmp_path / "raw" / UNDATED)), EventNames(["view"], [], []), False)
+    found = {(r.reason, tuple(json.loads(r.row).items())) for r in labelled.collect()}
+    assert found == {
+        ("malformed_row", (("line", lines[1]),)),
+        ("malformed_row", (("line", lines[2]),)),
+        ("bad_timestamp", (("user_id", "u"), ("note_id", "n"), ("timestamp", None), ("event", "view"))),
+    }
+
+
+def test_a_broken_file_does_not_hide_behind_good_ones() -> None:
+    """One row of two is undated in b, of six in all; c is too small to be looked at."""
+
+    def landing(file: str, placed: int, undated: int) -> dict[str, Any]:
+        rows = {"2024-01-07": placed, UNDATED: undated}
+        return {"files": [file], "rows": rows, "days": {"2024-01-07": placed}, "events": {"view": placed + undated}}
+
+    landings = [landing("a", 400, 0), landing("b", 100, 100), landing("c", 0, 1)]
+    assert landed_figures(Path(), landings)["most_undated"] == {"file": "b", "share": 0.5}
 
 
 def test_absurd_times_are_not_placed(spark: SparkSession, tmp_path: Path) -> None:

@@ -84,20 +84,31 @@ def test_no_score_loses_more_than_the_bound(rows: Rows, max_notes: int) -> None:
     found, capped = scored(rows, max_notes=max_notes)
     whole = by_definition(rows, simultaneous=False)
     losses = [float(score) - found.get(pair, (0.0, 0))[0] for pair, (score, _) in whole.items()]
-    assert max(losses, default=0.0) <= capped.max_loss + 1e-12
-    assert (capped.users == 0) == (capped.max_loss == 0.0)
+    by_note = sum(float(capped.note_loss[capped.clicked == c].max(initial=0.0)) for c in (False, True))
+    assert max(losses, default=0.0) <= min(capped.loss, by_note) + 1e-12
+    assert (capped.users == 0) == (capped.loss == 0.0) == (len(capped.note) == 0)
 
 
 def test_worked_example_of_a_cap() -> None:
     """One user: views 0, 1, 2 at times 0, 1, 2 and clicks 3, 4, 5 at 3, 4, 5, so N_u = 3, and it has viewed six notes.
 
     With two notes kept, the views are those of 4 and 5, the clicks those on 4 and 5, and of the twelve pairs only
-    4 -> 5 is left, with 1/3. What every other pair has lost is 1/3, the bound.
+    4 -> 5 is left, with 1/3. What every other pair has lost is 1/3, the bound. The views of 0 to 3 are lost and the
+    click on 3.
     """
     rows: Rows = [(0, n, n, None) for n in range(3)] + [(0, n, n, n) for n in range(3, 6)]
     assert len(scored(rows)[0]) == 12
     found, capped = scored(rows, max_notes=2)
-    assert found == {(4, 5): (pytest.approx(1 / 3), 1)} and capped == Capped(1, pytest.approx(1 / 3))
+    assert found == {(4, 5): (pytest.approx(1 / 3), 1)} and (capped.users, capped.loss) == (1, pytest.approx(1 / 3))
+    assert list(zip(capped.note, capped.clicked, strict=True)) == [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1)]
+    assert capped.note_loss == pytest.approx([1 / 3] * 5)
+
+
+def test_disjoint_losses_do_not_add_up() -> None:
+    """A thousand users view eleven notes each, all different, and click a last one. What may go is 1, not 1000."""
+    rows: Rows = [(u, 20 * u + n, n, None if n < 10 else 99) for u in range(1000) for n in range(11)]
+    capped = scored(rows, max_notes=10)[1]
+    assert capped.users == 1000 and capped.loss == 1000.0 and capped.note_loss.tolist() == [1.0] * 1000
 
 
 @settings(max_examples=100, deadline=None)

@@ -9,7 +9,7 @@ from pyspark.sql import SparkSession
 
 from notellm2_core import schema
 from spark_jobs import related_pairs as job
-from spark_jobs.related_pairs import Filters, relate, related_pairs, same_side
+from spark_jobs.related_pairs import Filters, corrected, relate, same_side, strongest, within_bounds
 from spark_jobs.tables import write_table
 from tests.spark_jobs.conftest import SCORES, SIDES, Frame, rows_of
 
@@ -21,7 +21,9 @@ PAIRS = [("q", "a", 4.0, 4), ("q", "b", 2.0, 3), ("q", "c", 2.0, 2), ("q", "d", 
 
 def related(frame: Frame, rows: list[Any] = PAIRS, **changes: Any) -> list[tuple[Any, ...]]:
     clicks = changes.pop("target_clicks", None)
-    pairs = related_pairs(frame(SCORES, rows), clicks, Filters(**{**OPEN, **changes})).pairs
+    of = Filters(**{**OPEN, **changes})
+    candidates = corrected(frame(SCORES, rows), clicks, of.popularity_power, of.min_users)
+    pairs = strongest(within_bounds(candidates, of.low, of.up, of.bounds), of.top_t)
     return rows_of(pairs, "query_id", "target_id", "score", "rank")
 
 
@@ -94,6 +96,15 @@ def test_no_pair_left_names_the_setting(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         relate(spark, scored / "scores", scored / "sides", scored / "out", Filters(**{**OPEN, **change}))
+
+
+def test_a_pool_without_pairs_names_the_setting(spark: SparkSession, frame: Frame, scored: Path) -> None:
+    sides = [(n, "train", n) for n in "qabcst"] + [("r", "pool", "r")]
+    write_table(frame(SIDES, sides), scored / "one", ["note_id"])
+    with pytest.raises(
+        ValueError, match=r"^test: no pair has both notes on the side pool; set window\.test_days, split"
+    ):
+        relate(spark, scored / "scores", scored / "one", scored / "out", Filters(**OPEN))
 
 
 def test_command(

@@ -89,7 +89,8 @@ def test_no_rows_make_no_file(note_ids: Path, tmp_path: Path) -> None:
 
 
 def test_a_cap_is_counted(note_ids: Path, tmp_path: Path) -> None:
-    """Of u and of v, the note viewed last and the one clicked last are kept, both B: 1/1 and 1/2 may be lost."""
+    """Of u and of v, the note viewed last and the one clicked last are kept, both B. u (N = 1) loses the view of A, v
+    (N = 2) the view of C and the click on it: no score loses more than 1 (A's) + 1/2 (C's), whatever the users are."""
     scoring = Scoring(max_user_notes=1)
     figures = merged_figures(
         written([*cut_lists(iter([batch(ROWS)]), note_ids, 1, scoring)], note_ids, tmp_path / "out", scoring)
@@ -108,7 +109,7 @@ def test_merged_figures(blocks: list[list[float]]) -> None:
     for block in blocks:
         figures, number = _Figures(), np.arange(len(block))
         figures.add(Pairs(number, number, np.array(block), number + 1))
-        rows.append(dict(zip(FIGURES.names, (*figures.row(), 0, 0.0), strict=True)))
+        rows.append(dict(zip(FIGURES.names, (*figures.row(), 0, 0.0, 0.0, 0.0), strict=True)))
     merged = merged_figures(rows)
     every = sorted(score for block in blocks for score in block)
     assert merged["pairs"] == len(every) and merged["max_users"] == max(map(len, blocks))

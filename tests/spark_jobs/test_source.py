@@ -115,6 +115,10 @@ def test_events_that_cannot_be_used_are_named(spark: SparkSession, tmp_path: Pat
 def test_a_table_of_events_is_read_directly(spark: SparkSession, tmp_path: Path) -> None:
     write_csv(tmp_path / "log.csv", ["u,n,1,view"])
     assert read_source_events(spark, tmp_path / "log.csv").count() == 1
+    (tmp_path / "table" / "dt=2024-01-01").mkdir(parents=True)
+    columns = {"user_id": ["u"], "note_id": ["n"], "timestamp": [1], "event": ["view"]}
+    pq.write_table(pa.table(columns), tmp_path / "table" / "dt=2024-01-01" / "x.parquet")
+    assert read_source_events(spark, tmp_path / "table").count() == 1
     assert find_events(write_csv(tmp_path / "events.csv", []).parent).name == "events.csv"
 
 
