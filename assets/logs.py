@@ -86,7 +86,7 @@ def notes(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Materiali
     group_name="logs", kinds={"spark", "parquet"}, deps=dataset_deps("events"), pool="spark", retry_policy=SPARK_RETRIES
 )
 def events(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
-    """What is left of the clean events of the training and of the test days: first views, last clicks, N_u."""
+    """What Eq. 2 asks of the clean events of the training and of the test days: first views and last clicks."""
     recipe = pipeline.recipe()
     source = recipe.config.source
 

@@ -5,12 +5,15 @@ last digit, as if all were made again.
 """
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import date
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from notellm2_core.lake import Dataset, Draft, fingerprint
 from notellm2_core.recipe import Recipe
@@ -19,8 +22,8 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 # Raise these, and the version of raw_events or events in notellm2_core.recipe with them, when code changes a result.
-_LANDING_VERSION = 1  # spark_jobs.source, spark_jobs.landing
-_PERIOD_VERSION = 1  # spark_jobs.clean, spark_jobs.interactions
+_LANDING_VERSION = 2  # spark_jobs.source, spark_jobs.landing
+_PERIOD_VERSION = 2  # spark_jobs.clean, spark_jobs.interactions
 _MAX_LANDINGS = 64  # of one run
 
 Period = tuple[str, tuple[date, date] | None]  # its name and the days [start, end) of it; None: undated
@@ -42,7 +45,8 @@ def landings(context: dg.AssetExecutionContext, spark: "SparkSession", recipe: R
             found.append(landing)
             new = {file: stat for file, stat in new.items() if file not in held}
     context.log.info(f"{len(files)} files of events, {len(files) - len(new)} of them landed before")
-    for number, some in enumerate(groups := _groups(list(new)), start=1):
+    groups = _groups({file: _columns(source / file) for file in new})
+    for number, some in enumerate(groups, start=1):
         settings = {**origin, "files": {file: new[file] for file in some}}
         key = fingerprint(settings)
         with recipe.lake.publish("landing", key, {}, settings) as draft:
@@ -52,10 +56,19 @@ def landings(context: dg.AssetExecutionContext, spark: "SparkSession", recipe: R
     return found
 
 
-def _groups(files: list[str]) -> list[list[str]]:
-    """Files that are landed together: one by itself, unless there are very many."""
-    size = -(-len(files) // _MAX_LANDINGS)
-    return [files[start : start + size] for start in range(0, len(files), size or 1)]
+def _groups(columns: Mapping[str, str]) -> list[list[str]]:
+    """Files (with their columns) that are landed together: one by itself, or of very many those with equal columns."""
+    size = -(-len(columns) // _MAX_LANDINGS)
+    alike = [list(files) for _, files in groupby(sorted(columns, key=lambda f: (columns[f], f)), columns.get)]
+    return [files[start : start + size] for files in alike for start in range(0, len(files), size)]
+
+
+def _columns(file: Path) -> str:
+    """What Spark would read as one type for many files; a file that is none of Parquet is named where it is landed."""
+    try:
+        return str(pq.read_schema(file).remove_metadata())
+    except (OSError, pa.ArrowException):
+        return ""
 
 
 def reduced_periods(

@@ -67,7 +67,7 @@ class Pairs(Section):
 
     score: Literal["cooccurrence", "swing"] = "cooccurrence"  # Eq. 2 (the paper), or Swing, which knows no order
     swing_alpha: float = Field(1.0, gt=0)  # the larger, the less it counts what else two users have in common
-    swing_max_users: int = Field(1000, gt=1)  # of a note: those that clicked the fewest notes
+    swing_max_users: int = Field(1000, gt=1, le=5000)  # of a note: those that clicked the fewest; a table of users^2
     simultaneous: bool = False  # whether a click at the time of the view counts as subsequent (day-resolution logs)
     # Of each user, the notes viewed last and the notes clicked last that make pairs; None: all of them.
     max_user_notes: int | None = Field(2000, gt=0)
@@ -75,7 +75,7 @@ class Pairs(Section):
     up: float = 30.0  # scores above are outliers; inclusive bound
     bounds: Literal["absolute", "quantile"] = "absolute"  # quantile: low and up are shares of the score distribution
     top_t: int = Field(3, gt=0)
-    popularity_power: float = Field(0.0, ge=0)  # divide a score by (clicks of its target) ** power; 0: the paper
+    popularity_power: float = Field(0.0, ge=0)  # divide a score by (its target's users) ** power; 0: the paper
     min_users: int = Field(1, gt=0)  # pairs seen by fewer users are dropped
 
     @model_validator(mode="after")
@@ -277,7 +277,8 @@ class Tracking(Section):
 class Spark(Section):
     master: str = "local[*]"
     driver_memory: str = "2g"
-    shuffle_partitions: int = Field(8, gt=0)
+    # Tasks of a stage, and blocks of the pairs; None: the server's where Spark is started elsewhere, else 8.
+    shuffle_partitions: int | None = Field(None, gt=0)
     extra: dict[str, str] = {}
 
 

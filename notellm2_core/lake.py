@@ -111,6 +111,7 @@ class Lake:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._sweep(target.parent)
         work = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.{host()}.{os.getpid()}.", dir=target.parent))
+        work.chmod(target.parent.stat().st_mode)  # mkdtemp's are their maker's alone; Spark's workers may be others
         draft = Draft(work)
         try:
             yield draft

@@ -35,22 +35,22 @@ _MODEL = ("seed", *TEXT_SETTINGS, "model.method", "model.llm", "model.connector"
           "model.matryoshka_dims", "model.temperature", "model.start", "model.vision")  # fmt: skip
 
 STAGES: Mapping[str, Stage] = {
-    "raw_events": Stage((), ("source.partition",), version=5),
+    "raw_events": Stage((), ("source.partition",), version=6),
     "notes": Stage((), ()),
     "events": Stage(
         ("raw_events", "notes"),
         ("source.view_events", "source.click_events", "source.ignored_events", "source.max_events_per_day",
          "window.train_days", "window.test_days"),
-        version=3,
+        version=4,
     ),
-    "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=2),
+    "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=3),
     "cooccurrence": Stage(
         ("events",),
         ("pairs.score", "pairs.simultaneous", "pairs.max_user_notes", "pairs.swing_alpha", "pairs.swing_max_users"),
-        version=3,
+        version=4,
     ),
     "note_sides": Stage(
-        ("notes", "events", "vision_features"), ("split.by", "split.pool_share", "split.max_pool_notes"), version=2
+        ("notes", "events", "vision_features"), ("split.by", "split.pool_share", "split.max_pool_notes"), version=3
     ),
     "related_pairs": Stage(
         ("cooccurrence", "note_sides"),
@@ -58,7 +58,8 @@ STAGES: Mapping[str, Stage] = {
     ),
     "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",), version=2),
     "data_card": Stage(
-        ("raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",)
+        ("raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",),
+        version=2,
     ),
     "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=3),
     "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "model.lora", "training"), version=3),

@@ -44,7 +44,7 @@ INTERACTIONS = pa.schema(
         pa.field("clicks", pa.int64(), nullable=False),  # of the events
     ]
 )
-# Everything that was dropped, as it came, with the reason.
+# What was dropped, with the reason: the row as it came; of robots and unknown notes, the interaction.
 QUARANTINE = pa.schema([pa.field("reason", pa.string(), nullable=False), pa.field("row", pa.string(), nullable=False)])
 
 # --- lake: pairs ----------------------------------------------------------------------------------------------------

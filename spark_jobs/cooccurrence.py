@@ -125,11 +125,12 @@ def score(spark: SparkSession, windows: Path, out: Path, scoring: Scoring) -> di
 def _require_pairs(counts: Mapping[str, Any], scoring: Scoring, where: str) -> None:
     if counts["pairs"]:
         return
+    longer = "a longer window (window.train_days, window.test_days; --start, --end)"
     if scoring.score == "swing":
-        raise ValueError(f"{where}: no two users clicked the same two notes; set a longer window, or pairs.score.")
+        raise ValueError(f"{where}: no two users clicked the same two notes; set {longer}, or pairs.score.")
     raise ValueError(
         f"{where}: no user clicked one note after viewing another; set pairs.simultaneous (--simultaneous) "
-        "for times by the day, or a longer window."
+        f"for times by the day, or {longer}."
     )
 
 

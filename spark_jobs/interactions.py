@@ -153,14 +153,14 @@ def join_periods(
     known = read_table(spark, notes).select("note_id", F.lit(True).alias("known"))
 
     def labelled(periods: Mapping[Path, Any]) -> DataFrame:
-        table = _read(spark, periods, "interactions").join(F.broadcast(robots), "user_id", "left")
+        table = _read(spark, periods, "interactions").join(robots, "user_id", "left")
         reason = F.when(F.col("robot"), "robot").when(F.isnull("known"), "unknown_note")
         return table.join(known, "note_id", "left").withColumn("reason", reason)
 
     faulty = labelled(parts).filter("reason IS NOT NULL").persist()
     row = F.to_json(F.struct(*INTERACTIONS.names), {"ignoreNullFields": "false"}).alias("row")
     before = _read(spark, parts, "quarantine").select(QUARANTINE.names)
-    write_table(before.union(faulty.select("reason", row)), out / "quarantine", ["reason", "row"])
+    write_table(before.union(faulty.select("reason", row)), out / "quarantine", ["row", "reason"], num_files(spark))
     dropped = added(of["dropped"] for of in parts.values())
     dropped.update({r["reason"]: r["sum(events)"] for r in faulty.groupBy("reason").sum("events").collect()})
     faulty.unpersist()

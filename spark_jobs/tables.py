@@ -96,7 +96,12 @@ def replacing(out: Path, made_from: Path, columns: Sequence[str]) -> Iterator[Pa
         yield work / "new"
         if out.exists():
             os.rename(out, work / "old")
-        os.rename(work / "new", out)
+        try:
+            os.rename(work / "new", out)
+        except OSError:
+            if (work / "old").exists():
+                os.rename(work / "old", out)
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -106,7 +106,7 @@ def _markdown(
     lines = [
         f"# Data card: training days {days['train']}, test days {days['test']}",
         "",
-        f"The log reaches from {raw['first_day']} to {raw['last_day']} with {raw['rows']:,} rows.",
+        f"The log of {raw['rows']:,} rows begins on {raw['first_day']} and ends on {raw['covered_until']}.",
         "",
         "## Table 1",
         "",
@@ -189,14 +189,14 @@ def _plot(
             exponents = np.frexp([kept[name].min(), kept[name].max()])[1]
             bins = np.ldexp([0.5, 0.75], np.arange(exponents[0], exponents[1] + 2)[:, None]).ravel()
             counts, edges = np.histogram(kept[name], bins)
-            histogram.stairs(counts, edges, color=colour, fill=True, alpha=0.4, label=f"{name}, kept")
-        popularity.plot(np.arange(1, len(users[name]) + 1), users[name], color=colour, label=name)
+            histogram.stairs(counts, edges, color=colour, fill=True, alpha=0.4, label=f"{name}, kept (corrected)")
+        popularity.plot(*_by_rank(users[name]), color=colour, label=name)
     histogram.set(xscale="log", yscale="log", xlabel="score", ylabel="pairs", title="Scores")
     popularity.set(
         xscale="log", yscale="log", xlabel="rank of the note", ylabel="users", title="Users per clicked note"
     )
     for name, counts in spread.items():
-        pairs.plot(np.arange(1, len(counts) + 1), counts, label=name)
+        pairs.plot(*_by_rank(counts), label=name)
     pairs.set(xscale="log", yscale="log", xlabel="rank of the note", ylabel="pairs", title="Pairs per note")
     for panel in (histogram, pairs, popularity):
         panel.legend(fontsize=8, frameon=False)
@@ -204,3 +204,9 @@ def _plot(
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()
+
+
+def _by_rank(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ranks from 1 and their counts, as many as a logarithmic axis shows."""
+    ranks = np.unique(np.geomspace(1, max(len(counts), 1), 1000).astype(np.int64))[: len(counts)]
+    return ranks, counts[ranks - 1]

@@ -97,7 +97,7 @@ def _add_field(manifest: Path) -> None:
         (lambda p: (p / MANIFEST).write_text("{"), "not readable as JSON"),
         (lambda p: (p / MANIFEST).write_text(json.dumps({"schema_version": 99})), "schema version 99 by other code"),
         (lambda p: (p / MANIFEST).write_text("[]"), "schema version None by other code"),
-        (lambda p: _add_field(p / MANIFEST), "schema version 1 by other code"),
+        (lambda p: _add_field(p / MANIFEST), "by other code"),
         (lambda p: (p / "part" / "1.parquet").write_bytes(b"x"), "1.parquet is not in the manifest"),
     ],
 )

@@ -9,11 +9,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pyspark
 import pytest
 from pyspark.sql import SparkSession
 
 from spark_jobs import cooccurrence as job
+from spark_jobs import related_pairs as relate
 from spark_jobs.session import java_home
 from tests.spark_jobs.test_source import write_csv
 from tests.waiting import wait_for
@@ -77,18 +79,20 @@ def test_the_same_bytes_as_in_local_mode(
     submit = str(SPARK / "bin" / "spark-submit"), "--master", address, *options
     arguments = "--events", str(log), "--out"
 
-    def run(out: str, *command: str, **more: str) -> None:
-        done = subprocess.run([*command, *arguments, out], env=env | more, capture_output=True, text=True, cwd=tmp_path)
+    def run(*command: str, **more: str) -> None:
+        done = subprocess.run(command, env=env | more, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
-    run("cluster", *submit, str(job.__file__))
+    run(*submit, str(job.__file__), *arguments, "cluster")
     port = free_port()
     server = "--class", "org.apache.spark.sql.connect.service.SparkConnectServer"
     serve = *submit, *server, "--conf", f"spark.connect.grpc.binding.port={port}", "spark-internal"
     with process(tmp_path / "server.log", *serve, env=env):
         wait_for(lambda: "Spark Connect server started" in (tmp_path / "server.log").read_text())
-        python_path = str(Path(job.__file__).parents[1])
-        run("connect", sys.executable, "-m", job.__name__, SPARK_REMOTE=f"sc://{HOST}:{port}", PYTHONPATH=python_path)
+        more = {"SPARK_REMOTE": f"sc://{HOST}:{port}", "PYTHONPATH": str(Path(job.__file__).parents[1])}
+        run(sys.executable, "-m", job.__name__, *arguments, "connect", **more)
+        filters = "--low", "0", "--up", "1", "--top-t", "2"
+        run(sys.executable, "-m", relate.__name__, "--scores", "connect", "--out", "pairs", *filters, **more)
 
     monkeypatch.setattr(job, "spark_session", lambda name: spark)
     monkeypatch.setattr(sys, "argv", ["cooccurrence", *arguments, str(tmp_path / "local")])
@@ -97,3 +101,4 @@ def test_the_same_bytes_as_in_local_mode(
         {f.name: f.read_bytes() for f in (tmp_path / place).iterdir()} for place in ("cluster", "connect", "local")
     )
     assert sorted(here) == ["part-00000.parquet", "part-00001.parquet"] and submitted == connected == here
+    assert pq.read_table(tmp_path / "pairs")["rank"].to_numpy().max() == 2

@@ -17,7 +17,7 @@ NOTES = [
     {"note_id": "unused", "title": "u " * 9, "topics": ["u"] * 9, "content": "u " * 9},
 ]
 MANIFESTS = {
-    "raw_events": {"first_day": "2024-01-01", "last_day": "2024-01-21", "rows": 1234},
+    "raw_events": {"first_day": "2024-01-01", "covered_until": "2024-01-21", "rows": 1234},
     "notes": {"dropped": {"empty_note": 2}},
     "events": {
         "dropped": {"robot": 3},
