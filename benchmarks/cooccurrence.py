@@ -25,7 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,7 @@ CONTENDERS = {
 def measure(contender: str, log: Path, out: Path, memory: str) -> dict[str, Any]:
     """One contender in a process of its own: seconds of the work, peak memory of its processes."""
     shutil.rmtree(out, ignore_errors=True)
+    Path(f"{out}.seconds").unlink(missing_ok=True)
     command = [sys.executable, __file__, "--one", contender, str(log), str(out), memory]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     process, peak = psutil.Popen(command, env=environment), 0
@@ -203,7 +204,10 @@ def digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def run(millions: list[int], join_millions: int, heavy_millions: int, memory: str, work: Path) -> dict[str, Any]:
+def run(
+    millions: list[int], join_millions: int, heavy_millions: int, memory: str, work: Path
+) -> Iterator[dict[str, Any]]:
+    """The results so far, after each size."""
     results: dict[str, Any] = {"sizes": []}
     for size in millions:
         log = work / f"log_{size}.parquet"
@@ -216,13 +220,13 @@ def run(millions: list[int], join_millions: int, heavy_millions: int, memory: st
             rows.append(row)
             print(json.dumps({"millions": size, **row}), flush=True)
         for row in rows:
-            if row["seconds"] is not None:
+            if row["seconds"] is not None and (work / "duckdb.seconds").exists():
                 row |= compare(work / row["contender"], work / "duckdb", size)
         results["sizes"].append({"millions": size, "rows": rows})
         if size == millions[0]:
             first = digest(work / "ours")
             measure("ours", log, work / "ours", memory)
-            results["same_bytes"] = first == digest(work / "ours") if any((work / "ours").iterdir()) else None
+            results["same_bytes"] = first == digest(work / "ours") if any((work / "ours").glob("*.parquet")) else None
         if size == heavy_millions:
             # The machine's speed changes with the hour: with and without the heavy user in turn.
             heavy = work / "log_heavy.parquet"
@@ -234,8 +238,9 @@ def run(millions: list[int], join_millions: int, heavy_millions: int, memory: st
             results["heavy_user"] = seconds
             print(json.dumps(seconds), flush=True)
             heavy.unlink()
-        log.unlink()
-    return results
+        for file in work.iterdir():
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        yield results
 
 
 def exponent(sizes: list[dict[str, Any]], contender: str) -> float | None:
@@ -291,12 +296,10 @@ def main() -> None:
         Path(f"{out}.seconds").write_text(str(seconds))
         return
     with tempfile.TemporaryDirectory() as work:
-        results = run(
-            sorted(options.millions), options.join_millions, options.heavy_millions, options.memory, Path(work)
-        )
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "cooccurrence.json").write_text(json.dumps(results, indent=1))
-    (RESULTS / "cooccurrence.md").write_text(text := to_markdown(results, options.memory))
+        sizes = sorted(options.millions), options.join_millions, options.heavy_millions
+        for results in run(*sizes, options.memory, Path(work)):
+            (RESULTS / "cooccurrence.json").write_text(json.dumps(results, indent=1))
+            (RESULTS / "cooccurrence.md").write_text(text := to_markdown(results, options.memory))
     print(text)
 
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub that cannot be reached is not waited for
 
+# Spark for many small jobs: no time for its compilers to pay off.
+QUICK_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+UNCOMPILED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
+
 # What one worker takes as a whole, in this order: the finished graph and the Spark session are made once.
 UNITS = {"tests/pipelines/": "graph", "tests/spark_jobs/": "spark", "tests/assets/test_parts.py": "spark"}
 
@@ -51,10 +55,9 @@ def spark() -> Iterator["SparkSession"]:
     """One session for all tests of a worker."""
     from spark_jobs.session import spark_session
 
-    # Many small jobs: no time for the compilers to pay off.
-    os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-    extra = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
-    extra["spark.hadoop.fs.s3a.endpoint"] = "http://127.0.0.1:9000"  # for test_session: Hadoop reads it at the start
+    os.environ["JDK_JAVA_OPTIONS"] = QUICK_JVM
+    # The endpoint is for test_session: Hadoop reads it at the start.
+    extra = UNCOMPILED | {"spark.hadoop.fs.s3a.endpoint": "http://127.0.0.1:9000"}
     session = spark_session("tests", "local[2]", "1g", 2, extra)
     del os.environ["JDK_JAVA_OPTIONS"]
     yield session

@@ -18,6 +18,7 @@ import yaml
 from notellm2_core.config_file import load_config
 from notellm2_core.lake import sha256_of
 from notellm2_core.recipe import STAGES, Recipe
+from tests.conftest import QUICK_JVM, UNCOMPILED
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +46,7 @@ class Workplace:
             "DAGSTER_MODULE_NAME": "pipelines.definitions",
             "NOTELLM2_CONFIG": str(self.config),
             "OMP_NUM_THREADS": "1",
+            "JDK_JAVA_OPTIONS": QUICK_JVM,
             **more,
         }
 
@@ -113,6 +115,7 @@ def make_workplace(home: Path, changes: Mapping[str, object] | None = None) -> W
     (home / "dagster.yaml").write_text(settings)
     raw = yaml.safe_load((ROOT / "pipelines/configs/tiny.yaml").read_text())
     raw["lake"] = str(home / "lake")
+    raw["spark"]["extra"] = dict(UNCOMPILED)
     for key, value in (changes or {}).items():
         section = raw
         *parts, leaf = key.split(".")

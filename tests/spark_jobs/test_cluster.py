@@ -17,6 +17,7 @@ from pyspark.sql import SparkSession
 from spark_jobs import cooccurrence as job
 from spark_jobs import related_pairs as relate
 from spark_jobs.session import java_home
+from tests.conftest import QUICK_JVM
 from tests.spark_jobs.test_source import write_csv
 from tests.waiting import wait_for
 
@@ -44,7 +45,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     port = free_port()
     env = os.environ | {
         "JAVA_HOME": java_home(), "SPARK_HOME": str(SPARK), "SPARK_LOCAL_IP": HOST, "PYSPARK_PYTHON": sys.executable,
-        "JDK_JAVA_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+        "JDK_JAVA_OPTIONS": QUICK_JVM,
     }  # fmt: skip
     start = str(SPARK / "bin" / "spark-class"), "org.apache.spark.deploy"
     address = f"spark://{HOST}:{port}"
