@@ -7,13 +7,17 @@ from hypothesis import strategies as st
 from spark_jobs.groups import clusters, components, near_duplicates
 from tests.spark_jobs.conftest import NOTES, Frame, rows_of
 
+graph = st.lists(st.tuples(st.integers(10, 40), st.integers(10, 40)), max_size=25)
+
 
 @settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(st.lists(st.tuples(st.integers(10, 60), st.integers(10, 60)), min_size=20, max_size=30))
-def test_components_equal_union_find(frame: Frame, edges: list[tuple[int, int]]) -> None:
+@given(st.lists(graph, min_size=40, max_size=40))
+def test_components_equal_union_find(frame: Frame, graphs: list[list[tuple[int, int]]]) -> None:
+    """Forty graphs at once, kept apart by a prefix."""
+    edges = [(f"{i}-{a}", f"{i}-{b}") for i, graph in enumerate(graphs) for a, b in graph]
     parent = {n: n for edge in edges for n in edge}
 
-    def root(n: int) -> int:
+    def root(n: str) -> str:
         while parent[n] != n:
             n = parent[n]
         return n
@@ -21,8 +25,8 @@ def test_components_equal_union_find(frame: Frame, edges: list[tuple[int, int]])
     for a, b in edges:
         low, high = sorted((root(a), root(b)))
         parent[high] = low
-    found = components(frame("a string, b string", [(str(a), str(b)) for a, b in edges]))
-    assert dict(rows_of(found, "node", "component")) == {str(n): str(root(n)) for n in parent}
+    found = components(frame("a string, b string", edges))
+    assert dict(rows_of(found, "node", "component")) == {n: root(n) for n in parent}
 
 
 def test_a_long_chain_is_one_component(frame: Frame) -> None:
