@@ -95,15 +95,15 @@ def landed_figures(source: Path, landings: Sequence[Mapping[str, Any]]) -> dict[
         )
     sizes = [sum(of["rows"].values()) for of in landings]
     shares = [
-        (of["rows"].get(UNDATED, 0) / size, of["files"][0])
+        (-of["rows"].get(UNDATED, 0) / size, of["files"][0])
         for of, size in zip(landings, sizes, strict=True)
         if size >= _usual(sizes) / 100
     ]
-    share, file = max(shares)
+    share, file = min(shares)  # of equal shares the first file
     return {
         "rows": sum(rows.values()),
         "undated": rows[UNDATED],
-        "most_undated": {"file": file, "share": share},
+        "most_undated": {"file": file, "share": -share},
         "first_day": min(days),
         "last_day": max(days),
         "covered_until": covered_until(days),
