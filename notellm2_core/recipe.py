@@ -127,7 +127,7 @@ class Recipe:
         """The source folder: the user's, or the demo world's place in the lake. Raises ValueError if neither is set."""
         source = self.config.source
         if source.path is not None:
-            return Path(source.path)
+            return Path(source.path).absolute()
         if source.demo is None:
             raise ValueError(f"the configuration {self.config.name} has no source: set source.path, or SOURCE=...")
         return self.lake.path("demo_world", fingerprint([WORLD_VERSION, source.demo.model_dump()]))

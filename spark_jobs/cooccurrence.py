@@ -39,7 +39,7 @@ from spark_jobs.score_tasks import (
     write_note_ids,
     write_scores,
 )
-from spark_jobs.session import spark_session
+from spark_jobs.session import absolute_path, spark_session
 from spark_jobs.source import read_source_events
 from spark_jobs.tables import counts_by, num_files, read_table, readable, replacing, top_counts, write_table
 
@@ -143,8 +143,12 @@ def _same_files(a: Path, b: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m spark_jobs.cooccurrence", description="Eq. 2 over behaviour logs.")
-    parser.add_argument("--events", type=Path, required=True, help="events.csv(.gz), a Parquet folder, or a source")
-    parser.add_argument("--out", type=Path, required=True, help="folder for query_id, target_id, score, num_users")
+    parser.add_argument(
+        "--events", type=absolute_path, required=True, help="events.csv(.gz), a Parquet folder, or a source"
+    )
+    parser.add_argument(
+        "--out", type=absolute_path, required=True, help="folder for query_id, target_id, score, num_users"
+    )
     parser.add_argument("--view-events", default="view,click", help="event names that count as viewed")
     parser.add_argument("--click-events", default="click", help="event names that count as clicked")
     parser.add_argument("--simultaneous", action="store_true", help="a click at the very time of the view counts")

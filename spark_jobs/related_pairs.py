@@ -14,7 +14,7 @@ from pyspark.sql import functions as F
 
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.schema import RELATED_PAIRS, SCORES
-from spark_jobs.session import spark_session
+from spark_jobs.session import absolute_path, spark_session
 from spark_jobs.tables import figures, quantiles, read_table, readable, replacing, score_quantiles, write_table
 
 Bounds = Literal["absolute", "quantile"]
@@ -132,8 +132,8 @@ def _relate(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m spark_jobs.related_pairs", description="Filter and top-t pairs.")
-    parser.add_argument("--scores", type=Path, required=True, help="folder written by spark_jobs.cooccurrence")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the same columns plus rank")
+    parser.add_argument("--scores", type=absolute_path, required=True, help="folder written by spark_jobs.cooccurrence")
+    parser.add_argument("--out", type=absolute_path, required=True, help="folder for the same columns plus rank")
     parser.add_argument("--low", type=float, required=True, help="smallest score kept")
     parser.add_argument("--up", type=float, required=True, help="largest score kept")
     parser.add_argument("--top-t", type=int, required=True, help="targets kept for each query")

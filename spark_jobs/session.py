@@ -80,6 +80,11 @@ def spark_session(
     return spark
 
 
+def absolute_path(text: str) -> Path:
+    """An argument of a command: absolute, because a server works in another folder."""
+    return Path(text).absolute()
+
+
 def forget_dead_session() -> bool:
     """Whether this process's JVM has died. If so it is forgotten, and the next `spark_session` starts a new one.
 
