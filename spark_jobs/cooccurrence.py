@@ -143,12 +143,8 @@ def _same_files(a: Path, b: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m spark_jobs.cooccurrence", description="Eq. 2 over behaviour logs.")
-    parser.add_argument(
-        "--events", type=absolute_path, required=True, help="events.csv(.gz), a Parquet folder, or a source"
-    )
-    parser.add_argument(
-        "--out", type=absolute_path, required=True, help="folder for query_id, target_id, score, num_users"
-    )
+    parser.add_argument("--events", type=absolute_path, required=True, help="events.csv(.gz), Parquet, or a source")
+    parser.add_argument("--out", type=absolute_path, required=True, help="folder for the scores")
     parser.add_argument("--view-events", default="view,click", help="event names that count as viewed")
     parser.add_argument("--click-events", default="click", help="event names that count as clicked")
     parser.add_argument("--simultaneous", action="store_true", help="a click at the very time of the view counts")
