@@ -79,8 +79,8 @@ def test_assign_sides_counts_and_names_the_setting(spark: SparkSession, frame: F
     table = pq.read_table(tmp_path / "sides")
     assert [(f.name, f.type) for f in table.schema] == [(f.name, f.type) for f in schema.NOTE_SIDES]
     # All four show the same picture, so all belong to the train side.
-    schema = "note_id string, image_id string, perceptual_hash string, status string"
-    images = frame(schema, [(n, "i", None, "ok") for n in "abcd"])
+    columns = "note_id string, image_id string, perceptual_hash string, status string"
+    images = frame(columns, [(n, "i", None, "ok") for n in "abcd"])
     write_table(images, tmp_path / "images", ["note_id"])
     with pytest.raises(ValueError, match=r"no note is left for the pool side: 2 of the 2 notes .* same picture"):
         assign_sides(
