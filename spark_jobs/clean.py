@@ -14,7 +14,7 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from notellm2_core.schema import EVENTS, NOTES, QUARANTINE
+from notellm2_core.schema import EVENTS, NOTES, QUARANTINE, SOURCE_NOTE_COLUMNS
 from spark_jobs.source import read_source_notes, trimmed
 from spark_jobs.tables import counts_by, figures, read_table, readable, write_table
 
@@ -57,7 +57,7 @@ def _label_notes(raw: DataFrame) -> DataFrame:
     text = [F.coalesce(F.col(c).cast("string"), F.lit("")).alias(c) for c in ("title", "content")]
     path = trimmed(F.col("image_path").cast("string")) if "image_path" in raw.columns else F.lit(None).cast("string")
     image = F.col("image").cast("binary") if "image" in raw.columns else F.lit(None).cast("binary")
-    as_it_came = [c for c in raw.columns if c not in ("image", "position")]
+    as_it_came = [c for c in (*SOURCE_NOTE_COLUMNS, "image_path") if c in raw.columns]
     notes = raw.select(
         trimmed(F.col("note_id").cast("string")).alias("note_id"),
         *text,

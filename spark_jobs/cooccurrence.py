@@ -128,10 +128,8 @@ def _require_pairs(counts: Mapping[str, Any], scoring: Scoring, where: str) -> N
     longer = "a longer window (window.train_days, window.test_days; --start, --end)"
     if scoring.score == "swing":
         raise ValueError(f"{where}: no two users clicked the same two notes; set {longer}, or pairs.score.")
-    raise ValueError(
-        f"{where}: no user clicked one note after viewing another; set pairs.simultaneous (--simultaneous) "
-        f"for times by the day, or {longer}."
-    )
+    by_day = "" if scoring.simultaneous else "pairs.simultaneous (--simultaneous) for times by the day, or "
+    raise ValueError(f"{where}: no user clicked one note after viewing another; set {by_day}{longer}.")
 
 
 def _same_files(a: Path, b: Path) -> bool:
@@ -160,10 +158,11 @@ def main() -> None:
     parser.add_argument("--start", type=date.fromisoformat, help="first day, YYYY-MM-DD")
     parser.add_argument("--end", type=date.fromisoformat, help="the day after the last one")
     args = parser.parse_args()
-    views, clicks = ([name.strip() for name in of.split(",")] for of in (args.view_events, args.click_events))
+    lists = (args.view_events, args.click_events)
+    views, clicks = ([name for part in of.split(",") if (name := part.strip())] for of in lists)
     event_names = EventNames(views, clicks, ignored=None)
-    scoring = Scoring(**{field.name: getattr(args, field.name) for field in fields(Scoring)})
     with one_line_errors(), replacing(args.out, args.events, SCORES.names) as out, readable(args.events):
+        scoring = Scoring(**{field.name: getattr(args, field.name) for field in fields(Scoring)})
         spark = spark_session("cooccurrence")
         raw = land_events(read_source_events(spark, args.events)).persist()
         names = top_counts(raw, "event")
@@ -171,7 +170,11 @@ def main() -> None:
         labelled = label_events(raw.filter(in_days), event_names).persist()
         events, quarantine = split_labelled(labelled)
         if not events.filter(F.col("event").isin(*event_names.clicks)).head(1):
-            raise ValueError(f"{args.events}: no clicks; set --click-events, --start, --end. Event names: {names}.")
+            dropped = counts_by(quarantine, "reason") or "nothing"
+            raise ValueError(
+                f"{args.events}: no clicks; set --click-events, --start, --end. Event names: {names}. "
+                f"Dropped: {dropped}."
+            )
         counts = cooccurrence(interactions(events, event_names), out, scoring)
         _require_pairs(counts, scoring, str(args.events))
         print(json.dumps({"rows": raw.count(), "events": names, "dropped": counts_by(quarantine, "reason"), **counts}))
@@ -180,7 +183,7 @@ def main() -> None:
 def _number_or_all(text: str) -> int | None:
     if text == "all":
         return None
-    if not text.isdecimal() or not int(text):
+    if not text.isdecimal() or not 0 < int(text) < 1 << 31:
         raise argparse.ArgumentTypeError(f"{text} is neither a number above 0 nor 'all'")
     return int(text)
 

@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 
 from notellm2_core.schema import SOURCE_EVENT_COLUMNS
 from spark_jobs.source import MALFORMED, event_files, event_time, find_events, read_source_events, trimmed
-from spark_jobs.tables import added, counts_by, readable, top_counts, write_partitions
+from spark_jobs.tables import added, counts_by, literal, readable, top_counts, write_partitions
 
 UNDATED = "undated"  # the period of rows that cannot be placed
 _PLAUSIBLE = ("1970-01-02", "2099-12-31 23:59:59.999999")
@@ -45,7 +45,7 @@ def land(
         write_partitions(placed, out, "period", ["timestamp", "user_id", "note_id", "event", "row"])
     if not any(out.rglob("*.parquet")):
         return {"files": files, "rows": {}, "days": {}, "events": {}}
-    landed = spark.read.parquet(*(str(p) for p in sorted(out.iterdir())))
+    landed = spark.read.parquet(*map(literal, sorted(out.iterdir())))
     # One row per file that Spark opened: its folder is the period.
     landed = landed.withColumn("period", F.element_at(F.split(F.col("_metadata.file_path"), "/"), -2))
     day = F.when(F.col("period") != UNDATED, F.date_format("timestamp", "yyyy-MM-dd"))
@@ -59,20 +59,21 @@ def land_events(events: DataFrame, partition: Partition = "week") -> DataFrame:
     and period.
 
     `row` is the row as it came, in JSON: the columns of the contract, or the line of a CSV with more or fewer fields
-    than its header. Of such a malformed one nothing else is read.
+    than its header. Of such a malformed one, or one with bytes that are no UTF-8, nothing else is read.
     """
     line = F.col(MALFORMED) if MALFORMED in events.columns else F.lit(None).cast("string")
     as_it_came = F.to_json(F.struct(*SOURCE_EVENT_COLUMNS), {"ignoreNullFields": "false"})
     ids = {c: trimmed(F.col(c).cast("string")) for c in ("user_id", "note_id", "event")}
     read = ids | {"timestamp": event_time(events.schema["timestamp"].dataType)}
+    malformed = F.isnotnull(line) | F.concat_ws("", *ids.values()).contains("\ufffd")  # what Spark makes of such bytes
     if partition == "week":  # date_trunc's week starts on Monday, ours on Sunday
         first_day = F.date_trunc("week", F.col("timestamp") + F.expr("INTERVAL 1 DAY")) - F.expr("INTERVAL 1 DAY")
     else:
         first_day = F.date_trunc(partition, "timestamp")
     period = F.date_format(first_day, "yyyy-MM-dd")
     return events.select(
-        *(F.when(F.isnull(line), value).alias(name) for name, value in read.items()),
-        F.isnotnull(line).alias("malformed"),
+        *(F.when(~malformed, value).alias(name) for name, value in read.items()),
+        malformed.alias("malformed"),
         F.when(F.isnull(line), as_it_came).otherwise(F.to_json(F.struct(line.alias("line")))).alias("row"),
     ).withColumn("period", F.coalesce(period, F.lit(UNDATED)))
 

@@ -36,6 +36,14 @@ class Scoring:
     swing_alpha: float = 1.0
     swing_max_users: int = 1000
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting that makes no score."""
+        if not (0 < self.swing_alpha < math.inf and 1 < self.swing_max_users <= 5000):
+            raise ValueError(
+                "need a finite pairs.swing_alpha (--swing-alpha) above 0 and a pairs.swing_max_users "
+                f"(--swing-max-users) from 2 to 5000, got {self.swing_alpha} and {self.swing_max_users}."
+            )
+
 
 _ROWS = pa.schema(
     [

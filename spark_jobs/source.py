@@ -14,7 +14,6 @@ Anything else, and any time outside the years 1 to 9999, cannot be placed.
 """
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from notellm2_core.schema import SOURCE_EVENT_COLUMNS, SOURCE_EVENTS, SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
-from spark_jobs.tables import readable
+from spark_jobs.tables import literal, readable
 
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
-_DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])$"  # as seconds they would all be of August 1970
+_DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(\.0*)?$"  # as seconds they would all be of August 1970
 _ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]\d{1,2}:.*)?$"  # Spark alone would also take a year, or a time of today
 _MICROS_OF_YEARS = (-62135596800000000, 253402300799999999)  # 0001-01-01 .. 9999-12-31, what Python can show
 MALFORMED = "_corrupt_record"  # Spark's name for it
@@ -57,20 +56,20 @@ def _read_parquet(spark: SparkSession, path: Path, files: Sequence[Path]) -> Dat
     """All rows of `files`. Folders are read for columns (event=click/) only where files lack them: Spark then ignores
     the files of other folders.
     """
-    names = [re.sub(r"([\\*?{}\[\]])", r"\\\1", str(file)) for file in files]  # which Spark takes for patterns
-    events = spark.read.parquet(*names)
+    names = [literal(file) for file in files]
+    events = spark.read.parquet(*names).drop(MALFORMED)
     if all(column in events.columns for column in SOURCE_EVENT_COLUMNS) or path.is_file():
         return events
-    return spark.read.option("basePath", str(path)).parquet(*names)
+    return spark.read.option("basePath", str(path)).parquet(*names).drop(MALFORMED)
 
 
 def _read_csv(spark: SparkSession, path: Path) -> DataFrame:
     """All columns as text, and MALFORMED: the line where it has more or fewer fields than the header, else null."""
     form: dict[str, Any] = {"header": True, "quote": '"', "escape": '"'}
-    named = spark.read.csv(str(path), **form)
+    named = spark.read.csv(literal(path), **form)
     _require(named, SOURCE_EVENT_COLUMNS, path)
     columns = T.StructType([*named.schema, T.StructField(MALFORMED, T.StringType())])
-    return spark.read.csv(str(path), columns, columnNameOfCorruptRecord=MALFORMED, **form)
+    return spark.read.csv(literal(path), columns, columnNameOfCorruptRecord=MALFORMED, **form)
 
 
 def find_events(source: Path) -> Path:
@@ -124,12 +123,15 @@ def event_time(kind: T.DataType) -> Column:
     elif isinstance(kind, T.IntegralType):
         micros = _or_eight_digits(raw.cast("string"), _unix_micros(raw.cast("double")))
     else:
-        micros = _unix_micros(raw.cast("double"))
+        whole = F.when(raw == F.floor(raw), raw.cast("bigint").cast("string"))  # pandas' dates with a missing one
+        micros = _or_eight_digits(whole, _unix_micros(raw.cast("double")))
     return F.timestamp_micros(F.when(micros.between(*_MICROS_OF_YEARS), micros))
 
 
 def _or_eight_digits(text: Column, otherwise: Column) -> Column:
-    return F.when(text.rlike(_DIGITS), F.unix_micros(F.try_to_timestamp(text, F.lit("yyyyMMdd")))).otherwise(otherwise)
+    return F.when(
+        text.rlike(_DIGITS), F.unix_micros(F.try_to_timestamp(F.substring(text, 1, 8), F.lit("yyyyMMdd")))
+    ).otherwise(otherwise)
 
 
 def _unix_micros(number: Column) -> Column:
@@ -147,7 +149,7 @@ def read_source_notes(spark: SparkSession, source: Path) -> DataFrame:
     if not path.exists():
         raise ValueError(f"{source} holds no notes.parquet; set source.path to a folder that does.")
     with readable(path):
-        notes = spark.read.parquet(str(path))
+        notes = spark.read.parquet(literal(path))
     _require(notes, SOURCE_NOTE_COLUMNS, path)
     notes = notes.withColumn("position", F.struct("_metadata.file_path", "_metadata.row_index"))
     notes = _typed(notes, "note_id", _ID_TYPES, "text or whole numbers", path)

@@ -51,6 +51,11 @@ def _settle(folder: Path) -> None:
         file.rename(folder / f"part-{i:05d}.parquet")
 
 
+def literal(path: Path) -> str:
+    """The path as a reader of Spark takes it: a name with [ or * in it would be a pattern."""
+    return re.sub(r"([\\*?{}\[\]])", r"\\\1", str(path))
+
+
 def num_files(spark: SparkSession) -> int:
     """The files, and tasks, of a table that may be large: spark.shuffle_partitions."""
     return int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
@@ -62,7 +67,7 @@ def read_table(spark: SparkSession, *paths: Path) -> DataFrame:
         if not path.exists():
             raise ValueError(f"{path} is not there; run the step that writes it.")
     with readable(", ".join(map(str, paths))):
-        return spark.read.parquet(*map(str, paths))
+        return spark.read.parquet(*map(literal, paths))
 
 
 @contextmanager
@@ -87,6 +92,8 @@ def replacing(out: Path, made_from: Path, columns: Sequence[str]) -> Iterator[Pa
         raise ValueError(f"--out {out} is a file; name a folder.")
     if made_from.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"--out {out} holds what is to be read, {made_from}; name another folder.")
+    if out.resolve().is_relative_to(made_from.resolve()):
+        raise ValueError(f"--out {out} lies in what is to be read, {made_from}; name another folder.")
     foreign = [f.name for f in out.iterdir() if not _is_result(f, columns)] if out.exists() else []
     if foreign:
         raise ValueError(f"--out {out} holds {sorted(foreign)[0]}, which is no former result; name another folder.")

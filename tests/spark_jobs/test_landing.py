@@ -80,13 +80,15 @@ def test_folders_name_columns_that_files_lack(spark: SparkSession, tmp_path: Pat
 def test_a_line_with_other_fields_than_the_header_is_malformed(spark: SparkSession, tmp_path: Path) -> None:
     """Nothing is guessed from it; the line goes to the quarantine whole. Other columns are no part of `row`."""
     lines = ["u,n,2024-01-01,view,phone", "Doe, J,n,2024-01-01,view,phone", "u,n,2024-01-01", "u,n,,view,tv"]
-    write_csv(tmp_path / "events.csv", lines, header="user_id,note_id,timestamp,event,device")
-    assert land(spark, tmp_path, tmp_path / "raw", "week")["rows"] == {UNDATED: 3, "2023-12-31": 1}
+    log = write_csv(tmp_path / "events.csv", lines, header="user_id,note_id,timestamp,event,device")
+    log.write_bytes(log.read_bytes() + "u,café,2024-01-01,view,tv\n".encode("latin-1"))
+    assert land(spark, tmp_path, tmp_path / "raw", "week")["rows"] == {UNDATED: 4, "2023-12-31": 1}
     labelled = label_events(spark.read.parquet(str(tmp_path / "raw" / UNDATED)), EventNames(["view"], [], []), False)
     found = {(r.reason, tuple(json.loads(r.row).items())) for r in labelled.collect()}
     assert found == {
         ("malformed_row", (("line", lines[1]),)),
         ("malformed_row", (("line", lines[2]),)),
+        ("malformed_row", (("user_id", "u"), ("note_id", "caf\ufffd"), ("timestamp", "2024-01-01"), ("event", "view"))),
         ("bad_timestamp", (("user_id", "u"), ("note_id", "n"), ("timestamp", None), ("event", "view"))),
     }
 

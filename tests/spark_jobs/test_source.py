@@ -39,6 +39,7 @@ def test_times_in_every_form(frame: Frame) -> None:
         "0": "1970-01-01 00:00:00.000000",
         "-86400": "1969-12-31 00:00:00.000000",
         "20240103": "2024-01-03 00:00:00.000000",
+        "20240103.0": "2024-01-03 00:00:00.000000",  # pandas' column of dates where one is missing
         "20241303": "1970-08-23 06:35:03.000000",  # no thirteenth month: seconds
         "2024": "1970-01-01 00:33:44.000000",  # a number, whatever it looks like
         **dict.fromkeys(
@@ -113,8 +114,10 @@ def test_events_that_cannot_be_used_are_named(spark: SparkSession, tmp_path: Pat
 
 
 def test_a_table_of_events_is_read_directly(spark: SparkSession, tmp_path: Path) -> None:
-    write_csv(tmp_path / "log.csv", ["u,n,1,view"])
-    assert read_source_events(spark, tmp_path / "log.csv").count() == 1
+    """Its name is a name, not a pattern."""
+    for name in ("log[1].csv", "log*.csv"):
+        write_csv(tmp_path / name, ["u,n,1,view"])
+        assert read_source_events(spark, tmp_path / name).count() == 1
     (tmp_path / "table" / "dt=2024-01-01").mkdir(parents=True)
     columns = {"user_id": ["u"], "note_id": ["n"], "timestamp": [1], "event": ["view"]}
     pq.write_table(pa.table(columns), tmp_path / "table" / "dt=2024-01-01" / "x.parquet")
