@@ -32,8 +32,8 @@ def dropped_share(figures: Figures, limits: Checks) -> Verdict:
 
 
 def undated_share(figures: Figures, limits: Checks) -> Verdict:
-    """Not more than allowed of any file of the log, or of the files that are landed together, can be placed nowhere."""
-    share = figures["most_undated"]["share"]
+    """Not more than allowed can be placed nowhere in time, of the whole log and of any of its files."""
+    share = max(figures["undated"] / figures["rows"], figures["most_undated"]["share"])
     return share <= limits.max_dropped_share, {
         "undated_share": share,
         "file": figures["most_undated"]["file"],

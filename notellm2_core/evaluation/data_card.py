@@ -189,9 +189,11 @@ def _plot(
             exponents = np.frexp([kept[name].min(), kept[name].max()])[1]
             bins = np.ldexp([0.5, 0.75], np.arange(exponents[0], exponents[1] + 2)[:, None]).ravel()
             counts, edges = np.histogram(kept[name], bins)
-            histogram.stairs(counts, edges, color=colour, fill=True, alpha=0.4, label=f"{name}, kept (corrected)")
+            histogram.stairs(counts, edges, color=colour, fill=True, alpha=0.4, label=f"{name}, kept")
         popularity.plot(*_by_rank(users[name]), color=colour, label=name)
-    histogram.set(xscale="log", yscale="log", xlabel="score", ylabel="pairs", title="Scores")
+    histogram.set(
+        xscale="log", yscale="log", xlabel="score (of the kept: as corrected)", ylabel="pairs", title="Scores"
+    )
     popularity.set(
         xscale="log", yscale="log", xlabel="rank of the note", ylabel="users", title="Users per clicked note"
     )

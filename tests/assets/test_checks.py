@@ -21,12 +21,13 @@ def test_dropped_share_is_of_the_rows_that_could_have_been_kept() -> None:
 
 
 def test_undated_share() -> None:
-    """Of the worst file, however good the others are."""
+    """Of the whole log, and of the worst file however good the others are."""
 
-    def verdict(share: float) -> bool:
-        return checks.undated_share({"most_undated": {"file": "f", "share": share}}, LIMITS)[0]
+    def verdict(undated: int, worst: float) -> bool:
+        figures = {"rows": 10, "undated": undated, "most_undated": {"file": "f", "share": worst}}
+        return checks.undated_share(figures, LIMITS)[0]
 
-    assert verdict(0.2) and not verdict(0.3)
+    assert verdict(2, 0.2) and not verdict(2, 0.3) and not verdict(3, 0.2)
 
 
 def test_unusable_images_are_measured_on_the_notes_that_name_one() -> None:

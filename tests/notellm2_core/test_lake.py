@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from notellm2_core.lake import MANIFEST, Lake, LakeError, fingerprint, open_dataset, sha256_of
+from notellm2_core.schema import SCHEMA_VERSION
 
 
 def _publish(lake: Lake, fp: str = "f1", rows: int = 3) -> Path:
@@ -97,7 +98,7 @@ def _add_field(manifest: Path) -> None:
         (lambda p: (p / MANIFEST).write_text("{"), "not readable as JSON"),
         (lambda p: (p / MANIFEST).write_text(json.dumps({"schema_version": 99})), "schema version 99 by other code"),
         (lambda p: (p / MANIFEST).write_text("[]"), "schema version None by other code"),
-        (lambda p: _add_field(p / MANIFEST), "by other code"),
+        (lambda p: _add_field(p / MANIFEST), f"schema version {SCHEMA_VERSION} by other code"),
         (lambda p: (p / "part" / "1.parquet").write_bytes(b"x"), "1.parquet is not in the manifest"),
     ],
 )
