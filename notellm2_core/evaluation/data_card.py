@@ -192,7 +192,7 @@ def _plot(
             histogram.stairs(counts, edges, color=colour, fill=True, alpha=0.4, label=f"{name}, kept")
         popularity.plot(*_by_rank(users[name]), color=colour, label=name)
     histogram.set(
-        xscale="log", yscale="log", xlabel="score (of the kept: as corrected)", ylabel="pairs", title="Scores"
+        xscale="log", yscale="log", xlabel="score (kept: corrected)", ylabel="pairs", title="Scores"
     )
     popularity.set(
         xscale="log", yscale="log", xlabel="rank of the note", ylabel="users", title="Users per clicked note"
