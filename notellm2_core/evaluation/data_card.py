@@ -191,9 +191,7 @@ def _plot(
             counts, edges = np.histogram(kept[name], bins)
             histogram.stairs(counts, edges, color=colour, fill=True, alpha=0.4, label=f"{name}, kept")
         popularity.plot(*_by_rank(users[name]), color=colour, label=name)
-    histogram.set(
-        xscale="log", yscale="log", xlabel="score (kept: corrected)", ylabel="pairs", title="Scores"
-    )
+    histogram.set(xscale="log", yscale="log", xlabel="score (kept: corrected)", ylabel="pairs", title="Scores")
     popularity.set(
         xscale="log", yscale="log", xlabel="rank of the note", ylabel="users", title="Users per clicked note"
     )
