@@ -78,20 +78,21 @@ def generate(num_events: int, file: Path, heavy_user: int = 0, seed: int = 0) ->
     pq.write_table(pa.table(columns), file, row_group_size=500_000)
 
 
-def ours(log: Path, out: Path, memory: str, max_user_notes: int | None = None) -> float:
+def ours(log: Path, out: Path, memory: str, **scoring: Any) -> float:
+    """`scoring`: spark_jobs.score_tasks.Scoring."""
     from spark_jobs.clean import EventNames
     from spark_jobs.cooccurrence import Scoring, cooccurrence
     from spark_jobs.interactions import interactions
 
-    spark = _session(memory)
+    spark = new_session(memory)
     started = time.monotonic()
-    scoring = Scoring(max_user_notes=max_user_notes)
-    cooccurrence(interactions(spark.read.parquet(str(log)), EventNames(["view"], ["click"], None)), out, scoring)
+    events = spark.read.parquet(str(log))
+    cooccurrence(interactions(events, EventNames(["view"], ["click"], None)), out, Scoring(**scoring))
     return time.monotonic() - started
 
 
 def capped(log: Path, out: Path, memory: str) -> float:
-    return ours(log, out, memory, Pairs().max_user_notes)
+    return ours(log, out, memory, max_user_notes=Pairs().max_user_notes)
 
 
 def expressions(log: Path, out: Path, memory: str) -> float:
@@ -128,13 +129,13 @@ def _summed(pairs: DataFrame) -> DataFrame:
 
 
 def _with_spark(log: Path, out: Path, memory: str, scores: Callable[[DataFrame], DataFrame]) -> float:
-    spark = _session(memory)
+    spark = new_session(memory)
     started = time.monotonic()
     scores(spark.read.parquet(str(log))).write.parquet(str(out))
     return time.monotonic() - started
 
 
-def _session(memory: str) -> SparkSession:
+def new_session(memory: str) -> SparkSession:
     from spark_jobs.session import spark_session
 
     spark = spark_session("benchmark", "local[2]", memory, 16)
@@ -162,11 +163,11 @@ CONTENDERS = {
 }
 
 
-def measure(contender: str, log: Path, out: Path, memory: str) -> dict[str, Any]:
-    """One contender in a process of its own: seconds of the work, peak memory of its processes."""
+def measure(contender: str, log: Path, out: Path, memory: str, script: Path = Path(__file__)) -> dict[str, Any]:
+    """One contender of `script` in a process of its own: seconds of the work, peak memory of its processes."""
     shutil.rmtree(out, ignore_errors=True)
     Path(f"{out}.seconds").unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--one", contender, str(log), str(out), memory]
+    command = [sys.executable, str(script), "--one", contender, str(log), str(out), memory]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     process, peak = psutil.Popen(command, env=environment), 0
     while process.poll() is None:

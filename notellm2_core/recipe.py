@@ -55,6 +55,7 @@ STAGES: Mapping[str, Stage] = {
     "related_pairs": Stage(
         ("cooccurrence", "note_sides"),
         ("pairs.low", "pairs.up", "pairs.bounds", "pairs.top_t", "pairs.popularity_power", "pairs.min_users"),
+        version=2,
     ),
     "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",), version=2),
     "data_card": Stage(

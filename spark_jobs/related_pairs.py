@@ -5,19 +5,26 @@ python -m spark_jobs.related_pairs --scores DIR --out DIR --low 0.01 --up 30 --t
 
 import argparse
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pyspark.sql import DataFrame, SparkSession, Window
+import numpy as np
+import pyarrow.parquet as pq
+from pyspark.sql import SparkSession, Window
 from pyspark.sql import functions as F
 
 from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.schema import RELATED_PAIRS, SCORES
+from notellm2_core.schema import RELATED_PAIRS
+from spark_jobs.pair_tasks import COUNTED, STRONGEST, VALUES, Competition, by_file, score_files
+from spark_jobs.quantiles import Ints, quantiles
 from spark_jobs.session import absolute_path, spark_session
-from spark_jobs.tables import figures, quantiles, read_table, readable, replacing, score_quantiles, write_table
+from spark_jobs.tables import figures, read_table, readable, replacing, write_table
 
 Bounds = Literal["absolute", "quantile"]
+_SHARES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
 @dataclass(frozen=True)
@@ -32,101 +39,76 @@ class Filters:
     min_users: int
 
 
-def same_side(scores: DataFrame, sides: DataFrame) -> DataFrame:
-    """The pairs whose notes are both in `sides` (NOTE_SIDES), on the same side."""
-    query = sides.select(F.col("note_id").alias("query_id"), F.col("side").alias("query_side"))
-    target = sides.select(F.col("note_id").alias("target_id"), F.col("side").alias("target_side"))
-    both = scores.join(query, "query_id").join(target, "target_id")
-    return both.filter("query_side = target_side").select(SCORES.names)
-
-
-def corrected(scores: DataFrame, target_clicks: DataFrame | None, power: float, min_users: int) -> DataFrame:
-    """The pairs of at least `min_users` users, each score divided by (users who clicked its target) ** `power`.
-
-    `target_clicks`: TARGET_CLICKS; not needed where `power` is 0.
-    """
-    seen = scores.filter(F.col("num_users") >= min_users)
-    if power == 0:
-        return seen
-    if target_clicks is None:
-        raise ValueError(f"pairs.popularity_power = {power} needs the clicks of the targets; without them set it to 0.")
-    users = target_clicks.select(F.col("note_id").alias("target_id"), F.col("num_users").alias("target_users"))
-    score = F.col("score") / F.pow(F.col("target_users").cast("double"), F.lit(float(power)))
-    return seen.join(users, "target_id").withColumn("score", score).select(SCORES.names)
-
-
-def within_bounds(scores: DataFrame, low: float, up: float, bounds: Bounds) -> DataFrame:
-    """The pairs with low <= score <= up; as quantiles, the bounds are exact percentiles of the given scores."""
-    limits = [low, up] if bounds == "absolute" else quantiles(scores, "score", [low, up])
-    return scores.filter(F.col("score").between(*map(F.lit, limits)))
-
-
-def strongest(scores: DataFrame, top_t: int) -> DataFrame:
-    """SCORES -> RELATED_PAIRS: the `top_t` of each query by (score descending, target id ascending)."""
-    order = Window.partitionBy("query_id").orderBy(F.desc("score"), F.asc("target_id"))
-    return (
-        scores.withColumn("rank", F.row_number().over(order)).filter(F.col("rank") <= top_t).select(RELATED_PAIRS.names)
-    )
-
-
 def relate(spark: SparkSession, scores: Path, sides: Path, out: Path, filters: Filters) -> dict[str, Any]:
     """`scores/{train,test}` with `scores/{train,test}_clicks` -> `out/train`, `out/test` (RELATED_PAIRS).
 
-    Training pairs have both notes on the train side, test pairs both in the pool. Returns for each: pairs after every
-    filter, queries, notes, and the quantiles of the candidates' (corrected) scores and of the kept ones.
+    Training pairs have both notes on the train side of the NOTE_SIDES `sides`, test pairs both in the pool. Returns for
+    each what `related_pairs` returns. Workers read the folders, so all of them must see them.
     """
     counts = {}
     for window, side in (("train", "train"), ("test", "pool")):
-        on_side = same_side(read_table(spark, scores / window), read_table(spark, sides).filter(F.col("side") == side))
-        clicks = read_table(spark, scores / f"{window}_clicks")
+        compete = Competition(sides, side, filters.min_users, scores / f"{window}_clicks", filters.popularity_power)
         none = f"no pair has both notes on the side {side}; set window.{window}_days, split.by or split.pool_share."
-        counts[window] = _relate(spark, on_side, clicks, out / window, window, filters, none)
+        counts[window] = related_pairs(spark, scores / window, compete, out / window, window, filters, none)
     return counts
 
 
-def _relate(
-    spark: SparkSession,
-    scores: DataFrame,
-    clicks: DataFrame | None,
-    out: Path,
-    name: str,
-    filters: Filters,
-    none: str,
+def related_pairs(
+    spark: SparkSession, scores: Path, compete: Competition, out: Path, name: str, filters: Filters, none: str
 ) -> dict[str, Any]:
-    """Filter, write and count one table of pairs. Raises ValueError naming the setting that left none.
+    """SCORES -> RELATED_PAIRS: of the pairs that compete those within the bounds, and of these the `top_t` of each
+    query by (score descending, target id ascending). Bounds as quantiles are exact percentiles of the candidates'
+    scores.
 
-    `none`: what to say where `scores` has no rows.
+    Returns pairs after every filter, queries, notes, and the quantiles of the candidates' (corrected) scores and of the
+    kept ones. Raises ValueError naming the setting that left no pair; `none`: what to say where none competes.
     """
-    found = figures(scores, pairs=F.count("*"), most_users=F.max("num_users"))
-    if not found["pairs"]:
+    files = score_files(scores)
+    counted = by_file(spark, files, compete.count, COUNTED).toArrow().to_pylist()
+    num_pairs = sum(of["pairs_on_side"] for of in counted)
+    if not num_pairs:
         raise ValueError(f"{name}: {none}")
-    candidates = corrected(scores, clicks, filters.popularity_power, filters.min_users).persist()
-    spread = score_quantiles(candidates)
-    if spread["max"] is None:
+    bins = Counter[int]()
+    for of in counted:
+        bins.update(dict(zip(of["bins"], of["counts"], strict=True)))
+    if not bins:
         raise ValueError(
-            f"{name}: no pair has pairs.min_users = {filters.min_users} users (the most is {found['most_users']}); "
-            "lower it."
+            f"{name}: no pair has pairs.min_users = {filters.min_users} users (the most is "
+            f"{max(of['most_users'] for of in counted)}); lower it."
         )
-    inside = within_bounds(candidates, filters.low, filters.up, filters.bounds)
-    num_inside = inside.count()
-    if not num_inside:
+
+    def values(wanted: Ints) -> Mapping[float, int]:
+        found = by_file(spark, files, lambda file: compete.values(file, wanted), VALUES)
+        rows = found.groupBy("value").agg(F.sum("count").alias("count")).toArrow()
+        return dict(zip(rows["value"].to_pylist(), rows["count"].to_pylist(), strict=True))
+
+    low, up, shares = filters.low, filters.up, list(_SHARES.values())
+    if filters.bounds == "quantile":
+        *spread, low, up = quantiles([*shares, low, up], bins, values)
+    else:
+        spread = quantiles(shares, bins, values)
+    strongest = by_file(spark, files, lambda file: compete.strongest(file, low, up, filters.top_t), STRONGEST).persist()
+    within_bounds = figures(strongest, pairs=F.sum("within_bounds"))["pairs"]
+    if not within_bounds:
         raise ValueError(
             f"{name}: no score lies in [pairs.low, pairs.up] = [{filters.low}, {filters.up}] ({filters.bounds}); the "
-            f" scores reach from {spread['min']:.6g} to {spread['max']:.6g}."
+            f" scores reach from {spread[0]:.6g} to {spread[-1]:.6g}."
         )
-    write_table(strongest(inside, filters.top_t), out, ["query_id", "rank"])
-    num_candidates = candidates.count()
-    candidates.unpersist()
+    order = Window.partitionBy("query_id").orderBy(F.desc("score"), F.asc("target_id"))
+    ranked = strongest.withColumn("rank", F.row_number().over(order)).filter(F.col("rank") <= filters.top_t)
+    write_table(ranked.select(RELATED_PAIRS.names), out, ["query_id", "rank"])
+    strongest.unpersist()
     pairs = read_table(spark, out)
     ends = pairs.select(F.explode(F.array("query_id", "target_id")).alias("note_id"))
+    kept = pq.read_table(out, columns=["score"])["score"].to_numpy()
     return {
-        "pairs_on_side": found["pairs"],
-        "pairs_with_min_users": num_candidates,
-        "pairs_within_bounds": num_inside,
+        "pairs_on_side": num_pairs,
+        "pairs_with_min_users": bins.total(),
+        "pairs_within_bounds": within_bounds,
         **figures(pairs, pairs=F.count("*"), queries=F.count_distinct("query_id")),
         "notes": ends.distinct().count(),
-        "score_before_bounds": spread,
-        "score": score_quantiles(pairs),
+        "score_before_bounds": dict(zip(_SHARES, spread, strict=True)),
+        "score": dict(zip(_SHARES, np.quantile(kept, shares).tolist(), strict=True)),
     }
 
 
@@ -145,13 +127,9 @@ def main() -> None:
             raise ValueError(f"need --low <= --up and --top-t >= 1, got {args.low}, {args.up}, {args.top_t}.")
         if args.bounds == "quantile" and not 0 <= args.low <= args.up <= 1:
             raise ValueError(f"with --bounds quantile, --low and --up are shares in [0, 1]: {args.low}, {args.up}.")
-        spark = spark_session("related_pairs")
-        scores = read_table(spark, args.scores)
-        missing = [c for c in SCORES.names if c not in scores.columns]
-        if missing:
-            raise ValueError(f"{args.scores} lacks the column {missing[0]}; it has {', '.join(scores.columns)}.")
         filters = Filters(args.low, args.up, args.bounds, args.top_t, 0.0, args.min_users)
-        print(json.dumps(_relate(spark, scores, None, out, str(args.scores), filters, "no pairs.")))
+        compete, spark = Competition(min_users=args.min_users), spark_session("related_pairs")
+        print(json.dumps(related_pairs(spark, args.scores, compete, out, str(args.scores), filters, "no pairs.")))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pyspark import TaskContext
 
 from notellm2_core.schema import SCORES
 from spark_jobs.pair_scores import Pairs, pair_scores
+from spark_jobs.quantiles import bin_counts, lower_ends
 from spark_jobs.swing import swing_scores
 from spark_jobs.user_lists import LISTS, NEVER, summed, user_lists
 
@@ -80,7 +81,6 @@ _LOSSES = pa.schema([pa.field("key", pa.int64()), pa.field("loss", pa.float64())
 _NAMED = pa.schema(
     [f.with_type(pa.dictionary(pa.int32(), pa.string())) if pa.types.is_string(f.type) else f for f in SCORES]
 )
-_BIN_BITS = 45  # the scores of a bin differ in these last bits of their 64: 128 bins to an octave
 _QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
@@ -198,14 +198,11 @@ class _Figures:
         self.queries += len(np.unique(pairs.query))
         self.max_users = max(self.max_users, int(pairs.num_users.max()))
         self.max_score = max(self.max_score, float(pairs.score.max()))
-        bins = pairs.score.view(np.int64) >> _BIN_BITS
-        first = int(bins.min())
-        counts = np.bincount(bins - first)
-        self.bins.update({first + int(i): int(counts[i]) for i in np.flatnonzero(counts)})
+        self.bins.update(bin_counts(pairs.score))
 
     def row(self) -> tuple[Any, ...]:
         bins = sorted(self.bins)
-        scores = (np.array(bins, np.int64) << _BIN_BITS).view(np.float64)
+        scores = lower_ends(np.array(bins, np.int64))
         return self.pairs, self.queries, self.max_users, self.max_score, scores, [self.bins[b] for b in bins]
 
 

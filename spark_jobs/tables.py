@@ -1,6 +1,5 @@
 """Reading and writing Parquet tables so that two runs write the same rows into the same files, and figures of them."""
 
-import math
 import os
 import re
 import shutil
@@ -18,7 +17,13 @@ from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-_UNREADABLE = ("FAILED_READ_FILE", "CANNOT_READ_FILE_FOOTER", "UNABLE_TO_INFER_SCHEMA", "is not a Parquet file")
+_UNREADABLE = (
+    "FAILED_READ_FILE",
+    "CANNOT_READ_FILE_FOOTER",
+    "UNABLE_TO_INFER_SCHEMA",
+    "is not a Parquet file",
+    "ArrowInvalid",
+)
 
 
 def write_table(df: DataFrame, out: Path, sort: Sequence[str], num_files: int = 1) -> None:
@@ -147,43 +152,3 @@ def top_counts(df: DataFrame, column: str, num: int = 20) -> dict[str, int]:
 def figures(df: DataFrame, **expressions: Column) -> dict[str, Any]:
     """One row of aggregates, by name."""
     return df.agg(*(e.alias(name) for name, e in expressions.items())).collect()[0].asDict()
-
-
-def score_quantiles(df: DataFrame) -> dict[str, float | None]:
-    """Exact quantiles of `score`; None where there are no rows."""
-    shares = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    return dict(zip(shares, quantiles(df, "score", list(shares.values())), strict=True))
-
-
-def quantiles(df: DataFrame, column: str, shares: Sequence[float]) -> list[float | None]:
-    """Exact quantiles of a column, interpolated between two ranks; None where there are no values.
-
-    In two passes, because Spark's `percentile` holds every distinct value in one task: rows by bin, then the distinct
-    values of those few bins that the wanted ranks lie in. Any bins will do that keep the order of the values.
-    """
-    value = F.col(column)
-    binned = df.filter(F.isnotnull(value)).withColumn("bin", F.when(value > 0, F.floor(F.log2(value) * 256)))
-    bins = {r["bin"]: r["count"] for r in binned.groupBy("bin").count().collect()}
-    total = sum(bins.values())
-    if not total:
-        return [None] * len(shares)
-    places = [share * (total - 1) for share in shares]
-    ranks = {rank for place in places for rank in (math.floor(place), math.ceil(place))}
-    begins: dict[int | None, int] = {}  # of the bins that are wanted, the rank of the first value
-    below = 0
-    for key in sorted(bins, key=lambda key: -math.inf if key is None else key):  # null: what is not above 0
-        if any(below <= rank < below + bins[key] for rank in ranks):
-            begins[key] = below
-        below += bins[key]
-    inside = F.col("bin").isin([key for key in begins if key is not None]) | F.lit(None in begins) & F.isnull("bin")
-    rows = binned.filter(inside).groupBy("bin", value.alias("value")).count().collect()
-    at: dict[int, float] = {}
-    for row in sorted(rows, key=lambda row: row["value"]):
-        begin = begins[row["bin"]]
-        at |= {rank: row["value"] for rank in ranks if begin <= rank < begin + row["count"]}
-        begins[row["bin"]] += row["count"]
-    return [_between(at[math.floor(p)], at[math.ceil(p)], p - math.floor(p)) for p in places]
-
-
-def _between(low: float, high: float, share: float) -> float:
-    return low if low == high else (1 - share) * low + share * high

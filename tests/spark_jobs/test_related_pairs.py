@@ -1,75 +1,88 @@
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
 from notellm2_core import schema
 from spark_jobs import related_pairs as job
-from spark_jobs.related_pairs import Filters, corrected, relate, same_side, strongest, within_bounds
-from spark_jobs.tables import write_table
-from tests.spark_jobs.conftest import SCORES, SIDES, Frame, rows_of
+from spark_jobs.pair_tasks import Competition
+from spark_jobs.related_pairs import Filters, relate, related_pairs
+from tests.spark_jobs.test_pair_tasks import write_rows, write_scores
 
 OPEN: dict[str, Any] = {
     "low": 0.0, "up": 1e9, "bounds": "absolute", "top_t": 99, "popularity_power": 0.0, "min_users": 1,
 }  # fmt: skip
 PAIRS = [("q", "a", 4.0, 4), ("q", "b", 2.0, 3), ("q", "c", 2.0, 2), ("q", "d", 1.0, 2), ("r", "a", 1.0, 1)]
 
-
-def related(frame: Frame, rows: list[Any] = PAIRS, **changes: Any) -> list[tuple[Any, ...]]:
-    clicks = changes.pop("target_clicks", None)
-    of = Filters(**{**OPEN, **changes})
-    candidates = corrected(frame(SCORES, rows), clicks, of.popularity_power, of.min_users)
-    pairs = strongest(within_bounds(candidates, of.low, of.up, of.bounds), of.top_t)
-    return rows_of(pairs, "query_id", "target_id", "score", "rank")
-
-
-def test_top_t_breaks_ties_by_target_id(frame: Frame) -> None:
-    assert related(frame, PAIRS[::-1], top_t=2) == [("q", "a", 4.0, 1), ("q", "b", 2.0, 2), ("r", "a", 1.0, 1)]
-
-
-def test_bounds_are_inclusive(frame: Frame) -> None:
-    assert [r[1] for r in related(frame, low=1.0, up=2.0)] == ["b", "c", "d", "a"]
-    assert [r[1] for r in related(frame, low=1.0000001, up=3.9999)] == ["b", "c"]
-
-
-def test_bounds_as_quantiles(frame: Frame) -> None:
-    """The scores are 1, 1, 2, 2, 4: their median is 2 and their maximum 4; the lowest quarter ends at 1."""
-    assert [r[1] for r in related(frame, low=0.5, up=1.0, bounds="quantile")] == ["a", "b", "c"]
-    assert [r[1] for r in related(frame, low=0.0, up=0.25, bounds="quantile")] == ["d", "a"]
-    assert len(related(frame, low=0.0, up=1.0, bounds="quantile")) == 5
-
-
-def test_filters_come_before_top_t_and_the_correction_before_the_bounds(frame: Frame) -> None:
-    """With power 1/2 the score of a (4 clicks) is 4 / 2 = 2, of b (16 clicks) 2 / 4 = 0.5, of c (1 click) 2."""
-    clicks = frame("note_id string, num_users bigint", [("a", 4), ("b", 16), ("c", 1), ("d", 1)])
-    kept = related(frame, target_clicks=clicks, popularity_power=0.5, low=1.0, up=2.0, top_t=1, min_users=2)
-    assert kept == [("q", "a", 2.0, 1)]
-    assert [r[1] for r in related(frame, min_users=3)] == ["a", "b"]
-    with pytest.raises(ValueError, match="pairs.popularity_power = 0.5 needs the clicks"):
-        related(frame, popularity_power=0.5)
-
-
-def test_pairs_across_sides_are_left_out(frame: Frame) -> None:
-    sides = frame(SIDES, [("q", "train", "q"), ("b", "train", "b"), ("a", "pool", "a"), ("r", "pool", "r")])
-    kept = rows_of(same_side(frame(SCORES, PAIRS), sides), "query_id", "target_id", "score", "num_users")
-    assert kept == [("q", "b", 2.0, 3), ("r", "a", 1.0, 1)]
+Related = Callable[..., list[tuple[Any, ...]]]
 
 
 @pytest.fixture
-def scored(frame: Frame, tmp_path: Path) -> Path:
+def related(spark: SparkSession, tmp_path: Path) -> Related:
+    """query, target, score and rank of what is kept of PAIRS, or of other `rows`, from two files."""
+
+    def run(rows: list[Any] = PAIRS, of: Competition | None = None, **changes: Any) -> list[tuple[Any, ...]]:
+        shutil.rmtree(tmp_path / "related", ignore_errors=True)
+        for i, part in enumerate((rows[::2], rows[1::2])):
+            write_scores(tmp_path / "related" / "scores" / f"{i}.parquet", part)
+        filters = Filters(**{**OPEN, **changes})
+        of = of or Competition(min_users=filters.min_users, popularity_power=filters.popularity_power)
+        out = tmp_path / "related" / "out"
+        related_pairs(spark, tmp_path / "related" / "scores", of, out, "x", filters, "none")
+        columns = pq.read_table(out).select(["query_id", "target_id", "score", "rank"]).to_pydict()
+        return list(zip(*columns.values(), strict=True))
+
+    return run
+
+
+def test_top_t_breaks_ties_by_target_id(related: Related) -> None:
+    assert related(PAIRS[::-1], top_t=2) == [("q", "a", 4.0, 1), ("q", "b", 2.0, 2), ("r", "a", 1.0, 1)]
+
+
+def test_bounds_are_inclusive(related: Related) -> None:
+    assert [r[1] for r in related(low=1.0, up=2.0)] == ["b", "c", "d", "a"]
+    assert [r[1] for r in related(low=1.0000001, up=3.9999)] == ["b", "c"]
+
+
+def test_bounds_as_quantiles(related: Related) -> None:
+    """The scores are 1, 1, 2, 2, 4: their median is 2 and their maximum 4; the lowest quarter ends at 1."""
+    assert [r[1] for r in related(low=0.5, up=1.0, bounds="quantile")] == ["a", "b", "c"]
+    assert [r[1] for r in related(low=0.0, up=0.25, bounds="quantile")] == ["d", "a"]
+    assert len(related(low=0.0, up=1.0, bounds="quantile")) == 5
+
+
+def test_filters_come_before_top_t_and_the_correction_before_the_bounds(related: Related, tmp_path: Path) -> None:
+    """With power 1/2 the score of a (4 clicks) is 4 / 2 = 2, of b (16 clicks) 2 / 4 = 0.5, of c (1 click) 2."""
+    clicks = pa.table({"note_id": ["a", "b", "c", "d"], "num_users": [4, 16, 1, 1]})
+    (tmp_path / "clicks").mkdir()
+    pq.write_table(clicks, tmp_path / "clicks" / "part-00000.parquet")
+    of = Competition(min_users=2, clicks=tmp_path / "clicks", popularity_power=0.5)
+    assert related(PAIRS, of, low=1.0, up=2.0, top_t=1) == [("q", "a", 2.0, 1)]
+    assert [r[1] for r in related(min_users=3)] == ["a", "b"]
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Path:
     """Scores of both windows, and the sides of their notes: q, a, b, c train; r, s, t are the pool."""
-    clicks = frame("note_id string, num_users bigint", [(n, 2) for n in "abcdst"])
     train, test = [*PAIRS, ("r", "s", 8.0, 9)], [("r", "s", 3.0, 3), ("r", "t", 1.0, 1), ("q", "a", 9.0, 9)]
     for window, rows in (("train", train), ("test", test)):
-        write_table(frame(SCORES, rows), tmp_path / "scores" / window, ["query_id"])
-        write_table(clicks, tmp_path / "scores" / f"{window}_clicks", ["note_id"])
-    sides = [(n, "train", n) for n in "qabc"] + [(n, "pool", n) for n in "rst"]
-    write_table(frame(SIDES, sides), tmp_path / "sides", ["note_id"])
+        write_scores(tmp_path / "scores" / window / "part-00000.parquet", rows)
+        clicks = tmp_path / "scores" / f"{window}_clicks" / "part-00000.parquet"
+        write_rows(clicks, schema.TARGET_CLICKS, [(n, 2) for n in "abcdst"])
+    write_sides(tmp_path / "sides", "qabc", "rst")
     return tmp_path
+
+
+def write_sides(folder: Path, train: str, pool: str) -> None:
+    rows = [(n, side, n, side == "train") for side, notes in (("train", train), ("pool", pool)) for n in notes]
+    write_rows(folder / "part-00000.parquet", schema.NOTE_SIDES, rows)
 
 
 def test_relate_counts_every_filter(spark: SparkSession, scored: Path) -> None:
@@ -98,9 +111,8 @@ def test_no_pair_left_names_the_setting(
         relate(spark, scored / "scores", scored / "sides", scored / "out", Filters(**{**OPEN, **change}))
 
 
-def test_a_pool_without_pairs_names_the_setting(spark: SparkSession, frame: Frame, scored: Path) -> None:
-    sides = [(n, "train", n) for n in "qabcst"] + [("r", "pool", "r")]
-    write_table(frame(SIDES, sides), scored / "one", ["note_id"])
+def test_a_pool_without_pairs_names_the_setting(spark: SparkSession, scored: Path) -> None:
+    write_sides(scored / "one", "qabcst", "r")
     with pytest.raises(
         ValueError, match=r"^test: no pair has both notes on the side pool; set window\.test_days, split"
     ):
@@ -130,4 +142,4 @@ def test_command(
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("--scores", scored / "sides", "--out", scored / "x", "--low", 0, "--up", 1, "--top-t", 1)
-    assert "lacks the column query_id" in capsys.readouterr().err
+    assert "part-00000.parquet lacks the column query_id" in capsys.readouterr().err

@@ -1,14 +1,11 @@
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
-from spark_jobs.tables import quantiles, read_table, readable, replacing, score_quantiles, top_counts, write_table
+from spark_jobs.tables import read_table, readable, replacing, top_counts, write_table
 from tests.spark_jobs.conftest import SCORES, Frame
 
 
@@ -24,7 +21,6 @@ def test_the_same_rows_in_another_order_make_the_same_bytes(frame: Frame, tmp_pa
 def test_an_empty_table_keeps_its_columns(spark: SparkSession, frame: Frame, tmp_path: Path) -> None:
     write_table(frame(SCORES, []), tmp_path / "a", ["query_id"])
     assert read_table(spark, tmp_path / "a").columns == ["query_id", "target_id", "score", "num_users"]
-    assert set(score_quantiles(read_table(spark, tmp_path / "a")).values()) == {None}
 
 
 def test_a_missing_or_damaged_table_is_named(spark: SparkSession, tmp_path: Path) -> None:
@@ -69,14 +65,3 @@ def test_the_most_frequent_values_stand_for_all(frame: Frame) -> None:
     df = frame("event string", [(e,) for e in ["c", "a", None, "a", "b", "a", None]])
     assert top_counts(df, "event", 2) == {"a": 3, "": 2, "(others)": 2}
     assert list(top_counts(df, "event", 4).items()) == [("a", 3), ("", 2), ("b", 1), ("c", 1)]
-
-
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(
-    values=st.lists(st.floats(-9, 1e300) | st.sampled_from([0.0, 0.5, 0.5000001, 1.0]), min_size=1, max_size=60),
-    shares=st.lists(st.floats(0, 1), min_size=1, max_size=4),
-)
-def test_quantiles_are_those_of_numpy(frame: Frame, values: list[float], shares: list[float]) -> None:
-    found = quantiles(frame("x double", [(v,) for v in [*values, None]]), "x", shares)
-    assert found == pytest.approx(np.quantile(values, shares).tolist(), rel=1e-12, abs=1e-300)
-    assert quantiles(frame("x double", []), "x", shares) == [None] * len(shares)
