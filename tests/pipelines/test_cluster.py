@@ -1,0 +1,28 @@
+"""The graph with Spark on a standalone cluster: the same datasets as locally, so that nothing is trained again."""
+
+from pathlib import Path
+
+import pytest
+
+from notellm2_core.recipe import STAGES
+from tests.cluster import standalone_cluster
+from tests.pipelines.conftest import Workplace
+
+BY_SPARK = {"raw_events", "notes", "events", "cooccurrence", "note_sides", "related_pairs", "pair_datasets"}
+
+
+def contents(workplace: Workplace) -> dict[str, str]:
+    """Landed files have the name of their landing, which depends on when the source was written: left out."""
+    return {file: content for file, content in workplace.files().items() if not file.startswith("raw_events/")}
+
+
+@pytest.mark.slow
+def test_the_same_datasets_through_spark_connect(
+    finished: Workplace, copy_of_finished: Workplace, tmp_path: Path
+) -> None:
+    copy_of_finished.forget("landing", "period", *BY_SPARK)
+    with standalone_cluster(tmp_path / "cluster") as cluster, cluster.connect_server() as remote:
+        code, output = copy_of_finished.recall(SPARK_REMOTE=remote)
+    assert code == 0, output[-6000:]
+    assert {name for name in STAGES if f" {name}: made at" in output} == BY_SPARK
+    assert contents(copy_of_finished) == contents(finished)
