@@ -5,15 +5,12 @@ last digit, as if all were made again.
 """
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from datetime import date
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from notellm2_core.lake import Dataset, Draft, fingerprint
 from notellm2_core.recipe import Recipe
@@ -32,7 +29,7 @@ Period = tuple[str, tuple[date, date] | None]  # its name and the days [start, e
 def landings(context: dg.AssetExecutionContext, spark: "SparkSession", recipe: Recipe) -> list[Dataset]:
     """The landings that hold the source's files, each file once. Those that are new or have changed are landed."""
     from spark_jobs.landing import land
-    from spark_jobs.source import event_files
+    from spark_jobs.source import alike, event_files
 
     source, partition = recipe.source, recipe.config.source.partition
     stats = {file: (source / file).stat() for file in event_files(source)}
@@ -45,7 +42,7 @@ def landings(context: dg.AssetExecutionContext, spark: "SparkSession", recipe: R
             found.append(landing)
             new = {file: stat for file, stat in new.items() if file not in held}
     context.log.info(f"{len(files)} files of events, {len(files) - len(new)} of them landed before")
-    groups = _groups({file: _columns(source / file) for file in new})
+    groups = _groups(alike(source, list(new)))
     for number, some in enumerate(groups, start=1):
         settings = {**origin, "files": {file: new[file] for file in some}}
         key = fingerprint(settings)
@@ -56,19 +53,10 @@ def landings(context: dg.AssetExecutionContext, spark: "SparkSession", recipe: R
     return found
 
 
-def _groups(columns: Mapping[str, str]) -> list[list[str]]:
-    """Files (with their columns) that are landed together: one by itself, or of very many those with equal columns."""
-    size = -(-len(columns) // _MAX_LANDINGS)
-    alike = [list(files) for _, files in groupby(sorted(columns, key=lambda f: (columns[f], f)), columns.get)]
-    return [files[start : start + size] for files in alike for start in range(0, len(files), size)]
-
-
-def _columns(file: Path) -> str:
-    """What Spark would read as one type for many files; a file that is none of Parquet is named where it is landed."""
-    try:
-        return str(pq.read_schema(file).remove_metadata())
-    except (OSError, pa.ArrowException):
-        return ""
+def _groups(alike: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Files that are landed together: one by itself, or of very many those with equal columns."""
+    size = -(-sum(map(len, alike)) // _MAX_LANDINGS)
+    return [list(files[start : start + size]) for files in alike for start in range(0, len(files), size)]
 
 
 def reduced_periods(

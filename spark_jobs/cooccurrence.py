@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from datetime import date
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from spark_jobs.score_tasks import (
     write_scores,
 )
 from spark_jobs.session import absolute_path, spark_session
-from spark_jobs.source import read_source_events
+from spark_jobs.source import alike, event_files, read_source_events
 from spark_jobs.tables import counts_by, num_files, read_table, readable, replacing, top_counts, write_table
 
 _DEFAULT = Scoring()
@@ -164,7 +165,9 @@ def main() -> None:
     with one_line_errors(), replacing(args.out, args.events, SCORES.names) as out, readable(args.events):
         scoring = Scoring(**{field.name: getattr(args, field.name) for field in fields(Scoring)})
         spark = spark_session("cooccurrence")
-        raw = land_events(read_source_events(spark, args.events)).persist()
+        groups = alike(args.events, event_files(args.events))
+        landed = (land_events(read_source_events(spark, args.events, files)) for files in groups)
+        raw = reduce(DataFrame.union, landed).persist()
         names = top_counts(raw, "event")
         in_days = F.isnull("timestamp") | within(args.start, args.end)
         labelled = label_events(raw.filter(in_days), event_names).persist()

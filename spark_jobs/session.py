@@ -34,6 +34,7 @@ _SQL_SETTINGS = {
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
     "spark.sql.legacy.parquet.nanosAsLong": "true",  # pandas writes nanoseconds, which Spark otherwise refuses to read
     "spark.sql.adaptive.enabled": "true",
+    "spark.sql.caseSensitive": "true",  # a column Title beside title is another one
     "spark.sql.csv.parser.columnPruning.enabled": "false",  # a line with too many fields is only seen if all are read
     "spark.sql.sources.partitionColumnTypeInference.enabled": "false",  # note_id=007/ is no number
 }
@@ -169,6 +170,9 @@ def _local_settings(scratch: Path) -> dict[str, str]:
     log.write_text(
         "rootLogger.level = error\nrootLogger.appenderRef.stderr.ref = stderr\n"
         "logger.gateway.name = org.apache.spark.api.python.PythonGatewayServer\nlogger.gateway.level = error\n"
+        # A task that fails for good raises here, with all that these say.
+        "logger.executor.name = org.apache.spark.executor.Executor\nlogger.executor.level = off\n"
+        "logger.tasks.name = org.apache.spark.scheduler.TaskSetManager\nlogger.tasks.level = off\n"
         "appender.stderr.type = Console\nappender.stderr.name = stderr\nappender.stderr.target = SYSTEM_ERR\n"
         "appender.stderr.layout.type = PatternLayout\nappender.stderr.layout.pattern = %p %c{1}: %m%n%ex\n"
     )

@@ -15,9 +15,12 @@ Anything else, and any time outside the years 1 to 9999, cannot be placed.
 
 import os
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -30,12 +33,31 @@ _DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(\.0*)?$"  # as seco
 _ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]\d{1,2}:.*)?$"  # Spark alone would also take a year, or a time of today
 _MICROS_OF_YEARS = (-62135596800000000, 253402300799999999)  # 0001-01-01 .. 9999-12-31, what Python can show
 MALFORMED = "_corrupt_record"  # Spark's name for it
+_CSV = (".csv", ".csv.gz")
 _ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 
 
 def event_files(source: Path) -> list[str]:
     """The files of the log, relative to `source`; in a folder, those that readers of Parquet open."""
-    return [str(file.relative_to(source)) for file in _visible_files(find_events(source))]
+    return [str(file.relative_to(source)) for file in _visible_files(_events(source))]
+
+
+def alike(source: Path, files: Sequence[str]) -> list[list[str]]:
+    """Some of the `event_files(source)`, those together whose columns have the same types: Spark reads many files with
+    the types of one. Raises ValueError naming a file that is damaged.
+    """
+    columns = {file: _columns(source / file) for file in files}
+    return [list(group) for _, group in groupby(sorted(files, key=lambda f: (columns[f], f)), columns.get)]
+
+
+def _columns(file: Path) -> str:
+    if file.name.endswith(_CSV):
+        return ""
+    try:
+        found = pq.read_schema(file)
+    except (OSError, pa.ArrowException) as e:
+        raise ValueError(f"{file} is damaged, or no Parquet; replace it.") from e
+    return ", ".join(f"{f.name} {f.type}" for f in found if f.name in SOURCE_EVENT_COLUMNS)
 
 
 def _visible_files(path: Path) -> list[Path]:
@@ -72,6 +94,13 @@ def _read_csv(spark: SparkSession, path: Path) -> DataFrame:
     return spark.read.csv(literal(path), columns, columnNameOfCorruptRecord=MALFORMED, **form)
 
 
+def _events(source: Path) -> Path:
+    """The table of events that `source` is, or the one that it holds."""
+    is_source = any((source / name).exists() for name in ("notes.parquet", *SOURCE_EVENTS))
+    is_table = source.is_file() or (not is_source and _holds_parquet(source))
+    return source if is_table else find_events(source)
+
+
 def find_events(source: Path) -> Path:
     """The one file or folder of events in `source`."""
     if not source.exists():
@@ -90,19 +119,19 @@ def read_source_events(spark: SparkSession, source: Path, files: Sequence[str] |
     """The events of `source` as they came; of a CSV every column as text, and MALFORMED.
 
     `source` is a source folder, or directly a .csv(.gz) file or a folder of Parquet. `files`: which of its
-    `event_files`; None: all. Raises ValueError naming the file, and the column that is missing or of the wrong type.
+    `event_files`, all `alike`; None: all. Raises ValueError naming the file, and the column that is missing or of the
+    wrong type.
     """
-    is_source = any((source / name).exists() for name in ("notes.parquet", *SOURCE_EVENTS))
-    is_table = source.is_file() or (not is_source and _holds_parquet(source))
-    path = source if is_table else find_events(source)
+    path = _events(source)
     with readable(path):
-        if path.name.endswith((".csv", ".csv.gz")):
+        if path.name.endswith(_CSV):
             events = _read_csv(spark, path)
         elif path.is_dir() and not _holds_parquet(path):
             raise ValueError(f"{path} holds no Parquet files.")
         else:
             chosen = [source / file for file in files] if files is not None else _visible_files(path)
             events = _read_parquet(spark, path, chosen)
+            path = chosen[0]
     _require(events, SOURCE_EVENT_COLUMNS, path)
     for column in ("user_id", "note_id", "event"):
         events = _typed(events, column, _ID_TYPES, "text or whole numbers", path)

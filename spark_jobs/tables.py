@@ -24,6 +24,7 @@ _UNREADABLE = (
     "is not a Parquet file",
     "ArrowInvalid",
 )
+_STRANGE_COLUMN = re.compile(r"\[(?:PARQUET_TYPE_ILLEGAL|UNSUPPORTED_TIME_TYPE)\] (.*?)\.? SQLSTATE")
 
 
 def write_table(df: DataFrame, out: Path, sort: Sequence[str], num_files: int = 1) -> None:
@@ -79,12 +80,14 @@ def read_table(spark: SparkSession, *paths: Path) -> DataFrame:
 
 @contextmanager
 def readable(path: Path | str) -> Iterator[None]:
-    """Turn Spark's failure to read a damaged file into a ValueError that names it."""
+    """Turn Spark's failure to read a damaged file, or a strange type, into a ValueError that names it."""
     try:
         yield
     except (PySparkException, Py4JJavaError) as e:
         if any(sign in str(e) for sign in _UNREADABLE):
             raise ValueError(f"{path} is damaged, or not of the format its name says; replace it.") from e
+        if found := _STRANGE_COLUMN.search(str(e)):
+            raise ValueError(f"{path} has a column that Spark cannot read ({found[1]}); leave it out.") from e
         raise
 
 
@@ -95,11 +98,12 @@ def replacing(out: Path, made_from: Path, columns: Sequence[str]) -> Iterator[Pa
     Raises ValueError where `out` holds anything but the files of a table with `columns`, or what the result is made
     from: only a former result is ever overwritten.
     """
+    out = out.resolve()  # where a link leads to: the link stays
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder.")
-    if made_from.resolve().is_relative_to(out.resolve()):
+    if made_from.resolve().is_relative_to(out):
         raise ValueError(f"--out {out} holds what is to be read, {made_from}; name another folder.")
-    if out.resolve().is_relative_to(made_from.resolve()):
+    if out.is_relative_to(made_from.resolve()):
         raise ValueError(f"--out {out} lies in what is to be read, {made_from}; name another folder.")
     foreign = [f.name for f in out.iterdir() if not _is_result(f, columns)] if out.exists() else []
     if foreign:

@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -172,6 +173,19 @@ def test_command(
     swing = [tuple(row.values()) for row in pq.read_table(tmp_path / "swing").to_pylist()]
     assert sorted(swing) == [("A", "B", pytest.approx(1 / 6), 2), ("B", "A", pytest.approx(1 / 6), 2)]  # 1/2 / (1 + 2)
     assert json.loads(capsys.readouterr().out)["max_loss"] is None
+
+    folder = tmp_path / "parquet"  # two files of other types, and then one that is damaged
+    folder.mkdir()
+    for name, ids, times in (("a", ["1", "1"], ["1970-01-01", "1970-01-02"]), ("b", [1, 2], [172800, 0])):
+        columns = {"user_id": ids, "note_id": ["A", "B"], "timestamp": times, "event": ["click"] * 2}
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    run(monkeypatch, "--events", folder, "--out", tmp_path / "mixed")
+    assert [tuple(row.values()) for row in pq.read_table(tmp_path / "mixed").to_pylist()] == [
+        ("A", "B", 0.5, 1), ("B", "A", 0.5, 1)
+    ]  # fmt: skip
+    capsys.readouterr()
+    (folder / "b.parquet").write_text("PAR1")
+    fails("b.parquet is damaged", "--events", folder, "--out", tmp_path / "none")
 
     fails("no clicks; set --click-events", "--events", log, "--out", tmp_path / "none")
     fails("does not exist", "--events", tmp_path / "nowhere", "--out", tmp_path / "none")

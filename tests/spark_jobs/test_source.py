@@ -10,7 +10,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from spark_jobs.landing import land, land_events, landed_figures
-from spark_jobs.source import find_events, read_source_events, read_source_notes
+from spark_jobs.source import alike, event_files, find_events, read_source_events, read_source_notes
 from tests.spark_jobs.conftest import Frame
 
 TEXT = "user_id string, note_id string, timestamp string, event string"
@@ -123,6 +123,37 @@ def test_a_table_of_events_is_read_directly(spark: SparkSession, tmp_path: Path)
     pq.write_table(pa.table(columns), tmp_path / "table" / "dt=2024-01-01" / "x.parquet")
     assert read_source_events(spark, tmp_path / "table").count() == 1
     assert find_events(write_csv(tmp_path / "events.csv", []).parent).name == "events.csv"
+
+
+def test_files_with_columns_of_the_same_types_are_read_together(tmp_path: Path) -> None:
+    folder = tmp_path / "events"
+    folder.mkdir()
+    for name, columns in {
+        "a": {"user_id": [1], "more": ["x"]},
+        "b": {"user_id": ["u"]},
+        "c": {"more": [1], "user_id": [2]},
+        "d": {"event": ["view"], "user_id": [2]},
+    }.items():
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    files = event_files(tmp_path)
+    assert alike(tmp_path, files) == [
+        ["events/d.parquet"], ["events/a.parquet", "events/c.parquet"], ["events/b.parquet"]
+    ]  # fmt: skip
+    assert alike(folder, ["b.parquet"]) == [["b.parquet"]]
+    csv = write_csv(tmp_path / "log.csv.gz", [])
+    assert alike(csv, event_files(csv)) == [["."]]
+    (folder / "b.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"b\.parquet is damaged"):
+        alike(tmp_path, files)
+
+
+def test_a_column_more_does_no_harm_unless_spark_cannot_read_it(spark: SparkSession, tmp_path: Path) -> None:
+    columns = {"user_id": ["u"], "note_id": ["n"], "timestamp": [1], "event": ["view"]}
+    pq.write_table(pa.table({**columns, "Event": ["x"]}), tmp_path / "x.parquet")
+    assert read_source_events(spark, tmp_path).select("event").head() == ("view",)
+    pq.write_table(pa.table({**columns, "clock": pa.array([1], pa.time64("us"))}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"has a column that Spark cannot read \(.*TIME.*\); leave it out"):
+        read_source_events(spark, tmp_path)
 
 
 def test_notes_that_cannot_be_used_are_named(spark: SparkSession, tmp_path: Path) -> None:

@@ -42,6 +42,13 @@ def test_replacing_takes_the_place_of_a_former_result_only(tmp_path: Path) -> No
             pq.write_table(pa.table({"a": [number]}), new / part)
     assert pq.read_table(out / part)["a"].to_pylist() == [2]
 
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    with replacing(link, log, ["a"]) as new:  # what it leads to is replaced
+        new.mkdir()
+        pq.write_table(pa.table({"a": [2]}), new / part)
+    assert link.is_symlink() and [p.name for p in out.iterdir()] == [part]
+
     with pytest.raises(ZeroDivisionError), replacing(out, log, ["a"]) as new:
         new.write_text(str(1 / 0))
     assert pq.read_table(out / part)["a"].to_pylist() == [2]
