@@ -21,7 +21,7 @@ from notellm2_core.schema import RELATED_PAIRS
 from spark_jobs.pair_tasks import COUNTED, STRONGEST, VALUES, Competition, by_file, score_files
 from spark_jobs.quantiles import Ints, quantiles
 from spark_jobs.session import absolute_path, spark_session
-from spark_jobs.tables import figures, read_table, readable, replacing, write_table
+from spark_jobs.tables import figures, pair_figures, read_table, readable, replacing, write_table
 
 Bounds = Literal["absolute", "quantile"]
 _SHARES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -98,15 +98,12 @@ def related_pairs(
     ranked = strongest.withColumn("rank", F.row_number().over(order)).filter(F.col("rank") <= filters.top_t)
     write_table(ranked.select(RELATED_PAIRS.names), out, ["query_id", "rank"])
     strongest.unpersist()
-    pairs = read_table(spark, out)
-    ends = pairs.select(F.explode(F.array("query_id", "target_id")).alias("note_id"))
     kept = pq.read_table(out, columns=["score"])["score"].to_numpy()
     return {
         "pairs_on_side": num_pairs,
         "pairs_with_min_users": bins.total(),
         "pairs_within_bounds": within_bounds,
-        **figures(pairs, pairs=F.count("*"), queries=F.count_distinct("query_id")),
-        "notes": ends.distinct().count(),
+        **pair_figures(read_table(spark, out)),
         "score_before_bounds": dict(zip(_SHARES, spread, strict=True)),
         "score": dict(zip(_SHARES, np.quantile(kept, shares).tolist(), strict=True)),
     }

@@ -9,7 +9,7 @@ from pyspark.sql import functions as F
 
 from notellm2_core.schema import NOTE_SIDES, POOL, RELATED_PAIRS
 from spark_jobs.groups import clusters, components, computed, near_duplicates, position
-from spark_jobs.tables import counts_by, figures, read_table, write_table
+from spark_jobs.tables import counts_by, figures, pair_figures, read_table, write_table
 
 By = Literal["time", "hash"]
 
@@ -198,11 +198,7 @@ def split(spark: SparkSession, pairs: Path, sides: Path, out: Path, validation_s
     for name, table in tables.items():
         write_table(table, out / name, ["query_id", "rank", "target_id"])
         tables[name] = read_table(spark, out / name)
-        ends = tables[name].select(F.explode(F.array("query_id", "target_id")).alias("note_id"))
-        counts[name] = {
-            **figures(tables[name], pairs=F.count("*"), queries=F.count_distinct("query_id")),
-            "notes": ends.distinct().count(),
-        }
+        counts[name] = pair_figures(tables[name])
     num_pairs = all_train.count()
     if not counts["train"]["pairs"] or (validation_share and not counts["validation"]["pairs"]):
         raise ValueError(

@@ -158,3 +158,10 @@ def top_counts(df: DataFrame, column: str, num: int = 20) -> dict[str, int]:
 def figures(df: DataFrame, **expressions: Column) -> dict[str, Any]:
     """One row of aggregates, by name."""
     return df.agg(*(e.alias(name) for name, e in expressions.items())).collect()[0].asDict()
+
+
+def pair_figures(pairs: DataFrame) -> dict[str, int]:
+    """How many pairs, queries, and notes (queries or targets) a table of pairs has."""
+    ends = pairs.select(F.explode(F.array("query_id", "target_id")).alias("note_id"))
+    counted = figures(pairs, pairs=F.count("*"), queries=F.count_distinct("query_id"))
+    return {**counted, "notes": ends.distinct().count()}

@@ -91,7 +91,7 @@ class FeatureStore:
         image_ids: Sequence[str],
         patches: np.ndarray,
         global_feature: np.ndarray,
-        perceptual_hashes: Sequence[str | None] | None = None,
+        perceptual_hashes: Sequence[str | None],
     ) -> None:
         """Add one part: `patches` [n, L, h_v] and `global_feature` [n, h_v], kept as fp16.
 
@@ -99,7 +99,7 @@ class FeatureStore:
         """
         n = len(image_ids)
         assert patches.shape == (n, self.num_patches, self.width) and global_feature.shape == (n, self.width)
-        arrays: list[pa.Array] = [pa.array(c, pa.string()) for c in (image_ids, perceptual_hashes or [None] * n)]
+        arrays: list[pa.Array] = [pa.array(c, pa.string()) for c in (image_ids, perceptual_hashes)]
         for values in (patches, global_feature):
             with np.errstate(over="ignore"):
                 half = np.ascontiguousarray(values, dtype=np.float16).reshape(n, -1)

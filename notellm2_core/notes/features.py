@@ -60,9 +60,8 @@ def compute(
     images.allow_pixels(max_pixels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder.to(device)
-    known = store.known()  # and whatever this run has taken on
-    before = frozenset(known)
-    hashes = {image_id: store.perceptual_hash(image_id) for image_id in known}
+    before = store.known()
+    hashes = {image_id: store.perceptual_hash(image_id) for image_id in before}  # and of what this run has taken on
     batch: dict[str, Tensor] = {}
     part: list[tuple[list[str], np.ndarray, np.ndarray]] = []
     rows: list[tuple[str, str | None, str | None, str]] = []
@@ -73,7 +72,7 @@ def compute(
         if encoded.status != "ok":
             return _Prepared(note_id, encoded.status)
         image_id = encoded.image_id
-        if image_id in known:
+        if image_id in hashes:
             status = images.check_header(encoded.data, max_pixels)
             return _Prepared(note_id, status, image_id if status == "ok" else None)
         status, image = images.decode(encoded.data, max_pixels)
@@ -97,8 +96,7 @@ def compute(
     with ThreadPoolExecutor(max_workers=min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
         done = _in_order(pool, prepare, _read_notes(notes), ahead=2 * batch_size)
         for found in tqdm(done, total=total, desc="vision features", unit="note", mininterval=1):
-            if found.pixels is not None and found.image_id is not None and found.image_id not in known:
-                known.add(found.image_id)
+            if found.pixels is not None and found.image_id is not None and found.image_id not in hashes:
                 hashes[found.image_id] = found.perceptual_hash
                 batch[found.image_id] = found.pixels
                 if len(batch) == batch_size:

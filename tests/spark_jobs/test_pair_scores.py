@@ -104,13 +104,6 @@ def test_worked_example_of_a_cap() -> None:
     assert capped.note_loss == pytest.approx([1 / 3] * 5)
 
 
-def test_disjoint_losses_do_not_add_up() -> None:
-    """A thousand users view eleven notes each, all different, and click a last one. What may go is 1, not 1000."""
-    rows: Rows = [(u, 20 * u + n, n, None if n < 10 else 99) for u in range(1000) for n in range(11)]
-    capped = scored(rows, max_notes=10)[1]
-    assert capped.users == 1000 and capped.loss == 1000.0 and capped.note_loss.tolist() == [1.0] * 1000
-
-
 @settings(max_examples=100, deadline=None)
 @given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=60))
 def test_a_score_is_the_exact_sum_rounded_once(sizes: list[int]) -> None:

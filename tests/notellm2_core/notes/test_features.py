@@ -75,9 +75,9 @@ def store(tmp_path):
     return FeatureStore.create(tmp_path / "store", num_patches=3, width=2)
 
 
-def values(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def values(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[None]]:
     rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, 3, 2)).astype(np.float32), rng.normal(size=(n, 2)).astype(np.float32)
+    return rng.normal(size=(n, 3, 2)).astype(np.float32), rng.normal(size=(n, 2)).astype(np.float32), [None] * n
 
 
 def test_store_gives_back_rows_in_the_order_asked_for(store, monkeypatch):
@@ -90,7 +90,7 @@ def test_store_gives_back_rows_in_the_order_asked_for(store, monkeypatch):
     expected = {
         i: (p, g)
         for s, ids in enumerate(["abcde", "fghijkl"])
-        for i, p, g in zip(ids, *values(len(ids), s), strict=True)
+        for i, p, g, _ in zip(ids, *values(len(ids), s), strict=True)
     }
     reopened = FeatureStore(store.root)
     assert (reopened.num_patches, reopened.width) == (3, 2)
@@ -119,10 +119,10 @@ def test_store_refuses(store, tmp_path):
     store.append(["a"], *values(1))
     with pytest.raises(ValueError, match=r"no features of 1 of 2 images \(first: x\); compute them with"):
         store.load(["a", "x"])
-    patches, pooled = values(2)
+    patches, pooled, hashes = values(2)
     patches[1, 0, 0] = 70_000  # fp16 ends at 65,504
     with pytest.raises(ValueError, match="beyond the range of fp16 for image c"):
-        store.append(["b", "c"], patches, pooled)
+        store.append(["b", "c"], patches, pooled, hashes)
     with pytest.raises(ValueError, match="holds 3 x 2 features, not 4 x 2"):
         FeatureStore.create(store.root, 4, 2)
     with pytest.raises(ValueError, match="holds no vision features"):

@@ -67,7 +67,7 @@ def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6, comple
     known = [i for i in images if i is not None]
     store = FeatureStore.create(world.path("store") / encoder.encoder_id, encoder.num_patches, encoder.width)
     patches = rng.normal(size=(len(known), encoder.num_patches, encoder.width))
-    store.append(known, patches, patches.mean(axis=1))
+    store.append(known, patches, patches.mean(axis=1), [None] * len(known))
     return world
 
 
