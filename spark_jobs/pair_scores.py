@@ -6,7 +6,7 @@ order of users nor on their partition, and sums that are equal are equal (1/3 + 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,10 @@ class Pairs(NamedTuple):
     target: Ints
     score: Floats
     num_users: Ints
+
+    def chosen(self, which: Any) -> "Pairs":
+        """Those that `which`, a mask or places, picks."""
+        return Pairs(*(column[which] for column in self))
 
 
 class _Runs(NamedTuple):
@@ -93,7 +97,7 @@ def _summed(
     target = pair & ((1 << note_bits) - 1)
     queries = query[run_starts(place)][pair >> note_bits]
     other = queries != target  # a note is not paired with itself
-    return Pairs(queries[other], target[other], score[other], num_users[other])
+    return Pairs(queries, target, score, num_users).chosen(other)
 
 
 def _in_two_parts(sizes: Ints) -> tuple[Floats, Floats]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from notellm2_core.schema import SCORES
+from spark_jobs.pair_scores import Pairs
 from spark_jobs.quantiles import Floats, Ints, bin_counts, value_counts
 from spark_jobs.user_lists import run_starts
 
@@ -33,18 +34,6 @@ COUNTED = pa.schema(
 VALUES = pa.schema([pa.field("value", pa.float64()), pa.field("count", pa.int64())])
 _IDS = ("query_id", "target_id")
 STRONGEST = SCORES.append(pa.field("within_bounds", pa.int64(), nullable=False))  # in one row: of all it was chosen of
-
-
-class _Pairs(NamedTuple):
-    """Pairs as numbers into two lists of ids; each [n]."""
-
-    query: Ints
-    target: Ints
-    score: Floats
-    num_users: Ints
-
-    def chosen(self, which: Any) -> "_Pairs":
-        return _Pairs(*(column[which] for column in self))
 
 
 @dataclass(frozen=True)
@@ -96,7 +85,7 @@ class Competition:
             ids = query_ids.take(pa.array(kept.query)), target_ids.take(pa.array(kept.target))
             yield _batch(STRONGEST, *ids, kept.score, kept.num_users, within_bounds)
 
-    def _pairs(self, file: Path) -> tuple[tuple[pa.Array, pa.Array], Iterator[tuple[_Pairs, _Pairs]]]:
+    def _pairs(self, file: Path) -> tuple[tuple[pa.Array, pa.Array], Iterator[tuple[Pairs, Pairs]]]:
         """The ids of queries and targets, and by row group the pairs on the side, and the candidates among them."""
         table = pq.ParquetFile(file, read_dictionary=_IDS).read(SCORES.names).unify_dictionaries()
         if any(column.null_count for column in table.columns):
@@ -108,12 +97,12 @@ class Competition:
 
     def _by_row_group(
         self, table: pa.Table, query_ids: pa.Array, target_ids: pa.Array
-    ) -> Iterator[tuple[_Pairs, _Pairs]]:
+    ) -> Iterator[tuple[Pairs, Pairs]]:
         query_competes, target_competes = self._on_side(query_ids), self._on_side(target_ids)
         divisor = self._divisor(target_ids) if self.clicks and self.popularity_power else None
         for batch in table.to_batches():
             query, target = (batch[name].indices.to_numpy() for name in _IDS)
-            pairs = _Pairs(query, target, batch["score"].to_numpy(), batch["num_users"].to_numpy())
+            pairs = Pairs(query, target, batch["score"].to_numpy(), batch["num_users"].to_numpy())
             on_side = pairs.chosen(query_competes[pairs.query] & target_competes[pairs.target])
             candidates = on_side.chosen(on_side.num_users >= self.min_users)
             if divisor is not None:
