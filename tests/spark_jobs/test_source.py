@@ -133,11 +133,12 @@ def test_files_with_columns_of_the_same_types_are_read_together(tmp_path: Path) 
         "b": {"user_id": ["u"]},
         "c": {"more": [1], "user_id": [2]},
         "d": {"event": ["view"], "user_id": [2]},
+        "e": {"user_id": [2], "event": ["view"]},
     }.items():
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
     files = event_files(tmp_path)
     assert alike(tmp_path, files) == [
-        ["events/d.parquet"], ["events/a.parquet", "events/c.parquet"], ["events/b.parquet"]
+        ["events/d.parquet", "events/e.parquet"], ["events/a.parquet", "events/c.parquet"], ["events/b.parquet"]
     ]  # fmt: skip
     assert alike(folder, ["b.parquet"]) == [["b.parquet"]]
     csv = write_csv(tmp_path / "log.csv.gz", [])
@@ -145,6 +146,12 @@ def test_files_with_columns_of_the_same_types_are_read_together(tmp_path: Path) 
     (folder / "b.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"b\.parquet is damaged"):
         alike(tmp_path, files)
+    with pytest.raises(ValueError, match=r"typo\.parquet does not exist"):
+        event_files(tmp_path / "typo.parquet")
+    (tmp_path / "none" / "events").mkdir(parents=True)
+    (tmp_path / "none" / "events" / ".draft.parquet").touch()
+    with pytest.raises(ValueError, match="events holds no Parquet files"):
+        event_files(tmp_path / "none")
 
 
 def test_a_column_more_does_no_harm_unless_spark_cannot_read_it(spark: SparkSession, tmp_path: Path) -> None:

@@ -18,6 +18,18 @@ def test_the_same_rows_in_another_order_make_the_same_bytes(frame: Frame, tmp_pa
     assert [(tmp_path / "a" / f).read_bytes() for f in files] == [(tmp_path / "b" / f).read_bytes() for f in files]
 
 
+def test_a_table_has_as_many_files_as_asked_for_also_after_a_join(
+    spark: SparkSession, frame: Frame, tmp_path: Path
+) -> None:
+    """The rows of a join lie by its column already: Spark would leave out a repartition by that, and merge small
+    partitions.
+    """
+    rows = [(f"n{i}", f"n{i}", i / 3, i) for i in range(50)]
+    joined = frame(SCORES, rows).hint("shuffle_hash").join(frame(SCORES, rows).select("query_id"), "query_id")
+    write_table(joined, tmp_path / "a", ["query_id"], 3)
+    assert len(list((tmp_path / "a").iterdir())) == 3 and spark.conf.get("spark.sql.adaptive.enabled") == "true"
+
+
 def test_an_empty_table_keeps_its_columns(spark: SparkSession, frame: Frame, tmp_path: Path) -> None:
     write_table(frame(SCORES, []), tmp_path / "a", ["query_id"])
     assert read_table(spark, tmp_path / "a").columns == ["query_id", "target_id", "score", "num_users"]
