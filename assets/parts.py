@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 # Raise these, and the version of raw_events or events in notellm2_core.recipe with them, when code changes a result.
-_LANDING_VERSION = 2  # spark_jobs.source, spark_jobs.landing
+_LANDING_VERSION = 3  # spark_jobs.source, spark_jobs.landing
 _PERIOD_VERSION = 2  # spark_jobs.clean, spark_jobs.interactions
 _MAX_LANDINGS = 64  # of one run
 

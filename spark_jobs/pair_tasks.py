@@ -99,8 +99,8 @@ class Competition:
                 *(batch[name].indices.to_numpy().astype(np.int64) for name in _IDS),
                 *(batch[name].cast(kind).to_numpy() for name, kind in _NUMBERS.items()),
             )
-            if np.isnan(pairs.score).any():
-                raise BadInput(f"{file} holds scores that are no numbers (NaN); leave them out.")
+            if not np.isfinite(pairs.score).all():
+                raise BadInput(f"{file} holds scores that are infinite or no numbers (NaN); leave them out.")
             on_side = pairs.chosen(competes[0][pairs.query] & competes[1][pairs.target])
             candidates = on_side.chosen(on_side.num_users >= self.min_users)
             if clicks is not None:
@@ -139,8 +139,9 @@ def score_files(scores: Path) -> list[Path]:
         except (OSError, pa.ArrowException) as e:
             raise ValueError(f"{file} is damaged, or no Parquet; replace it.") from e
         for field in SCORES:
-            if field.name not in found.names:
-                raise ValueError(f"{file} lacks the column {field.name}; it has {', '.join(found.names)}.")
+            if found.names.count(field.name) != 1:
+                lacks = "has more than one" if field.name in found.names else "lacks the"
+                raise ValueError(f"{file} {lacks} column {field.name}; it has {', '.join(found.names)}.")
             kind = found.field(field.name).type
             if not (_is_text(kind) if field.name in _IDS else _is_number(kind)):
                 raise ValueError(f"{file}: the column {field.name} has type {kind}, not {field.type}.")
@@ -196,7 +197,8 @@ def _clicks_of(ids: pa.Array, clicks: pa.Table) -> Floats:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    of = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(of) or pa.types.is_large_string(of)
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -86,7 +86,7 @@ def related_pairs(
         bins.update(dict(zip(of["bins"], of["counts"], strict=True)))
     if not bins:
         raise ValueError(
-            f"{name}: no pair has pairs.min_users = {filters.min_users} users (the most is "
+            f"{name}: no pair has pairs.min_users (--min-users) = {filters.min_users} users (the most is "
             f"{max(of['most_users'] for of in counted)}); lower it."
         )
 
@@ -104,21 +104,23 @@ def related_pairs(
     within_bounds = figures(strongest, pairs=F.sum("chosen_from"))["pairs"]
     if not within_bounds:
         raise ValueError(
-            f"{name}: no score lies in [pairs.low, pairs.up] = [{filters.low}, {filters.up}] ({filters.bounds}); the "
-            f" scores reach from {spread[0]:.6g} to {spread[-1]:.6g}."
+            f"{name}: no score lies in [pairs.low, pairs.up] (--low, --up) = [{filters.low}, {filters.up}] "
+            f"({filters.bounds}); the scores reach from {spread[0]:.6g} to {spread[-1]:.6g}."
         )
     order = Window.partitionBy("query_id").orderBy(F.desc("score"), F.asc("target_id"))
     ranked = strongest.withColumn("rank", F.row_number().over(order)).filter(F.col("rank") <= filters.top_t)
     write_table(ranked.select(RELATED_PAIRS.names), out, ["query_id", "rank"])
     strongest.unpersist()
-    kept = pq.read_table(out, columns=["score"])["score"].to_numpy()
+    kept = pq.read_table(out)
+    if kept.group_by(["query_id", "target_id"]).aggregate([]).num_rows < kept.num_rows:
+        raise ValueError(f"{name}: {scores} holds the same pair more than once; leave one of them.")
     return {
         "pairs_on_side": num_pairs,
         "pairs_with_min_users": bins.total(),
         "pairs_within_bounds": within_bounds,
         **pair_figures(read_table(spark, out)),
         "score_before_bounds": dict(zip(SHARES, spread, strict=True)),
-        "score": dict(zip(SHARES, np.quantile(kept, shares).tolist(), strict=True)),
+        "score": dict(zip(SHARES, np.quantile(kept["score"], shares).tolist(), strict=True)),
     }
 
 
@@ -133,8 +135,11 @@ def main() -> None:
     parser.add_argument("--min-users", type=int, default=1, help="fewest users of a pair")
     args = parser.parse_args()
     with one_line_errors(), replacing(args.out, args.scores, RELATED_PAIRS.names) as out:
-        if args.low > args.up or args.top_t < 1:
-            raise ValueError(f"need --low <= --up and --top-t >= 1, got {args.low}, {args.up}, {args.top_t}.")
+        if not args.low <= args.up or args.top_t < 1 or args.min_users < 1:  # NaN is not <= either
+            raise ValueError(
+                "need --low <= --up, --top-t >= 1 and --min-users >= 1, got "
+                f"{args.low}, {args.up}, {args.top_t} and {args.min_users}."
+            )
         if args.bounds == "quantile" and not 0 <= args.low <= args.up <= 1:
             raise ValueError(f"with --bounds quantile, --low and --up are shares in [0, 1]: {args.low}, {args.up}.")
         filters = Filters(args.low, args.up, args.bounds, args.top_t, 0.0, args.min_users)

@@ -6,10 +6,10 @@ quarantined with its reason by `spark_jobs.clean`.
 
 A `timestamp` is one of
   - a number: unix time. Seconds below 1e11 in size, milliseconds below 1e14, microseconds below 1e17, nanoseconds
-    above. The unit of a time after 1973-03-03 is never mistaken; of earlier ones only seconds are read rightly;
+    above. The unit of a number after 1973-03-03 is never mistaken; of earlier ones only seconds are read rightly;
   - a date as eight digits (20250119), as text or as a number;
   - ISO 8601 text: a date, or a date and time with or without an offset (none: UTC);
-  - a Parquet timestamp or date (without a zone: UTC).
+  - a Parquet timestamp or date of any unit (without a zone: UTC).
 Anything else, and any time outside the years 1 to 9999, cannot be placed.
 """
 
@@ -56,13 +56,18 @@ def alike(source: Path, files: Sequence[str]) -> list[list[str]]:
 
 
 def _columns(file: Path) -> str:
-    if file.name.endswith(_CSV):
-        return ""
+    return "" if file.name.endswith(_CSV) else ", ".join(sorted(map(" ".join, _types(file).items())))
+
+
+def _types(file: Path) -> dict[str, str]:
+    """The types of the columns of a Parquet file that a log is made of. INT96 is the old form of nanoseconds."""
     try:
-        found = pq.read_schema(file)
+        with pq.ParquetFile(file) as parquet:
+            found, stored = parquet.schema_arrow, parquet.schema
     except (OSError, pa.ArrowException) as e:
         raise ValueError(f"{file} is damaged, or no Parquet; replace it.") from e
-    return ", ".join(sorted(f"{f.name} {f.type}" for f in found if f.name in SOURCE_EVENT_COLUMNS))
+    old = {column.path for column in stored if column.physical_type == "INT96"}
+    return {f.name: "INT96" if f.name in old else str(f.type) for f in found if f.name in SOURCE_EVENT_COLUMNS}
 
 
 def _holds_parquet(folder: Path) -> bool:
@@ -127,6 +132,9 @@ def read_source_events(spark: SparkSession, source: Path, files: Sequence[str] |
             chosen = [source / file for file in files] if files is not None else visible_files(path)
             events = _read_parquet(spark, path, chosen)
             path = chosen[0]
+            if _types(path).get("timestamp", "").startswith("timestamp[ns"):  # which Spark knows as bare numbers only
+                micros = F.expr("(timestamp - pmod(timestamp, 1000)) div 1000")
+                events = events.withColumn("timestamp", F.timestamp_micros(micros))
     _require(events, SOURCE_EVENT_COLUMNS, path)
     for column in ("user_id", "note_id", "event"):
         events = _typed(events, column, _ID_TYPES, "text or whole numbers", path)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ _UNREADABLE = (
     "UNABLE_TO_INFER_SCHEMA",
     "is not a Parquet file",
 )
+_DAMAGED_FILE = re.compile(r"reading file file:/*(/\S+?)\.?\s+SQLSTATE")
 _STRANGE_COLUMN = re.compile(r"\[(?:PARQUET_TYPE_ILLEGAL|UNSUPPORTED_TIME_TYPE)\] (.*?)\.? SQLSTATE")
 
 
@@ -106,6 +108,7 @@ def readable(path: Path | str) -> Iterator[None]:
         if found := _BAD_INPUT.search(str(e)):
             raise ValueError(found[1]) from e
         if any(sign in str(e) for sign in _UNREADABLE):
+            path = unquote(found[1]) if (found := _DAMAGED_FILE.search(str(e))) else path
             raise ValueError(f"{path} is damaged, or not of the format its name says; replace it.") from e
         if found := _STRANGE_COLUMN.search(str(e)):
             raise ValueError(f"{path} has a column that Spark cannot read ({found[1]}); leave it out.") from e

@@ -95,6 +95,10 @@ def test_score_files(tmp_path: Path) -> None:
         pq.write_table(content, file.parent / "a.parquet")
         with pytest.raises(ValueError, match=message):
             score_files(file.parent)
+    columns = [pa.array([], field.type) for field in SCORES]
+    pq.write_table(pa.table([*columns, columns[2]], [*SCORES.names, "score"]), file.parent / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet has more than one column score"):
+        score_files(file.parent)
     (file.parent / "a.parquet").unlink()
     (file.parent / "a.text").touch()
     with pytest.raises(ValueError, match="a.text is damaged, or no Parquet"):
@@ -109,7 +113,7 @@ def test_score_files(tmp_path: Path) -> None:
 
 def test_other_types_of_the_same_columns_are_read(tmp_path: Path) -> None:
     columns = ["q", "q"], ["ä", "b"], [2, 1], [1, 2]
-    kinds = pa.large_string(), pa.large_string(), pa.float32(), pa.int16()
+    kinds = pa.large_string(), pa.dictionary(pa.int8(), pa.string()), pa.float32(), pa.int16()
     table = pa.table([pa.array(c, k) for c, k in zip(columns, kinds, strict=True)], SCORES.names)
     pq.write_table(table.append_column("more", pa.array([1, 2])), file := tmp_path / "scores.parquet")
     assert score_files(file) == [file]
@@ -124,7 +128,8 @@ NULLABLE = pa.schema([field.with_nullable(True) for field in SCORES])
     ("row", "message"),
     [
         ((None, "a", 1.0, 1), "scores.parquet holds nulls in the column query_id"),
-        (("q", "a", float("nan"), 1), "scores.parquet holds scores that are no numbers"),
+        (("q", "a", float("nan"), 1), "scores.parquet holds scores that are infinite or no numbers"),
+        (("q", "a", float("inf"), 1), "scores.parquet holds scores that are infinite or no numbers"),
     ],
 )
 def test_what_is_no_score_is_refused(tmp_path: Path, row: tuple[Any, ...], message: str) -> None:

@@ -66,6 +66,11 @@ def test_filters_come_before_top_t_and_the_correction_before_the_bounds(related:
     assert [r[1] for r in related(min_users=3)] == ["a", "b"]
 
 
+def test_the_same_pair_twice_is_refused(related: Related) -> None:
+    with pytest.raises(ValueError, match="holds the same pair more than once"):
+        related([*PAIRS, PAIRS[0]])
+
+
 @pytest.fixture
 def scored(tmp_path: Path) -> Path:
     """Scores of both windows, and the sides of their notes: q, a, b, c train; r, s, t are the pool."""
@@ -98,8 +103,11 @@ def test_relate_counts_every_filter(spark: SparkSession, scored: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"low": 50.0, "up": 60.0}, r"train: no score lies in \[pairs.low, pairs.up\].*reach from 2 to 4"),
-        ({"min_users": 5}, r"train: no pair has pairs.min_users = 5 users \(the most is 4\)"),
+        (
+            {"low": 50.0, "up": 60.0},
+            r"train: no score lies in \[pairs.low, pairs.up\] \(--low, --up\).*reach from 2 to 4",
+        ),
+        ({"min_users": 5}, r"train: no pair has pairs.min_users \(--min-users\) = 5 users \(the most is 4\)"),
     ],
 )
 def test_no_pair_left_names_the_setting(
@@ -133,6 +141,8 @@ def test_command(
     assert pq.read_table(scored / "out")["rank"].to_pylist() == [1, 2, 3, 1]
     for arguments, message in (
         (("--low", 3, "--up", 2, "--top-t", 3), "need --low <= --up"),
+        (("--low", "nan", "--up", 2, "--top-t", 3), "need --low <= --up"),
+        (("--low", 1, "--up", 2, "--top-t", 3, "--min-users", -5), "--min-users >= 1"),
         (("--low", 0, "--up", 2, "--top-t", 3, "--bounds", "quantile"), "shares in [0, 1]"),
     ):
         with pytest.raises(SystemExit):

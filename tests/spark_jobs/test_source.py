@@ -80,6 +80,21 @@ def test_times_of_parquet(spark: SparkSession, tmp_path: Path, times: pa.Array) 
     assert rows[1][1] is None or rows[1][1].startswith("2116")  # 2**62 is a time in nanoseconds
 
 
+def test_nanoseconds_of_any_year_in_either_form(spark: SparkSession, tmp_path: Path) -> None:
+    """As pandas writes them, and as INT96. Bare numbers of these sizes would be taken for other units."""
+    (tmp_path / "events").mkdir()
+    times = pa.array([datetime(1972, 5, 1, 0, 0, 0, 3), datetime(1969, 12, 31)], pa.timestamp("ns"))
+    columns = {"user_id": [1, 2], "note_id": ["a", "b"], "timestamp": times, "event": ["view", "click"]}
+    for name, old in (("a", True), ("b", False)):
+        file = tmp_path / "events" / f"{name}.parquet"
+        pq.write_table(pa.table(columns), file, use_deprecated_int96_timestamps=old)
+    groups = alike(tmp_path, event_files(tmp_path))
+    assert groups == [["events/a.parquet"], ["events/b.parquet"]]
+    for files in groups:
+        landed = land_events(read_source_events(spark, tmp_path, files)).orderBy("user_id").select(*_shown())
+        assert [r.shown for r in landed.collect()] == ["1972-05-01 00:00:00.000003", "1969-12-31 00:00:00.000000"]
+
+
 def test_events_that_cannot_be_used_are_named(spark: SparkSession, tmp_path: Path) -> None:
     def raises(message: str) -> None:
         with pytest.raises(ValueError, match=message) as caught:

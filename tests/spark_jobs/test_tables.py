@@ -7,6 +7,7 @@ from pyspark.sql import SparkSession
 
 from spark_jobs.tables import read_table, readable, replacing, top_counts, write_table
 from tests.spark_jobs.conftest import SCORES, Frame
+from tests.spark_jobs.test_pair_tasks import damage
 
 
 def test_the_same_rows_in_another_order_make_the_same_bytes(frame: Frame, tmp_path: Path) -> None:
@@ -42,6 +43,13 @@ def test_a_missing_or_damaged_table_is_named(spark: SparkSession, tmp_path: Path
     (tmp_path / "bad" / "x.parquet").write_text("no Parquet")
     with pytest.raises(ValueError, match="bad is damaged"):
         read_table(spark, tmp_path / "bad")
+    table = pa.table({"note_id": [f"n{i}" for i in range(9999)]})
+    (tmp_path / "pages").mkdir()
+    for name in ("good", "not good"):
+        pq.write_table(table, tmp_path / "pages" / f"{name}.parquet")
+    damage(tmp_path / "pages" / "not good.parquet")
+    with pytest.raises(ValueError, match=r"pages/not good\.parquet is damaged"), readable(tmp_path / "pages"):
+        read_table(spark, tmp_path / "pages").distinct().count()
     with pytest.raises(ZeroDivisionError), readable("x"):  # nothing else is touched
         _ = 1 / 0
 
