@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 # Raise these, and the version of raw_events or events in notellm2_core.recipe with them, when code changes a result.
-_LANDING_VERSION = 2  # spark_jobs.source, spark_jobs.landing
+_LANDING_VERSION = 3  # spark_jobs.source, spark_jobs.landing
 _PERIOD_VERSION = 2  # spark_jobs.clean, spark_jobs.interactions
 _MAX_LANDINGS = 64  # of one run
 
@@ -53,10 +53,10 @@ def landings(context: dg.AssetExecutionContext, spark: "SparkSession", recipe: R
     return found
 
 
-def _groups(alike: Sequence[Sequence[str]]) -> list[list[str]]:
+def _groups(of_equal_columns: Sequence[Sequence[str]]) -> list[list[str]]:
     """Files that are landed together: one by itself, or of very many those with equal columns."""
-    size = -(-sum(map(len, alike)) // _MAX_LANDINGS)
-    return [list(files[start : start + size]) for files in alike for start in range(0, len(files), size)]
+    size = -(-sum(map(len, of_equal_columns)) // _MAX_LANDINGS)
+    return [list(files[start : start + size]) for files in of_equal_columns for start in range(0, len(files), size)]
 
 
 def reduced_periods(

@@ -11,5 +11,6 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        line = " ".join(str(e).split())
+        print("error:", "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line), file=sys.stderr)
         sys.exit(2)

@@ -35,7 +35,7 @@ _MODEL = ("seed", *TEXT_SETTINGS, "model.method", "model.llm", "model.connector"
           "model.matryoshka_dims", "model.temperature", "model.start", "model.vision")  # fmt: skip
 
 STAGES: Mapping[str, Stage] = {
-    "raw_events": Stage((), ("source.partition",), version=6),
+    "raw_events": Stage((), ("source.partition",), version=7),
     "notes": Stage((), ()),
     "events": Stage(
         ("raw_events", "notes"),

@@ -163,6 +163,8 @@ def main() -> None:
     views, clicks = ([name for part in of.split(",") if (name := part.strip())] for of in lists)
     event_names = EventNames(views, clicks, ignored=None)
     with one_line_errors(), replacing(args.out, args.events, SCORES.names) as out, readable(args.events):
+        if args.start and args.end and args.start >= args.end:
+            raise ValueError(f"--start {args.start} is not before --end {args.end}.")
         scoring = Scoring(**{field.name: getattr(args, field.name) for field in fields(Scoring)})
         spark = spark_session("cooccurrence")
         groups = alike(args.events, event_files(args.events))

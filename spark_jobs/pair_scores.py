@@ -9,18 +9,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from spark_jobs.user_lists import Ints, ragged, run_starts
-
-Floats = npt.NDArray[np.float64]
+from spark_jobs.arrays import Floats, Ints, ragged, run_starts
 
 PAIRS_AT_A_TIME = 1 << 22  # bounds the memory: about 60 bytes for each
 
 
 class Pairs(NamedTuple):
-    """Scored pairs by query and target, as numbers; each [n]."""
+    """Scored pairs of notes that are numbers; each [n]."""
 
     query: Ints
     target: Ints

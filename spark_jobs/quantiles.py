@@ -8,11 +8,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+from spark_jobs.arrays import Floats, Ints
 
+SHARES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}  # what is told of scores
 _BIN_BITS = 45  # the numbers of a bin differ in these last bits of their 64: 128 bins to an octave
 _ALL_BUT_SIGN = np.int64((1 << 63) - 1)
 
@@ -38,29 +37,31 @@ def bin_counts(numbers: Floats) -> dict[int, int]:
     return {first + int(i): int(counts[i]) for i in np.flatnonzero(counts)}
 
 
-def value_counts(numbers: Floats, wanted: Ints) -> dict[float, int]:
-    """How often each number occurs that lies in one of the bins `wanted`."""
+def value_counts(numbers: Floats, wanted: Ints) -> tuple[Floats, Ints]:
+    """The distinct numbers that lie in one of the bins `wanted`, and how often each occurs."""
     values, counts = np.unique(numbers[np.isin(bins(numbers), wanted)], return_counts=True)
-    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+    return values, counts
 
 
 def quantiles(
-    shares: Sequence[float], bin_counts: Mapping[int, int], value_counts: Callable[[Ints], Mapping[float, int]]
+    shares: Sequence[float], counted: Mapping[int, int], count_values: Callable[[Ints], tuple[Floats, Ints]]
 ) -> list[float]:
-    """The quantile of each of `shares`, interpolated between two ranks as numpy does.
+    """The quantile of each of `shares`, interpolated between two ranks as numpy does. None of the numbers is NaN.
 
-    `bin_counts` (not empty), `value_counts`: of all parts together.
+    `counted` (not empty) is `bin_counts` of all parts together, `count_values` their `value_counts`, in any order and
+    each value once: these few bins' distinct numbers are all that has to fit into memory.
     """
-    places = [share * (sum(bin_counts.values()) - 1) for share in shares]
+    places = [share * (sum(counted.values()) - 1) for share in shares]
     ranks = sorted({rank for place in places for rank in (math.floor(place), math.ceil(place))})
-    number = np.array(sorted(bin_counts), np.int64)
-    size = np.array([bin_counts[b] for b in number.tolist()])
+    number = np.array(sorted(counted), np.int64)
+    size = np.array([counted[b] for b in number.tolist()])
     begin = np.cumsum(size) - size  # of each bin, the first rank
     wanted = np.unique(np.searchsorted(begin, ranks, side="right") - 1)
-    found = value_counts(number[wanted])
-    values = np.array(sorted(found))
+    values, counts = count_values(number[wanted])
+    order = np.argsort(values)
+    values, counts = values[order], counts[order]
     left_out = begin[wanted] - (np.cumsum(size[wanted]) - size[wanted])  # the numbers below each that are not wanted
-    end = np.cumsum([found[v] for v in values.tolist()]) + left_out[np.searchsorted(number[wanted], bins(values))]
+    end = np.cumsum(counts) + left_out[np.searchsorted(number[wanted], bins(values))]
     at = dict(zip(ranks, values[np.searchsorted(end, ranks, side="right")].tolist(), strict=True))
     return [_between(at[math.floor(p)], at[math.ceil(p)], p - math.floor(p)) for p in places]
 

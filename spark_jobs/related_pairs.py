@@ -6,7 +6,6 @@ python -m spark_jobs.related_pairs --scores DIR --out DIR --low 0.01 --up 30 --t
 import argparse
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +17,13 @@ from pyspark.sql import functions as F
 
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.schema import RELATED_PAIRS
+from spark_jobs.arrays import Floats, Ints
 from spark_jobs.pair_tasks import COUNTED, STRONGEST, VALUES, Competition, by_file, score_files
-from spark_jobs.quantiles import Ints, quantiles
+from spark_jobs.quantiles import SHARES, quantiles
 from spark_jobs.session import absolute_path, spark_session
 from spark_jobs.tables import figures, pair_figures, read_table, readable, replacing, write_table
 
 Bounds = Literal["absolute", "quantile"]
-_SHARES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
 @dataclass(frozen=True)
@@ -47,24 +46,38 @@ def relate(spark: SparkSession, scores: Path, sides: Path, out: Path, filters: F
     """
     counts = {}
     for window, side in (("train", "train"), ("test", "pool")):
-        compete = Competition(sides, side, filters.min_users, scores / f"{window}_clicks", filters.popularity_power)
         none = f"no pair has both notes on the side {side}; set window.{window}_days, split.by or split.pool_share."
-        counts[window] = related_pairs(spark, scores / window, compete, out / window, window, filters, none)
+        clicks = scores / f"{window}_clicks"
+        counts[window] = related_pairs(
+            spark, scores / window, out / window, filters, window, none, sides=sides, side=side, clicks=clicks
+        )
     return counts
 
 
 def related_pairs(
-    spark: SparkSession, scores: Path, compete: Competition, out: Path, name: str, filters: Filters, none: str
+    spark: SparkSession,
+    scores: Path,
+    out: Path,
+    filters: Filters,
+    name: str,
+    none: str,
+    *,
+    sides: Path | None = None,
+    side: str = "",
+    clicks: Path | None = None,
 ) -> dict[str, Any]:
-    """SCORES -> RELATED_PAIRS: of the pairs that compete those within the bounds, and of these the `top_t` of each
-    query by (score descending, target id ascending). Bounds as quantiles are exact percentiles of the candidates'
-    scores.
+    """SCORES -> RELATED_PAIRS: of the pairs that compete (see `Competition`) those within the bounds, and of these the
+    `top_t` of each query by (score descending, target id ascending). Bounds as quantiles are exact percentiles of the
+    candidates' scores.
 
     Returns pairs after every filter, queries, notes, and the quantiles of the candidates' (corrected) scores and of the
-    kept ones. Raises ValueError naming the setting that left no pair; `none`: what to say where none competes.
+    kept ones. Raises ValueError naming the setting that left no pair; `name` is what to call the scores, `none` what to
+    say where no pair competes.
     """
     files = score_files(scores)
-    counted = by_file(spark, files, compete.count, COUNTED).toArrow().to_pylist()
+    compete = Competition(sides, side, filters.min_users, clicks, filters.popularity_power)
+    with readable(scores):
+        counted = by_file(spark, files, compete.count, COUNTED).toArrow().to_pylist()
     num_pairs = sum(of["pairs_on_side"] for of in counted)
     if not num_pairs:
         raise ValueError(f"{name}: {none}")
@@ -73,39 +86,41 @@ def related_pairs(
         bins.update(dict(zip(of["bins"], of["counts"], strict=True)))
     if not bins:
         raise ValueError(
-            f"{name}: no pair has pairs.min_users = {filters.min_users} users (the most is "
+            f"{name}: no pair has pairs.min_users (--min-users) = {filters.min_users} users (the most is "
             f"{max(of['most_users'] for of in counted)}); lower it."
         )
 
-    def values(wanted: Ints) -> Mapping[float, int]:
+    def count_values(wanted: Ints) -> tuple[Floats, Ints]:
         found = by_file(spark, files, lambda file: compete.values(file, wanted), VALUES)
         rows = found.groupBy("value").agg(F.sum("count").alias("count")).toArrow()
-        return dict(zip(rows["value"].to_pylist(), rows["count"].to_pylist(), strict=True))
+        return rows["value"].to_numpy(), rows["count"].to_numpy()
 
-    low, up, shares = filters.low, filters.up, list(_SHARES.values())
+    low, up, shares = filters.low, filters.up, list(SHARES.values())
     if filters.bounds == "quantile":
-        *spread, low, up = quantiles([*shares, low, up], bins, values)
+        *spread, low, up = quantiles([*shares, low, up], bins, count_values)
     else:
-        spread = quantiles(shares, bins, values)
+        spread = quantiles(shares, bins, count_values)
     strongest = by_file(spark, files, lambda file: compete.strongest(file, low, up, filters.top_t), STRONGEST).persist()
-    within_bounds = figures(strongest, pairs=F.sum("within_bounds"))["pairs"]
+    within_bounds = figures(strongest, pairs=F.sum("chosen_from"))["pairs"]
     if not within_bounds:
         raise ValueError(
-            f"{name}: no score lies in [pairs.low, pairs.up] = [{filters.low}, {filters.up}] ({filters.bounds}); the "
-            f" scores reach from {spread[0]:.6g} to {spread[-1]:.6g}."
+            f"{name}: no score lies in [pairs.low, pairs.up] (--low, --up) = [{filters.low}, {filters.up}] "
+            f"({filters.bounds}); the scores reach from {spread[0]:.6g} to {spread[-1]:.6g}."
         )
     order = Window.partitionBy("query_id").orderBy(F.desc("score"), F.asc("target_id"))
     ranked = strongest.withColumn("rank", F.row_number().over(order)).filter(F.col("rank") <= filters.top_t)
     write_table(ranked.select(RELATED_PAIRS.names), out, ["query_id", "rank"])
     strongest.unpersist()
-    kept = pq.read_table(out, columns=["score"])["score"].to_numpy()
+    kept = pq.read_table(out)
+    if kept.group_by(["query_id", "target_id"]).aggregate([]).num_rows < kept.num_rows:
+        raise ValueError(f"{name}: {scores} holds the same pair more than once; leave one of them.")
     return {
         "pairs_on_side": num_pairs,
         "pairs_with_min_users": bins.total(),
         "pairs_within_bounds": within_bounds,
         **pair_figures(read_table(spark, out)),
-        "score_before_bounds": dict(zip(_SHARES, spread, strict=True)),
-        "score": dict(zip(_SHARES, np.quantile(kept, shares).tolist(), strict=True)),
+        "score_before_bounds": dict(zip(SHARES, spread, strict=True)),
+        "score": dict(zip(SHARES, np.quantile(kept["score"], shares).tolist(), strict=True)),
     }
 
 
@@ -119,14 +134,17 @@ def main() -> None:
     parser.add_argument("--bounds", choices=("absolute", "quantile"), default="absolute")
     parser.add_argument("--min-users", type=int, default=1, help="fewest users of a pair")
     args = parser.parse_args()
-    with one_line_errors(), replacing(args.out, args.scores, RELATED_PAIRS.names) as out, readable(args.scores):
-        if args.low > args.up or args.top_t < 1:
-            raise ValueError(f"need --low <= --up and --top-t >= 1, got {args.low}, {args.up}, {args.top_t}.")
+    with one_line_errors(), replacing(args.out, args.scores, RELATED_PAIRS.names) as out:
+        if not args.low <= args.up or args.top_t < 1 or args.min_users < 1:  # NaN is not <= either
+            raise ValueError(
+                "need --low <= --up, --top-t >= 1 and --min-users >= 1, got "
+                f"{args.low}, {args.up}, {args.top_t} and {args.min_users}."
+            )
         if args.bounds == "quantile" and not 0 <= args.low <= args.up <= 1:
             raise ValueError(f"with --bounds quantile, --low and --up are shares in [0, 1]: {args.low}, {args.up}.")
         filters = Filters(args.low, args.up, args.bounds, args.top_t, 0.0, args.min_users)
-        compete, spark = Competition(min_users=args.min_users), spark_session("related_pairs")
-        print(json.dumps(related_pairs(spark, args.scores, compete, out, str(args.scores), filters, "no pairs.")))
+        spark = spark_session("related_pairs")
+        print(json.dumps(related_pairs(spark, args.scores, out, filters, str(args.scores), "no pairs.")))
 
 
 if __name__ == "__main__":

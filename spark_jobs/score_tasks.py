@@ -22,7 +22,7 @@ from pyspark import TaskContext
 
 from notellm2_core.schema import SCORES
 from spark_jobs.pair_scores import Pairs, pair_scores
-from spark_jobs.quantiles import bin_counts, lower_ends
+from spark_jobs.quantiles import SHARES, bin_counts, lower_ends
 from spark_jobs.swing import swing_scores
 from spark_jobs.user_lists import LISTS, NEVER, summed, user_lists
 
@@ -81,7 +81,6 @@ _LOSSES = pa.schema([pa.field("key", pa.int64()), pa.field("loss", pa.float64())
 _NAMED = pa.schema(
     [f.with_type(pa.dictionary(pa.int32(), pa.string())) if pa.types.is_string(f.type) else f for f in SCORES]
 )
-_QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 def write_note_ids(note_ids: pa.ChunkedArray, file: Path) -> None:
@@ -218,13 +217,13 @@ def merged_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     upto = np.cumsum([bins[s] for s in scores])
     quantiles = {
         name: scores[int(np.searchsorted(upto, max(1, share * upto[-1])))] if scores else None
-        for name, share in _QUANTILES.items()
+        for name, share in SHARES.items()
     }
     return {
         "pairs": sum(row["pairs"] for row in rows),
         "queries": sum(row["queries"] for row in rows),
         "max_users": max((row["max_users"] for row in rows), default=0),
-        "score": {**quantiles, "max": max((row["max_score"] for row in rows), default=0) or None},
+        "score": quantiles | {"max": max((row["max_score"] for row in rows), default=0) or None},
         "histogram": _histogram(bins),
         "capped_users": sum(row["capped_users"] for row in rows),
         "max_loss": _max_loss(rows),

@@ -6,14 +6,13 @@ quarantined with its reason by `spark_jobs.clean`.
 
 A `timestamp` is one of
   - a number: unix time. Seconds below 1e11 in size, milliseconds below 1e14, microseconds below 1e17, nanoseconds
-    above. The unit of a time after 1973-03-03 is never mistaken; of earlier ones only seconds are read rightly;
+    above. The unit of a number after 1973-03-03 is never mistaken; of earlier ones only seconds are read rightly;
   - a date as eight digits (20250119), as text or as a number;
   - ISO 8601 text: a date, or a date and time with or without an offset (none: UTC);
-  - a Parquet timestamp or date (without a zone: UTC).
+  - a Parquet timestamp or date of any unit (without a zone: UTC).
 Anything else, and any time outside the years 1 to 9999, cannot be placed.
 """
 
-import os
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +25,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from notellm2_core.schema import SOURCE_EVENT_COLUMNS, SOURCE_EVENTS, SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
-from spark_jobs.tables import literal, readable
+from spark_jobs.tables import literal, readable, visible_files
 
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(\.0*)?$"  # as seconds they would all be of August 1970
@@ -38,8 +37,14 @@ _ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 
 
 def event_files(source: Path) -> list[str]:
-    """The files of the log, relative to `source`; in a folder, those that readers of Parquet open."""
-    return [str(file.relative_to(source)) for file in _visible_files(_events(source))]
+    """The files of the log, relative to `source`; in a folder, those that readers of Parquet open.
+
+    Raises ValueError where there is none.
+    """
+    events = _events(source)
+    if not (files := visible_files(events)):
+        raise ValueError(f"{events} holds no Parquet files.")
+    return [str(file.relative_to(source)) for file in files]
 
 
 def alike(source: Path, files: Sequence[str]) -> list[list[str]]:
@@ -51,27 +56,22 @@ def alike(source: Path, files: Sequence[str]) -> list[list[str]]:
 
 
 def _columns(file: Path) -> str:
-    if file.name.endswith(_CSV):
-        return ""
+    return "" if file.name.endswith(_CSV) else ", ".join(sorted(map(" ".join, _types(file).items())))
+
+
+def _types(file: Path) -> dict[str, str]:
+    """The types of the columns of a Parquet file that a log is made of. INT96 is the old form of nanoseconds."""
     try:
-        found = pq.read_schema(file)
+        with pq.ParquetFile(file) as parquet:
+            found, stored = parquet.schema_arrow, parquet.schema
     except (OSError, pa.ArrowException) as e:
         raise ValueError(f"{file} is damaged, or no Parquet; replace it.") from e
-    return ", ".join(f"{f.name} {f.type}" for f in found if f.name in SOURCE_EVENT_COLUMNS)
-
-
-def _visible_files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    found = []
-    for folder, folders, files in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-        found += [Path(folder) / name for name in files if not name.startswith((".", "_"))]
-    return sorted(found)
+    old = {column.path for column in stored if column.physical_type == "INT96"}
+    return {f.name: "INT96" if f.name in old else str(f.type) for f in found if f.name in SOURCE_EVENT_COLUMNS}
 
 
 def _holds_parquet(folder: Path) -> bool:
-    return any(file.suffix == ".parquet" for file in _visible_files(folder))
+    return any(file.suffix == ".parquet" for file in visible_files(folder))
 
 
 def _read_parquet(spark: SparkSession, path: Path, files: Sequence[Path]) -> DataFrame:
@@ -97,7 +97,7 @@ def _read_csv(spark: SparkSession, path: Path) -> DataFrame:
 def _events(source: Path) -> Path:
     """The table of events that `source` is, or the one that it holds."""
     is_source = any((source / name).exists() for name in ("notes.parquet", *SOURCE_EVENTS))
-    is_table = source.is_file() or (not is_source and _holds_parquet(source))
+    is_table = source.is_file() or (source.is_dir() and not is_source and _holds_parquet(source))
     return source if is_table else find_events(source)
 
 
@@ -129,9 +129,12 @@ def read_source_events(spark: SparkSession, source: Path, files: Sequence[str] |
         elif path.is_dir() and not _holds_parquet(path):
             raise ValueError(f"{path} holds no Parquet files.")
         else:
-            chosen = [source / file for file in files] if files is not None else _visible_files(path)
+            chosen = [source / file for file in files] if files is not None else visible_files(path)
             events = _read_parquet(spark, path, chosen)
             path = chosen[0]
+            if _types(path).get("timestamp", "").startswith("timestamp[ns"):  # which Spark knows as bare numbers only
+                micros = F.expr("(timestamp - pmod(timestamp, 1000)) div 1000")
+                events = events.withColumn("timestamp", F.timestamp_micros(micros))
     _require(events, SOURCE_EVENT_COLUMNS, path)
     for column in ("user_id", "note_id", "event"):
         events = _typed(events, column, _ID_TYPES, "text or whole numbers", path)

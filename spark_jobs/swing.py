@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from scipy import sparse
 
+from spark_jobs.arrays import Ints, ragged, run_starts
 from spark_jobs.pair_scores import PAIRS_AT_A_TIME, Pairs
-from spark_jobs.user_lists import Ints, ragged, run_starts
 
 _CELLS_AT_A_TIME = 1 << 24  # of a table of users and targets: 128 MB
 

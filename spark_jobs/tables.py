@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,13 +23,20 @@ _UNREADABLE = (
     "CANNOT_READ_FILE_FOOTER",
     "UNABLE_TO_INFER_SCHEMA",
     "is not a Parquet file",
-    "ArrowInvalid",
 )
+_DAMAGED_FILE = re.compile(r"reading file file:/*(/\S+?)\.?\s+SQLSTATE")
 _STRANGE_COLUMN = re.compile(r"\[(?:PARQUET_TYPE_ILLEGAL|UNSUPPORTED_TIME_TYPE)\] (.*?)\.? SQLSTATE")
 
 
+class BadInput(ValueError):
+    """What a task finds that its user can mend: `readable` hands the sentence on."""
+
+
+_BAD_INPUT = re.compile(rf"{BadInput.__name__}: (.+)")
+
+
 def write_table(df: DataFrame, out: Path, sort: Sequence[str], num_files: int = 1) -> None:
-    """Write `df` to the new folder `out` as `num_files` Parquet files, each sorted by `sort`.
+    """Write `df` to the new folder `out` as at most `num_files` Parquet files, each sorted by `sort`.
 
     Rows are placed by the hash of `sort[0]`, so the same rows make the same files on every run.
     """
@@ -78,13 +86,29 @@ def read_table(spark: SparkSession, *paths: Path) -> DataFrame:
         return spark.read.parquet(*map(literal, paths))
 
 
+def visible_files(path: Path) -> list[Path]:
+    """The files of a table as Spark finds them: `path` itself, or what lies in the folder and is not hidden."""
+    if not path.is_dir():
+        return [path]
+    found = []
+    for folder, folders, files in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        found += [Path(folder) / name for name in files if not name.startswith((".", "_"))]
+    return sorted(found)
+
+
 @contextmanager
 def readable(path: Path | str) -> Iterator[None]:
-    """Turn Spark's failure to read a damaged file, or a strange type, into a ValueError that names it."""
+    """Turn Spark's failure to read a damaged file, or a strange type, into a ValueError that names it; and a task's
+    BadInput into its sentence.
+    """
     try:
         yield
     except (PySparkException, Py4JJavaError) as e:
+        if found := _BAD_INPUT.search(str(e)):
+            raise ValueError(found[1]) from e
         if any(sign in str(e) for sign in _UNREADABLE):
+            path = unquote(found[1]) if (found := _DAMAGED_FILE.search(str(e))) else path
             raise ValueError(f"{path} is damaged, or not of the format its name says; replace it.") from e
         if found := _STRANGE_COLUMN.search(str(e)):
             raise ValueError(f"{path} has a column that Spark cannot read ({found[1]}); leave it out.") from e

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+from spark_jobs.arrays import Floats, Ints, ragged, run_starts
 
 Follows = Literal["later", "not earlier", "any"]
 
@@ -162,22 +161,11 @@ def _ranks(values: Ints) -> Ints:
     return ranks
 
 
-def run_starts(ordered: Ints) -> Ints:
-    """Where each run of equal values starts."""
-    return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))[: len(ordered)]
-
-
 def summed(key: Ints, value: Floats) -> tuple[Ints, Floats]:
     """The distinct keys, and the sums of their values: the same, to the last digit, in whatever order they came."""
     order = np.lexsort((value, key))
     first = run_starts(key[order])
     return key[order][first], np.add.reduceat(value[order], first) if len(first) else value
-
-
-def ragged(begin: Ints, length: Ints) -> Ints:
-    """begin[0], begin[0] + 1, ... (length[0] of them), begin[1], ..."""
-    before = np.cumsum(length) - length
-    return np.repeat(begin - before, length) + np.arange(int(length.sum()))
 
 
 def _ragged(values: Ints, lengths: Ints) -> pa.ListArray:

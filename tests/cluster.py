@@ -39,6 +39,11 @@ class Cluster:
         options = [part for key, value in settings.items() for part in ("--conf", f"{key}={value}")]
         return [str(SPARK / "bin" / "spark-submit"), "--master", self.address, *options]
 
+    def tasks(self) -> list[int]:
+        """How many tasks each worker has begun so far: what ran elsewhere is not among them."""
+        logs = [self.folder.glob(f"worker{n}/app-*/*/stderr") for n in range(2)]
+        return [sum(log.read_text().count("Running task") for log in of) for of in logs]
+
     @contextmanager
     def process(self, name: str, *command: str) -> Iterator[Path]:
         """Yields its log."""

@@ -39,6 +39,8 @@ class VisionEncoder(nn.Module):
         self.tower = tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False)
         self.eval()
+        for weight in self.parameters():  # as read from a file they may lie anywhere, and the place decides last bits
+            weight.data = weight.data.clone()
         self.num_patches, self.width = _measure(architecture, tower)
         self.encoder_id = _encoder_id(architecture, self.state_dict())
 

@@ -23,6 +23,7 @@ def test_the_same_datasets_through_spark_connect(
     copy_of_finished.forget("landing", "period", *BY_SPARK)
     with standalone_cluster(tmp_path / "cluster") as cluster, cluster.connect_server() as remote:
         code, output = copy_of_finished.recall(SPARK_REMOTE=remote)
+        assert min(cluster.tasks()) > 0
     assert code == 0, output[-6000:]
     assert {name for name in STAGES if f" {name}: made at" in output} == BY_SPARK
     assert contents(copy_of_finished) == contents(finished)

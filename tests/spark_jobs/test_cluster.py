@@ -44,10 +44,13 @@ def test_the_same_bytes_as_in_local_mode(
 
         for name, options in arguments(places["submitted"]).items():
             run(*cluster.submit, str(jobs[name].__file__), *options)
+        submitted_tasks = cluster.tasks()
+        assert min(submitted_tasks) > 0
         with cluster.connect_server() as remote:
             for name, options in arguments(places["connected"]).items():
                 package = str(Path(jobs[name].__file__).parents[1])
                 run(sys.executable, "-m", jobs[name].__name__, *options, SPARK_REMOTE=remote, PYTHONPATH=package)
+            assert all(now > before for now, before in zip(cluster.tasks(), submitted_tasks, strict=True))
 
     for name, options in arguments(places["local"]).items():
         monkeypatch.setattr(jobs[name], "spark_session", lambda name: spark)

@@ -188,6 +188,17 @@ def test_command(
     fails("b.parquet is damaged", "--events", folder, "--out", tmp_path / "none")
 
     fails("no clicks; set --click-events", "--events", log, "--out", tmp_path / "none")
+    fails(
+        "is not before --end",
+        "--events",
+        log,
+        "--out",
+        tmp_path / "none",
+        "--start",
+        "2025-01-02",
+        "--end",
+        "2025-01-01",
+    )
     fails("does not exist", "--events", tmp_path / "nowhere", "--out", tmp_path / "none")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()

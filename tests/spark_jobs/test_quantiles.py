@@ -1,12 +1,12 @@
 from collections import Counter
-from collections.abc import Mapping
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_jobs.quantiles import Ints, bin_counts, bins, lower_ends, quantiles, value_counts
+from spark_jobs.arrays import Floats, Ints
+from spark_jobs.quantiles import bin_counts, bins, lower_ends, quantiles, value_counts
 
 numbers = st.floats(-1e300, 1e300) | st.sampled_from([-1.0, -0.0, 0.0, 0.5, 0.5000001, 1.0])
 parts = st.lists(st.lists(numbers, max_size=20), min_size=1, max_size=4).filter(any)
@@ -20,13 +20,13 @@ def test_quantiles_are_those_of_numpy(parts: list[list[float]], shares: list[flo
     for part in arrays:
         counts.update(bin_counts(part))
 
-    def values(wanted: Ints) -> Mapping[float, int]:
+    def values(wanted: Ints) -> tuple[Floats, Ints]:
         nonlocal looked_at
         found = Counter[float]()
         for part in arrays:
-            found.update(value_counts(part, wanted))
+            found.update(dict(zip(*value_counts(part, wanted), strict=True)))
         looked_at = len(wanted)
-        return found
+        return np.array(list(found)), np.array(list(found.values()))
 
     found = quantiles(shares, counts, values)
     assert found == pytest.approx(np.quantile(np.concatenate(arrays), shares).tolist(), rel=1e-12, abs=1e-300)

@@ -12,9 +12,8 @@ from pyspark.sql import SparkSession
 
 from notellm2_core import schema
 from spark_jobs import related_pairs as job
-from spark_jobs.pair_tasks import Competition
 from spark_jobs.related_pairs import Filters, relate, related_pairs
-from tests.spark_jobs.test_pair_tasks import write_rows, write_scores
+from tests.spark_jobs.test_pair_tasks import damage, write_rows, write_scores
 
 OPEN: dict[str, Any] = {
     "low": 0.0, "up": 1e9, "bounds": "absolute", "top_t": 99, "popularity_power": 0.0, "min_users": 1,
@@ -28,14 +27,13 @@ Related = Callable[..., list[tuple[Any, ...]]]
 def related(spark: SparkSession, tmp_path: Path) -> Related:
     """query, target, score and rank of what is kept of PAIRS, or of other `rows`, from two files."""
 
-    def run(rows: list[Any] = PAIRS, of: Competition | None = None, **changes: Any) -> list[tuple[Any, ...]]:
+    def run(rows: list[Any] = PAIRS, clicks: Path | None = None, **changes: Any) -> list[tuple[Any, ...]]:
         shutil.rmtree(tmp_path / "related", ignore_errors=True)
         for i, part in enumerate((rows[::2], rows[1::2])):
             write_scores(tmp_path / "related" / "scores" / f"{i}.parquet", part)
         filters = Filters(**{**OPEN, **changes})
-        of = of or Competition(min_users=filters.min_users, popularity_power=filters.popularity_power)
         out = tmp_path / "related" / "out"
-        related_pairs(spark, tmp_path / "related" / "scores", of, out, "x", filters, "none")
+        related_pairs(spark, tmp_path / "related" / "scores", out, filters, "x", "none", clicks=clicks)
         columns = pq.read_table(out).select(["query_id", "target_id", "score", "rank"]).to_pydict()
         return list(zip(*columns.values(), strict=True))
 
@@ -63,9 +61,14 @@ def test_filters_come_before_top_t_and_the_correction_before_the_bounds(related:
     clicks = pa.table({"note_id": ["a", "b", "c", "d"], "num_users": [4, 16, 1, 1]})
     (tmp_path / "clicks").mkdir()
     pq.write_table(clicks, tmp_path / "clicks" / "part-00000.parquet")
-    of = Competition(min_users=2, clicks=tmp_path / "clicks", popularity_power=0.5)
-    assert related(PAIRS, of, low=1.0, up=2.0, top_t=1) == [("q", "a", 2.0, 1)]
+    corrected = {"clicks": tmp_path / "clicks", "popularity_power": 0.5, "min_users": 2}
+    assert related(**corrected, low=1.0, up=2.0, top_t=1) == [("q", "a", 2.0, 1)]
     assert [r[1] for r in related(min_users=3)] == ["a", "b"]
+
+
+def test_the_same_pair_twice_is_refused(related: Related) -> None:
+    with pytest.raises(ValueError, match="holds the same pair more than once"):
+        related([*PAIRS, PAIRS[0]])
 
 
 @pytest.fixture
@@ -100,8 +103,11 @@ def test_relate_counts_every_filter(spark: SparkSession, scored: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"low": 50.0, "up": 60.0}, r"train: no score lies in \[pairs.low, pairs.up\].*reach from 2 to 4"),
-        ({"min_users": 5}, r"train: no pair has pairs.min_users = 5 users \(the most is 4\)"),
+        (
+            {"low": 50.0, "up": 60.0},
+            r"train: no score lies in \[pairs.low, pairs.up\] \(--low, --up\).*reach from 2 to 4",
+        ),
+        ({"min_users": 5}, r"train: no pair has pairs.min_users \(--min-users\) = 5 users \(the most is 4\)"),
     ],
 )
 def test_no_pair_left_names_the_setting(
@@ -135,6 +141,8 @@ def test_command(
     assert pq.read_table(scored / "out")["rank"].to_pylist() == [1, 2, 3, 1]
     for arguments, message in (
         (("--low", 3, "--up", 2, "--top-t", 3), "need --low <= --up"),
+        (("--low", "nan", "--up", 2, "--top-t", 3), "need --low <= --up"),
+        (("--low", 1, "--up", 2, "--top-t", 3, "--min-users", -5), "--min-users >= 1"),
         (("--low", 0, "--up", 2, "--top-t", 3, "--bounds", "quantile"), "shares in [0, 1]"),
     ):
         with pytest.raises(SystemExit):
@@ -143,3 +151,10 @@ def test_command(
     with pytest.raises(SystemExit):
         run("--scores", scored / "sides", "--out", scored / "x", "--low", 0, "--up", 1, "--top-t", 1)
     assert "part-00000.parquet lacks the column query_id" in capsys.readouterr().err
+    before = (scored / "out" / "part-00000.parquet").read_bytes()
+    damage(write_scores(scored / "scores" / "train" / "part-00001.parquet", PAIRS * 500, row_group_size=3000))
+    with pytest.raises(SystemExit):
+        run(*paths, "--low", 2, "--up", 30, "--top-t", 3)
+    file = scored / "scores" / "train" / "part-00001.parquet"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {file} is damaged; replace it."
+    assert (scored / "out" / "part-00000.parquet").read_bytes() == before

@@ -80,6 +80,21 @@ def test_times_of_parquet(spark: SparkSession, tmp_path: Path, times: pa.Array) 
     assert rows[1][1] is None or rows[1][1].startswith("2116")  # 2**62 is a time in nanoseconds
 
 
+def test_nanoseconds_of_any_year_in_either_form(spark: SparkSession, tmp_path: Path) -> None:
+    """As pandas writes them, and as INT96. Bare numbers of these sizes would be taken for other units."""
+    (tmp_path / "events").mkdir()
+    times = pa.array([datetime(1972, 5, 1, 0, 0, 0, 3), datetime(1969, 12, 31)], pa.timestamp("ns"))
+    columns = {"user_id": [1, 2], "note_id": ["a", "b"], "timestamp": times, "event": ["view", "click"]}
+    for name, old in (("a", True), ("b", False)):
+        file = tmp_path / "events" / f"{name}.parquet"
+        pq.write_table(pa.table(columns), file, use_deprecated_int96_timestamps=old)
+    groups = alike(tmp_path, event_files(tmp_path))
+    assert groups == [["events/a.parquet"], ["events/b.parquet"]]
+    for files in groups:
+        landed = land_events(read_source_events(spark, tmp_path, files)).orderBy("user_id").select(*_shown())
+        assert [r.shown for r in landed.collect()] == ["1972-05-01 00:00:00.000003", "1969-12-31 00:00:00.000000"]
+
+
 def test_events_that_cannot_be_used_are_named(spark: SparkSession, tmp_path: Path) -> None:
     def raises(message: str) -> None:
         with pytest.raises(ValueError, match=message) as caught:
@@ -133,11 +148,12 @@ def test_files_with_columns_of_the_same_types_are_read_together(tmp_path: Path) 
         "b": {"user_id": ["u"]},
         "c": {"more": [1], "user_id": [2]},
         "d": {"event": ["view"], "user_id": [2]},
+        "e": {"user_id": [2], "event": ["view"]},
     }.items():
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
     files = event_files(tmp_path)
     assert alike(tmp_path, files) == [
-        ["events/d.parquet"], ["events/a.parquet", "events/c.parquet"], ["events/b.parquet"]
+        ["events/d.parquet", "events/e.parquet"], ["events/a.parquet", "events/c.parquet"], ["events/b.parquet"]
     ]  # fmt: skip
     assert alike(folder, ["b.parquet"]) == [["b.parquet"]]
     csv = write_csv(tmp_path / "log.csv.gz", [])
@@ -145,6 +161,12 @@ def test_files_with_columns_of_the_same_types_are_read_together(tmp_path: Path) 
     (folder / "b.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"b\.parquet is damaged"):
         alike(tmp_path, files)
+    with pytest.raises(ValueError, match=r"typo\.parquet does not exist"):
+        event_files(tmp_path / "typo.parquet")
+    (tmp_path / "none" / "events").mkdir(parents=True)
+    (tmp_path / "none" / "events" / ".draft.parquet").touch()
+    with pytest.raises(ValueError, match="events holds no Parquet files"):
+        event_files(tmp_path / "none")
 
 
 def test_a_column_more_does_no_harm_unless_spark_cannot_read_it(spark: SparkSession, tmp_path: Path) -> None:

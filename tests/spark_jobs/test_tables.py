@@ -7,6 +7,7 @@ from pyspark.sql import SparkSession
 
 from spark_jobs.tables import read_table, readable, replacing, top_counts, write_table
 from tests.spark_jobs.conftest import SCORES, Frame
+from tests.spark_jobs.test_pair_tasks import damage
 
 
 def test_the_same_rows_in_another_order_make_the_same_bytes(frame: Frame, tmp_path: Path) -> None:
@@ -16,6 +17,18 @@ def test_the_same_rows_in_another_order_make_the_same_bytes(frame: Frame, tmp_pa
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert files == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
     assert [(tmp_path / "a" / f).read_bytes() for f in files] == [(tmp_path / "b" / f).read_bytes() for f in files]
+
+
+def test_a_table_has_as_many_files_as_asked_for_also_after_a_join(
+    spark: SparkSession, frame: Frame, tmp_path: Path
+) -> None:
+    """The rows of a join lie by its column already: Spark would leave out a repartition by that, and merge small
+    partitions.
+    """
+    rows = [(f"n{i}", f"n{i}", i / 3, i) for i in range(50)]
+    joined = frame(SCORES, rows).hint("shuffle_hash").join(frame(SCORES, rows).select("query_id"), "query_id")
+    write_table(joined, tmp_path / "a", ["query_id"], 3)
+    assert len(list((tmp_path / "a").iterdir())) == 3 and spark.conf.get("spark.sql.adaptive.enabled") == "true"
 
 
 def test_an_empty_table_keeps_its_columns(spark: SparkSession, frame: Frame, tmp_path: Path) -> None:
@@ -30,6 +43,13 @@ def test_a_missing_or_damaged_table_is_named(spark: SparkSession, tmp_path: Path
     (tmp_path / "bad" / "x.parquet").write_text("no Parquet")
     with pytest.raises(ValueError, match="bad is damaged"):
         read_table(spark, tmp_path / "bad")
+    table = pa.table({"note_id": [f"n{i}" for i in range(9999)]})
+    (tmp_path / "pages").mkdir()
+    for name in ("good", "not good"):
+        pq.write_table(table, tmp_path / "pages" / f"{name}.parquet")
+    damage(tmp_path / "pages" / "not good.parquet")
+    with pytest.raises(ValueError, match=r"pages/not good\.parquet is damaged"), readable(tmp_path / "pages"):
+        read_table(spark, tmp_path / "pages").distinct().count()
     with pytest.raises(ZeroDivisionError), readable("x"):  # nothing else is touched
         _ = 1 / 0
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spark_jobs.user_lists import LISTS, NEVER, Capped, Follows, UserLists, ragged, run_starts, summed, user_lists
+from spark_jobs.user_lists import LISTS, NEVER, Capped, Follows, UserLists, summed, user_lists
 
 ROWS = [  # user, note, first view, last click
     (0, 5, 1, None),
@@ -57,8 +57,6 @@ def test_disjoint_losses_do_not_add_up() -> None:
     assert capped.users == 1000 and capped.loss == 1000.0 and capped.note_loss.tolist() == [1.0] * 1000
 
 
-def test_helpers() -> None:
-    assert run_starts(np.array([3, 3, 5, 7, 7])).tolist() == [0, 2, 3] and not len(run_starts(np.array([], np.int64)))
-    assert ragged(np.array([4, 0, 9]), np.array([2, 0, 3])).tolist() == [4, 5, 9, 10, 11]
+def test_summed() -> None:
     keys, sums = summed(np.array([2, 1, 2]), np.array([0.5, 1.0, 0.25]))
     assert keys.tolist() == [1, 2] and sums.tolist() == [1.0, 0.75]
