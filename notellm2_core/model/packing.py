@@ -102,13 +102,13 @@ def _packed_sdpa(
     options |= {"dropout": dropout, "scaling": scaling}
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    heads = [x[0].transpose(0, 1) for x in (query, key, value)]  # [S, H, d_h] each
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, H, d_h] each
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         # Causal, and of the own note no more than the window.
         window = ((sliding_window or 0) - 1, 0)
         ends, longest = packing.ends(), packing.max_length
         out = varlen_attn(
-            *heads, ends, ends, longest, longest, scale=scaling, window_size=window, enable_gqa=True
+            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window, enable_gqa=True
         )  # [S, H, d_h]
         assert isinstance(out, Tensor)
         return out[None], None
@@ -117,8 +117,8 @@ def _packed_sdpa(
     if sliding_window is not None and sliding_window < packing.max_length:
         distance = places[:, None] - places
         band = ((distance >= 0) & (distance < sliding_window))[None, None]  # [1, 1, T, T]
-    padded = [packing.padded(x).transpose(1, 2) for x in heads]  # [N, H, T, d_h] each; padding comes last
-    out, _ = sdpa_attention_forward(module, *padded, band, **options)
+    q, k, v = (packing.padded(x).transpose(1, 2) for x in (q, k, v))  # [N, H, T, d_h] each; padding comes last
+    out, _ = sdpa_attention_forward(module, q, k, v, band, **options)
     return packing.packed(out)[None], None  # [1, S, H, d_h]
 
 

@@ -15,18 +15,21 @@ from torch import Tensor
 from notellm2_core.config import Config
 from notellm2_core.lake import fingerprint, write_atomically
 from notellm2_core.model.build import build_model
-from notellm2_core.model.methods import get_method
 from notellm2_core.model.parts import set_trained
 from notellm2_core.recipe import FREE_TRAINING_SETTINGS, TEXT_SETTINGS
 from notellm2_core.training import engine as engines
-from notellm2_core.training.checkpoints import Checkpoints, held, open_work
-from notellm2_core.training.data import TrainingData, load_training_data, model_cache, rank_slice, schedule
+from notellm2_core.training.checkpoints import Checkpoints
+from notellm2_core.training.data import TrainingData, load_training_data, model_cache, schedule
+from notellm2_core.training.gradcache import Step, backward
 from notellm2_core.training.losses import Losses
+from notellm2_core.training.micro_batches import share_out
 from notellm2_core.training.precision import choose_precision
 from notellm2_core.training.progress import MlflowCurves, Progress
 from notellm2_core.training.save import DONE, save_model
 from notellm2_core.training.start import apply_start
+from notellm2_core.training.step import batch_losses
 from notellm2_core.training.validation import validate, validation_sample
+from notellm2_core.training.work import held, open_work
 
 
 class TrainingError(ValueError):
@@ -78,27 +81,35 @@ def _run(
     settings = run_settings(config, data, num_ranks)
     known_run = open_work(paths.work, settings)
     dist.barrier()  # all ranks have looked before rank 0 writes
-    checkpoints = Checkpoints(paths.work / "checkpoints")
-    first_step = checkpoints.latest_step()
+    checkpoints = Checkpoints(
+        paths.work / "checkpoints",
+        training.checkpoint_every_steps,
+        training.checkpoint_every_minutes,
+        training.num_checkpoints,
+    )
+    first_step = checkpoints.last_step()
     set_trained(model, config)
     if first_step == 0:
         apply_start(model, processor, data, config)
     model.train()
     engines.broadcast_new_modules(model, device)
-    batches = schedule(data.train_pairs, training.batch_pairs, training.num_steps, config.seed)
+    batches = schedule(data.contents(data.train_pairs), training.batch_pairs, training.num_steps, config.seed)
     if not known_run:
         known_run = {"settings": settings, "precision": choose_precision(model, data, batches[0], config, device)}
         if rank == 0:
             write_atomically(paths.work / "run.json", json.dumps(known_run, indent=1))
     engine = engines.make_engine(model, config, known_run["precision"])
     if first_step:
-        checkpoints.load(engine)
+        checkpoints.load(engine, first_step)
     metrics, curves = paths.work / "metrics.jsonl", _curves(config, reports, rank)
     progress = Progress(metrics, first_step, training.num_steps, rank == 0, reports.log, curves)
     try:
         _train(engine, data, batches, first_step, config, device, checkpoints, progress, paths.work)
         facts = _facts(progress, config, data, known_run["precision"], num_ranks)
         save_model(model, processor, paths.images / "vision", paths.out, config, train_days, facts)
+    except TrainingError:  # on every rank: what is being written is not lost
+        checkpoints.close()
+        raise
     finally:
         progress.close()
 
@@ -114,19 +125,13 @@ def _train(
     progress: Progress,
     work: Path,
 ) -> None:
-    training, rank, num_ranks = config.training, dist.get_rank(), dist.get_world_size()
-    inputs = get_method(config.model.method).inputs
+    training = config.training
     validation_pairs = validation_sample(data, config.seed)
     for step in range(first_step, training.num_steps):
-        # A step's random numbers depend on the seed, the step and the rank alone, so a resume restores none.
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
         rows = data.train_pairs[batches[step]].reshape(-1)  # [2B], pair k in rows 2k and 2k + 1
-        batch = data.note_batch(rank_slice(rows, rank, num_ranks), inputs).to(device)  # this rank's 2B / R notes
-        facts = data.facts(rows, training.mask_known_positives).to(device)
-
-        embedded, losses, tau = engine(batch, facts)  # the loss over all 2B rows, the same on every rank
+        # Random numbers depend on the seed, the step and the rank alone, so a resume restores none.
+        losses, tau, gate_mean = batch_gradient(engine, data, rows, config, device, seed=(config.seed, step))
         _require_finite("loss", losses.total.item(), step, data, batches[step], work)
-        engine.backward(losses.total)
         factor = engines.learning_rate_factor(step, training.num_steps, training.warmup_ratio)
         engines.set_learning_rate(engine.optimizer, factor)
         grad_norm = engines.optimizer_step(engine)
@@ -134,16 +139,36 @@ def _train(
 
         done, last = step + 1, step + 1 == training.num_steps
         rate = training.learning_rate * factor
-        progress.add(len(rows), _figures(losses, tau, embedded.gate_mean, rate, grad_norm))
+        progress.add(len(rows), _figures(losses, tau, gate_mean, rate, grad_norm))
         if done == 1 or done % training.log_every_steps == 0 or last:
             progress.report_steps(done)
         if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):
             progress.report(done, validate(engine, data, validation_pairs, config, device))
             progress.restart_clock()
-        if done % training.checkpoint_every_steps == 0 or last:
+        checkpoints.settle()
+        if last or checkpoints.due(done):
             progress.report_steps(done)
             checkpoints.save(engine, done)
             progress.restart_clock()
+    checkpoints.close()
+
+
+def batch_gradient(
+    engine: Any, data: TrainingData, rows: np.ndarray, config: Config, device: torch.device, seed: Sequence[int]
+) -> Step:
+    """The gradient of the losses over the notes `rows` [2B] of a global batch, ready for the optimiser.
+
+    Losses and tau are the same on every rank, and so is the sum of the gradients, whatever their number.
+    """
+    training = config.training
+    share = share_out(data, rows, engine.module.method.inputs, training.micro_batch_tokens, device)
+    facts = data.facts(rows, training.mask_known_positives).to(device)
+    seeds = np.random.SeedSequence([*seed, dist.get_rank()]).generate_state(len(share.micro_batches)).tolist()
+
+    def loss_of(embedded: Tensor, tau: Tensor) -> Losses:
+        return batch_losses(config, embedded[share.places], tau, facts)
+
+    return backward(engine, share.micro_batches, loss_of, seeds)
 
 
 def run_settings(config: Config, data: TrainingData, num_ranks: int) -> dict[str, Any]:

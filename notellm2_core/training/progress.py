@@ -48,6 +48,7 @@ class Progress:
         if enabled:
             self._lines = [line for line in read_metrics(path) if line["step"] <= first_step]
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._num_written = len(self._lines)
         self._seconds_before = max((line["seconds"] for line in self._lines), default=0.0)
 
     @property
@@ -81,8 +82,7 @@ class Progress:
         eta = (time.monotonic() - self._start) / max(step - self._first_step, 1) * (self._num_steps - step)
         line = {"step": step, **metrics, "seconds": round(self.seconds, 2), "eta_s": round(eta, 1)}
         self._lines.append(line)
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._write()
         figures = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
         text = f"step {step}/{self._num_steps}, {eta:.0f} s to go: {figures}"
         tqdm.write(text, file=sys.stderr)
@@ -90,6 +90,15 @@ class Progress:
             self._log(text)
         if self._curves is not None:
             self._curves.send(step, metrics)
+
+    def _write(self) -> None:
+        """Add the lines that the file has not got yet. A full disk stops no training."""
+        try:
+            with self._path.open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in self._lines[self._num_written :]))
+            self._num_written = len(self._lines)
+        except OSError as e:
+            _warn(f"the figures of the training could not be written ({e}); trying again with the next")
 
     def series(self, key: str) -> list[float]:
         """All values of one metric so far, in order."""

@@ -81,9 +81,9 @@ def llm_states(model: MLRMModel, processor: MLRMProcessor, side: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_any_decoder(kind: str, tmp_path: Path) -> None:
-    """Left, right and no padding, sdpa (packed where it can be) and eager: the same state but for rounding (up to 1.7e-5
-    in Mamba's scan on an AMD EPYC), on states of about 1 that are 0.1 apart; a saved model gives the same bits; its
-    first layer alone works too.
+    """Left, right and no padding, sdpa (packed where it can be) and eager: the same state but for rounding (up to
+    1.7e-5 in Mamba's scan on an AMD EPYC), on states of about 1 that are 0.1 apart; a saved model gives the same bits;
+    its first layer alone works too.
     """
     save_llm(tmp_path / "llm", architecture(kind))
     states = []

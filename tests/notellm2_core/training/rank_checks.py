@@ -21,13 +21,15 @@ from notellm2_core.model.parts import set_trained
 from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
-from notellm2_core.training.data import TrainingData, load_training_data, rank_slice, schedule
-from notellm2_core.training.loop import Paths, run
+from notellm2_core.training.data import TrainingData, load_training_data, schedule
+from notellm2_core.training.loop import Paths, batch_gradient, run
 from notellm2_core.training.save import full_weights, plain_weights
 from tests.notellm2_core.training.world import World, tiny_config
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of training, of the model
     "notellm2": ({}, {}),
+    "gradcache": ({"micro_batch_tokens": 250}, {}),
+    "omni_gradcache": ({"micro_batch_tokens": 500}, {"method": "omni_retrieval"}),
     "omni_retrieval": ({}, {"method": "omni_retrieval", "matryoshka_dims": (4,)}),
     "only_late_fusion": ({}, {"method": "only_late_fusion"}),
     "adapters": (
@@ -57,13 +59,10 @@ def build(config: Config, cache: Path) -> tuple[MLRMModel, MLRMProcessor]:
     return model.train(), processor
 
 
-def step(engine: Any, data: TrainingData, rows: np.ndarray, index: int, grads: bool) -> dict[str, Any]:
+def step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, index: int, grads: bool) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    batch = data.note_batch(rank_slice(rows, rank, num_ranks), engine.module.method.inputs)
-    _, losses, _ = engine(batch, data.facts(rows))
-    engine.backward(losses.total)
+    losses = batch_gradient(engine, data, rows, config, torch.device("cpu"), (0, index)).losses
     model = engine.module.model
     found = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters() if p.requires_grad and grads}
     engines.set_learning_rate(engine.optimizer, 1.0 if index == 0 else 0.5)
@@ -89,17 +88,18 @@ def check_stages(root: Path, out: Path, stages: tuple[int, ...], variant: str) -
         engine, data = fresh()
         batches = schedule(data.train_pairs, 8, 2, config.seed)
         first, second = (data.train_pairs[b].reshape(-1) for b in batches)
-        result = step(engine, data, first, 0, grads=True)
+        result = step(engine, data, first, config, 0, grads=True)
         if dist.get_rank() == 0:
             torch.save(result, out / f"{name}-stage-{stage}.pt")
         if dist.get_world_size() > 2:
             continue  # a resume with two ranks says enough
         checkpoints = Checkpoints(out / f"{name}-checkpoints-{stage}")
         checkpoints.save(engine, 1)
-        straight = step(engine, data, second, 1, grads=False)["weights"]
+        checkpoints.close()
+        straight = step(engine, data, second, config, 1, grads=False)["weights"]
         engine, data = fresh()
-        checkpoints.load(engine)
-        resumed = step(engine, data, second, 1, grads=False)["weights"]
+        checkpoints.load(engine, 1)
+        resumed = step(engine, data, second, config, 1, grads=False)["weights"]
         if dist.get_rank() == 0:
             assert all(torch.equal(straight[n], resumed[n]) for n in straight), f"stage {stage}: a resume differs"
             assert any(not torch.equal(straight[n], result["weights"][n]) for n in straight)
