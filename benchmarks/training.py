@@ -48,6 +48,7 @@ from notellm2_core.training import engine as engines
 from notellm2_core.training.data import TrainingData
 from notellm2_core.training.feature_table import FeatureTable
 from notellm2_core.training.loop import batch_gradient
+from notellm2_core.training.micro_batches import share_out
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS, SMALL, LARGE = 32, 16, 256
@@ -109,9 +110,10 @@ def our_step(config: Config, cache: Path, steps: int, with_images: bool = True) 
 
     def run(step: int) -> int:
         rows = data.train_pairs[step * pairs : (step + 1) * pairs].reshape(-1)
-        batch_gradient(engine, data, rows, config, device, (0, step)).losses.total.item()
+        share = share_out(data, rows, ("multimodal",), config.training.micro_batch_tokens, device)
+        batch_gradient(engine, data, rows, share, config, (0, step)).losses.total.item()
         engines.optimizer_step(engine)
-        return int(data.num_tokens(rows).sum())
+        return share.num_tokens
 
     return timed(run, steps, 2 * pairs)
 

@@ -120,9 +120,14 @@ class MLRMModel(PreTrainedModel):
         fused_v = None if n_v is None else self.fusion(v, n_v)[0]
         return States(fused_m, fused_v, n_m, v, z.detach().float().mean().reshape(1))
 
+    @property
+    def packs_notes(self) -> bool:
+        """Whether the LLM gets the notes of a batch as one row without padding."""
+        return self._packed_attention is not None and self.llm.config._attn_implementation == self._packed_attention
+
     def _read(self, words: Tensor, attention_mask: Tensor) -> Tensor:
         """Word embeddings -> last hidden states of the LLM, [N, T, h_t] each; the attention may have been changed."""
-        if self.llm.config._attn_implementation == self._packed_attention:
+        if self.packs_notes:
             return packed_states(self.llm, words, attention_mask)
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the same, wherever the padding is
         output = self.llm(

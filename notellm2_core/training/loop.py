@@ -15,6 +15,7 @@ from torch import Tensor
 from notellm2_core.config import Config
 from notellm2_core.lake import fingerprint, write_atomically
 from notellm2_core.model.build import build_model
+from notellm2_core.model.methods import get_method
 from notellm2_core.model.parts import set_trained
 from notellm2_core.recipe import FREE_TRAINING_SETTINGS, TEXT_SETTINGS
 from notellm2_core.training import engine as engines
@@ -22,10 +23,11 @@ from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache, schedule
 from notellm2_core.training.gradcache import Step, backward
 from notellm2_core.training.losses import Losses
-from notellm2_core.training.micro_batches import share_out
+from notellm2_core.training.micro_batches import Share, share_out
 from notellm2_core.training.precision import choose_precision
 from notellm2_core.training.progress import MlflowCurves, Progress
 from notellm2_core.training.save import DONE, save_model
+from notellm2_core.training.speed import Speed
 from notellm2_core.training.start import apply_start
 from notellm2_core.training.step import batch_losses
 from notellm2_core.training.validation import validate, validation_sample
@@ -98,13 +100,14 @@ def _run(
         known_run = {"settings": settings, "precision": choose_precision(model, data, batches[0], config, device)}
         if rank == 0:
             write_atomically(paths.work / "run.json", json.dumps(known_run, indent=1))
+    speed = Speed(model, device, num_ranks)
     engine = engines.make_engine(model, config, known_run["precision"])
     if first_step:
         checkpoints.load(engine, first_step)
     metrics, curves = paths.work / "metrics.jsonl", _curves(config, reports, rank)
-    progress = Progress(metrics, first_step, training.num_steps, rank == 0, reports.log, curves)
+    progress = Progress(metrics, first_step, training.num_steps, rank == 0, reports.log, curves, speed.figures)
     try:
-        _train(engine, data, batches, first_step, config, device, checkpoints, progress, paths.work)
+        _train(engine, data, batches, first_step, config, device, checkpoints, progress, speed, paths.work)
         facts = _facts(progress, config, data, known_run["precision"], num_ranks)
         save_model(model, processor, paths.images / "vision", paths.out, config, train_days, facts)
     except TrainingError:  # on every rank: what is being written is not lost
@@ -123,14 +126,16 @@ def _train(
     device: torch.device,
     checkpoints: Checkpoints,
     progress: Progress,
+    speed: Speed,
     work: Path,
 ) -> None:
-    training = config.training
+    training, inputs = config.training, get_method(config.model.method).inputs
     validation_pairs = validation_sample(data, config.seed)
     for step in range(first_step, training.num_steps):
         rows = data.train_pairs[batches[step]].reshape(-1)  # [2B], pair k in rows 2k and 2k + 1
         # Random numbers depend on the seed, the step and the rank alone, so a resume restores none.
-        losses, tau, gate_mean = batch_gradient(engine, data, rows, config, device, seed=(config.seed, step))
+        share = share_out(data, rows, inputs, training.micro_batch_tokens, device)  # this rank's 2B / R notes
+        losses, tau, gate_mean = batch_gradient(engine, data, rows, share, config, seed=(config.seed, step))
         _require_finite("loss", losses.total.item(), step, data, batches[step], work)
         factor = engines.learning_rate_factor(step, training.num_steps, training.warmup_ratio)
         engines.set_learning_rate(engine.optimizer, factor)
@@ -139,7 +144,8 @@ def _train(
 
         done, last = step + 1, step + 1 == training.num_steps
         rate = training.learning_rate * factor
-        progress.add(len(rows), _figures(losses, tau, gate_mean, rate, grad_norm))
+        figures = _figures(losses, tau, gate_mean, rate, grad_norm) | {"padding": speed.padding(share.micro_batches)}
+        progress.add(len(rows), share.num_tokens, figures)
         if done == 1 or done % training.log_every_steps == 0 or last:
             progress.report_steps(done)
         if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):
@@ -154,15 +160,14 @@ def _train(
 
 
 def batch_gradient(
-    engine: Any, data: TrainingData, rows: np.ndarray, config: Config, device: torch.device, seed: Sequence[int]
+    engine: Any, data: TrainingData, rows: np.ndarray, share: Share, config: Config, seed: Sequence[int]
 ) -> Step:
-    """The gradient of the losses over the notes `rows` [2B] of a global batch, ready for the optimiser.
+    """The gradient of the losses over the notes `rows` [2B] of a global batch, ready for the optimiser. `share` is what
+    this rank embeds of them.
 
     Losses and tau are the same on every rank, and so is the sum of the gradients, whatever their number.
     """
-    training = config.training
-    share = share_out(data, rows, engine.module.method.inputs, training.micro_batch_tokens, device)
-    facts = data.facts(rows, training.mask_known_positives).to(device)
+    facts = data.facts(rows, config.training.mask_known_positives).to(share.places.device)
     seeds = np.random.SeedSequence([*seed, dist.get_rank()]).generate_state(len(share.micro_batches)).tolist()
 
     def loss_of(embedded: Tensor, tau: Tensor) -> Losses:

@@ -63,6 +63,7 @@ class Share:
     """What one rank embeds of a batch."""
 
     micro_batches: list[NoteBatch]
+    num_tokens: int  # of the whole batch
     places: Tensor  # [N] where each note of the batch is among the rows of all ranks, one rank after the other
 
 
@@ -70,7 +71,8 @@ def share_out(
     data: TrainingData, rows: np.ndarray, inputs: Sequence[InputKind], max_tokens: int | None, device: torch.device
 ) -> Share:
     """This rank's share of the notes `rows` [N] of a global batch, on `device`."""
-    dealt = plan(data.num_tokens(rows, inputs), dist.get_world_size(), max_tokens)
+    num_tokens = data.num_tokens(rows, inputs)
+    dealt = plan(num_tokens, dist.get_world_size(), max_tokens)
     order = np.concatenate([part for share in dealt for part in share])
     mine = [data.note_batch(rows[part], inputs).to(device) for part in dealt[dist.get_rank()]]
-    return Share(mine, torch.from_numpy(np.argsort(order)).to(device))
+    return Share(mine, int(num_tokens.sum()), torch.from_numpy(np.argsort(order)).to(device))

@@ -23,6 +23,7 @@ from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
 from notellm2_core.training.loop import Paths, batch_gradient, run
+from notellm2_core.training.micro_batches import share_out
 from notellm2_core.training.save import full_weights, plain_weights
 from tests.notellm2_core.training.world import World, tiny_config
 
@@ -62,7 +63,10 @@ def build(config: Config, cache: Path) -> tuple[MLRMModel, MLRMProcessor]:
 def step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, index: int, grads: bool) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
-    losses = batch_gradient(engine, data, rows, config, torch.device("cpu"), (0, index)).losses
+    inputs, budget = engine.module.method.inputs, config.training.micro_batch_tokens
+    share = share_out(data, rows, inputs, budget, torch.device("cpu"))
+    assert (len(share.micro_batches) > 1) == (budget is not None)
+    losses = batch_gradient(engine, data, rows, share, config, (0, index)).losses
     model = engine.module.model
     found = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters() if p.requires_grad and grads}
     engines.set_learning_rate(engine.optimizer, 1.0 if index == 0 else 0.5)

@@ -176,8 +176,8 @@ def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     heard: list[str] = []
     progress = Progress(path, 2, 4, log=heard.append)
-    progress.add(8, {"loss": 1.0})
-    progress.add(8, {"loss": 2.0})
+    progress.add(8, 90, {"loss": 1.0})
+    progress.add(8, 70, {"loss": 2.0})
     progress.report_steps(4)
     progress.close()
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 4]
