@@ -111,7 +111,7 @@ def our_step(config: Config, cache: Path, steps: int, with_images: bool = True) 
     def run(step: int) -> int:
         rows = data.train_pairs[step * pairs : (step + 1) * pairs].reshape(-1)
         share = share_out(data, rows, ("multimodal",), config.training.micro_batch_tokens, device)
-        batch_gradient(engine, data, rows, share, config, (0, step)).losses.total.item()
+        batch_gradient(engine, data, share, config, (0, step)).losses.total.item()
         engines.optimizer_step(engine)
         return share.num_tokens
 

@@ -6,6 +6,7 @@ the query and the target of pair k.
 Shapes: P pairs, B pairs per batch, N = 2B rows.
 """
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class TrainingData:
         self._processor = processor
         self._notes = [notes[n] for n in self.note_ids]
         self._encoded: dict[tuple[int, InputKind], EncodedNote] = {}  # tokenised once, when a batch first asks for it
+        self._encoding = threading.Lock()
         self._features = features
         image_ids = [images.get(n) for n in self.note_ids]
         self._feature_rows = np.array([features.row(i) for i in image_ids], dtype=np.int64)  # [notes]; -1: no image
@@ -129,9 +131,10 @@ class TrainingData:
         return RowFacts(has, {kind: torch.from_numpy(same.known(rows)) for kind, same in self._same.items()})
 
     def _encode(self, row: int, inputs: InputKind) -> EncodedNote:
-        if (row, inputs) not in self._encoded:
-            self._encoded[row, inputs] = self._processor.encode(self._notes[row], inputs)
-        return self._encoded[row, inputs]
+        with self._encoding:  # batches are made in a thread beside validation's, and a tokenizer is not for two
+            if (row, inputs) not in self._encoded:
+                self._encoded[row, inputs] = self._processor.encode(self._notes[row], inputs)
+            return self._encoded[row, inputs]
 
     def _numbers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         number = {n: i for i, n in enumerate(self.note_ids)}

@@ -23,7 +23,7 @@ from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache, schedule
 from notellm2_core.training.gradcache import Step, backward
 from notellm2_core.training.losses import Losses
-from notellm2_core.training.micro_batches import Share, share_out
+from notellm2_core.training.micro_batches import Share, one_ahead, share_out
 from notellm2_core.training.precision import choose_precision
 from notellm2_core.training.progress import MlflowCurves, Progress
 from notellm2_core.training.save import DONE, save_model
@@ -131,11 +131,14 @@ def _train(
 ) -> None:
     training, inputs = config.training, get_method(config.model.method).inputs
     validation_pairs = validation_sample(data, config.seed)
-    for step in range(first_step, training.num_steps):
-        rows = data.train_pairs[batches[step]].reshape(-1)  # [2B], pair k in rows 2k and 2k + 1
+    rows_of_steps = data.train_pairs[batches].reshape(len(batches), -1)  # [steps, 2B], pair k in rows 2k and 2k + 1
+
+    def share_of(rows: np.ndarray) -> Share:
+        return share_out(data, rows, inputs, training.micro_batch_tokens, device)
+
+    for step, share in enumerate(one_ahead(share_of, rows_of_steps[first_step:]), first_step):
         # Random numbers depend on the seed, the step and the rank alone, so a resume restores none.
-        share = share_out(data, rows, inputs, training.micro_batch_tokens, device)  # this rank's 2B / R notes
-        losses, tau, gate_mean = batch_gradient(engine, data, rows, share, config, seed=(config.seed, step))
+        losses, tau, gate_mean = batch_gradient(engine, data, share, config, seed=(config.seed, step))
         _require_finite("loss", losses.total.item(), step, data, batches[step], work)
         factor = engines.learning_rate_factor(step, training.num_steps, training.warmup_ratio)
         engines.set_learning_rate(engine.optimizer, factor)
@@ -145,7 +148,7 @@ def _train(
         done, last = step + 1, step + 1 == training.num_steps
         rate = training.learning_rate * factor
         figures = _figures(losses, tau, gate_mean, rate, grad_norm) | {"padding": speed.padding(share.micro_batches)}
-        progress.add(len(rows), share.num_tokens, figures)
+        progress.add(len(share.rows), share.num_tokens, figures)
         if done == 1 or done % training.log_every_steps == 0 or last:
             progress.report_steps(done)
         if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):
@@ -159,15 +162,12 @@ def _train(
     checkpoints.close()
 
 
-def batch_gradient(
-    engine: Any, data: TrainingData, rows: np.ndarray, share: Share, config: Config, seed: Sequence[int]
-) -> Step:
-    """The gradient of the losses over the notes `rows` [2B] of a global batch, ready for the optimiser. `share` is what
-    this rank embeds of them.
+def batch_gradient(engine: Any, data: TrainingData, share: Share, config: Config, seed: Sequence[int]) -> Step:
+    """The gradient of the losses over a global batch, ready for the optimiser. `share` is what this rank embeds of it.
 
     Losses and tau are the same on every rank, and so is the sum of the gradients, whatever their number.
     """
-    facts = data.facts(rows, config.training.mask_known_positives).to(share.places.device)
+    facts = data.facts(share.rows, config.training.mask_known_positives).to(share.places.device)
     seeds = np.random.SeedSequence([*seed, dist.get_rank()]).generate_state(len(share.micro_batches)).tolist()
 
     def loss_of(embedded: Tensor, tau: Tensor) -> Losses:

@@ -6,8 +6,11 @@ another, and what fits into memory at a time is a number of tokens, not of notes
 Shapes: N notes of a global batch, R ranks, K micro-batches of a rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +20,9 @@ from torch import Tensor
 from notellm2_core.notes.batch import NoteBatch
 from notellm2_core.notes.text import InputKind
 from notellm2_core.training.data import TrainingData
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 
 def plan(num_tokens: np.ndarray, num_ranks: int, max_tokens: int | None = None) -> list[list[np.ndarray]]:
@@ -58,10 +64,23 @@ def _there_and_back(num_hands: int, num_cards: int) -> Iterator[int]:
         yield num_hands - 1 - hand if lap % 2 else hand
 
 
+def one_ahead(work: Callable[[A], T], items: Iterable[A]) -> Iterator[T]:
+    """`work(item)` for each of `items`, the next in a thread while the caller is busy with one."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        for item in items:
+            waiting.append(thread.submit(work, item))
+            if len(waiting) == 2:
+                yield waiting.popleft().result()
+        for last in waiting:
+            yield last.result()
+
+
 @dataclass(frozen=True)
 class Share:
     """What one rank embeds of a batch."""
 
+    rows: np.ndarray  # [N] the batch
     micro_batches: list[NoteBatch]
     num_tokens: int  # of the whole batch
     places: Tensor  # [N] where each note of the batch is among the rows of all ranks, one rank after the other
@@ -75,4 +94,4 @@ def share_out(
     dealt = plan(num_tokens, dist.get_world_size(), max_tokens)
     order = np.concatenate([part for share in dealt for part in share])
     mine = [data.note_batch(rows[part], inputs).to(device) for part in dealt[dist.get_rank()]]
-    return Share(mine, int(num_tokens.sum()), torch.from_numpy(np.argsort(order)).to(device))
+    return Share(rows, mine, int(num_tokens.sum()), torch.from_numpy(np.argsort(order)).to(device))

@@ -75,7 +75,8 @@ class Progress:
         means = {key: of / len(self._window) for key, of in sums.items()}
         means |= {"steps_per_s": len(self._window) / elapsed, "notes_per_s": notes / elapsed}
         self.restart_clock()
-        self.report(step, means | (self._speed(tokens, notes, elapsed) if self._speed is not None else {}))
+        speed = self._speed(tokens, notes, elapsed) if self._speed is not None else {}
+        self.report(step, {**means, **speed})
 
     def restart_clock(self) -> None:
         """Time spent on other things than steps is not counted in notes per second."""
