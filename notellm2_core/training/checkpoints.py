@@ -12,14 +12,17 @@ the same folder. DeepSpeed's checkpoints are pickles, so only those of this run'
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 from notellm2_core.lake import sha256_of, write_atomically
 
@@ -45,10 +48,41 @@ class Checkpoints:
             _warn(f"the checkpoint {self.folder / f'step-{step}'} is damaged: going on from the one before")
         return 0
 
+    def num_ranks(self, step: int) -> int:
+        """How many ranks saved the checkpoint of `step`."""
+        return len(list((self.folder / f"step-{step}").glob("rank-*.json")))
+
     def load(self, engine: Any, step: int) -> None:
-        """Weights and optimiser after `step` steps into `engine`."""
+        """Weights and optimiser after `step` steps into `engine`, saved by as many ranks as there are now."""
         path, _ = engine.load_checkpoint(str(self.folder), tag=f"step-{step}", load_lr_scheduler_states=False)
         assert path is not None, f"DeepSpeed did not load step-{step} of {self.folder}"
+
+    def load_moved(self, engine: Any, step: int, idle_step: Callable[[], None]) -> None:
+        """As `load`, for ZeRO partitions of another number of ranks. Trained weights only: frozen ones stay.
+
+        By way of DeepSpeed's universal checkpoint, every weight by itself, and its functions for whole weights. (Its
+        own loader gives all groups the settings of the first, or fails where a rank has no share of a group.)
+
+        `idle_step`: a whole step with learning rates of 0. It makes the optimiser's state, and then carries the fp32
+        weights over to those that the forward uses.
+        """
+        universal = self.folder / f"universal-{step}"
+        if dist.get_rank() == 0:
+            _convert(self.folder / f"step-{step}", universal)
+        dist.barrier()
+        idle_step()
+        if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):  # which it was, when only the first group had any
+            engine.optimizer._hp_optimizer_states_linked = False
+            engine.optimizer._lazy_init_hp_params_optimizer_state()
+        _set_all(engine, universal, "fp32")
+        idle_step()
+        for key in ("exp_avg", "exp_avg_sq"):
+            _set_all(engine, universal, key)
+        for state in engine.optimizer.optimizer.state.values():
+            state["step"] = torch.full_like(torch.as_tensor(state["step"]), step)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(universal)
 
     def due(self, step: int) -> bool:
         """Whether the number of steps says so, or the clock of the first rank."""
@@ -163,6 +197,41 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return type(value)(_copied(of) for of in value)
     return value
+
+
+def _convert(checkpoint: Path, universal: Path) -> None:
+    """DeepSpeed's universal checkpoint: every weight by itself, for any number of ranks."""
+    shutil.rmtree(universal, ignore_errors=True)  # of a run that was killed
+    folders = ["--input_folder", str(checkpoint), "--output_folder", str(universal)]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{checkpoint} could not be converted for another number of ranks:\n{done.stderr[-3000:]}")
+
+
+def _set_all(engine: Any, universal: Path, key: str) -> None:
+    """Every trained weight, or its state of the optimiser, from a universal checkpoint."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value = torch.load(universal / "zero" / name / f"{key}.pt", weights_only=False)
+        value = (value["param"] if isinstance(value, dict) else value).float()
+        whole = not hasattr(parameter, "ds_id")
+        if not whole:  # ZeRO-3: the function for whole weights fails where their numbers cannot be shared evenly
+            size = -(-value.numel() // dist.get_world_size())
+            padded = functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+            value = padded[dist.get_rank() * size :][:size]
+        if key == "fp32":
+            (safe_set_full_fp32_param if whole else safe_set_local_fp32_param)(parameter, value)
+        else:
+            (safe_set_full_optimizer_state if whole else safe_set_local_optimizer_state)(parameter, value, key)
 
 
 def _write(files: dict[Path, Any], draft: Path, rank: int) -> None:

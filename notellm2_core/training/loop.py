@@ -63,8 +63,9 @@ def run(config: Config, paths: Paths, reports: Reports = Reports(), train_days: 
     """Train as `config` says and save the model into `paths.out`. Called on every rank, after `set_up_processes`.
 
     Goes on from the last checkpoint of `paths.work`; the weights are then those of an uninterrupted run, bit for bit
-    on the same machine and number of ranks. `train_days`: first day and (exclusive) end of the log that the pairs are
-    of, for the model card. Raises ValueError for inputs and settings that do not fit.
+    on the same machine and number of ranks, and but for rounding on another number. `train_days`: first day and
+    (exclusive) end of the log that the pairs are of, for the model card. Raises ValueError for inputs and settings that
+    do not fit.
     """
     device = engines.set_up_processes()
     with held(paths.work):
@@ -80,7 +81,7 @@ def _run(
     with engines.first_on_machine():
         model, processor = build_model(config, model_cache(config))
         data = load_training_data(processor, paths.notes, paths.images, paths.store, paths.pairs, paths.work)
-    settings = run_settings(config, data, num_ranks)
+    settings = run_settings(config, data)
     known_run = open_work(paths.work, settings)
     dist.barrier()  # all ranks have looked before rank 0 writes
     checkpoints = Checkpoints(
@@ -91,7 +92,8 @@ def _run(
     )
     first_step = checkpoints.last_step()
     set_trained(model, config)
-    if first_step == 0:
+    moved = first_step > 0 and training.zero_stage > 0 and checkpoints.num_ranks(first_step) != num_ranks
+    if first_step == 0 or moved:
         apply_start(model, processor, data, config)
     model.train()
     engines.broadcast_new_modules(model, device)
@@ -102,7 +104,10 @@ def _run(
             write_atomically(paths.work / "run.json", json.dumps(known_run, indent=1))
     speed = Speed(model, device, num_ranks)
     engine = engines.make_engine(model, config, known_run["precision"])
-    if first_step:
+    if moved:
+        rows = data.train_pairs[batches[0]].reshape(-1)
+        checkpoints.load_moved(engine, first_step, lambda: idle_step(engine, data, rows, config, device))
+    elif first_step:
         checkpoints.load(engine, first_step)
     metrics, curves = paths.work / "metrics.jsonl", _curves(config, reports, rank)
     progress = Progress(metrics, first_step, training.num_steps, rank == 0, reports.log, curves, speed.figures)
@@ -176,14 +181,23 @@ def batch_gradient(engine: Any, data: TrainingData, share: Share, config: Config
     return backward(engine, share.micro_batches, loss_of, seeds)
 
 
-def run_settings(config: Config, data: TrainingData, num_ranks: int) -> dict[str, Any]:
-    """Whatever changes the weights that come out: settings by their dotted names, the pairs, the number of ranks."""
+def idle_step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, device: torch.device) -> None:
+    """A step on the notes `rows` [2B] that changes no weight."""
+    inputs = get_method(config.model.method).inputs
+    share = share_out(data, rows, inputs, config.training.micro_batch_tokens, device)
+    batch_gradient(engine, data, share, config, seed=(config.seed,))
+    engines.set_learning_rate(engine.optimizer, 0.0)
+    engines.optimizer_step(engine)
+
+
+def run_settings(config: Config, data: TrainingData) -> dict[str, Any]:
+    """Whatever changes the weights that come out by more than rounding: settings by their dotted names, the pairs."""
     tree = config.model_dump(mode="json", include={"seed", "text", "model", "training"})
     tree["text"] = {k: v for k, v in tree["text"].items() if f"text.{k}" in TEXT_SETTINGS}
     tree["model"].pop("license")
-    tree["training"] = {k: v for k, v in tree["training"].items() if k not in ("num_ranks", *FREE_TRAINING_SETTINGS)}
+    tree["training"] = {k: v for k, v in tree["training"].items() if k not in FREE_TRAINING_SETTINGS}
     pairs = [data.train_pairs.tolist(), data.note_ids]
-    return {**_flat(tree), "number of ranks": num_ranks, "training pairs": fingerprint(pairs)}
+    return {**_flat(tree), "training pairs": fingerprint(pairs)}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

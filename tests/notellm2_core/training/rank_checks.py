@@ -5,6 +5,7 @@ updated weights of the first, and those with adapters merged, go to OUT/ranks-<R
 the first step is loaded into a fresh engine, and its second step must give the same weights to the last bit.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
-from notellm2_core.training.loop import Paths, batch_gradient, run
+from notellm2_core.training.loop import Paths, batch_gradient, idle_step, run
 from notellm2_core.training.micro_batches import share_out
 from notellm2_core.training.save import full_weights, plain_weights
 from tests.notellm2_core.training.world import World, tiny_config
@@ -81,15 +82,7 @@ def check_stages(root: Path, out: Path, stages: tuple[int, ...], variant: str) -
     world = World(root)
     for stage in stages:
         config = settings(stage, variant)
-
-        def fresh(config: Config = config) -> tuple[Any, TrainingData]:
-            model, processor = build(config, world.path("models"))
-            with engines.first_on_machine():
-                folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
-                data = load_training_data(processor, *folders)
-            return engines.make_engine(model, config, "fp32"), data
-
-        engine, data = fresh()
+        engine, data = _fresh(world, config)
         batches = schedule(data.train_pairs, 8, 2, config.seed)
         first, second = (data.train_pairs[b].reshape(-1) for b in batches)
         result = step(engine, data, first, config, 0, grads=True)
@@ -101,12 +94,44 @@ def check_stages(root: Path, out: Path, stages: tuple[int, ...], variant: str) -
         checkpoints.save(engine, 1)
         checkpoints.close()
         straight = step(engine, data, second, config, 1, grads=False)["weights"]
-        engine, data = fresh()
+        engine, data = _fresh(world, config)
         checkpoints.load(engine, 1)
         resumed = step(engine, data, second, config, 1, grads=False)["weights"]
         if dist.get_rank() == 0:
             assert all(torch.equal(straight[n], resumed[n]) for n in straight), f"stage {stage}: a resume differs"
             assert any(not torch.equal(straight[n], result["weights"][n]) for n in straight)
+
+
+def check_moved(root: Path, out: Path, stages: tuple[int, ...], saving: bool) -> None:
+    """Saving: a step, a checkpoint, and a second step. Else, on another number of ranks, the second step from it."""
+    engines.set_up_processes()
+    for stage in stages:
+        config = settings(stage, "notellm2")
+        checkpoints = Checkpoints(out / f"checkpoints-{stage}")
+        engine, data = _fresh(World(root), config)
+        batches = schedule(data.train_pairs, 8, 2, config.seed)
+        first, second = (data.train_pairs[b].reshape(-1) for b in batches)
+        if saving:
+            step(engine, data, first, config, 0, grads=False)
+            checkpoints.save(engine, 1)
+            checkpoints.close()
+        else:
+            assert checkpoints.last_step() == 1 and checkpoints.num_ranks(1) != dist.get_world_size()
+            if stage:
+                checkpoints.load_moved(engine, 1, partial(idle_step, engine, data, first, config, torch.device("cpu")))
+            else:
+                checkpoints.load(engine, 1)
+        weights = step(engine, data, second, config, 1, grads=False)["weights"]
+        if dist.get_rank() == 0:
+            torch.save(weights, out / f"{'saving' if saving else 'moved'}-{stage}.pt")
+
+
+def _fresh(world: World, config: Config) -> tuple[Any, TrainingData]:
+    model, processor = build(config, world.path("models"))
+    with engines.first_on_machine():
+        folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
+        data = load_training_data(processor, *folders)
+    return engines.make_engine(model, config, "fp32"), data
 
 
 def train(config_file: Path, root: Path, work: Path, out: Path) -> None:
