@@ -7,7 +7,7 @@ notes of widely different lengths. Contenders take turns, each round in a proces
 
   step            one training step as `notellm2_core.training` runs it: 32 pairs, images, Eq. 9, DeepSpeed's AdamW
   llm             the bare LLM's forward and backward over as many real tokens, in rows without any padding
-  text            the step again, on texts alone
+  text            the step again, on texts alone, without a connector
   trainer         sentence-transformers' trainer and its MultipleNegativesRankingLoss with the same LLM on the same
                   texts (needs `pip install datasets`); without it a plain loop that pads each batch to its longest
   direct          a step of 16 pairs, with all activations in memory
@@ -52,16 +52,17 @@ from notellm2_core.training.micro_batches import share_out
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS, SMALL, LARGE = 32, 16, 256
-WARM_UP = 1
+WARM_UP = 2
 NUM_IMAGES, PATCHES, WIDTH = 64, 49, 1280  # EfficientNet-Lite0's features
 
 
-def settings(batch_pairs: int, cache: Path, micro_batch_tokens: int | None = None) -> Config:
+def settings(batch_pairs: int, cache: Path, micro_batch_tokens: int | None = None, method: str = "notellm2") -> Config:
     return Config.model_validate(
         {
             "name": "benchmark",
             "lake": cache,
             "model": {
+                "method": method,
                 "llm": {"name": "package:smollm2", "num_layers": 4},
                 "vision": {
                     "library": "timm", "name": "tf_efficientnet_lite0", "pretrained": "package:efficientnet-lite0",
@@ -123,7 +124,7 @@ def step(cache: Path, steps: int) -> dict[str, float]:
 
 
 def text(cache: Path, steps: int) -> dict[str, float]:
-    return our_step(settings(PAIRS, cache), cache, steps, with_images=False)
+    return our_step(settings(PAIRS, cache, method="only_late_fusion"), cache, steps, with_images=False)
 
 
 def direct(cache: Path, steps: int) -> dict[str, float]:
@@ -164,7 +165,7 @@ def texts(processor: MLRMProcessor, num_pairs: int) -> list[str]:
 
 
 def trainer(cache: Path, steps: int) -> dict[str, float]:
-    config = settings(PAIRS, cache)
+    config = settings(PAIRS, cache, method="only_late_fusion")
     model, processor = build_model(config, cache)
     prompts = texts(processor, PAIRS * (steps + WARM_UP))
     set_trained(model, config)
@@ -296,15 +297,18 @@ def rounds(num: int, steps: int, cache: Path) -> Iterator[tuple[str, dict[str, f
             yield name, found
 
 
+def heading(title: str) -> list[str]:
+    total = psutil.virtual_memory().total >> 30
+    machine = f"{platform.machine()}, {psutil.cpu_count()} cores, {total} GB, torch {torch.__version__}"
+    return [f"# {title}", "", f"{date.today()}, {machine}. Command: `python {' '.join(sys.argv)}`. Medians.", ""]
+
+
 def to_markdown(results: dict[str, dict[str, float]], trainer_name: str) -> str:
     r = results
-    total = psutil.virtual_memory().total >> 30
     slower = r["gradcache"]["seconds_per_pair"] / r["direct"]["seconds_per_pair"]
     lines = [
-        "# The training step",
-        "",
-        f"{date.today()}, {platform.machine()}, {psutil.cpu_count()} cores, {total} GB, torch {torch.__version__}. "
-        f"Command: `python {' '.join(sys.argv)}`. Medians; `trainer` is {trainer_name}.",
+        *heading("The training step"),
+        f"`trainer` is {trainer_name}.",
         "",
         "| contender | tokens/s | notes/s | seconds per pair | peak GB | of the step GB |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

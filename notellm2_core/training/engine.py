@@ -116,7 +116,7 @@ def deepspeed_config(training: Training, precision: Precision, num_ranks: int, o
                 "eps": training.epsilon,
                 "weight_decay": training.weight_decay,
                 "torch_adam": True,  # DeepSpeed's own is compiled at its first use; torch's needs no compiler
-                **({"fused": True} if on_gpu else {}),
+                "fused": True,
             },
         },
         "steps_per_print": sys.maxsize,

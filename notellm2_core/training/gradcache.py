@@ -14,7 +14,7 @@ the update wait for the last (`set_gradient_accumulation_boundary`).
 Shapes: N notes of the global batch, n of this rank, V D numbers of each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from notellm2_core.training.gather import gather
 from notellm2_core.training.losses import Losses
 from notellm2_core.training.step import Embedded
 
+MicroBatches = Callable[[], Iterable[NoteBatch]]
 BatchLoss = Callable[[Tensor, Tensor], Losses]  # of the rows [N, V D] of all ranks, in the order of the ranks, and tau
 
 
@@ -36,39 +37,40 @@ class Step(NamedTuple):
     gate_mean: Tensor | None  # [1], of this rank
 
 
-def backward(engine: Any, micro_batches: Sequence[NoteBatch], loss_of: BatchLoss, seeds: Sequence[int]) -> Step:
+def backward(engine: Any, micro_batches: MicroBatches, loss_of: BatchLoss, seeds: Sequence[int]) -> Step:
     """The gradient of the global batch's loss in the weights' gradients, ready for `engine.step()`.
 
     Args:
-        micro_batches: this rank's; as many on every rank.
+        micro_batches: makes this rank's, each time it is called; as many on every rank.
         seeds: one for each micro-batch, so that dropout is the same when it is embedded again.
     """
-    if len(micro_batches) == 1:
+    if len(seeds) == 1:
         torch.manual_seed(seeds[0])
-        embedded: Embedded = engine(micro_batches[0])
+        (batch,) = micro_batches()
+        embedded: Embedded = engine(batch)
         losses = loss_of(gather(embedded.rows), embedded.tau)
         engine.set_gradient_accumulation_boundary(True)
         engine.backward(losses.total)
         return Step(losses, embedded.tau.detach(), embedded.gate_mean)
 
-    parts = embed(engine, micro_batches, seeds)
+    parts = embed(engine, micro_batches(), seeds)
     rows = torch.cat([part.rows for part in parts]).requires_grad_()  # [n, V D]
     tau = parts[0].tau.requires_grad_()
     losses = loss_of(gather(rows), tau)
     of_rows, of_tau = torch.autograd.grad(losses.total, (rows, tau))
 
     upstream = of_rows.split([len(part.rows) for part in parts])
-    for number, (batch, seed) in enumerate(zip(micro_batches, seeds, strict=True), start=1):
+    for number, (batch, seed) in enumerate(zip(micro_batches(), seeds, strict=True), start=1):
         torch.manual_seed(seed)
         embedded = engine(batch)
-        engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+        engine.set_gradient_accumulation_boundary(number == len(seeds))
         # Its gradient is that of the loss. A share of tau's with each: every weight then has one every time.
         engine.backward((embedded.rows * upstream[number - 1]).sum() + (embedded.tau * of_tau).sum() / len(parts))
     return Step(losses, tau.detach(), _mean_gate(parts))
 
 
 @torch.no_grad()
-def embed(engine: Any, micro_batches: Sequence[NoteBatch], seeds: Sequence[int] = ()) -> list[Embedded]:
+def embed(engine: Any, micro_batches: Iterable[NoteBatch], seeds: Sequence[int] = ()) -> list[Embedded]:
     """Every micro-batch, without a graph."""
     parts = []
     for number, batch in enumerate(micro_batches):

@@ -152,7 +152,7 @@ def _train(
 
         done, last = step + 1, step + 1 == training.num_steps
         rate = training.learning_rate * factor
-        figures = _figures(losses, tau, gate_mean, rate, grad_norm) | {"padding": speed.padding(share.micro_batches)}
+        figures = _figures(losses, tau, gate_mean, rate, grad_norm) | {"padding": speed.padding(share)}
         progress.add(len(share.rows), share.num_tokens, figures)
         if done == 1 or done % training.log_every_steps == 0 or last:
             progress.report_steps(done)
@@ -173,7 +173,7 @@ def batch_gradient(engine: Any, data: TrainingData, share: Share, config: Config
     Losses and tau are the same on every rank, and so is the sum of the gradients, whatever their number.
     """
     facts = data.facts(share.rows, config.training.mask_known_positives).to(share.places.device)
-    seeds = np.random.SeedSequence([*seed, dist.get_rank()]).generate_state(len(share.micro_batches)).tolist()
+    seeds = np.random.SeedSequence([*seed, dist.get_rank()]).generate_state(len(share.parts)).tolist()
 
     def loss_of(embedded: Tensor, tau: Tensor) -> Losses:
         return batch_losses(config, embedded[share.places], tau, facts)

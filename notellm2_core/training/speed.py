@@ -5,12 +5,11 @@ again (gradient checkpointing, GradCache) and everything around the LLM take tim
 """
 
 import resource
-from collections.abc import Sequence
 
 import torch
 
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.notes.batch import NoteBatch
+from notellm2_core.training.micro_batches import Share
 
 # Dense bf16 operations per second, from the makers' data sheets, by a part of the name that CUDA tells.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
@@ -41,12 +40,9 @@ class Speed:
             figures["mfu"] = flops / self._peak
         return figures | {"memory_gb": self._memory() / 1e9}
 
-    def padding(self, micro_batches: Sequence[NoteBatch]) -> float:
+    def padding(self, share: Share) -> float:
         """The share of the positions that the LLM computes for nothing."""
-        if self._packs:
-            return 0.0
-        real = sum(int(batch.attention_mask.sum()) for batch in micro_batches)
-        return 1 - real / sum(batch.attention_mask.numel() for batch in micro_batches)
+        return 0.0 if self._packs else share.padding
 
     def _memory(self) -> float:
         if self._device.type == "cuda":

@@ -84,6 +84,6 @@ def _embed(engine: Any, data: TrainingData, notes: np.ndarray, config: Config, d
         part = notes[i : i + batch_notes]
         filled = np.resize(part, math.ceil(len(part) / num_ranks) * num_ranks)
         share = share_out(data, filled, inputs, config.training.micro_batch_tokens, device)
-        embedded = torch.cat([micro.rows for micro in embed(engine, share.micro_batches)])
+        embedded = torch.cat([micro.rows for micro in embed(engine, share.micro_batches())])
         parts.append(gather(embedded)[share.places][: len(part)].cpu())
     return torch.cat(parts)

@@ -66,7 +66,7 @@ def step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, inde
 
     inputs, budget = engine.module.method.inputs, config.training.micro_batch_tokens
     share = share_out(data, rows, inputs, budget, torch.device("cpu"))
-    assert (len(share.micro_batches) > 1) == (budget is not None)
+    assert (len(share.parts) > 1) == (budget is not None)
     losses = batch_gradient(engine, data, share, config, (0, index)).losses
     model = engine.module.model
     found = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters() if p.requires_grad and grads}
