@@ -62,8 +62,8 @@ STAGES: Mapping[str, Stage] = {
         ("raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",),
         version=2,
     ),
-    "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=3),
-    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "model.lora", "training"), version=3),
+    "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=4),
+    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "model.lora", "training"), version=4),
     "start_embeddings": Stage(
         ("start_model", "notes", "vision_features", "pair_datasets"), ("export", "training.precision")
     ),
