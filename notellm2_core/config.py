@@ -236,8 +236,12 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     alpha: float = Field(9.0, ge=0)  # Eq. 9
     mask_known_positives: bool = True  # a note's other known positives are no negatives
+    # Tokens that a rank holds activations of at a time; a batch with more is embedded twice (GradCache). None: all.
+    micro_batch_tokens: int | None = Field(None, gt=0)
     gradient_checkpointing: bool = False
     checkpoint_every_steps: int = Field(500, gt=0)
+    checkpoint_every_minutes: float | None = Field(None, gt=0)  # whichever comes first
+    num_checkpoints: int = Field(2, gt=0)  # kept: the last of them
     validate_every_steps: int = Field(500, gt=0)
     log_every_steps: int = Field(10, gt=0)
 

@@ -62,8 +62,8 @@ STAGES: Mapping[str, Stage] = {
         ("raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",),
         version=2,
     ),
-    "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=3),
-    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "model.lora", "training"), version=3),
+    "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=4),
+    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "model.lora", "training"), version=4),
     "start_embeddings": Stage(
         ("start_model", "notes", "vision_features", "pair_datasets"), ("export", "training.precision")
     ),
@@ -81,7 +81,10 @@ STAGES: Mapping[str, Stage] = {
 
 
 WORLD_VERSION = 1  # of the demo world's generator
-FREE_TRAINING_SETTINGS = ("checkpoint_every_steps", "validate_every_steps", "log_every_steps")  # change no weight
+FREE_TRAINING_SETTINGS = (  # change no weight, or by no more than rounding
+    "num_ranks", "checkpoint_every_steps", "checkpoint_every_minutes", "num_checkpoints", "validate_every_steps",
+    "log_every_steps",
+)  # fmt: skip
 
 
 class MissingDataset(LakeError):

@@ -21,6 +21,7 @@ from transformers.utils import is_flash_attn_2_available
 from notellm2_core.model.connector import Connector, ConnectorSizes, init_linear
 from notellm2_core.model.fusion import LateFusion
 from notellm2_core.model.methods import get_method
+from notellm2_core.model.packing import packed_attention, packed_states
 from notellm2_core.model.pretrained import require_complete
 from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
 
@@ -79,6 +80,9 @@ class MLRMModel(PreTrainedModel):
         assert isinstance(words, nn.Embedding)
         width = words.embedding_dim  # an OPT's hidden_size may be another one
         self._takes_positions = "position_ids" in inspect.signature(self.llm.forward).parameters  # ALiBi has none
+        self._packed_attention = packed_attention(self.llm, self.llm.config._attn_implementation)
+        if self._packed_attention is not None:
+            self.llm.set_attn_implementation(self._packed_attention)
         self.connector = Connector(sizes, width) if method.visual_prompt else None
         self.fusion = LateFusion(sizes.vision_width, width) if method.late_fusion else None
         self.projector = nn.Linear(width, config.projection_dim)
@@ -105,14 +109,7 @@ class MLRMModel(PreTrainedModel):
             visual_words = self.connector(batch.patches.to(dtype)) * shown[:, :, None]  # [N, L_c, h_t]
             words = words.masked_scatter(batch.image_mask[:, :, None], visual_words.to(words.dtype))  # [N, T, h_t]
 
-        positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # the same, wherever the padding is
-        hidden = self.llm(
-            inputs_embeds=words,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **({"position_ids": positions} if self._takes_positions else {}),
-        ).last_hidden_state  # [N, T, h_t]
-
+        hidden = self._read(words, batch.attention_mask)  # [N, T, h_t]
         rows = torch.arange(len(batch), device=hidden.device)
         n_m = hidden[rows, batch.last_index]  # [N, h_t]
         n_v = hidden[rows, batch.visual_index] if get_method(self.config.method).prompt == "micl" else None
@@ -122,6 +119,25 @@ class MLRMModel(PreTrainedModel):
         fused_m, z = self.fusion(v, n_m)
         fused_v = None if n_v is None else self.fusion(v, n_v)[0]
         return States(fused_m, fused_v, n_m, v, z.detach().float().mean().reshape(1))
+
+    @property
+    def packs_notes(self) -> bool:
+        """Whether the LLM gets the notes of a batch as one row without padding."""
+        return self._packed_attention is not None and self.llm.config._attn_implementation == self._packed_attention
+
+    def _read(self, words: Tensor, attention_mask: Tensor) -> Tensor:
+        """Word embeddings -> last hidden states of the LLM, [N, T, h_t] each; the attention may have been changed."""
+        if self.packs_notes:
+            return packed_states(self.llm, words, attention_mask)
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the same, wherever the padding is
+        output = self.llm(
+            inputs_embeds=words,
+            attention_mask=attention_mask,
+            use_cache=False,
+            **({"position_ids": positions} if self._takes_positions else {}),
+        )
+        states: Tensor = output.last_hidden_state
+        return states
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Named parameters by how they are trained: "llm", "new" (connector, fusion, projector), "tau"."""

@@ -1,112 +1,268 @@
-"""The work folder of a training: whose it is, and the checkpoints from which a killed run goes on.
+"""The checkpoints from which a killed run goes on, written while the training does.
 
-    WORK/run.json               settings of the run and the precision it chose
-    WORK/metrics.jsonl          the curves
-    WORK/checkpoints/step-N     DeepSpeed's checkpoint after N steps
-    WORK/checkpoints/latest     the name of the last complete one, written last
+    WORK/checkpoints/step-N/            DeepSpeed's checkpoint after N steps
+    WORK/checkpoints/step-N/rank-R.json sizes and checksums of the files that rank R wrote
 
-A checkpoint is written under another name, moved, and only then named in `latest`; a kill leaves at most a folder that
-nothing points to. The two last complete ones are kept. All ranks see the same WORK (across machines: a shared disk).
-DeepSpeed's checkpoints are pickles, so only those of this run's own WORK are ever loaded.
+A save copies weights and optimiser state into memory, which is quick, and a thread of each rank writes the copies. When
+all ranks have written, and their files are on the disk, the folder gets its name: a kill leaves at most a draft. The
+last `num_kept` are kept, and one whose files are not what was written is passed over for the one before. All ranks see
+the same folder. DeepSpeed's checkpoints are pickles, so only those of this run's own WORK are ever loaded.
 """
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from notellm2_core.lake import write_atomically
+import torch
+import torch.distributed as dist
+from torch.nn import functional
 
-_NUM_KEPT = 2
-_LATEST = "latest"
+from notellm2_core.lake import sha256_of, write_atomically
 
 
 class Checkpoints:
     """DeepSpeed checkpoints in `folder`. Every method is called on all ranks."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, every_steps: int = 1, every_minutes: float | None = None, num_kept: int = 2
+    ) -> None:
         self.folder = folder
+        self._every_steps, self._every_minutes, self._num_kept = every_steps, every_minutes, num_kept
+        self._last_save = time.monotonic()
+        self._step: int | None = None  # of the save that goes on
+        self._writing: Future[None] | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
-    def latest(self) -> str | None:
-        """The name of the last complete checkpoint."""
-        pointer = self.folder / _LATEST
-        return pointer.read_text().strip() if pointer.exists() else None
+    def last_step(self) -> int:
+        """The steps of the last checkpoint whose files are all what was written; 0 without one."""
+        for step in reversed(self._steps()):
+            if self._is_whole(self.folder / f"step-{step}"):
+                return step
+            _warn(f"the checkpoint {self.folder / f'step-{step}'} is damaged: going on from the one before")
+        return 0
 
-    def latest_step(self) -> int:
-        """How many steps it holds; 0 without one."""
-        name = self.latest()
-        return int(name.removeprefix("step-")) if name else 0
+    def num_ranks(self, step: int) -> int:
+        """How many ranks saved the checkpoint of `step`."""
+        return len(list((self.folder / f"step-{step}").glob("rank-*.json")))
 
-    def load(self, engine: Any) -> None:
-        """Weights and optimiser of the last complete checkpoint into `engine`."""
-        path, _ = engine.load_checkpoint(str(self.folder), tag=self.latest(), load_lr_scheduler_states=False)
-        assert path is not None, f"DeepSpeed did not load {self.latest()} of {self.folder}"
+    def load(self, engine: Any, step: int) -> None:
+        """Weights and optimiser after `step` steps into `engine`, saved by as many ranks as there are now."""
+        path, _ = engine.load_checkpoint(str(self.folder), tag=f"step-{step}", load_lr_scheduler_states=False)
+        assert path is not None, f"DeepSpeed did not load step-{step} of {self.folder}"
+
+    def load_moved(self, engine: Any, step: int, idle_step: Callable[[], None]) -> None:
+        """As `load`, for ZeRO partitions of another number of ranks. Trained weights only: frozen ones stay.
+
+        By way of DeepSpeed's universal checkpoint, every weight by itself, and its functions for whole weights. (Its
+        own loader gives all groups the settings of the first, or fails where a rank has no share of a group.)
+
+        `idle_step`: a whole step with learning rates of 0. It makes the optimiser's state, and then carries the fp32
+        weights over to those that the forward uses.
+        """
+        universal = self.folder / f"universal-{step}"
+        if dist.get_rank() == 0:
+            _convert(self.folder / f"step-{step}", universal)
+        dist.barrier()
+        idle_step()
+        if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):  # which it was, when only the first group had any
+            engine.optimizer._hp_optimizer_states_linked = False
+            engine.optimizer._lazy_init_hp_params_optimizer_state()
+        _set_all(engine, universal, "fp32")
+        idle_step()
+        for key in ("exp_avg", "exp_avg_sq"):
+            _set_all(engine, universal, key)
+        for state in engine.optimizer.optimizer.state.values():
+            state["step"] = torch.full_like(torch.as_tensor(state["step"]), step)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(universal)
+
+    def due(self, step: int) -> bool:
+        """Whether the number of steps says so, or the clock of the first rank."""
+        if step % self._every_steps == 0 or self._every_minutes is None:
+            return step % self._every_steps == 0
+        late = dist.get_rank() == 0 and time.monotonic() - self._last_save >= 60 * self._every_minutes
+        return bool(_summed(torch.tensor([int(late)]))[0])
 
     def save(self, engine: Any, step: int) -> None:
-        import torch.distributed as dist
-
-        name, draft = f"step-{step}", f"draft-{step}"
+        """Begin to save what `engine` holds after `step` steps. A save that still goes on is waited for."""
+        self.settle(wait=True)
+        draft = self.folder / f"draft-{step}"
         if dist.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in (*self.folder.glob("draft-*"), self.folder / name):  # of a run that was killed
+            for left in (*self.folder.glob("draft-*"), self.folder / f"step-{step}"):  # of a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
+            draft.mkdir()
         dist.barrier()
-        engine.save_checkpoint(str(self.folder), tag=draft, save_latest=False)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            _sync(self.folder / draft)
-            os.rename(self.folder / draft, self.folder / name)
-            write_atomically(self.folder / _LATEST, name)
-            steps = sorted(int(p.name.removeprefix("step-")) for p in self.folder.glob("step-*"))
-            for old in steps[:-_NUM_KEPT]:
-                shutil.rmtree(self.folder / f"step-{old}")
-        dist.barrier()
-
-
-@contextmanager
-def held(work: Path) -> Iterator[None]:
-    """Keep this folder for the first rank while the block runs; a kill releases it. Does nothing on other ranks.
-
-    Raises ValueError where another training holds it: each would delete what the other has begun to write.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / ".lock").open("w") as lock:
+        copies = _Copies()
+        usual, engine.checkpoint_engine = engine.checkpoint_engine, copies
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another training is at work in {work}: wait for it, or stop it") from None
-        yield
+            engine.save_checkpoint(str(self.folder), tag=draft.name, save_latest=False)
+        finally:
+            engine.checkpoint_engine = usual
+        self._last_save = time.monotonic()
+        self._step, self._writing = step, self._writer.submit(_write, copies.files, draft, dist.get_rank())
+
+    def settle(self, wait: bool = False) -> None:
+        """Give the save that goes on its name, if all ranks have written their parts; `wait` for them.
+
+        Where a rank cannot write, the former checkpoints stay, and the training goes on.
+        """
+        if self._step is None or self._writing is None:
+            return
+        if wait:
+            self._writing.exception()
+        states = torch.zeros(2, dtype=torch.int64)  # ranks still busy, ranks that failed
+        states[0], states[1] = not self._writing.done(), self._writing.done() and self._writing.exception() is not None
+        states = _summed(states)
+        if states[0]:
+            return
+        step, error = self._step, self._writing.exception()
+        self._step = self._writing = None
+        draft, name = self.folder / f"draft-{step}", self.folder / f"step-{step}"
+        if error is not None:
+            _warn(f"the checkpoint after step {step} could not be written ({error}); the training goes on")
+        if dist.get_rank() == 0:
+            if states[1]:
+                shutil.rmtree(draft, ignore_errors=True)
+            else:
+                os.rename(draft, name)
+                _sync(self.folder)
+                for old in self._steps()[: -self._num_kept]:
+                    shutil.rmtree(self.folder / f"step-{old}")
+        dist.barrier()
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self.settle(wait=True)
+        self._writer.shutdown()
+
+    def _steps(self) -> list[int]:
+        return sorted(int(p.name.removeprefix("step-")) for p in self.folder.glob("step-*"))
+
+    def _is_whole(self, checkpoint: Path) -> bool:
+        """Each rank looks at its share of the files; the answer is the same on all."""
+        listed: dict[str, list[Any]] = {}
+        ranks = sorted(checkpoint.glob("rank-*.json"))
+        try:
+            for file in ranks:
+                listed |= json.loads(file.read_text())
+        except (OSError, ValueError):
+            listed = {}
+        mine = sorted(listed)[dist.get_rank() :: dist.get_world_size()]
+        wrong = not listed or any(_facts(checkpoint / name) != listed[name] for name in mine)
+        return not _summed(torch.tensor([int(wrong)]))[0]
 
 
-def open_work(work: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The run.json of this work folder; {} for a new one.
+class _Copies:
+    """Takes the place of DeepSpeed's checkpoint engine during a save: keeps copies, writes nothing."""
 
-    Raises ValueError, naming the first difference, where the folder holds a training with other settings: its
-    checkpoints cannot be continued with these, and throwing hours of work away is not for a program to decide.
-    """
-    path = work / "run.json"
-    if not path.exists():
-        return {}
-    run: dict[str, Any] = json.loads(path.read_text())
-    there = run["settings"]
-    for key in sorted({*settings, *there}):
-        if there.get(key) != settings.get(key):
-            raise ValueError(
-                f"{work} holds a training with {key} = {there.get(key)}, not {settings.get(key)}: "
-                "give --work a new folder, or delete this one"
-            )
-    return run
+    def __init__(self) -> None:
+        self.files: dict[Path, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path)] = _copied(state_dict)
+
+    def create(self, info: Any) -> None: ...
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        os.makedirs(path, exist_ok=exist_ok)
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        return dp_rank == 0
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        return False  # a copy holds no more than what is seen of it
+
+
+def _copied(value: Any) -> Any:
+    """`value` with copies of its tensors in main memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, _copied(of)) for key, of in value.items())
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(_copied(of) for of in value)
+    return value
+
+
+def _convert(checkpoint: Path, universal: Path) -> None:
+    """DeepSpeed's universal checkpoint: every weight by itself, for any number of ranks."""
+    shutil.rmtree(universal, ignore_errors=True)  # of a run that was killed
+    folders = ["--input_folder", str(checkpoint), "--output_folder", str(universal)]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{checkpoint} could not be converted for another number of ranks:\n{done.stderr[-3000:]}")
+
+
+def _set_all(engine: Any, universal: Path, key: str) -> None:
+    """Every trained weight, or its state of the optimiser, from a universal checkpoint."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value = torch.load(universal / "zero" / name / f"{key}.pt", weights_only=False)
+        value = (value["param"] if isinstance(value, dict) else value).float()
+        whole = not hasattr(parameter, "ds_id")
+        if not whole:  # ZeRO-3: the function for whole weights fails where their numbers cannot be shared evenly
+            size = -(-value.numel() // dist.get_world_size())
+            padded = functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+            value = padded[dist.get_rank() * size :][:size]
+        if key == "fp32":
+            (safe_set_full_fp32_param if whole else safe_set_local_fp32_param)(parameter, value)
+        else:
+            (safe_set_full_optimizer_state if whole else safe_set_local_optimizer_state)(parameter, value, key)
+
+
+def _write(files: dict[Path, Any], draft: Path, rank: int) -> None:
+    facts = {}
+    for path, state in files.items():
+        with path.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        facts[path.name] = _facts(path)
+    write_atomically(draft / f"rank-{rank}.json", json.dumps(facts))
+
+
+def _facts(path: Path) -> list[Any]:
+    return [path.stat().st_size, sha256_of(path)] if path.exists() else []
+
+
+def _summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks, on the CPU."""
+    on_device = values.cuda() if dist.get_backend() == "nccl" else values
+    dist.all_reduce(on_device)
+    return on_device.cpu()
 
 
 def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as f:
-                os.fsync(f.fileno())
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)

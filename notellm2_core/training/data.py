@@ -6,6 +6,7 @@ the query and the target of pair k.
 Shapes: P pairs, B pairs per batch, N = 2B rows.
 """
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,26 @@ class RowFacts:
         return RowFacts({k: v.to(device) for k, v in self.has.items()}, known)
 
 
+class SameNotes:
+    """Notes that cannot be told apart by what is read of them are one; relations are those of all of them."""
+
+    def __init__(self, content: np.ndarray, pairs: np.ndarray) -> None:
+        """`content`: [notes] or [facts, notes], equal where notes are the same. `pairs`: [P, 2] related notes."""
+        _, code = np.unique(np.atleast_2d(content), axis=1, return_inverse=True)
+        self.code: np.ndarray = code.reshape(-1)  # [notes]
+        self._size = int(self.code.max(initial=0)) + 1
+        both = self.code[np.concatenate([pairs, pairs[:, ::-1]])]
+        self._related = np.unique(both[:, 0] * self._size + both[:, 1])  # the pair graph, as sorted numbers
+
+    def known(self, rows: np.ndarray) -> np.ndarray:
+        """[N, N] bool: which of the notes `rows` are the same or related."""
+        code = self.code[rows]
+        numbers = code[:, None] * self._size + code
+        place = np.searchsorted(self._related, numbers).clip(max=len(self._related) - 1)
+        known: np.ndarray = (code[:, None] == code) | (self._related[place] == numbers)
+        return known
+
+
 class TrainingData:
     """The notes of the training and validation pairs, ready to be batched."""
 
@@ -58,16 +79,20 @@ class TrainingData:
         self._processor = processor
         self._notes = [notes[n] for n in self.note_ids]
         self._encoded: dict[tuple[int, InputKind], EncodedNote] = {}  # tokenised once, when a batch first asks for it
+        self._encoding = threading.Lock()
         self._features = features
         image_ids = [images.get(n) for n in self.note_ids]
         self._feature_rows = np.array([features.row(i) for i in image_ids], dtype=np.int64)  # [notes]; -1: no image
-        self._texts = _codes([(n.title, n.topics, n.content) for n in self._notes])
         self._has_text = np.array([any((n.title, *n.topics, n.content)) for n in self._notes])
         self.train_pairs = self._numbers(train_pairs)  # [P, 2]
         self.validation_pairs = self._numbers(validation_pairs)
+        texts = _codes([(n.title, n.topics, n.content) for n in self._notes])
         pairs = np.concatenate([self.train_pairs, self.validation_pairs])
-        both = np.concatenate([pairs, pairs[:, ::-1]])
-        self._related = np.unique(both[:, 0] * len(self.note_ids) + both[:, 1])  # the pair graph, as sorted numbers
+        self._same = {
+            "multimodal": SameNotes(np.stack([texts, self._feature_rows]), pairs),
+            "image": SameNotes(_or_itself(self._feature_rows, self._feature_rows >= 0), pairs),
+            "text": SameNotes(_or_itself(texts, self._has_text), pairs),
+        }
 
     @property
     def train_notes(self) -> np.ndarray:
@@ -86,34 +111,30 @@ class TrainingData:
         patches, global_feature = self._features.take(self._feature_rows[rows])
         return self._processor.collate(encoded, patches, global_feature, self.has_image(rows))
 
+    def num_tokens(self, rows: np.ndarray, inputs: Sequence[InputKind] = ("multimodal",)) -> np.ndarray:
+        """[len(rows)] tokens that the model reads of each note, over all `inputs`."""
+        return np.array([sum(len(self._encode(row, kind)) for kind in inputs) for row in rows.tolist()])
+
+    def contents(self, rows: np.ndarray) -> np.ndarray:
+        """A number for the content of each note, the same for notes with the same text and image."""
+        return self._same["multimodal"].code[rows]
+
     def facts(self, rows: np.ndarray, mask_known_positives: bool = True) -> RowFacts:
         """Which rows have an image, a text, and, where asked for, which are no negatives of each other.
 
-        These are related in either direction, or the same: the same note; for the multimodal input, the same text with
-        the same image (or both without); for the image or the text alone, the same image or the same text.
+        These show the same, or what they show is known to be related, in either direction, from any pair of notes that
+        show it: the whole content for the multimodal input, the image or the text alone for the others.
         """
         has = {"image": torch.from_numpy(self.has_image(rows)), "text": torch.from_numpy(self._has_text[rows])}
         if not mask_known_positives:
             return RowFacts(has, None)
-        graph, size = self._related, len(self.note_ids)
-        numbers = rows[:, None] * size + rows[None, :]  # [N, N]
-        related = graph[np.searchsorted(graph, numbers).clip(max=len(graph) - 1)] == numbers
-        images, texts = self._feature_rows[rows], self._texts[rows]
-        same_note = rows[:, None] == rows[None, :]
-        same_image = images[:, None] == images[None, :]
-        same_text = texts[:, None] == texts[None, :]
-        together = related | same_note
-        known = {
-            "multimodal": together | (same_text & same_image),
-            "image": together | (same_image & (images >= 0)[:, None]),
-            "text": together | (same_text & self._has_text[rows][:, None]),
-        }
-        return RowFacts(has, {kind: torch.from_numpy(mask) for kind, mask in known.items()})
+        return RowFacts(has, {kind: torch.from_numpy(same.known(rows)) for kind, same in self._same.items()})
 
     def _encode(self, row: int, inputs: InputKind) -> EncodedNote:
-        if (row, inputs) not in self._encoded:
-            self._encoded[row, inputs] = self._processor.encode(self._notes[row], inputs)
-        return self._encoded[row, inputs]
+        with self._encoding:  # batches are made in a thread beside validation's, and a tokenizer is not for two
+            if (row, inputs) not in self._encoded:
+                self._encoded[row, inputs] = self._processor.encode(self._notes[row], inputs)
+            return self._encoded[row, inputs]
 
     def _numbers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         number = {n: i for i, n in enumerate(self.note_ids)}
@@ -152,12 +173,12 @@ def read_pairs(folder: Path) -> list[tuple[str, str]]:
 
 
 def schedule(pairs: np.ndarray, batch_pairs: int, num_steps: int, seed: int) -> np.ndarray:
-    """Which pairs each step sees: [num_steps, B] indices into `pairs` [P, 2].
+    """Which pairs each step sees: [num_steps, B] indices into `pairs` [P, 2], whose notes are given by their contents.
 
-    The pairs come in random permutations, one after the other. A pair that shares a note with the batch being filled
-    waits for the next one, so no note is twice in a batch, unless waiting does not help (few pairs, or a note that is
-    in very many): then the pair that waited longest is taken, and the masks of known positives do the rest. The first
-    steps do not depend on how many follow.
+    The pairs come in random permutations, one after the other. A pair that shares a content with the batch being filled
+    waits for the next one, so no content is twice in a batch, unless waiting does not help (few pairs, or a content
+    that is in very many): then the pair that waited longest is taken, and the masks of known positives do the rest.
+    The first steps do not depend on how many follow.
     """
     if not len(pairs):
         raise ValueError("there are no pairs to make batches of")
@@ -184,17 +205,16 @@ def schedule(pairs: np.ndarray, batch_pairs: int, num_steps: int, seed: int) -> 
     return batches
 
 
-def rank_slice(rows: np.ndarray, rank: int, num_ranks: int) -> np.ndarray:
-    """The part of the batch that this rank embeds; together, in rank order, the parts are the batch."""
-    size = len(rows) // num_ranks
-    return rows[rank * size : (rank + 1) * size]
-
-
 def _permutations(num_pairs: int, seed: int) -> Iterator[int]:
     epoch = 0
     while True:
         yield from np.random.default_rng([seed, epoch]).permutation(num_pairs).tolist()
         epoch += 1
+
+
+def _or_itself(content: np.ndarray, has: np.ndarray) -> np.ndarray:
+    """`content` [notes], and a number of its own for a note that has none: nothing is not the same as nothing."""
+    return np.where(has, content, -1 - np.arange(len(content)))
 
 
 def _codes(values: Sequence[object]) -> np.ndarray:

@@ -116,7 +116,7 @@ def deepspeed_config(training: Training, precision: Precision, num_ranks: int, o
                 "eps": training.epsilon,
                 "weight_decay": training.weight_decay,
                 "torch_adam": True,  # DeepSpeed's own is compiled at its first use; torch's needs no compiler
-                **({"fused": True} if on_gpu else {}),
+                "fused": True,
             },
         },
         "steps_per_print": sys.maxsize,
@@ -179,14 +179,13 @@ def broadcast_new_modules(model: MLRMModel, device: torch.device) -> None:
 
 
 def make_engine(model: MLRMModel, config: Config, precision: Precision) -> Any:
-    """The DeepSpeed engine around Eq. 9 of `model`, on this rank's device."""
+    """The DeepSpeed engine around `model`, on this rank's device."""
     training = config.training
     on_gpu = torch.cuda.is_available()
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     autocast = precision == "bf16" and not on_gpu
-    method, dims = get_method(config.model.method), config.model.matryoshka_dims
-    step = TrainingStep(model, method, training.alpha, dims, autocast)
+    step = TrainingStep(model, get_method(config.model.method), autocast)
     engine, *_ = import_deepspeed().initialize(
         model=step,
         model_parameters=optimizer_groups(model.parameter_groups(), training),

@@ -19,14 +19,19 @@ from notellm2_core.model.methods import get_method
 from notellm2_core.model.parts import set_trained
 from notellm2_core.recipe import FREE_TRAINING_SETTINGS, TEXT_SETTINGS
 from notellm2_core.training import engine as engines
-from notellm2_core.training.checkpoints import Checkpoints, held, open_work
-from notellm2_core.training.data import TrainingData, load_training_data, model_cache, rank_slice, schedule
+from notellm2_core.training.checkpoints import Checkpoints
+from notellm2_core.training.data import TrainingData, load_training_data, model_cache, schedule
+from notellm2_core.training.gradcache import Step, backward
 from notellm2_core.training.losses import Losses
+from notellm2_core.training.micro_batches import Share, one_ahead, share_out
 from notellm2_core.training.precision import choose_precision
 from notellm2_core.training.progress import MlflowCurves, Progress
 from notellm2_core.training.save import DONE, save_model
+from notellm2_core.training.speed import Speed
 from notellm2_core.training.start import apply_start
+from notellm2_core.training.step import batch_losses
 from notellm2_core.training.validation import validate, validation_sample
+from notellm2_core.training.work import held, open_work
 
 
 class TrainingError(ValueError):
@@ -58,8 +63,9 @@ def run(config: Config, paths: Paths, reports: Reports = Reports(), train_days: 
     """Train as `config` says and save the model into `paths.out`. Called on every rank, after `set_up_processes`.
 
     Goes on from the last checkpoint of `paths.work`; the weights are then those of an uninterrupted run, bit for bit
-    on the same machine and number of ranks. `train_days`: first day and (exclusive) end of the log that the pairs are
-    of, for the model card. Raises ValueError for inputs and settings that do not fit.
+    on the same machine and number of ranks, and but for rounding on another number. `train_days`: first day and
+    (exclusive) end of the log that the pairs are of, for the model card. Raises ValueError for inputs and settings that
+    do not fit.
     """
     device = engines.set_up_processes()
     with held(paths.work):
@@ -75,30 +81,43 @@ def _run(
     with engines.first_on_machine():
         model, processor = build_model(config, model_cache(config))
         data = load_training_data(processor, paths.notes, paths.images, paths.store, paths.pairs, paths.work)
-    settings = run_settings(config, data, num_ranks)
+    settings = run_settings(config, data)
     known_run = open_work(paths.work, settings)
     dist.barrier()  # all ranks have looked before rank 0 writes
-    checkpoints = Checkpoints(paths.work / "checkpoints")
-    first_step = checkpoints.latest_step()
+    checkpoints = Checkpoints(
+        paths.work / "checkpoints",
+        training.checkpoint_every_steps,
+        training.checkpoint_every_minutes,
+        training.num_checkpoints,
+    )
+    first_step = checkpoints.last_step()
     set_trained(model, config)
-    if first_step == 0:
+    moved = first_step > 0 and training.zero_stage > 0 and checkpoints.num_ranks(first_step) != num_ranks
+    if first_step == 0 or moved:
         apply_start(model, processor, data, config)
     model.train()
     engines.broadcast_new_modules(model, device)
-    batches = schedule(data.train_pairs, training.batch_pairs, training.num_steps, config.seed)
+    batches = schedule(data.contents(data.train_pairs), training.batch_pairs, training.num_steps, config.seed)
     if not known_run:
         known_run = {"settings": settings, "precision": choose_precision(model, data, batches[0], config, device)}
         if rank == 0:
             write_atomically(paths.work / "run.json", json.dumps(known_run, indent=1))
+    speed = Speed(model, device, num_ranks)
     engine = engines.make_engine(model, config, known_run["precision"])
-    if first_step:
-        checkpoints.load(engine)
+    if moved:
+        rows = data.train_pairs[batches[0]].reshape(-1)
+        checkpoints.load_moved(engine, first_step, lambda: idle_step(engine, data, rows, config, device))
+    elif first_step:
+        checkpoints.load(engine, first_step)
     metrics, curves = paths.work / "metrics.jsonl", _curves(config, reports, rank)
-    progress = Progress(metrics, first_step, training.num_steps, rank == 0, reports.log, curves)
+    progress = Progress(metrics, first_step, training.num_steps, rank == 0, reports.log, curves, speed.figures)
     try:
-        _train(engine, data, batches, first_step, config, device, checkpoints, progress, paths.work)
+        _train(engine, data, batches, first_step, config, device, checkpoints, progress, speed, paths.work)
         facts = _facts(progress, config, data, known_run["precision"], num_ranks)
         save_model(model, processor, paths.images / "vision", paths.out, config, train_days, facts)
+    except TrainingError:  # on every rank: what is being written is not lost
+        checkpoints.close()
+        raise
     finally:
         progress.close()
 
@@ -112,21 +131,20 @@ def _train(
     device: torch.device,
     checkpoints: Checkpoints,
     progress: Progress,
+    speed: Speed,
     work: Path,
 ) -> None:
-    training, rank, num_ranks = config.training, dist.get_rank(), dist.get_world_size()
-    inputs = get_method(config.model.method).inputs
+    training, inputs = config.training, get_method(config.model.method).inputs
     validation_pairs = validation_sample(data, config.seed)
-    for step in range(first_step, training.num_steps):
-        # A step's random numbers depend on the seed, the step and the rank alone, so a resume restores none.
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
-        rows = data.train_pairs[batches[step]].reshape(-1)  # [2B], pair k in rows 2k and 2k + 1
-        batch = data.note_batch(rank_slice(rows, rank, num_ranks), inputs).to(device)  # this rank's 2B / R notes
-        facts = data.facts(rows, training.mask_known_positives).to(device)
+    rows_of_steps = data.train_pairs[batches].reshape(len(batches), -1)  # [steps, 2B], pair k in rows 2k and 2k + 1
 
-        embedded, losses, tau = engine(batch, facts)  # the loss over all 2B rows, the same on every rank
+    def share_of(rows: np.ndarray) -> Share:
+        return share_out(data, rows, inputs, training.micro_batch_tokens, device)
+
+    for step, share in enumerate(one_ahead(share_of, rows_of_steps[first_step:]), first_step):
+        # Random numbers depend on the seed, the step and the rank alone, so a resume restores none.
+        losses, tau, gate_mean = batch_gradient(engine, data, share, config, seed=(config.seed, step))
         _require_finite("loss", losses.total.item(), step, data, batches[step], work)
-        engine.backward(losses.total)
         factor = engines.learning_rate_factor(step, training.num_steps, training.warmup_ratio)
         engines.set_learning_rate(engine.optimizer, factor)
         grad_norm = engines.optimizer_step(engine)
@@ -134,26 +152,52 @@ def _train(
 
         done, last = step + 1, step + 1 == training.num_steps
         rate = training.learning_rate * factor
-        progress.add(len(rows), _figures(losses, tau, embedded.gate_mean, rate, grad_norm))
+        figures = _figures(losses, tau, gate_mean, rate, grad_norm) | {"padding": speed.padding(share)}
+        progress.add(len(share.rows), share.num_tokens, figures)
         if done == 1 or done % training.log_every_steps == 0 or last:
             progress.report_steps(done)
         if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):
             progress.report(done, validate(engine, data, validation_pairs, config, device))
             progress.restart_clock()
-        if done % training.checkpoint_every_steps == 0 or last:
+        checkpoints.settle()
+        if last or checkpoints.due(done):
             progress.report_steps(done)
             checkpoints.save(engine, done)
             progress.restart_clock()
+    checkpoints.close()
 
 
-def run_settings(config: Config, data: TrainingData, num_ranks: int) -> dict[str, Any]:
-    """Whatever changes the weights that come out: settings by their dotted names, the pairs, the number of ranks."""
+def batch_gradient(engine: Any, data: TrainingData, share: Share, config: Config, seed: Sequence[int]) -> Step:
+    """The gradient of the losses over a global batch, ready for the optimiser. `share` is what this rank embeds of it.
+
+    Losses and tau are the same on every rank, and so is the sum of the gradients, whatever their number.
+    """
+    facts = data.facts(share.rows, config.training.mask_known_positives).to(share.places.device)
+    seeds = np.random.SeedSequence([*seed, dist.get_rank()]).generate_state(len(share.parts)).tolist()
+
+    def loss_of(embedded: Tensor, tau: Tensor) -> Losses:
+        return batch_losses(config, embedded[share.places], tau, facts)
+
+    return backward(engine, share.micro_batches, loss_of, seeds)
+
+
+def idle_step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, device: torch.device) -> None:
+    """A step on the notes `rows` [2B] that changes no weight."""
+    inputs = get_method(config.model.method).inputs
+    share = share_out(data, rows, inputs, config.training.micro_batch_tokens, device)
+    batch_gradient(engine, data, share, config, seed=(config.seed,))
+    engines.set_learning_rate(engine.optimizer, 0.0)
+    engines.optimizer_step(engine)
+
+
+def run_settings(config: Config, data: TrainingData) -> dict[str, Any]:
+    """Whatever changes the weights that come out by more than rounding: settings by their dotted names, the pairs."""
     tree = config.model_dump(mode="json", include={"seed", "text", "model", "training"})
     tree["text"] = {k: v for k, v in tree["text"].items() if f"text.{k}" in TEXT_SETTINGS}
     tree["model"].pop("license")
-    tree["training"] = {k: v for k, v in tree["training"].items() if k not in ("num_ranks", *FREE_TRAINING_SETTINGS)}
+    tree["training"] = {k: v for k, v in tree["training"].items() if k not in FREE_TRAINING_SETTINGS}
     pairs = [data.train_pairs.tolist(), data.note_ids]
-    return {**_flat(tree), "number of ranks": num_ranks, "training pairs": fingerprint(pairs)}
+    return {**_flat(tree), "training pairs": fingerprint(pairs)}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from notellm2_core.config import Config
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.training.data import TrainingData, rank_slice
+from notellm2_core.training.data import TrainingData
 from notellm2_core.training.engine import Precision
+from notellm2_core.training.micro_batches import plan
 
 _NUM_NOTES = 16
 _WORTH_IT = 0.9  # bf16 must take less than this share of fp32's time, so that a tie is fp32 on every run
@@ -29,7 +30,8 @@ def choose_precision(
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     rows = data.train_pairs[pairs].reshape(-1)
-    batch = data.note_batch(rank_slice(rows, dist.get_rank(), dist.get_world_size())[:_NUM_NOTES]).to(device)
+    own = plan(data.num_tokens(rows), dist.get_world_size())[dist.get_rank()][0][:_NUM_NOTES]
+    batch = data.note_batch(rows[own]).to(device)
     seconds = []
     for autocast in (False, True):
         for attempt in ("warm up", "measure"):

@@ -33,11 +33,15 @@ class Progress:
         enabled: bool = True,
         log: Callable[[str], None] | None = None,
         curves: "MlflowCurves | None" = None,
+        speed: Callable[[float, float, float], Metrics] | None = None,
     ) -> None:
-        """`path`: metrics.jsonl; what an earlier, killed run wrote after `first_step` is taken back. `log`: Pipes."""
+        """`path`: metrics.jsonl; what an earlier, killed run wrote after `first_step` is taken back. `log`: Pipes.
+
+        `speed`: figures of some tokens, notes and seconds (speed.py).
+        """
         self.enabled = enabled
         self._path = path
-        self._log, self._curves = log, curves
+        self._log, self._curves, self._speed = log, curves, speed
         self._first_step, self._num_steps = first_step, num_steps
         self._lines: list[dict[str, Any]] = []
         self._window: list[Metrics] = []
@@ -48,6 +52,7 @@ class Progress:
         if enabled:
             self._lines = [line for line in read_metrics(path) if line["step"] <= first_step]
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._num_written = len(self._lines)
         self._seconds_before = max((line["seconds"] for line in self._lines), default=0.0)
 
     @property
@@ -55,20 +60,23 @@ class Progress:
         """Training time so far, over all runs that led here (of killed ones up to their last report)."""
         return self._seconds_before + time.monotonic() - self._start
 
-    def add(self, num_notes: int, metrics: Metrics) -> None:
-        """The figures of one step."""
-        self._window.append({"notes": num_notes, **metrics})
+    def add(self, num_notes: int, num_tokens: int, metrics: Metrics) -> None:
+        """The figures of one step, over all ranks."""
+        self._window.append({"notes": num_notes, "tokens": num_tokens, **metrics})
         self._bar.update()
 
     def report_steps(self, step: int) -> None:
-        """The means over the steps since the last report, and the notes per second."""
+        """The means over the steps since the last report, and their speed."""
         if not self._window:
             return
         elapsed = time.monotonic() - self._window_start
-        means = {key: sum(m[key] for m in self._window) / len(self._window) for key in self._window[0]}
-        means["notes_per_s"] = means.pop("notes") * len(self._window) / elapsed
+        sums = {key: sum(m[key] for m in self._window) for key in self._window[0]}
+        notes, tokens = sums.pop("notes"), sums.pop("tokens")
+        means = {key: of / len(self._window) for key, of in sums.items()}
+        means |= {"steps_per_s": len(self._window) / elapsed, "notes_per_s": notes / elapsed}
         self.restart_clock()
-        self.report(step, means)
+        speed = self._speed(tokens, notes, elapsed) if self._speed is not None else {}
+        self.report(step, {**means, **speed})
 
     def restart_clock(self) -> None:
         """Time spent on other things than steps is not counted in notes per second."""
@@ -81,8 +89,7 @@ class Progress:
         eta = (time.monotonic() - self._start) / max(step - self._first_step, 1) * (self._num_steps - step)
         line = {"step": step, **metrics, "seconds": round(self.seconds, 2), "eta_s": round(eta, 1)}
         self._lines.append(line)
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._write()
         figures = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
         text = f"step {step}/{self._num_steps}, {eta:.0f} s to go: {figures}"
         tqdm.write(text, file=sys.stderr)
@@ -90,6 +97,15 @@ class Progress:
             self._log(text)
         if self._curves is not None:
             self._curves.send(step, metrics)
+
+    def _write(self) -> None:
+        """Add the lines that the file has not got yet. A full disk stops no training."""
+        try:
+            with self._path.open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in self._lines[self._num_written :]))
+            self._num_written = len(self._lines)
+        except OSError as e:
+            _warn(f"the figures of the training could not be written ({e}); trying again with the next")
 
     def series(self, key: str) -> list[float]:
         """All values of one metric so far, in order."""

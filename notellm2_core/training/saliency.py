@@ -39,7 +39,7 @@ def measure_on_training_pairs(model: MLRMModel, data: TrainingData, config: Conf
     if num_pairs < 2:
         raise ValueError(f"saliency needs at least 2 training pairs, got {num_pairs}; set saliency_pairs: 0")
     num_batches = math.ceil(num_pairs / config.evaluation.saliency_batch_pairs)
-    batches = schedule(data.train_pairs, math.ceil(num_pairs / num_batches), num_batches, config.seed)
+    batches = schedule(data.contents(data.train_pairs), math.ceil(num_pairs / num_batches), num_batches, config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(model, device)
 

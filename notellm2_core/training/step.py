@@ -1,63 +1,62 @@
-"""What one training step computes, as one module: DeepSpeed hooks its forward and finds every weight in it."""
+"""What one training step computes: the module that DeepSpeed wraps, and the losses of what it gives."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from notellm2_core.model.methods import Method
+from notellm2_core.config import Config
+from notellm2_core.model.methods import Method, get_method
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.batch import NoteBatch
 from notellm2_core.training.data import RowFacts
-from notellm2_core.training.gather import gather
 from notellm2_core.training.losses import Losses, capped_tau, note_losses, omni_losses
 
 Views = Mapping[str, Tensor]  # [N, D] each: "multimodal", and "visual" (n_v) or "image" and "text" (other inputs)
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """The rows of all ranks, fp32, not normalised; `gate_mean` is this rank's."""
+class Embedded(NamedTuple):
+    """What the model makes of a batch of n notes."""
 
-    views: Views
-    gate_mean: Tensor | None
+    rows: Tensor  # [n, V D] fp32, not normalised: the V views of each note, one after the other
+    tau: Tensor  # [1] fp32, at most ln 100
+    gate_mean: Tensor | None  # [1]
 
 
 class TrainingStep(nn.Module):
-    """MLRM -> gather -> the method's loss."""
+    """MLRM and tau as one module: DeepSpeed hooks its forward and finds every weight in it."""
 
-    def __init__(
-        self, model: MLRMModel, method: Method, alpha: float, dims: Sequence[int] = (), autocast: bool = False
-    ) -> None:
-        """`dims`: shorter embeddings that are trained too. `autocast`: the forward runs under torch's bf16 autocast."""
+    def __init__(self, model: MLRMModel, method: Method, autocast: bool = False) -> None:
+        """`autocast`: the forward runs under torch's bf16 autocast."""
         super().__init__()
         self.model = model
         self.method = method
-        self.alpha = alpha
-        self.dims = tuple(dims)
         self.autocast = autocast
 
-    def forward(
-        self, batch: NoteBatch, facts: RowFacts | None = None, embed_only: bool = False
-    ) -> tuple[Embedded, Losses | None, Tensor | None]:
-        """Embeddings of the global batch, its losses and the tau they were computed with (None with `embed_only`).
-
-        `batch` holds this rank's rows, once for each of the method's inputs; `facts` are of the global batch.
-        """
+    def forward(self, batch: NoteBatch) -> Embedded:
+        """`batch` holds n notes, once for each of the method's inputs."""
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
             output = self.model(batch)
-        views = dict(zip(self.method.inputs, output.multimodal.chunk(len(self.method.inputs)), strict=True))
+        views = [*output.multimodal.chunk(len(self.method.inputs))]
         if "visual" in self.method.losses:
             assert output.visual is not None
-            views["visual"] = output.visual
-        rows = gather(torch.cat([view.float() for view in views.values()], dim=1))  # one gather for all views
-        embedded = Embedded(dict(zip(views, rows.chunk(len(views), dim=1), strict=True)), output.gate_mean)
-        if embed_only:
-            return embedded, None, None
-        assert facts is not None
-        tau = capped_tau(self.model.tau)
-        return embedded, method_losses(self.method, embedded.views, tau, self.alpha, facts, self.dims), tau.detach()
+            views.append(output.visual)
+        rows = torch.cat([view.float() for view in views], dim=1)
+        return Embedded(rows, capped_tau(self.model.tau).float(), output.gate_mean)
+
+
+def batch_losses(config: Config, rows: Tensor, tau: Tensor, facts: RowFacts) -> Losses:
+    """The losses of the embedded notes `rows` [N, V D] of a batch."""
+    method = get_method(config.model.method)
+    views = views_of(method, rows)
+    return method_losses(method, views, tau, config.training.alpha, facts, config.model.matryoshka_dims)
+
+
+def views_of(method: Method, rows: Tensor) -> Views:
+    """The views by name of `rows` [N, V D]."""
+    names = [*method.inputs, *(["visual"] if "visual" in method.losses else [])]
+    return dict(zip(names, rows.chunk(len(names), dim=1), strict=True))
 
 
 def method_losses(

@@ -4,7 +4,6 @@ Shapes: V pairs over n notes, D width of an embedding.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from notellm2_core.config import Config
-from notellm2_core.model.methods import Method, get_method
-from notellm2_core.training.data import TrainingData, rank_slice
+from notellm2_core.model.methods import get_method
+from notellm2_core.training.data import TrainingData
+from notellm2_core.training.gather import gather
+from notellm2_core.training.gradcache import embed
 from notellm2_core.training.losses import capped_tau
+from notellm2_core.training.micro_batches import share_out
 from notellm2_core.training.save import gathered
-from notellm2_core.training.step import method_losses
+from notellm2_core.training.step import batch_losses, views_of
 
 MAX_PAIRS = 1024  # enough for 2 points of recall, and quick
 RECALL_K = 10
@@ -37,20 +39,18 @@ def validate(
     """`validation_loss` and `validation_recall_at_10` on `pairs` [V, 2]; the notes are shared out over the ranks."""
     notes, places = np.unique(pairs, return_inverse=True)  # [n], [V, 2]
     engine.eval()
-    method = get_method(config.model.method)
-    views = _embed(engine, data, notes, config.training.batch_pairs * 2, method, device)
+    rows = _embed(engine, data, notes, config, device)  # [n, V D]
     tau = _tau(engine)
     engine.train()
     total = 0.0
     for i in range(0, len(pairs), config.training.batch_pairs):
         batch = places[i : i + config.training.batch_pairs].reshape(-1)
-        rows = {name: view[batch] for name, view in views.items()}
         facts = data.facts(notes[batch], config.training.mask_known_positives)
-        losses = method_losses(method, rows, tau, config.training.alpha, facts, config.model.matryoshka_dims)
-        total += losses.total.item() * len(batch)
+        total += batch_losses(config, rows[batch], tau, facts).total.item() * len(batch)
+    multimodal = views_of(get_method(config.model.method), rows)["multimodal"]
     return {
         "validation_loss": total / places.size,
-        f"validation_recall_at_{RECALL_K}": recall_at(views["multimodal"], torch.from_numpy(places), RECALL_K),
+        f"validation_recall_at_{RECALL_K}": recall_at(multimodal, torch.from_numpy(places), RECALL_K),
     }
 
 
@@ -75,19 +75,15 @@ def _tau(engine: Any) -> Tensor:
         return capped_tau(engine.module.model.tau.detach().float().cpu().clone())
 
 
-def _embed(
-    engine: Any, data: TrainingData, notes: np.ndarray, batch_notes: int, method: Method, device: torch.device
-) -> dict[str, Tensor]:
-    """Every view of `notes`, [n, D] each, on the CPU.
-
-    Every rank runs the same number of batches; the last repeats notes.
-    """
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    parts: list[Mapping[str, Tensor]] = []
+def _embed(engine: Any, data: TrainingData, notes: np.ndarray, config: Config, device: torch.device) -> Tensor:
+    """`notes` embedded, [n, V D], on the CPU of every rank. The last batch is filled up with notes of its own."""
+    num_ranks, inputs = dist.get_world_size(), get_method(config.model.method).inputs
+    batch_notes = 2 * config.training.batch_pairs
+    parts = []
     for i in range(0, len(notes), batch_notes):
         part = notes[i : i + batch_notes]
-        rows = np.resize(part, math.ceil(len(part) / num_ranks) * num_ranks)
-        batch = data.note_batch(rank_slice(rows, rank, num_ranks), method.inputs)
-        embedded, _, _ = engine(batch.to(device), embed_only=True)
-        parts.append({name: view[: len(part)].cpu() for name, view in embedded.views.items()})
-    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        filled = np.resize(part, math.ceil(len(part) / num_ranks) * num_ranks)
+        share = share_out(data, filled, inputs, config.training.micro_batch_tokens, device)
+        embedded = torch.cat([micro.rows for micro in embed(engine, share.micro_batches())])
+        parts.append(gather(embedded)[share.places][: len(part)].cpu())
+    return torch.cat(parts)

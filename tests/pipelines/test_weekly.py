@@ -64,7 +64,7 @@ def test_asset_materialize_works_by_itself_and_says_what_is_missing(
 
 def _training_ranks(workplace: Workplace) -> list[psutil.Process]:
     """The ranks, once training has left its first checkpoint behind."""
-    if not list((workplace.home / "lake" / ".work").rglob("checkpoints/latest")):
+    if not list((workplace.home / "lake" / ".work").rglob("checkpoints/step-*")):
         return []
     return [p for p in workplace.processes() if "LOCAL_RANK" in p.environ()]
 

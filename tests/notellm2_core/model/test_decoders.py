@@ -15,6 +15,7 @@ from notellm2_core.config import LLM
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.model.llm import llm_architecture, load_llm, tiny_tokenizer
 from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.packing import PACKED_SDPA
 from notellm2_core.notes.batch import MLRMProcessor
 from tests.notellm2_core.model.tiny import EMPTY, LONG, SHORT, batch_of, features, tiny_config
 
@@ -38,9 +39,12 @@ DECODERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gemma3_text": (GEMMA | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}, BOTH),
     "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512} | NO_ENDS, BOTH),  # learned positions
     "opt": (SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16, "pad_token_id": 1}, BOTH),  # words narrower than states
+    "falcon": (SIZES | {"num_kv_heads": 2, "new_decoder_architecture": True}, BOTH),
+    "lfm2": (LLAMA | {"layer_types": ["conv", "full_attention"]}, BOTH),  # a convolution over the tokens
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4} | NO_ENDS, EAGER),  # ALiBi: no position_ids
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4} | NO_ENDS, EAGER),  # no attention
 }
+PADDED = ("falcon", "lfm2")  # their notes cannot share a row
 
 
 def save_llm(folder: Path, architecture: Any, model_class: Any = hf.AutoModelForCausalLM) -> Any:
@@ -77,15 +81,16 @@ def llm_states(model: MLRMModel, processor: MLRMProcessor, side: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_any_decoder(kind: str, tmp_path: Path) -> None:
-    """Left, right and no padding, sdpa and eager: the same state but for rounding (up to 1.7e-5 in Mamba's scan on an
-    AMD EPYC), on states of about 1 that are 0.1 apart; a saved model gives the same bits; its first layer alone works
-    too.
+    """Left, right and no padding, sdpa (packed where it can be) and eager: the same state but for rounding (up to
+    1.7e-5 in Mamba's scan on an AMD EPYC), on states of about 1 that are 0.1 apart; a saved model gives the same bits;
+    its first layer alone works too.
     """
     save_llm(tmp_path / "llm", architecture(kind))
     states = []
     for attention in DECODERS[kind][1]:
         model, processor = build_model(tiny_config(name=str(tmp_path / "llm"), attention=attention), tmp_path)
-        assert model.llm.config._attn_implementation == attention or kind == "mamba"
+        packs = attention == "sdpa" and kind not in PADDED
+        assert model.llm.config._attn_implementation == (PACKED_SDPA if packs else attention) or kind == "mamba"
         states += [llm_states(model, processor, side) for side in ("left", "none", "right")]
     assert states[0].std() > 0.1 and torch.pdist(states[0]).min() > 0.1
     for other in states[1:]:

@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama
 
 from notellm2_core.model.build import build_model
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel, MLRMOutput
+from notellm2_core.model.packing import PACKED_SDPA
 from notellm2_core.model.saliency import Measurement, attention_gradients, measure, saliency_scores, visual_places
 from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
 from notellm2_core.notes.records import Note
@@ -276,7 +277,7 @@ def test_measuring_leaves_the_model_as_it_was(frozen: bool) -> None:
         assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
         assert [name for name, p in model.named_parameters() if p.grad is not None] == ["tau"]
         assert {p.requires_grad for p in model.parameters()} == {not frozen}
-        assert model.training and model.llm.config._attn_implementation == "sdpa"
+        assert model.training and model.llm.config._attn_implementation == PACKED_SDPA
         assert not model.llm._forward_hooks and not model.llm._forward_pre_hooks
 
     found = measure(model, batches)

@@ -5,6 +5,7 @@ updated weights of the first, and those with adapters merged, go to OUT/ranks-<R
 the first step is loaded into a fresh engine, and its second step must give the same weights to the last bit.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from notellm2_core.model.parts import set_trained
 from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
-from notellm2_core.training.data import TrainingData, load_training_data, rank_slice, schedule
-from notellm2_core.training.loop import Paths, run
+from notellm2_core.training.data import TrainingData, load_training_data, schedule
+from notellm2_core.training.loop import Paths, batch_gradient, idle_step, run
+from notellm2_core.training.micro_batches import share_out
 from notellm2_core.training.save import full_weights, plain_weights
 from tests.notellm2_core.training.world import World, tiny_config
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of training, of the model
     "notellm2": ({}, {}),
+    "gradcache": ({"micro_batch_tokens": 250}, {}),
+    "omni_gradcache": ({"micro_batch_tokens": 500}, {"method": "omni_retrieval"}),
     "omni_retrieval": ({}, {"method": "omni_retrieval", "matryoshka_dims": (4,)}),
     "only_late_fusion": ({}, {"method": "only_late_fusion"}),
     "adapters": (
@@ -57,13 +61,13 @@ def build(config: Config, cache: Path) -> tuple[MLRMModel, MLRMProcessor]:
     return model.train(), processor
 
 
-def step(engine: Any, data: TrainingData, rows: np.ndarray, index: int, grads: bool) -> dict[str, Any]:
+def step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, index: int, grads: bool) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    batch = data.note_batch(rank_slice(rows, rank, num_ranks), engine.module.method.inputs)
-    _, losses, _ = engine(batch, data.facts(rows))
-    engine.backward(losses.total)
+    inputs, budget = engine.module.method.inputs, config.training.micro_batch_tokens
+    share = share_out(data, rows, inputs, budget, torch.device("cpu"))
+    assert (len(share.parts) > 1) == (budget is not None)
+    losses = batch_gradient(engine, data, share, config, (0, index)).losses
     model = engine.module.model
     found = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters() if p.requires_grad and grads}
     engines.set_learning_rate(engine.optimizer, 1.0 if index == 0 else 0.5)
@@ -78,31 +82,56 @@ def check_stages(root: Path, out: Path, stages: tuple[int, ...], variant: str) -
     world = World(root)
     for stage in stages:
         config = settings(stage, variant)
-
-        def fresh(config: Config = config) -> tuple[Any, TrainingData]:
-            model, processor = build(config, world.path("models"))
-            with engines.first_on_machine():
-                folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
-                data = load_training_data(processor, *folders)
-            return engines.make_engine(model, config, "fp32"), data
-
-        engine, data = fresh()
+        engine, data = _fresh(world, config)
         batches = schedule(data.train_pairs, 8, 2, config.seed)
         first, second = (data.train_pairs[b].reshape(-1) for b in batches)
-        result = step(engine, data, first, 0, grads=True)
+        result = step(engine, data, first, config, 0, grads=True)
         if dist.get_rank() == 0:
             torch.save(result, out / f"{name}-stage-{stage}.pt")
         if dist.get_world_size() > 2:
             continue  # a resume with two ranks says enough
         checkpoints = Checkpoints(out / f"{name}-checkpoints-{stage}")
         checkpoints.save(engine, 1)
-        straight = step(engine, data, second, 1, grads=False)["weights"]
-        engine, data = fresh()
-        checkpoints.load(engine)
-        resumed = step(engine, data, second, 1, grads=False)["weights"]
+        checkpoints.close()
+        straight = step(engine, data, second, config, 1, grads=False)["weights"]
+        engine, data = _fresh(world, config)
+        checkpoints.load(engine, 1)
+        resumed = step(engine, data, second, config, 1, grads=False)["weights"]
         if dist.get_rank() == 0:
             assert all(torch.equal(straight[n], resumed[n]) for n in straight), f"stage {stage}: a resume differs"
             assert any(not torch.equal(straight[n], result["weights"][n]) for n in straight)
+
+
+def check_moved(root: Path, out: Path, stages: tuple[int, ...], saving: bool) -> None:
+    """Saving: a step, a checkpoint, and a second step. Else, on another number of ranks, the second step from it."""
+    engines.set_up_processes()
+    for stage in stages:
+        config = settings(stage, "notellm2")
+        checkpoints = Checkpoints(out / f"checkpoints-{stage}")
+        engine, data = _fresh(World(root), config)
+        batches = schedule(data.train_pairs, 8, 2, config.seed)
+        first, second = (data.train_pairs[b].reshape(-1) for b in batches)
+        if saving:
+            step(engine, data, first, config, 0, grads=False)
+            checkpoints.save(engine, 1)
+            checkpoints.close()
+        else:
+            assert checkpoints.last_step() == 1 and checkpoints.num_ranks(1) != dist.get_world_size()
+            if stage:
+                checkpoints.load_moved(engine, 1, partial(idle_step, engine, data, first, config, torch.device("cpu")))
+            else:
+                checkpoints.load(engine, 1)
+        weights = step(engine, data, second, config, 1, grads=False)["weights"]
+        if dist.get_rank() == 0:
+            torch.save(weights, out / f"{'saving' if saving else 'moved'}-{stage}.pt")
+
+
+def _fresh(world: World, config: Config) -> tuple[Any, TrainingData]:
+    model, processor = build(config, world.path("models"))
+    with engines.first_on_machine():
+        folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
+        data = load_training_data(processor, *folders)
+    return engines.make_engine(model, config, "fp32"), data
 
 
 def train(config_file: Path, root: Path, work: Path, out: Path) -> None:

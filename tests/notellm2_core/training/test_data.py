@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from notellm2_core.model.build import build_model
 from notellm2_core.notes.records import Note
-from notellm2_core.training.data import TrainingData, load_training_data, rank_slice, schedule
+from notellm2_core.training.data import TrainingData, load_training_data, schedule
 from notellm2_core.training.feature_table import FeatureTable
 from tests.notellm2_core.training.world import World, tiny_config
 
@@ -54,9 +54,7 @@ def test_a_hub_does_not_stop_the_batches() -> None:
     assert sorted(batches.reshape(-1).tolist()) == list(range(20))
 
 
-def test_ranks_share_a_batch_in_order() -> None:
-    parts = [rank_slice(np.arange(12), r, 3) for r in range(3)]
-    assert np.concatenate(parts).tolist() == list(range(12))
+def test_a_schedule_needs_pairs() -> None:
     with pytest.raises(ValueError, match="no pairs"):
         schedule(np.empty((0, 2), dtype=np.int64), 4, 1, 0)
 
@@ -87,10 +85,14 @@ def test_known_positives(small: TrainingData) -> None:
                     m[i, j] = m[j, i] = True
         return m
 
-    graph_and_self = ["ab", "bc", "aa"]
-    assert (known["multimodal"] == matrix([*graph_and_self, "ae", "fg"])).all()  # text and image equal, or none
-    assert (known["image"] == matrix([*graph_and_self, "ae", "cd"])).all()  # the image alone; no image is no image
-    assert (known["text"] == matrix([*graph_and_self, "ae", "af", "ag", "ef", "eg", "fg"])).all()
+    # Relations are of what is read: e, which shows what a shows, is related to b as a is.
+    assert (known["multimodal"] == matrix(["ab", "bc", "aa", "ae", "be", "fg"])).all()  # text and image equal, or none
+    image = ["ab", "bc", "aa", "ae", "be", "cd", "bd"]  # the image alone; no image is no image
+    assert (known["image"] == matrix(image)).all()
+    text = ["ab", "bc", "aa", "ae", "af", "ag", "ef", "eg", "fg", "be", "bf", "bg"]
+    assert (known["text"] == matrix(text)).all()
+    codes = small.contents(rows).tolist()
+    assert codes[0] == codes[4] == codes[7] and codes[5] == codes[6] and len(set(codes)) == 5
     has = small.facts(np.array([small.note_ids.index(n) for n in "afh"])).has
     assert (has["image"].tolist(), has["text"].tolist()) == ([True, False, False], [True, True, False])
 

@@ -42,6 +42,10 @@ def reference(world: World, variant: str) -> dict[str, Any]:
     [
         (2, (0, 1, 2, 3), "notellm2"),
         (4, (2,), "notellm2"),
+        (1, (0,), "gradcache"),
+        (2, (0, 1, 2, 3), "gradcache"),
+        (4, (3,), "gradcache"),
+        (2, (2,), "omni_gradcache"),
         (2, (3,), "adapters"),
         (2, (3,), "omni_retrieval"),
         (2, (3,), "only_late_fusion"),

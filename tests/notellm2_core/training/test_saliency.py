@@ -17,7 +17,7 @@ from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
 from notellm2_core.training import saliency
 from notellm2_core.training.data import RowFacts, TrainingData, load_training_data, schedule
 from notellm2_core.training.saliency import main, measure_on_training_pairs
-from notellm2_core.training.step import TrainingStep
+from notellm2_core.training.step import TrainingStep, batch_losses
 from tests.notellm2_core.training.world import World, tiny_config, write_config
 
 FOLDERS = ("notes", "images", "store", "pairs")
@@ -61,7 +61,8 @@ def test_the_loss_is_that_of_the_training_step(
         model.tau.fill_(6.0)  # above its cap
         ((batch, found),) = seen_by(monkeypatch, model, data, config)
         rows = data.train_pairs[schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
-        _, losses, _ = TrainingStep(model, METHODS[method], 3.0)(data.note_batch(rows, METHODS[method].inputs), facts)
+        embedded = TrainingStep(model, METHODS[method])(data.note_batch(rows, METHODS[method].inputs))
+        losses = batch_losses(config, embedded.rows, embedded.tau, facts)
     expected = losses.multimodal if method == "omni_retrieval" else losses.total  # of omni, what whole notes are for
     assert len(batch) == 16 and found == pytest.approx(expected.item(), rel=1e-5)
 

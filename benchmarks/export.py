@@ -1,0 +1,163 @@
+"""Embedding notes: token throughput beside the bare LLM's forward, and beside a plain loop.
+
+    .venv/bin/python benchmarks/export.py [--rounds 3] [--notes 512]
+
+The model and the notes are those of training.py, in fp32 as exports are on a CPU. Contenders take turns, each round in
+a process of its own; the median counts.
+
+  export          `BatchEmbedder`, as notellm2_core.retrieval.export uses it
+  llm             the bare LLM's forward over as many real tokens, in rows without any padding
+  plain           our model too, in batches of 64 notes in the order of arrival, each padded to its longest
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch.nn import functional
+from training import NUM_IMAGES, PATCHES, RESULTS, WIDTH, heading, notes, settings, timed
+
+from notellm2_core.inference.batch_embedder import BatchEmbedder
+from notellm2_core.model.build import build_model
+from notellm2_core.notes.feature_store import Features
+
+BATCH = 64
+
+
+class Pictures:
+    """A few pictures' features, in memory."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(1)
+        self.patches = rng.normal(size=(NUM_IMAGES, PATCHES, WIDTH)).astype(np.float16)
+        self.pooled = rng.normal(size=(NUM_IMAGES, WIDTH)).astype(np.float16)
+
+    def load(self, image_ids: Sequence[str]) -> Features:
+        rows = [int(i) for i in image_ids]
+        return Features(self.patches[rows], self.pooled[rows])
+
+
+def embedder(cache: Path, num_notes: int) -> BatchEmbedder:
+    torch.set_num_threads(psutil.cpu_count())
+    model, processor = build_model(settings(BATCH, cache), cache)
+    by_id = {note.note_id: note for note in notes(num_notes)}
+    images = {n: str(i % NUM_IMAGES) for i, n in enumerate(by_id)}
+    return BatchEmbedder(model, processor, by_id, images, Pictures(), BATCH, torch.device("cpu"))
+
+
+def num_tokens(of: BatchEmbedder) -> int:
+    return sum(len(of.processor.encode(note)) for note in of.notes.values())
+
+
+def export(cache: Path, num_notes: int) -> dict[str, float]:
+    ours = embedder(cache, num_notes)
+    total = num_tokens(ours)
+
+    def run(_: int) -> int:
+        ours.embed(list(ours.notes), "multimodal")
+        return total
+
+    return timed(run, 2, num_notes)
+
+
+def llm(cache: Path, num_notes: int) -> dict[str, float]:
+    ours = embedder(cache, num_notes)
+    rows = num_tokens(ours) // num_notes
+    bare = ours.model.llm
+    bare.set_attn_implementation("sdpa")
+
+    @torch.inference_mode()
+    def run(_: int) -> int:
+        for _ in range(0, num_notes, BATCH):
+            bare(input_ids=torch.randint(0, 40_000, (BATCH, rows)), use_cache=False)
+        return rows * num_notes
+
+    return timed(run, 2, num_notes)
+
+
+def plain(cache: Path, num_notes: int) -> dict[str, float]:
+    ours = embedder(cache, num_notes)
+    ours.model.llm.set_attn_implementation("sdpa")  # padded
+    ids, total = list(ours.notes), num_tokens(ours)
+
+    @torch.inference_mode()
+    def run(_: int) -> int:
+        for start in range(0, num_notes, BATCH):
+            some = ids[start : start + BATCH]
+            found = ours.features.load([ours.images[i] for i in some])  # type: ignore[list-item]
+            encoded = [ours.processor.encode(ours.notes[i]) for i in some]
+            batch = ours.processor.collate(encoded, found.patches, found.global_feature, np.ones(len(some), bool))
+            functional.normalize(ours.model(batch).multimodal, dim=-1)
+        return total
+
+    return timed(run, 2, num_notes)
+
+
+CONTENDERS: dict[str, Callable[[Path, int], dict[str, float]]] = {"export": export, "llm": llm, "plain": plain}
+
+
+def to_markdown(results: dict[str, dict[str, float]]) -> str:
+    lines = [
+        *heading("Embedding notes"),
+        "| contender | tokens/s | notes/s | peak GB |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, row in results.items():
+        lines.append(f"| {name} | {row['tokens_per_s']:,.0f} | {row['notes_per_s']:.1f} | {row['peak_gb']:.2f} |")
+    rate = {name: row["tokens_per_s"] for name, row in results.items()}
+    lines += [
+        "",
+        f"- {rate['export'] / rate['llm']:.0%} of the bare forward's token throughput (asked: 85 %).",
+        f"- {rate['export'] / rate['plain']:.2f} times a plain loop in the order of arrival (asked: 2).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--notes", type=int, default=512)
+    parser.add_argument("--one", nargs=2, metavar=("CONTENDER", "CACHE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        name, cache = options.one
+        print(json.dumps(CONTENDERS[name](Path(cache), options.notes)))
+        return
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(options.rounds):
+            for name in CONTENDERS:
+                command = [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    __file__,
+                    "--one",
+                    name,
+                    cache,
+                    "--notes",
+                    str(options.notes),
+                ]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+                found[name].append(json.loads(done.stdout.splitlines()[-1]))
+                print(name, found[name][-1], flush=True)
+    results = {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()
+    }
+    (RESULTS / "export.json").write_text(json.dumps(results, indent=1))
+    (RESULTS / "export.md").write_text(shown := to_markdown(results))
+    print(shown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""The training step beside what it is made of, and beside other trainers.
+
+    .venv/bin/python benchmarks/training.py [--rounds 3] [--steps 4]
+
+The model is the small profile (SmolLM2's first 4 layers, a Q-Former, L_c = 4, word embeddings frozen), on generated
+notes of widely different lengths. Contenders take turns, each round in a process of its own; the median counts.
+
+  step            one training step as `notellm2_core.training` runs it: 32 pairs, images, Eq. 9, DeepSpeed's AdamW
+  llm             the bare LLM's forward and backward over as many real tokens, in rows without any padding
+  text            the step again, on texts alone, without a connector
+  trainer         sentence-transformers' trainer and its MultipleNegativesRankingLoss with the same LLM on the same
+                  texts (needs `pip install datasets`); without it a plain loop that pads each batch to its longest
+  direct          a step of 16 pairs, with all activations in memory
+  gradcache       a step of 256 pairs in micro-batches with as many tokens
+
+Tokens are real ones, padding apart. Memory is the largest resident size of the process, and what of it came after the
+model was there.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+import notellm2_core.torch_compat  # noqa: F401, before transformers
+from notellm2_core.config import Config
+from notellm2_core.demo.words import THEMES
+from notellm2_core.model.build import build_model
+from notellm2_core.model.parts import set_trained
+from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.notes.records import Note
+from notellm2_core.training import engine as engines
+from notellm2_core.training.data import TrainingData
+from notellm2_core.training.feature_table import FeatureTable
+from notellm2_core.training.loop import batch_gradient
+from notellm2_core.training.micro_batches import share_out
+
+RESULTS = Path(__file__).parent / "results"
+PAIRS, SMALL, LARGE = 32, 16, 256
+WARM_UP = 2
+NUM_IMAGES, PATCHES, WIDTH = 64, 49, 1280  # EfficientNet-Lite0's features
+
+
+def settings(batch_pairs: int, cache: Path, micro_batch_tokens: int | None = None, method: str = "notellm2") -> Config:
+    return Config.model_validate(
+        {
+            "name": "benchmark",
+            "lake": cache,
+            "model": {
+                "method": method,
+                "llm": {"name": "package:smollm2", "num_layers": 4},
+                "vision": {
+                    "library": "timm", "name": "tf_efficientnet_lite0", "pretrained": "package:efficientnet-lite0",
+                },
+                "connector": {
+                    "num_queries": 4, "num_layers": 2, "hidden_size": 256, "num_heads": 4, "intermediate_size": 512,
+                },
+            },
+            "training": {
+                "batch_pairs": batch_pairs, "zero_stage": 2, "precision": "bf16", "learning_rate": 2e-4,
+                "parts": ["llm", "connector", "fusion", "projector", "temperature"],
+                "micro_batch_tokens": micro_batch_tokens,
+            },
+        }
+    )  # fmt: skip
+
+
+def notes(num: int) -> list[Note]:
+    """Contents of 5 to 80 words, most of them short, a few long, as those of a platform."""
+    rng = np.random.default_rng(0)
+    words = [word for phrases in THEMES.values() for phrase in phrases for word in phrase.split()]
+
+    def text(num_words: float) -> str:
+        return " ".join(rng.choice(words, max(1, int(num_words))))
+
+    lengths = np.clip(rng.lognormal(3.0, 0.9, num), 5, 80)
+    return [Note(f"n{i:06d}", text(rng.integers(3, 12)), (text(2),), text(n)) for i, n in enumerate(lengths)]
+
+
+def training_data(processor: MLRMProcessor, num_pairs: int, with_images: bool) -> TrainingData:
+    all_notes = {note.note_id: note for note in notes(2 * num_pairs)}
+    ids = list(all_notes)
+    features = np.random.default_rng(1).normal(size=(NUM_IMAGES, PATCHES + 1, WIDTH)).astype(np.float16)
+    table = FeatureTable(features, {f"i{i}": i for i in range(NUM_IMAGES)})
+    images = {n: f"i{i % NUM_IMAGES}" if with_images else None for i, n in enumerate(ids)}
+    return TrainingData(processor, all_notes, images, table, list(zip(ids[::2], ids[1::2], strict=True)))
+
+
+def our_step(config: Config, cache: Path, steps: int, with_images: bool = True) -> dict[str, float]:
+    device = engines.set_up_processes()
+    model, processor = build_model(config, cache)
+    set_trained(model, config)
+    pairs = config.training.batch_pairs
+    data = training_data(processor, pairs * (steps + WARM_UP), with_images)
+    engine = engines.make_engine(model.train(), config, "bf16")
+
+    def run(step: int) -> int:
+        rows = data.train_pairs[step * pairs : (step + 1) * pairs].reshape(-1)
+        share = share_out(data, rows, ("multimodal",), config.training.micro_batch_tokens, device)
+        batch_gradient(engine, data, share, config, (0, step)).losses.total.item()
+        engines.optimizer_step(engine)
+        return share.num_tokens
+
+    return timed(run, steps, 2 * pairs)
+
+
+def step(cache: Path, steps: int) -> dict[str, float]:
+    return our_step(settings(PAIRS, cache), cache, steps)
+
+
+def text(cache: Path, steps: int) -> dict[str, float]:
+    return our_step(settings(PAIRS, cache, method="only_late_fusion"), cache, steps, with_images=False)
+
+
+def direct(cache: Path, steps: int) -> dict[str, float]:
+    return our_step(settings(SMALL, cache), cache, max(steps, 8))
+
+
+def gradcache(cache: Path, steps: int) -> dict[str, float]:
+    _, processor = build_model(settings(SMALL, cache), cache)
+    tokens = training_data(processor, LARGE, True).num_tokens(np.arange(2 * LARGE)).sum() / LARGE * SMALL
+    return our_step(settings(LARGE, cache, int(tokens * 1.05)), cache, 2)
+
+
+def llm(cache: Path, steps: int) -> dict[str, float]:
+    config = settings(PAIRS, cache)
+    model, processor = build_model(config, cache)
+    set_trained(model, config)
+    data = training_data(processor, PAIRS * (steps + WARM_UP), True)
+    bare = model.llm.train()
+    bare.set_attn_implementation("sdpa")
+
+    def run(step: int) -> int:
+        total = int(data.num_tokens(np.arange(2 * PAIRS) + 2 * PAIRS * step).sum())
+        ids = torch.randint(0, 40_000, (2 * PAIRS, total // (2 * PAIRS)))
+        with torch.autocast("cpu", torch.bfloat16):
+            states = bare(input_ids=ids, use_cache=False).last_hidden_state
+        states.float().square().mean().backward()
+        bare.zero_grad(set_to_none=True)
+        return ids.numel()
+
+    return timed(run, steps, 2 * PAIRS)
+
+
+def texts(processor: MLRMProcessor, num_pairs: int) -> list[str]:
+    """The notes as the prompts that our model reads, to be tokenised by others."""
+    data = training_data(processor, num_pairs, False)
+    ids = [data.note_batch(np.array([i])).input_ids[0] for i in range(2 * num_pairs)]
+    return [processor.tokenizer.decode(i) for i in ids]
+
+
+def trainer(cache: Path, steps: int) -> dict[str, float]:
+    config = settings(PAIRS, cache, method="only_late_fusion")
+    model, processor = build_model(config, cache)
+    prompts = texts(processor, PAIRS * (steps + WARM_UP))
+    set_trained(model, config)
+    folder = cache / f"plain-{os.getpid()}"
+    model.llm.set_attn_implementation("sdpa")
+    model.llm.save_pretrained(folder)
+    processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    processor.tokenizer.save_pretrained(folder)
+    num_tokens = [len(processor.tokenizer(p)["input_ids"]) for p in prompts]
+    try:
+        import datasets
+    except ImportError:
+        return plain_loop(folder, prompts, num_tokens, steps)
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+    from transformers import TrainerCallback
+
+    transformer = Transformer(str(folder))
+    width = transformer.get_embedding_dimension()
+    student = SentenceTransformer(
+        modules=[transformer, Pooling(width, pooling_mode="lasttoken"), Dense(width, 64)], device="cpu"
+    )
+    student[0].auto_model.get_input_embeddings().weight.requires_grad_(False)
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **options: Any) -> None:
+            times.append(time.monotonic())
+
+        def on_train_end(self, *args: Any, **options: Any) -> None:
+            times.append(time.monotonic())
+
+    arguments = Arguments(
+        str(folder / "out"), per_device_train_batch_size=PAIRS, max_steps=steps + WARM_UP, learning_rate=2e-4,
+        bf16=True, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
+        dataloader_num_workers=0,
+    )  # fmt: skip
+    pairs = datasets.Dataset.from_dict({"anchor": prompts[::2], "positive": prompts[1::2]})
+    memory = Memory()
+    SentenceTransformerTrainer(
+        student, arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(student), callbacks=[Clock()]
+    ).train()
+    tokens = sum(num_tokens) / (steps + WARM_UP)
+    seconds = [b - a for a, b in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False)]
+    return figures(seconds, [tokens] * len(seconds), 2 * PAIRS, memory)
+
+
+def plain_loop(folder: Path, prompts: list[str], num_tokens: list[int], steps: int) -> dict[str, float]:
+    """Without sentence-transformers' trainer: queries and targets padded to the longest of each."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    projector = torch.nn.Linear(model.config.hidden_size, 64)
+    weights = [p for p in (*model.parameters(), *projector.parameters()) if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=2e-4)
+
+    def embed(some: list[str]) -> Tensor:
+        batch = tokenizer(some, padding=True, return_tensors="pt")
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model(**batch, use_cache=False).last_hidden_state
+            last = batch["attention_mask"].sum(1) - 1
+            return torch.nn.functional.normalize(projector(states[torch.arange(len(last)), last]).float(), dim=1)
+
+    def run(step: int) -> int:
+        here = slice(2 * PAIRS * step, 2 * PAIRS * (step + 1))
+        queries, targets = embed(prompts[here][::2]), embed(prompts[here][1::2])
+        torch.nn.functional.cross_entropy(20 * queries @ targets.T, torch.arange(PAIRS)).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return sum(num_tokens[here])
+
+    return timed(run, steps, 2 * PAIRS)
+
+
+CONTENDERS: dict[str, Callable[[Path, int], dict[str, float]]] = {
+    "step": step, "llm": llm, "text": text, "trainer": trainer, "direct": direct, "gradcache": gradcache,
+}  # fmt: skip
+
+
+class Memory:
+    """The largest resident size from now on, looked at often."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self.before = self.largest = self._process.memory_info().rss
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.largest = max(self.largest, self._process.memory_info().rss)
+            time.sleep(0.02)
+
+
+def timed(run: Callable[[int], int], steps: int, num_notes: int) -> dict[str, float]:
+    """`run` does a step and says how many tokens it had."""
+    memory, seconds, tokens = Memory(), [], []
+    for number in range(WARM_UP + steps):
+        started = time.monotonic()
+        found = run(number)
+        if number >= WARM_UP:
+            seconds.append(time.monotonic() - started)
+            tokens.append(found)
+    return figures(seconds, tokens, num_notes, memory)
+
+
+def figures(seconds: list[float], tokens: list[Any], num_notes: int, memory: Memory) -> dict[str, float]:
+    return {
+        "tokens_per_s": sum(tokens) / sum(seconds),
+        "notes_per_s": num_notes * len(seconds) / sum(seconds),
+        "seconds_per_pair": 2 * sum(seconds) / len(seconds) / num_notes,
+        "peak_gb": memory.largest / 1e9,
+        "step_gb": (memory.largest - memory.before) / 1e9,
+    }
+
+
+def rounds(num: int, steps: int, cache: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    for _ in range(num):
+        for name in CONTENDERS:
+            command = [sys.executable, "-W", "ignore", __file__, "--one", name, str(cache), "--steps", str(steps)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+            found = json.loads(done.stdout.splitlines()[-1])
+            print(name, json.dumps({key: round(value, 4) for key, value in found.items()}), flush=True)
+            yield name, found
+
+
+def heading(title: str) -> list[str]:
+    total = psutil.virtual_memory().total >> 30
+    machine = f"{platform.machine()}, {psutil.cpu_count()} cores, {total} GB, torch {torch.__version__}"
+    return [f"# {title}", "", f"{date.today()}, {machine}. Command: `python {' '.join(sys.argv)}`. Medians.", ""]
+
+
+def to_markdown(results: dict[str, dict[str, float]], trainer_name: str) -> str:
+    r = results
+    slower = r["gradcache"]["seconds_per_pair"] / r["direct"]["seconds_per_pair"]
+    lines = [
+        *heading("The training step"),
+        f"`trainer` is {trainer_name}.",
+        "",
+        "| contender | tokens/s | notes/s | seconds per pair | peak GB | of the step GB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in r.items():
+        lines.append(
+            f"| {name} | {row['tokens_per_s']:,.0f} | {row['notes_per_s']:.1f} | {row['seconds_per_pair']:.4f} "
+            f"| {row['peak_gb']:.2f} | {row['step_gb']:.2f} |"
+        )
+    lines += [
+        "",
+        f"- The step has {r['step']['tokens_per_s'] / r['llm']['tokens_per_s']:.0%} of the bare LLM's token throughput "
+        "(asked: 80 %).",
+        f"- On texts alone, {r['text']['notes_per_s'] / r['trainer']['notes_per_s']:.2f} times the notes per second of "
+        f"{trainer_name} (asked: 2).",
+        f"- GradCache: {LARGE // SMALL} times the batch, {slower:.2f} times the time per pair (asked: at most 1.5), "
+        f"{r['gradcache']['step_gb']:.2f} GB for the step where the small batch takes {r['direct']['step_gb']:.2f} GB.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a round")
+    parser.add_argument("--one", nargs=2, metavar=("CONTENDER", "CACHE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        name, cache = options.one
+        print(json.dumps(CONTENDERS[name](Path(cache), options.steps)))
+        return
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory() as cache:
+        for name, row in rounds(options.rounds, options.steps, Path(cache)):
+            found[name].append(row)
+    results = {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()
+    }
+    try:
+        import datasets  # noqa: F401
+
+        trainer_name = "sentence-transformers' trainer"
+    except ImportError:
+        trainer_name = "a plain loop with padding to the longest"
+    (RESULTS / "training.json").write_text(json.dumps(results, indent=1))
+    (RESULTS / "training.md").write_text(shown := to_markdown(results, trainer_name))
+    print(shown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""No work on padding: the tokens of all notes in one row, in which each attends to its own note alone.
+
+Every matrix product then sees real tokens only. Attention runs in flash-attention's kernels for rows of notes (a GPU in
+16 bits), or in torch's on groups of notes of like length (everywhere else).
+
+Shapes: N notes, T tokens of the longest, S tokens of all of them, H heads of width d_h.
+"""
+
+import inspect
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED_SDPA = "packed_sdpa"
+_PACKED = {"sdpa": PACKED_SDPA, "flash_attention_2": "flash_attention_2"}  # attention -> its name for packed notes
+_KINDS = {"full_attention", "sliding_attention"}
+_SHORT = 160  # tokens, up to which _by_products is the fastest
+_LITTLE, _MUCH = 8, 1.25  # tokens, or times, by which a note may be shorter than the longest of its group
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some notes that follow each other in the row, and are of like length."""
+
+    first: int  # of their tokens in the row
+    last: int  # the one after
+    places: Tensor  # [last - first] in these notes padded at their end: note * T + position
+    num_notes: int
+    max_length: int  # T, of the longest of them
+
+    def padded(self, row: Tensor) -> Tensor:
+        """[S, ...] of the row -> [num_notes, T, ...] of these notes, zeros after their ends."""
+        empty = row.new_zeros(self.num_notes * self.max_length, *row.shape[1:])
+        filled = empty.index_copy(0, self.places, row[self.first : self.last])
+        return filled.unflatten(0, (self.num_notes, self.max_length))
+
+    def packed(self, padded: Tensor) -> Tensor:
+        """[num_notes, T, ...] -> [last - first, ...], the inverse."""
+        return padded.flatten(0, 1).index_select(0, self.places)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of N notes are in their one row: the shortest note comes first."""
+
+    index: Tensor  # [S] of each token in the padded notes: note * T + position
+    positions: Tensor  # [S] of each token in its note
+    ends: Tensor  # [N + 1] int32: 0, and where each note ends in the row
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, attention_mask: Tensor) -> "Packing":
+        """`attention_mask`: [N, T], 0 on padding, which may be on either side."""
+        num_notes, width = attention_mask.shape
+        lengths, order = attention_mask.sum(1).sort(stable=True)  # [N]
+        real = attention_mask[order].bool()
+        positions = (attention_mask[order].cumsum(1) - 1)[real]
+        index = (order[:, None] * width + torch.arange(width, device=real.device))[real]
+        ends = functional.pad(lengths.cumsum(0), (1, 0))
+        groups = _groups(lengths.tolist(), positions)
+        assert num_notes == sum(group.num_notes for group in groups)
+        return cls(index, positions, ends.to(torch.int32), groups)
+
+
+def _groups(lengths: Sequence[int], positions: Tensor) -> tuple[Group, ...]:
+    """Notes in the order of their lengths, cut so that none is padded by much."""
+    groups = []
+    start = first = 0
+    while start < len(lengths):
+        longest = max(lengths[start] + _LITTLE, int(lengths[start] * _MUCH))
+        end = bisect_right(lengths, longest, start)
+        last = first + sum(lengths[start:end])
+        notes = torch.tensor(lengths[start:end], device=positions.device)
+        note = torch.arange(end - start, device=positions.device).repeat_interleave(notes)
+        places = note * lengths[end - 1] + positions[first:last]
+        groups.append(Group(first, last, places, end - start, lengths[end - 1]))
+        start, first = end, last
+    return tuple(groups)
+
+
+def packed_attention(llm: PreTrainedModel, attention: str) -> str | None:
+    """What this attention of `llm` is called where notes are packed; None: it has to be given padded notes.
+
+    A decoder can be packed where nothing but attention passes from token to token (no recurrence, no convolution), and
+    attention is an interchangeable function of it.
+    """
+    layers = set(getattr(llm.config, "layer_types", None) or ())
+    takes = inspect.signature(llm.forward).parameters
+    packs = llm._supports_attention_backend and layers <= _KINDS and "position_ids" in takes and "kwargs" in takes
+    return _PACKED.get(attention) if packs else None
+
+
+def packed_states(llm: PreTrainedModel, words: Tensor, attention_mask: Tensor) -> Tensor:
+    """The last hidden states [N, T, h_t] of word embeddings [N, T, h_t]; zeros on padding."""
+    packing = Packing.of(attention_mask)
+    if llm.config._attn_implementation == PACKED_SDPA:
+        how: dict[str, Any] = {"packing": packing}
+    else:  # as transformers' flash attention takes it
+        ends, longest = packing.ends, packing.groups[-1].max_length
+        how = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    row = words.flatten(0, 1).index_select(0, packing.index)
+    states = llm(inputs_embeds=row[None], position_ids=packing.positions[None], use_cache=False, **how)
+    last = states.last_hidden_state[0]  # [S, h_t]
+    padded = last.new_zeros(words.shape[0] * words.shape[1], last.shape[1])
+    return padded.index_copy(0, packing.index, last).unflatten(0, words.shape[:2])
+
+
+def _packed_sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of transformers' interface: query [1, H, S, d_h], fewer heads of key and value -> [1, S, H, d_h].
+
+    Without a packing, it is torch's own for rows of one length, padded where `attention_mask` says so.
+    """
+    options |= {"dropout": dropout, "scaling": scaling}
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [S, H, d_h] each
+    if query.is_cuda and dtype in (torch.bfloat16, torch.float16) and not dropout:
+        # Causal, and of the own note no more than the window.
+        window, longest = ((sliding_window or 0) - 1, 0), packing.groups[-1].max_length
+        out = varlen_attn(
+            q, k, v, packing.ends, packing.ends, longest, longest, scale=scaling, window_size=window, enable_gqa=True
+        )  # [S, H, d_h]
+        assert isinstance(out, Tensor)
+        return out[None], None
+    parts = []
+    for group in packing.groups:
+        qs, ks, vs = (group.padded(x).transpose(1, 2) for x in (q, k, v))  # [n, H, T, d_h] each; padding comes last
+        band = _band(group.max_length, sliding_window, query.device)
+        if dtype == torch.bfloat16 and group.max_length <= _SHORT and not dropout:
+            padded = _by_products(qs, ks, vs, band, scaling)
+        else:
+            padded, _ = sdpa_attention_forward(module, qs, ks, vs, band, **options)
+        parts.append(group.packed(padded))
+    return torch.cat(parts)[None], None  # [1, S, H, d_h]
+
+
+def _by_products(query: Tensor, key: Tensor, value: Tensor, band: Tensor | None, scaling: float | None) -> Tensor:
+    """Attention [n, T, H, d_h] of short notes, with the whole matrix of scores in memory.
+
+    On a CPU in bf16 torch's flash attention takes three times as long, forward and backward, for 100 tokens, and as
+    long for 200 (16 notes of 9 heads, two cores).
+    """
+    times = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    if band is None:
+        band = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[3] ** -0.5)
+    weights = scores.masked_fill(~band, float("-inf")).softmax(-1, dtype=torch.float32)
+    return (weights.to(value.dtype) @ value).transpose(1, 2)
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[1, 1, T, T] of a window that is shorter than the notes; None: torch's own causal mask."""
+    if window is None or window >= length:
+        return None
+    places = torch.arange(length, device=device)
+    distance = places[:, None] - places
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+def _mask(attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+    """That of padded rows; packed notes, which come without an `attention_mask`, need none."""
+    packed = attention_mask is None and not options["allow_is_causal_skip"]  # what their positions have told
+    return None if packed else sdpa_mask(attention_mask=attention_mask, **options)
+
+
+AttentionInterface.register(PACKED_SDPA, _packed_sdpa)
+AttentionMaskInterface.register(PACKED_SDPA, _mask)

@@ -1,0 +1,50 @@
+"""How much of the device a training uses: what it computes, against what the device could (Chowdhery et al. 2022, MFU).
+
+Only what the method needs is counted: the LLM's forward and backward on real tokens. Padding, activations computed
+again (gradient checkpointing, GradCache) and everything around the LLM take time and count nothing.
+"""
+
+import resource
+
+import torch
+
+from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.training.micro_batches import Share
+
+# Dense bf16 operations per second, from the makers' data sheets, by a part of the name that CUDA tells.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
+               "L40S": 362e12, "L4": 121e12, "A10": 125e12, "V100": 125e12}  # fmt: skip
+
+
+class Speed:
+    """Figures of the steps on one kind of device."""
+
+    def __init__(self, model: MLRMModel, device: torch.device, num_ranks: int) -> None:
+        """To be called before the weights are partitioned (ZeRO-3)."""
+        layers = model.llm.config
+        self._packs = model.packs_notes
+        self._device = device
+        words = model.get_input_embeddings()
+        # Of each token: 2 operations per weight forward, 4 backward; and each earlier token of its note, twice.
+        self._per_weight = 6 * (model.llm.num_parameters() - sum(p.numel() for p in words.parameters()))
+        self._per_position = 6 * layers.num_hidden_layers * layers.hidden_size
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peak = next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
+        self._peak = None if peak is None else peak * num_ranks
+
+    def figures(self, num_tokens: float, num_notes: float, seconds: float) -> dict[str, float]:
+        """`tokens_per_s`, `tflops`, `mfu` where the device's peak is known, and this rank's largest `memory_gb`."""
+        flops = num_tokens * (self._per_weight + self._per_position * num_tokens / num_notes) / seconds
+        figures = {"tokens_per_s": num_tokens / seconds, "tflops": flops / 1e12}
+        if self._peak is not None:
+            figures["mfu"] = flops / self._peak
+        return figures | {"memory_gb": self._memory() / 1e9}
+
+    def padding(self, share: Share) -> float:
+        """The share of the positions that the LLM computes for nothing."""
+        return 0.0 if self._packs else share.padding
+
+    def _memory(self) -> float:
+        if self._device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self._device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,122 @@
+"""Notes in one row: each attends to itself alone, forward and backward, whatever its neighbours, on any kernel."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from notellm2_core.model.packing import PACKED_SDPA, Packing, packed_attention, packed_states
+from tests.notellm2_core.model.test_decoders import DECODERS, PADDED, architecture
+
+LENGTHS = [5, 12, 1, 30, 9, 31, 200]  # of several groups
+
+
+def padded_words(lengths: list[int], width: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Random word embeddings [N, T, h], and the mask [N, T]; rubbish on padding."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randn(len(lengths), max(lengths), width, generator=generator)
+    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        mask[row, -length if left else 0 : None if left else length] = 1
+    return words, mask
+
+
+def decoder(kind: str, attention: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModel.from_config(architecture(kind), attn_implementation=attention).eval()  # no dropout
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12), left=st.booleans())
+def test_packing_there_and_back(lengths: list[int], left: bool) -> None:
+    words, mask = padded_words(lengths, 3, left)
+    packing = Packing.of(mask)
+    row = words.flatten(0, 1)[packing.index]
+    assert len(row) == sum(lengths) == int(packing.ends[-1])
+    assert sorted(packing.ends.diff().tolist()) == sorted(lengths)
+    start = 0
+    for group in packing.groups:
+        assert group.first == start
+        start = group.last
+        back = group.padded(row)
+        assert torch.equal(group.packed(back), row[group.first : group.last])
+        assert back.numel() <= 3 * sum(max(n + 8, 1.25 * n) for n in lengths)  # little padding
+    assert start == len(row)
+    for number, end in enumerate(packing.ends[1:].tolist()):
+        begin = int(packing.ends[number])
+        assert packing.positions[begin:end].tolist() == list(range(end - begin))
+        notes = packing.index[begin:end] // mask.shape[1]
+        assert len(set(notes.tolist())) == 1 and torch.equal(row[begin:end], words[notes[0]][mask[notes[0]].bool()])
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, has) in DECODERS.items() if "sdpa" in has and kind not in PADDED])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_note_as_if_alone(kind: str, bf16: bool) -> None:
+    """Against each note by itself: states, and the gradients at the words and at every weight. In bf16 the same up to
+    its 8 bits, on both of its ways (short notes by products, the long one by torch's flash attention)."""
+    width = decoder(kind, "sdpa").get_input_embeddings().embedding_dim
+    gradients = []
+    for way in ("packed", "alone"):
+        llm = decoder(kind, PACKED_SDPA if way == "packed" else "sdpa")
+        words, mask = padded_words(LENGTHS, width)
+        words.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            if way == "packed":
+                states = packed_states(llm, words, mask)[mask.bool()]
+            else:
+                each = [
+                    llm(inputs_embeds=words[i : i + 1, :n], use_cache=False).last_hidden_state[0]
+                    for i, n in enumerate(LENGTHS)
+                ]
+                states = torch.cat(each)
+        loss = states.float() * torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
+        loss.sum().backward()  # (the squares of normalised states would add up to the same whatever the weights)
+        assert words.grad is not None and not words.grad[mask == 0].any()
+        weights = {name: p.grad for name, p in llm.named_parameters() if p.grad is not None}
+        gradients.append({"states": states.detach().float(), "words": words.grad, **weights})
+    packed, alone = gradients
+    assert packed.keys() == alone.keys()
+    largest = max(expected.norm() for expected in alone.values())
+    for name, expected in alone.items():
+        error = (packed[name] - expected).norm() / expected.norm().clamp(
+            min=largest * 1e-2
+        )  # (of a key's bias it is 0)
+        assert error < (3e-2 if bf16 else 1e-5), f"{name}: {error}"
+
+
+def test_without_packing_it_is_sdpa() -> None:
+    """Rows of one length, or with a mask, as anybody may give them to the LLM itself."""
+    words, mask = padded_words([7, 12], 32)
+    for given_mask in (None, mask):
+        packed, plain = (
+            decoder("mistral", attention)(inputs_embeds=words, attention_mask=given_mask).last_hidden_state
+            for attention in (PACKED_SDPA, "sdpa")
+        )
+        real = torch.ones_like(mask).bool() if given_mask is None else mask.bool()
+        torch.testing.assert_close(packed[real], plain[real])
+
+
+def test_who_can_be_packed() -> None:
+    assert packed_attention(decoder("llama", "sdpa"), "sdpa") == PACKED_SDPA
+    assert packed_attention(decoder("llama", "eager"), "eager") is None
+    assert packed_attention(decoder("llama", "sdpa"), "flash_attention_2") == "flash_attention_2"
+    assert packed_attention(decoder("lfm2", "sdpa"), "sdpa") is None  # a convolution would reach into the next note
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_flash_attention_of_a_gpu(kind: str) -> None:
+    """varlen_attn against padded groups in fp32, with and without a window. Heads of 64 numbers."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+    torch.manual_seed(0)
+    of_kind = AutoConfig.for_model(kind, vocab_size=64, num_hidden_layers=2, **sizes)
+    if kind == "mistral":
+        of_kind.sliding_window = 8
+    llm = AutoModel.from_config(of_kind, attn_implementation=PACKED_SDPA).cuda()
+    words, mask = (x.cuda() for x in padded_words(LENGTHS, 256))
+    expected = packed_states(llm, words, mask)
+    found = packed_states(llm.bfloat16(), words.bfloat16(), mask).float()
+    assert (found - expected).norm() / expected.norm() < 3e-2

@@ -1,0 +1,153 @@
+"""Checkpoints: written aside, whole or not there, for any number of ranks."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from notellm2_core.training import checkpoints as module
+from notellm2_core.training.checkpoints import Checkpoints
+from tests.notellm2_core.training import rank_checks
+from tests.notellm2_core.training.ranks import run_ranks
+from tests.notellm2_core.training.world import World
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+class Engine:
+    """As much of DeepSpeed's engine as saves and loads one tensor."""
+
+    def __init__(self) -> None:
+        self.weight = torch.zeros(3)
+        self.checkpoint_engine: Any = None
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        self.checkpoint_engine.save({"weight": self.weight, "more": [(1, {"x": self.weight})]}, f"{folder}/{tag}/w.pt")
+
+    def load_checkpoint(self, folder: str, tag: str, load_lr_scheduler_states: bool) -> tuple[str, None]:
+        state = torch.load(f"{folder}/{tag}/w.pt")
+        assert torch.equal(state["weight"], state["more"][0][1]["x"])
+        self.weight = state["weight"]
+        return tag, None
+
+
+@pytest.fixture
+def engine() -> Engine:
+    from notellm2_core.training.engine import set_up_processes
+
+    set_up_processes()
+    return Engine()
+
+
+def saved(engine: Engine, checkpoints: Checkpoints, step: int) -> None:
+    """With weights of `step`; they go on changing while they are written."""
+    engine.weight += step - engine.weight
+    checkpoints.save(engine, step)
+    engine.weight -= 99
+    checkpoints.settle(wait=True)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_the_last_ones_are_kept_and_hold_what_was_there(engine: Engine, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", num_kept=3)
+    assert checkpoints.last_step() == 0
+    for step in (2, 4, 6, 10):
+        saved(engine, checkpoints, step)
+    assert names(tmp_path / "c") == ["step-10", "step-4", "step-6"] and checkpoints.last_step() == 10
+    assert names(tmp_path / "c" / "step-10") == ["rank-0.json", "w.pt"] and checkpoints.num_ranks(10) == 1
+    checkpoints.load(engine, 10)
+    assert engine.weight.tolist() == [10.0] * 3
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_written(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no name before all of it is there; the next save waits for it."""
+    reader, writer = os.pipe()
+    save = torch.save
+    monkeypatch.setattr(module.torch, "save", lambda state, file: (os.read(reader, 1), save(state, file)))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(engine, 1)  # type: ignore[arg-type]
+    for _ in range(3):
+        checkpoints.settle()
+        assert names(tmp_path) == ["draft-1"] and Checkpoints(tmp_path).last_step() == 0
+    os.write(writer, b"12")
+    checkpoints.save(engine, 2)
+    assert "step-1" in names(tmp_path)
+    checkpoints.close()
+    assert names(tmp_path) == ["step-1", "step-2"]
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone", "unlisted"])
+def test_a_damaged_checkpoint_is_passed_over(
+    damage: str, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    saved(engine, checkpoints, 1)
+    saved(engine, checkpoints, 2)
+    file = tmp_path / "step-2" / "w.pt"
+    if damage == "changed":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        os.truncate(file, 10)
+    elif damage == "gone":
+        file.unlink()
+    else:
+        (tmp_path / "step-2" / "rank-0.json").write_text("{")
+    assert checkpoints.last_step() == 1
+    assert f"{tmp_path / 'step-2'} is damaged: going on from the one before" in capsys.readouterr().err
+
+
+def test_a_full_disk_stops_nothing(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    saved(engine, checkpoints, 1)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.torch, "save", full)
+        saved(engine, checkpoints, 2)
+    assert names(tmp_path) == ["step-1"] and checkpoints.last_step() == 1
+    assert "the checkpoint after step 2 could not be written ([Errno 28] No space left" in capsys.readouterr().err
+    saved(engine, checkpoints, 3)
+    assert names(tmp_path) == ["step-1", "step-3"]
+
+
+def test_due_by_steps_or_by_the_clock(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    by_steps, by_both = Checkpoints(tmp_path, 10), Checkpoints(tmp_path, 10, every_minutes=2)
+    now = 100.0
+    assert [step for step in range(1, 31) if by_steps.due(step)] == [10, 20, 30]
+    assert [step for step in range(1, 31) if by_both.due(step)] == [10, 20, 30]
+    now = 120.0
+    assert by_both.due(7) and not by_steps.due(7)
+    saved(engine, by_both, 7)
+    assert not by_both.due(8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_going_on_with_another_number_of_ranks(before: int, after: int, world: World, tmp_path: Path) -> None:
+    """The second step from the checkpoint of the first: the weights of the ranks that did both, but for rounding."""
+    stages = (0, 1, 2, 3)
+    run_ranks(before, rank_checks.check_moved, world.root, tmp_path, stages, True)
+    run_ranks(after, rank_checks.check_moved, world.root, tmp_path, stages, False)
+    for stage in stages:
+        expected, found = (torch.load(tmp_path / f"{kind}-{stage}.pt") for kind in ("saving", "moved"))
+        for name, weight in expected.items():
+            # Where a gradient is nearly 0, Adam's steps are its sign: rounding decides, by a step of at most 2e-2.
+            near = (found[name] - weight).abs() <= 1e-5 + 1e-4 * weight.abs()
+            assert near.float().mean() > 0.99, f"{stage}: {name}"
+            torch.testing.assert_close(found[name], weight, atol=2e-2, rtol=0)

@@ -1,0 +1,56 @@
+"""Who embeds what: every note once, as many notes on every rank, and few tokens at a time."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from notellm2_core.training.micro_batches import one_ahead, plan
+from tests.waiting import wait_for
+
+tokens = st.lists(st.integers(1, 90), min_size=1, max_size=40)
+
+
+def test_worked_example() -> None:
+    """Dealt from the longest on: 5 to rank 0, 4 and 2 to rank 1, 1 to rank 0."""
+    shares = plan(np.array([5, 1, 4, 2]), 2)
+    assert [[part.tolist() for part in share] for share in shares] == [[[0, 1]], [[2, 3]]]
+    shares = plan(np.array([5, 1, 4, 2]), 2, max_tokens=5)
+    assert [[part.tolist() for part in share] for share in shares] == [[[0], [1]], [[2], [3]]]
+    with pytest.raises(ValueError, match="3 notes cannot be shared out evenly over 2 ranks"):
+        plan(np.ones(3), 2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(num_tokens=tokens, num_ranks=st.integers(1, 4), max_tokens=st.none() | st.integers(1, 300))
+def test_plan(num_tokens: list[int], num_ranks: int, max_tokens: int | None) -> None:
+    costs = np.array(num_tokens * num_ranks)
+    shares = plan(costs, num_ranks, max_tokens)
+    assert sorted(np.concatenate([part for share in shares for part in share]).tolist()) == list(range(len(costs)))
+    assert {sum(map(len, share)) for share in shares} == {len(num_tokens)}
+    assert len({len(share) for share in shares}) == 1
+    totals = [int(costs[np.concatenate(share)].sum()) for share in shares]
+    assert max(totals) - min(totals) <= max(num_tokens)
+    for share in shares:
+        assert all(len(part) for part in share)
+        for part in share:
+            assert max_tokens is None or costs[part].sum() <= max(max_tokens, costs.max())
+
+
+def test_one_ahead() -> None:
+    """The next is begun before it is asked for; what it raises is raised where it is asked for."""
+    begun: list[int] = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        if number == 3:
+            raise ValueError("three")
+        return number * number
+
+    found = one_ahead(work, range(1, 5))
+    assert next(found) == 1
+    wait_for(lambda: begun == [1, 2])
+    assert next(found) == 4
+    with pytest.raises(ValueError, match="three"):
+        next(found)
+    assert list(one_ahead(work, range(0))) == [] and list(one_ahead(work, range(1, 2))) == [1]

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from notellm2_core.model.build import build_model
+from notellm2_core.training import speed as module
+from notellm2_core.training.data import load_training_data
+from notellm2_core.training.engine import set_up_processes
+from notellm2_core.training.micro_batches import share_out
+from notellm2_core.training.speed import Speed
+from tests.notellm2_core.training.world import FOLDERS, World, tiny_config
+
+
+def test_operations_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny LLM: 2 layers of 64 x 64 (query, output), 2 of 32 x 64 (key, value), 3 of 128 x 64, 2 norms, and a norm.
+    6 operations per weight and token, and 6 x 2 layers x 64 for each of a note's tokens, of which half are earlier."""
+    model, _ = build_model(tiny_config(), tmp_path)
+    weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64) + 64
+    speed = Speed(model, torch.device("cpu"), 1)
+    figures = speed.figures(num_tokens=1000, num_notes=10, seconds=2)
+    assert figures["tokens_per_s"] == 500
+    assert figures["tflops"] == pytest.approx(1000 * (6 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
+    assert "mfu" not in figures and figures["memory_gb"] > 0.1
+    monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(module.torch.cuda, "max_memory_allocated", lambda device: 7e9)
+    on_gpu = Speed(model, torch.device("cuda", 0), 2).figures(num_tokens=1000, num_notes=10, seconds=2)
+    assert on_gpu["mfu"] == pytest.approx(figures["tflops"] / (2 * 312)) and on_gpu["memory_gb"] == 7
+
+
+def test_padding(world: World, tmp_path: Path, one_rank: None) -> None:
+    """Nothing is padded where notes are packed; else the share of the places that are not read."""
+    device = set_up_processes()
+    for attention in ("sdpa", "eager"):
+        model, processor = build_model(tiny_config(llm={"name": "tiny", "attention": attention}), tmp_path)
+        data = load_training_data(processor, *(world.path(n) for n in FOLDERS), tmp_path)
+        share = share_out(data, np.arange(8), ("multimodal",), 200, device)
+        batches = list(share.micro_batches())
+        assert len(batches) == len(share.parts) > 1
+        real = sum(int(batch.attention_mask.sum()) for batch in batches)
+        wasted = 1 - real / sum(batch.attention_mask.numel() for batch in batches)
+        assert share.num_tokens == real and 0 < wasted < 1
+        expected = 0 if attention == "sdpa" else wasted
+        assert Speed(model, device, 1).padding(share) == pytest.approx(expected)
