@@ -3,6 +3,7 @@
 N: notes, d: embedding width.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,22 +74,33 @@ def write_shard(path: Path, note_ids: Sequence[str], vectors: np.ndarray, metada
         draft.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Made:
+    """What the vectors of an export depend on."""
+
+    by: str  # the model, the kind of input, the precision: whatever is the same for all notes
+    of: Callable[[Sequence[str]], Sequence[str]]  # the content of each of these notes, equal only where it is the same
+
+
 def write_shards(
     out: Path,
     note_ids: Sequence[str],
     embed: Callable[[Sequence[str]], np.ndarray],
-    fingerprint: Callable[[Sequence[str]], str],
+    made: Made,
     shard_notes: int,
     rank: int = 0,
     num_ranks: int = 1,
     progress: "tqdm[Any] | None" = None,
-) -> list[Path]:
+    reuse: Sequence[Path] = (),
+) -> int:
     """Embed the notes in id order, `shard_notes` per file part-00000.parquet; rank r does every num_ranks-th shard.
 
-    A shard that is there and carries the fingerprint of its notes is kept: a run that was killed goes on where it
-    stopped. Shards of another model, other notes or another plan are written again or removed, never mixed in.
-    `progress` is moved over the notes of kept shards, without counting them in its speed; `embed` moves it itself.
-    Returns the shards of this rank.
+    A note is embedded where neither a shard of `out` nor one of the folders `reuse` has its content by the same model.
+    So a run that was killed goes on where it stopped, and of a table that has changed only the changed notes are
+    embedded (its vectors then are those of a new export but for the rounding that their batches bring). Shards of
+    another model, other notes or another plan are written again or removed, never mixed in. `progress` is moved over
+    notes that are not embedded, without counting them in its speed; `embed` moves it itself. Returns how many notes of
+    this rank's shards were not embedded.
     """
     ids = sorted(set(note_ids))
     if not ids:
@@ -96,19 +108,67 @@ def write_shards(
     out.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(ids), shard_notes)
     plan = {out / f"part-{n:05d}.parquet": ids[i : i + shard_notes] for n, i in enumerate(starts)}
+    mine = dict(list(plan.items())[rank::num_ranks])
+    names = {path: _name(made, of) for path, of in mine.items()}
+    stale = {path: of for path, of in mine.items() if _metadata(path).get("fingerprint") != names[path]}
+    kept = sum(map(len, mine.values())) - sum(map(len, stale.values()))
+    wanted = {content for of in stale.values() for content in made.of(of)}
+    known = _known([out, *reuse], made.by, wanted)
     if rank == 0:
         for path in out.glob("*.parquet"):
             if path not in plan:
                 path.unlink()
-    mine = list(plan)[rank::num_ranks]
-    for path in mine:
-        name = fingerprint(plan[path])
-        if not path.exists() or (pq.read_schema(path).metadata or {}).get(b"fingerprint", b"").decode() != name:
-            write_shard(path, plan[path], embed(plan[path]), {"fingerprint": name})
-        elif progress is not None and not progress.disable:
-            progress.initial += len(plan[path])
-            progress.update(len(plan[path]))
-    return mine
+    _skip(progress, kept)
+    for path, of in stale.items():
+        contents = made.of(of)
+        new = [i for i, content in enumerate(contents) if content not in known]
+        found = embed([of[i] for i in new]) if new else np.empty((0, len(next(iter(known.values())))), np.float32)
+        vectors = np.empty((len(of), found.shape[1]), dtype=np.float32)
+        vectors[new] = found
+        for i in set(range(len(of))).difference(new):
+            vectors[i] = known[contents[i]]
+        write_shard(path, of, vectors, {"fingerprint": names[path], "made_by": made.by, "of": "\n".join(contents)})
+        kept += len(of) - len(new)
+        _skip(progress, len(of) - len(new))
+    return kept
+
+
+def _name(made: Made, note_ids: Sequence[str]) -> str:
+    """Of a shard: what it is made by, and of."""
+    digest = hashlib.sha256("\n".join([*made.of(note_ids), *note_ids]).encode("utf-8", "surrogatepass"))
+    return f"{made.by}-{digest.hexdigest()[:16]}"
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """{} where there is no shard, or a damaged one."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException):
+        return {}
+    return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+def _known(folders: Sequence[Path], by: str, wanted: set[str]) -> dict[str, np.ndarray]:
+    """The vectors of the contents `wanted` that shards in `folders` hold, made by the same."""
+    known: dict[str, np.ndarray] = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("part-*.parquet"))):
+        metadata = _metadata(path)
+        contents = metadata.get("of", "").split("\n")
+        if metadata.get("made_by") != by or wanted.isdisjoint(contents):
+            continue
+        try:
+            column = pq.read_table(path, columns=["embedding"])["embedding"].combine_chunks()
+        except (OSError, pa.ArrowException):  # as good as not there
+            continue
+        vectors = column.flatten().to_numpy().reshape(len(column), -1)
+        known |= {content: vectors[i] for i, content in enumerate(contents) if content in wanted}
+    return known
+
+
+def _skip(progress: "tqdm[Any] | None", num_notes: int) -> None:
+    if progress is not None and not progress.disable:
+        progress.initial += num_notes
+        progress.update(num_notes)
 
 
 def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Embeddings:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from notellm2_core import lake
 from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.embeddings import read_note_ids, write_shards
+from notellm2_core.embeddings import Made, read_note_ids, write_shards
 from notellm2_core.notes.plain_text import plain_text
 from notellm2_core.notes.records import Note, read_notes
 from notellm2_core.weights import PACKAGES, package_path
@@ -29,8 +29,8 @@ def encoder_location(name: str) -> str:
     return str(package_path(name)) if name in PACKAGES else name
 
 
-def export_encoder(encoder: str, notes: dict[str, Note], out: Path) -> list[Path]:
-    """Embed all `notes` into shards below `out` (schema.embeddings; complete shards are kept). Returns the shards."""
+def export_encoder(encoder: str, notes: dict[str, Note], out: Path) -> None:
+    """Embed all `notes` into shards below `out` (schema.embeddings; what is there of the same texts is kept)."""
     import notellm2_core.torch_compat  # noqa: F401, before transformers
 
     # isort: split
@@ -59,11 +59,12 @@ def export_encoder(encoder: str, notes: dict[str, Note], out: Path) -> list[Path
         assert vectors is not None
         return vectors
 
-    def fingerprint(ids: Sequence[str]) -> str:
-        return lake.fingerprint([weights, [[i, plain_text(notes[i])] for i in ids]])
+    def contents(ids: Sequence[str]) -> list[str]:
+        return [lake.fingerprint(plain_text(notes[i])) for i in ids]
 
+    made = Made(lake.fingerprint([weights]), contents)
     with progress:
-        return write_shards(out, list(notes), embed, fingerprint, SHARD_NOTES, progress=progress)
+        write_shards(out, list(notes), embed, made, SHARD_NOTES, progress=progress)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

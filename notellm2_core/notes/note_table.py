@@ -50,11 +50,11 @@ class NoteTable:
         data = _read_bytes(rows)
         return [PicturedNote(r.note, data.get(r.note.note_id) or r.image_path) for r in rows]
 
-    def identity(self, note_ids: Sequence[str]) -> list[Any]:
-        """Changes whenever a note or the file of its picture does, without reading a picture."""
+    def contents(self, note_ids: Sequence[str]) -> list[Any]:
+        """Of each note; changes whenever the note or the file of its picture does, without reading a picture."""
         return [
-            [r.note.note_id, r.note.title, r.note.topics, r.note.content, r.image_path,
-             _stamp(self.images / r.image_path) if r.image_path else None, [*_stamp(r.file), r.position]]
+            [r.note.title, r.note.topics, r.note.content, r.image_path,
+             _stamp(self.images / r.image_path) if r.image_path else [*_stamp(r.file), r.position]]
             for r in (self._rows[i] for i in note_ids)
         ]  # fmt: skip
 

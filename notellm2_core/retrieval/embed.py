@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from notellm2_core import lake
 from notellm2_core.config import Export
-from notellm2_core.embeddings import write_shards
+from notellm2_core.embeddings import Made, write_shards
 from notellm2_core.files import link_or_copy
 from notellm2_core.inference.batch_embedder import WINDOW_BATCHES
 from notellm2_core.inference.embedder import BATCH_NOTES, Embedder
@@ -63,8 +63,8 @@ def embed_notes(
         if not (work / shard.name).exists():
             link_or_copy(shard, work / shard.name)
 
-    def fingerprint(ids: Sequence[str]) -> str:
-        return _MARK + lake.fingerprint([decides, table.identity(ids)])
+    def contents(ids: Sequence[str]) -> list[str]:
+        return [lake.fingerprint(of) for of in table.contents(ids)]
 
     window = WINDOW_BATCHES * batch_notes  # so many encoded pictures in memory; the batches are those of one call
 
@@ -75,9 +75,9 @@ def embed_notes(
 
     with tqdm(total=len(table.note_ids), desc=f"embed {inputs}", unit="notes") as progress:
         began = time.monotonic()
-        write_shards(work, table.note_ids, embed, fingerprint, Export().shard_notes, progress=progress)
+        made = Made(_MARK + lake.fingerprint(decides), contents)
+        kept = write_shards(work, table.note_ids, embed, made, Export().shard_notes, progress=progress)
         seconds = max(time.monotonic() - began, 1e-6)
-        kept = progress.initial
     _swap_in(work, out)
     return {
         "notes": len(table.note_ids),

@@ -1,7 +1,7 @@
 """Notes -> embeddings: sharded, resumable, with multimodal, image-only or text-only inputs.
 
     python -m notellm2_core.retrieval.export --config FILE --model DIR --notes DIR --images DIR --store DIR
-        [--note-ids PARQUET] --inputs multimodal,image,text --out DIR
+        [--note-ids PARQUET] --inputs multimodal,image,text --out DIR [--reuse DIR]
 
 writes OUT/<inputs>/part-00000.parquet (schema.embeddings: unit vectors, fp32). Started by torchrun, each rank does
 every WORLD_SIZE-th shard on its own device, on as many machines as share OUT.
@@ -19,7 +19,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +31,7 @@ from notellm2_core import lake
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
-from notellm2_core.embeddings import read_note_ids, write_shards
+from notellm2_core.embeddings import Made, read_note_ids, write_shards
 from notellm2_core.inference.batch_embedder import BatchEmbedder
 from notellm2_core.model.build import load_model, require_its_encoder
 from notellm2_core.notes.batch import InputKind
@@ -49,9 +48,11 @@ def deciding_files(model_dir: Path) -> dict[str, str]:
 
 def export(
     config: Config, model_dir: Path, notes_dir: Path, images_dir: Path, store_dir: Path, inputs: Sequence[InputKind],
-    out: Path, note_ids: Sequence[str] | None = None,
+    out: Path, note_ids: Sequence[str] | None = None, reuse: Sequence[Path] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Embed the notes (or those of `note_ids`) for each kind of input into OUT/<inputs>. Returns counts and speed.
+
+    A note whose content OUT or one of the former exports `reuse` has by the same model is not embedded again.
 
     Raises ValueError where model, notes and images do not belong together.
     """
@@ -79,24 +80,30 @@ def export(
         "notes_without_picture": sum(images[i] is None for i in notes),
         "device": str(device),
         "precision": str(dtype).removeprefix("torch."),
+        "reused": {},  # of the first rank's shards, notes whose vectors were there already
         "notes_per_second": {},
     }
     for kind in inputs:
 
-        def fingerprint(ids: Sequence[str], kind: InputKind = kind) -> str:
-            rows = [[asdict(notes[i]), images[i] if kind != "text" else None] for i in ids]
-            return lake.fingerprint([weights, vision_encoder, kind, str(dtype), config.export.batch_notes, rows])
+        def contents(ids: Sequence[str], kind: InputKind = kind) -> list[str]:
+            read = ((notes[i], images[i] if kind != "text" else None) for i in ids)
+            return [lake.fingerprint([note.title, note.topics, note.content, image]) for note, image in read]
 
         def embed(ids: Sequence[str], kind: InputKind = kind) -> np.ndarray:
             return embedder.embed(ids, kind, progress)
 
         with tqdm(total=-(-len(notes) // num_ranks), desc=f"embed {kind}", unit="notes", disable=rank != 0) as progress:
             began = time.monotonic()
-            write_shards(
-                out / kind, list(notes), embed, fingerprint, config.export.shard_notes, rank, num_ranks, progress,
+            made = Made(
+                lake.fingerprint([weights, vision_encoder, kind, str(dtype), config.export.batch_notes]), contents
+            )
+            kept = write_shards(
+                out / kind, list(notes), embed, made, config.export.shard_notes, rank, num_ranks, progress,
+                [folder / kind for folder in reuse],
             )  # fmt: skip
             seconds = max(time.monotonic() - began, 1e-6)
             if rank == 0:
+                counts["reused"][kind] = kept
                 counts["notes_per_second"][kind] = round((progress.n - progress.initial) / seconds * num_ranks, 1)
     return counts
 
@@ -127,11 +134,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--note-ids", type=Path, help="Parquet with a note_id column; default: all notes")
     parser.add_argument("--inputs", default="multimodal", help="list out of multimodal, image, text")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--reuse", type=Path, nargs="*", default=[], help="former exports: what is unchanged is taken")
     args = parser.parse_args(argv)
     with one_line_errors():
         counts = export(
             load_config(args.config), args.model, args.notes, args.images, args.store, parse_inputs(args.inputs),
-            args.out, read_note_ids(args.note_ids) if args.note_ids else None,
+            args.out, read_note_ids(args.note_ids) if args.note_ids else None, args.reuse,
         )  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
             json.dump(counts, sys.stdout)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pytest
 
 from notellm2_core import schema
 from notellm2_core.embeddings import (
+    Made,
     mean_cosine,
     read_embeddings,
     read_note_ids,
@@ -36,30 +38,42 @@ def test_a_shard_reads_back_bit_by_bit(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["part-00000.parquet"]
 
 
-def test_shards_are_kept_only_where_they_hold_the_same(tmp_path: Path) -> None:
-    """5 notes in shards of 2. A second run computes nothing; another fingerprint of the last computes that one."""
+def test_only_what_is_new_is_embedded(tmp_path: Path) -> None:
+    """5 notes in shards of 2: again, with a changed note, with more notes, by another model, and by one rank of two."""
     calls: list[list[str]] = []
+    texts = {n: n.upper() for n in "edcba"}
+
+    def vector(text: str) -> np.ndarray:
+        return unit(1, seed=sum(map(ord, text)))[0]
 
     def embed(ids: Sequence[str]) -> np.ndarray:
         calls.append(list(ids))
-        return unit(len(ids))
+        return np.stack([vector(texts[i]) for i in ids])
 
-    def run(mark: str = "", **ranks: int) -> None:
+    def run(out: str = "out", model: str = "m", **options: Any) -> int:
         calls.clear()
-        write_shards(tmp_path, list("edcba"), embed, lambda ids: "".join(ids) + mark * ("e" in ids), 2, **ranks)
+        made = Made(model, lambda ids: [texts[i] for i in ids])
+        kept = write_shards(tmp_path / out, list(texts), embed, made, 2, **options)
+        if not options.get("num_ranks"):
+            found = read_embeddings(tmp_path / out)
+            assert found.note_ids == tuple(sorted(texts))
+            np.testing.assert_array_equal(found.vectors, [vector(texts[i]) for i in found.note_ids])
+        return kept
 
-    run()
-    assert calls == [["a", "b"], ["c", "d"], ["e"]]
-    (tmp_path / "part-00009.parquet").write_bytes(b"of an older, larger export")
-    run()
-    assert calls == []
-    assert read_embeddings(tmp_path).note_ids == tuple("abcde")
-    run("other")
-    assert calls == [["e"]]
-    for path in tmp_path.glob("*"):
-        path.unlink()
-    run(rank=1, num_ranks=2)
-    assert calls == [["c", "d"]]
+    assert run() == 0 and calls == [["a", "b"], ["c", "d"], ["e"]]
+    (tmp_path / "out" / "part-00009.parquet").write_bytes(b"of an older, larger export")
+    assert run() == 5 and calls == []
+    texts["d"] = "D, but longer"
+    assert run() == 4 and calls == [["d"]]
+    texts["aa"] = "one more, and every shard has other notes"
+    assert run() == 5 and calls == [["aa"]]
+    texts["f"] = "A"  # what another note says already
+    assert run() == 7 and calls == []
+    assert run(model="n") == 0 and len(calls) == 4
+    assert run("elsewhere", model="n", reuse=[tmp_path / "out"]) == 7 and calls == []
+    (tmp_path / "out" / "part-00000.parquet").write_bytes(b"damaged")
+    assert run("third", model="n", reuse=[tmp_path / "out", tmp_path / "nowhere"]) == 6 and calls == [["aa"]]
+    assert run("ranks", rank=1, num_ranks=2) == 0 and calls == [["b", "c"], ["f"]]
 
 
 def test_errors(tmp_path: Path) -> None:
@@ -69,7 +83,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no embeddings"):
         read_embeddings(tmp_path)
     with pytest.raises(ValueError, match="no notes to embed"):
-        write_shards(tmp_path, [], unit, str, 2)  # type: ignore[arg-type]
+        write_shards(tmp_path, [], unit, Made("", list), 2)  # type: ignore[arg-type]
     write_shard(tmp_path / "a.parquet", ["a"], unit(1), {})
     with pytest.raises(ValueError, match="2 of 3 notes have no embedding .the first is 'x'"):
         read_embeddings(tmp_path).rows(["x", "a", "y"])

@@ -109,7 +109,7 @@ def test_goes_on_where_it_was_stopped(release: Release, tmp_path: Path, monkeypa
     assert len(calls) == 5
 
     (release.source / "19.png").write_bytes((release.source / "19.png").read_bytes() + b" ")
-    assert embed.embed_notes(release.model, release.source, out)["kept"] == 18  # the picture of the last shard changed
+    assert embed.embed_notes(release.model, release.source, out)["kept"] == 19  # one picture changed
 
 
 def test_only_its_own_result_is_replaced(release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
