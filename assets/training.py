@@ -84,7 +84,7 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
         work = recipe.work / "training" / recipe.fingerprint("checkpoint")
         command = launch_command(
             Path(write_config(recipe)),
-            recipe.config.training.num_ranks,
+            recipe.config.training,
             notes=inputs["notes"].path / "notes",
             images=inputs["vision_features"].path,
             store=feature_store(recipe),

@@ -221,7 +221,10 @@ class Training(Section):
 
     num_steps: int = Field(7956, gt=0)
     batch_pairs: int = Field(128, gt=1)  # B, over all ranks
-    num_ranks: int = Field(1, gt=0)  # processes that torchrun starts on this node
+    num_ranks: int = Field(1, gt=0)  # processes on each node
+    num_nodes: int = Field(1, gt=0)  # with more, every node runs the same command, or `hostfile` names them
+    rendezvous: str | None = Field(None, pattern=r"^[^\s:]+:\d+$")  # host:port of one of several nodes, seen by all
+    hostfile: Path | None = None  # DeepSpeed's: a line "HOST slots=N" for each node; it starts them all by ssh
     zero_stage: Literal[0, 1, 2, 3] = 3
     precision: Literal["bf16", "fp32", "auto"] = "bf16"  # auto: whichever is faster here, measured at the start
     learning_rate: float = Field(3e-6, gt=0)  # peak, of the LLM
@@ -308,10 +311,16 @@ class Config(Section):
     def _whole(self) -> "Config":
         if self.window.test_days is None and self.split.by == "time":
             raise ValueError("window.test_days = null needs split.by = hash: one window cannot be split by time")
-        if self.training.batch_pairs % self.training.num_ranks:
+        training = self.training
+        if training.batch_pairs % (training.num_ranks * training.num_nodes):
             raise ValueError(
-                f"training.batch_pairs = {self.training.batch_pairs} is not a multiple of "
-                f"training.num_ranks = {self.training.num_ranks}"
+                f"training.batch_pairs = {training.batch_pairs} is not a multiple of training.num_ranks = "
+                f"{training.num_ranks}" + (f" x {training.num_nodes} nodes" if training.num_nodes > 1 else "")
+            )
+        if (training.num_nodes > 1) == (training.rendezvous is None and training.hostfile is None):
+            raise ValueError(
+                f"training.num_nodes = {training.num_nodes} and training.rendezvous or hostfile belong together: "
+                "several nodes need one of them, a single one needs none"
             )
         return self
 

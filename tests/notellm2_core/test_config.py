@@ -51,6 +51,10 @@ def test_the_defaults_are_the_papers(path: Path) -> None:
         ("pairs: {bounds: quantile, low: 0.1, up: 30}", "shares in"),
         ("window: {test_days: null}", "needs split.by = hash"),
         ("training: {batch_pairs: 9, num_ranks: 2}", "not a multiple"),
+        ("training: {batch_pairs: 6, num_nodes: 4, hostfile: x}", "not a multiple of training.num_ranks = 1 x 4 nodes"),
+        ("training: {batch_pairs: 6, num_nodes: 2}", "several nodes need one of them"),
+        ("training: {rendezvous: 'a:1'}", "a single one needs none"),
+        ("training: {num_nodes: 2, rendezvous: a}", "training.rendezvous"),
         (
             "model: {llm: {name: tiny}, method: notelm}",
             "method: Input should be 'basic', 'micl', 'late_fusion', 'notellm2'",

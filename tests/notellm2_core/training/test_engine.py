@@ -81,7 +81,7 @@ def test_adapters_go_with_the_llm() -> None:
 def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     folders = {n: Path(f"/data/{n}") for n in ("notes", "images", "store", "pairs", "work", "out")}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    command = launch_command(Path("c.yaml"), 2, **folders, train_days=("2025-01-05", "2025-01-19"),
+    command = launch_command(Path("c.yaml"), Training(num_ranks=2), **folders, train_days=("2025-01-05", "2025-01-19"),
                              mlflow_uri="sqlite:///m.db", mlflow_run_id="r1")  # fmt: skip
     text = " ".join(command[1:])
     assert text == (
@@ -91,4 +91,9 @@ def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
         " --mlflow-uri sqlite:///m.db --mlflow-run-id r1"
     )
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert launch_command(Path("c.yaml"), 10_000, **folders)[:2] == ["env", "OMP_NUM_THREADS=1"]
+    assert launch_command(Path("c.yaml"), Training(num_ranks=10_000), **folders)[:2] == ["env", "OMP_NUM_THREADS=1"]
+    several = Training(num_ranks=8, num_nodes=2, rendezvous="a.b:29400")
+    command = " ".join(launch_command(Path("c.yaml"), several, **folders))
+    assert "--nnodes 2 --rdzv-backend c10d --rdzv-id work --rdzv-endpoint a.b:29400 --nproc-per-node 8 -m" in command
+    command = " ".join(launch_command(Path("c.yaml"), Training(num_nodes=2, hostfile=Path("hosts")), **folders))
+    assert "-m deepspeed.launcher.runner --hostfile hosts --num_nodes 2 --num_gpus 1 --module notellm2_core" in command

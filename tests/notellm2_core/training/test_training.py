@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 from dagster_pipes import encode_param
 
-from notellm2_core.config import PARTS
+from notellm2_core.config import PARTS, Training
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.training.data import load_training_data
 from notellm2_core.training.launch import launch_command
@@ -108,7 +109,7 @@ def test_killed_and_resumed_is_as_never_killed(world: World, tmp_path: Path) -> 
 
     folders = {n: world.path(n) for n in FOLDERS} | {"work": tmp_path / "work", "out": tmp_path / "out"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = launch_command(config, 2, **folders)
+    command = launch_command(config, Training(num_ranks=2), **folders)
     killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     checkpoints = folders["work"] / "checkpoints"
     until(lambda: list(checkpoints.glob("step-*")) or killed.poll() is not None)
@@ -140,6 +141,23 @@ def test_killed_and_resumed_is_as_never_killed(world: World, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_two_nodes(world: World, tmp_path: Path) -> None:
+    """Two launchers that meet at an address, a rank each: the model of two ranks of one node, bit for bit."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = {"num_steps": 3, "batch_pairs": 4, "zero_stage": 2}
+    nodes = tiny_config({**settings, "num_nodes": 2, "rendezvous": meeting})
+    config = write_config(tmp_path / "nodes.yaml", nodes)
+    run_ranks(2, rank_checks.train, config, world.root, tmp_path / "one", tmp_path / "one_out")
+    folders = {n: world.path(n) for n in FOLDERS} | {"work": tmp_path / "work", "out": tmp_path / "out"}
+    command = launch_command(config, nodes.training, **folders)
+    running = [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    assert [node.wait(200) for node in running] == [0, 0]
+    weights = [(d / "model.safetensors").read_bytes() for d in (folders["out"], tmp_path / "one_out")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
 def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
     """A folder without pairs: one sentence on stderr and in WORK/error.txt, no traceback of ours."""
     config = write_config(tmp_path / "c.yaml", tiny_config())
@@ -148,7 +166,7 @@ def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
         "work": tmp_path / "work",
         "out": tmp_path / "out",
     }
-    command = launch_command(config, 1, **folders)
+    command = launch_command(config, Training(), **folders)
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode != 0
     line = f"{tmp_path}/train holds no pairs: nothing to train on"
