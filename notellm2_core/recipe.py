@@ -81,7 +81,7 @@ STAGES: Mapping[str, Stage] = {
 
 
 WORLD_VERSION = 1  # of the demo world's generator
-FREE_TRAINING_SETTINGS = (  # change no weight, or by no more than rounding
+FREE_TRAINING_SETTINGS = (  # change no weight, or by no more than rounding (and dropout's draws)
     "num_ranks", "num_nodes", "rendezvous", "hostfile", "checkpoint_every_steps", "checkpoint_every_minutes",
     "num_checkpoints", "validate_every_steps", "log_every_steps",
 )  # fmt: skip

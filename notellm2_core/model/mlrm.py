@@ -21,7 +21,7 @@ from transformers.utils import is_flash_attn_2_available
 from notellm2_core.model.connector import Connector, ConnectorSizes, init_linear
 from notellm2_core.model.fusion import LateFusion
 from notellm2_core.model.methods import get_method
-from notellm2_core.model.packing import packed_attention, packed_states
+from notellm2_core.model.packing import PACKED_SDPA, can_be_packed, packed_states
 from notellm2_core.model.pretrained import require_complete
 from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
 
@@ -80,9 +80,8 @@ class MLRMModel(PreTrainedModel):
         assert isinstance(words, nn.Embedding)
         width = words.embedding_dim  # an OPT's hidden_size may be another one
         self._takes_positions = "position_ids" in inspect.signature(self.llm.forward).parameters  # ALiBi has none
-        self._packed_attention = packed_attention(self.llm, self.llm.config._attn_implementation)
-        if self._packed_attention is not None:
-            self.llm.set_attn_implementation(self._packed_attention)
+        if can_be_packed(self.llm):
+            self.llm.set_attn_implementation(PACKED_SDPA)
         self.connector = Connector(sizes, width) if method.visual_prompt else None
         self.fusion = LateFusion(sizes.vision_width, width) if method.late_fusion else None
         self.projector = nn.Linear(width, config.projection_dim)
@@ -123,12 +122,15 @@ class MLRMModel(PreTrainedModel):
     @property
     def packs_notes(self) -> bool:
         """Whether the LLM gets the notes of a batch as one row without padding."""
-        return self._packed_attention is not None and self.llm.config._attn_implementation == self._packed_attention
+        return bool(self.llm.config._attn_implementation == PACKED_SDPA)
 
     def _read(self, words: Tensor, attention_mask: Tensor) -> Tensor:
         """Word embeddings -> last hidden states of the LLM, [N, T, h_t] each; the attention may have been changed."""
         if self.packs_notes:
-            return packed_states(self.llm, words, attention_mask)
+            packed = packed_states(self.llm, words, attention_mask)
+            if packed is not None:
+                return packed
+            self.llm.set_attn_implementation("sdpa")
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the same, wherever the padding is
         output = self.llm(
             inputs_embeds=words,

@@ -9,7 +9,7 @@ Shapes: N notes, T tokens of the longest, S tokens of all of them, H heads of wi
 import inspect
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 PACKED_SDPA = "packed_sdpa"
-_PACKED = {"sdpa": PACKED_SDPA, "flash_attention_2": "flash_attention_2"}  # attention -> its name for packed notes
 _KINDS = {"full_attention", "sliding_attention"}
 _SHORT = 160  # tokens, up to which _by_products is the fastest
 _LITTLE, _MUCH = 8, 1.25  # tokens, or times, by which a note may be shorter than the longest of its group
@@ -56,6 +55,7 @@ class Packing:
     positions: Tensor  # [S] of each token in its note
     ends: Tensor  # [N + 1] int32: 0, and where each note ends in the row
     groups: tuple[Group, ...]
+    used: list[None] = field(default_factory=list)  # an entry for each layer that has attended by it
 
     @classmethod
     def of(cls, attention_mask: Tensor) -> "Packing":
@@ -87,28 +87,34 @@ def _groups(lengths: Sequence[int], positions: Tensor) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def packed_attention(llm: PreTrainedModel, attention: str) -> str | None:
-    """What this attention of `llm` is called where notes are packed; None: it has to be given padded notes.
+def can_be_packed(llm: PreTrainedModel) -> bool:
+    """Whether nothing but attention passes from token to token of `llm` (no recurrence, no convolution), and only to
+    later ones, and attention is torch's and an interchangeable function.
 
-    A decoder can be packed where nothing but attention passes from token to token (no recurrence, no convolution), and
-    attention is an interchangeable function of it.
+    Whether that function is told of the packing is seen in the first forward (`packed_states`).
     """
     layers = set(getattr(llm.config, "layer_types", None) or ())
     takes = inspect.signature(llm.forward).parameters
-    packs = llm._supports_attention_backend and layers <= _KINDS and "position_ids" in takes and "kwargs" in takes
-    return _PACKED.get(attention) if packs else None
+    return (
+        llm.config._attn_implementation == "sdpa"
+        and llm._supports_attention_backend
+        and layers <= _KINDS
+        and {"position_ids", "kwargs"} <= set(takes)
+        and all(getattr(module, "is_causal", True) for module in llm.modules())
+    )
 
 
-def packed_states(llm: PreTrainedModel, words: Tensor, attention_mask: Tensor) -> Tensor:
-    """The last hidden states [N, T, h_t] of word embeddings [N, T, h_t]; zeros on padding."""
+def packed_states(llm: PreTrainedModel, words: Tensor, attention_mask: Tensor) -> Tensor | None:
+    """The last hidden states [N, T, h_t] of word embeddings [N, T, h_t]; zeros on padding.
+
+    None where the decoder does not hand the packing on to its attention: notes would read each other.
+    """
     packing = Packing.of(attention_mask)
-    if llm.config._attn_implementation == PACKED_SDPA:
-        how: dict[str, Any] = {"packing": packing}
-    else:  # as transformers' flash attention takes it
-        ends, longest = packing.ends, packing.groups[-1].max_length
-        how = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
     row = words.flatten(0, 1).index_select(0, packing.index)
-    states = llm(inputs_embeds=row[None], position_ids=packing.positions[None], use_cache=False, **how)
+    positions = packing.positions[None]
+    states = llm(inputs_embeds=row[None], position_ids=positions, use_cache=False, packing=packing)
+    if not packing.used:
+        return None
     last = states.last_hidden_state[0]  # [S, h_t]
     padded = last.new_zeros(words.shape[0] * words.shape[1], last.shape[1])
     return padded.index_copy(0, packing.index, last).unflatten(0, words.shape[:2])
@@ -133,10 +139,11 @@ def _packed_sdpa(
     options |= {"dropout": dropout, "scaling": scaling}
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    packing.used.append(None)
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [S, H, d_h] each
-    if query.is_cuda and dtype in (torch.bfloat16, torch.float16) and not dropout:
+    if not dropout and _has_kernel(q, v):
         # Causal, and of the own note no more than the window.
         window, longest = ((sliding_window or 0) - 1, 0), packing.groups[-1].max_length
         out = varlen_attn(
@@ -154,6 +161,19 @@ def _packed_sdpa(
             padded, _ = sdpa_attention_forward(module, qs, ks, vs, band, **options)
         parts.append(group.packed(padded))
     return torch.cat(parts)[None], None  # [1, S, H, d_h]
+
+
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether flash attention's kernel for rows of notes does heads of this kind on this device."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and width == value.shape[-1]
+        and width % 8 == 0
+        and width <= 256
+    )
 
 
 def _by_products(query: Tensor, key: Tensor, value: Tensor, band: Tensor | None, scaling: float | None) -> Tensor:

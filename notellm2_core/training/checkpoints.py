@@ -12,17 +12,14 @@ the same folder. DeepSpeed's checkpoints are pickles, so only those of this run'
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional
 
 from notellm2_core.lake import sha256_of, write_atomically
 
@@ -57,33 +54,6 @@ class Checkpoints:
         path, _ = engine.load_checkpoint(str(self.folder), tag=f"step-{step}", load_lr_scheduler_states=False)
         assert path is not None, f"DeepSpeed did not load step-{step} of {self.folder}"
 
-    def load_moved(self, engine: Any, step: int, idle_step: Callable[[], None]) -> None:
-        """As `load`, for ZeRO partitions of another number of ranks. Trained weights only: frozen ones stay.
-
-        By way of DeepSpeed's universal checkpoint, every weight by itself, and its functions for whole weights. (Its
-        own loader gives all groups the settings of the first, or fails where a rank has no share of a group.)
-
-        `idle_step`: a whole step with learning rates of 0. It makes the optimiser's state, and then carries the fp32
-        weights over to those that the forward uses.
-        """
-        universal = self.folder / f"universal-{step}"
-        if dist.get_rank() == 0:
-            _convert(self.folder / f"step-{step}", universal)
-        dist.barrier()
-        idle_step()
-        if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):  # which it was, when only the first group had any
-            engine.optimizer._hp_optimizer_states_linked = False
-            engine.optimizer._lazy_init_hp_params_optimizer_state()
-        _set_all(engine, universal, "fp32")
-        idle_step()
-        for key in ("exp_avg", "exp_avg_sq"):
-            _set_all(engine, universal, key)
-        for state in engine.optimizer.optimizer.state.values():
-            state["step"] = torch.full_like(torch.as_tensor(state["step"]), step)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(universal)
-
     def due(self, step: int) -> bool:
         """Whether the number of steps says so, or the clock of the first rank."""
         if step % self._every_steps == 0 or self._every_minutes is None:
@@ -94,21 +64,36 @@ class Checkpoints:
     def save(self, engine: Any, step: int) -> None:
         """Begin to save what `engine` holds after `step` steps. A save that still goes on is waited for."""
         self.settle(wait=True)
+        self._last_save = time.monotonic()
         draft = self.folder / f"draft-{step}"
-        if dist.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in (*self.folder.glob("draft-*"), self.folder / f"step-{step}"):  # of a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            draft.mkdir()
-        dist.barrier()
+        error = self._prepare(draft, step) if dist.get_rank() == 0 else None
+        if _summed(torch.tensor([int(error is not None)]))[0]:
+            _warn(f"no checkpoint after step {step} ({error or 'see the first rank'}); the training goes on")
+            return
         copies = _Copies()
         usual, engine.checkpoint_engine = engine.checkpoint_engine, copies
+        engine._copy_recovery_script = lambda folder: None  # DeepSpeed would write scripts beside, on one rank alone
         try:
             engine.save_checkpoint(str(self.folder), tag=draft.name, save_latest=False)
         finally:
             engine.checkpoint_engine = usual
-        self._last_save = time.monotonic()
-        self._step, self._writing = step, self._writer.submit(_write, copies.files, draft, dist.get_rank())
+            del engine._copy_recovery_script
+        self._step, self._writing = (
+            step,
+            self._writer.submit(_write, copies.files, draft, dist.get_rank(), dist.get_world_size()),
+        )
+
+    def _prepare(self, draft: Path, step: int) -> OSError | None:
+        """An empty folder for the draft. What killed runs have left goes, and checkpoints that were passed over."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            passed = [self.folder / f"step-{other}" for other in self._steps() if other >= step]
+            for left in (*self.folder.glob("draft-*"), *self.folder.glob("universal-*"), *passed):
+                shutil.rmtree(left, ignore_errors=True)
+            draft.mkdir()
+        except OSError as e:
+            return e
+        return None
 
     def settle(self, wait: bool = False) -> None:
         """Give the save that goes on its name, if all ranks have written their parts; `wait` for them.
@@ -119,10 +104,10 @@ class Checkpoints:
             return
         if wait:
             self._writing.exception()
-        states = torch.zeros(2, dtype=torch.int64)  # ranks still busy, ranks that failed
-        states[0], states[1] = not self._writing.done(), self._writing.done() and self._writing.exception() is not None
-        states = _summed(states)
-        if states[0]:
+        busy = not self._writing.done()
+        failed = not busy and self._writing.exception() is not None
+        num_busy, num_failed = _summed(torch.tensor([busy, failed], dtype=torch.int64)).tolist()
+        if num_busy:
             return
         step, error = self._step, self._writing.exception()
         self._step = self._writing = None
@@ -130,9 +115,10 @@ class Checkpoints:
         if error is not None:
             _warn(f"the checkpoint after step {step} could not be written ({error}); the training goes on")
         if dist.get_rank() == 0:
-            if states[1]:
+            if num_failed:
                 shutil.rmtree(draft, ignore_errors=True)
             else:
+                _sync(draft)
                 os.rename(draft, name)
                 _sync(self.folder)
                 for old in self._steps()[: -self._num_kept]:
@@ -142,6 +128,10 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for what is being written."""
         self.settle(wait=True)
+        self.stop()
+
+    def stop(self) -> None:
+        """Wait for this rank's writer alone: nothing is written after this training."""
         self._writer.shutdown()
 
     def _steps(self) -> list[int]:
@@ -153,8 +143,9 @@ class Checkpoints:
         ranks = sorted(checkpoint.glob("rank-*.json"))
         try:
             for file in ranks:
-                listed |= json.loads(file.read_text())
-        except (OSError, ValueError):
+                written = json.loads(file.read_text())
+                listed |= written["files"] if written["num_ranks"] == len(ranks) else {"missing": [1]}
+        except (OSError, ValueError, KeyError):
             listed = {}
         mine = sorted(listed)[dist.get_rank() :: dist.get_world_size()]
         wrong = not listed or any(_facts(checkpoint / name) != listed[name] for name in mine)
@@ -199,42 +190,7 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _convert(checkpoint: Path, universal: Path) -> None:
-    """DeepSpeed's universal checkpoint: every weight by itself, for any number of ranks."""
-    shutil.rmtree(universal, ignore_errors=True)  # of a run that was killed
-    folders = ["--input_folder", str(checkpoint), "--output_folder", str(universal)]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{checkpoint} could not be converted for another number of ranks:\n{done.stderr[-3000:]}")
-
-
-def _set_all(engine: Any, universal: Path, key: str) -> None:
-    """Every trained weight, or its state of the optimiser, from a universal checkpoint."""
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        value = torch.load(universal / "zero" / name / f"{key}.pt", weights_only=False)
-        value = (value["param"] if isinstance(value, dict) else value).float()
-        whole = not hasattr(parameter, "ds_id")
-        if not whole:  # ZeRO-3: the function for whole weights fails where their numbers cannot be shared evenly
-            size = -(-value.numel() // dist.get_world_size())
-            padded = functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
-            value = padded[dist.get_rank() * size :][:size]
-        if key == "fp32":
-            (safe_set_full_fp32_param if whole else safe_set_local_fp32_param)(parameter, value)
-        else:
-            (safe_set_full_optimizer_state if whole else safe_set_local_optimizer_state)(parameter, value, key)
-
-
-def _write(files: dict[Path, Any], draft: Path, rank: int) -> None:
+def _write(files: dict[Path, Any], draft: Path, rank: int, num_ranks: int) -> None:
     facts = {}
     for path, state in files.items():
         with path.open("wb") as file:
@@ -242,11 +198,15 @@ def _write(files: dict[Path, Any], draft: Path, rank: int) -> None:
             file.flush()
             os.fsync(file.fileno())
         facts[path.name] = _facts(path)
-    write_atomically(draft / f"rank-{rank}.json", json.dumps(facts))
+    write_atomically(draft / f"rank-{rank}.json", json.dumps({"num_ranks": num_ranks, "files": facts}))
 
 
 def _facts(path: Path) -> list[Any]:
-    return [path.stat().st_size, sha256_of(path)] if path.exists() else []
+    """Size and checksum; [] where the file cannot be read."""
+    try:
+        return [path.stat().st_size, sha256_of(path)]
+    except OSError:
+        return []
 
 
 def _summed(values: torch.Tensor) -> torch.Tensor:

@@ -64,8 +64,10 @@ def backward(engine: Any, micro_batches: MicroBatches, loss_of: BatchLoss, seeds
         torch.manual_seed(seed)
         embedded = engine(batch)
         engine.set_gradient_accumulation_boundary(number == len(seeds))
-        # Its gradient is that of the loss. A share of tau's with each: every weight then has one every time.
-        engine.backward((embedded.rows * upstream[number - 1]).sum() + (embedded.tau * of_tau).sum() / len(parts))
+        # Its gradient is that of the loss; tau's comes with the first, and 0 with the others: every weight has one
+        # every time, and in 16 bits nothing is lost on the way.
+        of_tau_here = of_tau if number == 1 else torch.zeros_like(of_tau)
+        engine.backward((embedded.rows * upstream[number - 1]).sum() + (embedded.tau * of_tau_here).sum())
     return Step(losses, tau.detach(), _mean_gate(parts))
 
 
@@ -81,5 +83,6 @@ def embed(engine: Any, micro_batches: Iterable[NoteBatch], seeds: Sequence[int] 
 
 
 def _mean_gate(parts: Sequence[Embedded]) -> Tensor | None:
-    gates = [part.gate_mean for part in parts if part.gate_mean is not None]
-    return torch.stack(gates).mean(dim=0) if gates else None
+    """Over the notes of all micro-batches."""
+    sums = [part.gate_mean * len(part.rows) for part in parts if part.gate_mean is not None]
+    return torch.stack(sums).sum(dim=0) / sum(len(part.rows) for part in parts) if sums else None

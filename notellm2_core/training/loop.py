@@ -24,6 +24,7 @@ from notellm2_core.training.data import TrainingData, load_training_data, model_
 from notellm2_core.training.gradcache import Step, backward
 from notellm2_core.training.losses import Losses
 from notellm2_core.training.micro_batches import Share, one_ahead, share_out
+from notellm2_core.training.moved import load_moved
 from notellm2_core.training.precision import choose_precision
 from notellm2_core.training.progress import MlflowCurves, Progress
 from notellm2_core.training.save import DONE, save_model
@@ -63,7 +64,7 @@ def run(config: Config, paths: Paths, reports: Reports = Reports(), train_days: 
     """Train as `config` says and save the model into `paths.out`. Called on every rank, after `set_up_processes`.
 
     Goes on from the last checkpoint of `paths.work`; the weights are then those of an uninterrupted run, bit for bit
-    on the same machine and number of ranks, and but for rounding on another number. `train_days`: first day and
+    on the same machine and number of ranks, and but for rounding, and dropout, on another. `train_days`: first day and
     (exclusive) end of the log that the pairs are of, for the model card. Raises ValueError for inputs and settings that
     do not fit.
     """
@@ -106,7 +107,7 @@ def _run(
     engine = engines.make_engine(model, config, known_run["precision"])
     if moved:
         rows = data.train_pairs[batches[0]].reshape(-1)
-        checkpoints.load_moved(engine, first_step, lambda: idle_step(engine, data, rows, config, device))
+        load_moved(engine, checkpoints.folder, first_step, lambda: idle_step(engine, data, rows, config, device))
     elif first_step:
         checkpoints.load(engine, first_step)
     metrics, curves = paths.work / "metrics.jsonl", _curves(config, reports, rank)
@@ -119,6 +120,7 @@ def _run(
         checkpoints.close()
         raise
     finally:
+        checkpoints.stop()
         progress.close()
 
 

@@ -4,6 +4,7 @@ Only what the method needs is counted: the LLM's forward and backward on real to
 again (gradient checkpointing, GradCache) and everything around the LLM take time and count nothing.
 """
 
+import re
 import resource
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.training.micro_batches import Share
 
-# Dense bf16 operations per second, from the makers' data sheets, by a part of the name that CUDA tells.
+# Dense 16-bit operations per second, from the makers' data sheets (SXM), by a word of the name that CUDA tells.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
                "L40S": 362e12, "L4": 121e12, "A10": 125e12, "V100": 125e12}  # fmt: skip
 
@@ -25,16 +26,18 @@ class Speed:
         self._packs = model.packs_notes
         self._device = device
         words = model.get_input_embeddings()
-        # Of each token: 2 operations per weight forward, 4 backward; and each earlier token of its note, twice.
-        self._per_weight = 6 * (model.llm.num_parameters() - sum(p.numel() for p in words.parameters()))
+        used = [p for p in model.llm.parameters() if not any(p is word for word in words.parameters())]
+        # Of each token: 2 operations per weight forward, 2 back to what came before, 2 for a gradient of its own; and
+        # each earlier token of its note, twice.
+        self._per_token = sum(p.numel() * (6 if p.requires_grad else 4) for p in used)
         self._per_position = 6 * layers.num_hidden_layers * layers.hidden_size
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        peak = next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
+        peak = next((flops for word in re.split(r"[ -]", name) if (flops := _PEAK_FLOPS.get(word))), None)
         self._peak = None if peak is None else peak * num_ranks
 
     def figures(self, num_tokens: float, num_notes: float, seconds: float) -> dict[str, float]:
         """`tokens_per_s`, `tflops`, `mfu` where the device's peak is known, and this rank's largest `memory_gb`."""
-        flops = num_tokens * (self._per_weight + self._per_position * num_tokens / num_notes) / seconds
+        flops = num_tokens * (self._per_token + self._per_position * num_tokens / num_notes) / seconds
         figures = {"tokens_per_s": num_tokens / seconds, "tflops": flops / 1e12}
         if self._peak is not None:
             figures["mfu"] = flops / self._peak

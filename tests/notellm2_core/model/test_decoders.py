@@ -39,12 +39,13 @@ DECODERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gemma3_text": (GEMMA | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}, BOTH),
     "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512} | NO_ENDS, BOTH),  # learned positions
     "opt": (SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16, "pad_token_id": 1}, BOTH),  # words narrower than states
+    "nemotron": (LLAMA, BOTH),  # its layers hand nothing on to their attention
     "falcon": (SIZES | {"num_kv_heads": 2, "new_decoder_architecture": True}, BOTH),
     "lfm2": (LLAMA | {"layer_types": ["conv", "full_attention"]}, BOTH),  # a convolution over the tokens
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4} | NO_ENDS, EAGER),  # ALiBi: no position_ids
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4} | NO_ENDS, EAGER),  # no attention
 }
-PADDED = ("falcon", "lfm2")  # their notes cannot share a row
+PADDED = ("falcon", "lfm2", "nemotron")  # their notes cannot share a row
 
 
 def save_llm(folder: Path, architecture: Any, model_class: Any = hf.AutoModelForCausalLM) -> Any:
@@ -89,9 +90,9 @@ def test_any_decoder(kind: str, tmp_path: Path) -> None:
     states = []
     for attention in DECODERS[kind][1]:
         model, processor = build_model(tiny_config(name=str(tmp_path / "llm"), attention=attention), tmp_path)
+        states += [llm_states(model, processor, side) for side in ("left", "none", "right")]
         packs = attention == "sdpa" and kind not in PADDED
         assert model.llm.config._attn_implementation == (PACKED_SDPA if packs else attention) or kind == "mamba"
-        states += [llm_states(model, processor, side) for side in ("left", "none", "right")]
     assert states[0].std() > 0.1 and torch.pdist(states[0]).min() > 0.1
     for other in states[1:]:
         torch.testing.assert_close(other, states[0], atol=5e-5, rtol=1e-5)

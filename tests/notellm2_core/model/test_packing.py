@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from notellm2_core.model.packing import PACKED_SDPA, Packing, packed_attention, packed_states
+from notellm2_core.model.packing import PACKED_SDPA, Packing, can_be_packed, packed_states
 from tests.notellm2_core.model.test_decoders import DECODERS, PADDED, architecture
 
 LENGTHS = [5, 12, 1, 30, 9, 31, 200]  # of several groups
@@ -64,7 +64,9 @@ def test_every_note_as_if_alone(kind: str, bf16: bool) -> None:
         words.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             if way == "packed":
-                states = packed_states(llm, words, mask)[mask.bool()]
+                packed_rows = packed_states(llm, words, mask)
+                assert packed_rows is not None
+                states = packed_rows[mask.bool()]
             else:
                 each = [
                     llm(inputs_embeds=words[i : i + 1, :n], use_cache=False).last_hidden_state[0]
@@ -99,10 +101,12 @@ def test_without_packing_it_is_sdpa() -> None:
 
 
 def test_who_can_be_packed() -> None:
-    assert packed_attention(decoder("llama", "sdpa"), "sdpa") == PACKED_SDPA
-    assert packed_attention(decoder("llama", "eager"), "eager") is None
-    assert packed_attention(decoder("llama", "sdpa"), "flash_attention_2") == "flash_attention_2"
-    assert packed_attention(decoder("lfm2", "sdpa"), "sdpa") is None  # a convolution would reach into the next note
+    assert can_be_packed(decoder("llama", "sdpa")) and not can_be_packed(decoder("llama", "eager"))
+    assert not can_be_packed(decoder("lfm2", "sdpa"))  # a convolution would reach into the next note
+    both_ways = AutoConfig.for_model("gemma3_text", **DECODERS["gemma3_text"][0], use_bidirectional_attention=True)
+    assert not can_be_packed(AutoModel.from_config(both_ways, attn_implementation="sdpa"))
+    words, mask = padded_words([3, 5], 32)
+    assert packed_states(decoder("nemotron", PACKED_SDPA), words, mask) is None  # its attention is not told
 
 
 @pytest.mark.gpu
@@ -118,5 +122,6 @@ def test_flash_attention_of_a_gpu(kind: str) -> None:
     llm = AutoModel.from_config(of_kind, attn_implementation=PACKED_SDPA).cuda()
     words, mask = (x.cuda() for x in padded_words(LENGTHS, 256))
     expected = packed_states(llm, words, mask)
-    found = packed_states(llm.bfloat16(), words.bfloat16(), mask).float()
-    assert (found - expected).norm() / expected.norm() < 3e-2
+    found = packed_states(llm.bfloat16(), words.bfloat16(), mask)
+    assert expected is not None and found is not None
+    assert (found.float() - expected).norm() / expected.norm() < 3e-2

@@ -25,6 +25,7 @@ from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
 from notellm2_core.training.loop import Paths, batch_gradient, idle_step, run
 from notellm2_core.training.micro_batches import share_out
+from notellm2_core.training.moved import load_moved
 from notellm2_core.training.save import full_weights, plain_weights
 from tests.notellm2_core.training.world import World, tiny_config
 
@@ -102,11 +103,11 @@ def check_stages(root: Path, out: Path, stages: tuple[int, ...], variant: str) -
             assert any(not torch.equal(straight[n], result["weights"][n]) for n in straight)
 
 
-def check_moved(root: Path, out: Path, stages: tuple[int, ...], saving: bool) -> None:
+def check_moved(root: Path, out: Path, stages: tuple[int, ...], variant: str, saving: bool) -> None:
     """Saving: a step, a checkpoint, and a second step. Else, on another number of ranks, the second step from it."""
     engines.set_up_processes()
     for stage in stages:
-        config = settings(stage, "notellm2")
+        config = settings(stage, variant)
         checkpoints = Checkpoints(out / f"checkpoints-{stage}")
         engine, data = _fresh(World(root), config)
         batches = schedule(data.train_pairs, 8, 2, config.seed)
@@ -118,7 +119,9 @@ def check_moved(root: Path, out: Path, stages: tuple[int, ...], saving: bool) ->
         else:
             assert checkpoints.last_step() == 1 and checkpoints.num_ranks(1) != dist.get_world_size()
             if stage:
-                checkpoints.load_moved(engine, 1, partial(idle_step, engine, data, first, config, torch.device("cpu")))
+                load_moved(
+                    engine, checkpoints.folder, 1, partial(idle_step, engine, data, first, config, torch.device("cpu"))
+                )
             else:
                 checkpoints.load(engine, 1)
         weights = step(engine, data, second, config, 1, grads=False)["weights"]

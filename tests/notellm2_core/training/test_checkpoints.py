@@ -84,7 +84,7 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(
     assert names(tmp_path) == ["step-1", "step-2"]
 
 
-@pytest.mark.parametrize("damage", ["changed", "cut", "gone", "unlisted"])
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone", "unlisted", "a rank missing"])
 def test_a_damaged_checkpoint_is_passed_over(
     damage: str, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,10 +100,16 @@ def test_a_damaged_checkpoint_is_passed_over(
         os.truncate(file, 10)
     elif damage == "gone":
         file.unlink()
-    else:
+    elif damage == "unlisted":
         (tmp_path / "step-2" / "rank-0.json").write_text("{")
+    else:
+        listed = tmp_path / "step-2" / "rank-0.json"
+        listed.write_text(listed.read_text().replace('"num_ranks": 1', '"num_ranks": 2'))
     assert checkpoints.last_step() == 1
     assert f"{tmp_path / 'step-2'} is damaged: going on from the one before" in capsys.readouterr().err
+    one = Checkpoints(tmp_path, num_kept=1)  # what was passed over is not the last one any more
+    saved(engine, one, 2)
+    assert names(tmp_path) == ["step-2"] and one.last_step() == 2
 
 
 def test_a_full_disk_stops_nothing(
@@ -112,7 +118,7 @@ def test_a_full_disk_stops_nothing(
     checkpoints = Checkpoints(tmp_path)
     saved(engine, checkpoints, 1)
 
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -120,6 +126,10 @@ def test_a_full_disk_stops_nothing(
         saved(engine, checkpoints, 2)
     assert names(tmp_path) == ["step-1"] and checkpoints.last_step() == 1
     assert "the checkpoint after step 2 could not be written ([Errno 28] No space left" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", full)
+        saved(engine, checkpoints, 3)
+    assert "no checkpoint after step 3 ([Errno 28]" in capsys.readouterr().err
     saved(engine, checkpoints, 3)
     assert names(tmp_path) == ["step-1", "step-3"]
 
@@ -138,12 +148,16 @@ def test_due_by_steps_or_by_the_clock(engine: Engine, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_going_on_with_another_number_of_ranks(before: int, after: int, world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "stages", "variant"),
+    [(2, 1, (0, 1, 2, 3), "notellm2"), (1, 2, (0, 1, 2, 3), "notellm2"), (2, 1, (2, 3), "adapters")],
+)
+def test_going_on_with_another_number_of_ranks(
+    before: int, after: int, stages: tuple[int, ...], variant: str, world: World, tmp_path: Path
+) -> None:
     """The second step from the checkpoint of the first: the weights of the ranks that did both, but for rounding."""
-    stages = (0, 1, 2, 3)
-    run_ranks(before, rank_checks.check_moved, world.root, tmp_path, stages, True)
-    run_ranks(after, rank_checks.check_moved, world.root, tmp_path, stages, False)
+    run_ranks(before, rank_checks.check_moved, world.root, tmp_path, stages, variant, True)
+    run_ranks(after, rank_checks.check_moved, world.root, tmp_path, stages, variant, False)
     for stage in stages:
         expected, found = (torch.load(tmp_path / f"{kind}-{stage}.pt") for kind in ("saving", "moved"))
         for name, weight in expected.items():

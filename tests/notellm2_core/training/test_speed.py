@@ -22,6 +22,10 @@ def test_operations_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     figures = speed.figures(num_tokens=1000, num_notes=10, seconds=2)
     assert figures["tokens_per_s"] == 500
     assert figures["tflops"] == pytest.approx(1000 * (6 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
+    model.llm.requires_grad_(False)  # 4 of the 6 operations are left
+    frozen = Speed(model, torch.device("cpu"), 1).figures(num_tokens=1000, num_notes=10, seconds=2)["tflops"]
+    assert frozen == pytest.approx(1000 * (4 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
+    model.llm.requires_grad_(True)
     assert "mfu" not in figures and figures["memory_gb"] > 0.1
     monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(module.torch.cuda, "max_memory_allocated", lambda device: 7e9)
