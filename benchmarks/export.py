@@ -42,7 +42,7 @@ class Pictures:
 
     def load(self, image_ids: Sequence[str]) -> Features:
         rows = [int(i) for i in image_ids]
-        return Features(self.patches[rows], self.pooled[rows])
+        return Features(tuple(image_ids), self.patches[rows], self.pooled[rows])
 
 
 def embedder(cache: Path, num_notes: int) -> BatchEmbedder:
