@@ -12,10 +12,6 @@ a process of its own; the median counts.
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,7 +19,7 @@ import numpy as np
 import psutil
 import torch
 from torch.nn import functional
-from training import NUM_IMAGES, PATCHES, RESULTS, WIDTH, heading, notes, settings, timed
+from training import NUM_IMAGES, PATCHES, RESULTS, WIDTH, heading, medians, notes, settings, timed
 
 from notellm2_core.inference.batch_embedder import BatchEmbedder
 from notellm2_core.model.build import build_model
@@ -131,29 +127,7 @@ def main() -> None:
         name, cache = options.one
         print(json.dumps(CONTENDERS[name](Path(cache), options.notes)))
         return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-    with tempfile.TemporaryDirectory() as cache:
-        for _ in range(options.rounds):
-            for name in CONTENDERS:
-                command = [
-                    sys.executable,
-                    "-W",
-                    "ignore",
-                    __file__,
-                    "--one",
-                    name,
-                    cache,
-                    "--notes",
-                    str(options.notes),
-                ]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-                print(name, found[name][-1], flush=True)
-    results = {
-        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()
-    }
+    results = medians(__file__, CONTENDERS, options.rounds, "--notes", str(options.notes))
     (RESULTS / "export.json").write_text(json.dumps(results, indent=1))
     (RESULTS / "export.md").write_text(shown := to_markdown(results))
     print(shown)

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -285,16 +285,19 @@ def figures(seconds: list[float], tokens: list[Any], num_notes: int, memory: Mem
     }
 
 
-def rounds(num: int, steps: int, cache: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    for _ in range(num):
-        for name in CONTENDERS:
-            command = [sys.executable, "-W", "ignore", __file__, "--one", name, str(cache), "--steps", str(steps)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-            found = json.loads(done.stdout.splitlines()[-1])
-            print(name, json.dumps({key: round(value, 4) for key, value in found.items()}), flush=True)
-            yield name, found
+def medians(script: str, contenders: Iterable[str], num_rounds: int, *options: str) -> dict[str, dict[str, float]]:
+    """The figures of each contender over the rounds, each in a process of its own: `script --one NAME CACHE`."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(num_rounds):
+            for name, rows in found.items():
+                command = [sys.executable, "-W", "ignore", script, "--one", name, cache, *options]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+                rows.append(json.loads(done.stdout.splitlines()[-1]))
+                print(name, json.dumps({key: round(value, 4) for key, value in rows[-1].items()}), flush=True)
+    return {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()}
 
 
 def heading(title: str) -> list[str]:
@@ -340,13 +343,7 @@ def main() -> None:
         name, cache = options.one
         print(json.dumps(CONTENDERS[name](Path(cache), options.steps)))
         return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-    with tempfile.TemporaryDirectory() as cache:
-        for name, row in rounds(options.rounds, options.steps, Path(cache)):
-            found[name].append(row)
-    results = {
-        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()
-    }
+    results = medians(__file__, CONTENDERS, options.rounds, "--steps", str(options.steps))
     try:
         import datasets  # noqa: F401
 

@@ -82,9 +82,9 @@ def llm_states(model: MLRMModel, processor: MLRMProcessor, side: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_any_decoder(kind: str, tmp_path: Path) -> None:
-    """Left, right and no padding, sdpa (packed where it can be) and eager: the same state but for rounding (up to
-    1.7e-5 in Mamba's scan on an AMD EPYC), on states of about 1 that are 0.1 apart; a saved model gives the same bits;
-    its first layer alone works too.
+    """Left, right and no padding, sdpa (packed where it can be) and eager: the same state to 1e-5, on states of
+    about 1 that are 0.1 apart (Mamba's scan rounds by 1.7e-5 on some CPUs); a saved model gives the same bits; its
+    first layer alone works too.
     """
     save_llm(tmp_path / "llm", architecture(kind))
     states = []
@@ -95,7 +95,7 @@ def test_any_decoder(kind: str, tmp_path: Path) -> None:
         assert model.llm.config._attn_implementation == (PACKED_SDPA if packs else attention) or kind == "mamba"
     assert states[0].std() > 0.1 and torch.pdist(states[0]).min() > 0.1
     for other in states[1:]:
-        torch.testing.assert_close(other, states[0], atol=5e-5, rtol=1e-5)
+        torch.testing.assert_close(other, states[0], atol=5e-5 if kind == "mamba" else 1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     assert torch.equal(llm_states(*load_model(tmp_path / "model"), "right"), states[-1])
