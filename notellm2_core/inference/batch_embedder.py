@@ -3,7 +3,7 @@
 Shapes: N notes of a batch, d embedding width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,12 +12,14 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
+from notellm2_core.ahead import one_ahead
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.notes.batch import InputKind, MLRMProcessor
+from notellm2_core.notes.batch import InputKind, MLRMProcessor, NoteBatch
 from notellm2_core.notes.feature_store import Features
 from notellm2_core.notes.records import Note
 
 WINDOW_BATCHES = 8  # batches whose notes are sorted by length together, and whose features are held at a time
+_CPU_TOKENS = 2048  # of a batch on a CPU: the memory for larger ones is new each time, and slower than the sums in it
 
 
 class FeatureSource(Protocol):
@@ -43,30 +45,48 @@ class BatchEmbedder:
         """Unit vectors [len(note_ids), d] in fp32, in the order given.
 
         Notes of like length share a batch, so that little is computed on padding; padding is masked, so what a note
-        gets does not depend on its company (up to rounding).
+        gets does not depend on its company (up to rounding). What every prompt begins with is computed once for all
+        notes of a batch.
         """
         vectors = np.empty((len(note_ids), self.model.config.projection_dim), dtype=np.float32)
+        for places, batch in one_ahead(self._batches(note_ids, inputs)):
+            with torch.inference_mode():
+                output = self.model(batch.to(self.device), self.processor.num_shared).multimodal  # [N, d]
+            vectors[places] = functional.normalize(output.float(), dim=-1).cpu().numpy()
+            if progress is not None:
+                progress.update(len(places))
+        return vectors
+
+    def _batches(self, note_ids: Sequence[str], inputs: InputKind) -> Iterator[tuple[np.ndarray, NoteBatch]]:
+        """Every batch, and the places of its notes in `note_ids`."""
         window = WINDOW_BATCHES * self.batch_notes
         for first in range(0, len(note_ids), window):
             ids = note_ids[first : first + window]
             encoded = [self.processor.encode(self.notes[i], inputs) for i in ids]
             rows, patches, pooled = self._features(ids, inputs)
-            order = sorted(range(len(ids)), key=lambda n: (len(encoded[n]), n))
-            for start in range(0, len(order), self.batch_notes):
-                batch = np.array(order[start : start + self.batch_notes])
+            for batch in self._cut(np.array([len(e) for e in encoded])):
                 shown = rows[batch]  # -1: no picture; reads any row, which collate blanks
-                collated = self.processor.collate(
-                    [encoded[n] for n in batch],
-                    patches[shown] if len(patches) else None,
-                    pooled[shown] if len(patches) else None,
-                    shown >= 0,
+                yield (
+                    first + batch,
+                    self.processor.collate(
+                        [encoded[n] for n in batch],
+                        patches[shown] if len(patches) else None,
+                        pooled[shown] if len(patches) else None,
+                        shown >= 0,
+                    ),
                 )
-                with torch.inference_mode():
-                    output = self.model(collated.to(self.device)).multimodal  # [N, d]
-                vectors[first + batch] = functional.normalize(output.float(), dim=-1).cpu().numpy()
-                if progress is not None:
-                    progress.update(len(batch))
-        return vectors
+
+    def _cut(self, num_tokens: np.ndarray) -> Iterator[np.ndarray]:
+        """Notes of `num_tokens` each, the shortest first, in batches that are not too large."""
+        most = _CPU_TOKENS if self.device.type == "cpu" else None
+        order = np.argsort(num_tokens, kind="stable")
+        first = 0
+        while first < len(order):
+            some = order[first : first + self.batch_notes]
+            if most is not None:
+                some = some[: max(1, int(np.searchsorted(num_tokens[some].cumsum(), most, "right")))]
+            yield some
+            first += len(some)
 
     def _features(self, ids: Sequence[str], inputs: InputKind) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows [n] of the notes in the features, -1 without picture, and the features of the distinct pictures."""

@@ -89,16 +89,19 @@ class MLRMModel(PreTrainedModel):
         self.tau = nn.Parameter(torch.full((1,), config.temperature))  # [1], not []: 0-d tensors break bf16 broadcasts
         self.post_init()
 
-    def forward(self, batch: NoteBatch) -> MLRMOutput:
-        """Notes -> embeddings after the 64-d projector; whoever compares them normalises them, in fp32."""
-        states = self.states(batch)
+    def forward(self, batch: NoteBatch, num_shared: int = 0) -> MLRMOutput:
+        """Notes -> embeddings after the 64-d projector; whoever compares them normalises them, in fp32.
+
+        num_shared: first tokens of every note, the same in all and without the image, that need computing only once.
+        """
+        states = self.states(batch, num_shared)
         return MLRMOutput(
             multimodal=self.projector(states.multimodal),  # [N, d]
             visual=None if states.visual is None else self.projector(states.visual),  # [N, d]
             gate_mean=states.gate_mean,
         )
 
-    def states(self, batch: NoteBatch) -> States:
+    def states(self, batch: NoteBatch, num_shared: int = 0) -> States:
         """Sections 2.2 and 3 up to the projector."""
         dtype = self.projector.weight.dtype  # features are fp32, the weights may be bf16
         shown = batch.has_image.to(dtype)[:, None]  # [N, 1]; without image, zeros, but every module runs
@@ -108,7 +111,7 @@ class MLRMModel(PreTrainedModel):
             visual_words = self.connector(batch.patches.to(dtype)) * shown[:, :, None]  # [N, L_c, h_t]
             words = words.masked_scatter(batch.image_mask[:, :, None], visual_words.to(words.dtype))  # [N, T, h_t]
 
-        hidden = self._read(words, batch.attention_mask)  # [N, T, h_t]
+        hidden = self._read(words, batch.attention_mask, num_shared)  # [N, T, h_t]
         rows = torch.arange(len(batch), device=hidden.device)
         n_m = hidden[rows, batch.last_index]  # [N, h_t]
         n_v = hidden[rows, batch.visual_index] if get_method(self.config.method).prompt == "micl" else None
@@ -124,10 +127,10 @@ class MLRMModel(PreTrainedModel):
         """Whether the LLM gets the notes of a batch as one row without padding."""
         return bool(self.llm.config._attn_implementation == PACKED_SDPA)
 
-    def _read(self, words: Tensor, attention_mask: Tensor) -> Tensor:
+    def _read(self, words: Tensor, attention_mask: Tensor, num_shared: int) -> Tensor:
         """Word embeddings -> last hidden states of the LLM, [N, T, h_t] each; the attention may have been changed."""
         if self.packs_notes:
-            packed = packed_states(self.llm, words, attention_mask)
+            packed = packed_states(self.llm, words, attention_mask, num_shared)
             if packed is not None:
                 return packed
             self.llm.set_attn_implementation("sdpa")

@@ -3,7 +3,10 @@
 Every matrix product then sees real tokens only. Attention runs in flash-attention's kernels for rows of notes (a GPU in
 16 bits), or in torch's on groups of notes of like length (everywhere else).
 
-Shapes: N notes, T tokens of the longest, S tokens of all of them, H heads of width d_h.
+What all prompts begin with need not be there but once: no token depends on what follows it. Attention alone, the least
+of the work on short notes, sees it in front of each.
+
+Shapes: N notes, T tokens of the longest, S tokens of all of them, R tokens in the row, H heads of width d_h.
 """
 
 import inspect
@@ -51,15 +54,19 @@ class Group:
 class Packing:
     """Where the tokens of N notes are in their one row: the shortest note comes first."""
 
-    index: Tensor  # [S] of each token in the padded notes: note * T + position
-    positions: Tensor  # [S] of each token in its note
-    ends: Tensor  # [N + 1] int32: 0, and where each note ends in the row
+    index: Tensor  # [R] of each token in the padded notes: note * T + position
+    positions: Tensor  # [R] of each token in its note
+    ends: Tensor  # [N + 1] int32: 0, and where each note ends among the S tokens
     groups: tuple[Group, ...]
+    spread: Tensor | None  # [S] of each token of all notes in the row; None: every one has its own place
+    kept: Tensor | None  # [R] of each token in the row, where it is first among all notes' tokens
     used: list[None] = field(default_factory=list)  # an entry for each layer that has attended by it
 
     @classmethod
-    def of(cls, attention_mask: Tensor) -> "Packing":
-        """`attention_mask`: [N, T], 0 on padding, which may be on either side."""
+    def of(cls, attention_mask: Tensor, num_shared: int = 0) -> "Packing":
+        """`attention_mask`: [N, T], 0 on padding, which may be on either side. `num_shared`: first tokens of each note
+        that are the same in all of them.
+        """
         num_notes, width = attention_mask.shape
         lengths, order = attention_mask.sum(1).sort(stable=True)  # [N]
         real = attention_mask[order].bool()
@@ -68,7 +75,13 @@ class Packing:
         ends = functional.pad(lengths.cumsum(0), (1, 0))
         groups = _groups(lengths.tolist(), positions)
         assert num_notes == sum(group.num_notes for group in groups)
-        return cls(index, positions, ends.to(torch.int32), groups)
+        if not num_shared:
+            return cls(index, positions, ends.to(torch.int32), groups, None, None)
+        own = positions >= num_shared
+        own[: lengths[0]] = True  # the first note's stand for all
+        spread = torch.where(own, own.cumsum(0) - 1, positions)
+        kept = own.nonzero()[:, 0]
+        return cls(index[kept], positions[kept], ends.to(torch.int32), groups, spread, kept)
 
 
 def _groups(lengths: Sequence[int], positions: Tensor) -> tuple[Group, ...]:
@@ -104,18 +117,19 @@ def can_be_packed(llm: PreTrainedModel) -> bool:
     )
 
 
-def packed_states(llm: PreTrainedModel, words: Tensor, attention_mask: Tensor) -> Tensor | None:
-    """The last hidden states [N, T, h_t] of word embeddings [N, T, h_t]; zeros on padding.
+def packed_states(llm: PreTrainedModel, words: Tensor, attention_mask: Tensor, num_shared: int = 0) -> Tensor | None:
+    """The last hidden states [N, T, h_t] of word embeddings [N, T, h_t]; zeros on padding, and on the first
+    `num_shared` tokens, the same in all notes, but in one of them.
 
     None where the decoder does not hand the packing on to its attention: notes would read each other.
     """
-    packing = Packing.of(attention_mask)
+    packing = Packing.of(attention_mask, num_shared)
     row = words.flatten(0, 1).index_select(0, packing.index)
     positions = packing.positions[None]
     states = llm(inputs_embeds=row[None], position_ids=positions, use_cache=False, packing=packing)
     if not packing.used:
         return None
-    last = states.last_hidden_state[0]  # [S, h_t]
+    last = states.last_hidden_state[0]  # [R, h_t]
     padded = last.new_zeros(words.shape[0] * words.shape[1], last.shape[1])
     return padded.index_copy(0, packing.index, last).unflatten(0, words.shape[:2])
 
@@ -132,7 +146,7 @@ def _packed_sdpa(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' interface: query [1, H, S, d_h], fewer heads of key and value -> [1, S, H, d_h].
+    """Attention of transformers' interface: query [1, H, R, d_h], fewer heads of key and value -> [1, R, H, d_h].
 
     Without a packing, it is torch's own for rows of one length, padded where `attention_mask` says so.
     """
@@ -142,25 +156,37 @@ def _packed_sdpa(
     packing.used.append(None)
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [S, H, d_h] each
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [R, H, d_h] each
+    if packing.spread is not None:
+        q, k, v = (x.index_select(0, packing.spread) for x in (q, k, v))  # [S, H, d_h] each
+    attended = _attended(module, q, k, v, packing, sliding_window, options)  # [S, H, d_h]
+    return (attended if packing.kept is None else attended.index_select(0, packing.kept))[None], None
+
+
+def _attended(
+    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None,
+    options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """[S, H, d_h] of the tokens of all notes, of which no token sees more than the `window` before it."""
+    dropout, scaling = options["dropout"], options["scaling"]
     if not dropout and _has_kernel(q, v):
         # Causal, and of the own note no more than the window.
-        window, longest = ((sliding_window or 0) - 1, 0), packing.groups[-1].max_length
+        size, longest = ((window or 0) - 1, 0), packing.groups[-1].max_length
         out = varlen_attn(
-            q, k, v, packing.ends, packing.ends, longest, longest, scale=scaling, window_size=window, enable_gqa=True
-        )  # [S, H, d_h]
+            q, k, v, packing.ends, packing.ends, longest, longest, scale=scaling, window_size=size, enable_gqa=True
+        )
         assert isinstance(out, Tensor)
-        return out[None], None
+        return out
     parts = []
     for group in packing.groups:
         qs, ks, vs = (group.padded(x).transpose(1, 2) for x in (q, k, v))  # [n, H, T, d_h] each; padding comes last
-        band = _band(group.max_length, sliding_window, query.device)
-        if dtype == torch.bfloat16 and group.max_length <= _SHORT and not dropout:
+        band = _band(group.max_length, window, q.device)
+        if q.dtype == torch.bfloat16 and group.max_length <= _SHORT and not dropout:
             padded = _by_products(qs, ks, vs, band, scaling)
         else:
             padded, _ = sdpa_attention_forward(module, qs, ks, vs, band, **options)
         parts.append(group.packed(padded))
-    return torch.cat(parts)[None], None  # [1, S, H, d_h]
+    return torch.cat(parts)
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:

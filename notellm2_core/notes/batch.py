@@ -132,6 +132,16 @@ class MLRMProcessor:
                 ids.append(visual_word_id)
         return EncodedNote(np.array(ids, dtype=np.int64), image_start, visual_index, reads_image=inputs != "text")
 
+    @property
+    def num_shared(self) -> int:
+        """How many tokens are the same at the start of every note, before its image or its text."""
+        num = len(self._start_ids)
+        for piece in PROMPTS[self.prompt]:
+            if not isinstance(piece, str):
+                break
+            num += len(self._literal_ids[piece])
+        return num
+
     def layout(self) -> list[tuple[str, int, int]]:
         """The prompt of a note without text: (what stands there, its first position, its number of tokens)."""
         pieces: list[tuple[str, int, int]] = []

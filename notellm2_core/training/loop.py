@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from notellm2_core.ahead import one_ahead
 from notellm2_core.config import Config
 from notellm2_core.lake import fingerprint, write_atomically
 from notellm2_core.model.build import build_model
@@ -23,7 +24,7 @@ from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache, schedule
 from notellm2_core.training.gradcache import Step, backward
 from notellm2_core.training.losses import Losses
-from notellm2_core.training.micro_batches import Share, one_ahead, share_out
+from notellm2_core.training.micro_batches import Share, share_out
 from notellm2_core.training.moved import load_moved
 from notellm2_core.training.precision import choose_precision
 from notellm2_core.training.progress import MlflowCurves, Progress
@@ -143,7 +144,7 @@ def _train(
     def share_of(rows: np.ndarray) -> Share:
         return share_out(data, rows, inputs, training.micro_batch_tokens, device)
 
-    for step, share in enumerate(one_ahead(share_of, rows_of_steps[first_step:]), first_step):
+    for step, share in enumerate(one_ahead(map(share_of, rows_of_steps[first_step:])), first_step):
         # Random numbers depend on the seed, the step and the rank alone, so a resume restores none.
         losses, tau, gate_mean = batch_gradient(engine, data, share, config, seed=(config.seed, step))
         _require_finite("loss", losses.total.item(), step, data, batches[step], work)

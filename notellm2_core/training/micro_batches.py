@@ -6,23 +6,18 @@ another, and what fits into memory at a time is a number of tokens, not of notes
 Shapes: N notes of a global batch, R ranks, K micro-batches of a rank.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from notellm2_core.ahead import one_ahead
 from notellm2_core.notes.batch import NoteBatch
 from notellm2_core.notes.text import InputKind
 from notellm2_core.training.data import TrainingData
-
-A = TypeVar("A")
-T = TypeVar("T")
 
 
 def plan(num_tokens: np.ndarray, num_ranks: int, max_tokens: int | None = None) -> list[list[np.ndarray]]:
@@ -64,18 +59,6 @@ def _there_and_back(num_hands: int, num_cards: int) -> Iterator[int]:
         yield num_hands - 1 - hand if lap % 2 else hand
 
 
-def one_ahead(work: Callable[[A], T], items: Iterable[A]) -> Iterator[T]:
-    """`work(item)` for each of `items`, the next in a thread while the caller is busy with one."""
-    waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        for item in items:
-            waiting.append(thread.submit(work, item))
-            if len(waiting) == 2:
-                yield waiting.popleft().result()
-        for last in waiting:
-            yield last.result()
-
-
 @dataclass(frozen=True)
 class Share:
     """What one rank embeds of a batch."""
@@ -90,7 +73,7 @@ class Share:
 
     def micro_batches(self) -> Iterator[NoteBatch]:
         """On the device, one and the next at a time."""
-        return one_ahead(self._made, self.parts) if self._ready is None else iter([self._ready])
+        return one_ahead(map(self._made, self.parts)) if self._ready is None else iter([self._ready])
 
 
 def share_out(

@@ -88,6 +88,22 @@ def test_every_note_as_if_alone(kind: str, bf16: bool) -> None:
         assert error < (3e-2 if bf16 else 1e-5), f"{name}: {error}"
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])  # (mistral looks back 8 tokens)
+@pytest.mark.parametrize("left", [False, True])
+def test_what_all_begin_with_is_computed_once(kind: str, left: bool) -> None:
+    """The same states behind it; in the row it is once: 3 tokens, and what 6 notes have of their own."""
+    lengths = [5, 12, 4, 30, 9, 31]
+    llm = decoder(kind, PACKED_SDPA)
+    words, mask = padded_words(lengths, 32, left)
+    of_own = mask * (mask.cumsum(1) > 3)
+    for row in range(1, len(lengths)):
+        words[row, (mask * (of_own == 0))[row].bool()] = words[0, (mask * (of_own == 0))[0].bool()]
+    expected, found = packed_states(llm, words, mask), packed_states(llm, words, mask, num_shared=3)
+    assert expected is not None and found is not None
+    torch.testing.assert_close(found[of_own.bool()], expected[of_own.bool()])
+    assert int((found.abs().sum(-1) > 0).sum()) == len(Packing.of(mask, 3).index) == 3 + sum(n - 3 for n in lengths)
+
+
 def test_without_packing_it_is_sdpa() -> None:
     """Rows of one length, or with a mask, as anybody may give them to the LLM itself."""
     words, mask = padded_words([7, 12], 32)
@@ -121,7 +137,13 @@ def test_flash_attention_of_a_gpu(kind: str) -> None:
         of_kind.sliding_window = 8
     llm = AutoModel.from_config(of_kind, attn_implementation=PACKED_SDPA).cuda()
     words, mask = (x.cuda() for x in padded_words(LENGTHS, 256))
+    words, mask = words[mask.sum(1) > 3], mask[mask.sum(1) > 3]
+    words[:, :3] = words[0, :3]
     expected = packed_states(llm, words, mask)
-    found = packed_states(llm.bfloat16(), words.bfloat16(), mask)
-    assert expected is not None and found is not None
-    assert (found.float() - expected).norm() / expected.norm() < 3e-2
+    assert expected is not None
+    llm, words = llm.bfloat16(), words.bfloat16()
+    for num_shared in (0, 3):
+        found = packed_states(llm, words, mask, num_shared)
+        assert found is not None
+        error = (found.float() - expected)[:, 3:].norm() / expected[:, 3:].norm()
+        assert error < 3e-2, f"{num_shared}: {error}"

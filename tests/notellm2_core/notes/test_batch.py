@@ -99,6 +99,15 @@ def test_basic_prompt_has_no_visual_word() -> None:
     assert batch.image_mask.sum() == NUM_QUERIES
 
 
+@pytest.mark.parametrize("prompt", ["micl", "basic", "text"])
+def test_what_every_note_begins_with(prompt: str) -> None:
+    """Up to the image, or the title; a start of sequence counts."""
+    p = processor("tiny", prompt)
+    first, second = (p.encode(Note("n", title, (), "")) for title in ("a", "b"))
+    same = np.argmin(first.token_ids == second.token_ids)
+    assert p.num_shared == (same if prompt == "text" else first.image_start)
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collate(side: str) -> None:
     """Each row: its tokens in one piece, the mask on them, every index shifted by the padding before them."""
@@ -157,6 +166,8 @@ def test_a_start_token_is_kept_where_the_tokenizer_has_one() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    with_bos = MLRMProcessor(tokenizer, Text(), "micl", NUM_QUERIES, 2, 5).encode(Note("n", "a", (), ""))
+    read_with_bos = MLRMProcessor(tokenizer, Text(), "micl", NUM_QUERIES, 2, 5)
+    assert read_with_bos.num_shared == processor("tiny").num_shared + 1
+    with_bos = read_with_bos.encode(Note("n", "a", (), ""))
     assert with_bos.token_ids[0] == tokenizer.bos_token_id and len(with_bos) == len(plain) + 1
     assert (with_bos.token_ids == tokenizer.bos_token_id).sum() == 1

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notellm2_core.training.micro_batches import one_ahead, plan
-from tests.waiting import wait_for
+from notellm2_core.training.micro_batches import plan
 
 tokens = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 
@@ -35,22 +34,3 @@ def test_plan(num_tokens: list[int], num_ranks: int, max_tokens: int | None) -> 
         assert all(len(part) for part in share)
         for part in share:
             assert max_tokens is None or costs[part].sum() <= max(max_tokens, costs.max())
-
-
-def test_one_ahead() -> None:
-    """The next is begun before it is asked for; what it raises is raised where it is asked for."""
-    begun: list[int] = []
-
-    def work(number: int) -> int:
-        begun.append(number)
-        if number == 3:
-            raise ValueError("three")
-        return number * number
-
-    found = one_ahead(work, range(1, 5))
-    assert next(found) == 1
-    wait_for(lambda: begun == [1, 2])
-    assert next(found) == 4
-    with pytest.raises(ValueError, match="three"):
-        next(found)
-    assert list(one_ahead(work, range(0))) == [] and list(one_ahead(work, range(1, 2))) == [1]
