@@ -1,15 +1,21 @@
-"""A cure for a CPU build of torch beside a CUDA build of torchvision. Import it before transformers, timm or open_clip.
+"""Two cures for a CPU build of torch. Import it before transformers, timm or open_clip.
 
-Such a torchvision (the one PyPI has) cannot load its own library, and `import torchvision` dies with "operator
-torchvision::nms does not exist". Nothing here detects boxes, so declaring the two operators' names is enough. Where
-the real operators can be loaded, nothing is done.
+Beside a CUDA build of torchvision (the one PyPI has), `import torchvision` dies with "operator torchvision::nms does
+not exist": it cannot load its own library. Nothing here detects boxes, so declaring the two operators' names is enough.
+Where the real operators can be loaded, nothing is done.
+
+oneDNN, which multiplies in 16 bits, keeps what it has prepared for 1,024 shapes, with its memory. Packed notes have
+another number of tokens each time, so a training grew by 50 MB a step, for as long as one looked. A few shapes are
+enough for the layers of one step, and as fast.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
 
+_NUM_KEPT_SHAPES = "16"
 _NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
@@ -37,4 +43,6 @@ def declare_missing_operators() -> torch.library.Library | None:
     return library
 
 
+for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and torch's in front of it
+    os.environ.setdefault(_variable, _NUM_KEPT_SHAPES)  # read at the first product, so it is early enough here
 _library = declare_missing_operators()

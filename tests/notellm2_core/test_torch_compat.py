@@ -1,0 +1,34 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+# How much memory 300 products of different shapes leave behind, in MB.
+MANY_SHAPES = """
+import notellm2_core.torch_compat
+import psutil, torch
+layer = torch.nn.Linear(512, 1536)
+def product(rows):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer(torch.ones(rows, 512))
+product(1000)
+before = psutil.Process().memory_info().rss
+for rows in range(1001, 1301):
+    product(rows)
+print((psutil.Process().memory_info().rss - before) >> 20)
+"""
+
+
+def left_behind(**variables: str) -> int:
+    env = {key: value for key, value in os.environ.items() if not key.endswith("_CACHE_CAPACITY")}
+    command = [sys.executable, "-c", MANY_SHAPES]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=env | variables).stdout)
+
+
+def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
+    """As a training does, whose batches have another number of tokens each time."""
+    uncured = left_behind(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024", LRU_CACHE_CAPACITY="1024")
+    if uncured < 100:
+        pytest.skip(f"this CPU's library keeps little ({uncured} MB)")
+    assert left_behind() < uncured / 3
