@@ -1,4 +1,4 @@
-"""GPU work: vision features, the untrained start and the fine-tuned model. Each is a command that can be pasted."""
+"""Vision features, tokens, the untrained start and the fine-tuned model. Each is a command that can be pasted."""
 
 import json
 import os
@@ -50,6 +50,20 @@ def vision_features(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg
     return pipeline.publish(context, build)
 
 
+@dg.asset(group_name="model", kinds={"huggingface"}, deps=dataset_deps("note_tokens"), retry_policy=GPU_RETRIES)
+def note_tokens(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """Every note's text as the LLM's tokens, once for all methods; trainings and exports map the file into memory."""
+    recipe = pipeline.recipe()
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        command = [sys.executable, "-m", "notellm2_core.notes.tokens", "--config", write_config(recipe),
+                   "--notes", str(inputs["notes"].path / "notes"), "--out", str(draft.path)]  # fmt: skip
+        run_command(context, command)
+        draft.metrics |= json.loads((draft.path / "counts.json").read_text())
+
+    return pipeline.publish(context, build)
+
+
 @dg.asset(
     group_name="model", kinds={"pytorch", "huggingface"}, deps=dataset_deps("start_model"), pool="gpu",
     retry_policy=GPU_RETRIES,
@@ -85,7 +99,7 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
         command = launch_command(
             Path(write_config(recipe)),
             recipe.config.training,
-            notes=inputs["notes"].path / "notes",
+            notes=inputs["note_tokens"].path,
             images=inputs["vision_features"].path,
             store=feature_store(recipe),
             pairs=inputs["pair_datasets"].path,
@@ -107,7 +121,7 @@ def note_arguments(recipe: Recipe, inputs: Mapping[str, Dataset]) -> list[str]:
     """The options that every command on notes and their images takes."""
     return [
         "--config", write_config(recipe),
-        "--notes", str(inputs["notes"].path / "notes"),
+        "--notes", str(inputs["note_tokens"].path),
         "--images", str(inputs["vision_features"].path),
         "--store", str(feature_store(recipe)),
     ]  # fmt: skip

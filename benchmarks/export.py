@@ -45,13 +45,14 @@ class Pictures:
 def embedder(cache: Path, num_notes: int) -> BatchEmbedder:
     torch.set_num_threads(psutil.cpu_count())
     model, processor = build_model(settings(BATCH, cache), cache)
-    by_id = {note.note_id: note for note in notes(num_notes)}
-    images = {n: str(i % NUM_IMAGES) for i, n in enumerate(by_id)}
-    return BatchEmbedder(model, processor, by_id, images, Pictures(), BATCH, torch.device("cpu"))
+    some = notes(num_notes)
+    tokens = dict(zip((note.note_id for note in some), processor.tokenize(some), strict=True))
+    images = {n: str(i % NUM_IMAGES) for i, n in enumerate(tokens)}
+    return BatchEmbedder(model, processor, tokens, images, Pictures(), BATCH, torch.device("cpu"))
 
 
 def num_tokens(of: BatchEmbedder) -> int:
-    return sum(len(of.processor.encode(note)) for note in of.notes.values())
+    return sum(of.processor.num_tokens(tokens) for tokens in of.notes.values())
 
 
 def export(cache: Path, num_notes: int) -> dict[str, float]:
@@ -90,7 +91,7 @@ def plain(cache: Path, num_notes: int) -> dict[str, float]:
         for start in range(0, num_notes, BATCH):
             some = ids[start : start + BATCH]
             found = ours.features.load([ours.images[i] for i in some])  # type: ignore[list-item]
-            encoded = [ours.processor.encode(ours.notes[i]) for i in some]
+            encoded = [ours.processor.lay_out(ours.notes[i]) for i in some]
             batch = ours.processor.collate(encoded, found.patches, found.global_feature, np.ones(len(some), bool))
             functional.normalize(ours.model(batch).multimodal, dim=-1)
         return total

@@ -98,7 +98,8 @@ def training_data(processor: MLRMProcessor, num_pairs: int, with_images: bool) -
     features = np.random.default_rng(1).normal(size=(NUM_IMAGES, PATCHES + 1, WIDTH)).astype(np.float16)
     table = FeatureTable(features, {f"i{i}": i for i in range(NUM_IMAGES)})
     images = {n: f"i{i % NUM_IMAGES}" if with_images else None for i, n in enumerate(ids)}
-    return TrainingData(processor, all_notes, images, table, list(zip(ids[::2], ids[1::2], strict=True)))
+    tokens = dict(zip(ids, processor.tokenize(list(all_notes.values())), strict=True))
+    return TrainingData(processor, tokens, images, table, list(zip(ids[::2], ids[1::2], strict=True)))
 
 
 def our_step(config: Config, cache: Path, steps: int, with_images: bool = True) -> dict[str, float]:

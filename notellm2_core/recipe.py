@@ -62,15 +62,20 @@ STAGES: Mapping[str, Stage] = {
         ("raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",),
         version=2,
     ),
-    "start_model": Stage(("notes", "vision_features", "pair_datasets"), _MODEL, version=4),
-    "checkpoint": Stage(("notes", "vision_features", "pair_datasets"), (*_MODEL, "model.lora", "training"), version=4),
+    "note_tokens": Stage(("notes",), (*TEXT_SETTINGS, "model.llm.name")),
+    "start_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
+    "checkpoint": Stage(
+        ("note_tokens", "vision_features", "pair_datasets"), (*_MODEL, "model.lora", "training"), version=5
+    ),
     "start_embeddings": Stage(
-        ("start_model", "notes", "vision_features", "pair_datasets"), ("export", "training.precision")
+        ("start_model", "note_tokens", "vision_features", "pair_datasets"), ("export", "training.precision")
     ),
     "baseline_embeddings": Stage(("notes", "pair_datasets"), ("evaluation.baselines",)),
-    "note_embeddings": Stage(("checkpoint", "notes", "vision_features", "pair_datasets"), ("export",)),
+    "note_embeddings": Stage(("checkpoint", "note_tokens", "vision_features", "pair_datasets"), ("export",)),
     "faiss_index": Stage(("note_embeddings",), ("index",)),
-    "saliency": Stage(("checkpoint", "notes", "vision_features", "pair_datasets"), ("evaluation.saliency_pairs",)),
+    "saliency": Stage(
+        ("checkpoint", "note_tokens", "vision_features", "pair_datasets"), ("evaluation.saliency_pairs",)
+    ),
     "eval_recall": Stage(
         ("note_embeddings", "faiss_index", "start_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
          "checkpoint", "notes", "saliency"),
@@ -197,7 +202,8 @@ class Recipe:
         names = {"model.llm": model.llm.name, "model.vision": model.vision.pretrained or model.vision.name}
         if name == "baseline_embeddings":
             return [("evaluation.baselines", "minilm")] if "minilm" in self.config.evaluation.baselines else []
-        return [(key, of) for key, of in names.items() if key in STAGES[name].settings]
+        settings = STAGES[name].settings
+        return [(key, of) for key, of in names.items() if key in settings or f"{key}.name" in settings]
 
     def fingerprint(self, name: str) -> str:
         if name not in self._fingerprints:

@@ -47,6 +47,16 @@ INTERACTIONS = pa.schema(
 # What was dropped, with the reason: the row as it came; of robots and unknown notes, the interaction.
 QUARANTINE = pa.schema([pa.field("reason", pa.string(), nullable=False), pa.field("row", pa.string(), nullable=False)])
 
+# --- lake: tokens ---------------------------------------------------------------------------------------------------
+NOTE_TOKENS = pa.schema(  # of each field as it is read: truncated and escaped
+    [
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("title", pa.large_list(pa.int32()), nullable=False),
+        pa.field("topic", pa.large_list(pa.int32()), nullable=False),
+        pa.field("content", pa.large_list(pa.int32()), nullable=False),
+    ]
+)
+
 # --- lake: pairs ----------------------------------------------------------------------------------------------------
 NOTE_SIDES = pa.schema(
     [

@@ -1,4 +1,4 @@
-"""Notes and the features of their pictures -> unit vectors: the one place where inference makes its batches.
+"""Tokens of notes and the features of their pictures -> unit vectors: the one place where inference makes its batches.
 
 Shapes: N notes of a batch, d embedding width.
 """
@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from notellm2_core.ahead import one_ahead
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.notes.batch import InputKind, MLRMProcessor, NoteBatch
+from notellm2_core.notes.batch import FieldTokens, InputKind, MLRMProcessor, NoteBatch
 from notellm2_core.notes.feature_store import Features
-from notellm2_core.notes.records import Note
 
 WINDOW_BATCHES = 8  # batches whose notes are sorted by length together, and whose features are held at a time
 _CPU_TOKENS = 2048  # of a batch on a CPU: the memory for larger ones is new each time, and slower than the sums in it
@@ -35,7 +34,7 @@ class BatchEmbedder:
 
     model: MLRMModel
     processor: MLRMProcessor
-    notes: Mapping[str, Note]
+    notes: Mapping[str, FieldTokens]
     images: Mapping[str, str | None]  # note_id -> image_id; None: no usable picture
     features: FeatureSource
     batch_notes: int
@@ -62,7 +61,7 @@ class BatchEmbedder:
         window = WINDOW_BATCHES * self.batch_notes
         for first in range(0, len(note_ids), window):
             ids = note_ids[first : first + window]
-            encoded = [self.processor.encode(self.notes[i], inputs) for i in ids]
+            encoded = [self.processor.lay_out(self.notes[i], inputs) for i in ids]
             rows, patches, pooled = self._features(ids, inputs)
             for batch in self._cut(np.array([len(e) for e in encoded])):
                 shown = rows[batch]  # -1: no picture; reads any row, which collate blanks

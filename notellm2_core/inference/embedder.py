@@ -9,7 +9,7 @@ Shapes: N notes, d embedding width.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,9 @@ class Embedder:
     ) -> np.ndarray:
         features, image_ids = self.read_pictures(notes, inputs, folder)
         names = [str(n) for n in range(len(notes))]  # two of the notes may have the same id, or none
-        by_name: Mapping[str, Any] = dict(zip(names, (n.note for n in notes), strict=True))
+        tokens = dict(zip(names, self.processor.tokenize([n.note for n in notes]), strict=True))
         images = dict(zip(names, image_ids, strict=True))
-        core = BatchEmbedder(self.model, self.processor, by_name, images, features, batch_notes, self.device)
+        core = BatchEmbedder(self.model, self.processor, tokens, images, features, batch_notes, self.device)
         return core.embed(names, inputs, progress)
 
     def read_pictures(

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from notellm2_core.config import Config
 from notellm2_core.model.connector import ConnectorSizes
-from notellm2_core.model.llm import load_llm
+from notellm2_core.model.llm import load_llm, load_tokenizer
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
 from notellm2_core.model.vision import VisionEncoder, saved_encoder_id, vision_dims
@@ -25,18 +25,31 @@ def build_model(config: Config, cache_dir: Path) -> tuple[MLRMModel, MLRMProcess
 
     fp32, on the CPU. `cache_dir` takes converted weights. Raises ValueError where the LLM cannot be loaded.
     """
-    method = get_method(config.model.method)
-    num_patches, vision_width = vision_dims(config.model.vision)
     decoder, tokenizer = load_llm(config.model.llm, cache_dir)
     require_its_tokenizer(decoder, tokenizer, config.model.llm.name)
     num_known_tokens = len(tokenizer)
-    num_words = num_visual_words(config, num_patches)
-    processor = MLRMProcessor(tokenizer, config.text, method.prompt, num_words, num_patches, vision_width)
+    processor = build_processor(config, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         add_word_embeddings(decoder, processor.new_token_ids, num_known_tokens)
-        model = MLRMModel(mlrm_config(config, decoder.config, num_patches, vision_width), decoder)
+        model = MLRMModel(mlrm_config(config, decoder.config, processor.num_patches, processor.vision_width), decoder)
     return model.eval(), processor
+
+
+def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> MLRMProcessor:
+    """What reads notes for the model of `config`. `tokenizer`: the LLM's; None: loaded, without its weights.
+
+    Raises ValueError where it cannot be had.
+    """
+    num_patches, vision_width = vision_dims(config.model.vision)
+    return MLRMProcessor(
+        load_tokenizer(config.model.llm) if tokenizer is None else tokenizer,
+        config.text,
+        get_method(config.model.method).prompt,
+        num_visual_words(config, num_patches),
+        num_patches,
+        vision_width,
+    )
 
 
 def num_visual_words(config: Config, num_patches: int) -> int:

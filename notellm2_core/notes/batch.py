@@ -7,8 +7,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import notellm2_core.torch_compat  # noqa: F401, before transformers
 
@@ -20,12 +21,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from notellm2_core.config import Text
+from notellm2_core.lake import fingerprint
 from notellm2_core.notes.records import Note
 from notellm2_core.notes.text import (
     IMAGE_TOKEN,
     PROMPTS,
     VISUAL_WORD_TOKEN,
     Field,
+    FieldName,
     InputKind,
     Mark,
     PromptName,
@@ -33,14 +36,28 @@ from notellm2_core.notes.text import (
     max_field_tokens,
     name_of,
 )
+from notellm2_core.recipe import TEXT_SETTINGS
 
+# Whatever tokenizers are known to treat in ways of their own.
+_PROBE = (
+    "It's 3,141.59 % na\u00efve don't RE-do\nthis; \u4e2d\u6587\u7b14\u8bb0 \u3072\u3089 \ud55c\uae00 "
+    "\u0410\u0431 \u0645\u0631 \U0001f98a #a @b http://c.d/e?f=g"
+)
 _SETTINGS_FILE = "processor_config.json"  # where AutoProcessor looks
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+class FieldTokens(NamedTuple):
+    """The tokens of a note's text, int32 each, as its fields are read: truncated and escaped."""
+
+    title: np.ndarray
+    topic: np.ndarray
+    content: np.ndarray
+
+
 @dataclass(frozen=True)
 class EncodedNote:
-    """A tokenised note."""
+    """A note's tokens in their prompt."""
 
     token_ids: np.ndarray  # [T_i] int64; L_c placeholders stand where the image goes
     image_start: int  # position of the first placeholder; -1 where the prompt has none
@@ -104,33 +121,64 @@ class MLRMProcessor:
         self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         # Padding is told apart by the mask, never by its id, so any id will do (many tokenizers pad with eos).
         self._padding_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self._literal_ids = {p: self._tokenize(p) for p in PROMPTS[prompt] if isinstance(p, str)}
+        literals = [p for p in PROMPTS[prompt] if isinstance(p, str)]
+        self._literal_ids = {p: np.array(ids) for p, ids in zip(literals, self._tokenize(literals), strict=True)}
         self._start_ids = self._start_of_sequence()
+        self._template_length = sum(num for _, _, num in self.layout())
 
     def encode(self, note: Note, inputs: InputKind = "multimodal") -> EncodedNote:
-        """Tokenise `note` in this method's prompt.
+        """Tokenise `note` in this method's prompt. Raises ValueError for an unknown kind of input."""
+        return self.lay_out(self.tokenize([note])[0], inputs)
+
+    def tokenize(self, notes: Sequence[Note]) -> list[FieldTokens]:
+        """The tokens of the fields of each of `notes`, whatever the prompt."""
+        fields = []
+        for name in get_args(FieldName):
+            most = max_field_tokens(name, self.text)
+            ids = self._tokenize([field_text(note, name, self.text) for note in notes])
+            fields.append([np.array(i[:most], dtype=np.int32) for i in ids])
+        return [FieldTokens(*of_note) for of_note in zip(*fields, strict=True)]
+
+    def lay_out(self, tokens: FieldTokens, inputs: InputKind = "multimodal") -> EncodedNote:
+        """A note's tokens in this method's prompt.
 
         inputs = image: the text fields are empty; text: the image is left out. The template is kept either way.
         Raises ValueError for another kind of input.
         """
         require_input_kind(inputs)
         image_id, visual_word_id = self.new_token_ids
-        ids: list[int] = list(self._start_ids)
+        parts = [np.array(self._start_ids, dtype=np.int64)]
+        length = len(self._start_ids)
         image_start = visual_index = -1
         for piece in PROMPTS[self.prompt]:
             if isinstance(piece, str):
-                ids += self._literal_ids[piece]
+                part = self._literal_ids[piece]
             elif isinstance(piece, Field):
-                if inputs != "image":
-                    words = field_text(note, piece.name, self.text)
-                    ids += self._tokenize(words)[: max_field_tokens(piece.name, self.text)]
+                if inputs == "image":
+                    continue
+                part = getattr(tokens, piece.name)
             elif piece == Mark(IMAGE_TOKEN):
-                image_start = len(ids)
-                ids += [image_id] * self.num_queries
+                image_start = length
+                part = np.full(self.num_queries, image_id)
             else:
-                visual_index = len(ids) - 1  # "the previous hidden state of the token <IMG_EMB>"
-                ids.append(visual_word_id)
-        return EncodedNote(np.array(ids, dtype=np.int64), image_start, visual_index, reads_image=inputs != "text")
+                visual_index = length - 1  # "the previous hidden state of the token <IMG_EMB>"
+                part = np.array([visual_word_id])
+            parts.append(part)
+            length += len(part)
+        return EncodedNote(np.concatenate(parts, dtype=np.int64), image_start, visual_index, inputs != "text")
+
+    def num_tokens(self, tokens: FieldTokens, inputs: InputKind = "multimodal") -> int:
+        """The length of `lay_out`."""
+        require_input_kind(inputs)
+        return self._template_length + (0 if inputs == "image" else sum(map(len, tokens)))
+
+    @cached_property
+    def tokens_id(self) -> str:
+        """Equal where `tokenize` gives the same tokens: of the vocabulary, how it is used, and the text settings."""
+        note = Note("", _PROBE, (_PROBE,), _PROBE)
+        used = [field.tolist() for field in self.tokenize([note])[0]]
+        settings = [getattr(self.text, name.removeprefix("text.")) for name in TEXT_SETTINGS]
+        return fingerprint([sorted(self.tokenizer.get_vocab().items()), used, settings])
 
     @property
     def num_shared(self) -> int:
@@ -233,10 +281,11 @@ class MLRMProcessor:
         except (TypeError, KeyError, ValueError) as e:
             raise ValueError(f"{file} is not the configuration of a {cls.__name__} ({' '.join(str(e).split())})") from e
 
-    def _tokenize(self, text: str) -> list[int]:
-        """Ids of plain text: what looks like a special token is spelled out, so none can be smuggled in."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [i for i in ids if i not in self._special_ids]  # for tokenizers that do not know how to split them
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Ids of plain texts: what looks like a special token is spelled out, so none can be smuggled in."""
+        found = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        # For tokenizers that do not know how to split them.
+        return [[i for i in ids if i not in self._special_ids] for ids in found]
 
     def _start_of_sequence(self) -> list[int]:
         """[bos] where the tokenizer puts one before a text (LLaMA does, Qwen does not)."""

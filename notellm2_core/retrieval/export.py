@@ -36,7 +36,7 @@ from notellm2_core.inference.batch_embedder import BatchEmbedder
 from notellm2_core.model.build import load_model, require_its_encoder
 from notellm2_core.notes.batch import InputKind
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
-from notellm2_core.notes.records import read_notes
+from notellm2_core.notes.token_table import read_tokens
 
 
 def deciding_files(model_dir: Path) -> dict[str, str]:
@@ -58,14 +58,13 @@ def export(
     """
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     vision_encoder = encoder_id(images_dir)
-    notes = read_notes(notes_dir, note_ids)
     images = read_note_images(images_dir)
-    unknown = notes.keys() - images.keys()
-    if unknown:
+    model, processor = load_model(model_dir)
+    notes = read_tokens(notes_dir, processor, note_ids)
+    if unknown := notes.keys() - images.keys():
         raise ValueError(
             f"{len(unknown)} notes are not in {images_dir}: run notellm2_core.notes.features on them first."
         )
-    model, processor = load_model(model_dir)
     if model.config.encoder_id:  # a bare save_pretrained names none
         require_its_encoder(model.config, vision_encoder)
     device, dtype = _device(config)
@@ -86,8 +85,8 @@ def export(
     for kind in inputs:
 
         def contents(ids: Sequence[str], kind: InputKind = kind) -> list[str]:
-            read = ((notes[i], images[i] if kind != "text" else None) for i in ids)
-            return [lake.fingerprint([note.title, note.topics, note.content, image]) for note, image in read]
+            read = (([] if kind == "image" else notes[i], None if kind == "text" else images[i]) for i in ids)
+            return [lake.fingerprint([*(field.tolist() for field in fields), image]) for fields, image in read]
 
         def embed(ids: Sequence[str], kind: InputKind = kind) -> np.ndarray:
             return embedder.embed(ids, kind, progress)
@@ -128,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Embed notes with a trained model.")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="folder of a trained (or start) model")
-    parser.add_argument("--notes", type=Path, required=True, help="folder of Parquet with the notes")
+    parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset, or of its tokens")
     parser.add_argument("--images", type=Path, required=True, help="output folder of notellm2_core.notes.features")
     parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
     parser.add_argument("--note-ids", type=Path, help="Parquet with a note_id column; default: all notes")

@@ -22,7 +22,7 @@ def main() -> None:
     die_with_parent("torch" if "TORCHELASTIC_RUN_ID" in os.environ else None)
     parser = argparse.ArgumentParser(prog="python -m notellm2_core.training", description=__doc__.partition("\n")[0])
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset")
+    parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset, or of its tokens")
     parser.add_argument("--images", type=Path, required=True, help="what the features command wrote")
     parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")

@@ -6,7 +6,6 @@ the query and the target of pair k.
 Shapes: P pairs, B pairs per batch, N = 2B rows.
 """
 
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor
 
 from notellm2_core.config import Config
-from notellm2_core.notes.batch import EncodedNote, MLRMProcessor, NoteBatch
+from notellm2_core.notes.batch import FieldTokens, MLRMProcessor, NoteBatch
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
-from notellm2_core.notes.records import Note, read_notes
 from notellm2_core.notes.text import InputKind
+from notellm2_core.notes.token_table import read_tokens
 from notellm2_core.training.feature_table import FeatureTable
 
 _LOOKAHEAD_BATCHES = 4  # how long a pair may wait for a batch that has neither of its notes
@@ -65,28 +64,26 @@ class TrainingData:
     def __init__(
         self,
         processor: MLRMProcessor,
-        notes: Mapping[str, Note],
+        tokens: Mapping[str, FieldTokens],
         images: Mapping[str, str | None],
         features: FeatureTable,
         train_pairs: Sequence[tuple[str, str]],
         validation_pairs: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """`images`: note_id -> image_id or None. Raises ValueError where a pair names a note that `notes` lacks."""
+        """`images`: note_id -> image_id or None. Raises ValueError where a pair names a note that `tokens` lacks."""
         self.note_ids = tuple(sorted({n for pair in (*train_pairs, *validation_pairs) for n in pair}))
-        missing = [n for n in self.note_ids if n not in notes]
+        missing = [n for n in self.note_ids if n not in tokens]
         if missing:
             raise ValueError(f"{len(missing)} notes of the pairs are not among the notes, the first is {missing[0]!r}")
         self._processor = processor
-        self._notes = [notes[n] for n in self.note_ids]
-        self._encoded: dict[tuple[int, InputKind], EncodedNote] = {}  # tokenised once, when a batch first asks for it
-        self._encoding = threading.Lock()
+        self._tokens = [tokens[n] for n in self.note_ids]
         self._features = features
         image_ids = [images.get(n) for n in self.note_ids]
         self._feature_rows = np.array([features.row(i) for i in image_ids], dtype=np.int64)  # [notes]; -1: no image
-        self._has_text = np.array([any((n.title, *n.topics, n.content)) for n in self._notes])
+        self._has_text = np.array([any(map(len, fields)) for fields in self._tokens])
         self.train_pairs = self._numbers(train_pairs)  # [P, 2]
         self.validation_pairs = self._numbers(validation_pairs)
-        texts = _codes([(n.title, n.topics, n.content) for n in self._notes])
+        texts = _codes([tuple(field.tobytes() for field in fields) for fields in self._tokens])
         pairs = np.concatenate([self.train_pairs, self.validation_pairs])
         self._same = {
             "multimodal": SameNotes(np.stack([texts, self._feature_rows]), pairs),
@@ -106,14 +103,15 @@ class TrainingData:
         """The model input of these notes, padded to the longest of them; once for each kind of input, one after the
         other.
         """
-        encoded = [self._encode(row, kind) for kind in inputs for row in rows.tolist()]
+        encoded = [self._processor.lay_out(self._tokens[row], kind) for kind in inputs for row in rows.tolist()]
         rows = np.tile(rows, len(inputs))
         patches, global_feature = self._features.take(self._feature_rows[rows])
         return self._processor.collate(encoded, patches, global_feature, self.has_image(rows))
 
     def num_tokens(self, rows: np.ndarray, inputs: Sequence[InputKind] = ("multimodal",)) -> np.ndarray:
         """[len(rows)] tokens that the model reads of each note, over all `inputs`."""
-        return np.array([sum(len(self._encode(row, kind)) for kind in inputs) for row in rows.tolist()])
+        of = self._processor.num_tokens
+        return np.array([sum(of(self._tokens[row], kind) for kind in inputs) for row in rows.tolist()])
 
     def contents(self, rows: np.ndarray) -> np.ndarray:
         """A number for the content of each note, the same for notes with the same text and image."""
@@ -130,12 +128,6 @@ class TrainingData:
             return RowFacts(has, None)
         return RowFacts(has, {kind: torch.from_numpy(same.known(rows)) for kind, same in self._same.items()})
 
-    def _encode(self, row: int, inputs: InputKind) -> EncodedNote:
-        with self._encoding:  # batches are made in a thread beside validation's, and a tokenizer is not for two
-            if (row, inputs) not in self._encoded:
-                self._encoded[row, inputs] = self._processor.encode(self._notes[row], inputs)
-            return self._encoded[row, inputs]
-
     def _numbers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         number = {n: i for i, n in enumerate(self.note_ids)}
         return np.array([(number[a], number[b]) for a, b in pairs], dtype=np.int64).reshape(-1, 2)
@@ -144,7 +136,9 @@ class TrainingData:
 def load_training_data(
     processor: MLRMProcessor, notes: Path, images: Path, store: Path, pairs: Path, cache: Path
 ) -> TrainingData:
-    """Read everything the pairs name, and nothing else. `cache`: where the feature table is kept (feature_table.py).
+    """Read everything the pairs name, and nothing else.
+
+    `notes`: the notes dataset, or its tokens. `cache`: where the feature table is kept (feature_table.py).
 
     Raises ValueError where there are no training pairs, or a note or a feature is missing.
     """
@@ -155,7 +149,7 @@ def load_training_data(
     note_images = {n: i for n, i in read_note_images(images).items() if n in wanted}
     image_ids = sorted({i for i in note_images.values() if i is not None})
     table = FeatureTable.build(FeatureStore(store / encoder_id(images)), image_ids, cache)
-    return TrainingData(processor, read_notes(notes, wanted), note_images, table, train, validation)
+    return TrainingData(processor, read_tokens(notes, processor, wanted), note_images, table, train, validation)
 
 
 def model_cache(config: Config) -> Path:

@@ -96,9 +96,9 @@ def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> No
 
     assert changed() == set()
     (llm / "model.safetensors").write_text("ab")
-    assert changed() == _downstream("start_model", "checkpoint")
+    assert changed() == _downstream("note_tokens")
     vision.write_text("ab")
-    assert changed() == _downstream("vision_features")
+    assert changed() == _downstream("vision_features", "note_tokens")
     by_name = {"model__vision__library": "transformers", "model__vision__name": str(llm)}  # its folder is its name
     before = {name: _recipe(tmp_path, **(changes := by_name)).fingerprint(name) for name in STAGES}
     (llm / "model.safetensors").write_text("abc")

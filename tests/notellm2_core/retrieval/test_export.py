@@ -24,7 +24,7 @@ from notellm2_core.embeddings import read_embeddings
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.notes import features
 from notellm2_core.notes.feature_store import FeatureStore, read_note_images
-from notellm2_core.notes.records import read_notes
+from notellm2_core.notes.token_table import read_tokens
 from notellm2_core.retrieval import export
 
 NUM_NOTES = 30
@@ -80,7 +80,7 @@ def exporter(world: Path, batch_notes: int) -> export.BatchEmbedder:
     model, processor = load_model(world / "model")
     encoder_id = json.loads((world / "images" / "vision" / "config.json").read_text())["encoder_id"]
     return export.BatchEmbedder(
-        model, processor, read_notes(world / "notes"), read_note_images(world / "images"),
+        model, processor, read_tokens(world / "notes", processor), read_note_images(world / "images"),
         FeatureStore(world / "store" / encoder_id), batch_notes, torch.device("cpu"),
     )  # fmt: skip
 
@@ -111,7 +111,8 @@ def test_each_kind_of_input_reads_only_its_own(world: Path, whole: Path) -> None
     image = read_embeddings(whole / "image").vectors
     np.testing.assert_allclose(image[::3], image[[0] * 10], atol=2e-6)
     assert np.abs(image[1] - image[4]).max() > 1e-4
-    blind = replace(exporter(world, 4), images=dict.fromkeys(read_notes(world / "notes")))
+    seeing = exporter(world, 4)
+    blind = replace(seeing, images=dict.fromkeys(seeing.notes))
     ids = list(blind.notes)
     np.testing.assert_allclose(blind.embed(ids, "text"), read_embeddings(whole / "text").vectors, atol=2e-6)
     assert np.abs(blind.embed(ids, "multimodal") - read_embeddings(whole / "multimodal").vectors)[1].max() > 1e-4

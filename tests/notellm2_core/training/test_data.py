@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from notellm2_core.model.build import build_model
+from notellm2_core.notes.batch import FieldTokens
 from notellm2_core.notes.records import Note
+from notellm2_core.notes.tokens import tokenise
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
 from notellm2_core.training.feature_table import FeatureTable
 from tests.notellm2_core.training.world import World, tiny_config
@@ -68,7 +70,8 @@ def small() -> TrainingData:
     table = FeatureTable(np.zeros((3, 17, 32), np.float16), {"i1": 0, "i2": 1, "i3": 2})
     pairs = [("a", "b"), ("b", "c"), ("d", "h"), ("e", "h"), ("f", "h"), ("g", "h")]
     _, processor = build_model(tiny_config(), Path())
-    return TrainingData(processor, notes, images, table, pairs)
+    tokens = dict(zip(notes, processor.tokenize(list(notes.values())), strict=True))
+    return TrainingData(processor, tokens, images, table, pairs)
 
 
 def test_known_positives(small: TrainingData) -> None:
@@ -112,9 +115,9 @@ def test_a_batch_of_several_inputs(small: TrainingData) -> None:
 @settings(max_examples=30, deadline=None)
 def test_related_in_either_direction_equals_a_loop(num_pairs: int, seed: int) -> None:
     pairs = [(str(a), str(b)) for a, b in some_pairs(num_pairs, 9, seed)]
-    notes = {str(i): Note(str(i), str(i), (), "") for i in range(9)}
+    tokens = {str(i): FieldTokens(*(np.array([i], np.int32),) * 3) for i in range(9)}
     table = FeatureTable(np.zeros((0, 2, 4), np.float16), {})
-    data = TrainingData(None, notes, {}, table, pairs)  # type: ignore[arg-type]
+    data = TrainingData(None, tokens, {}, table, pairs)  # type: ignore[arg-type]
     rows = np.arange(len(data.note_ids))
     known = data.facts(rows).known["multimodal"]
     for i, a in enumerate(data.note_ids):
@@ -135,7 +138,11 @@ def test_what_is_read_from_disk(world: World, tmp_path: Path) -> None:
     assert batch.patches[1].abs().sum() == 0 and batch.patches[0].abs().sum() > 0
     torch.testing.assert_close(batch.global_feature[0], batch.patches[0].mean(dim=0), atol=2e-3, rtol=0)
     assert batch.attention_mask.sum(dim=1).max() == batch.input_ids.shape[1]
-    again = load_training_data(processor, *folders, tmp_path)  # from the table made before
+    folders[0] = tmp_path / "tokens"
+    tokenise(processor, world.path("notes"), folders[0])
+    again = load_training_data(processor, *folders, tmp_path)  # of tokens, and from the table made before
+    assert (again.note_batch(rows).input_ids == batch.input_ids).all()
+    assert (again.num_tokens(rows) == batch.attention_mask.sum(dim=1).numpy()).all()
     assert (again.note_batch(rows).patches == batch.patches).all()
     assert len(list(tmp_path.glob("features-*.npy"))) == 1
 
