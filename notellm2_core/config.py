@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Part = Literal["llm", "word_embeddings", "connector", "fusion", "projector", "temperature"]
+KnownPositives = Literal["mask", "count", "ignore"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -238,7 +239,8 @@ class Training(Section):
     epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
     alpha: float = Field(9.0, ge=0)  # Eq. 9
-    mask_known_positives: bool = True  # a note's other known positives are no negatives
+    # A note's other known positives in the batch: no negatives; positives too; or, as in the paper, negatives.
+    known_positives: KnownPositives = "mask"
     # Tokens that a rank holds activations of at a time; a batch with more is embedded twice (GradCache). None: all.
     micro_batch_tokens: int | None = Field(None, gt=0)
     gradient_checkpointing: bool = False

@@ -8,34 +8,21 @@ Shapes: P pairs, B pairs per batch, N = 2B rows.
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.dataset as pads
 import torch
-from torch import Tensor
 
-from notellm2_core.config import Config
+from notellm2_core.config import Config, KnownPositives
 from notellm2_core.notes.batch import FieldTokens, MLRMProcessor, NoteBatch
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
 from notellm2_core.notes.text import InputKind
 from notellm2_core.notes.token_table import read_tokens
 from notellm2_core.training.feature_table import FeatureTable
+from notellm2_core.training.losses import RowFacts
 
 _LOOKAHEAD_BATCHES = 4  # how long a pair may wait for a batch that has neither of its notes
-
-
-@dataclass(frozen=True)
-class RowFacts:
-    """What the losses have to know of the N rows of a batch, by kind of input."""
-
-    has: Mapping[str, Tensor]  # [N] bool: "image", "text"
-    known: Mapping[str, Tensor] | None  # [N, N] bool: rows that belong together, by their pair, note or what they show
-
-    def to(self, device: torch.device) -> "RowFacts":
-        known = None if self.known is None else {k: v.to(device) for k, v in self.known.items()}
-        return RowFacts({k: v.to(device) for k, v in self.has.items()}, known)
 
 
 class SameNotes:
@@ -117,16 +104,19 @@ class TrainingData:
         """A number for the content of each note, the same for notes with the same text and image."""
         return self._same["multimodal"].code[rows]
 
-    def facts(self, rows: np.ndarray, mask_known_positives: bool = True) -> RowFacts:
-        """Which rows have an image, a text, and, where asked for, which are no negatives of each other.
+    def facts(
+        self, rows: np.ndarray, known_positives: KnownPositives = "mask", num_paired: int | None = None
+    ) -> RowFacts:
+        """Which rows have an image, a text, and, unless these are ignored, which belong together.
 
         These show the same, or what they show is known to be related, in either direction, from any pair of notes that
         show it: the whole content for the multimodal input, the image or the text alone for the others.
         """
         has = {"image": torch.from_numpy(self.has_image(rows)), "text": torch.from_numpy(self._has_text[rows])}
-        if not mask_known_positives:
-            return RowFacts(has, None)
-        return RowFacts(has, {kind: torch.from_numpy(same.known(rows)) for kind, same in self._same.items()})
+        if known_positives == "ignore":
+            return RowFacts(has, None, num_paired)
+        known = {kind: torch.from_numpy(same.known(rows)) for kind, same in self._same.items()}
+        return RowFacts(has, known, num_paired, count_known=known_positives == "count")
 
     def _numbers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         number = {n: i for i, n in enumerate(self.note_ids)}

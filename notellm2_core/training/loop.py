@@ -175,7 +175,7 @@ def batch_gradient(engine: Any, data: TrainingData, share: Share, config: Config
 
     Losses and tau are the same on every rank, and so is the sum of the gradients, whatever their number.
     """
-    facts = data.facts(share.rows, config.training.mask_known_positives).to(share.places.device)
+    facts = data.facts(share.rows, config.training.known_positives).to(share.places.device)
     seeds = np.random.SeedSequence([*seed, dist.get_rank()]).generate_state(len(share.parts)).tolist()
 
     def loss_of(embedded: Tensor, tau: Tensor) -> Losses:

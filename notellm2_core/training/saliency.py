@@ -24,8 +24,8 @@ from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
 from notellm2_core.model.saliency import Loss, Measurement, measure
 from notellm2_core.notes.batch import NoteBatch
 from notellm2_core.notes.feature_store import encoder_id
-from notellm2_core.training.data import RowFacts, TrainingData, load_training_data, schedule
-from notellm2_core.training.losses import capped_tau
+from notellm2_core.training.data import TrainingData, load_training_data, schedule
+from notellm2_core.training.losses import RowFacts, capped_tau
 from notellm2_core.training.step import method_losses
 
 
@@ -46,7 +46,7 @@ def measure_on_training_pairs(model: MLRMModel, data: TrainingData, config: Conf
     def prepared() -> Iterator[tuple[NoteBatch, Loss]]:
         for pairs in batches:
             rows = data.train_pairs[pairs].reshape(-1)  # [2B], pair k in rows 2k and 2k + 1
-            facts = data.facts(rows, config.training.mask_known_positives).to(device)
+            facts = data.facts(rows, config.training.known_positives).to(device)
             yield data.note_batch(rows).to(device), _loss(model, config, facts)
 
     return measure(model, prepared())

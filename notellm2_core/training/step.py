@@ -10,8 +10,7 @@ from notellm2_core.config import Config
 from notellm2_core.model.methods import Method, get_method
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.batch import NoteBatch
-from notellm2_core.training.data import RowFacts
-from notellm2_core.training.losses import Losses, capped_tau, note_losses, omni_losses
+from notellm2_core.training.losses import Losses, RowFacts, capped_tau, note_losses, omni_losses
 
 Views = Mapping[str, Tensor]  # [N, D] each: "multimodal", and "visual" (n_v) or "image" and "text" (other inputs)
 
@@ -72,10 +71,6 @@ def method_losses(
 
 
 def _losses(method: Method, views: Views, tau: Tensor, alpha: float, facts: RowFacts) -> Losses:
-    known = facts.known or {}
     if "omni" in method.losses:
-        return omni_losses(views, tau, known, facts.has)
-    return note_losses(
-        views["multimodal"], views.get("visual"), tau, alpha, known.get("multimodal"), known.get("image"),
-        facts.has["image"],
-    )  # fmt: skip
+        return omni_losses(views, tau, facts)
+    return note_losses(views["multimodal"], views.get("visual"), tau, alpha, facts)

@@ -78,7 +78,8 @@ def test_known_positives(small: TrainingData) -> None:
     """Each expected pair of rows is there for one reason, in both directions; everything else is a negative."""
     rows = np.array([small.note_ids.index(n) for n in "abcdefga"])
     known = small.facts(rows).known
-    assert known is not None and small.facts(rows, mask_known_positives=False).known is None
+    assert known is not None and small.facts(rows, "ignore").known is None
+    assert small.facts(rows, "count").count_known and not small.facts(rows, "mask").count_known
 
     def matrix(pairs: list[str]) -> torch.Tensor:
         m = torch.eye(8, dtype=torch.bool)

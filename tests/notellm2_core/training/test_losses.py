@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from notellm2_core.model.methods import METHODS, get_method
-from notellm2_core.training.data import RowFacts
-from notellm2_core.training.losses import MAX_TAU, capped_tau, contrastive_loss, note_losses, omni_losses
+from notellm2_core.training.losses import MAX_TAU, RowFacts, capped_tau, contrastive_loss, note_losses, omni_losses
 from notellm2_core.training.step import method_losses
 
 TAU = torch.tensor([3.0])
@@ -23,6 +22,8 @@ def loop_loss(
     valid: np.ndarray,
     y: np.ndarray | None = None,
     valid_y: np.ndarray | None = None,
+    num_paired: int | None = None,
+    count: bool = False,
 ) -> float:
     """Eq. 1, one row and one column at a time, in fp64; rows of `x` look for their related note in `y`."""
     y, valid_y = (x, valid) if y is None or valid_y is None else (y, valid_y)
@@ -31,13 +32,16 @@ def loop_loss(
         return float(x[i] @ y[j] / (np.linalg.norm(x[i]) * np.linalg.norm(y[j])) * math.exp(tau))
 
     losses = []
-    for i in range(len(x)):
+    for i in range(len(x) if num_paired is None else num_paired):
         p = i + 1 if i % 2 == 0 else i - 1
         if not (valid[i] and valid_y[p]):
             continue
-        columns = [j for j in range(len(x)) if j == p or (j != i and valid_y[j] and not known[i, j])]
+        others = [j for j in range(len(x)) if j == p or (j != i and valid_y[j])]
+        related = [j for j in others if j != p and known[i, j]]
+        columns = others if count else [j for j in others if j not in related]
         denominator = sum(math.exp(similarity(i, j)) for j in columns)
-        losses.append(-math.log(math.exp(similarity(i, p)) / denominator))
+        positives = [p, *related] if count else [p]
+        losses.append(-sum(math.log(math.exp(similarity(i, j)) / denominator) for j in positives) / len(positives))
     return sum(losses) / len(losses) if losses else 0.0
 
 
@@ -51,24 +55,36 @@ def test_worked_example() -> None:
     known[0, 2] = True  # row 0 has one negative left: log(1 + e^-2)
     expected = (math.log(1 + math.exp(-2)) + 3 * each) / 4
     assert contrastive_loss(x, tau, known).item() == pytest.approx(expected, abs=1e-6)
+    # As a positive it has a score of 0, beside 2: log(e^2 + 2) - 1.
+    expected = (math.log(math.exp(2) + 2) - 1 + 3 * each) / 4
+    assert contrastive_loss(x, tau, known, count_known=True).item() == pytest.approx(expected, abs=1e-6)
+    # A fifth row like the first two, a negative of all and no query: rows 0 and 1 have another e^2, the others a 1.
+    five = torch.cat([x, x[:1]])
+    expected = (math.log(2 + 2 * math.exp(-2)) + math.log(1 + 3 * math.exp(-2))) / 2
+    assert contrastive_loss(five, tau, num_paired=4).item() == pytest.approx(expected, abs=1e-6)
 
 
 @given(
     num_pairs=st.integers(1, 6), dim=st.integers(2, 8), seed=st.integers(0, 10_000), tau=st.floats(-1, 4),
-    known_share=st.floats(0, 1), valid_share=st.floats(0, 1), repeats=st.integers(1, 4),
+    known_share=st.floats(0, 1), valid_share=st.floats(0, 1), repeats=st.integers(1, 4), more=st.integers(0, 5),
+    count=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_equals_the_loop(
-    num_pairs: int, dim: int, seed: int, tau: float, known_share: float, valid_share: float, repeats: int
-) -> None:
-    """Any number of pairs, any masks, and ties: `repeats` rows in a row share a vector."""
+    num_pairs: int, dim: int, seed: int, tau: float, known_share: float, valid_share: float, repeats: int, more: int,
+    count: bool,
+) -> None:  # fmt: skip
+    """Any number of pairs, `more` rows after them, any masks, and ties: `repeats` rows in a row share a vector."""
     rng = np.random.default_rng(seed)
-    n = 2 * num_pairs
+    n = 2 * num_pairs + more
     x = rng.normal(size=(n, dim)).astype(np.float32)[np.arange(n) // repeats]
     known, valid = rng.random((n, n)) < known_share, rng.random(n) < valid_share
     rows = torch.tensor(x, requires_grad=True)
-    loss = contrastive_loss(rows, torch.tensor([tau]), torch.tensor(known), torch.tensor(valid))
-    assert loss.item() == pytest.approx(loop_loss(x.astype(np.float64), tau, known, valid), rel=1e-4, abs=1e-5)
+    loss = contrastive_loss(
+        rows, torch.tensor([tau]), torch.tensor(known), torch.tensor(valid), num_paired=2 * num_pairs, count_known=count
+    )
+    expected = loop_loss(x.astype(np.float64), tau, known, valid, num_paired=2 * num_pairs, count=count)
+    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     loss.backward()
     assert rows.grad is not None and rows.grad.isfinite().all()
     assert (rows.grad[~torch.tensor(valid)] == 0).all()  # a note without an image is not moved by L_v
@@ -122,10 +138,10 @@ def test_eq_8_and_9_worked_example() -> None:
     """
     m, v = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.ones(4, 2)
     tau = torch.tensor([math.log(2)])
-    losses = note_losses(m, v, tau, alpha=3.0)
+    losses = note_losses(m, v, tau, 3.0, RowFacts({}))
     assert losses.visual is not None and losses.visual.item() == pytest.approx(1.0986, abs=1e-4)
     assert (losses.multimodal.item(), losses.total.item()) == pytest.approx((0.2395, 0.4543), abs=1e-4)
-    losses = note_losses(m, v, tau, alpha=3.0, has_image=torch.tensor([True, True, True, False]))
+    losses = note_losses(m, v, tau, 3.0, RowFacts({"image": torch.tensor([True, True, True, False])}))
     assert losses.visual is not None and losses.visual.item() == pytest.approx(0.6931, abs=1e-4)
     assert losses.total.item() == pytest.approx(0.3529, abs=1e-4)
 
@@ -142,14 +158,14 @@ def test_eq_8_and_9_equal_the_loop(num_pairs: int, seed: int, share: float, repe
     m, v = (rng.normal(size=(n, 4)).astype(np.float32)[np.arange(n) // repeats] for _ in range(2))
     known_m, known_v = (rng.random((n, n)) < share for _ in range(2))
     has_image = rng.random(n) < 0.7
-    losses = note_losses(
-        *map(torch.from_numpy, (m, v)), TAU, alpha, *map(torch.from_numpy, (known_m, known_v, has_image))
-    )
+    known = {"multimodal": torch.from_numpy(known_m), "image": torch.from_numpy(known_v)}
+    facts = RowFacts({"image": torch.from_numpy(has_image)}, known)
+    losses = note_losses(torch.from_numpy(m), torch.from_numpy(v), TAU, alpha, facts)
     loss_m = loop_loss(m.astype(float), 3.0, known_m, np.ones(n, bool))
     loss_v = loop_loss(v.astype(float), 3.0, known_v, has_image)
     assert losses.visual is not None and losses.visual.item() == pytest.approx(loss_v, rel=1e-4, abs=1e-5)
     assert losses.total.item() == pytest.approx((loss_v + alpha * loss_m) / (1 + alpha), rel=1e-4, abs=1e-5)
-    alone = note_losses(torch.from_numpy(m), None, TAU, alpha, torch.from_numpy(known_m))
+    alone = note_losses(torch.from_numpy(m), None, TAU, alpha, facts)
     assert alone.visual is None and alone.total.item() == pytest.approx(loss_m, rel=1e-4, abs=1e-5)
 
 
@@ -162,10 +178,9 @@ def test_omni_retrieval_equals_nine_loops(num_pairs: int, seed: int, share: floa
     x = {k: rng.normal(size=(n, 4)).astype(np.float32)[np.arange(n) // repeats] for k in kinds}
     known = {k: rng.random((n, n)) < share for k in kinds}
     valid = {"multimodal": np.ones(n, bool), **{k: rng.random(n) < 0.7 for k in kinds[1:]}}
-    losses = omni_losses(
-        {k: torch.from_numpy(v) for k, v in x.items()}, TAU,
-        {k: torch.from_numpy(v) for k, v in known.items()}, {k: torch.from_numpy(valid[k]) for k in kinds[1:]},
-    )  # fmt: skip
+    has = {k: torch.from_numpy(valid[k]) for k in kinds[1:]}
+    facts = RowFacts(has, {k: torch.from_numpy(v) for k, v in known.items()})
+    losses = omni_losses({k: torch.from_numpy(v) for k, v in x.items()}, TAU, facts)
     terms = {
         (a, b): loop_loss(x[a].astype(float), 3.0, known[a if a == b else "multimodal"], valid[a], x[b], valid[b])
         for a in kinds
@@ -190,8 +205,8 @@ def test_omni_retrieval_worked_example() -> None:
     tau = torch.tensor([math.log(2)])
     views = dict.fromkeys(("multimodal", "image", "text"), x)
     one, two = math.log(1 + math.exp(-2)), math.log(1 + 2 * math.exp(-2))
-    assert omni_losses(views, tau).total.item() == pytest.approx(two, abs=1e-6)
-    losses = omni_losses(views, tau, valid={"image": torch.tensor([True, True, True, False])})
+    assert omni_losses(views, tau, RowFacts({})).total.item() == pytest.approx(two, abs=1e-6)
+    losses = omni_losses(views, tau, RowFacts({"image": torch.tensor([True, True, True, False])}))
     expected = (one + 2 * (2 * one + two) / 3 + 6 * two) / 9
     assert losses.total.item() == pytest.approx(expected, abs=1e-6)
 

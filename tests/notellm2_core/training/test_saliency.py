@@ -15,7 +15,8 @@ from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.saliency import Loss, Measurement
 from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
 from notellm2_core.training import saliency
-from notellm2_core.training.data import RowFacts, TrainingData, load_training_data, schedule
+from notellm2_core.training.data import TrainingData, load_training_data, schedule
+from notellm2_core.training.losses import RowFacts
 from notellm2_core.training.saliency import main, measure_on_training_pairs
 from notellm2_core.training.step import TrainingStep, batch_losses
 from tests.notellm2_core.training.world import World, tiny_config, write_config
