@@ -1,17 +1,20 @@
 """Run a pasteable command as a step: progress to the terminal, Pipes messages to Dagster, no orphan left behind."""
 
+import multiprocessing
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import dagster as dg
 
-from notellm2_core.training.launch import die_with_parent
+from notellm2_core.processes import die_with_parent
 
 _TAIL_BYTES = 65_536
 
@@ -59,6 +62,20 @@ def run_command(
         f"the command ended with exit code {code}: {shlex.join(command)}",
         metadata={"output": dg.MetadataValue.md(f"```\n{tail[-4000:]}\n```")},
     )
+
+
+@cache
+def end_with_run() -> None:
+    """Kill this process when that of the run, which started it for a step, is killed. Dagster would let it go on, and
+    the next run would meet its training. Does nothing where the step is run by the process of the run itself.
+    """
+    if (run := multiprocessing.parent_process()) is not None:
+
+        def watch() -> None:
+            run.join()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True, name="end-with-run").start()
 
 
 def _forward(process: subprocess.Popen) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import PrivateAttr
 
+from assets.commands import end_with_run
 from assets.tracking import TrackedRun, flatten, tracked_run
 from notellm2_core import __version__
 from notellm2_core.config import Config
@@ -40,6 +41,7 @@ class Pipeline(dg.ConfigurableResource):
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         self._run_id = context.run_id
+        end_with_run()
 
     def recipe(self) -> Recipe:
         """The addresses of this run's datasets: with the source as this run first saw it."""

@@ -95,12 +95,12 @@ def write_shards(
 ) -> int:
     """Embed the notes in id order, `shard_notes` per file part-00000.parquet; rank r does every num_ranks-th shard.
 
-    A note is embedded where neither a shard of `out` nor one of the folders `reuse` has its content by the same model.
-    So a run that was killed goes on where it stopped, and of a table that has changed only the changed notes are
-    embedded (its vectors then are those of a new export but for the rounding that their batches bring). Shards of
-    another model, other notes or another plan are written again or removed, never mixed in. `progress` is moved over
-    notes that are not embedded, without counting them in its speed; `embed` moves it itself. Returns how many notes of
-    this rank's shards were not embedded.
+    A note is embedded where no shard that a former table left in `out`, nor one in the folders `reuse`, has its content
+    by the same model. So a run that was killed goes on where it stopped, and of a table that has changed only the
+    changed notes are embedded (its vectors then are those of a new export but for the rounding that their batches
+    bring). Shards of another model, other notes or another plan are written again or removed, never mixed in.
+    `progress` is moved over notes that are not embedded, without counting them in its speed; `embed` moves it itself.
+    Returns how many notes of this rank's shards were not embedded.
     """
     ids = sorted(set(note_ids))
     if not ids:
@@ -110,10 +110,14 @@ def write_shards(
     plan = {out / f"part-{n:05d}.parquet": ids[i : i + shard_notes] for n, i in enumerate(starts)}
     mine = dict(list(plan.items())[rank::num_ranks])
     names = {path: _name(made, of) for path, of in mine.items()}
-    stale = {path: of for path, of in mine.items() if _metadata(path).get("fingerprint") != names[path]}
+
+    def is_done(path: Path) -> bool:
+        return path in plan and _metadata(path).get("fingerprint") == (names.get(path) or _name(made, plan[path]))
+
+    stale = {path: of for path, of in mine.items() if not is_done(path)}
     kept = sum(map(len, mine.values())) - sum(map(len, stale.values()))
     wanted = {content for of in stale.values() for content in made.of(of)}
-    known = _known([out, *reuse], made.by, wanted)
+    known = _known([out, *reuse], made.by, wanted, is_done)
     if rank == 0:
         for path in out.glob("*.parquet"):
             if path not in plan:
@@ -148,13 +152,19 @@ def _metadata(path: Path) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in metadata.items()}
 
 
-def _known(folders: Sequence[Path], by: str, wanted: set[str]) -> dict[str, np.ndarray]:
-    """The vectors of the contents `wanted` that shards in `folders` hold, made by the same."""
+def _known(
+    folders: Sequence[Path], by: str, wanted: set[str], is_done: Callable[[Path], bool]
+) -> dict[str, np.ndarray]:
+    """The vectors of the contents `wanted` that shards in `folders` hold, made by the same.
+
+    Shards of this very export are passed over: which of them are there depends on kills and on the other ranks, and the
+    last bits of a vector on the batch that it is computed in.
+    """
     known: dict[str, np.ndarray] = {}
     for path in (path for folder in folders for path in sorted(folder.glob("part-*.parquet"))):
         metadata = _metadata(path)
         contents = metadata.get("of", "").split("\n")
-        if metadata.get("made_by") != by or wanted.isdisjoint(contents):
+        if metadata.get("made_by") != by or wanted.isdisjoint(contents) or is_done(path):
             continue
         try:
             column = pq.read_table(path, columns=["embedding"])["embedding"].combine_chunks()

@@ -37,6 +37,7 @@ from notellm2_core.model.build import load_model, require_its_encoder
 from notellm2_core.notes.batch import InputKind
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
 from notellm2_core.notes.token_table import read_tokens
+from notellm2_core.processes import die_with_parent, is_of_torchrun
 
 
 def deciding_files(model_dir: Path) -> dict[str, str]:
@@ -124,6 +125,8 @@ def _device(config: Config) -> tuple[torch.device, torch.dtype]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    if is_of_torchrun():
+        die_with_parent("torch")  # a rank left behind would write into the shards of the next run
     parser = argparse.ArgumentParser(description="Embed notes with a trained model.")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="folder of a trained (or start) model")

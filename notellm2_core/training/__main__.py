@@ -15,11 +15,12 @@ from pathlib import Path
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config_file import load_config
 from notellm2_core.lake import write_atomically
-from notellm2_core.training.launch import ERROR_FILE, TRAIN_DAYS_HELP, die_with_parent
+from notellm2_core.processes import die_with_parent, is_of_torchrun
+from notellm2_core.training.launch import ERROR_FILE, TRAIN_DAYS_HELP
 
 
 def main() -> None:
-    die_with_parent("torch" if "TORCHELASTIC_RUN_ID" in os.environ else None)
+    die_with_parent("torch" if is_of_torchrun() else None)
     parser = argparse.ArgumentParser(prog="python -m notellm2_core.training", description=__doc__.partition("\n")[0])
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset, or of its tokens")

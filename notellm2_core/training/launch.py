@@ -1,8 +1,6 @@
-"""How the training command is started, and how it ends with whoever started it. Imports no torch."""
+"""How the training command is started. Imports no torch."""
 
-import ctypes
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -10,7 +8,6 @@ from notellm2_core.config import Training
 
 ERROR_FILE = "error.txt"  # in WORK: why the last run stopped, where the user can mend it
 TRAIN_DAYS_HELP = "the days of the log that the pairs are of, the second exclusive; for the model card alone"
-_PR_SET_PDEATHSIG = 1
 
 
 def launch_command(
@@ -59,17 +56,3 @@ def launch_command(
 def num_threads(num_ranks: int) -> int:
     """Threads of each rank, so that all ranks of a machine together have as many as it has cores."""
     return max(1, len(os.sched_getaffinity(0)) // num_ranks)
-
-
-def die_with_parent(parent_name: str | None = None) -> None:
-    """Ask the kernel to kill this process when its launcher dies, however it dies: no rank is left behind.
-
-    parent_name: what the launcher's command line must hold. Where it does not, the launcher died before this call, and
-    somebody else has adopted this process. Nothing happens where there is no prctl (other systems than Linux).
-    """
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        adopted = parent_name is not None and parent_name not in Path(f"/proc/{parent}/cmdline").read_text()
-        if adopted or os.getppid() != parent:  # or it died between the two calls
-            os.kill(os.getpid(), signal.SIGKILL)

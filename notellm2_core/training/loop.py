@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +66,9 @@ def run(config: Config, paths: Paths, reports: Reports = Reports(), train_days: 
     """Train as `config` says and save the model into `paths.out`. Called on every rank, after `set_up_processes`.
 
     Goes on from the last checkpoint of `paths.work`; the weights are then those of an uninterrupted run, bit for bit
-    on the same machine and number of ranks, and but for rounding, and dropout, on another. `train_days`: first day and
-    (exclusive) end of the log that the pairs are of, for the model card. Raises ValueError for inputs and settings that
-    do not fit.
+    on the same machine and number of ranks, and but for rounding, and dropout, on another. Does nothing where
+    `paths.out` holds this training's model. `train_days`: first day and (exclusive) end of the log that the pairs are
+    of, for the model card. Raises ValueError for inputs and settings that do not fit.
     """
     device = engines.set_up_processes()
     with held(paths.work):
@@ -78,13 +79,17 @@ def _run(
     config: Config, paths: Paths, reports: Reports, train_days: Sequence[str] | None, device: torch.device
 ) -> None:
     rank, num_ranks, training = dist.get_rank(), dist.get_world_size(), config.training
-    if (paths.out / DONE).exists():
-        raise ValueError(f"{paths.out} holds a trained model already: give --out an empty folder")
     with engines.first_on_machine():
         model, processor = build_model(config, model_cache(config))
         data = load_training_data(processor, paths.notes, paths.images, paths.store, paths.pairs, paths.work)
     settings = run_settings(config, data)
     known_run = open_work(paths.work, settings)
+    if (done := paths.out / DONE).exists():  # perhaps this training's, killed before it could exit
+        if not known_run or json.loads(done.read_text()).get("settings") != fingerprint(settings):
+            raise ValueError(f"{paths.out} holds a trained model already: give --out an empty folder")
+        if rank == 0:
+            print(f"{paths.out} holds the model of this training already", file=sys.stderr)
+        return
     dist.barrier()  # all ranks have looked before rank 0 writes
     checkpoints = Checkpoints(
         paths.work / "checkpoints",
@@ -253,6 +258,7 @@ def _facts(progress: Progress, config: Config, data: TrainingData, precision: st
         "precision": precision,
         "num_ranks": num_ranks,
         "zero_stage": config.training.zero_stage,
+        "settings": fingerprint(run_settings(config, data)),
         "num_train_pairs": len(data.train_pairs),
         "num_train_notes": len(data.train_notes),
         "num_validation_pairs": len(data.validation_pairs),

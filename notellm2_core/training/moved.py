@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+from notellm2_core.processes import die_with_parent
+
 
 def load_moved(engine: Any, checkpoints: Path, step: int, idle_step: Callable[[], None]) -> None:
     """Trained weights and the optimiser's state of `checkpoints`/step-N into `engine`; frozen weights stay.
@@ -45,7 +47,7 @@ def _convert(checkpoint: Path, universal: Path) -> None:
     shutil.rmtree(universal, ignore_errors=True)  # of a run that was killed
     folders = ["--input_folder", str(checkpoint), "--output_folder", str(universal)]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=die_with_parent)
     if done.returncode:
         raise RuntimeError(f"{checkpoint} could not be converted for another number of ranks:\n{done.stderr[-3000:]}")
 

@@ -67,13 +67,28 @@ def test_only_what_is_new_is_embedded(tmp_path: Path) -> None:
     assert run() == 4 and calls == [["d"]]
     texts["aa"] = "one more, and every shard has other notes"
     assert run() == 5 and calls == [["aa"]]
-    texts["f"] = "A"  # what another note says already
-    assert run() == 7 and calls == []
+    texts["f"] = "A"  # what another note says, in a shard that is not written again
+    assert run() == 6 and calls == [["f"]]
     assert run(model="n") == 0 and len(calls) == 4
     assert run("elsewhere", model="n", reuse=[tmp_path / "out"]) == 7 and calls == []
     (tmp_path / "out" / "part-00000.parquet").write_bytes(b"damaged")
     assert run("third", model="n", reuse=[tmp_path / "out", tmp_path / "nowhere"]) == 6 and calls == [["aa"]]
     assert run("ranks", rank=1, num_ranks=2) == 0 and calls == [["b", "c"], ["f"]]
+
+
+def test_a_killed_export_is_as_one_that_was_not(tmp_path: Path) -> None:
+    """Notes a and c say the same. Where a's shard is there already, after a kill or by another rank, c is embedded with
+    d all the same: alone, d would have other last bits."""
+    made = Made("m", lambda ids: ["same" if i in "ac" else i for i in ids])
+
+    def embed(ids: Sequence[str]) -> np.ndarray:
+        return unit(len(ids), seed=len(ids))
+
+    write_shards(tmp_path / "whole", list("abcd"), embed, made, 2)
+    write_shards(tmp_path / "killed", list("abcd"), embed, made, 2, rank=0, num_ranks=2)
+    write_shards(tmp_path / "killed", list("abcd"), embed, made, 2)
+    for shard in ("part-00000.parquet", "part-00001.parquet"):
+        assert (tmp_path / "killed" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
 
 
 def test_errors(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,6 +27,7 @@ from notellm2_core.notes import features
 from notellm2_core.notes.feature_store import FeatureStore, read_note_images
 from notellm2_core.notes.token_table import read_tokens
 from notellm2_core.retrieval import export
+from tests.waiting import wait_for
 
 NUM_NOTES = 30
 
@@ -167,6 +169,19 @@ def test_killed_and_started_again(world: Path, whole: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(
         read_embeddings(second.parent).vectors, read_embeddings(whole / "multimodal").vectors, atol=2e-6
     )
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_its_launcher(world: Path, tmp_path: Path) -> None:
+    """kill -9 of torchrun while its ranks start: they write nothing, for the next run will write there."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "notellm2_core.retrieval.export", *arguments(world, tmp_path / "out")]
+    launcher = psutil.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ranks: list[psutil.Process] = wait_for(lambda: len(found := launcher.children()) == 2 and found)  # type: ignore[assignment]
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not any(rank.is_running() for rank in ranks), 60)
+    assert not (tmp_path / "out").exists()
 
 
 def test_user_errors_are_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,8 @@ def test_the_figures_of_a_training(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_frozen_word_embeddings_and_bf16_and_a_finished_folder(world: World, tmp_path: Path) -> None:
-    """Not trained, yet saved; the forward under autocast, the weights in fp32; a second run into OUT is refused."""
+    """Not trained, yet saved; the forward under autocast, the weights in fp32. The same again finds its model, as a
+    run that was killed while it exited must; another training into OUT is refused."""
     parts = [part for part in PARTS if part != "word_embeddings"]
     config = tiny_config({"num_steps": 2, "parts": parts, "precision": "bf16", "zero_stage": 3})
     out = train(world, config, tmp_path)
@@ -59,6 +60,10 @@ def test_frozen_word_embeddings_and_bf16_and_a_finished_folder(world: World, tmp
     assert any(n.startswith("connector.") for n in changed) and any(n.startswith("llm.layers.") for n in changed)
     assert {w.dtype for w in after.state_dict().values()} == {torch.float32}
     assert json.loads((tmp_path / "work" / "run.json").read_text())["precision"] == "bf16"
+    saved = (out / "model.safetensors").stat().st_mtime_ns
+    train(world, config, tmp_path)
+    assert (out / "model.safetensors").stat().st_mtime_ns == saved
+    (tmp_path / "work").rename(tmp_path / "another")
     with pytest.raises(ValueError, match="holds a trained model already"):
         train(world, config, tmp_path)
 
