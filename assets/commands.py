@@ -11,32 +11,28 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import dagster as dg
 
+from notellm2_core.cli_errors import ERROR_FILE
 from notellm2_core.processes import die_with_parent
 
 _TAIL_BYTES = 65_536
 
 
-def run_command(
-    context: dg.AssetExecutionContext, command: Sequence[str], reports: bool = False, error_file: Path | None = None
-) -> None:
-    """Run `command` to its end in a process group of its own.
-
-    reports: it speaks to Dagster through Pipes. error_file: where it leaves its sentence when the user can mend the
-    cause, for launchers that have an exit code and an output of their own (torchrun).
+def run_command(context: dg.AssetExecutionContext, command: Sequence[str], reports: bool = False) -> None:
+    """Run `command` to its end in a process group of its own. reports: it speaks to Dagster through Pipes.
 
     The group is killed when this step ends in any way, and by the kernel when this process is killed. Raises
-    dg.Failure: with the command's own sentence and no retry where it ended with exit code 2 (the user's to mend), with
-    the end of its output where it crashed.
+    dg.Failure: with the command's own sentence and no retry where the cause is the user's to mend
+    (notellm2_core.cli_errors), with the end of its output where it crashed.
     """
     context.log.info(f"running: {shlex.join(command)}")
-    if error_file is not None:
-        error_file.unlink(missing_ok=True)  # a former run's
     with ExitStack() as stack:
+        error_file = Path(stack.enter_context(TemporaryDirectory())) / "error.txt"
         # Passive: on a busy machine, threads that spin while they wait take the cores from those that work.
-        env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
+        env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1", ERROR_FILE: str(error_file)}
         if reports:
             injector, reader = dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
             env |= stack.enter_context(dg.open_pipes_session(context, injector, reader)).get_bootstrap_env_vars()
@@ -52,12 +48,10 @@ def run_command(
             code = process.wait()
         finally:
             _kill_group(process)
-    if code == 0:
-        return
-    if error_file is not None and error_file.exists():
-        raise dg.Failure(error_file.read_text(), allow_retries=False)
-    if code == 2 and tail.strip():
-        raise dg.Failure(tail.strip().splitlines()[-1].removeprefix("error: "), allow_retries=False)
+        if code == 0:
+            return
+        if error_file.exists():
+            raise dg.Failure(error_file.read_text(), allow_retries=False)
     raise dg.Failure(
         f"the command ended with exit code {code}: {shlex.join(command)}",
         metadata={"output": dg.MetadataValue.md(f"```\n{tail[-4000:]}\n```")},

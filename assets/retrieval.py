@@ -13,6 +13,7 @@ from assets.tracking import TrackedRun
 from assets.training import GPU_RETRIES, note_arguments
 from notellm2_core.lake import Dataset, Draft
 from notellm2_core.recipe import Recipe
+from notellm2_core.training.launch import torchrun
 
 _INPUTS = ("multimodal", "image", "text")
 
@@ -95,18 +96,25 @@ def _export(
     kinds: Sequence[str],
     pool_only: bool,
 ) -> None:
-    command = [sys.executable, "-m", "notellm2_core.retrieval.export", *note_arguments(recipe, inputs),
-               "--model", str(inputs[model].path), "--inputs", ",".join(kinds), "--out", str(draft.path)]  # fmt: skip
+    """Former datasets of this asset lend what has not changed since; which these are is settled before it starts."""
+    config = recipe.config
+    former = [str(dataset.path) for dataset in recipe.lake.datasets(context.asset_key.path[-1])]
+    command = [*torchrun("notellm2_core.retrieval.export", config.export.num_ranks or config.training.num_ranks),
+               *note_arguments(recipe, inputs), "--model", str(inputs[model].path), "--inputs", ",".join(kinds),
+               "--out", str(draft.path), "--reuse", *former]  # fmt: skip
     run_command(context, command + (["--note-ids", str(_pool(inputs))] if pool_only else []))
 
 
 def _figures(out: Path) -> dict[str, Any]:
-    """How alike random pairs of embeddings are, by kind of input (1: collapsed)."""
-    from notellm2_core.embeddings import mean_cosine, read_embeddings
+    """By kind of input, how many were not embedded again, and how alike random pairs are (1: collapsed)."""
+    from notellm2_core.embeddings import mean_cosine, num_reused, read_embeddings
 
     tables = {inputs: read_embeddings(out / inputs) for inputs in _INPUTS}
-    cosines = {inputs: mean_cosine(table.vectors) for inputs, table in tables.items()}
-    return {"num_notes": len(tables["multimodal"].note_ids), "mean_cosine": cosines}
+    return {
+        "num_notes": len(tables["multimodal"].note_ids),
+        "num_reused": {inputs: num_reused(out / inputs) for inputs in _INPUTS},
+        "mean_cosine": {inputs: mean_cosine(table.vectors) for inputs, table in tables.items()},
+    }
 
 
 def _pool(inputs: Mapping[str, Dataset]) -> Path:

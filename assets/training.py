@@ -91,7 +91,7 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
         from notellm2_core.retrieval.index import empty_index
-        from notellm2_core.training.launch import ERROR_FILE, launch_command
+        from notellm2_core.training.launch import launch_command
 
         # A wrong factory string is found here, not after hours of training.
         empty_index(recipe.config.model.projection_dim, recipe.config.index.factory)
@@ -109,7 +109,7 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
             mlflow_uri=run.uri,
             mlflow_run_id=run.run_id,
         )
-        run_command(context, command, reports=True, error_file=work / ERROR_FILE)
+        run_command(context, command, reports=True)
         draft.metrics |= json.loads((draft.path / "training.json").read_text())
 
     result = pipeline.publish(context, build)

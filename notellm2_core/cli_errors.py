@@ -1,8 +1,14 @@
 """How a command ends when the user can mend the cause: one sentence on stderr and exit code 2, no traceback."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+# In the environment: a file that gets the sentence as well, for whoever starts the command through a launcher, which
+# has an exit code of its own and buries the sentence under words of its own (torchrun).
+ERROR_FILE = "NOTELLM2_ERROR_FILE"
 
 
 @contextmanager
@@ -11,6 +17,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as e:
-        line = " ".join(str(e).split())
-        print("error:", "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line), file=sys.stderr)
+        line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(e).split()))
+        print("error:", line, file=sys.stderr)
+        if ERROR_FILE in os.environ:
+            Path(os.environ[ERROR_FILE]).write_text(line)
         sys.exit(2)

@@ -254,6 +254,7 @@ class Training(Section):
 class Export(Section):
     batch_notes: int = Field(64, gt=0)
     shard_notes: int = Field(4096, gt=0)
+    num_ranks: int | None = Field(None, gt=0)  # processes, one for each device; None: as many as training.num_ranks
 
 
 class Index(Section):

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from notellm2_core import schema
 
+_REUSED = "reused"
+
 
 @dataclass(frozen=True)
 class Embeddings:
@@ -131,10 +133,17 @@ def write_shards(
         vectors[new] = found
         for i in set(range(len(of))).difference(new):
             vectors[i] = known[contents[i]]
-        write_shard(path, of, vectors, {"fingerprint": names[path], "made_by": made.by, "of": "\n".join(contents)})
-        kept += len(of) - len(new)
-        _skip(progress, len(of) - len(new))
+        num_known = len(of) - len(new)
+        facts = {"made_by": made.by, "of": "\n".join(contents), _REUSED: str(num_known)}
+        write_shard(path, of, vectors, {"fingerprint": names[path], **facts})
+        kept += num_known
+        _skip(progress, num_known)
     return kept
+
+
+def num_reused(folder: Path) -> int:
+    """How many of the vectors in `folder` were taken over when its shards were written."""
+    return sum(int(_metadata(path).get(_REUSED, 0)) for path in folder.glob("*.parquet"))
 
 
 def _name(made: Made, note_ids: Sequence[str]) -> str:

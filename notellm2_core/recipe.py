@@ -33,6 +33,7 @@ class Stage:
 TEXT_SETTINGS = ("text.title_words", "text.content_words", "text.topic_words", "text.word_unit")
 _MODEL = ("seed", *TEXT_SETTINGS, "model.method", "model.llm", "model.connector", "model.projection_dim",
           "model.matryoshka_dims", "model.temperature", "model.start", "model.vision")  # fmt: skip
+_EXPORT = ("export.batch_notes", "export.shard_notes")
 
 STAGES: Mapping[str, Stage] = {
     "raw_events": Stage((), ("source.partition",), version=7),
@@ -68,10 +69,10 @@ STAGES: Mapping[str, Stage] = {
         ("note_tokens", "vision_features", "pair_datasets"), (*_MODEL, "model.lora", "training"), version=5
     ),
     "start_embeddings": Stage(
-        ("start_model", "note_tokens", "vision_features", "pair_datasets"), ("export", "training.precision")
+        ("start_model", "note_tokens", "vision_features", "pair_datasets"), (*_EXPORT, "training.precision")
     ),
     "baseline_embeddings": Stage(("notes", "pair_datasets"), ("evaluation.baselines",)),
-    "note_embeddings": Stage(("checkpoint", "note_tokens", "vision_features", "pair_datasets"), ("export",)),
+    "note_embeddings": Stage(("checkpoint", "note_tokens", "vision_features", "pair_datasets"), _EXPORT),
     "faiss_index": Stage(("note_embeddings",), ("index",)),
     "saliency": Stage(
         ("checkpoint", "note_tokens", "vision_features", "pair_datasets"), ("evaluation.saliency_pairs",)

@@ -1,7 +1,7 @@
 """Notes -> embeddings: sharded, resumable, with multimodal, image-only or text-only inputs.
 
     python -m notellm2_core.retrieval.export --config FILE --model DIR --notes DIR --images DIR --store DIR
-        [--note-ids PARQUET] --inputs multimodal,image,text --out DIR [--reuse DIR]
+        [--note-ids PARQUET] --inputs multimodal,image,text --out DIR [--reuse DIR ...]
 
 writes OUT/<inputs>/part-00000.parquet (schema.embeddings: unit vectors, fp32). Started by torchrun, each rank does
 every WORLD_SIZE-th shard on its own device, on as many machines as share OUT.

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config_file import load_config
-from notellm2_core.lake import write_atomically
 from notellm2_core.processes import die_with_parent, is_of_torchrun
-from notellm2_core.training.launch import ERROR_FILE, TRAIN_DAYS_HELP
+from notellm2_core.training.launch import TRAIN_DAYS_HELP
 
 
 def main() -> None:
@@ -33,26 +32,12 @@ def main() -> None:
     parser.add_argument("--mlflow-uri", help="tracking server for the curves")
     parser.add_argument("--mlflow-run-id")
     args = parser.parse_args()
-    with one_line_errors(), _error_file(args.work), _pipes_log() as log:
+    with one_line_errors(), _pipes_log() as log:
         config = load_config(args.config)
         from notellm2_core.training.loop import Paths, Reports, run  # torch, once there is something to do
 
         paths = Paths(args.notes, args.images, args.store, args.pairs, args.work, args.out)
         run(config, paths, Reports(log, args.mlflow_uri, args.mlflow_run_id), args.train_days)
-
-
-@contextmanager
-def _error_file(work: Path) -> Iterator[None]:
-    """Leaves the one sentence of a user error in WORK/error.txt too: torchrun buries it under words of its own."""
-    file = work / ERROR_FILE
-    if _is_first_rank():
-        file.unlink(missing_ok=True)
-    try:
-        yield
-    except (ValueError, OSError) as e:
-        if _is_first_rank():
-            write_atomically(file, " ".join(str(e).split()))
-        raise
 
 
 @contextmanager

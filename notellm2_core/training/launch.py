@@ -2,11 +2,11 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from notellm2_core.config import Training
 
-ERROR_FILE = "error.txt"  # in WORK: why the last run stopped, where the user can mend it
 TRAIN_DAYS_HELP = "the days of the log that the pairs are of, the second exclusive; for the model card alone"
 
 
@@ -26,22 +26,17 @@ def launch_command(
 ) -> list[str]:
     """The command that trains, ready for `subprocess` or a shell: torchrun, to be run on each of several nodes; or,
     with a hostfile, DeepSpeed's launcher, which reaches the nodes by ssh.
-
-    Cores are shared out over the ranks unless OMP_NUM_THREADS is set (torchrun would give each rank one thread).
     """
-    module = "notellm2_core.training"
+    module, num_ranks = "notellm2_core.training", training.num_ranks
     if training.hostfile is not None:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(training.hostfile)]
-        command += ["--num_nodes", str(training.num_nodes), "--num_gpus", str(training.num_ranks), "--module", module]
+        command += ["--num_nodes", str(training.num_nodes), "--num_gpus", str(num_ranks), "--module", module]
+        command = _with_threads(command, num_ranks)
+    elif training.rendezvous is not None:
+        where = ["--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d", "--rdzv-id", work.name]
+        command = torchrun(module, num_ranks, [*where, "--rdzv-endpoint", training.rendezvous])
     else:
-        where = ["--standalone"]
-        if training.rendezvous is not None:
-            where = ["--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d", "--rdzv-id", work.name]
-            where += ["--rdzv-endpoint", training.rendezvous]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", *where]
-        command = [*torchrun, "--nproc-per-node", str(training.num_ranks), "-m", module]
-    if "OMP_NUM_THREADS" not in os.environ:
-        command = ["env", f"OMP_NUM_THREADS={num_threads(training.num_ranks)}", *command]
+        command = torchrun(module, num_ranks)
     folders = {"notes": notes, "images": images, "store": store, "pairs": pairs, "work": work, "out": out}
     command += ["--config", str(config_file)]
     for name, folder in folders.items():
@@ -51,6 +46,21 @@ def launch_command(
     if mlflow_uri and mlflow_run_id:
         command += ["--mlflow-uri", mlflow_uri, "--mlflow-run-id", mlflow_run_id]
     return command
+
+
+def torchrun(module: str, num_ranks: int, where: Sequence[str] = ("--standalone",)) -> list[str]:
+    """The start of a command that runs `module` in `num_ranks` processes of this machine.
+
+    Cores are shared out over them unless OMP_NUM_THREADS is set (torchrun would give each one thread).
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(num_ranks), "-m", module]
+    return _with_threads(command, num_ranks)
+
+
+def _with_threads(command: list[str], num_ranks: int) -> list[str]:
+    return (
+        command if "OMP_NUM_THREADS" in os.environ else ["env", f"OMP_NUM_THREADS={num_threads(num_ranks)}", *command]
+    )
 
 
 def num_threads(num_ranks: int) -> int:

@@ -15,10 +15,10 @@ from assets.commands import run_command
 from tests.waiting import wait_for
 
 
-def _step(tmp_path: Path, command: list[str], **options: object) -> dg.ExecuteInProcessResult:
+def _step(tmp_path: Path, command: list[str]) -> dg.ExecuteInProcessResult:
     @dg.asset
     def one(context: dg.AssetExecutionContext) -> None:
-        run_command(context, command, **options)  # type: ignore[arg-type]
+        run_command(context, command)
 
     with dg.instance_for_test(temp_dir=str(tmp_path)) as instance:
         return dg.materialize([one], instance=instance, raise_on_error=False)
@@ -29,22 +29,21 @@ def _failure(result: dg.ExecuteInProcessResult) -> dg.Failure | None:
     return data.user_failure_data  # type: ignore[return-value]
 
 
-def test_a_users_error_is_its_sentence(tmp_path: Path) -> None:
-    script = "import sys; print('progress', file=sys.stderr); print('error: set x', file=sys.stderr); sys.exit(2)"
-    assert _failure(_step(tmp_path, [sys.executable, "-c", script])).description == "set x"  # type: ignore[union-attr]
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone"]])
+def test_a_users_error_is_its_sentence(tmp_path: Path, launcher: list[str]) -> None:
+    """Through a launcher too, which ends with other words and another exit code."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "from notellm2_core.cli_errors import one_line_errors\nwith one_line_errors(): raise ValueError('set x')"
+    )
+    failure = _failure(_step(tmp_path, [sys.executable, *launcher, str(script)]))
+    assert failure is not None and failure.description == "set x"
 
 
 def test_a_crash_shows_its_traceback(tmp_path: Path) -> None:
     failure = _failure(_step(tmp_path, [sys.executable, "-c", "1 / 0"]))
     assert failure is not None and "exit code 1" in str(failure.description)
     assert "ZeroDivisionError" in str(failure.metadata)  # type: ignore[attr-defined]
-
-
-def test_a_launchers_error_file_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "error.txt"
-    script = f"open({str(file)!r}, 'w').write('the folder x is missing'); raise SystemExit(1)"
-    failure = _failure(_step(tmp_path, [sys.executable, "-c", script], error_file=file))
-    assert failure is not None and failure.description == "the folder x is missing"
 
 
 def test_nothing_outlives_a_killed_step(tmp_path: Path) -> None:
