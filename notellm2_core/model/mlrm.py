@@ -167,7 +167,7 @@ class MLRMModel(PreTrainedModel):
             for name, buffer in module.named_buffers(recurse=False)
             if name.endswith("inv_freq") and buffer.dtype == torch.float32
         }
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for (module, name), before in exact.items():
             after = getattr(module, name)
             if after.dtype != before.dtype:
