@@ -1,5 +1,6 @@
-"""Embeddings of the test pool by each model, and the FAISS index."""
+"""Embeddings by each model, what they take for related, and the FAISS index."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,8 +28,33 @@ def start_embeddings(context: dg.AssetExecutionContext, pipeline: Pipeline) -> d
     recipe = pipeline.recipe()
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        _export(context, recipe, inputs, "start_model", draft, _INPUTS, pool_only=True)
+        _export(context, recipe, inputs, inputs["start_model"].path, draft.path, _INPUTS, _pool(inputs))
         draft.metrics |= _figures(draft.path)
+
+    return pipeline.publish(context, build)
+
+
+@dg.asset(
+    group_name="model", kinds={"pytorch", "faiss", "parquet"}, deps=dataset_deps("hard_negatives"), pool="gpu",
+    retry_policy=GPU_RETRIES,
+)  # fmt: skip
+def hard_negatives(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+    """Training notes that look related and are not, where `training.hard_negatives` asks for some."""
+    recipe = pipeline.recipe()
+    settings = recipe.config.training.hard_negatives
+
+    def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
+        if not settings.num:
+            return
+        pairs, model = inputs["pair_datasets"].path, settings.model or inputs["start_model"].path
+        _export(context, recipe, inputs, model, draft.path, _INPUTS[:1], pairs / "train")
+        command = [sys.executable, "-m", "notellm2_core.retrieval.hard_negatives",
+                   "--embeddings", draft.path / _INPUTS[0], "--pairs", pairs,
+                   "--sides", inputs["note_sides"].path / "sides", "--out", draft.path,
+                   "--first-rank", settings.first_rank, "--last-rank", settings.last_rank,
+                   "--factory", recipe.config.index.factory]  # fmt: skip
+        run_command(context, [str(c) for c in command])
+        draft.metrics |= json.loads((draft.path / "counts.json").read_text())
 
     return pipeline.publish(context, build)
 
@@ -42,8 +68,9 @@ def note_embeddings(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg
     recipe = pipeline.recipe()
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        _export(context, recipe, inputs, "checkpoint", draft, _INPUTS[:1], pool_only=False)
-        _export(context, recipe, inputs, "checkpoint", draft, _INPUTS[1:], pool_only=True)
+        model = inputs["checkpoint"].path
+        _export(context, recipe, inputs, model, draft.path, _INPUTS[:1])
+        _export(context, recipe, inputs, model, draft.path, _INPUTS[1:], _pool(inputs))
         draft.metrics |= _figures(draft.path)
 
     return pipeline.publish(context, build)
@@ -91,18 +118,18 @@ def _export(
     context: dg.AssetExecutionContext,
     recipe: Recipe,
     inputs: Mapping[str, Dataset],
-    model: str,
-    draft: Draft,
+    model: Path,
+    out: Path,
     kinds: Sequence[str],
-    pool_only: bool,
+    note_ids: Path | None = None,
 ) -> None:
     """Former datasets of this asset lend what has not changed since; which these are is settled before it starts."""
     config = recipe.config
     former = [str(dataset.path) for dataset in recipe.lake.datasets(context.asset_key.path[-1])]
     command = [*torchrun("notellm2_core.retrieval.export", config.export.num_ranks or config.training.num_ranks),
-               *note_arguments(recipe, inputs), "--model", str(inputs[model].path), "--inputs", ",".join(kinds),
-               "--out", str(draft.path), "--reuse", *former]  # fmt: skip
-    run_command(context, command + (["--note-ids", str(_pool(inputs))] if pool_only else []))
+               *note_arguments(recipe, inputs), "--model", str(model), "--inputs", ",".join(kinds),
+               "--out", str(out), "--reuse", *former]  # fmt: skip
+    run_command(context, command + (["--note-ids", str(note_ids)] if note_ids else []))
 
 
 def _figures(out: Path) -> dict[str, Any]:

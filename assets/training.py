@@ -105,6 +105,7 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
             pairs=inputs["pair_datasets"].path,
             work=work,
             out=draft.path,
+            hard_negatives=inputs["hard_negatives"].path if recipe.config.training.hard_negatives.num else None,
             train_days=recipe.window.train.iso(),
             mlflow_uri=run.uri,
             mlflow_run_id=run.run_id,

@@ -20,10 +20,11 @@ import numpy as np
 import psutil
 import torch
 from torch.nn import functional
-from training import NUM_IMAGES, PATCHES, RESULTS, WIDTH, heading, medians, notes, settings, timed
+from training import NUM_IMAGES, RESULTS, heading, medians, notes, settings, timed
 
 from notellm2_core.inference.batch_embedder import BatchEmbedder
 from notellm2_core.model.build import build_model
+from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.notes.feature_store import Features
 
 BATCH, ROWS = 64, 16
@@ -32,10 +33,11 @@ BATCH, ROWS = 64, 16
 class Pictures:
     """A few pictures' features, in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, processor: MLRMProcessor) -> None:
         rng = np.random.default_rng(1)
-        self.patches = rng.normal(size=(NUM_IMAGES, PATCHES, WIDTH)).astype(np.float16)
-        self.pooled = rng.normal(size=(NUM_IMAGES, WIDTH)).astype(np.float16)
+        patches, width = processor.num_patches, processor.vision_width
+        self.patches = rng.normal(size=(NUM_IMAGES, patches, width)).astype(np.float16)
+        self.pooled = rng.normal(size=(NUM_IMAGES, width)).astype(np.float16)
 
     def load(self, image_ids: Sequence[str]) -> Features:
         rows = [int(i) for i in image_ids]
@@ -48,7 +50,7 @@ def embedder(cache: Path, num_notes: int) -> BatchEmbedder:
     some = notes(num_notes)
     tokens = dict(zip((note.note_id for note in some), processor.tokenize(some), strict=True))
     images = {n: str(i % NUM_IMAGES) for i, n in enumerate(tokens)}
-    return BatchEmbedder(model, processor, tokens, images, Pictures(), BATCH, torch.device("cpu"))
+    return BatchEmbedder(model, processor, tokens, images, Pictures(processor), BATCH, torch.device("cpu"))
 
 
 def num_tokens(of: BatchEmbedder) -> int:

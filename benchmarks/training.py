@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,11 @@ import torch
 from torch import Tensor
 
 import notellm2_core.torch_compat  # noqa: F401, before transformers
+from notellm2_core.ahead import one_ahead
 from notellm2_core.config import Config
 from notellm2_core.demo.words import THEMES
 from notellm2_core.model.build import build_model
+from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.parts import set_trained
 from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.notes.records import Note
@@ -48,12 +50,12 @@ from notellm2_core.training import engine as engines
 from notellm2_core.training.data import TrainingData
 from notellm2_core.training.feature_table import FeatureTable
 from notellm2_core.training.loop import batch_gradient
-from notellm2_core.training.micro_batches import share_out
+from notellm2_core.training.micro_batches import Share, share_out
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS, SMALL, LARGE = 32, 16, 256
 WARM_UP = 2
-NUM_IMAGES, PATCHES, WIDTH = 64, 49, 1280  # EfficientNet-Lite0's features
+NUM_IMAGES = 64
 
 
 def settings(batch_pairs: int, cache: Path, micro_batch_tokens: int | None = None, method: str = "notellm2") -> Config:
@@ -80,10 +82,10 @@ def settings(batch_pairs: int, cache: Path, micro_batch_tokens: int | None = Non
     )  # fmt: skip
 
 
-def notes(num: int) -> list[Note]:
+def notes(num: int, words: Sequence[str] | None = None) -> list[Note]:
     """Contents of 5 to 80 words, most of them short, a few long, as those of a platform."""
     rng = np.random.default_rng(0)
-    words = [word for phrases in THEMES.values() for phrase in phrases for word in phrase.split()]
+    words = words or [word for phrases in THEMES.values() for phrase in phrases for word in phrase.split()]
 
     def text(num_words: float) -> str:
         return " ".join(rng.choice(words, max(1, int(num_words))))
@@ -92,10 +94,13 @@ def notes(num: int) -> list[Note]:
     return [Note(f"n{i:06d}", text(rng.integers(3, 12)), (text(2),), text(n)) for i, n in enumerate(lengths)]
 
 
-def training_data(processor: MLRMProcessor, num_pairs: int, with_images: bool) -> TrainingData:
-    all_notes = {note.note_id: note for note in notes(2 * num_pairs)}
+def training_data(
+    processor: MLRMProcessor, num_pairs: int, with_images: bool, words: Sequence[str] | None = None
+) -> TrainingData:
+    all_notes = {note.note_id: note for note in notes(2 * num_pairs, words)}
     ids = list(all_notes)
-    features = np.random.default_rng(1).normal(size=(NUM_IMAGES, PATCHES + 1, WIDTH)).astype(np.float16)
+    shape = (NUM_IMAGES, processor.num_patches + 1, processor.vision_width)
+    features = np.random.default_rng(1).normal(size=shape).astype(np.float16)
     table = FeatureTable(features, {f"i{i}": i for i in range(NUM_IMAGES)})
     images = {n: f"i{i % NUM_IMAGES}" if with_images else None for i, n in enumerate(ids)}
     tokens = dict(zip(ids, processor.tokenize(list(all_notes.values())), strict=True))
@@ -105,19 +110,36 @@ def training_data(processor: MLRMProcessor, num_pairs: int, with_images: bool) -
 def our_step(config: Config, cache: Path, steps: int, with_images: bool = True) -> dict[str, float]:
     device = engines.set_up_processes()
     model, processor = build_model(config, cache)
+    data = training_data(processor, config.training.batch_pairs * (steps + WARM_UP), with_images)
+    return timed_steps(model, data, config, steps, device)
+
+
+def timed_steps(
+    model: MLRMModel, data: TrainingData, config: Config, steps: int, device: torch.device
+) -> dict[str, float]:
     set_trained(model, config)
     pairs = config.training.batch_pairs
-    data = training_data(processor, pairs * (steps + WARM_UP), with_images)
     engine = engines.make_engine(model.train(), config, "bf16")
 
+    def share_of(rows: np.ndarray) -> Share:
+        return share_out(data, rows, ("multimodal",), config.training.micro_batch_tokens, device)
+
+    shares = one_ahead(map(share_of, data.train_pairs.reshape(steps + WARM_UP, -1)))  # as the loop does
+
     def run(step: int) -> int:
-        rows = data.train_pairs[step * pairs : (step + 1) * pairs].reshape(-1)
-        share = share_out(data, rows, ("multimodal",), config.training.micro_batch_tokens, device)
+        share = next(shares)
         batch_gradient(engine, data, share, config, (0, step)).losses.total.item()
         engines.optimizer_step(engine)
+        synchronize()
         return share.num_tokens
 
     return timed(run, steps, 2 * pairs)
+
+
+def synchronize() -> None:
+    """A GPU has then done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def step(cache: Path, steps: int) -> dict[str, float]:
@@ -304,6 +326,8 @@ def medians(script: str, contenders: Iterable[str], num_rounds: int, *options: s
 def heading(title: str) -> list[str]:
     total = psutil.virtual_memory().total >> 30
     machine = f"{platform.machine()}, {psutil.cpu_count()} cores, {total} GB, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
     return [f"# {title}", "", f"{date.today()}, {machine}. Command: `python {' '.join(sys.argv)}`. Medians.", ""]
 
 

@@ -217,6 +217,23 @@ def _in_order(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     return tuple(part for part in PARTS if part in parts)
 
 
+class HardNegatives(Section):
+    """Notes that a model takes for related to a pair's query and that are not: negatives of the whole batch. The paper
+    has none.
+    """
+
+    num: int = Field(0, ge=0)  # of each pair; 0: none
+    first_rank: int = Field(10, gt=0)  # they are neighbours of the query from this rank on: nearer ones may be related
+    last_rank: int = Field(100, gt=0)
+    model: Path | None = None  # folder of the trained model that looks for them; None: the untrained start
+
+    @model_validator(mode="after")
+    def _window(self) -> "HardNegatives":
+        if self.first_rank > self.last_rank:
+            raise ValueError(f"first_rank = {self.first_rank} is above last_rank = {self.last_rank}")
+        return self
+
+
 class Training(Section):
     """Appendix A, Table 8."""
 
@@ -241,6 +258,7 @@ class Training(Section):
     alpha: float = Field(9.0, ge=0)  # Eq. 9
     # A note's other known positives in the batch: no negatives; positives too; or, as in the paper, negatives.
     known_positives: KnownPositives = "mask"
+    hard_negatives: HardNegatives = HardNegatives()
     # Tokens that a rank holds activations of at a time; a batch with more is embedded twice (GradCache). None: all.
     micro_batch_tokens: int | None = Field(None, gt=0)
     gradient_checkpointing: bool = False

@@ -247,9 +247,15 @@ def shortened(vectors: np.ndarray, dim: int | None) -> np.ndarray:
 
 
 def read_note_ids(path: Path) -> list[str]:
-    """The note_id column of a Parquet file or folder, in order, each once. Raises ValueError where it is not there."""
+    """The notes that a Parquet file or folder names, by a column note_id or as pairs, in order, each once.
+
+    Raises ValueError where it does neither.
+    """
     if not path.exists():
-        raise ValueError(f"{path} does not exist; it must be Parquet with a note_id column.")
-    if "note_id" not in pq.ParquetDataset(path).schema.names:
-        raise ValueError(f"{path} has no column note_id.")
-    return list(dict.fromkeys(pq.read_table(path, columns=["note_id"])["note_id"].to_pylist()))
+        raise ValueError(f"{path} does not exist; it must be Parquet with a note_id column, or with pairs.")
+    names = set(pq.ParquetDataset(path).schema.names)
+    columns = ["note_id"] if "note_id" in names else ["query_id", "target_id"]
+    if not names.issuperset(columns):
+        raise ValueError(f"{path} has no column note_id, and no query_id and target_id.")
+    table = pq.read_table(path, columns=columns)
+    return list(dict.fromkeys(note_id for column in table.columns for note_id in column.to_pylist()))

@@ -65,8 +65,13 @@ STAGES: Mapping[str, Stage] = {
     ),
     "note_tokens": Stage(("notes",), (*TEXT_SETTINGS, "model.llm.name")),
     "start_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
+    "hard_negatives": Stage(
+        ("start_model", "note_tokens", "vision_features", "pair_datasets", "note_sides"),
+        ("training.hard_negatives", "training.precision", "index.factory", *_EXPORT),
+    ),
     "checkpoint": Stage(
-        ("note_tokens", "vision_features", "pair_datasets"), (*_MODEL, "model.lora", "training"), version=5
+        ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"), (*_MODEL, "model.lora", "training"),
+        version=5,
     ),
     "start_embeddings": Stage(
         ("start_model", "note_tokens", "vision_features", "pair_datasets"), (*_EXPORT, "training.precision")
@@ -182,6 +187,8 @@ class Recipe:
 
     def settings(self, name: str) -> dict[str, Any]:
         """The settings that `name` itself depends on."""
+        if name == "hard_negatives" and not self.config.training.hard_negatives.num:
+            return {}  # there are none, whatever the other settings say
         tree = self.config.model_dump(mode="json")
         settings = {key: _get(tree, key) for key in STAGES[name].settings}
         if weights := {key: found for key, of in self._weights(name) if (found := weights_version(of)) is not None}:
@@ -201,6 +208,9 @@ class Recipe:
         """The pretrained weights that `name` is made with, by the setting that names them."""
         model = self.config.model
         names = {"model.llm": model.llm.name, "model.vision": model.vision.pretrained or model.vision.name}
+        if name == "hard_negatives":
+            folder = self.config.training.hard_negatives.model
+            return [("training.hard_negatives.model", None if folder is None else str(folder))]
         if name == "baseline_embeddings":
             return [("evaluation.baselines", "minilm")] if "minilm" in self.config.evaluation.baselines else []
         settings = STAGES[name].settings

@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset, or of its tokens")
     parser.add_argument("--images", type=Path, required=True, help="output folder of notellm2_core.notes.features")
     parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
-    parser.add_argument("--note-ids", type=Path, help="Parquet with a note_id column; default: all notes")
+    parser.add_argument("--note-ids", type=Path, help="Parquet with a note_id column, or pairs; default: all notes")
     parser.add_argument("--inputs", default="multimodal", help="list out of multimodal, image, text")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--reuse", type=Path, nargs="*", default=[], help="former exports: what is unchanged is taken")

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and curves; the same again to resume")
     parser.add_argument("--out", type=Path, required=True, help="empty folder for the trained model")
+    parser.add_argument("--hard-negatives", type=Path, help="what notellm2_core.retrieval.hard_negatives wrote")
     parser.add_argument("--train-days", nargs=2, metavar=("START", "END"), help=TRAIN_DAYS_HELP)
     parser.add_argument("--mlflow-uri", help="tracking server for the curves")
     parser.add_argument("--mlflow-run-id")
@@ -36,7 +37,7 @@ def main() -> None:
         config = load_config(args.config)
         from notellm2_core.training.loop import Paths, Reports, run  # torch, once there is something to do
 
-        paths = Paths(args.notes, args.images, args.store, args.pairs, args.work, args.out)
+        paths = Paths(args.notes, args.images, args.store, args.pairs, args.work, args.out, args.hard_negatives)
         run(config, paths, Reports(log, args.mlflow_uri, args.mlflow_run_id), args.train_days)
 
 

@@ -8,6 +8,7 @@ Shapes: P pairs, B pairs per batch, N = 2B rows.
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from notellm2_core.notes.batch import FieldTokens, MLRMProcessor, NoteBatch
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
 from notellm2_core.notes.text import InputKind
 from notellm2_core.notes.token_table import read_tokens
+from notellm2_core.retrieval.hard_negatives import read_hard_negatives
 from notellm2_core.training.feature_table import FeatureTable
 from notellm2_core.training.losses import RowFacts
 
@@ -56,8 +58,9 @@ class TrainingData:
         features: FeatureTable,
         train_pairs: Sequence[tuple[str, str]],
         validation_pairs: Sequence[tuple[str, str]] = (),
+        hard_negatives: Path | None = None,
     ) -> None:
-        """`images`: note_id -> image_id or None. Raises ValueError where a pair names a note that `tokens` lacks."""
+        """`images`: note_id -> image_id or None. `hard_negatives`: what was mined (retrieval/hard_negatives.py). Raises ValueError where a pair names a note that `tokens` lacks."""
         self.note_ids = tuple(sorted({n for pair in (*train_pairs, *validation_pairs) for n in pair}))
         missing = [n for n in self.note_ids if n not in tokens]
         if missing:
@@ -78,7 +81,9 @@ class TrainingData:
             "text": SameNotes(_or_itself(texts, self._has_text), pairs),
         }
 
-    @property
+        self.hard_negatives = None if hard_negatives is None else read_hard_negatives(hard_negatives, self.note_ids)
+
+    @cached_property
     def train_notes(self) -> np.ndarray:
         """The notes of the training pairs, each once."""
         return np.unique(self.train_pairs)
@@ -104,6 +109,27 @@ class TrainingData:
         """A number for the content of each note, the same for notes with the same text and image."""
         return self._same["multimodal"].code[rows]
 
+    def with_hard_negatives(self, rows: np.ndarray, num: int, seed: Sequence[int]) -> np.ndarray:
+        """The notes `rows` [2B] of a batch, and after them `num` hard negatives for each of its pairs: [(2 + num) B].
+
+        They are drawn from those of the pair's query, without contents that the batch has already; where there are too
+        few, from all training notes. Raises ValueError where none were given.
+        """
+        if not num:
+            return rows
+        if self.hard_negatives is None:
+            raise ValueError("training.hard_negatives.num asks for hard negatives: give --hard-negatives, or set it to 0")
+        rng = np.random.default_rng(seed)
+        code = self._same["multimodal"].code
+        in_batch, added = set(code[rows].tolist()), []
+        for query in rows[::2].tolist():
+            drawn = [*rng.permutation(self.hard_negatives[query]), *rng.choice(self.train_notes, 8 * num)]
+            new = {code[note]: note for note in reversed(drawn) if code[note] not in in_batch}
+            chosen = [*reversed(new.values()), *drawn][:num]  # of a handful of notes, some come twice
+            added += chosen
+            in_batch.update(code[chosen].tolist())
+        return np.concatenate([rows, added])
+
     def facts(
         self, rows: np.ndarray, known_positives: KnownPositives = "mask", num_paired: int | None = None
     ) -> RowFacts:
@@ -124,11 +150,18 @@ class TrainingData:
 
 
 def load_training_data(
-    processor: MLRMProcessor, notes: Path, images: Path, store: Path, pairs: Path, cache: Path
+    processor: MLRMProcessor,
+    notes: Path,
+    images: Path,
+    store: Path,
+    pairs: Path,
+    cache: Path,
+    hard_negatives: Path | None = None,
 ) -> TrainingData:
     """Read everything the pairs name, and nothing else.
 
     `notes`: the notes dataset, or its tokens. `cache`: where the feature table is kept (feature_table.py).
+    `hard_negatives`: what was mined for these pairs.
 
     Raises ValueError where there are no training pairs, or a note or a feature is missing.
     """
@@ -139,7 +172,8 @@ def load_training_data(
     note_images = {n: i for n, i in read_note_images(images).items() if n in wanted}
     image_ids = sorted({i for i in note_images.values() if i is not None})
     table = FeatureTable.build(FeatureStore(store / encoder_id(images)), image_ids, cache)
-    return TrainingData(processor, read_tokens(notes, processor, wanted), note_images, table, train, validation)
+    tokens = read_tokens(notes, processor, wanted)
+    return TrainingData(processor, tokens, note_images, table, train, validation, hard_negatives)
 
 
 def model_cache(config: Config) -> Path:

@@ -20,6 +20,7 @@ def launch_command(
     pairs: Path,
     work: Path,
     out: Path,
+    hard_negatives: Path | None = None,
     train_days: tuple[str, str] | None = None,
     mlflow_uri: str | None = None,
     mlflow_run_id: str | None = None,
@@ -41,6 +42,8 @@ def launch_command(
     command += ["--config", str(config_file)]
     for name, folder in folders.items():
         command += [f"--{name}", str(folder)]
+    if hard_negatives is not None:
+        command += ["--hard-negatives", str(hard_negatives)]
     if train_days:
         command += ["--train-days", *train_days]
     if mlflow_uri and mlflow_run_id:

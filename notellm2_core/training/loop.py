@@ -51,6 +51,7 @@ class Paths:
     pairs: Path  # with train/ and validation/
     work: Path  # checkpoints and curves; give the same again to resume
     out: Path
+    hard_negatives: Path | None = None  # where training.hard_negatives.num asks for some
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ def _run(
     rank, num_ranks, training = dist.get_rank(), dist.get_world_size(), config.training
     with engines.first_on_machine():
         model, processor = build_model(config, model_cache(config))
-        data = load_training_data(processor, paths.notes, paths.images, paths.store, paths.pairs, paths.work)
+        data = load_training_data(
+            processor, paths.notes, paths.images, paths.store, paths.pairs, paths.work,
+            paths.hard_negatives if training.hard_negatives.num else None,
+        )  # fmt: skip
     settings = run_settings(config, data)
     known_run = open_work(paths.work, settings)
     if (done := paths.out / DONE).exists():  # perhaps this training's, killed before it could exit
@@ -146,10 +150,12 @@ def _train(
     validation_pairs = validation_sample(data, config.seed)
     rows_of_steps = data.train_pairs[batches].reshape(len(batches), -1)  # [steps, 2B], pair k in rows 2k and 2k + 1
 
-    def share_of(rows: np.ndarray) -> Share:
+    def share_of(step: int) -> Share:
+        rows = data.with_hard_negatives(rows_of_steps[step], training.hard_negatives.num, (config.seed, step))
         return share_out(data, rows, inputs, training.micro_batch_tokens, device)
 
-    for step, share in enumerate(one_ahead(map(share_of, rows_of_steps[first_step:])), first_step):
+    steps = range(first_step, training.num_steps)
+    for step, share in zip(steps, one_ahead(map(share_of, steps)), strict=True):
         # Random numbers depend on the seed, the step and the rank alone, so a resume restores none.
         losses, tau, gate_mean = batch_gradient(engine, data, share, config, seed=(config.seed, step))
         _require_finite("loss", losses.total.item(), step, data, batches[step], work)
@@ -180,7 +186,8 @@ def batch_gradient(engine: Any, data: TrainingData, share: Share, config: Config
 
     Losses and tau are the same on every rank, and so is the sum of the gradients, whatever their number.
     """
-    facts = data.facts(share.rows, config.training.known_positives).to(share.places.device)
+    training = config.training
+    facts = data.facts(share.rows, training.known_positives, 2 * training.batch_pairs).to(share.places.device)
     seeds = np.random.SeedSequence([*seed, dist.get_rank()]).generate_state(len(share.parts)).tolist()
 
     def loss_of(embedded: Tensor, tau: Tensor) -> Losses:
@@ -204,8 +211,10 @@ def run_settings(config: Config, data: TrainingData) -> dict[str, Any]:
     tree["text"] = {k: v for k, v in tree["text"].items() if f"text.{k}" in TEXT_SETTINGS}
     tree["model"].pop("license")
     tree["training"] = {k: v for k, v in tree["training"].items() if k not in FREE_TRAINING_SETTINGS}
-    pairs = [data.train_pairs.tolist(), data.note_ids]
-    return {**_flat(tree), "training pairs": fingerprint(pairs)}
+    of_data = {"training pairs": fingerprint([data.train_pairs.tolist(), data.note_ids])}
+    if data.hard_negatives is not None:
+        of_data["hard negatives"] = fingerprint([negatives.tolist() for negatives in data.hard_negatives])
+    return {**_flat(tree), **of_data}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

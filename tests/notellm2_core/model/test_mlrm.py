@@ -1,9 +1,10 @@
+import copy
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from notellm2_core.model.methods import METHODS
 from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
@@ -173,6 +174,18 @@ def test_bf16_weights_take_fp32_features(notellm2: tuple[MLRMModel, MLRMProcesso
     half = embed(model.to(torch.bfloat16), batch).multimodal
     assert half.dtype == torch.bfloat16
     assert torch.cosine_similarity(full, half.float()).min() > 0.99
+
+
+def test_rotary_frequencies_stay_exact_in_bf16(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
+    """Not of 8 bits, by whatever way the model comes to bf16; and weights and everything else do."""
+    for cast in (lambda m: nn.Module.to(m, "cpu", torch.bfloat16), lambda m: nn.Sequential(m).bfloat16()[0]):
+        model = copy.deepcopy(notellm2[0])
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        assert any(name.endswith("inv_freq") for name in before)
+        cast(model)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, before[name])
 
 
 def test_hostile_notes_have_finite_embeddings(pair: tuple[MLRMModel, MLRMProcessor]) -> None:

@@ -33,6 +33,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of tr
     "notellm2": ({}, {}),
     "gradcache": ({"micro_batch_tokens": 250}, {}),
     "omni_gradcache": ({"micro_batch_tokens": 500}, {"method": "omni_retrieval"}),
+    "negatives_gradcache": (
+        {"micro_batch_tokens": 350, "known_positives": "count", "hard_negatives": {"num": 1}},
+        {},
+    ),
     "omni_retrieval": ({}, {"method": "omni_retrieval", "matryoshka_dims": (4,)}),
     "only_late_fusion": ({}, {"method": "only_late_fusion"}),
     "adapters": (
@@ -62,11 +66,18 @@ def build(config: Config, cache: Path) -> tuple[MLRMModel, MLRMProcessor]:
     return model.train(), processor
 
 
+def with_negatives(data: TrainingData, rows: np.ndarray, config: Config, index: int) -> np.ndarray:
+    """The batch with its hard negatives, where the variant has some: of every note, the next three."""
+    num_notes = len(data.note_ids)
+    data.hard_negatives = [(note + np.arange(1, 4)) % num_notes for note in range(num_notes)]
+    return data.with_hard_negatives(rows, config.training.hard_negatives.num, (0, index))
+
+
 def step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, index: int, grads: bool) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
     inputs, budget = engine.module.method.inputs, config.training.micro_batch_tokens
-    share = share_out(data, rows, inputs, budget, torch.device("cpu"))
+    share = share_out(data, with_negatives(data, rows, config, index), inputs, budget, torch.device("cpu"))
     assert (len(share.parts) > 1) == (budget is not None)
     losses = batch_gradient(engine, data, share, config, (0, index)).losses
     model = engine.module.model

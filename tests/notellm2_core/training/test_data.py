@@ -101,6 +101,30 @@ def test_known_positives(small: TrainingData) -> None:
     assert (has["image"].tolist(), has["text"].tolist()) == ([True, False, False], [True, True, False])
 
 
+def test_hard_negatives_of_a_batch(small: TrainingData) -> None:
+    """Of each pair's query, two for each pair, without what the batch shows already: b, and e, which shows what a does.
+
+    Query a has c and d left. Query f has only h, so any note is drawn after it; the contents left are g's, which is the
+    same as f's, so one comes twice.
+    """
+    of = {"a": "bced", "f": "h"}
+    places = [[small.note_ids.index(n) for n in of.get(note, "")] for note in small.note_ids]
+    small.hard_negatives = [np.array(some, dtype=np.int64) for some in places]
+    pair = np.array([small.note_ids.index(n) for n in "ab"])
+    drawn = [small.with_hard_negatives(pair, 2, (0, step)) for step in range(20)]
+    names = {"".join(small.note_ids[n] for n in rows) for rows in drawn}
+    assert names == {"abcd", "abdc"}
+    assert np.array_equal(drawn[3], small.with_hard_negatives(pair, 2, (0, 3)))
+    other = np.array([small.note_ids.index(n) for n in "fg"])
+    first = small.with_hard_negatives(other, 1, (0, 0))
+    assert first.tolist() == [*other, small.note_ids.index("h")]
+    assert len(small.with_hard_negatives(np.arange(8), 3, (0, 0))) == 8 + 3 * 4  # nothing is left: some come twice
+    assert np.array_equal(small.with_hard_negatives(pair, 0, (0, 0)), pair)
+    small.hard_negatives = None
+    with pytest.raises(ValueError, match="asks for hard negatives: give --hard-negatives, or set it to 0"):
+        small.with_hard_negatives(pair, 1, (0, 0))
+
+
 def test_a_batch_of_several_inputs(small: TrainingData) -> None:
     """Notes a and f as a whole, then by their image, then by their text: f has no image, the text hides a's."""
     rows = np.array([small.note_ids.index(n) for n in "af"])

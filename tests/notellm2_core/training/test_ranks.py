@@ -22,7 +22,8 @@ def reference(world: World, variant: str) -> dict[str, Any]:
     folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
     data = load_training_data(processor, *folders)
     rows = data.train_pairs[schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
-    facts, method = data.facts(rows), get_method(config.model.method)
+    facts = data.facts(rows := rank_checks.with_negatives(data, rows, config, 0), config.training.known_positives, 16)
+    method = get_method(config.model.method)
     assert 0 < facts.has["image"].sum() < len(rows)
     views = {kind: model(data.note_batch(rows, [kind])).multimodal for kind in method.inputs}
     if method.prompt == "micl":
@@ -46,6 +47,7 @@ def reference(world: World, variant: str) -> dict[str, Any]:
         (2, (0, 1, 2, 3), "gradcache"),
         (4, (3,), "gradcache"),
         (2, (2,), "omni_gradcache"),
+        (2, (2, 3), "negatives_gradcache"),
         (2, (3,), "adapters"),
         (2, (3,), "omni_retrieval"),
         (2, (3,), "only_late_fusion"),

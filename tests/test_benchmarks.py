@@ -1,0 +1,23 @@
+"""The benchmark that waits for a GPU runs: its contenders and its table, on the tiny models."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ALL_IN_ONE_PROCESS = """
+import gpu
+options = gpu.parsed()
+print(gpu.to_markdown({name: run() for name, run in gpu.contenders(options).items()}, options))
+"""
+
+
+def test_gpu_benchmark_with_tiny_models() -> None:
+    config = ["--config", str(ROOT / "pipelines/configs/tiny.yaml"), "--gradient-checkpointing"]
+    sizes = ["--pairs", "2", "--steps", "1", "--batch-notes", "2", "--micro-batch-tokens", "300"]
+    command = [sys.executable, "-W", "ignore", "-c", ALL_IN_ONE_PROCESS, *config, *sizes]
+    done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0].strip("| ") for row in rows] == ["contender", "---", "export", "llm", "step-2"]
+    assert all(float(row[1].replace(",", "")) > 0 for row in rows[2:])
