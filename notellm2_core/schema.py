@@ -84,6 +84,13 @@ TARGET_CLICKS = pa.schema(
     ]
 )
 RELATED_PAIRS = SCORES.append(pa.field("rank", pa.int32(), nullable=False))  # 1 = the strongest of its query
+HARD_NEGATIVES = pa.schema(
+    [
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("negative_id", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),  # 1 = the nearest other note; what is no negative leaves a gap
+    ]
+)
 
 # --- lake: images ---------------------------------------------------------------------------------------------------
 NOTE_IMAGES = pa.schema(
