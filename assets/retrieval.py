@@ -52,7 +52,7 @@ def hard_negatives(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.
                    "--embeddings", draft.path / _INPUTS[0], "--pairs", pairs,
                    "--sides", inputs["note_sides"].path / "sides", "--out", draft.path,
                    "--first-rank", settings.first_rank, "--last-rank", settings.last_rank,
-                   "--factory", recipe.config.index.factory]  # fmt: skip
+                   "--factory", settings.factory]  # fmt: skip
         run_command(context, [str(c) for c in command])
         draft.metrics |= json.loads((draft.path / "counts.json").read_text())
 

@@ -226,6 +226,7 @@ class HardNegatives(Section):
     first_rank: int = Field(10, gt=0)  # they are neighbours of the query from this rank on: nearer ones may be related
     last_rank: int = Field(100, gt=0)
     model: Path | None = None  # folder of the trained model that looks for them; None: the untrained start
+    factory: str = "HNSW32"  # FAISS factory string of the index that it looks into
 
     @model_validator(mode="after")
     def _window(self) -> "HardNegatives":

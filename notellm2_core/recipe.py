@@ -67,7 +67,7 @@ STAGES: Mapping[str, Stage] = {
     "start_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
     "hard_negatives": Stage(
         ("start_model", "note_tokens", "vision_features", "pair_datasets", "note_sides"),
-        ("training.hard_negatives", "training.precision", "index.factory", *_EXPORT),
+        ("training.hard_negatives", "training.precision"),
     ),
     "checkpoint": Stage(
         ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"), (*_MODEL, "model.lora", "training"),

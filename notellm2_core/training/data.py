@@ -60,7 +60,10 @@ class TrainingData:
         validation_pairs: Sequence[tuple[str, str]] = (),
         hard_negatives: Path | None = None,
     ) -> None:
-        """`images`: note_id -> image_id or None. `hard_negatives`: what was mined (retrieval/hard_negatives.py). Raises ValueError where a pair names a note that `tokens` lacks."""
+        """`images`: note_id -> image_id or None. `hard_negatives`: what was mined for these pairs.
+
+        Raises ValueError where a pair names a note that `tokens` lacks, or the hard negatives are of other pairs.
+        """
         self.note_ids = tuple(sorted({n for pair in (*train_pairs, *validation_pairs) for n in pair}))
         missing = [n for n in self.note_ids if n not in tokens]
         if missing:
@@ -118,14 +121,17 @@ class TrainingData:
         if not num:
             return rows
         if self.hard_negatives is None:
-            raise ValueError("training.hard_negatives.num asks for hard negatives: give --hard-negatives, or set it to 0")
+            raise ValueError("training.hard_negatives.num asks for some: give --hard-negatives, or set it to 0")
         rng = np.random.default_rng(seed)
         code = self._same["multimodal"].code
         in_batch, added = set(code[rows].tolist()), []
         for query in rows[::2].tolist():
             drawn = [*rng.permutation(self.hard_negatives[query]), *rng.choice(self.train_notes, 8 * num)]
-            new = {code[note]: note for note in reversed(drawn) if code[note] not in in_batch}
-            chosen = [*reversed(new.values()), *drawn][:num]  # of a handful of notes, some come twice
+            new: dict[int, int] = {}
+            for note in drawn:
+                if code[note] not in in_batch:
+                    new.setdefault(code[note], note)
+            chosen = [*new.values(), *drawn][:num]  # of a handful of notes, some come twice
             added += chosen
             in_batch.update(code[chosen].tolist())
         return np.concatenate([rows, added])

@@ -102,10 +102,8 @@ def test_known_positives(small: TrainingData) -> None:
 
 
 def test_hard_negatives_of_a_batch(small: TrainingData) -> None:
-    """Of each pair's query, two for each pair, without what the batch shows already: b, and e, which shows what a does.
-
-    Query a has c and d left. Query f has only h, so any note is drawn after it; the contents left are g's, which is the
-    same as f's, so one comes twice.
+    """Of those of the query, without what the batch shows already: a has c and d left, as b is there and e shows what a
+    does. f has only h.
     """
     of = {"a": "bced", "f": "h"}
     places = [[small.note_ids.index(n) for n in of.get(note, "")] for note in small.note_ids]
@@ -121,7 +119,7 @@ def test_hard_negatives_of_a_batch(small: TrainingData) -> None:
     assert len(small.with_hard_negatives(np.arange(8), 3, (0, 0))) == 8 + 3 * 4  # nothing is left: some come twice
     assert np.array_equal(small.with_hard_negatives(pair, 0, (0, 0)), pair)
     small.hard_negatives = None
-    with pytest.raises(ValueError, match="asks for hard negatives: give --hard-negatives, or set it to 0"):
+    with pytest.raises(ValueError, match="asks for some: give --hard-negatives, or set it to 0"):
         small.with_hard_negatives(pair, 1, (0, 0))
 
 
