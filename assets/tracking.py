@@ -5,6 +5,7 @@ A server that is dead or slow costs a few timeouts per step and a warning; the m
 
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,18 @@ def tracked_run(
             attempt(lambda: _client(uri).set_terminated(run_id, status))
 
 
+def make_store(file: Path) -> None:
+    """MLflow's sqlite file, whole or not at all: one that a kill left half made MLflow would refuse for ever."""
+    if file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as folder:
+        draft = Path(folder) / file.name
+        _client(f"sqlite:///{draft}").search_experiments(max_results=1)
+        if not file.exists():
+            draft.replace(file)
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole. MLflow allows letters, digits and _-./ in a name."""
     flat: dict[str, Any] = {}
@@ -121,8 +134,7 @@ def _start(
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname or "", port), timeout=settings.timeout_seconds).close()
     elif address.scheme == "sqlite":
-        # sqlite:///FILE is relative, sqlite:////FILE is not.
-        Path(address.path.removeprefix("/")).parent.mkdir(parents=True, exist_ok=True)
+        make_store(Path(address.path.removeprefix("/")))  # sqlite:///FILE is relative, sqlite:////FILE is not
     client = _client(uri)
     experiment = client.get_experiment_by_name(settings.experiment)
     if experiment is None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import dagster as dg
 import psutil
-import pytest
 
 from assets.commands import run_command
 from tests.waiting import wait_for
@@ -85,10 +84,3 @@ def test_a_step_ends_with_its_killed_run(tmp_path: Path) -> None:
     run.kill()
     run.wait()
     wait_for(lambda: not psutil.pid_exists(int((tmp_path / "pid").read_text())), 10)
-
-
-@pytest.mark.parametrize("tree", [{"a": {"b": 1, "c d": {"e": 2.5}}, "f": [1, 2]}])
-def test_flatten(tree: dict[str, object]) -> None:
-    from assets.tracking import flatten
-
-    assert flatten(tree) == {"a.b": 1, "a.c d.e": 2.5, "f": [1, 2]}

@@ -119,6 +119,26 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_completes(
     assert dg.DagsterRunStatus.STARTED not in statuses and dg.DagsterRunStatus.CANCELED in statuses
 
 
+def test_no_step_outlives_its_killed_run_and_a_killed_step_is_tried_again(
+    finished: Workplace, copy_of_finished: Workplace
+) -> None:
+    """Steps in processes of their own, as the schedule runs them."""
+    copy_of_finished.forget("checkpoint")
+    command = (str(Path(sys.executable).parent / "dagster"), "asset", "materialize", "--select", "checkpoint")
+    run = copy_of_finished.start(*command)
+    wait_for(lambda: _training_ranks(copy_of_finished))
+    run.kill()
+    run.wait()
+    wait_for(lambda: not copy_of_finished.processes(), 20)
+    assert copy_of_finished.recipe.find("checkpoint") is None
+    run = copy_of_finished.start(*command)
+    wait_for(lambda: _training_ranks(copy_of_finished))
+    (step,) = [p for p in psutil.Process(run.pid).children() if "--multiprocessing-fork" in p.cmdline()]
+    step.kill()
+    assert run.wait(timeout=300) == 0, copy_of_finished.log.read_text()[-5000:]
+    _same_as(finished, copy_of_finished)
+
+
 @pytest.mark.spark
 def test_a_killed_jvm_is_tried_again(finished: Workplace, copy_of_finished: Workplace) -> None:
     copy_of_finished.forget("events", "cooccurrence", "note_sides", "related_pairs", "pair_datasets")

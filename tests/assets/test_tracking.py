@@ -1,0 +1,31 @@
+"""MLflow's names, and its store after a kill."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from assets.tracking import flatten, make_store
+from tests.waiting import wait_for
+
+
+@pytest.mark.parametrize("tree", [{"a": {"b": 1, "c d": {"e": 2.5}}, "f": [1, 2]}])
+def test_flatten(tree: dict[str, object]) -> None:
+    assert flatten(tree) == {"a.b": 1, "a.c d.e": 2.5, "f": [1, 2]}
+
+
+@pytest.mark.slow
+def test_a_store_killed_while_it_is_made_is_made_again(tmp_path: Path) -> None:
+    """kill -9 when MLflow has made its first tables: nobody takes them for a store."""
+    file = tmp_path / "mlflow" / "mlflow.db"
+    code = f"from pathlib import Path; from assets.tracking import make_store; make_store(Path({str(file)!r}))"
+    making = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(lambda: any(f.stat().st_size for f in tmp_path.rglob("mlflow.db")))
+    assert not file.exists()
+    making.kill()
+    making.wait()
+    make_store(file)
+    from mlflow import MlflowClient
+
+    assert MlflowClient(f"sqlite:///{file}").search_experiments()
