@@ -9,6 +9,7 @@ from pathlib import Path
 
 import dagster as dg
 import psutil
+import pytest
 
 from assets.commands import run_command
 from tests.waiting import wait_for
