@@ -112,10 +112,13 @@ class MLRMModel(PreTrainedModel):
             visual_words = self.connector(batch.patches.to(dtype)) * shown[:, :, None]  # [N, L_c, h_t]
             words = words.masked_scatter(batch.image_mask[:, :, None], visual_words.to(words.dtype))  # [N, T, h_t]
 
-        hidden = self._read(words, batch.attention_mask, num_shared)  # [N, T, h_t]
+        read = [batch.last_index]
+        if get_method(self.config.method).prompt == "micl":
+            read.append(batch.visual_index)
+        hidden = self._read(words, batch.attention_mask, num_shared, torch.stack(read, dim=1))  # [N, T, h_t]
         rows = torch.arange(len(batch), device=hidden.device)
-        n_m = hidden[rows, batch.last_index]  # [N, h_t]
-        n_v = hidden[rows, batch.visual_index] if get_method(self.config.method).prompt == "micl" else None
+        n_m, *of_visual_word = (hidden[rows, places] for places in read)  # [N, h_t] each
+        n_v = of_visual_word[0] if of_visual_word else None
         if self.fusion is None:
             return States(n_m, n_v, n_m, None, None)
         v = self.fusion.project(batch.global_feature.to(dtype)) * shown  # [N, h_t]
@@ -128,10 +131,12 @@ class MLRMModel(PreTrainedModel):
         """Whether the LLM gets the notes of a batch as one row without padding."""
         return bool(self.llm.config._attn_implementation == PACKED_SDPA)
 
-    def _read(self, words: Tensor, attention_mask: Tensor, num_shared: int) -> Tensor:
-        """Word embeddings -> last hidden states of the LLM, [N, T, h_t] each; the attention may have been changed."""
+    def _read(self, words: Tensor, attention_mask: Tensor, num_shared: int, read: Tensor) -> Tensor:
+        """Word embeddings -> last hidden states of the LLM, [N, T, h_t] each, of which those at the places `read`
+        [N, n] are asked for; the attention may have been changed.
+        """
         if self.packs_notes:
-            packed = packed_states(self.llm, words, attention_mask, num_shared)
+            packed = packed_states(self.llm, words, attention_mask, num_shared, read)
             if packed is not None:
                 return packed
             self.llm.set_attn_implementation("sdpa")

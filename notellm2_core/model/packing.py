@@ -11,7 +11,8 @@ Shapes: N notes, T tokens of the longest, S tokens of all of them, R tokens in t
 
 import inspect
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,42 @@ class Packing:
         return cls(index[kept], positions[kept], ends.to(torch.int32), groups, spread, kept)
 
 
+    def rows(self, places: Tensor, width: int) -> Tensor:
+        """[N n] where in the row the tokens at `places` [N, n] of the padded notes, `width` tokens each, are."""
+        row = self.index.new_zeros(len(places) * width)
+        row[self.index] = torch.arange(len(self.index), device=row.device)
+        first = torch.arange(len(places), device=row.device)[:, None] * width
+        return row[(first + places).flatten()]
+
+
+@contextmanager
+def _last_mlp_on(llm: PreTrainedModel, rows: Tensor | None, num_rows: int) -> Iterator[None]:
+    """Inside, the last layer's MLP is computed on these of R rows alone: nothing reads what it makes of the others.
+
+    Of a layer, it is most of the work. Does nothing for None, and where the decoder names its parts unusually.
+    """
+    layers = getattr(llm, "layers", None)
+    mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, torch.nn.ModuleList) and len(layers) else None
+    if rows is None or mlp is None:
+        yield
+        return
+
+    def before(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return given[0].index_select(1, rows), *given[1:]
+
+    def after(_: torch.nn.Module, given: tuple[Tensor, ...], made: Any) -> Any:
+        states, *others = made if isinstance(made, tuple) else (made,)  # the tokens' experts, say
+        states = states.new_zeros(1, num_rows, states.shape[-1]).index_copy(1, rows, states)
+        return (states, *others) if isinstance(made, tuple) else states
+
+    hooks = [mlp.register_forward_pre_hook(before), mlp.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _groups(lengths: Sequence[int], positions: Tensor) -> tuple[Group, ...]:
     """Notes in the order of their lengths, cut so that none is padded by much."""
     groups = []
@@ -117,16 +154,23 @@ def can_be_packed(llm: PreTrainedModel) -> bool:
     )
 
 
-def packed_states(llm: PreTrainedModel, words: Tensor, attention_mask: Tensor, num_shared: int = 0) -> Tensor | None:
+def packed_states(
+    llm: PreTrainedModel, words: Tensor, attention_mask: Tensor, num_shared: int = 0, read: Tensor | None = None
+) -> Tensor | None:
     """The last hidden states [N, T, h_t] of word embeddings [N, T, h_t]; zeros on padding, and on the first
     `num_shared` tokens, the same in all notes, but in one of them.
+
+    read: [N, n], the places whose states will be read. Where no gradient is asked for, those of the others then are
+    anything. None: all.
 
     None where the decoder does not hand the packing on to its attention: notes would read each other.
     """
     packing = Packing.of(attention_mask, num_shared)
     row = words.flatten(0, 1).index_select(0, packing.index)
     positions = packing.positions[None]
-    states = llm(inputs_embeds=row[None], position_ids=positions, use_cache=False, packing=packing)
+    rows = None if read is None or torch.is_grad_enabled() else packing.rows(read, words.shape[1])
+    with _last_mlp_on(llm, rows, len(row)):
+        states = llm(inputs_embeds=row[None], position_ids=positions, use_cache=False, packing=packing)
     if not packing.used:
         return None
     last = states.last_hidden_state[0]  # [R, h_t]

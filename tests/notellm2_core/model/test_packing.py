@@ -105,6 +105,28 @@ def test_what_all_begin_with_is_computed_once(kind: str, left: bool) -> None:
     assert int((found.abs().sum(-1) > 0).sum()) == len(Packing.of(mask, 3).index) == 3 + sum(n - 3 for n in lengths)
 
 
+@pytest.mark.parametrize("kind", [kind for kind, (_, has) in DECODERS.items() if "sdpa" in has and kind not in PADDED])
+def test_what_is_read_is_the_same_where_the_last_mlp_sees_nothing_else(kind: str) -> None:
+    llm = decoder(kind, PACKED_SDPA)
+    words, mask = padded_words(LENGTHS, llm.get_input_embeddings().embedding_dim)
+    last = mask.sum(1) - 1
+    read = torch.stack([last, last // 2], dim=1)
+    rows = torch.arange(len(LENGTHS))[:, None]
+    seen: list[int] = []
+    for name, module in llm.named_modules():
+        if name.endswith(".mlp"):
+            module.register_forward_hook(lambda _, given, made: seen.append(given[0].shape[1]))
+    with torch.no_grad():
+        expected, found = packed_states(llm, words, mask), packed_states(llm, words, mask, read=read)
+    assert expected is not None and found is not None
+    torch.testing.assert_close(found[rows, read], expected[rows, read])
+    if kind not in ("gpt2", "opt"):  # they name their parts otherwise
+        assert seen[-2:] == [sum(LENGTHS), read.numel()]
+    with_gradient = packed_states(llm, words, mask, read=read)
+    assert with_gradient is not None
+    torch.testing.assert_close(with_gradient, expected)
+
+
 def test_without_packing_it_is_sdpa() -> None:
     """Rows of one length, or with a mask, as anybody may give them to the LLM itself."""
     words, mask = padded_words([7, 12], 32)
