@@ -8,7 +8,7 @@ import dagster as dg
 from assets.commands import run_command
 from assets.resources import Pipeline, dataset_deps, shown
 from assets.tracking import TrackedRun
-from assets.training import GPU_RETRIES, note_arguments
+from assets.training import GPU_RETRIES, note_arguments, picture_folders
 from notellm2_core.lake import Dataset, Draft
 
 
@@ -26,7 +26,7 @@ def saliency(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Materi
             return
         command = [sys.executable, "-m", "notellm2_core.training.saliency", *note_arguments(recipe, inputs),
                    "--model", str(inputs["checkpoint"].path), "--pairs", str(inputs["pair_datasets"].path),
-                   "--out", str(draft.path)]  # fmt: skip
+                   "--pictures", *map(str, picture_folders(recipe)), "--out", str(draft.path)]  # fmt: skip
         run_command(context, command)
         record = read_saliency(draft.path)
         assert record is not None

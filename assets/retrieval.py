@@ -11,7 +11,7 @@ import dagster as dg
 from assets.commands import run_command
 from assets.resources import Pipeline, dataset_deps
 from assets.tracking import TrackedRun
-from assets.training import GPU_RETRIES, note_arguments
+from assets.training import GPU_RETRIES, note_arguments, picture_folders
 from notellm2_core.lake import Dataset, Draft
 from notellm2_core.recipe import Recipe
 from notellm2_core.training.launch import torchrun
@@ -128,6 +128,7 @@ def _export(
     former = [str(dataset.path) for dataset in recipe.lake.datasets(context.asset_key.path[-1])]
     command = [*torchrun("notellm2_core.retrieval.export", config.export.num_ranks or config.training.num_ranks),
                *note_arguments(recipe, inputs), "--model", str(model), "--inputs", ",".join(kinds),
+               "--pictures", *map(str, picture_folders(recipe)),
                "--out", str(out), "--reuse", *former]  # fmt: skip
     run_command(context, command + (["--note-ids", str(note_ids)] if note_ids else []))
 

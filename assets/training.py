@@ -103,6 +103,7 @@ def checkpoint(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
             images=inputs["vision_features"].path,
             store=feature_store(recipe),
             pairs=inputs["pair_datasets"].path,
+            pictures=picture_folders(recipe) if recipe.config.trains_vision else None,
             work=work,
             out=draft.path,
             hard_negatives=inputs["hard_negatives"].path if recipe.config.training.hard_negatives.num else None,
@@ -126,6 +127,11 @@ def note_arguments(recipe: Recipe, inputs: Mapping[str, Dataset]) -> list[str]:
         "--images", str(inputs["vision_features"].path),
         "--store", str(feature_store(recipe)),
     ]  # fmt: skip
+
+
+def picture_folders(recipe: Recipe) -> tuple[Path, Path]:
+    """The notes that the vision features were made of, and where their pictures are."""
+    return recipe.dataset("notes").path / "notes", recipe.source
 
 
 def feature_store(recipe: Recipe) -> Path:

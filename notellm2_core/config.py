@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Part = Literal["llm", "word_embeddings", "connector", "fusion", "projector", "temperature"]
+Part = Literal["llm", "word_embeddings", "connector", "fusion", "projector", "temperature", "vision"]
 KnownPositives = Literal["mask", "count", "ignore"]
-PARTS: tuple[Part, ...] = get_args(Part)
+PARTS: tuple[Part, ...] = tuple(part for part in get_args(Part) if part != "vision")  # of the model itself
 
 
 class Section(BaseModel):
@@ -214,7 +214,7 @@ class Model(Section):
 
 
 def _in_order(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    return tuple(part for part in PARTS if part in parts)
+    return tuple(part for part in get_args(Part) if part in parts)
 
 
 class HardNegatives(Section):
@@ -246,10 +246,11 @@ class Training(Section):
     hostfile: Path | None = None  # DeepSpeed's: a line "HOST slots=N" for each node; it starts them all by ssh
     zero_stage: Literal[0, 1, 2, 3] = 3
     precision: Literal["bf16", "fp32", "auto"] = "bf16"  # auto: whichever is faster here, measured at the start
-    learning_rate: float = Field(3e-6, gt=0)  # peak, of the LLM
+    learning_rate: float = Field(3e-6, gt=0)  # peak, of the LLM, and of the vision encoder where it is trained
     new_module_learning_rate: float | None = Field(None, gt=0)  # connector, fusion, projector; None: learning_rate
     temperature_learning_rate: float | None = Field(None, gt=0)  # tau; None: learning_rate
-    # The trained parts; the others stay as they start. None: all; with LoRA, all but the word embeddings.
+    # The trained parts; the others stay as they start. None: all but the vision encoder; with LoRA, nor the word
+    # embeddings. With vision, pictures are encoded at every step, and no stored features are read.
     parts: Annotated[tuple[Part, ...], Field(min_length=1), AfterValidator(_in_order)] | None = None
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(1e-3, ge=0)
@@ -261,6 +262,7 @@ class Training(Section):
     known_positives: KnownPositives = "mask"
     hard_negatives: HardNegatives = HardNegatives()
     # Tokens that a rank holds activations of at a time; a batch with more is embedded twice (GradCache). None: all.
+    # (Plain gradient accumulation would add no negatives: there is no setting for it.)
     micro_batch_tokens: int | None = Field(None, gt=0)
     gradient_checkpointing: bool = False
     checkpoint_every_steps: int = Field(500, gt=0)
@@ -352,3 +354,7 @@ class Config(Section):
         if self.training.parts is not None:
             return self.training.parts
         return tuple(part for part in PARTS if part != "word_embeddings" or self.model.lora is None)
+
+    @property
+    def trains_vision(self) -> bool:
+        return "vision" in self.trained_parts

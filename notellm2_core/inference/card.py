@@ -78,7 +78,11 @@ def card_facts(
         "license": model.license,
         "method": {"name": model.method, **asdict(get_method(model.method))},
         "llm": {"name": model.llm.name, "num_layers": architecture.num_layers},
-        "vision": {**vision.model_dump(exclude={"batch_size"}), "encoder_id": architecture.encoder_id},
+        "vision": {
+            **vision.model_dump(exclude={"batch_size"}),
+            "encoder_id": architecture.encoder_id,
+            "trained": training is not None and config.trains_vision,
+        },
         "base_model": [n for n in (model.llm.name, encoder_hub_name) if HUB_NAME.fullmatch(n) and not Path(n).exists()],
         "shapes": {
             "patches per image": architecture.num_patches,
@@ -148,13 +152,14 @@ def _use(facts: Mapping[str, Any], layout: Layout) -> str:
 def _method(facts: Mapping[str, Any]) -> str:
     method, vision = facts["method"], facts["vision"]
     switches = {k: ", ".join(v) if isinstance(v, list | tuple) else v for k, v in method.items() if k != "name"}
+    state = "trained" if vision.get("trained") else "frozen"
     encoder = f"{vision['library']} {vision['name']}" + (f" ({vision['pretrained']})" if vision["pretrained"] else "")
     return _table(
         {
             "method": method["name"],
             **{k.replace("_", " "): v for k, v in switches.items()},
             "LLM": f"{facts['llm']['name']}, {facts['llm']['num_layers']} layers",
-            "vision encoder (frozen)": f"{encoder}, checksum {vision['encoder_id']}",
+            f"vision encoder ({state})": f"{encoder}, checksum {vision['encoder_id']}",
             **{f"{k.replace('_', ' ')} read": v for k, v in facts["text"].items()},
         }
     )

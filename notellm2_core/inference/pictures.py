@@ -19,6 +19,7 @@ from torch import Tensor
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.notes import images
 from notellm2_core.notes.feature_store import Features
+from notellm2_core.notes.lake_pictures import LakePictures
 from notellm2_core.notes.pictured import Picture
 
 
@@ -95,3 +96,21 @@ class PictureFeatures:
             if not all(np.isfinite(v).all() for v in values):
                 raise ValueError(f"the vision encoder gives features beyond the range of fp16 for picture {image_id}.")
             self._known[image_id] = (values[0], values[1])
+
+
+@dataclass(frozen=True)
+class EncodedWhenAsked:
+    """A source of features like the feature store, for an encoder that no store knows; it keeps nothing."""
+
+    encoder: VisionEncoder
+    pictures: LakePictures
+    max_pixels: int
+    batch_pictures: int
+
+    def load(self, image_ids: Sequence[str]) -> Features:
+        """The features of these pictures, in this order. Raises ValueError where one is no longer what it was."""
+        features = PictureFeatures(self.encoder, self.max_pixels, self.batch_pictures)
+        found = features.read(self.pictures.read(image_ids), None)
+        if broken := [status for status, image_id in found if image_id is None]:
+            raise ValueError(f"{len(broken)} pictures can no longer be decoded ({broken[0]}): run everything again.")
+        return features.load(image_ids)

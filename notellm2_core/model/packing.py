@@ -84,7 +84,6 @@ class Packing:
         kept = own.nonzero()[:, 0]
         return cls(index[kept], positions[kept], ends.to(torch.int32), groups, spread, kept)
 
-
     def rows(self, places: Tensor, width: int) -> Tensor:
         """[N n] where in the row the tokens at `places` [N, n] of the padded notes, `width` tokens each, are."""
         row = self.index.new_zeros(len(places) * width)

@@ -1,10 +1,12 @@
 """Which parts of the model are trained: `training.parts`, and `model.lora` for the LLM."""
 
+import torch
 from torch import nn
 
 from notellm2_core.config import PARTS, Config, Part
 from notellm2_core.model.lora import add_adapters, is_adapter
 from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.vision import VisionEncoder
 
 
 def parts_of(model: MLRMModel) -> dict[Part, list[tuple[str, nn.Parameter]]]:
@@ -21,8 +23,10 @@ def parts_of(model: MLRMModel) -> dict[Part, list[tuple[str, nn.Parameter]]]:
     return parts
 
 
-def set_trained(model: MLRMModel, config: Config) -> None:
+def set_trained(model: MLRMModel, config: Config, encoder: VisionEncoder | None = None) -> None:
     """Add the adapters of `model.lora`, and let the parts of `training.parts` alone ask for gradients.
+
+    `encoder`: the vision encoder where it is one of them.
 
     With adapters, the LLM's own weights are frozen. A frozen part is saved as it starts: the word embeddings of the new
     tokens then stay at the mean of the known ones, which says where an image or a compressed word is as well as any.
@@ -36,7 +40,10 @@ def set_trained(model: MLRMModel, config: Config) -> None:
     for part, parameters in parts_of(model).items():
         for name, parameter in parameters:
             parameter.requires_grad_(part in trained and (part != "llm" or not adapted or is_adapter(name)))
-    if not any(p.requires_grad for p in model.parameters()):
+    if encoder is not None:
+        encoder.requires_grad_(True)
+        encoder.to(memory_format=torch.contiguous_format)  # DeepSpeed sends weights as they lie
+    elif not any(p.requires_grad for p in model.parameters()):
         there = [part for part, parameters in parts_of(model).items() if parameters]
         raise ValueError(
             f"training.parts = {', '.join(trained)} leaves nothing to train with model.method = {config.model.method}; "

@@ -1,7 +1,8 @@
-"""The frozen vision encoder V_theta: pixels -> patch features and a global feature.
+"""The vision encoder V_theta: pixels -> patch features and a global feature.
 
-It is not part of the trained model: its features are computed once per distinct image (`notes/features.py`), and a
-copy of it stands beside every checkpoint. `encoder_id` names exactly what it computes.
+It is not part of the trained model. As long as it is frozen, its features are computed once per distinct image
+(`notes/features.py`); where it is trained, it stands before the model in every step (`with_features`). A copy of it
+stands beside every checkpoint. `encoder_id` names exactly what it computes.
 
 Shapes: N images, S input side in pixels, L patches, h_v width.
 """
@@ -9,6 +10,8 @@ Shapes: N images, S input side in pixels, L patches, h_v width.
 import hashlib
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,14 @@ from notellm2_core import config
 from notellm2_core.model.vision_architecture import SUPPORTED, Architecture, Preprocess
 from notellm2_core.model.vision_towers import LIBRARIES, architecture_of, build_tower
 from notellm2_core.model.vision_weights import load_tower
+from notellm2_core.notes.batch import NoteBatch
 
 FEATURES_VERSION = 1  # part of encoder_id: raise it when this code computes other features from the same weights
 _MAX_ASPECT = 8  # longer pictures are cut to their middle before they are resized
 
 
 class VisionEncoder(nn.Module):
-    """A tower with its preprocessing. Always in eval mode, in fp32, without gradients."""
+    """A tower with its preprocessing. Always in eval mode; in fp32, without gradients, but in a training of it."""
 
     def __init__(self, architecture: Architecture, tower: nn.Module) -> None:
         """Raises ValueError if the tower has no patch features as wide as its global feature."""
@@ -52,11 +56,16 @@ class VisionEncoder(nn.Module):
         """An RGB picture of any size -> [3, S, S]."""
         return to_pixels(image, self.architecture.preprocess)
 
-    @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 3, S, S] -> patches [N, L, h_v], global feature [N, h_v]."""
         patches, pooled = self.tower(pixels.contiguous(memory_format=torch.channels_last))
         return patches.contiguous(), pooled
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> "VisionEncoder":
+        """Another encoder of this architecture, with these weights by their names here, in fp32."""
+        tower = build_tower(self.architecture)
+        tower.load_state_dict({k.removeprefix("tower."): v.float() for k, v in weights.items()}, strict=True)
+        return VisionEncoder(self.architecture, tower)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
@@ -113,8 +122,33 @@ def vision_architecture(settings: config.Vision) -> Architecture:
     return architecture_of(settings)
 
 
+def with_features(batch: NoteBatch, encoder: VisionEncoder | None) -> NoteBatch:
+    """`batch` with the features of its pictures, by `encoder`, in place of their pixels. None: it has features."""
+    if encoder is None:
+        return batch
+    assert batch.pixels is not None and batch.picture is not None
+    dtype = next(encoder.parameters()).dtype
+    pixels = normalised(batch.pixels, encoder.architecture.preprocess).to(dtype)
+    features = encoder(pixels)  # [M, L, h_v], [M, h_v]
+    # The last row, that of notes without picture (-1), is zeros.
+    patches, pooled = (torch.cat([of, torch.zeros_like(of[:1])])[batch.picture] for of in features)
+    return replace(batch, patches=patches, global_feature=pooled, pixels=None, picture=None)
+
+
 def to_pixels(image: Image.Image, how: Preprocess) -> Tensor:
-    """Resize, cut the middle, normalise: [3, S, S], the same numbers as the library's own transform.
+    """[3, S, S], the same numbers as the library's own transform."""
+    return normalised(torch.from_numpy(cut_out(image, how)), how)
+
+
+def normalised(pixels: Tensor, how: Preprocess) -> Tensor:
+    """[..., S, S, 3] of 256 shades -> [..., 3, S, S] in fp32."""
+    shares = pixels.movedim(-1, -3).contiguous().float() / 255
+    mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (how.mean, how.std))
+    return (shares - mean) / std
+
+
+def cut_out(image: Image.Image, how: Preprocess) -> np.ndarray:
+    """Resize and cut the middle: [S, S, 3] uint8.
 
     Pictures longer than 8:1 are cut to their middle 8:1 first. Only the middle 1:1 is looked at anyway, and a line of
     10,000 x 1 pixels would be blown up to gigabytes.
@@ -134,10 +168,7 @@ def to_pixels(image: Image.Image, how: Preprocess) -> Tensor:
     image = image.resize(new, Image.Resampling[how.interpolation.upper()])
     corner = round if how.crop_corner == "nearest" else math.floor
     left, top = (corner((length - how.size_px) / 2) for length in new)
-    image = image.crop((left, top, left + how.size_px, top + how.size_px))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255  # [3, S, S]
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (how.mean, how.std))
-    return (pixels - mean) / std
+    return np.array(image.crop((left, top, left + how.size_px, top + how.size_px)))
 
 
 def _measure(architecture: Architecture, tower: nn.Module) -> tuple[int, int]:

@@ -80,12 +80,17 @@ class NoteBatch:
     patches: Tensor  # [N, L, h_v] fp32, zeros without image
     global_feature: Tensor  # [N, h_v] fp32, zeros without image
     has_image: Tensor  # [N] bool
+    # Where the vision encoder is trained, the features are empty until `model.vision.with_features` makes them of
+    # these.
+    pixels: Tensor | None = None  # [M, S, S, 3] uint8, distinct pictures, one at least
+    picture: Tensor | None = None  # [N] int64, which of them; -1 without image
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def to(self, device: torch.device | str) -> "NoteBatch":
-        return NoteBatch(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return NoteBatch(**{name: value if value is None else value.to(device) for name, value in values.items()})
 
 
 class MLRMProcessor:
@@ -213,11 +218,13 @@ class MLRMProcessor:
         patches: np.ndarray | None,
         global_feature: np.ndarray | None,
         has_image: np.ndarray,
+        pixels: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> NoteBatch:
         """A batch of N notes.
 
         patches [N, L, h_v] and global_feature [N, h_v] of any float type (None: no note has an image), has_image [N]
-        bool. Rows without image may hold anything: they become zeros. Raises ValueError if a shape does not fit.
+        bool. Rows without image may hold anything: they become zeros. pixels: in place of features, pictures
+        [M, S, S, 3] and which of them [N] each note has. Raises ValueError if a shape does not fit.
         """
         n, length = len(encoded), max(map(len, encoded))
         input_ids = torch.full((n, length), self._padding_id, dtype=torch.int64)
@@ -232,15 +239,22 @@ class MLRMProcessor:
                 image_mask[i, first + note.image_start : first + note.image_start + self.num_queries] = True
         visual_index = torch.tensor([e.visual_index for e in encoded])
         shown = np.asarray(has_image, dtype=bool) & np.array([e.reads_image for e in encoded])
+        if pixels is None:
+            of_pictures = {
+                "patches": _features(patches, shown, (n, self.num_patches, self.vision_width)),
+                "global_feature": _features(global_feature, shown, (n, self.vision_width)),
+            }
+        else:
+            of_pictures = dict(zip(("pixels", "picture"), map(torch.from_numpy, pixels), strict=True))
+            of_pictures |= {"patches": torch.empty(0), "global_feature": torch.empty(0)}
         return NoteBatch(
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_mask=image_mask,
             visual_index=torch.where(visual_index < 0, visual_index, visual_index + start),
             last_index=start + torch.tensor([len(e) for e in encoded]) - 1,
-            patches=_features(patches, shown, (n, self.num_patches, self.vision_width)),
-            global_feature=_features(global_feature, shown, (n, self.vision_width)),
             has_image=torch.from_numpy(shown),
+            **of_pictures,
         )
 
     def save_pretrained(self, folder: Path | str) -> None:

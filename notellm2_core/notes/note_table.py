@@ -5,7 +5,7 @@ missing text is empty, of rows with one id the last counts, and a note without t
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,17 +59,17 @@ class NoteTable:
         ]  # fmt: skip
 
 
-def read_note_table(path: Path, images: Path | None = None) -> NoteTable:
+def read_note_table(path: Path, images: Path | None = None, only: Collection[str] | None = None) -> NoteTable:
     """The notes of a source folder (its notes.parquet), of a Parquet file, or of a folder of Parquet files.
 
-    images: the folder that image_path is relative to; None: the folder of the notes. Raises ValueError where there is
-    no Parquet, a column is missing, or no note is left.
+    images: the folder that image_path is relative to; None: the folder of the notes. only: the notes of these ids;
+    None: all. Raises ValueError where there is no Parquet, a column is missing, or no note is left.
     """
     rows: dict[str, _Row] = {}
     dropped: Counter[str] = Counter()
     for file in _files(path):
         with naming(file), pq.ParquetFile(file) as parquet:
-            _read(parquet, file, rows, dropped)
+            _read(parquet, file, rows, dropped, only)
     bare = [r for r in rows.values() if not _has_text(r.note) and not r.image_path]
     data = _read_bytes(bare)
     for row in bare:
@@ -90,7 +90,9 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _read(parquet: pq.ParquetFile, file: Path, rows: dict[str, _Row], dropped: Counter[str]) -> None:
+def _read(
+    parquet: pq.ParquetFile, file: Path, rows: dict[str, _Row], dropped: Counter[str], only: Collection[str] | None
+) -> None:
     """Adds the notes of one file to `rows`, and what cannot be used to `dropped`."""
     names = parquet.schema_arrow.names
     if missing := [name for name in SOURCE_NOTE_COLUMNS if name not in names]:
@@ -107,7 +109,7 @@ def _read(parquet: pq.ParquetFile, file: Path, rows: dict[str, _Row], dropped: C
             note_id = (fields[0] or "").strip(WHITE_SPACE)
             if not note_id:
                 dropped["null_note_id"] += 1
-            else:
+            elif only is None or note_id in only:
                 if rows.pop(note_id, None) is not None:
                     dropped["duplicate_note_id"] += 1
                 note = Note(note_id, fields[1] or "", parse_topics(some), fields[2] or "")

@@ -1,13 +1,15 @@
 """Notes -> embeddings: sharded, resumable, with multimodal, image-only or text-only inputs.
 
     python -m notellm2_core.retrieval.export --config FILE --model DIR --notes DIR --images DIR --store DIR
-        [--note-ids PARQUET] --inputs multimodal,image,text --out DIR [--reuse DIR ...]
+        [--note-ids PARQUET] --inputs multimodal,image,text --out DIR [--reuse DIR ...] [--pictures NOTES SOURCE]
 
 writes OUT/<inputs>/part-00000.parquet (schema.embeddings: unit vectors, fp32). Started by torchrun, each rank does
 every WORLD_SIZE-th shard on its own device, on as many machines as share OUT.
 
 A shard is written whole; a killed export goes on with the shards that it had not finished, and gives the same files
 as one that was not killed, because batches never reach over a shard.
+
+A model whose vision encoder was trained has one that the store knows nothing of: its pictures are encoded anew.
 
 Precision: fp32 on a CPU; on a GPU the weights are bf16 unless training.precision is fp32 (what training's forward
 computes in), with the normalisation in fp32 either way.
@@ -32,10 +34,12 @@ from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
 from notellm2_core.embeddings import Made, read_note_ids, write_shards
-from notellm2_core.inference.batch_embedder import BatchEmbedder
-from notellm2_core.model.build import load_model, require_its_encoder
+from notellm2_core.inference.batch_embedder import BatchEmbedder, FeatureSource
+from notellm2_core.inference.pictures import EncodedWhenAsked
+from notellm2_core.model.build import its_own_encoder, load_model
 from notellm2_core.notes.batch import InputKind
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
+from notellm2_core.notes.lake_pictures import PICTURES_OPTION, LakePictures, PictureFolders
 from notellm2_core.notes.token_table import read_tokens
 from notellm2_core.processes import die_with_parent, is_of_torchrun
 
@@ -50,34 +54,41 @@ def deciding_files(model_dir: Path) -> dict[str, str]:
 def export(
     config: Config, model_dir: Path, notes_dir: Path, images_dir: Path, store_dir: Path, inputs: Sequence[InputKind],
     out: Path, note_ids: Sequence[str] | None = None, reuse: Sequence[Path] = (),
+    pictures: PictureFolders | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Embed the notes (or those of `note_ids`) for each kind of input into OUT/<inputs>. Returns counts and speed.
 
     A note whose content OUT or one of the former exports `reuse` has by the same model is not embedded again.
+    `pictures`: needed where the model's vision encoder is not that of the store.
 
     Raises ValueError where model, notes and images do not belong together.
     """
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    vision_encoder = encoder_id(images_dir)
     images = read_note_images(images_dir)
     model, processor = load_model(model_dir)
+    encoder = its_own_encoder(model, model_dir, encoder_id(images_dir), pictures)
+    vision_encoder = encoder_id(images_dir) if encoder is None else encoder.encoder_id
     notes = read_tokens(notes_dir, processor, note_ids)
     if unknown := notes.keys() - images.keys():
         raise ValueError(
             f"{len(unknown)} notes are not in {images_dir}: run notellm2_core.notes.features on them first."
         )
-    if model.config.encoder_id:  # a bare save_pretrained names none
-        require_its_encoder(model.config, vision_encoder)
     device, dtype = _device(config)
     nn.Module.to(model, device, dtype)
-    embedder = BatchEmbedder(
-        model, processor, notes, images, FeatureStore(store_dir / vision_encoder),
-        config.export.batch_notes, device,
-    )  # fmt: skip
+    features: FeatureSource
+    if encoder is None:
+        features = FeatureStore(store_dir / vision_encoder)
+    else:
+        assert pictures is not None
+        max_pixels, batch_pictures = config.source.max_image_pixels, config.model.vision.batch_size
+        of_notes = LakePictures(pictures, images, notes.keys(), max_pixels)
+        features = EncodedWhenAsked(encoder.to(device), of_notes, max_pixels, batch_pictures)
+    embedder = BatchEmbedder(model, processor, notes, images, features, config.export.batch_notes, device)
     weights = deciding_files(model_dir)
     counts: dict[str, Any] = {
         "notes": len(notes),
         "notes_without_picture": sum(images[i] is None for i in notes),
+        "pictures": "stored features" if encoder is None else "encoded anew",
         "device": str(device),
         "precision": str(dtype).removeprefix("torch."),
         "reused": {},  # of the first rank's shards, notes whose vectors were there already
@@ -137,11 +148,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--inputs", default="multimodal", help="list out of multimodal, image, text")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--reuse", type=Path, nargs="*", default=[], help="former exports: what is unchanged is taken")
+    parser.add_argument("--pictures", **PICTURES_OPTION)
     args = parser.parse_args(argv)
     with one_line_errors():
         counts = export(
             load_config(args.config), args.model, args.notes, args.images, args.store, parse_inputs(args.inputs),
             args.out, read_note_ids(args.note_ids) if args.note_ids else None, args.reuse,
+            args.pictures and PictureFolders(*args.pictures),
         )  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
             json.dump(counts, sys.stdout)

@@ -15,14 +15,17 @@ import numpy as np
 import pyarrow.dataset as pads
 import torch
 
-from notellm2_core.config import Config, KnownPositives
+from notellm2_core.config import Config, KnownPositives, Source
+from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.notes.batch import FieldTokens, MLRMProcessor, NoteBatch
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
+from notellm2_core.notes.lake_pictures import LakePictures, PictureFolders
 from notellm2_core.notes.text import InputKind
 from notellm2_core.notes.token_table import read_tokens
 from notellm2_core.retrieval.hard_negatives import read_hard_negatives
 from notellm2_core.training.feature_table import FeatureTable
 from notellm2_core.training.losses import RowFacts
+from notellm2_core.training.pixel_table import PixelTable
 
 _LOOKAHEAD_BATCHES = 4  # how long a pair may wait for a batch that has neither of its notes
 
@@ -55,12 +58,13 @@ class TrainingData:
         processor: MLRMProcessor,
         tokens: Mapping[str, FieldTokens],
         images: Mapping[str, str | None],
-        features: FeatureTable,
+        pictures: FeatureTable | PixelTable,
         train_pairs: Sequence[tuple[str, str]],
         validation_pairs: Sequence[tuple[str, str]] = (),
         hard_negatives: Path | None = None,
     ) -> None:
-        """`images`: note_id -> image_id or None. `hard_negatives`: what was mined for these pairs.
+        """`images`: note_id -> image_id or None. `pictures`: what the model, or its encoder, reads of them.
+        `hard_negatives`: what was mined for these pairs.
 
         Raises ValueError where a pair names a note that `tokens` lacks, or the hard negatives are of other pairs.
         """
@@ -70,17 +74,17 @@ class TrainingData:
             raise ValueError(f"{len(missing)} notes of the pairs are not among the notes, the first is {missing[0]!r}")
         self._processor = processor
         self._tokens = [tokens[n] for n in self.note_ids]
-        self._features = features
-        image_ids = [images.get(n) for n in self.note_ids]
-        self._feature_rows = np.array([features.row(i) for i in image_ids], dtype=np.int64)  # [notes]; -1: no image
+        self._pictures = pictures
+        of_notes = [-1 if (i := images.get(n)) is None else pictures.rows[i] for n in self.note_ids]
+        self._picture_rows = np.array(of_notes, dtype=np.int64)  # [notes]; -1: no image
         self._has_text = np.array([any(map(len, fields)) for fields in self._tokens])
         self.train_pairs = self._numbers(train_pairs)  # [P, 2]
         self.validation_pairs = self._numbers(validation_pairs)
         texts = _codes([tuple(field.tobytes() for field in fields) for fields in self._tokens])
         pairs = np.concatenate([self.train_pairs, self.validation_pairs])
         self._same = {
-            "multimodal": SameNotes(np.stack([texts, self._feature_rows]), pairs),
-            "image": SameNotes(_or_itself(self._feature_rows, self._feature_rows >= 0), pairs),
+            "multimodal": SameNotes(np.stack([texts, self._picture_rows]), pairs),
+            "image": SameNotes(_or_itself(self._picture_rows, self._picture_rows >= 0), pairs),
             "text": SameNotes(_or_itself(texts, self._has_text), pairs),
         }
 
@@ -92,16 +96,18 @@ class TrainingData:
         return np.unique(self.train_pairs)
 
     def has_image(self, rows: np.ndarray) -> np.ndarray:
-        return self._feature_rows[rows] >= 0
+        return self._picture_rows[rows] >= 0
 
     def note_batch(self, rows: np.ndarray, inputs: Sequence[InputKind] = ("multimodal",)) -> NoteBatch:
         """The model input of these notes, padded to the longest of them; once for each kind of input, one after the
         other.
         """
         encoded = [self._processor.lay_out(self._tokens[row], kind) for kind in inputs for row in rows.tolist()]
-        rows = np.tile(rows, len(inputs))
-        patches, global_feature = self._features.take(self._feature_rows[rows])
-        return self._processor.collate(encoded, patches, global_feature, self.has_image(rows))
+        pictures = self._picture_rows[np.tile(rows, len(inputs))]
+        if isinstance(self._pictures, FeatureTable):
+            return self._processor.collate(encoded, *self._pictures.take(pictures), pictures >= 0)
+        read = np.where([note.reads_image for note in encoded], pictures, -1)
+        return self._processor.collate(encoded, None, None, pictures >= 0, self._pictures.take(read))
 
     def num_tokens(self, rows: np.ndarray, inputs: Sequence[InputKind] = ("multimodal",)) -> np.ndarray:
         """[len(rows)] tokens that the model reads of each note, over all `inputs`."""
@@ -163,21 +169,32 @@ def load_training_data(
     pairs: Path,
     cache: Path,
     hard_negatives: Path | None = None,
+    encoder: VisionEncoder | None = None,
+    pictures: PictureFolders | None = None,
+    max_pixels: int = Source().max_image_pixels,
 ) -> TrainingData:
     """Read everything the pairs name, and nothing else.
 
-    `notes`: the notes dataset, or its tokens. `cache`: where the feature table is kept (feature_table.py).
-    `hard_negatives`: what was mined for these pairs.
+    `notes`: the notes dataset, or its tokens. `cache`: where the table of features, or of pixels, is kept.
+    `hard_negatives`: what was mined for these pairs. `encoder`: which is to read the notes' `pictures`, of at most
+    `max_pixels`; None: their features are in the store.
 
-    Raises ValueError where there are no training pairs, or a note or a feature is missing.
+    Raises ValueError where there are no training pairs, or a note, a feature or a picture is missing.
     """
     train, validation = read_pairs(pairs / "train"), read_pairs(pairs / "validation")
     if not train:
         raise ValueError(f"{pairs / 'train'} holds no pairs: nothing to train on")
     wanted = {n for pair in (*train, *validation) for n in pair}
     note_images = {n: i for n, i in read_note_images(images).items() if n in wanted}
-    image_ids = sorted({i for i in note_images.values() if i is not None})
-    table = FeatureTable.build(FeatureStore(store / encoder_id(images)), image_ids, cache)
+    table: FeatureTable | PixelTable
+    if encoder is None:
+        image_ids = sorted({i for i in note_images.values() if i is not None})
+        table = FeatureTable.build(FeatureStore(store / encoder_id(images)), image_ids, cache)
+    elif pictures is None:
+        raise ValueError("the vision encoder is trained, or was: say where the pictures are (--pictures NOTES SOURCE)")
+    else:
+        lake_pictures = LakePictures(pictures, note_images, wanted, max_pixels)
+        table = PixelTable.build(lake_pictures, encoder.architecture.preprocess, cache)
     tokens = read_tokens(notes, processor, wanted)
     return TrainingData(processor, tokens, note_images, table, train, validation, hard_negatives)
 

@@ -23,6 +23,7 @@ from notellm2_core.config import Config, Training
 from notellm2_core.model.lora import is_adapter
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.training.launch import num_threads
 from notellm2_core.training.step import TrainingStep
 
@@ -178,17 +179,20 @@ def broadcast_new_modules(model: MLRMModel, device: torch.device) -> None:
             parameter.data.copy_(values)
 
 
-def make_engine(model: MLRMModel, config: Config, precision: Precision) -> Any:
-    """The DeepSpeed engine around `model`, on this rank's device."""
+def make_engine(model: MLRMModel, config: Config, precision: Precision, encoder: VisionEncoder | None = None) -> Any:
+    """The DeepSpeed engine around `model`, and the vision encoder where it is trained, on this rank's device."""
     training = config.training
     on_gpu = torch.cuda.is_available()
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     autocast = precision == "bf16" and not on_gpu
-    step = TrainingStep(model, get_method(config.model.method), autocast)
+    step = TrainingStep(model, get_method(config.model.method), autocast, encoder)
+    groups = model.parameter_groups()
+    if encoder is not None:  # pretrained, as the LLM is
+        groups["llm"] += encoder.named_parameters()
     engine, *_ = import_deepspeed().initialize(
         model=step,
-        model_parameters=optimizer_groups(model.parameter_groups(), training),
+        model_parameters=optimizer_groups(groups, training),
         config=deepspeed_config(training, precision, dist.get_world_size(), on_gpu),
     )
     return engine

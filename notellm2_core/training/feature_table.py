@@ -50,10 +50,6 @@ class FeatureTable:
         table = np.load(path, mmap_mode="r") if len(image_ids) else np.zeros(shape, np.float16)
         return cls(table, {image_id: row for row, image_id in enumerate(image_ids)})
 
-    def row(self, image_id: str | None) -> int:
-        """The row of this image; -1 for None, which has no features."""
-        return -1 if image_id is None else self.rows[image_id]
-
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(patches [len(rows), L, h_v], global features [len(rows), h_v]); zeros where the row is -1."""
         values = np.zeros((len(rows), *self.values.shape[1:]), dtype=np.float16)

@@ -20,6 +20,7 @@ def launch_command(
     pairs: Path,
     work: Path,
     out: Path,
+    pictures: tuple[Path, Path] | None = None,
     hard_negatives: Path | None = None,
     train_days: tuple[str, str] | None = None,
     mlflow_uri: str | None = None,
@@ -42,6 +43,8 @@ def launch_command(
     command += ["--config", str(config_file)]
     for name, folder in folders.items():
         command += [f"--{name}", str(folder)]
+    if pictures is not None:
+        command += ["--pictures", *map(str, pictures)]
     if hard_negatives is not None:
         command += ["--hard-negatives", str(hard_negatives)]
     if train_days:

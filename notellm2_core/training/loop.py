@@ -19,6 +19,8 @@ from notellm2_core.lake import fingerprint, write_atomically
 from notellm2_core.model.build import build_model
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.parts import set_trained
+from notellm2_core.model.vision import VisionEncoder
+from notellm2_core.notes.lake_pictures import PictureFolders
 from notellm2_core.recipe import FREE_TRAINING_SETTINGS, TEXT_SETTINGS
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
@@ -52,6 +54,7 @@ class Paths:
     work: Path  # checkpoints and curves; give the same again to resume
     out: Path
     hard_negatives: Path | None = None  # where training.hard_negatives.num asks for some
+    pictures: PictureFolders | None = None  # where training.parts has vision
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,17 @@ def _run(
     rank, num_ranks, training = dist.get_rank(), dist.get_world_size(), config.training
     with engines.first_on_machine():
         model, processor = build_model(config, model_cache(config))
+        encoder = VisionEncoder.from_pretrained(paths.images / "vision") if config.trains_vision else None
         data = load_training_data(
             processor, paths.notes, paths.images, paths.store, paths.pairs, paths.work,
             paths.hard_negatives if training.hard_negatives.num else None,
+            encoder, paths.pictures, config.source.max_image_pixels,
         )  # fmt: skip
+    if encoder is not None and rank == 0:
+        told = "the vision encoder is trained: every step encodes its pictures, and their stored features are not read"
+        print(told, file=sys.stderr)
+        if reports.log is not None:
+            reports.log(told)
     settings = run_settings(config, data)
     known_run = open_work(paths.work, settings)
     if (done := paths.out / DONE).exists():  # perhaps this training's, killed before it could exit
@@ -102,19 +112,20 @@ def _run(
         training.num_checkpoints,
     )
     first_step = checkpoints.last_step()
-    set_trained(model, config)
+    set_trained(model, config, encoder)
     moved = first_step > 0 and training.zero_stage > 0 and checkpoints.num_ranks(first_step) != num_ranks
     if first_step == 0 or moved:
-        apply_start(model, processor, data, config)
+        apply_start(model, data, config, encoder)
     model.train()
     engines.broadcast_new_modules(model, device)
     batches = schedule(data.contents(data.train_pairs), training.batch_pairs, training.num_steps, config.seed)
     if not known_run:
-        known_run = {"settings": settings, "precision": choose_precision(model, data, batches[0], config, device)}
+        precision = choose_precision(model, data, batches[0], config, device, encoder)
+        known_run = {"settings": settings, "precision": precision}
         if rank == 0:
             write_atomically(paths.work / "run.json", json.dumps(known_run, indent=1))
     speed = Speed(model, device, num_ranks)
-    engine = engines.make_engine(model, config, known_run["precision"])
+    engine = engines.make_engine(model, config, known_run["precision"], encoder)
     if moved:
         rows = data.train_pairs[batches[0]].reshape(-1)
         load_moved(engine, checkpoints.folder, first_step, lambda: idle_step(engine, data, rows, config, device))
@@ -125,7 +136,7 @@ def _run(
     try:
         _train(engine, data, batches, first_step, config, device, checkpoints, progress, speed, paths.work)
         facts = _facts(progress, config, data, known_run["precision"], num_ranks)
-        save_model(model, processor, paths.images / "vision", paths.out, config, train_days, facts)
+        save_model(model, processor, paths.images / "vision", paths.out, config, train_days, facts, encoder)
     except TrainingError:  # on every rank: what is being written is not lost
         checkpoints.close()
         raise

@@ -7,17 +7,25 @@ import torch
 import torch.distributed as dist
 
 from notellm2_core.config import Config
+from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.training.data import TrainingData
 from notellm2_core.training.engine import Precision
 from notellm2_core.training.micro_batches import plan
+from notellm2_core.training.step import TrainingStep
 
 _NUM_NOTES = 16
 _WORTH_IT = 0.9  # bf16 must take less than this share of fp32's time, so that a tie is fp32 on every run
 
 
 def choose_precision(
-    model: MLRMModel, data: TrainingData, pairs: np.ndarray, config: Config, device: torch.device
+    model: MLRMModel,
+    data: TrainingData,
+    pairs: np.ndarray,
+    config: Config,
+    device: torch.device,
+    encoder: VisionEncoder | None = None,
 ) -> Precision:
     """The precision of this run, the same on every rank. `pairs` [B]: those of the first step.
 
@@ -31,18 +39,18 @@ def choose_precision(
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     rows = data.train_pairs[pairs].reshape(-1)
     own = plan(data.num_tokens(rows), dist.get_world_size())[dist.get_rank()][0]  # the longest notes first
-    batch = data.note_batch(rows[own[:: max(1, len(own) // _NUM_NOTES)][:_NUM_NOTES]]).to(device)
+    method = get_method(config.model.method)
+    batch = data.note_batch(rows[own[:: max(1, len(own) // _NUM_NOTES)][:_NUM_NOTES]], method.inputs).to(device)
     seconds = []
     for autocast in (False, True):
+        step = TrainingStep(model, method, autocast, encoder)
         for attempt in ("warm up", "measure"):
             dist.barrier()
             start = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                output = model(batch)
-            loss = output.multimodal.float().square().sum()
+            loss = step(batch).rows.square().sum()
             if loss.requires_grad:  # not where the temperature alone is trained
                 loss.backward()
-            model.zero_grad(set_to_none=True)
+            step.zero_grad(set_to_none=True)
             if attempt == "measure":
                 seconds.append(time.perf_counter() - start)
     choice = torch.tensor([int(seconds[1] < _WORTH_IT * seconds[0])])

@@ -18,19 +18,25 @@ from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
 from notellm2_core.lake import write_atomically
-from notellm2_core.model.build import load_model, require_its_encoder
+from notellm2_core.model.build import its_own_encoder, load_model
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
 from notellm2_core.model.saliency import Loss, Measurement, measure
+from notellm2_core.model.vision import VisionEncoder, with_features
 from notellm2_core.notes.batch import NoteBatch
 from notellm2_core.notes.feature_store import encoder_id
+from notellm2_core.notes.lake_pictures import PICTURES_OPTION, PictureFolders
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
 from notellm2_core.training.losses import RowFacts, capped_tau
 from notellm2_core.training.step import method_losses
 
 
-def measure_on_training_pairs(model: MLRMModel, data: TrainingData, config: Config) -> Measurement:
+def measure_on_training_pairs(
+    model: MLRMModel, data: TrainingData, config: Config, encoder: VisionEncoder | None = None
+) -> Measurement:
     """`config.evaluation.saliency_pairs` training pairs, chosen by the seed, in batches of one size.
+
+    `encoder`: what reads the pictures of `data`, where it has pixels.
 
     The number is rounded up to whole batches, and cut to the pairs that there are. On a GPU where there is one; the
     model then stays there. Raises ValueError where there are fewer than 2 pairs: nothing is contrasted then.
@@ -42,12 +48,14 @@ def measure_on_training_pairs(model: MLRMModel, data: TrainingData, config: Conf
     batches = schedule(data.contents(data.train_pairs), math.ceil(num_pairs / num_batches), num_batches, config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(model, device)
+    if encoder is not None:
+        encoder.to(device)
 
     def prepared() -> Iterator[tuple[NoteBatch, Loss]]:
         for pairs in batches:
             rows = data.train_pairs[pairs].reshape(-1)  # [2B], pair k in rows 2k and 2k + 1
             facts = data.facts(rows, config.training.known_positives).to(device)
-            yield data.note_batch(rows).to(device), _loss(model, config, facts)
+            yield with_features(data.note_batch(rows).to(device), encoder), _loss(model, config, facts)
 
     return measure(model, prepared())
 
@@ -79,17 +87,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, required=True, help="what the features command wrote")
     parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
+    parser.add_argument("--pictures", **PICTURES_OPTION)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     with one_line_errors():
         config = load_config(args.config)
         model, processor = load_model(args.model)
-        if model.config.encoder_id:  # a bare save_pretrained names none
-            require_its_encoder(model.config, encoder_id(args.images))
+        pictures = args.pictures and PictureFolders(*args.pictures)
+        encoder = its_own_encoder(model, args.model, encoder_id(args.images), pictures)
         args.out.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".", dir=args.out) as cache:  # not in /tmp: it may be large
-            data = load_training_data(processor, args.notes, args.images, args.store, args.pairs, Path(cache))
-            found = measure_on_training_pairs(model, data, config)
+            data = load_training_data(
+                processor, args.notes, args.images, args.store, args.pairs, Path(cache),
+                encoder=encoder, pictures=pictures, max_pixels=config.source.max_image_pixels,
+            )  # fmt: skip
+            found = measure_on_training_pairs(model, data, config, encoder)
         record = {"method": model.config.method, **asdict(found)}
         write_atomically(args.out / "saliency.json", json.dumps(record, indent=1))
 

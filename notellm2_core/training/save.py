@@ -16,7 +16,7 @@ from notellm2_core.lake import write_atomically
 from notellm2_core.model.lora import adapted_layers, is_adapter, merge
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.model.vision import saved_encoder_id
+from notellm2_core.model.vision import VisionEncoder, saved_encoder_id
 from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.training.losses import MAX_TAU
 
@@ -31,19 +31,24 @@ def save_model(
     config: Config,
     train_days: Sequence[str] | None = None,
     facts: Mapping[str, Any] | None = None,
+    encoder: VisionEncoder | None = None,
 ) -> None:
-    """Write model, processor, a copy of the `vision` folder and the model card into `out`; training.json comes last.
+    """Write model, processor, vision encoder and the model card into `out`; training.json comes last.
 
-    `facts`: of the training, for training.json and the card; None: an untrained start. Called on all ranks; rank 0
-    writes. The weights are as they were trained: fp32 on a CPU, bf16 on a GPU. Raises ValueError where `vision` holds
-    no encoder.
+    `vision`: folder of the encoder that stayed frozen, or from which `encoder` was trained. `facts`: of the training,
+    for training.json and the card; None: an untrained start. Called on all ranks; rank 0 writes. The weights are as
+    they were trained: fp32 on a CPU, bf16 on a GPU (but the encoder's files are fp32). Raises ValueError where `vision`
+    holds no encoder.
     """
     weights = plain_weights(model)
+    of_encoder = None if encoder is None else full_weights(encoder)
     if weights is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / DONE).unlink(missing_ok=True)
-        model.config.encoder_id = saved_encoder_id(vision)
         shutil.copytree(vision, out / "vision", dirs_exist_ok=True)
+        if encoder is not None and of_encoder is not None:
+            encoder.with_weights(of_encoder).save_pretrained(out / "vision")
+        model.config.encoder_id = saved_encoder_id(out / "vision")
         processor.save_pretrained(out)
         sizes = {name: weight.numel() for name, weight in weights.items()}
         model.save_pretrained(out, state_dict=weights, safe_serialization=True)

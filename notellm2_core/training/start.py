@@ -15,6 +15,7 @@ step counts can afford a random start; a short run of a small model cannot (docs
 
 import argparse
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ from notellm2_core.config_file import load_config
 from notellm2_core.model.build import build_model
 from notellm2_core.model.fusion import LateFusion
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.model.vision import VisionEncoder, with_features
+from notellm2_core.notes.batch import NoteBatch
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache
 from notellm2_core.training.launch import TRAIN_DAYS_HELP
 from notellm2_core.training.save import save_model
@@ -37,11 +39,11 @@ from notellm2_core.training.save import save_model
 _BATCH_NOTES = 32
 
 
-def apply_start(model: MLRMModel, processor: MLRMProcessor, data: TrainingData, config: Config) -> None:
+def apply_start(model: MLRMModel, data: TrainingData, config: Config, encoder: VisionEncoder | None = None) -> None:
     """Set the new modules of `model` as `config.model.start` says. Deterministic by config.seed.
 
-    `processor` is what `data` was made with. Measured on a GPU where there is one; the model then stays there. Raises
-    ValueError where there are too few notes to measure on.
+    `encoder`: what reads the pictures of `data`, where it has pixels. Measured on a GPU where there is one; the models
+    then stay there. Raises ValueError where there are too few notes to measure on.
     """
     start = config.model.start
     if model.fusion is not None:
@@ -54,11 +56,23 @@ def apply_start(model: MLRMModel, processor: MLRMProcessor, data: TrainingData, 
     if len(chosen) < 2:
         raise ValueError(f"model.start needs at least 2 training notes to measure on, there are {len(chosen)}")
     was_training = model.training
-    nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    nn.Module.to(model, device)
+    if encoder is not None:
+        encoder.to(device)
     model.eval()
+
+    @torch.no_grad()
+    def batch_of(rows: np.ndarray) -> NoteBatch:
+        return with_features(data.note_batch(rows).to(device), encoder)
+
+    batches = [chosen[i : i + _BATCH_NOTES] for i in range(0, len(chosen), _BATCH_NOTES)]
     if start.visual_token_gain is not None:
-        scale_visual_words(model, data, chosen, start.visual_token_gain)
-    states, branch = _states(model, data, chosen)
+        scale_visual_words(model, map(batch_of, batches), start.visual_token_gain)
+    silent = dist.is_initialized() and dist.get_rank() > 0
+    states, branch = _states(
+        model, map(batch_of, tqdm(batches, desc="measuring the start", unit="batch", disable=silent))
+    )
     if start.pca_projector:
         set_pca(model.projector, states)
     if model.fusion is not None and branch is not None:
@@ -111,7 +125,7 @@ def centre(projector: nn.Linear, states: Tensor) -> None:
 
 
 @torch.no_grad()
-def scale_visual_words(model: MLRMModel, data: TrainingData, rows: np.ndarray, gain: float) -> None:
+def scale_visual_words(model: MLRMModel, batches: Iterable[NoteBatch], gain: float) -> None:
     """Scale the connector's last layer: the visual embeddings of these notes get `gain` times the length of a word's.
 
     Lengths are root mean squares, over the pictures' visual embeddings and over the notes' tokens. Does nothing where
@@ -119,10 +133,8 @@ def scale_visual_words(model: MLRMModel, data: TrainingData, rows: np.ndarray, g
     """
     if model.connector is None:
         return
-    device = next(model.parameters()).device
     visual, words = [], []
-    for i in range(0, len(rows), _BATCH_NOTES):
-        batch = data.note_batch(rows[i : i + _BATCH_NOTES]).to(device)
+    for batch in batches:
         visual.append(model.connector(batch.patches[batch.has_image]).square().sum(-1).flatten())
         text = batch.attention_mask.bool() & ~batch.image_mask
         words.append(model.get_input_embeddings()(batch.input_ids[text]).square().sum(-1))
@@ -142,13 +154,11 @@ def scale_branch(fusion: LateFusion, branch: Tensor, factor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _states(model: MLRMModel, data: TrainingData, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
+def _states(model: MLRMModel, batches: Iterable[NoteBatch]) -> tuple[Tensor, Tensor | None]:
     """The LLM's n_m before the fusion [n, h], and v [n, h] where the method fuses."""
-    device = next(model.parameters()).device
     llm, branch = [], []
-    silent = dist.is_initialized() and dist.get_rank() > 0
-    for i in tqdm(range(0, len(rows), _BATCH_NOTES), desc="measuring the start", unit="batch", disable=silent):
-        states = model.states(data.note_batch(rows[i : i + _BATCH_NOTES]).to(device))
+    for batch in batches:
+        states = model.states(batch)
         llm.append(states.llm_multimodal)
         if states.global_branch is not None:
             branch.append(states.global_branch)
@@ -172,7 +182,7 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=args.out) as cache:  # not in /tmp: it may be large
             data = load_training_data(processor, args.notes, args.images, args.store, args.pairs, Path(cache))
-            apply_start(model, processor, data, config)
+            apply_start(model, data, config)
         save_model(model, processor, args.images / "vision", args.out, config, args.train_days)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from notellm2_core.config import Config
 from notellm2_core.model.methods import Method, get_method
 from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.vision import VisionEncoder, with_features
 from notellm2_core.notes.batch import NoteBatch
 from notellm2_core.training.losses import Losses, RowFacts, capped_tau, note_losses, omni_losses
 
@@ -26,17 +27,20 @@ class Embedded(NamedTuple):
 class TrainingStep(nn.Module):
     """MLRM and tau as one module: DeepSpeed hooks its forward and finds every weight in it."""
 
-    def __init__(self, model: MLRMModel, method: Method, autocast: bool = False) -> None:
-        """`autocast`: the forward runs under torch's bf16 autocast."""
+    def __init__(
+        self, model: MLRMModel, method: Method, autocast: bool = False, encoder: VisionEncoder | None = None
+    ) -> None:
+        """`autocast`: the forward runs under torch's bf16 autocast. `encoder`: where it is trained with the model."""
         super().__init__()
         self.model = model
         self.method = method
         self.autocast = autocast
+        self.encoder = encoder
 
     def forward(self, batch: NoteBatch) -> Embedded:
         """`batch` holds n notes, once for each of the method's inputs."""
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
-            output = self.model(batch)
+            output = self.model(with_features(batch, self.encoder))
         views = [*output.multimodal.chunk(len(self.method.inputs))]
         if "visual" in self.method.losses:
             assert output.visual is not None

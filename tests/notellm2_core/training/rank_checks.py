@@ -5,6 +5,7 @@ updated weights of the first, and those with adapters merged, go to OUT/ranks-<R
 the first step is loaded into a fresh engine, and its second step must give the same weights to the last bit.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from notellm2_core.config import Config
+from notellm2_core.config import PARTS, Config
 from notellm2_core.config_file import load_config
 from notellm2_core.model.build import build_model
 from notellm2_core.model.lora import is_adapter
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.parts import set_trained
-from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
@@ -43,6 +45,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of tr
         {"parts": ["llm", "connector", "temperature"]},
         {"lora": {"rank": 4}},
     ),  # words, fusion, projector stay
+    "vision": ({"parts": [*PARTS, "vision"]}, {}),
+    "vision_gradcache": ({"parts": [*PARTS, "vision"], "micro_batch_tokens": 500}, {"method": "omni_retrieval"}),
 }
 
 
@@ -54,16 +58,27 @@ def settings(stage: int, variant: str) -> Config:
     return tiny_config(training | of_training, **of_model)
 
 
-def build(config: Config, cache: Path) -> tuple[MLRMModel, MLRMProcessor]:
-    """The model before its first step. The adapters' B is not 0: A would have no gradient to compare."""
-    model, processor = build_model(config, cache)
-    set_trained(model, config)
+def build(config: Config, world: World) -> tuple[MLRMModel, TrainingData, VisionEncoder | None]:
+    """The model before its first step, its data, and its encoder where that is trained. The adapters' B is not 0: A
+    would have no gradient to compare.
+    """
+    with engines.first_on_machine() if dist.is_initialized() else nullcontext():
+        model, processor = build_model(config, world.path("models"))
+        encoder = VisionEncoder.from_pretrained(world.path("images") / "vision") if config.trains_vision else None
+        folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
+        data = load_training_data(processor, *folders, encoder=encoder, pictures=world.pictures)
+    set_trained(model, config, encoder)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_adapter(name):
                 parameter.normal_(std=0.05)
-    return model.train(), processor
+    return model.train(), data, encoder
+
+
+def named_parameters(model: MLRMModel, encoder: VisionEncoder | None) -> dict[str, nn.Parameter]:
+    of_encoder = {} if encoder is None else {f"encoder.{name}": p for name, p in encoder.named_parameters()}
+    return dict(model.named_parameters()) | of_encoder
 
 
 def with_negatives(data: TrainingData, rows: np.ndarray, config: Config, index: int) -> np.ndarray:
@@ -80,12 +95,16 @@ def step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, inde
     share = share_out(data, with_negatives(data, rows, config, index), inputs, budget, torch.device("cpu"))
     assert (len(share.parts) > 1) == (budget is not None)
     losses = batch_gradient(engine, data, share, config, (0, index)).losses
-    model = engine.module.model
-    found = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters() if p.requires_grad and grads}
+    model, encoder = engine.module.model, engine.module.encoder
+    named = named_parameters(model, encoder)
+    found = {n: safe_get_full_grad(p).clone() for n, p in named.items() if p.requires_grad and grads}
     engines.set_learning_rate(engine.optimizer, 1.0 if index == 0 else 0.5)
     norm = engines.optimizer_step(engine)
-    weights = {"weights": full_weights(model), "plain": plain_weights(model)}
-    return {"loss": losses.total.item(), "norm": norm, "grads": found, **weights}
+    weights, of_encoder = full_weights(model), {} if encoder is None else full_weights(encoder)
+    if weights is not None and of_encoder is not None:
+        weights |= {f"encoder.{name}": weight for name, weight in of_encoder.items()}
+    losses_and_weights = {"loss": losses.total.item(), "weights": weights, "plain": plain_weights(model)}
+    return {"norm": norm, "grads": found, **losses_and_weights}
 
 
 def check_stages(root: Path, out: Path, stages: tuple[int, ...], variant: str) -> None:
@@ -141,15 +160,12 @@ def check_moved(root: Path, out: Path, stages: tuple[int, ...], variant: str, sa
 
 
 def _fresh(world: World, config: Config) -> tuple[Any, TrainingData]:
-    model, processor = build(config, world.path("models"))
-    with engines.first_on_machine():
-        folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
-        data = load_training_data(processor, *folders)
-    return engines.make_engine(model, config, "fp32"), data
+    model, data, encoder = build(config, world)
+    return engines.make_engine(model, config, "fp32", encoder), data
 
 
 def train(config_file: Path, root: Path, work: Path, out: Path) -> None:
     """The whole training, as the command runs it."""
     world = World(root)
     folders = [world.path(n) for n in ("notes", "images", "store", "pairs")]
-    run(load_config(config_file), Paths(*folders, work, out))
+    run(load_config(config_file), Paths(*folders, work, out, pictures=world.pictures))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from notellm2_core.model.methods import get_method
-from notellm2_core.training.data import load_training_data, schedule
+from notellm2_core.model.vision import with_features
+from notellm2_core.training.data import schedule
 from notellm2_core.training.engine import optimizer_groups
 from notellm2_core.training.step import method_losses
 from tests.notellm2_core.training import rank_checks
@@ -18,22 +19,23 @@ from tests.notellm2_core.training.world import World
 def reference(world: World, variant: str) -> dict[str, Any]:
     """The first step of rank_checks.py, without ranks and without DeepSpeed."""
     config = rank_checks.settings(0, variant)
-    model, processor = rank_checks.build(config, world.path("models"))
-    folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
-    data = load_training_data(processor, *folders)
+    model, data, encoder = rank_checks.build(config, world)
     rows = data.train_pairs[schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
     facts = data.facts(rows := rank_checks.with_negatives(data, rows, config, 0), config.training.known_positives, 16)
     method = get_method(config.model.method)
     assert 0 < facts.has["image"].sum() < len(rows)
-    views = {kind: model(data.note_batch(rows, [kind])).multimodal for kind in method.inputs}
+    views = {kind: model(with_features(data.note_batch(rows, [kind]), encoder)).multimodal for kind in method.inputs}
     if method.prompt == "micl":
-        views["visual"] = model(data.note_batch(rows)).visual
+        views["visual"] = model(with_features(data.note_batch(rows), encoder)).visual
     losses = method_losses(method, views, model.tau, config.training.alpha, facts, config.model.matryoshka_dims)
     losses.total.backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.max_grad_norm)
-    torch.optim.AdamW(optimizer_groups(model.parameter_groups(), config.training)).step()
-    weights = {n: p.detach() for n, p in model.named_parameters()}
+    named = rank_checks.named_parameters(model, encoder)
+    grads = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
+    norm = torch.nn.utils.clip_grad_norm_(named.values(), config.training.max_grad_norm)
+    groups = model.parameter_groups()
+    groups["llm"] += [(n, p) for n, p in named.items() if n.startswith("encoder.")]
+    torch.optim.AdamW(optimizer_groups(groups, config.training)).step()
+    weights = {n: p.detach() for n, p in named.items()}
     return {"loss": losses.total.item(), "norm": norm.item(), "grads": grads, "weights": weights}
 
 
@@ -51,6 +53,8 @@ def reference(world: World, variant: str) -> dict[str, Any]:
         (2, (3,), "adapters"),
         (2, (3,), "omni_retrieval"),
         (2, (3,), "only_late_fusion"),
+        (2, (0, 2, 3), "vision"),
+        (2, (3,), "vision_gradcache"),
     ],
 )
 def test_ranks_agree_with_one_process(

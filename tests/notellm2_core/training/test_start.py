@@ -64,7 +64,7 @@ def make(world: World, cache: Path, **start: object) -> tuple[MLRMModel, Trainin
     model, processor = build_model(config, cache)
     folders = [world.path(n) for n in ("notes", "images", "store", "pairs")]
     data = load_training_data(processor, *folders, cache)
-    apply_start(model, processor, data, config)
+    apply_start(model, data, config)
     return model, data
 
 

@@ -1,5 +1,7 @@
-"""A small training input on disk: random notes, random pairs, random image features, the tiny models."""
+"""A small training input on disk: random notes, random pairs, random pictures and features, the tiny models."""
 
+import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from PIL import Image
 
 from notellm2_core.config import Config
 from notellm2_core.model.vision import load_vision_encoder
 from notellm2_core.notes.feature_store import FeatureStore
+from notellm2_core.notes.lake_pictures import PictureFolders
 from notellm2_core.schema import NOTE_IMAGES, NOTES, RELATED_PAIRS
 from notellm2_core.training.loop import Paths, run
 
@@ -28,9 +32,14 @@ class World:
     def path(self, name: str) -> Path:
         return self.root / name
 
+    @property
+    def pictures(self) -> PictureFolders:
+        return PictureFolders(self.path("notes"), self.root)
+
     def arguments(self, config: Path, work: Path, out: Path) -> list[str]:
         folders = [x for name in FOLDERS for x in (f"--{name}", str(self.path(name)))]
-        return ["--config", str(config), *folders, "--work", str(work), "--out", str(out)]
+        pictures = ["--pictures", *map(str, self.pictures)]
+        return ["--config", str(config), *folders, *pictures, "--work", str(work), "--out", str(out)]
 
 
 def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6, complete: bool = False) -> World:
@@ -42,13 +51,20 @@ def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6, comple
     world = World(root)
     num_notes = 2 * (num_pairs + num_validation)
     ids = [f"n{i:03d}" for i in range(num_notes)]
-    images = [None if i % 8 == 5 and not complete else f"image{i:03d}" for i in range(num_notes)]
+    pictures = [None if i % 8 == 5 and not complete else picture(i) for i in range(num_notes)]
+    images = [None if data is None else hashlib.sha256(data).hexdigest() for data in pictures]
 
     def text(i: int, num_words: int) -> str:
         return "" if i % 7 == 3 and not complete else " ".join(rng.choice(WORDS, num_words))
 
     rows = [
-        {"note_id": n, "title": text(i, 3), "topics": [text(i, 1)], "content": text(i, int(rng.integers(2, 9)))}
+        {
+            "note_id": n,
+            "title": text(i, 3),
+            "topics": [text(i, 1)],
+            "content": text(i, int(rng.integers(2, 9))),
+            "image": pictures[i],
+        }
         for i, n in enumerate(ids)
     ]
     write(world.path("notes") / "part-0.parquet", pa.Table.from_pylist(rows, schema=NOTES))
@@ -71,9 +87,18 @@ def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6, comple
     return world
 
 
+def picture(seed: int) -> bytes:
+    """Of random blocks, as PNG."""
+    blocks = np.random.default_rng([seed, 7]).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(blocks).resize((40, 40), Image.Resampling.NEAREST).save(file, "PNG")
+    return file.getvalue()
+
+
 def train(world: World, config: Config, folder: Path) -> Path:
     """The whole training in this process, with WORK and OUT below `folder`; returns OUT."""
-    run(config, Paths(*(world.path(n) for n in FOLDERS), folder / "work", folder / "out"))
+    folders = [world.path(n) for n in FOLDERS]
+    run(config, Paths(*folders, folder / "work", folder / "out", pictures=world.pictures))
     return folder / "out"
 
 

@@ -1,0 +1,78 @@
+"""A vision encoder that is trained: from pictures, saved under its new name, and read by whatever embeds afterwards."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from notellm2_core.config import PARTS
+from notellm2_core.embeddings import read_embeddings
+from notellm2_core.inference.embedder import Embedder
+from notellm2_core.model.vision import VisionEncoder
+from notellm2_core.retrieval.export import export
+from notellm2_core.training import saliency
+from notellm2_core.training.loop import Paths, run
+from tests.notellm2_core.training.world import FOLDERS, World, tiny_config, train, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
+
+
+def test_from_pictures_to_embeddings(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The saved encoder is another one, the export encodes with it what the Embedder does, saliency too; a frozen one
+    stays what it was, and features of another are refused."""
+    config = tiny_config(
+        {"num_steps": 3, "learning_rate": 1e-2, "parts": [*PARTS, "vision"], "precision": "auto"},
+        start={"pca_projector": True},
+    )
+    out = train(world, config, tmp_path)
+    assert "every step encodes its pictures" in capfd.readouterr().err
+    before, after = (VisionEncoder.from_pretrained(f) for f in (world.path("images") / "vision", out / "vision"))
+    assert (
+        after.encoder_id
+        != before.encoder_id
+        == VisionEncoder.from_pretrained(
+            train(world, tiny_config({"num_steps": 1}), tmp_path / "frozen") / "vision"
+        ).encoder_id
+    )
+    assert all(not torch.equal(w, after.state_dict()[name]) for name, w in before.state_dict().items())
+    assert json.loads((out / "card.json").read_text())["vision"]["trained"]
+    assert "vision encoder (trained)" in (out / "README.md").read_text()
+
+    folders = [world.path(name) for name in ("notes", "images", "store")]
+    with pytest.raises(ValueError, match="trained with vision encoder"):
+        export(config, out, *folders, ("image",), tmp_path / "embeddings")
+    counts = export(config, out, *folders, ("image", "multimodal"), tmp_path / "embeddings", pictures=world.pictures)
+    assert counts["pictures"] == "encoded anew"
+    rows = pq.read_table(world.path("notes")).to_pylist()
+    notes = [{k: row[k] for k in ("title", "topics", "content", "image")} for row in rows]
+    for kind in ("image", "multimodal"):
+        found = read_embeddings(tmp_path / "embeddings" / kind)
+        assert found.note_ids == tuple(row["note_id"] for row in rows)
+        np.testing.assert_allclose(found.vectors, Embedder.from_pretrained(out).embed(notes, kind), atol=1e-5)
+
+    config_file = write_config(tmp_path / "config.yaml", config)
+    arguments = ["--config", str(config_file), "--model", str(out), "--out", str(tmp_path / "saliency")]
+    arguments += [x for name in FOLDERS for x in (f"--{name}", str(world.path(name)))]
+    with pytest.raises(SystemExit):
+        saliency.main(arguments)
+    saliency.main([*arguments, "--pictures", *map(str, world.pictures)])
+    assert json.loads((tmp_path / "saliency" / "saliency.json").read_text())["num_notes"] > 0
+
+
+def test_it_learns_what_only_the_picture_tells(world: World, tmp_path: Path) -> None:
+    """Nothing but the encoder is trained, on notes that are told apart by their pictures: the loss falls."""
+    config = tiny_config(
+        {"num_steps": 25, "learning_rate": 3e-3, "parts": ["vision"], "log_every_steps": 1}, method="only_late_fusion"
+    )
+    out = train(world, config, tmp_path)
+    facts = json.loads((out / "training.json").read_text())
+    assert facts["loss_last"] < 0.9 * facts["loss_first"]
+
+
+def test_without_pictures_it_is_refused(world: World, tmp_path: Path) -> None:
+    folders = [world.path(name) for name in FOLDERS]
+    with pytest.raises(ValueError, match="--pictures"):
+        run(tiny_config({"parts": ["vision"]}), Paths(*folders, tmp_path / "work", tmp_path / "out"))
