@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -208,6 +209,29 @@ def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:
     assert last["notes_per_s"] == pytest.approx(8 * last["steps_per_s"], rel=1e-3)
     assert progress.series("loss") == [9.0, 9.0, 1.5]
     assert len(heard) == 1 and heard[0].startswith("step 4/4, 0 s to go: loss 1.5")
+
+
+def test_a_disk_that_fills_up_within_a_line_costs_no_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the second line 10 bytes fit (a limit on the size of files stands for the disk); the third brings both."""
+    path = tmp_path / "metrics.jsonl"
+    progress = Progress(path, 0, 3)
+    progress.report(1, {"loss": 1.0})
+    size = path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+    try:
+        progress.report(2, {"loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.stat().st_size == size + 10 and "could not be written" in capsys.readouterr().err
+    assert [line["step"] for line in read_metrics(path)] == [1]
+    progress.report(3, {"loss": 3.0})
+    progress.close()
+    assert [line["step"] for line in map(json.loads, path.read_text().splitlines())] == [1, 2, 3]
+    path.write_text(path.read_text().replace('{"step": 2, ', '{"step": 2, {"step": 2, '))  # as was written once
+    assert [line["step"] for line in read_metrics(path)] == [1, 3]
 
 
 @pytest.mark.slow
