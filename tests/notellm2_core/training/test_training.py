@@ -35,16 +35,16 @@ START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0}
 
 @pytest.mark.slow
 def test_the_figures_of_a_training(world: World, tmp_path: Path) -> None:
-    """training.json and metrics.jsonl."""
-    out = train(
-        world, tiny_config({"num_steps": 7, "learning_rate": 3e-3, "log_every_steps": 5}, start=START), tmp_path
-    )
+    """training.json and metrics.jsonl. What stops the clock (here validation after 3 and 6 steps) loses no figures."""
+    settings = {"num_steps": 7, "learning_rate": 3e-3, "log_every_steps": 5, "validate_every_steps": 3}
+    out = train(world, tiny_config(settings, start=START), tmp_path)
     facts = json.loads((out / "training.json").read_text())
     assert facts["loss_last"] < facts["loss_first"]
     assert (facts["steps"], facts["num_train_pairs"], facts["precision"]) == (7, 32, "fp32")
     assert 0 <= facts["validation_recall_at_10"] <= 1 and "loss_v" in facts
     lines = read_metrics(tmp_path / "work" / "metrics.jsonl")
-    assert [line["step"] for line in lines if "loss" in line] == [1, 5, 7]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 3, 5, 6, 7]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6, 7]
 
 
 @pytest.mark.slow
