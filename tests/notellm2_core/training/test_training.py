@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -179,17 +180,20 @@ def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
     assert done.stderr.splitlines().count(f"error: {line}") == 1 and "in load_training_data" not in done.stderr
 
 
-def test_two_trainings_do_not_share_a_work_folder(tmp_path: Path) -> None:
-    """A second one is refused while the first lives, and welcome when that was killed."""
+def test_two_trainings_do_not_share_a_work_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A second one is refused while the first lives, and welcome when that was killed, though it takes its time."""
     code = "import sys, time, pathlib; from notellm2_core.training.work import held\n"
     code += f"with held(pathlib.Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None and first.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"another training is at work in {tmp_path}"), held(tmp_path):
+        with pytest.raises(ValueError, match=f"another training is at work in {tmp_path}"), held(tmp_path, 0.5):
             pass
-        first.kill()
-    with held(tmp_path):
-        pass
+        killer = threading.Timer(1, first.kill)
+        killer.start()
+        with held(tmp_path):
+            assert not killer.is_alive()
+    said = f"another training is at work in {tmp_path}: waiting"
+    assert [line.startswith(said) for line in capfd.readouterr().err.splitlines()] == [True, True]
 
 
 def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:
