@@ -1,5 +1,6 @@
 """Whole trainings with the tiny models: it learns, it stops when it must, it resumes, it leaves nothing behind."""
 
+import base64
 import json
 import os
 import resource
@@ -162,6 +163,28 @@ def test_two_nodes(world: World, tmp_path: Path) -> None:
     assert [node.wait(200) for node in running] == [0, 0]
     weights = [(d / "model.safetensors").read_bytes() for d in (folders["out"], tmp_path / "one_out")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_by_deepspeeds_launcher(world: World, tmp_path: Path) -> None:
+    """What it runs on every node of a hostfile, by ssh, starts the ranks here without."""
+    training = {"num_steps": 2, "batch_pairs": 4, "num_nodes": 2, "hostfile": "hosts"}
+    config = write_config(tmp_path / "c.yaml", tiny_config(training))
+    folders = {n: world.path(n) for n in FOLDERS} | {"work": tmp_path / "work", "out": tmp_path / "out"}
+    command = launch_command(config, Training(num_nodes=2, hostfile=Path("hosts")), **folders)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={ranks}", f"--master_port={port}"]
+    its_own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in its_own}
+    done = subprocess.run(
+        [*launcher, *command[command.index("--no_local_rank") :]],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert (facts["steps"], facts["num_ranks"]) == (2, 2)
 
 
 @pytest.mark.slow
