@@ -262,7 +262,8 @@ class Training(Section):
     known_positives: KnownPositives = "mask"
     hard_negatives: HardNegatives = HardNegatives()
     # Tokens that a rank holds activations of at a time; a batch with more is embedded twice (GradCache). None: all.
-    # (Plain gradient accumulation would add no negatives: there is no setting for it.)
+    # (Plain gradient accumulation would add no negatives: there is no setting for it.) After an out-of-memory, a
+    # training may go on with fewer, or with gradient_checkpointing.
     micro_batch_tokens: int | None = Field(None, gt=0)
     gradient_checkpointing: bool = False
     checkpoint_every_steps: int = Field(500, gt=0)

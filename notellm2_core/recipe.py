@@ -94,7 +94,7 @@ STAGES: Mapping[str, Stage] = {
 WORLD_VERSION = 1  # of the demo world's generator
 FREE_TRAINING_SETTINGS = (  # change no weight, or by no more than rounding (and dropout's draws)
     "num_ranks", "num_nodes", "rendezvous", "hostfile", "checkpoint_every_steps", "checkpoint_every_minutes",
-    "num_checkpoints", "validate_every_steps", "log_every_steps",
+    "num_checkpoints", "validate_every_steps", "log_every_steps", "micro_batch_tokens", "gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -187,8 +187,8 @@ class Recipe:
 
     def settings(self, name: str) -> dict[str, Any]:
         """The settings that `name` itself depends on."""
-        if name == "hard_negatives" and not self.config.training.hard_negatives.num:
-            return {}  # there are none, whatever the other settings say
+        if self._is_empty(name):
+            return {}
         tree = self.config.model_dump(mode="json")
         settings = {key: _get(tree, key) for key in STAGES[name].settings}
         if weights := {key: found for key, of in self._weights(name) if (found := weights_version(of)) is not None}:
@@ -204,6 +204,13 @@ class Recipe:
             ]
         return settings
 
+    def _inputs(self, name: str) -> tuple[str, ...]:
+        return () if self._is_empty(name) else STAGES[name].inputs
+
+    def _is_empty(self, name: str) -> bool:
+        """Whether `name` holds nothing, whatever it could be made of: then no change of that may retrain the model."""
+        return name == "hard_negatives" and not self.config.training.hard_negatives.num
+
     def _weights(self, name: str) -> list[tuple[str, str | None]]:
         """The pretrained weights that `name` is made with, by the setting that names them."""
         model = self.config.model
@@ -218,7 +225,7 @@ class Recipe:
 
     def fingerprint(self, name: str) -> str:
         if name not in self._fingerprints:
-            inputs = {n: self.fingerprint(n) for n in STAGES[name].inputs}
+            inputs = {n: self.fingerprint(n) for n in self._inputs(name)}
             self._fingerprints[name] = fingerprint([name, STAGES[name].version, inputs, self.settings(name)])
         return self._fingerprints[name]
 
@@ -233,7 +240,7 @@ class Recipe:
         return found
 
     def inputs(self, name: str) -> dict[str, Dataset]:
-        return {n: self.dataset(n) for n in STAGES[name].inputs}
+        return {n: self.dataset(n) for n in self._inputs(name)}
 
     def command(self) -> str:
         """What to type to make everything that is missing."""

@@ -1,5 +1,6 @@
 """Addresses: what changes them and what does not; and which days a window has."""
 
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -40,9 +41,27 @@ def test_a_setting_changes_its_stage_and_all_after_it_and_nothing_else(tmp_path:
     assert _changed(base, _recipe(tmp_path, training__alpha=3)) == _downstream("checkpoint")
     assert _changed(base, _recipe(tmp_path, training__parts=["llm"])) == _downstream("checkpoint")
     assert _changed(base, _recipe(tmp_path, model__lora={"rank": 4})) == _downstream("checkpoint")  # not the start
+    less_memory = {"training__micro_batch_tokens": 99, "training__gradient_checkpointing": True}
+    assert _changed(base, _recipe(tmp_path, **less_memory)) == set()  # a training goes on with them
     assert _changed(base, _recipe(tmp_path, index__factory="HNSW8")) == _downstream("faiss_index")
     assert _changed(base, _recipe(tmp_path, window__end="2025-01-19")) == _downstream("events")
     assert _changed(base, _recipe(tmp_path, spark__driver_memory="3g")) == set()
+
+
+def test_without_hard_negatives_a_training_does_not_hang_on_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def known(num: int) -> dict[str, str]:
+        recipe = _recipe(tmp_path, training__hard_negatives__num=num)
+        return {name: recipe.fingerprint(name) for name in STAGES}
+
+    before, before_with_some = known(0), known(1)
+    monkeypatch.setitem(STAGES, "start_model", replace(STAGES["start_model"], version=99))  # type: ignore[arg-type]
+    assert {name for name, of in known(0).items() if of != before[name]} == {
+        "start_model", "start_embeddings", "eval_recall"
+    }  # fmt: skip
+    assert {name for name, of in known(1).items() if of != before_with_some[name]} == _downstream("start_model")
+    assert _recipe(tmp_path, training__hard_negatives__num=0).inputs("hard_negatives") == {}
 
 
 def test_another_source_changes_everything(tmp_path: Path) -> None:
