@@ -69,10 +69,11 @@ class Reports:
 def run(config: Config, paths: Paths, reports: Reports = Reports(), train_days: Sequence[str] | None = None) -> None:
     """Train as `config` says and save the model into `paths.out`. Called on every rank, after `set_up_processes`.
 
-    Goes on from the last checkpoint of `paths.work`; the weights are then those of an uninterrupted run, bit for bit
-    on the same machine and number of ranks, and but for rounding, and dropout, on another. Does nothing where
-    `paths.out` holds this training's model. `train_days`: first day and (exclusive) end of the log that the pairs are
-    of, for the model card. Raises ValueError for inputs and settings that do not fit.
+    Goes on from the last checkpoint of `paths.work`; the weights are then those of an uninterrupted run: on a CPU bit
+    for bit, on a GPU up to the order of its sums; but for rounding, and dropout, on another machine, or with another
+    number of ranks or size of micro-batches. Does nothing where `paths.out` holds this training's model. `train_days`:
+    first day and (exclusive) end of the log that the pairs are of, for the model card. Raises ValueError for inputs and
+    settings that do not fit.
     """
     device = engines.set_up_processes()
     with held(paths.work):
