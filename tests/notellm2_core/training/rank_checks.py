@@ -25,6 +25,7 @@ from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
+from notellm2_core.training.engine import deepspeed_config
 from notellm2_core.training.loop import Paths, batch_gradient, idle_step, run
 from notellm2_core.training.micro_batches import share_out
 from notellm2_core.training.moved import load_moved
@@ -161,7 +162,17 @@ def check_moved(root: Path, out: Path, stages: tuple[int, ...], variant: str, sa
 
 def _fresh(world: World, config: Config) -> tuple[Any, TrainingData]:
     model, data, encoder = build(config, world)
-    return engines.make_engine(model, config, "fp32", encoder), data
+    engines.deepspeed_config = _that_keeps_nothing
+    engine = engines.make_engine(model, config, "fp32", encoder)
+    assert not getattr(engine.optimizer, "persistent_parameters", [])  # of ZeRO-3's optimiser
+    return engine, data
+
+
+def _that_keeps_nothing(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """ZeRO-3 keeps small weights on every rank, and the tiny models have no others: here it gives all back."""
+    made = deepspeed_config(*arguments, **options)
+    made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return made
 
 
 def train(config_file: Path, root: Path, work: Path, out: Path) -> None:

@@ -73,15 +73,21 @@ def test_ranks_agree_with_one_process(
         assert result["grads"].keys() == one["grads"].keys()
         for name, expected in one["grads"].items():
             found = result["grads"][name].reshape(expected.shape)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            size = expected.norm().item()
+            off, allowed = (found - expected).norm().item(), (1e-4 if name == "tau" else 1e-5) * size + 1e-9
+            assert off <= allowed, f"{name}: off by {off} of {size}"
+            # Half a gradient would not pass for all of it. (A bias of keys has none: softmax does not see it.)
+            assert allowed < size / 4 or name.endswith("key.bias"), f"{name}: {size} is nothing to compare"
         assert result["grads"]["tau"].abs().item() > 1e-3  # the comparison above is not one of zeros
         for name, expected in one["weights"].items():
             if name not in one["grads"]:
                 assert torch.equal(result["weights"][name], expected), name
                 continue
             # Where a gradient is nearly 0, Adam's first step is its sign: rounding decides. Elsewhere they agree.
-            firm = one["grads"][name].abs() > 1e-5
-            torch.testing.assert_close(result["weights"][name][firm], expected[firm], rtol=1e-4, atol=1e-5)
+            gradient = one["grads"][name]
+            firm = gradient.abs() > 1e-2 * gradient.square().mean().sqrt()
+            found = result["weights"][name][firm]  # a step is 1e-3 or more
+            torch.testing.assert_close(found, expected[firm], rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
         check_merged(result["weights"], result["plain"], variant == "adapters")
 
 
