@@ -150,10 +150,11 @@ def test_killed_and_started_again(world: Path, whole: Path, tmp_path: Path) -> N
         "export.main()"
     )
     arguments_ = arguments(world, tmp_path)
-    child = subprocess.Popen([sys.executable, "-c", slow, *arguments_], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the order of sums is theirs
+    child = subprocess.Popen([sys.executable, "-c", slow, *arguments_], env=environment)
     second = tmp_path / "multimodal" / "part-00001.parquet"
     try:
-        for _ in range(600):
+        for _ in range(2400):
             if second.exists() or child.poll() is not None:
                 break
             time.sleep(0.1)
@@ -166,9 +167,8 @@ def test_killed_and_started_again(world: Path, whole: Path, tmp_path: Path) -> N
     export.main(arguments_)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert sorted(p.name for p in second.parent.iterdir()) == [f"part-0000{n}.parquet" for n in range(5)]
-    np.testing.assert_allclose(
-        read_embeddings(second.parent).vectors, read_embeddings(whole / "multimodal").vectors, atol=2e-6
-    )
+    for shard in second.parent.iterdir():
+        assert shard.read_bytes() == (whole / "multimodal" / shard.name).read_bytes()
 
 
 @pytest.mark.slow
