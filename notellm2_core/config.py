@@ -346,6 +346,11 @@ class Config(Section):
                 f"training.num_nodes = {training.num_nodes} and training.rendezvous or hostfile belong together: "
                 "several nodes need one of them, a single one needs none"
             )
+        if training.rendezvous is not None and training.hostfile is not None:
+            raise ValueError(
+                f"training.rendezvous = {training.rendezvous} and training.hostfile = {training.hostfile} are two ways "
+                "to start several nodes: set one of them"
+            )
         return self
 
     @property

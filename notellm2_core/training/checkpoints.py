@@ -98,32 +98,45 @@ class Checkpoints:
     def settle(self, wait: bool = False) -> None:
         """Give the save that goes on its name, if all ranks have written their parts; `wait` for them.
 
-        Where a rank cannot write, the former checkpoints stay, and the training goes on.
+        Where the disk of a rank takes no more, the former checkpoints stay, and the training goes on. Raises
+        RuntimeError on every rank where one has failed for another reason.
         """
         if self._step is None or self._writing is None:
             return
         if wait:
             self._writing.exception()
         busy = not self._writing.done()
-        failed = not busy and self._writing.exception() is not None
-        num_busy, num_failed = _summed(torch.tensor([busy, failed], dtype=torch.int64)).tolist()
+        error = None if busy else self._writing.exception()
+        of_disk = isinstance(error, OSError)
+        states = torch.tensor([busy, of_disk, error is not None and not of_disk], dtype=torch.int64)
+        num_busy, num_without_disk, num_broken = _summed(states).tolist()
         if num_busy:
             return
-        step, error = self._step, self._writing.exception()
-        self._step = self._writing = None
-        draft, name = self.folder / f"draft-{step}", self.folder / f"step-{step}"
-        if error is not None:
+        step, self._step, self._writing = self._step, None, None
+        if num_broken:
+            raise RuntimeError(
+                f"the checkpoint after step {step} could not be made ({error or 'see the other ranks'})"
+            ) from error
+        if of_disk:
             _warn(f"the checkpoint after step {step} could not be written ({error}); the training goes on")
         if dist.get_rank() == 0:
-            if num_failed:
-                shutil.rmtree(draft, ignore_errors=True)
-            else:
-                _sync(draft)
-                os.rename(draft, name)
-                _sync(self.folder)
-                for old in self._steps()[: -self._num_kept]:
-                    shutil.rmtree(self.folder / f"step-{old}")
+            if not num_without_disk:
+                self._keep(step)
+            shutil.rmtree(self.folder / f"draft-{step}", ignore_errors=True)  # where it has got no name
         dist.barrier()
+
+    def _keep(self, step: int) -> None:
+        """The draft of `step` gets its name, and then the oldest one goes."""
+        draft, name = self.folder / f"draft-{step}", self.folder / f"step-{step}"
+        try:
+            _sync(draft)
+            os.rename(draft, name)
+            _sync(self.folder)
+            for old in self._steps()[: -self._num_kept]:
+                shutil.rmtree(self.folder / f"step-{old}")
+        except OSError as e:
+            what = "older ones could not be removed after that of" if name.exists() else "none could be kept after"
+            _warn(f"checkpoints: {what} step {step} ({e}); the training goes on")
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -194,7 +207,12 @@ def _write(files: dict[Path, Any], draft: Path, rank: int, num_ranks: int) -> No
     facts = {}
     for path, state in files.items():
         with path.open("wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as e:
+                if isinstance(e.__context__, OSError):  # torch hides the disk's error behind one of its own
+                    raise e.__context__ from None
+                raise
             file.flush()
             os.fsync(file.fileno())
         facts[path.name] = _facts(path)

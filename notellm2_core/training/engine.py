@@ -32,7 +32,7 @@ _CPU_BUCKET = 10_000_000
 
 
 def set_up_processes() -> torch.device:
-    """Join the other ranks (torchrun's environment, or alone without it); the device of this rank.
+    """Join the other ranks (torchrun's environment, or DeepSpeed's; alone without it); the device of this rank.
 
     On a CPU: deterministic algorithms, and without DeepSpeed's compiled extensions, whose first start needs a C++
     compiler and two minutes.
@@ -41,6 +41,8 @@ def set_up_processes() -> torch.device:
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(alone)
         os.environ.setdefault("MASTER_PORT", "0")
+    elif "LOCAL_WORLD_SIZE" not in os.environ:
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]  # as DeepSpeed's launcher calls it
     on_gpu = torch.cuda.is_available()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_threads(int(os.environ["LOCAL_WORLD_SIZE"])))

@@ -32,7 +32,8 @@ def launch_command(
     module, num_ranks = "notellm2_core.training", training.num_ranks
     if training.hostfile is not None:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(training.hostfile)]
-        command += ["--num_nodes", str(training.num_nodes), "--num_gpus", str(num_ranks), "--module", module]
+        command += ["--num_nodes", str(training.num_nodes), "--num_gpus", str(num_ranks)]
+        command += ["--no_local_rank", "--module", module]  # the rank comes in the environment, as torchrun gives it
         command = _with_threads(command, num_ranks)
     elif training.rendezvous is not None:
         where = ["--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d", "--rdzv-id", work.name]

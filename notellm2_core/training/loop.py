@@ -182,6 +182,7 @@ def _train(
         if done == 1 or done % training.log_every_steps == 0 or last:
             progress.report_steps(done)
         if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):
+            progress.report_steps(done)
             progress.report(done, validate(engine, data, validation_pairs, config, device))
             progress.restart_clock()
         checkpoints.settle()

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Progress:
             self._lines = [line for line in read_metrics(path) if line["step"] <= first_step]
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in self._lines))
         self._num_written = len(self._lines)
+        self._num_bytes = path.stat().st_size if enabled else 0  # of these lines in the file
         self._seconds_before = max((line["seconds"] for line in self._lines), default=0.0)
 
     @property
@@ -102,8 +104,10 @@ class Progress:
         """Add the lines that the file has not got yet. A full disk stops no training."""
         try:
             with self._path.open("a") as file:
+                if file.tell() > self._num_bytes:  # a disk that was full has kept the beginning of a line
+                    file.truncate(self._num_bytes)
                 file.write("".join(json.dumps(line) + "\n" for line in self._lines[self._num_written :]))
-            self._num_written = len(self._lines)
+            self._num_written, self._num_bytes = len(self._lines), self._path.stat().st_size
         except OSError as e:
             _warn(f"the figures of the training could not be written ({e}); trying again with the next")
 
@@ -165,10 +169,13 @@ class MlflowCurves:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """The lines of a metrics.jsonl; one that a kill, or a full disk, cut short is left out."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            if line.endswith("\n"):
+                lines.append(json.loads(line))
+    return lines
 
 
 def _warn(text: str) -> None:

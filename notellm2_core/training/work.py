@@ -10,28 +10,42 @@ All ranks see the same WORK (across machines: a shared disk).
 import fcntl
 import json
 import os
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 @contextmanager
-def held(work: Path) -> Iterator[None]:
+def held(work: Path, patience_seconds: float = 120) -> Iterator[None]:
     """Keep this folder for the first rank while the block runs; a kill releases it. Does nothing on other ranks.
 
-    Raises ValueError where another training holds it: each would delete what the other has begun to write.
+    A training that was just killed may hold it for some seconds more, until its memory is given back. Raises
+    ValueError where one still does after `patience_seconds`: each would delete what the other has begun to write.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
         return
     work.mkdir(parents=True, exist_ok=True)
     with (work / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another training is at work in {work}: wait for it, or stop it") from None
+        if not _locked(lock):
+            print(f"another training is at work in {work}: waiting {patience_seconds:g} s for its end", file=sys.stderr)
+            end = time.monotonic() + patience_seconds
+            while not _locked(lock):
+                if time.monotonic() >= end:
+                    raise ValueError(f"another training is at work in {work}: wait for it, or stop it")
+                time.sleep(0.2)
         yield
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def open_work(work: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,18 @@
 
 import errno
 import os
+import re
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from notellm2_core.training import checkpoints as module
 from notellm2_core.training.checkpoints import Checkpoints
+from notellm2_core.training.engine import set_up_processes
 from tests.notellm2_core.training import rank_checks
 from tests.notellm2_core.training.ranks import run_ranks
 from tests.notellm2_core.training.world import World
@@ -20,15 +24,17 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 class Engine:
     """As much of DeepSpeed's engine as saves and loads one tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: str = "w.pt") -> None:
+        self.file = file
         self.weight = torch.zeros(3)
         self.checkpoint_engine: Any = None
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        self.checkpoint_engine.save({"weight": self.weight, "more": [(1, {"x": self.weight})]}, f"{folder}/{tag}/w.pt")
+        state = {"weight": self.weight, "more": [(1, {"x": self.weight})]}
+        self.checkpoint_engine.save(state, f"{folder}/{tag}/{self.file}")
 
     def load_checkpoint(self, folder: str, tag: str, load_lr_scheduler_states: bool) -> tuple[str, None]:
-        state = torch.load(f"{folder}/{tag}/w.pt")
+        state = torch.load(f"{folder}/{tag}/{self.file}")
         assert torch.equal(state["weight"], state["more"][0][1]["x"])
         self.weight = state["weight"]
         return tag, None
@@ -36,8 +42,6 @@ class Engine:
 
 @pytest.fixture
 def engine() -> Engine:
-    from notellm2_core.training.engine import set_up_processes
-
     set_up_processes()
     return Engine()
 
@@ -118,20 +122,76 @@ def test_a_full_disk_stops_nothing(
     checkpoints = Checkpoints(tmp_path)
     saved(engine, checkpoints, 1)
 
-    def full(*arguments: Any, **options: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr(module.torch, "save", full)
         saved(engine, checkpoints, 2)
     assert names(tmp_path) == ["step-1"] and checkpoints.last_step() == 1
     assert "the checkpoint after step 2 could not be written ([Errno 28] No space left" in capsys.readouterr().err
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # torch.save finds the disk full, and tells it its way
+    try:
+        saved(engine, checkpoints, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == ["step-1"]
+    assert "the checkpoint after step 2 could not be written ([Errno 27] File too large" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", full)
         saved(engine, checkpoints, 3)
     assert "no checkpoint after step 3 ([Errno 28]" in capsys.readouterr().err
     saved(engine, checkpoints, 3)
     assert names(tmp_path) == ["step-1", "step-3"]
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [("_sync", [1, 2]), ("os.rename", [1, 2]), ("shutil.rmtree", [1, 2, 3])],
+)
+def test_a_disk_that_refuses_a_name_or_a_removal_stops_nothing(
+    where: str, kept: list[int], engine: Engine, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    checkpoints = Checkpoints(tmp_path)
+    saved(engine, checkpoints, 1)
+    saved(engine, checkpoints, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module.__name__}.{where}", full)
+        saved(engine, checkpoints, 3)
+    assert re.search(r"after (that of )?step 3 \(\[Errno 28\] .*\); the training goes on", capsys.readouterr().err)
+    assert checkpoints.last_step() == kept[-1]
+    assert [step for step in (1, 2, 3) if (tmp_path / f"step-{step}").exists()] == kept
+    saved(engine, checkpoints, 4)
+    assert names(tmp_path) == [f"step-{kept[-1]}", "step-4"]
+
+
+def full(*arguments: Any, **options: Any) -> None:
+    if not options.get("ignore_errors"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.slow
+def test_ranks_go_on_together_and_end_together(tmp_path: Path) -> None:
+    run_ranks(2, check_failing, tmp_path, timeout_s=100)
+
+
+def check_failing(folder: Path) -> None:
+    """A disk that refuses the first rank's rename, then what the second one writes: a warning. Not so a bug of the
+    second rank: it ends both.
+    """
+    set_up_processes()
+    rank = dist.get_rank()
+    engine, checkpoints = Engine(f"{rank}.pt"), Checkpoints(folder)
+    for name, raised in (("os.rename", full), ("_write", full), ("_write", lambda *_: {}["bug"])):
+        saved(engine, checkpoints, 1)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == (name == "_write"):
+                patch.setattr(f"{module.__name__}.{name}", raised)
+            if raised is full:
+                saved(engine, checkpoints, 2)
+                assert checkpoints.last_step() == 1
+            else:
+                with pytest.raises(RuntimeError, match="the checkpoint after step 2 could not be made"):
+                    saved(engine, checkpoints, 2)
 
 
 def test_due_by_steps_or_by_the_clock(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

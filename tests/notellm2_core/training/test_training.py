@@ -1,11 +1,14 @@
 """Whole trainings with the tiny models: it learns, it stops when it must, it resumes, it leaves nothing behind."""
 
+import base64
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,16 +37,16 @@ START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0}
 
 @pytest.mark.slow
 def test_the_figures_of_a_training(world: World, tmp_path: Path) -> None:
-    """training.json and metrics.jsonl."""
-    out = train(
-        world, tiny_config({"num_steps": 7, "learning_rate": 3e-3, "log_every_steps": 5}, start=START), tmp_path
-    )
+    """training.json and metrics.jsonl. What stops the clock (here validation after 3 and 6 steps) loses no figures."""
+    settings = {"num_steps": 7, "learning_rate": 3e-3, "log_every_steps": 5, "validate_every_steps": 3}
+    out = train(world, tiny_config(settings, start=START), tmp_path)
     facts = json.loads((out / "training.json").read_text())
     assert facts["loss_last"] < facts["loss_first"]
     assert (facts["steps"], facts["num_train_pairs"], facts["precision"]) == (7, 32, "fp32")
     assert 0 <= facts["validation_recall_at_10"] <= 1 and "loss_v" in facts
     lines = read_metrics(tmp_path / "work" / "metrics.jsonl")
-    assert [line["step"] for line in lines if "loss" in line] == [1, 5, 7]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 3, 5, 6, 7]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6, 7]
 
 
 @pytest.mark.slow
@@ -163,6 +166,28 @@ def test_two_nodes(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_by_deepspeeds_launcher(world: World, tmp_path: Path) -> None:
+    """What it runs on every node of a hostfile, by ssh, starts the ranks here without."""
+    training = {"num_steps": 2, "batch_pairs": 4, "num_nodes": 2, "hostfile": "hosts"}
+    config = write_config(tmp_path / "c.yaml", tiny_config(training))
+    folders = {n: world.path(n) for n in FOLDERS} | {"work": tmp_path / "work", "out": tmp_path / "out"}
+    command = launch_command(config, Training(num_nodes=2, hostfile=Path("hosts")), **folders)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={ranks}", f"--master_port={port}"]
+    its_own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in its_own}
+    done = subprocess.run(
+        [*launcher, *command[command.index("--no_local_rank") :]],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert (facts["steps"], facts["num_ranks"]) == (2, 2)
+
+
+@pytest.mark.slow
 def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
     """A folder without pairs: one sentence on stderr, no traceback of ours."""
     config = write_config(tmp_path / "c.yaml", tiny_config())
@@ -178,17 +203,20 @@ def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
     assert done.stderr.splitlines().count(f"error: {line}") == 1 and "in load_training_data" not in done.stderr
 
 
-def test_two_trainings_do_not_share_a_work_folder(tmp_path: Path) -> None:
-    """A second one is refused while the first lives, and welcome when that was killed."""
+def test_two_trainings_do_not_share_a_work_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A second one is refused while the first lives, and welcome when that was killed, though it takes its time."""
     code = "import sys, time, pathlib; from notellm2_core.training.work import held\n"
     code += f"with held(pathlib.Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None and first.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"another training is at work in {tmp_path}"), held(tmp_path):
+        with pytest.raises(ValueError, match=f"another training is at work in {tmp_path}"), held(tmp_path, 0.5):
             pass
-        first.kill()
-    with held(tmp_path):
-        pass
+        killer = threading.Timer(1, first.kill)
+        killer.start()
+        with held(tmp_path):
+            assert not killer.is_alive()
+    said = f"another training is at work in {tmp_path}: waiting"
+    assert [line.startswith(said) for line in capfd.readouterr().err.splitlines()] == [True, True]
 
 
 def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:
@@ -208,6 +236,29 @@ def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:
     assert last["notes_per_s"] == pytest.approx(8 * last["steps_per_s"], rel=1e-3)
     assert progress.series("loss") == [9.0, 9.0, 1.5]
     assert len(heard) == 1 and heard[0].startswith("step 4/4, 0 s to go: loss 1.5")
+
+
+def test_a_disk_that_fills_up_within_a_line_costs_no_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the second line 10 bytes fit (a limit on the size of files stands for the disk); the third brings both."""
+    path = tmp_path / "metrics.jsonl"
+    progress = Progress(path, 0, 3)
+    progress.report(1, {"loss": 1.0})
+    size = path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+    try:
+        progress.report(2, {"loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.stat().st_size == size + 10 and "could not be written" in capsys.readouterr().err
+    assert [line["step"] for line in read_metrics(path)] == [1]
+    progress.report(3, {"loss": 3.0})
+    progress.close()
+    assert [line["step"] for line in map(json.loads, path.read_text().splitlines())] == [1, 2, 3]
+    path.write_text(path.read_text().replace('{"step": 2, ', '{"step": 2, {"step": 2, '))  # as was written once
+    assert [line["step"] for line in read_metrics(path)] == [1, 3]
 
 
 @pytest.mark.slow
