@@ -28,6 +28,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from export import Pictures
 from training import NUM_IMAGES, RESULTS, WARM_UP, heading, medians, synchronize, timed, timed_steps, training_data
@@ -121,7 +122,9 @@ def step(options: argparse.Namespace, pairs: int) -> dict[str, float]:
     data = training_data(processor, pairs * (options.steps + WARM_UP), True, WORDS)
     speed = Speed(model, device, 1)
     found = timed_steps(model, data, config, options.steps, device)
-    figures = speed.figures(found["tokens_per_s"], found["notes_per_s"], 1.0)
+    lengths = data.num_tokens(np.arange(2 * pairs * (options.steps + WARM_UP)))
+    squares = np.square(lengths).sum() / lengths.sum() * found["tokens_per_s"]
+    figures = speed.figures(found["tokens_per_s"], squares, 1.0)
     share = {"tflops": figures["tflops"], "mfu": figures.get("mfu", 0.0)}
     return with_memory(found) | share | {"seconds_per_1000_steps": 2000 * pairs / found["notes_per_s"]}
 

@@ -152,10 +152,10 @@ def _train(
 
     def share_of(step: int) -> Share:
         rows = data.with_hard_negatives(rows_of_steps[step], training.hard_negatives.num, (config.seed, step))
-        return share_out(data, rows, inputs, training.micro_batch_tokens, device)
+        return share_out(data, rows, inputs, training.micro_batch_tokens, device, progress.waited)
 
     steps = range(first_step, training.num_steps)
-    for step, share in zip(steps, one_ahead(map(share_of, steps)), strict=True):
+    for step, share in zip(steps, one_ahead(map(share_of, steps), progress.waited), strict=True):
         # Random numbers depend on the seed, the step and the rank alone, so a resume restores none.
         losses, tau, gate_mean = batch_gradient(engine, data, share, config, seed=(config.seed, step))
         _require_finite("loss", losses.total.item(), step, data, batches[step], work)
@@ -167,7 +167,7 @@ def _train(
         done, last = step + 1, step + 1 == training.num_steps
         rate = training.learning_rate * factor
         figures = _figures(losses, tau, gate_mean, rate, grad_norm) | {"padding": speed.padding(share)}
-        progress.add(len(share.rows), share.num_tokens, figures)
+        progress.add(len(share.rows), share.num_tokens, share.num_squares, figures)
         if done == 1 or done % training.log_every_steps == 0 or last:
             progress.report_steps(done)
         if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):

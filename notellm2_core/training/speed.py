@@ -27,17 +27,22 @@ class Speed:
         self._device = device
         words = model.get_input_embeddings()
         used = [p for p in model.llm.parameters() if not any(p is word for word in words.parameters())]
-        # Of each token: 2 operations per weight forward, 2 back to what came before, 2 for a gradient of its own; and
-        # each earlier token of its note, twice.
+        # Of each token: 2 operations per weight forward, 2 back to what came before, 2 for a gradient of its own. Twice
+        # that many (query times key, weight times value) of two tokens of a note, where one sees the other: of half.
         self._per_token = sum(p.numel() * (6 if p.requires_grad else 4) for p in used)
-        self._per_position = 6 * layers.num_hidden_layers * layers.hidden_size
+        heads = getattr(layers, "num_attention_heads", 0)  # a Mamba has none
+        width = getattr(layers, "head_dim", None) or layers.hidden_size // max(heads, 1)
+        self._per_square = 12 * layers.num_hidden_layers * heads * width // 2
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peak = next((flops for word in re.split(r"[ -]", name) if (flops := _PEAK_FLOPS.get(word))), None)
         self._peak = None if peak is None else peak * num_ranks
 
-    def figures(self, num_tokens: float, num_notes: float, seconds: float) -> dict[str, float]:
-        """`tokens_per_s`, `tflops`, `mfu` where the device's peak is known, and this rank's largest `memory_gb`."""
-        flops = num_tokens * (self._per_token + self._per_position * num_tokens / num_notes) / seconds
+    def figures(self, num_tokens: float, num_squares: float, seconds: float) -> dict[str, float]:
+        """`tokens_per_s`, `tflops`, `mfu` where the device's peak is known, and this rank's largest `memory_gb`.
+
+        `num_squares`: the sum of the squared lengths of the notes that these tokens are of (micro_batches.py).
+        """
+        flops = (num_tokens * self._per_token + num_squares * self._per_square) / seconds
         figures = {"tokens_per_s": num_tokens / seconds, "tflops": flops / 1e12}
         if self._peak is not None:
             figures["mfu"] = flops / self._peak
