@@ -163,10 +163,10 @@ def _train(
 
     def batch_of(step: int) -> tuple[Share, RowFacts]:
         rows = data.with_hard_negatives(rows_of_steps[step], training.hard_negatives.num, (config.seed, step))
-        return prepare(data, rows, config, device)
+        return prepare(data, rows, config, device, progress.waited)
 
     steps = range(first_step, training.num_steps)
-    for step, (share, facts) in zip(steps, one_ahead(map(batch_of, steps)), strict=True):
+    for step, (share, facts) in zip(steps, one_ahead(map(batch_of, steps), progress.waited), strict=True):
         # Random numbers depend on the seed, the step and the rank alone, so a resume restores none.
         losses, tau, gate_mean = batch_gradient(engine, share, facts, config, seed=(config.seed, step))
         _require_finite("loss", losses.total.item(), step, data, batches[step], work)
@@ -178,7 +178,7 @@ def _train(
         done, last = step + 1, step + 1 == training.num_steps
         rate = training.learning_rate * factor
         figures = _figures(losses, tau, gate_mean, rate, grad_norm) | {"padding": speed.padding(share)}
-        progress.add(len(share.rows), share.num_tokens, figures)
+        progress.add(len(share.rows), share.num_tokens, share.num_squares, figures)
         if done == 1 or done % training.log_every_steps == 0 or last:
             progress.report_steps(done)
         if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):
@@ -193,11 +193,16 @@ def _train(
     checkpoints.close()
 
 
-def prepare(data: TrainingData, rows: np.ndarray, config: Config, device: torch.device) -> tuple[Share, RowFacts]:
-    """What this rank embeds of the global batch `rows`, and what the losses have to know of all of it."""
+def prepare(
+    data: TrainingData, rows: np.ndarray, config: Config, device: torch.device, waited: list[float] | None = None
+) -> tuple[Share, RowFacts]:
+    """What this rank embeds of the global batch `rows`, and what the losses have to know of all of it.
+
+    `waited`: see `one_ahead`.
+    """
     training, method = config.training, get_method(config.model.method)
     facts = data.facts(rows, training.known_positives, 2 * training.batch_pairs, compared_kinds(method))
-    return share_out(data, rows, method.inputs, training.micro_batch_tokens, device), facts.to(device)
+    return share_out(data, rows, method.inputs, training.micro_batch_tokens, device, waited), facts.to(device)
 
 
 def batch_gradient(engine: Any, share: Share, facts: RowFacts, config: Config, seed: Sequence[int]) -> Step:

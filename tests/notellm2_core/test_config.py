@@ -54,7 +54,10 @@ def test_the_defaults_are_the_papers(path: Path) -> None:
         ("training: {batch_pairs: 6, num_nodes: 4, hostfile: x}", "not a multiple of training.num_ranks = 1 x 4 nodes"),
         ("training: {batch_pairs: 6, num_nodes: 2}", "several nodes need one of them"),
         ("training: {rendezvous: 'a:1'}", "a single one needs none"),
-        ("training: {num_nodes: 2, rendezvous: 'a:1', hostfile: x}", "two ways to start several nodes: set one of them"),
+        (
+            "training: {num_nodes: 2, rendezvous: 'a:1', hostfile: x}",
+            "two ways to start several nodes: set one of them",
+        ),
         ("training: {num_nodes: 2, rendezvous: a}", "training.rendezvous"),
         (
             "model: {llm: {name: tiny}, method: notelm}",

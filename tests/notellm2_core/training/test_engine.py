@@ -96,4 +96,7 @@ def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     command = " ".join(launch_command(Path("c.yaml"), several, **folders))
     assert "--nnodes 2 --rdzv-backend c10d --rdzv-id work --rdzv-endpoint a.b:29400 --nproc-per-node 8 -m" in command
     command = " ".join(launch_command(Path("c.yaml"), Training(num_nodes=2, hostfile=Path("hosts")), **folders))
-    assert "-m deepspeed.launcher.runner --hostfile hosts --num_nodes 2 --num_gpus 1 --no_local_rank --module note" in command
+    assert (
+        "-m deepspeed.launcher.runner --hostfile hosts --num_nodes 2 --num_gpus 1 --no_local_rank --module note"
+        in command
+    )
