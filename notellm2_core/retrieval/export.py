@@ -64,10 +64,11 @@ def export(
     Raises ValueError where model, notes and images do not belong together.
     """
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    stored = encoder_id(images_dir)
     images = read_note_images(images_dir)
     model, processor = load_model(model_dir)
-    encoder = its_own_encoder(model, model_dir, encoder_id(images_dir), pictures)
-    vision_encoder = encoder_id(images_dir) if encoder is None else encoder.encoder_id
+    encoder = its_own_encoder(model, model_dir, stored, pictures)
+    vision_encoder = stored if encoder is None else encoder.encoder_id
     notes = read_tokens(notes_dir, processor, note_ids)
     if unknown := notes.keys() - images.keys():
         raise ValueError(

@@ -113,7 +113,7 @@ def _run(
     )
     first_step = checkpoints.last_step()
     set_trained(model, config, encoder)
-    moved = first_step > 0 and training.zero_stage > 0 and checkpoints.num_ranks(first_step) != num_ranks
+    moved = first_step > 0 and checkpoints.num_ranks(first_step) != num_ranks
     if first_step == 0 or moved:
         apply_start(model, data, config, encoder)
     model.train()
@@ -126,7 +126,7 @@ def _run(
             write_atomically(paths.work / "run.json", json.dumps(known_run, indent=1))
     speed = Speed(model, device, num_ranks)
     engine = engines.make_engine(model, config, known_run["precision"], encoder)
-    if moved:
+    if moved and engine.zero_optimization_stage():
         rows = data.train_pairs[batches[0]].reshape(-1)
         load_moved(engine, checkpoints.folder, first_step, lambda: idle_step(engine, data, rows, config, device))
     elif first_step:
