@@ -1,6 +1,7 @@
 """Embeddings by each model, what they take for related, and the FAISS index."""
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 import dagster as dg
 
 from assets.commands import run_command
-from assets.resources import Pipeline, dataset_deps
+from assets.resources import Build, Pipeline, dataset_deps
 from assets.tracking import TrackedRun
 from assets.training import GPU_RETRIES, note_arguments, picture_folders
+from notellm2_core.files import link_or_copy
 from notellm2_core.lake import Dataset, Draft
 from notellm2_core.recipe import Recipe
 from notellm2_core.training.launch import torchrun
@@ -28,10 +30,10 @@ def start_embeddings(context: dg.AssetExecutionContext, pipeline: Pipeline) -> d
     recipe = pipeline.recipe()
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
-        _export(context, recipe, inputs, inputs["start_model"].path, draft.path, _INPUTS, _pool(inputs))
+        _export(context, recipe, inputs, inputs["start_model"].path, draft, _INPUTS, _pool(inputs))
         draft.metrics |= _figures(draft.path)
 
-    return pipeline.publish(context, build)
+    return _published(context, pipeline, build)
 
 
 @dg.asset(
@@ -47,7 +49,7 @@ def hard_negatives(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.
         if not settings.num:
             return
         pairs, model = inputs["pair_datasets"].path, settings.model or inputs["start_model"].path
-        _export(context, recipe, inputs, model, draft.path, _INPUTS[:1], pairs / "train")
+        _export(context, recipe, inputs, model, draft, _INPUTS[:1], pairs / "train")
         command = [sys.executable, "-m", "notellm2_core.retrieval.hard_negatives",
                    "--embeddings", draft.path / _INPUTS[0], "--pairs", pairs,
                    "--sides", inputs["note_sides"].path / "sides", "--out", draft.path,
@@ -56,7 +58,7 @@ def hard_negatives(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.
         run_command(context, [str(c) for c in command])
         draft.metrics |= json.loads((draft.path / "counts.json").read_text())
 
-    return pipeline.publish(context, build)
+    return _published(context, pipeline, build)
 
 
 @dg.asset(
@@ -69,11 +71,11 @@ def note_embeddings(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg
 
     def build(draft: Draft, inputs: Mapping[str, Dataset], run: TrackedRun) -> None:
         model = inputs["checkpoint"].path
-        _export(context, recipe, inputs, model, draft.path, _INPUTS[:1])
-        _export(context, recipe, inputs, model, draft.path, _INPUTS[1:], _pool(inputs))
+        _export(context, recipe, inputs, model, draft, _INPUTS[:1])
+        _export(context, recipe, inputs, model, draft, _INPUTS[1:], _pool(inputs))
         draft.metrics |= _figures(draft.path)
 
-    return pipeline.publish(context, build)
+    return _published(context, pipeline, build)
 
 
 @dg.asset(
@@ -119,18 +121,37 @@ def _export(
     recipe: Recipe,
     inputs: Mapping[str, Dataset],
     model: Path,
-    out: Path,
+    draft: Draft,
     kinds: Sequence[str],
     note_ids: Path | None = None,
 ) -> None:
-    """Former datasets of this asset lend what has not changed since; which these are is settled before it starts."""
-    config = recipe.config
+    """Embed into a folder that outlives a kill, from which the next run goes on, and link what is done into `draft`.
+
+    Former datasets of this asset lend what has not changed since; which these are is settled before it starts.
+    """
+    config, work = recipe.config, _work(context, recipe)
     former = [str(dataset.path) for dataset in recipe.lake.datasets(context.asset_key.path[-1])]
     command = [*torchrun("notellm2_core.retrieval.export", config.export.num_ranks or config.training.num_ranks),
                *note_arguments(recipe, inputs), "--model", str(model), "--inputs", ",".join(kinds),
                "--pictures", *map(str, picture_folders(recipe)),
-               "--out", str(out), "--reuse", *former]  # fmt: skip
+               "--out", str(work), "--reuse", *former]  # fmt: skip
     run_command(context, command + (["--note-ids", str(note_ids)] if note_ids else []))
+    for kind in kinds:
+        (draft.path / kind).mkdir()
+        for shard in (work / kind).glob("*.parquet"):
+            link_or_copy(shard, draft.path / kind / shard.name)
+
+
+def _published(context: dg.AssetExecutionContext, pipeline: Pipeline, build: Build) -> dg.MaterializeResult:
+    """Publish, and drop what a next run would have gone on from."""
+    result = pipeline.publish(context, build)
+    shutil.rmtree(_work(context, pipeline.recipe()), ignore_errors=True)
+    return result
+
+
+def _work(context: dg.AssetExecutionContext, recipe: Recipe) -> Path:
+    name = context.asset_key.path[-1]
+    return recipe.work / "export" / f"{name}-{recipe.fingerprint(name)}"
 
 
 def _figures(out: Path) -> dict[str, Any]:

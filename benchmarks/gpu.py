@@ -28,6 +28,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from export import Pictures
 from training import NUM_IMAGES, RESULTS, WARM_UP, heading, medians, synchronize, timed, timed_steps, training_data
@@ -38,6 +39,7 @@ from notellm2_core.inference.batch_embedder import BatchEmbedder
 from notellm2_core.model.build import build_processor, mlrm_config
 from notellm2_core.model.llm import llm_architecture, tiny_tokenizer
 from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.parts import set_trained
 from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.notes.records import Note
 from notellm2_core.training.engine import set_up_processes
@@ -119,9 +121,12 @@ def step(options: argparse.Namespace, pairs: int) -> dict[str, float]:
     device = set_up_processes()
     model, processor = random_model(config)
     data = training_data(processor, pairs * (options.steps + WARM_UP), True, WORDS)
+    set_trained(model, config)
     speed = Speed(model, device, 1)
     found = timed_steps(model, data, config, options.steps, device)
-    figures = speed.figures(found["tokens_per_s"], found["notes_per_s"], 1.0)
+    lengths = data.num_tokens(np.arange(2 * pairs * (options.steps + WARM_UP)))
+    squares = np.square(lengths).sum() / lengths.sum() * found["tokens_per_s"]
+    figures = speed.figures(found["tokens_per_s"], squares, 1.0)
     share = {"tflops": figures["tflops"], "mfu": figures.get("mfu", 0.0)}
     return with_memory(found) | share | {"seconds_per_1000_steps": 2000 * pairs / found["notes_per_s"]}
 

@@ -49,8 +49,9 @@ from notellm2_core.notes.records import Note
 from notellm2_core.training import engine as engines
 from notellm2_core.training.data import TrainingData
 from notellm2_core.training.feature_table import FeatureTable
-from notellm2_core.training.loop import batch_gradient
-from notellm2_core.training.micro_batches import Share, share_out
+from notellm2_core.training.loop import batch_gradient, prepare
+from notellm2_core.training.losses import RowFacts
+from notellm2_core.training.micro_batches import Share
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS, SMALL, LARGE = 32, 16, 256
@@ -121,14 +122,14 @@ def timed_steps(
     pairs = config.training.batch_pairs
     engine = engines.make_engine(model.train(), config, "bf16")
 
-    def share_of(rows: np.ndarray) -> Share:
-        return share_out(data, rows, ("multimodal",), config.training.micro_batch_tokens, device)
+    def batch_of(rows: np.ndarray) -> tuple[Share, RowFacts]:
+        return prepare(data, rows, config, device)
 
-    shares = one_ahead(map(share_of, data.train_pairs.reshape(steps + WARM_UP, -1)))  # as the loop does
+    batches = one_ahead(map(batch_of, data.train_pairs.reshape(steps + WARM_UP, -1)))  # as the loop does
 
     def run(step: int) -> int:
-        share = next(shares)
-        batch_gradient(engine, data, share, config, (0, step)).losses.total.item()
+        share, facts = next(batches)
+        batch_gradient(engine, share, facts, config, (0, step)).losses.total.item()
         engines.optimizer_step(engine)
         synchronize()
         return share.num_tokens

@@ -244,7 +244,7 @@ class Training(Section):
     num_nodes: int = Field(1, gt=0)  # with more, every node runs the same command, or `hostfile` names them
     rendezvous: str | None = Field(None, pattern=r"^[^\s:]+:\d+$")  # host:port of one of several nodes, seen by all
     hostfile: Path | None = None  # DeepSpeed's: a line "HOST slots=N" for each node; it starts them all by ssh
-    zero_stage: Literal[0, 1, 2, 3] = 3
+    zero_stage: Literal[0, 1, 2, 3] = 3  # in bf16 on a GPU, 2 takes the place of 0 and 1
     precision: Literal["bf16", "fp32", "auto"] = "bf16"  # auto: whichever is faster here, measured at the start
     learning_rate: float = Field(3e-6, gt=0)  # peak, of the LLM, and of the vision encoder where it is trained
     new_module_learning_rate: float | None = Field(None, gt=0)  # connector, fusion, projector; None: learning_rate

@@ -5,6 +5,8 @@ N: notes, d: embedding width.
 
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +19,10 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from notellm2_core import schema
+from notellm2_core.files import link_or_copy
 
 _REUSED = "reused"
+_FORMER = ".former"
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ def write_shards(
     A note is embedded where no shard that a former table left in `out`, nor one in the folders `reuse`, has its content
     by the same model. So a run that was killed goes on where it stopped, and of a table that has changed only the
     changed notes are embedded (its vectors then are those of a new export but for the rounding that their batches
-    bring). Shards of another model, other notes or another plan are written again or removed, never mixed in.
+    bring). Shards of another model, other notes or another plan are written again or removed, never mixed in. Which
+    vectors are taken over depends on no kill and on no other rank.
     `progress` is moved over notes that are not embedded, without counting them in its speed; `embed` moves it itself.
     Returns how many notes of this rank's shards were not embedded.
     """
@@ -111,15 +116,16 @@ def write_shards(
     starts = range(0, len(ids), shard_notes)
     plan = {out / f"part-{n:05d}.parquet": ids[i : i + shard_notes] for n, i in enumerate(starts)}
     mine = dict(list(plan.items())[rank::num_ranks])
-    names = {path: _name(made, of) for path, of in mine.items()}
+    names = {path: _name(made, of) for path, of in plan.items()}
 
     def is_done(path: Path) -> bool:
-        return path in plan and _metadata(path).get("fingerprint") == (names.get(path) or _name(made, plan[path]))
+        return path in plan and _metadata(path).get("fingerprint") == names[path]
 
+    former = _kept_aside(out, is_done)
     stale = {path: of for path, of in mine.items() if not is_done(path)}
     kept = sum(map(len, mine.values())) - sum(map(len, stale.values()))
     wanted = {content for of in stale.values() for content in made.of(of)}
-    known = _known([out, *reuse], made.by, wanted, is_done)
+    known = _known([former, *reuse], made.by, wanted)
     if rank == 0:
         for path in out.glob("*.parquet"):
             if path not in plan:
@@ -138,7 +144,29 @@ def write_shards(
         write_shard(path, of, vectors, {"fingerprint": names[path], **facts})
         kept += num_known
         _skip(progress, num_known)
+    if all(map(is_done, plan)):
+        for aside in out.glob(f"{_FORMER}*"):
+            shutil.rmtree(aside, ignore_errors=True)
     return kept
+
+
+def _kept_aside(out: Path, is_done: Callable[[Path], bool]) -> Path:
+    """A hidden folder with the shards in `out` that are not of this export, from before any of it was written: all
+    ranks, and the run after one that was killed, take vectors over from the same.
+    """
+    former = out / _FORMER
+    left = [path for path in out.glob("part-*.parquet") if not is_done(path)]
+    if left and not former.exists():
+        draft = Path(tempfile.mkdtemp(prefix=_FORMER, dir=out))
+        try:
+            for path in left:
+                link_or_copy(path, draft / path.name)
+            os.rename(draft, former)
+        except OSError:  # another rank was quicker, and may have replaced some already
+            shutil.rmtree(draft, ignore_errors=True)
+            if not former.exists():
+                raise
+    return former
 
 
 def num_reused(folder: Path) -> int:
@@ -161,19 +189,13 @@ def _metadata(path: Path) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in metadata.items()}
 
 
-def _known(
-    folders: Sequence[Path], by: str, wanted: set[str], is_done: Callable[[Path], bool]
-) -> dict[str, np.ndarray]:
-    """The vectors of the contents `wanted` that shards in `folders` hold, made by the same.
-
-    Shards of this very export are passed over: which of them are there depends on kills and on the other ranks, and the
-    last bits of a vector on the batch that it is computed in.
-    """
+def _known(folders: Sequence[Path], by: str, wanted: set[str]) -> dict[str, np.ndarray]:
+    """The vectors of the contents `wanted` that shards in `folders` hold, made by the same."""
     known: dict[str, np.ndarray] = {}
     for path in (path for folder in folders for path in sorted(folder.glob("part-*.parquet"))):
         metadata = _metadata(path)
         contents = metadata.get("of", "").split("\n")
-        if metadata.get("made_by") != by or wanted.isdisjoint(contents) or is_done(path):
+        if metadata.get("made_by") != by or wanted.isdisjoint(contents):
             continue
         try:
             column = pq.read_table(path, columns=["embedding"])["embedding"].combine_chunks()

@@ -17,6 +17,7 @@ from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.batch import FieldTokens, InputKind, MLRMProcessor, NoteBatch
 from notellm2_core.notes.feature_store import Features
 
+VECTORS_VERSION = 1  # raise it when code computes other vectors from the same weights: old ones are not taken over then
 WINDOW_BATCHES = 8  # batches whose notes are sorted by length together, and whose features are held at a time
 _CPU_TOKENS = 2048  # of a batch on a CPU: the memory for larger ones is new each time, and slower than the sums in it
 

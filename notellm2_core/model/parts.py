@@ -1,6 +1,5 @@
 """Which parts of the model are trained: `training.parts`, and `model.lora` for the LLM."""
 
-import torch
 from torch import nn
 
 from notellm2_core.config import PARTS, Config, Part
@@ -42,7 +41,8 @@ def set_trained(model: MLRMModel, config: Config, encoder: VisionEncoder | None 
             parameter.requires_grad_(part in trained and (part != "llm" or not adapted or is_adapter(name)))
     if encoder is not None:
         encoder.requires_grad_(True)
-        encoder.to(memory_format=torch.contiguous_format)  # DeepSpeed sends weights as they lie
+        for weight in encoder.parameters():
+            weight.data = weight.data.contiguous()  # DeepSpeed sends weights as they lie
     elif not any(p.requires_grad for p in model.parameters()):
         there = [part for part, parameters in parts_of(model).items() if parameters]
         raise ValueError(

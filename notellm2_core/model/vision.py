@@ -57,8 +57,10 @@ class VisionEncoder(nn.Module):
         return to_pixels(image, self.architecture.preprocess)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, 3, S, S] -> patches [N, L, h_v], global feature [N, h_v]."""
-        patches, pooled = self.tower(pixels.contiguous(memory_format=torch.channels_last))
+        """[N, 3, S, S] -> patches [N, L, h_v], global feature [N, h_v]; without a graph as long as it is frozen."""
+        trained = any(p.requires_grad for p in self.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            patches, pooled = self.tower(pixels.contiguous(memory_format=torch.channels_last))
         return patches.contiguous(), pooled
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> "VisionEncoder":

@@ -89,8 +89,8 @@ class NoteBatch:
         return len(self.input_ids)
 
     def to(self, device: torch.device | str) -> "NoteBatch":
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return NoteBatch(**{name: value if value is None else value.to(device) for name, value in values.items()})
+        there: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return NoteBatch(**{name: value if value is None else value.to(device) for name, value in there.items()})
 
 
 class MLRMProcessor:

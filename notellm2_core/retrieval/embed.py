@@ -22,7 +22,7 @@ from notellm2_core import lake
 from notellm2_core.config import Export
 from notellm2_core.embeddings import Made, write_shards
 from notellm2_core.files import link_or_copy
-from notellm2_core.inference.batch_embedder import WINDOW_BATCHES
+from notellm2_core.inference.batch_embedder import VECTORS_VERSION, WINDOW_BATCHES
 from notellm2_core.inference.embedder import BATCH_NOTES, Embedder
 from notellm2_core.inference.hub import model_folder
 from notellm2_core.notes.batch import InputKind
@@ -57,7 +57,15 @@ def embed_notes(
     _require_own(work, notes)
     embedder = Embedder.from_pretrained(folder)
     embedder.require_options(inputs, batch_notes, dim)  # before anything is written
-    decides = [deciding_files(folder), embedder.encoder.encoder_id, str(embedder.dtype), inputs, dim, batch_notes]
+    decides = [
+        VECTORS_VERSION,
+        deciding_files(folder),
+        embedder.encoder.encoder_id,
+        str(embedder.dtype),
+        inputs,
+        dim,
+        batch_notes,
+    ]
     work.mkdir(parents=True, exist_ok=True)
     for shard in out.glob("part-*.parquet"):
         if not (work / shard.name).exists():

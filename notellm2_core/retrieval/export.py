@@ -34,7 +34,7 @@ from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
 from notellm2_core.embeddings import Made, read_note_ids, write_shards
-from notellm2_core.inference.batch_embedder import BatchEmbedder, FeatureSource
+from notellm2_core.inference.batch_embedder import VECTORS_VERSION, BatchEmbedder, FeatureSource
 from notellm2_core.inference.pictures import EncodedWhenAsked
 from notellm2_core.model.build import its_own_encoder, load_model
 from notellm2_core.notes.batch import InputKind
@@ -64,10 +64,11 @@ def export(
     Raises ValueError where model, notes and images do not belong together.
     """
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    stored = encoder_id(images_dir)
     images = read_note_images(images_dir)
     model, processor = load_model(model_dir)
-    encoder = its_own_encoder(model, model_dir, encoder_id(images_dir), pictures)
-    vision_encoder = encoder_id(images_dir) if encoder is None else encoder.encoder_id
+    encoder = its_own_encoder(model, model_dir, stored, pictures)
+    vision_encoder = stored if encoder is None else encoder.encoder_id
     notes = read_tokens(notes_dir, processor, note_ids)
     if unknown := notes.keys() - images.keys():
         raise ValueError(
@@ -105,9 +106,8 @@ def export(
 
         with tqdm(total=-(-len(notes) // num_ranks), desc=f"embed {kind}", unit="notes", disable=rank != 0) as progress:
             began = time.monotonic()
-            made = Made(
-                lake.fingerprint([weights, vision_encoder, kind, str(dtype), config.export.batch_notes]), contents
-            )
+            decides = [VECTORS_VERSION, weights, vision_encoder, kind, str(dtype), config.export.batch_notes]
+            made = Made(lake.fingerprint(decides), contents)
             kept = write_shards(
                 out / kind, list(notes), embed, made, config.export.shard_notes, rank, num_ranks, progress,
                 [folder / kind for folder in reuse],
@@ -129,10 +129,13 @@ def parse_inputs(text: str) -> list[InputKind]:
 
 
 def _device(config: Config) -> tuple[torch.device, torch.dtype]:
+    """Raises ValueError where this machine has fewer GPUs than ranks."""
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return device, torch.float32 if config.training.precision == "fp32" else torch.bfloat16
+    rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= num_devices:
+        raise ValueError(f"export.num_ranks is above the {num_devices} GPUs of this machine: lower it")
+    return torch.device("cuda", rank), torch.float32 if config.training.precision == "fp32" else torch.bfloat16
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,10 +6,12 @@ the query and the target of pair k.
 Shapes: P pairs, B pairs per batch, N = 2B rows.
 """
 
+import hashlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow.dataset as pads
@@ -34,20 +36,23 @@ class SameNotes:
     """Notes that cannot be told apart by what is read of them are one; relations are those of all of them."""
 
     def __init__(self, content: np.ndarray, pairs: np.ndarray) -> None:
-        """`content`: [notes] or [facts, notes], equal where notes are the same. `pairs`: [P, 2] related notes."""
-        _, code = np.unique(np.atleast_2d(content), axis=1, return_inverse=True)
-        self.code: np.ndarray = code.reshape(-1)  # [notes]
-        self._size = int(self.code.max(initial=0)) + 1
+        """`content`: [notes], equal where notes are the same. `pairs`: [P, 2] related notes."""
+        _, self.code = np.unique(content, return_inverse=True)  # [notes]
+        size = int(self.code.max(initial=0)) + 1
         both = self.code[np.concatenate([pairs, pairs[:, ::-1]])]
-        self._related = np.unique(both[:, 0] * self._size + both[:, 1])  # the pair graph, as sorted numbers
+        related = np.unique(both[:, 0] * size + both[:, 1])  # the pair graph, as sorted numbers
+        self._related = related % size  # of code 0, then of code 1, ...
+        self._first = np.searchsorted(related // size, np.arange(size + 1))  # where those of each begin
 
     def known(self, rows: np.ndarray) -> np.ndarray:
         """[N, N] bool: which of the notes `rows` are the same or related."""
-        code = self.code[rows]
-        numbers = code[:, None] * self._size + code
-        place = np.searchsorted(self._related, numbers).clip(max=len(self._related) - 1)
-        known: np.ndarray = (code[:, None] == code) | (self._related[place] == numbers)
-        return known
+        codes, place = np.unique(self.code[rows], return_inverse=True)  # [n], [N]
+        known = np.eye(len(codes), dtype=bool)
+        for i, code in enumerate(codes):
+            related = self._related[self._first[code] : self._first[code + 1]]
+            found = np.searchsorted(codes, related).clip(max=len(codes) - 1)
+            known[i, found[codes[found] == related]] = True
+        return known[np.ix_(place, place)]
 
 
 class TrainingData:
@@ -73,17 +78,18 @@ class TrainingData:
         if missing:
             raise ValueError(f"{len(missing)} notes of the pairs are not among the notes, the first is {missing[0]!r}")
         self._processor = processor
-        self._tokens = [tokens[n] for n in self.note_ids]
+        self._tokens = tokens
         self._pictures = pictures
         of_notes = [-1 if (i := images.get(n)) is None else pictures.rows[i] for n in self.note_ids]
         self._picture_rows = np.array(of_notes, dtype=np.int64)  # [notes]; -1: no image
-        self._has_text = np.array([any(map(len, fields)) for fields in self._tokens])
+        self._has_text = np.array([any(map(len, tokens[n])) for n in self.note_ids])
         self.train_pairs = self._numbers(train_pairs)  # [P, 2]
         self.validation_pairs = self._numbers(validation_pairs)
-        texts = _codes([tuple(field.tobytes() for field in fields) for fields in self._tokens])
+        texts = _codes(_digest(tokens[n]) for n in self.note_ids)
         pairs = np.concatenate([self.train_pairs, self.validation_pairs])
+        whole = texts * (len(pictures.rows) + 1) + self._picture_rows + 1
         self._same = {
-            "multimodal": SameNotes(np.stack([texts, self._picture_rows]), pairs),
+            "multimodal": SameNotes(whole, pairs),
             "image": SameNotes(_or_itself(self._picture_rows, self._picture_rows >= 0), pairs),
             "text": SameNotes(_or_itself(texts, self._has_text), pairs),
         }
@@ -102,7 +108,8 @@ class TrainingData:
         """The model input of these notes, padded to the longest of them; once for each kind of input, one after the
         other.
         """
-        encoded = [self._processor.lay_out(self._tokens[row], kind) for kind in inputs for row in rows.tolist()]
+        tokens = self._tokens_of(rows)
+        encoded = [self._processor.lay_out(of_note, kind) for kind in inputs for of_note in tokens]
         pictures = self._picture_rows[np.tile(rows, len(inputs))]
         if isinstance(self._pictures, FeatureTable):
             return self._processor.collate(encoded, *self._pictures.take(pictures), pictures >= 0)
@@ -112,7 +119,10 @@ class TrainingData:
     def num_tokens(self, rows: np.ndarray, inputs: Sequence[InputKind] = ("multimodal",)) -> np.ndarray:
         """[len(rows)] tokens that the model reads of each note, over all `inputs`."""
         of = self._processor.num_tokens
-        return np.array([sum(of(self._tokens[row], kind) for kind in inputs) for row in rows.tolist()])
+        return np.array([sum(of(of_note, kind) for kind in inputs) for of_note in self._tokens_of(rows)])
+
+    def _tokens_of(self, rows: np.ndarray) -> list[FieldTokens]:
+        return [self._tokens[self.note_ids[row]] for row in rows.tolist()]
 
     def contents(self, rows: np.ndarray) -> np.ndarray:
         """A number for the content of each note, the same for notes with the same text and image."""
@@ -143,9 +153,13 @@ class TrainingData:
         return np.concatenate([rows, added])
 
     def facts(
-        self, rows: np.ndarray, known_positives: KnownPositives = "mask", num_paired: int | None = None
+        self,
+        rows: np.ndarray,
+        known_positives: KnownPositives = "mask",
+        num_paired: int | None = None,
+        kinds: Collection[InputKind] = get_args(InputKind),
     ) -> RowFacts:
-        """Which rows have an image, a text, and, unless these are ignored, which belong together.
+        """Which rows have an image, a text, and, unless these are ignored, which belong together by these `kinds`.
 
         These show the same, or what they show is known to be related, in either direction, from any pair of notes that
         show it: the whole content for the multimodal input, the image or the text alone for the others.
@@ -153,7 +167,7 @@ class TrainingData:
         has = {"image": torch.from_numpy(self.has_image(rows)), "text": torch.from_numpy(self._has_text[rows])}
         if known_positives == "ignore":
             return RowFacts(has, None, num_paired)
-        known = {kind: torch.from_numpy(same.known(rows)) for kind, same in self._same.items()}
+        known: dict[str, torch.Tensor] = {kind: torch.from_numpy(self._same[kind].known(rows)) for kind in kinds}
         return RowFacts(has, known, num_paired, count_known=known_positives == "count")
 
     def _numbers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -258,7 +272,15 @@ def _or_itself(content: np.ndarray, has: np.ndarray) -> np.ndarray:
     return np.where(has, content, -1 - np.arange(len(content)))
 
 
-def _codes(values: Sequence[object]) -> np.ndarray:
+def _digest(fields: FieldTokens) -> bytes:
+    """Equal for equal fields."""
+    digest = hashlib.blake2b(digest_size=16)
+    for field in fields:
+        digest.update(len(field).to_bytes(4) + field.tobytes())
+    return digest.digest()
+
+
+def _codes(values: Iterable[object]) -> np.ndarray:
     """A number for each value, the same for equal ones."""
     code: dict[object, int] = {}
     return np.array([code.setdefault(v, len(code)) for v in values], dtype=np.int64)

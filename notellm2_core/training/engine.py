@@ -2,7 +2,8 @@
 
 Precision. On a GPU, bf16 is DeepSpeed's: bf16 weights, fp32 master weights in the optimiser. On a CPU the weights stay
 fp32 and only the forward runs under torch's bf16 autocast: the optimiser has no second copy to keep, and small updates
-are not lost.
+are not lost. Gradients of several micro-batches are added up in fp32 on both: in bf16's 8 bits, the last of many parts
+would hardly change their sum. (What GPUs tell each other of a gradient is bf16: it is rounded once.)
 """
 
 import logging
@@ -100,13 +101,18 @@ def deepspeed_config(training: Training, precision: Precision, num_ranks: int, o
         raise ValueError(
             f"training.batch_pairs = {training.batch_pairs} cannot be shared by {num_ranks} ranks: use a multiple of it"
         )
+    in_bf16 = precision == "bf16" and on_gpu
+    # With bf16 weights DeepSpeed's ZeRO-0 takes a step of Adam before the first (its state is made so), and ZeRO-0 and 1
+    # add gradients up in bf16. ZeRO-2 is the same training, in less memory.
+    stage = max(2, training.zero_stage) if in_bf16 else training.zero_stage
     return {
         "train_micro_batch_size_per_gpu": training.batch_pairs // num_ranks,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": training.max_grad_norm,
-        "bf16": {"enabled": precision == "bf16" and on_gpu},
+        "bf16": {"enabled": in_bf16},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if in_bf16 and training.micro_batch_tokens else {}),
         "zero_optimization": {
-            "stage": training.zero_stage,
+            "stage": stage,
             "overlap_comm": on_gpu,
             # Numbers in the buffer through which gradients are reduced; DeepSpeed's default would take 2 GB of memory.
             **({} if on_gpu else {"reduce_bucket_size": _CPU_BUCKET, "allgather_bucket_size": _CPU_BUCKET}),
@@ -184,10 +190,10 @@ def broadcast_new_modules(model: MLRMModel, device: torch.device) -> None:
 def make_engine(model: MLRMModel, config: Config, precision: Precision, encoder: VisionEncoder | None = None) -> Any:
     """The DeepSpeed engine around `model`, and the vision encoder where it is trained, on this rank's device."""
     training = config.training
-    on_gpu = torch.cuda.is_available()
+    made = deepspeed_config(training, precision, dist.get_world_size(), torch.cuda.is_available())
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    autocast = precision == "bf16" and not on_gpu
+    autocast = precision == "bf16" and not made["bf16"]["enabled"]
     step = TrainingStep(model, get_method(config.model.method), autocast, encoder)
     groups = model.parameter_groups()
     if encoder is not None:  # pretrained, as the LLM is
@@ -195,7 +201,7 @@ def make_engine(model: MLRMModel, config: Config, precision: Precision, encoder:
     engine, *_ = import_deepspeed().initialize(
         model=step,
         model_parameters=optimizer_groups(groups, training),
-        config=deepspeed_config(training, precision, dist.get_world_size(), on_gpu),
+        config=made,
     )
     return engine
 

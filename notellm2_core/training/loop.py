@@ -26,7 +26,7 @@ from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache, schedule
 from notellm2_core.training.gradcache import Step, backward
-from notellm2_core.training.losses import Losses
+from notellm2_core.training.losses import Losses, RowFacts
 from notellm2_core.training.micro_batches import Share, share_out
 from notellm2_core.training.moved import load_moved
 from notellm2_core.training.precision import choose_precision
@@ -34,7 +34,7 @@ from notellm2_core.training.progress import MlflowCurves, Progress
 from notellm2_core.training.save import DONE, save_model
 from notellm2_core.training.speed import Speed
 from notellm2_core.training.start import apply_start
-from notellm2_core.training.step import batch_losses
+from notellm2_core.training.step import batch_losses, compared_kinds
 from notellm2_core.training.validation import validate, validation_sample
 from notellm2_core.training.work import held, open_work
 
@@ -114,7 +114,7 @@ def _run(
     )
     first_step = checkpoints.last_step()
     set_trained(model, config, encoder)
-    moved = first_step > 0 and training.zero_stage > 0 and checkpoints.num_ranks(first_step) != num_ranks
+    moved = first_step > 0 and checkpoints.num_ranks(first_step) != num_ranks
     if first_step == 0 or moved:
         apply_start(model, data, config, encoder)
     model.train()
@@ -127,7 +127,7 @@ def _run(
             write_atomically(paths.work / "run.json", json.dumps(known_run, indent=1))
     speed = Speed(model, device, num_ranks)
     engine = engines.make_engine(model, config, known_run["precision"], encoder)
-    if moved:
+    if moved and engine.zero_optimization_stage():
         rows = data.train_pairs[batches[0]].reshape(-1)
         load_moved(engine, checkpoints.folder, first_step, lambda: idle_step(engine, data, rows, config, device))
     elif first_step:
@@ -158,18 +158,18 @@ def _train(
     speed: Speed,
     work: Path,
 ) -> None:
-    training, inputs = config.training, get_method(config.model.method).inputs
+    training = config.training
     validation_pairs = validation_sample(data, config.seed)
     rows_of_steps = data.train_pairs[batches].reshape(len(batches), -1)  # [steps, 2B], pair k in rows 2k and 2k + 1
 
-    def share_of(step: int) -> Share:
+    def batch_of(step: int) -> tuple[Share, RowFacts]:
         rows = data.with_hard_negatives(rows_of_steps[step], training.hard_negatives.num, (config.seed, step))
-        return share_out(data, rows, inputs, training.micro_batch_tokens, device)
+        return prepare(data, rows, config, device, progress.waited)
 
     steps = range(first_step, training.num_steps)
-    for step, share in zip(steps, one_ahead(map(share_of, steps)), strict=True):
+    for step, (share, facts) in zip(steps, one_ahead(map(batch_of, steps), progress.waited), strict=True):
         # Random numbers depend on the seed, the step and the rank alone, so a resume restores none.
-        losses, tau, gate_mean = batch_gradient(engine, data, share, config, seed=(config.seed, step))
+        losses, tau, gate_mean = batch_gradient(engine, share, facts, config, seed=(config.seed, step))
         _require_finite("loss", losses.total.item(), step, data, batches[step], work)
         factor = engines.learning_rate_factor(step, training.num_steps, training.warmup_ratio)
         engines.set_learning_rate(engine.optimizer, factor)
@@ -179,7 +179,7 @@ def _train(
         done, last = step + 1, step + 1 == training.num_steps
         rate = training.learning_rate * factor
         figures = _figures(losses, tau, gate_mean, rate, grad_norm) | {"padding": speed.padding(share)}
-        progress.add(len(share.rows), share.num_tokens, figures)
+        progress.add(len(share.rows), share.num_tokens, share.num_squares, figures)
         if done == 1 or done % training.log_every_steps == 0 or last:
             progress.report_steps(done)
         if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):
@@ -194,13 +194,23 @@ def _train(
     checkpoints.close()
 
 
-def batch_gradient(engine: Any, data: TrainingData, share: Share, config: Config, seed: Sequence[int]) -> Step:
-    """The gradient of the losses over a global batch, ready for the optimiser. `share` is what this rank embeds of it.
+def prepare(
+    data: TrainingData, rows: np.ndarray, config: Config, device: torch.device, waited: list[float] | None = None
+) -> tuple[Share, RowFacts]:
+    """What this rank embeds of the global batch `rows`, and what the losses have to know of all of it.
+
+    `waited`: see `one_ahead`.
+    """
+    training, method = config.training, get_method(config.model.method)
+    facts = data.facts(rows, training.known_positives, 2 * training.batch_pairs, compared_kinds(method))
+    return share_out(data, rows, method.inputs, training.micro_batch_tokens, device, waited), facts.to(device)
+
+
+def batch_gradient(engine: Any, share: Share, facts: RowFacts, config: Config, seed: Sequence[int]) -> Step:
+    """The gradient of the losses over a global batch, ready for the optimiser. Share and facts are those of `prepare`.
 
     Losses and tau are the same on every rank, and so is the sum of the gradients, whatever their number.
     """
-    training = config.training
-    facts = data.facts(share.rows, training.known_positives, 2 * training.batch_pairs).to(share.places.device)
     seeds = np.random.SeedSequence([*seed, dist.get_rank()]).generate_state(len(share.parts)).tolist()
 
     def loss_of(embedded: Tensor, tau: Tensor) -> Losses:
@@ -211,9 +221,7 @@ def batch_gradient(engine: Any, data: TrainingData, share: Share, config: Config
 
 def idle_step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, device: torch.device) -> None:
     """A step on the notes `rows` [2B] that changes no weight."""
-    inputs = get_method(config.model.method).inputs
-    share = share_out(data, rows, inputs, config.training.micro_batch_tokens, device)
-    batch_gradient(engine, data, share, config, seed=(config.seed,))
+    batch_gradient(engine, *prepare(data, rows, config, device), config, seed=(config.seed,))
     engines.set_learning_rate(engine.optimizer, 0.0)
     engines.optimizer_step(engine)
 

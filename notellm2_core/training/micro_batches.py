@@ -65,32 +65,43 @@ class Share:
 
     rows: np.ndarray  # [N] the batch
     places: Tensor  # [N] where each note of the batch is among the rows of all ranks, one rank after the other
-    num_tokens: int  # of the whole batch
+    num_tokens: int  # of the whole batch, once for each kind of input
+    num_squares: int  # the sum of its notes' squared lengths, likewise
     padding: float  # what share of this rank's tokens there would be for nothing, if its micro-batches were padded
     parts: list[np.ndarray]  # [K] the notes of each of its micro-batches
     _made: Callable[[np.ndarray], NoteBatch]
     _ready: NoteBatch | None  # the only micro-batch: it is needed once, and can be made ahead
+    _waited: list[float] | None  # gets the seconds that each of several was waited for
 
     def micro_batches(self) -> Iterator[NoteBatch]:
         """On the device, one and the next at a time."""
-        return one_ahead(map(self._made, self.parts)) if self._ready is None else iter([self._ready])
+        if self._ready is not None:
+            return iter([self._ready])
+        return one_ahead(map(self._made, self.parts), self._waited)
 
 
 def share_out(
-    data: TrainingData, rows: np.ndarray, inputs: Sequence[InputKind], max_tokens: int | None, device: torch.device
+    data: TrainingData,
+    rows: np.ndarray,
+    inputs: Sequence[InputKind],
+    max_tokens: int | None,
+    device: torch.device,
+    waited: list[float] | None = None,
 ) -> Share:
-    """This rank's share of the notes `rows` [N] of a global batch."""
-    num_tokens = data.num_tokens(rows, inputs)
+    """This rank's share of the notes `rows` [N] of a global batch (`waited`: see `one_ahead`)."""
+    lengths = np.stack([data.num_tokens(rows, [kind]) for kind in inputs])  # [I, N]
+    num_tokens = lengths.sum(axis=0)
     dealt = plan(num_tokens, dist.get_world_size(), max_tokens)
     order = np.concatenate([part for share in dealt for part in share])
     mine = dealt[dist.get_rank()]
     places = torch.from_numpy(np.argsort(order)).to(device)
     real = sum(int(num_tokens[part].sum()) for part in mine)
-    padding = 1 - real / sum(len(part) * int(num_tokens[part].max()) for part in mine)
+    padding = 1 - real / sum(lengths[:, part].size * int(lengths[:, part].max()) for part in mine)
 
     def made(notes: np.ndarray) -> NoteBatch:
         return data.note_batch(notes, inputs).to(device)
 
     parts = [rows[part] for part in mine]
     ready = made(parts[0]) if len(parts) == 1 else None
-    return Share(rows, places, int(num_tokens.sum()), padding, parts, made, ready)
+    squares = int(np.square(lengths).sum())
+    return Share(rows, places, int(num_tokens.sum()), squares, padding, parts, made, ready, waited)

@@ -23,21 +23,27 @@ class Speed:
     def __init__(self, model: MLRMModel, device: torch.device, num_ranks: int) -> None:
         """To be called before the weights are partitioned (ZeRO-3)."""
         layers = model.llm.config
-        self._packs = model.packs_notes
-        self._device = device
+        self._model, self._device = model, device
         words = model.get_input_embeddings()
         used = [p for p in model.llm.parameters() if not any(p is word for word in words.parameters())]
-        # Of each token: 2 operations per weight forward, 2 back to what came before, 2 for a gradient of its own; and
-        # each earlier token of its note, twice.
-        self._per_token = sum(p.numel() * (6 if p.requires_grad else 4) for p in used)
-        self._per_position = 6 * layers.num_hidden_layers * layers.hidden_size
+        below = [*model.llm.parameters(), *(model.connector.parameters() if model.connector is not None else ())]
+        back = any(p.requires_grad for p in below)  # else nothing is sent back through the LLM
+        # Of each token: 2 operations per weight forward, 2 back to what came before, 2 for a gradient of its own. Twice
+        # that many (query times key, weight times value) of two tokens of a note, where one sees the other: of half.
+        self._per_token = sum(p.numel() * (2 + 2 * back + 2 * p.requires_grad) for p in used)
+        heads = getattr(layers, "num_attention_heads", 0)  # a Mamba has none
+        width = getattr(layers, "head_dim", None) or layers.hidden_size // max(heads, 1)
+        self._per_square = (12 if back else 4) * layers.num_hidden_layers * heads * width // 2
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peak = next((flops for word in re.split(r"[ -]", name) if (flops := _PEAK_FLOPS.get(word))), None)
         self._peak = None if peak is None else peak * num_ranks
 
-    def figures(self, num_tokens: float, num_notes: float, seconds: float) -> dict[str, float]:
-        """`tokens_per_s`, `tflops`, `mfu` where the device's peak is known, and this rank's largest `memory_gb`."""
-        flops = num_tokens * (self._per_token + self._per_position * num_tokens / num_notes) / seconds
+    def figures(self, num_tokens: float, num_squares: float, seconds: float) -> dict[str, float]:
+        """`tokens_per_s`, `tflops`, `mfu` where the device's peak is known, and this rank's largest `memory_gb`.
+
+        `num_squares`: the sum of the squared lengths of the notes that these tokens are of (micro_batches.py).
+        """
+        flops = (num_tokens * self._per_token + num_squares * self._per_square) / seconds
         figures = {"tokens_per_s": num_tokens / seconds, "tflops": flops / 1e12}
         if self._peak is not None:
             figures["mfu"] = flops / self._peak
@@ -45,7 +51,7 @@ class Speed:
 
     def padding(self, share: Share) -> float:
         """The share of the positions that the LLM computes for nothing."""
-        return 0.0 if self._packs else share.padding
+        return 0.0 if self._model.packs_notes else share.padding
 
     def _memory(self) -> float:
         if self._device.type == "cuda":

@@ -1,7 +1,7 @@
 """What one training step computes: the module that DeepSpeed wraps, and the losses of what it gives."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from notellm2_core.model.methods import Method, get_method
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.vision import VisionEncoder, with_features
 from notellm2_core.notes.batch import NoteBatch
+from notellm2_core.notes.text import InputKind
 from notellm2_core.training.losses import Losses, RowFacts, capped_tau, note_losses, omni_losses
 
 Views = Mapping[str, Tensor]  # [N, D] each: "multimodal", and "visual" (n_v) or "image" and "text" (other inputs)
@@ -47,6 +48,13 @@ class TrainingStep(nn.Module):
             views.append(output.visual)
         rows = torch.cat([view.float() for view in views], dim=1)
         return Embedded(rows, capped_tau(self.model.tau).float(), output.gate_mean)
+
+
+def compared_kinds(method: Method) -> tuple[InputKind, ...]:
+    """The kinds of input whose relations the method's losses look at."""
+    if "omni" in method.losses:
+        return get_args(InputKind)
+    return ("multimodal", "image") if "visual" in method.losses else ("multimodal",)
 
 
 def batch_losses(config: Config, rows: Tensor, tau: Tensor, facts: RowFacts) -> Losses:

@@ -91,6 +91,29 @@ def test_a_killed_export_is_as_one_that_was_not(tmp_path: Path) -> None:
         assert (tmp_path / "killed" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
 
 
+def test_what_is_taken_over_depends_on_no_kill_and_no_rank(tmp_path: Path) -> None:
+    """A note in front of four moves each into another shard: b, c and d are taken over, whoever writes first."""
+    made = Made("m", list)
+
+    def embed(ids: Sequence[str]) -> np.ndarray:
+        embedded.extend(ids)
+        return unit(len(ids), seed=len(ids))
+
+    def export_of(ids: str, *ranks: tuple[int, int]) -> list[str]:
+        embedded.clear()
+        for rank, num_ranks in ranks:
+            write_shards(tmp_path, list(ids), embed, made, 2, rank=rank, num_ranks=num_ranks)
+        return list(embedded)
+
+    embedded: list[str] = []
+    assert export_of("bcde", (0, 1)) == list("bcde")
+    assert export_of("abcde", (0, 2), (1, 2)) == ["a"]  # the second starts when the first has written all of its own
+    assert export_of("0abcde", (0, 3)) == ["0"]  # killed here
+    assert (tmp_path / ".former").exists()
+    assert export_of("0abcde", (0, 1)) == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"part-0000{n}.parquet" for n in range(3)]
+
+
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 embeddings are not unit vectors .note 'b'"):
         write_shard(tmp_path / "x.parquet", ["a", "b"], np.array([[1, 0], [np.nan, 0]]), {})

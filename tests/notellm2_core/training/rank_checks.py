@@ -26,8 +26,7 @@ from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
 from notellm2_core.training.engine import deepspeed_config
-from notellm2_core.training.loop import Paths, batch_gradient, idle_step, run
-from notellm2_core.training.micro_batches import share_out
+from notellm2_core.training.loop import Paths, batch_gradient, idle_step, prepare, run
 from notellm2_core.training.moved import load_moved
 from notellm2_core.training.save import full_weights, plain_weights
 from tests.notellm2_core.training.world import World, tiny_config
@@ -92,10 +91,9 @@ def with_negatives(data: TrainingData, rows: np.ndarray, config: Config, index: 
 def step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, index: int, grads: bool) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
-    inputs, budget = engine.module.method.inputs, config.training.micro_batch_tokens
-    share = share_out(data, with_negatives(data, rows, config, index), inputs, budget, torch.device("cpu"))
-    assert (len(share.parts) > 1) == (budget is not None)
-    losses = batch_gradient(engine, data, share, config, (0, index)).losses
+    share, facts = prepare(data, with_negatives(data, rows, config, index), config, torch.device("cpu"))
+    assert (len(share.parts) > 1) == (config.training.micro_batch_tokens is not None)
+    losses = batch_gradient(engine, share, facts, config, (0, index)).losses
     model, encoder = engine.module.model, engine.module.encoder
     named = named_parameters(model, encoder)
     found = {n: safe_get_full_grad(p).clone() for n, p in named.items() if p.requires_grad and grads}

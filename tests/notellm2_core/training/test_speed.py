@@ -1,10 +1,12 @@
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
 from notellm2_core.model.build import build_model
+from notellm2_core.model.methods import get_method
 from notellm2_core.training import speed as module
 from notellm2_core.training.data import load_training_data
 from notellm2_core.training.engine import set_up_processes
@@ -15,32 +17,55 @@ from tests.notellm2_core.training.world import FOLDERS, World, tiny_config
 
 def test_operations_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny LLM: 2 layers of 64 x 64 (query, output), 2 of 32 x 64 (key, value), 3 of 128 x 64, 2 norms, and a norm.
-    6 operations per weight and token, and 6 x 2 layers x 64 for each of a note's tokens, of which half are earlier."""
+    6 operations per weight and token, and 12 x 2 layers x 64 for two tokens that see each other: half of the
+    squares of ten notes' 100 tokens."""
     model, _ = build_model(tiny_config(), tmp_path)
     weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64) + 64
     speed = Speed(model, torch.device("cpu"), 1)
-    figures = speed.figures(num_tokens=1000, num_notes=10, seconds=2)
+    squares = 10 * 100**2
+    figures = speed.figures(num_tokens=1000, num_squares=squares, seconds=2)
     assert figures["tokens_per_s"] == 500
     assert figures["tflops"] == pytest.approx(1000 * (6 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
     model.llm.requires_grad_(False)  # 4 of the 6 operations are left
-    frozen = Speed(model, torch.device("cpu"), 1).figures(num_tokens=1000, num_notes=10, seconds=2)["tflops"]
+    frozen = Speed(model, torch.device("cpu"), 1).figures(num_tokens=1000, num_squares=squares, seconds=2)["tflops"]
     assert frozen == pytest.approx(1000 * (4 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
-    model.llm.requires_grad_(True)
+    assert model.connector is not None
+    model.connector.requires_grad_(False)  # and nothing is sent back through the LLM: 2
+    forward = Speed(model, torch.device("cpu"), 1).figures(num_tokens=1000, num_squares=squares, seconds=2)["tflops"]
+    assert forward == pytest.approx(1000 * (2 * weights + 2 * 2 * 64 * 100) / 2 / 1e12)
+    model.requires_grad_(True)
     assert "mfu" not in figures and figures["memory_gb"] > 0.1
     monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(module.torch.cuda, "max_memory_allocated", lambda device: 7e9)
-    on_gpu = Speed(model, torch.device("cuda", 0), 2).figures(num_tokens=1000, num_notes=10, seconds=2)
+    on_gpu = Speed(model, torch.device("cuda", 0), 2).figures(num_tokens=1000, num_squares=squares, seconds=2)
     assert on_gpu["mfu"] == pytest.approx(figures["tflops"] / (2 * 312)) and on_gpu["memory_gb"] == 7
 
 
-def test_padding(world: World, tmp_path: Path, one_rank: None) -> None:
-    """Nothing is padded where notes are packed; else the share of the places that are not read."""
-    device = set_up_processes()
+def test_heads_wider_than_the_model(tmp_path: Path) -> None:
+    """As a Qwen3's: what attention computes has the width of its heads, here 4 of 32 in a model of 64 numbers."""
+    model, _ = build_model(tiny_config(), tmp_path)
+    assert model.llm.config.num_attention_heads == 4
+    flops = []
+    for width in (16, 32):
+        model.llm.config.head_dim = width
+        speed = Speed(model, torch.device("cpu"), 1)
+        flops.append(1e12 * speed.figures(num_tokens=0, num_squares=1000, seconds=1)["tflops"])
+    assert flops == pytest.approx([1000 * 6 * 2 * 4 * 16, 1000 * 6 * 2 * 4 * 32])
+
+
+@pytest.mark.parametrize("method", ["notellm2", "omni_retrieval"])
+def test_padding(method: Literal["notellm2", "omni_retrieval"], world: World, tmp_path: Path, one_rank: None) -> None:
+    """Nothing is padded where notes are packed; else the share of the places that are not read. Omni-Retrieval reads a
+    note three times: three rows, none of which attends to another."""
+    device, inputs = set_up_processes(), get_method(method).inputs
     for attention in ("sdpa", "eager"):
-        model, processor = build_model(tiny_config(llm={"name": "tiny", "attention": attention}), tmp_path)
+        llm = {"name": "tiny", "attention": attention}
+        model, processor = build_model(tiny_config(llm=llm, method=method), tmp_path)
         data = load_training_data(processor, *(world.path(n) for n in FOLDERS), tmp_path)
-        share = share_out(data, np.arange(8), ("multimodal",), 200, device)
+        share = share_out(data, np.arange(8), inputs, 200 * len(inputs), device)
         batches = list(share.micro_batches())
+        lengths = torch.cat([batch.attention_mask.sum(dim=1) for batch in batches])
+        assert len(lengths) == 8 * len(inputs) and share.num_squares == lengths.square().sum()
         assert len(batches) == len(share.parts) > 1
         real = sum(int(batch.attention_mask.sum()) for batch in batches)
         wasted = 1 - real / sum(batch.attention_mask.numel() for batch in batches)

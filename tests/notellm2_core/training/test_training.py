@@ -18,6 +18,7 @@ import pytest
 import torch
 from dagster_pipes import encode_param
 
+from notellm2_core.ahead import one_ahead
 from notellm2_core.config import PARTS, Training
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.training.data import load_training_data
@@ -227,8 +228,8 @@ def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     heard: list[str] = []
     progress = Progress(path, 2, 4, log=heard.append)
-    progress.add(8, 90, {"loss": 1.0})
-    progress.add(8, 70, {"loss": 2.0})
+    progress.add(8, 90, 990, {"loss": 1.0})
+    progress.add(8, 70, 770, {"loss": 2.0})
     progress.report_steps(4)
     progress.close()
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 4]
@@ -260,6 +261,22 @@ def test_a_disk_that_fills_up_within_a_line_costs_no_figures(
     assert [line["step"] for line in map(json.loads, path.read_text().splitlines())] == [1, 2, 3]
     path.write_text(path.read_text().replace('{"step": 2, ', '{"step": 2, {"step": 2, '))  # as was written once
     assert [line["step"] for line in read_metrics(path)] == [1, 3]
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_data_wait(slow: bool, tmp_path: Path) -> None:
+    """Nearly all of the time where a batch takes 0.1 s to make and 0 to use, nearly none the other way round."""
+    path = tmp_path / "metrics.jsonl"
+    progress = Progress(path, 0, 8)
+    making, using = (0.1, 0.0) if slow else (0.0, 0.1)
+    for _ in one_ahead((time.sleep(making) for _ in range(8)), progress.waited):
+        time.sleep(using)
+        progress.add(8, 90, 990, {"loss": 1.0})
+    progress.report_steps(8)
+    progress.close()
+    (share,) = progress.series("data_wait")
+    assert share > 0.9 if slow else share < 0.1
+    assert not progress.waited  # they count once
 
 
 @pytest.mark.slow
