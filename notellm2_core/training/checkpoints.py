@@ -145,7 +145,7 @@ class Checkpoints:
             for file in ranks:
                 written = json.loads(file.read_text())
                 listed |= written["files"] if written["num_ranks"] == len(ranks) else {"missing": [1]}
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):  # the last: JSON, but not what was written
             listed = {}
         mine = sorted(listed)[dist.get_rank() :: dist.get_world_size()]
         wrong = not listed or any(_facts(checkpoint / name) != listed[name] for name in mine)

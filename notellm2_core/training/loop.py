@@ -88,12 +88,16 @@ def _run(
         )  # fmt: skip
     settings = run_settings(config, data)
     known_run = open_work(paths.work, settings)
+    if paths.out.exists() and not paths.out.is_dir():
+        raise ValueError(f"{paths.out} is a file: give --out an empty folder")
     if (done := paths.out / DONE).exists():  # perhaps this training's, killed before it could exit
         if not known_run or json.loads(done.read_text()).get("settings") != fingerprint(settings):
             raise ValueError(f"{paths.out} holds a trained model already: give --out an empty folder")
         if rank == 0:
             print(f"{paths.out} holds the model of this training already", file=sys.stderr)
         return
+    if not known_run and paths.out.exists() and (there := sorted(paths.out.iterdir())):
+        raise ValueError(f"{paths.out} holds {there[0].name}: give --out an empty folder")
     dist.barrier()  # all ranks have looked before rank 0 writes
     checkpoints = Checkpoints(
         paths.work / "checkpoints",
@@ -171,7 +175,10 @@ def _train(
         if done == 1 or done % training.log_every_steps == 0 or last:
             progress.report_steps(done)
         if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):
-            progress.report(done, validate(engine, data, validation_pairs, config, device))
+            found = validate(engine, data, validation_pairs, config, device)
+            # The update of the last step is looked at here alone.
+            _require_finite("validation loss", found["validation_loss"], step, data, batches[step], work)
+            progress.report(done, found)
             progress.restart_clock()
         checkpoints.settle()
         if last or checkpoints.due(done):

@@ -3,6 +3,7 @@
 The file is the record; the others are views of it and never stop or delay the training.
 """
 
+import errno
 import json
 import math
 import os
@@ -100,9 +101,13 @@ class Progress:
 
     def _write(self) -> None:
         """Add the lines that the file has not got yet. A full disk stops no training."""
+        text = "".join(json.dumps(line) + "\n" for line in self._lines[self._num_written :])
         try:
-            with self._path.open("a") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in self._lines[self._num_written :]))
+            with self._path.open("ab", buffering=0) as file:
+                before = file.tell()
+                if file.write(text.encode()) < len(text):  # json is ASCII; a full disk takes what still fits
+                    file.truncate(before)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._num_written = len(self._lines)
         except OSError as e:
             _warn(f"the figures of the training could not be written ({e}); trying again with the next")
@@ -165,10 +170,22 @@ class MlflowCurves:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The lines of a metrics.jsonl. What is none, as a line that a kill cut short, is left out: no training ends for
+    its curves.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = []
+    for text in path.read_bytes().split(b"\n")[:-1]:  # after the last line end: nothing, or what a kill cut short
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and {"step", "seconds"} <= line.keys():
+            lines.append(line)
+        else:
+            _warn(f"{path} has a line that is none of a training's; it is left out")
+    return lines
 
 
 def _warn(text: str) -> None:

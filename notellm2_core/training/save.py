@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from notellm2_core.config import Config
@@ -36,7 +37,7 @@ def save_model(
 
     `facts`: of the training, for training.json and the card; None: an untrained start. Called on all ranks; rank 0
     writes. The weights are as they were trained: fp32 on a CPU, bf16 on a GPU. Raises ValueError where `vision` holds
-    no encoder.
+    no encoder, OSError where the disk takes no more.
     """
     weights = plain_weights(model)
     if weights is not None:
@@ -46,7 +47,10 @@ def save_model(
         shutil.copytree(vision, out / "vision", dirs_exist_ok=True)
         processor.save_pretrained(out)
         sizes = {name: weight.numel() for name, weight in weights.items()}
-        model.save_pretrained(out, state_dict=weights, safe_serialization=True)
+        try:
+            model.save_pretrained(out, state_dict=weights, safe_serialization=True)
+        except SafetensorError as e:  # a full disk
+            raise OSError(f"the model could not be written into {out}: {e}") from e
         card = card_facts(config, _architecture(model, processor), sizes, train_days, facts)
         (out / CARD_FACTS).write_text(json.dumps(card, indent=1))
         (out / CARD).write_text(model_card(card))

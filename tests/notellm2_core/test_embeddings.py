@@ -12,6 +12,7 @@ import pytest
 from notellm2_core import schema
 from notellm2_core.embeddings import (
     Made,
+    _known,
     mean_cosine,
     read_embeddings,
     read_note_ids,
@@ -89,6 +90,20 @@ def test_a_killed_export_is_as_one_that_was_not(tmp_path: Path) -> None:
     write_shards(tmp_path / "killed", list("abcd"), embed, made, 2)
     for shard in ("part-00000.parquet", "part-00001.parquet"):
         assert (tmp_path / "killed" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
+
+
+def test_a_shard_that_another_rank_replaces_while_it_is_read(tmp_path: Path) -> None:
+    """Contents and vectors are those of one and the same file."""
+    path, old, new = tmp_path / "part-00000.parquet", unit(2, seed=1), unit(2, seed=2)
+    facts = {"made_by": "m", "of": "A\nB"}
+    write_shard(path, ["a", "b"], old, facts)
+
+    def is_done(path: Path) -> bool:
+        write_shard(path, ["b", "c"], new, facts | {"of": "B\nC"})
+        return False
+
+    known = _known([tmp_path], "m", {"A", "B"}, is_done)
+    np.testing.assert_array_equal([known["A"], known["B"]], old)
 
 
 def test_errors(tmp_path: Path) -> None:

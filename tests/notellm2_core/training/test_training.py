@@ -1,5 +1,6 @@
 """Whole trainings with the tiny models: it learns, it stops when it must, it resumes, it leaves nothing behind."""
 
+import io
 import json
 import os
 import signal
@@ -14,16 +15,18 @@ import numpy as np
 import pytest
 import torch
 from dagster_pipes import encode_param
+from safetensors import SafetensorError
 
 from notellm2_core.config import PARTS, Training
 from notellm2_core.model.build import build_model, load_model
+from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.training.data import load_training_data
 from notellm2_core.training.launch import launch_command
 from notellm2_core.training.loop import TrainingError
 from notellm2_core.training.precision import choose_precision
 from notellm2_core.training.progress import MlflowCurves, Progress, read_metrics
 from notellm2_core.training.validation import recall_at
-from notellm2_core.training.work import held
+from notellm2_core.training.work import held, open_work
 from tests.notellm2_core.training import rank_checks
 from tests.notellm2_core.training.ranks import run_ranks
 from tests.notellm2_core.training.world import FOLDERS, World, tiny_config, train, write_config
@@ -78,6 +81,50 @@ def test_a_loss_that_is_not_finite_stops_the_training(world: World, tmp_path: Pa
     assert report["step"] == 2 and len(report["pairs"]) == 8 and report["pairs"][0][0].startswith("n")
     assert not list((tmp_path / "work" / "checkpoints").glob("step-*"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_last_step_that_spoils_the_model_stops_the_training(world: World, tmp_path: Path) -> None:
+    """Its own loss is that of the weights before it: only the validation sees what it has made of them."""
+    config = tiny_config({"num_steps": 1, "learning_rate": 1e30, "warmup_ratio": 0})
+    with pytest.raises(TrainingError, match=r"the validation loss of step 1 is nan: lower the learning rates"):
+        train(world, config, tmp_path)
+    assert not list((tmp_path / "work" / "checkpoints").glob("step-*")) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_out_is_looked_at_before_the_training(world: World, tmp_path: Path) -> None:
+    """Not after hours of it: a file, or a folder that holds something else, is refused."""
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="out is a file: give --out an empty folder"):
+        train(world, tiny_config({"num_steps": 1}), tmp_path)
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("mine")
+    with pytest.raises(ValueError, match="out holds model.safetensors: give --out an empty folder"):
+        train(world, tiny_config({"num_steps": 1}), tmp_path)
+    assert not (tmp_path / "work" / "run.json").exists()
+
+
+@pytest.mark.slow
+def test_a_model_that_the_disk_does_not_take(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence; with room again, the same command saves what was trained."""
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MLRMModel, "save_pretrained", full)
+        with pytest.raises(OSError, match="the model could not be written into .*/out: I/O error: No space left"):
+            train(world, tiny_config({"num_steps": 1}), tmp_path)
+    assert (train(world, tiny_config({"num_steps": 1}), tmp_path) / "training.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"settings', b"[1]", b"{}", b"null", b'{"settings": {}}', b"\xff\xfe"])
+def test_a_damaged_run_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run.json is damaged .*: give --work a new folder, or delete this one"):
+        open_work(tmp_path, {})
 
 
 @pytest.mark.slow
@@ -208,6 +255,34 @@ def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:
     assert last["notes_per_s"] == pytest.approx(8 * last["steps_per_s"], rel=1e-3)
     assert progress.series("loss") == [9.0, 9.0, 1.5]
     assert len(heard) == 1 and heard[0].startswith("step 4/4, 0 s to go: loss 1.5")
+
+
+def test_a_full_disk_tears_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the first 20 bytes of a line: they go, and both lines are there when it has room again."""
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:20])
+
+    path = tmp_path / "metrics.jsonl"
+    progress = Progress(path, 0, 3)
+    progress.report(1, {"loss": 3.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *_, **__: Full(path, "ab"))
+        progress.report(2, {"loss": 2.0})
+    assert len(path.read_text().splitlines()) == 1
+    progress.report(3, {"loss": 1.0})
+    progress.close()
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [3.0, 2.0, 1.0]
+
+
+def test_lines_that_are_none_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever a disk has made of the curves, a training goes on."""
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"step": 1, "loss": 9.0, "seconds": 1.0}\n'
+    path.write_bytes(good + b'{"step": 2, "lo{"step": 2, "seconds": 1}\n\0\0\n[]\n\xff\n{"step": 2}\n' + good + b'{"st')
+    assert [line["step"] for line in read_metrics(path)] == [1, 1]
+    assert capsys.readouterr().err.count("has a line that is none of a training's") == 5
 
 
 @pytest.mark.slow
