@@ -183,22 +183,26 @@ def _name(made: Made, note_ids: Sequence[str]) -> str:
 def _metadata(path: Path) -> dict[str, str]:
     """{} where there is no shard, or a damaged one."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        return _text(pq.read_schema(path).metadata)
     except (OSError, pa.ArrowException):
         return {}
-    return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+def _text(metadata: Mapping[bytes, bytes] | None) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in (metadata or {}).items()}
 
 
 def _known(folders: Sequence[Path], by: str, wanted: set[str]) -> dict[str, np.ndarray]:
     """The vectors of the contents `wanted` that shards in `folders` hold, made by the same."""
     known: dict[str, np.ndarray] = {}
     for path in (path for folder in folders for path in sorted(folder.glob("part-*.parquet"))):
-        metadata = _metadata(path)
-        contents = metadata.get("of", "").split("\n")
-        if metadata.get("made_by") != by or wanted.isdisjoint(contents):
-            continue
         try:
-            column = pq.read_table(path, columns=["embedding"])["embedding"].combine_chunks()
+            with pq.ParquetFile(path) as file:
+                metadata = _text(file.schema_arrow.metadata)
+                contents = metadata.get("of", "").split("\n")
+                if metadata.get("made_by") != by or wanted.isdisjoint(contents):
+                    continue
+                column = file.read(["embedding"])["embedding"].combine_chunks()
         except (OSError, pa.ArrowException):  # as good as not there
             continue
         vectors = column.flatten().to_numpy().reshape(len(column), -1)

@@ -71,7 +71,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "checkpoint": Stage(
         ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"), (*_MODEL, "model.lora", "training"),
-        version=5,
+        version=6,
     ),
     "start_embeddings": Stage(
         ("start_model", "note_tokens", "vision_features", "pair_datasets"), (*_EXPORT, "training.precision")

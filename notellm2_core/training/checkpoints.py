@@ -148,7 +148,8 @@ class Checkpoints:
         self._writer.shutdown()
 
     def _steps(self) -> list[int]:
-        return sorted(int(p.name.removeprefix("step-")) for p in self.folder.glob("step-*"))
+        names = (p.name.removeprefix("step-") for p in self.folder.glob("step-*"))
+        return sorted(int(name) for name in names if name.isdigit())
 
     def _is_whole(self, checkpoint: Path) -> bool:
         """Each rank looks at its share of the files; the answer is the same on all."""
@@ -158,7 +159,7 @@ class Checkpoints:
             for file in ranks:
                 written = json.loads(file.read_text())
                 listed |= written["files"] if written["num_ranks"] == len(ranks) else {"missing": [1]}
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):  # the last: JSON, but not what was written
             listed = {}
         mine = sorted(listed)[dist.get_rank() :: dist.get_world_size()]
         wrong = not listed or any(_facts(checkpoint / name) != listed[name] for name in mine)

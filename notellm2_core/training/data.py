@@ -248,6 +248,7 @@ def schedule(pairs: np.ndarray, batch_pairs: int, num_steps: int, seed: int) -> 
         while len(taken) < batch_pairs:
             if not waiting and len(passed_over) >= max_waiting:
                 taken.append(passed_over.popleft())
+                in_batch.update(pairs[taken[-1]].tolist())
                 continue
             index = waiting.popleft() if waiting else next(stream)
             if in_batch.isdisjoint(pairs[index].tolist()):

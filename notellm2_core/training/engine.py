@@ -102,8 +102,8 @@ def deepspeed_config(training: Training, precision: Precision, num_ranks: int, o
             f"training.batch_pairs = {training.batch_pairs} cannot be shared by {num_ranks} ranks: use a multiple of it"
         )
     in_bf16 = precision == "bf16" and on_gpu
-    # With bf16 weights DeepSpeed's ZeRO-0 takes a step of Adam before the first (its state is made so), and ZeRO-0 and 1
-    # add gradients up in bf16. ZeRO-2 is the same training, in less memory.
+    # With bf16 weights DeepSpeed's ZeRO-0 takes a step of Adam before the first (so its state is made), and ZeRO-0 and
+    # 1 add gradients up in bf16. ZeRO-2 is the same training, in less memory.
     stage = max(2, training.zero_stage) if in_bf16 else training.zero_stage
     return {
         "train_micro_batch_size_per_gpu": training.batch_pairs // num_ranks,

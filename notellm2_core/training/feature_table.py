@@ -47,7 +47,10 @@ class FeatureTable:
                 os.replace(draft, path)
             finally:
                 draft.unlink(missing_ok=True)
-        table = np.load(path, mmap_mode="r") if len(image_ids) else np.zeros(shape, np.float16)
+        try:
+            table = np.load(path, mmap_mode="r") if len(image_ids) else np.zeros(shape, np.float16)
+        except (ValueError, EOFError) as e:
+            raise ValueError(f"{path} is damaged ({e}): delete it and run again") from e
         return cls(table, {image_id: row for row, image_id in enumerate(image_ids)})
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

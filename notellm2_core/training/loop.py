@@ -99,12 +99,16 @@ def _run(
             reports.log(told)
     settings = run_settings(config, data)
     known_run = open_work(paths.work, settings)
+    if paths.out.exists() and not paths.out.is_dir():
+        raise ValueError(f"{paths.out} is a file: give --out an empty folder")
     if (done := paths.out / DONE).exists():  # perhaps this training's, killed before it could exit
         if not known_run or json.loads(done.read_text()).get("settings") != fingerprint(settings):
             raise ValueError(f"{paths.out} holds a trained model already: give --out an empty folder")
         if rank == 0:
             print(f"{paths.out} holds the model of this training already", file=sys.stderr)
         return
+    if not known_run and paths.out.exists() and (there := sorted(paths.out.iterdir())):
+        raise ValueError(f"{paths.out} holds {there[0].name}: give --out an empty folder")
     dist.barrier()  # all ranks have looked before rank 0 writes
     checkpoints = Checkpoints(
         paths.work / "checkpoints",
@@ -170,11 +174,11 @@ def _train(
     for step, (share, facts) in zip(steps, one_ahead(map(batch_of, steps), progress.waited), strict=True):
         # Random numbers depend on the seed, the step and the rank alone, so a resume restores none.
         losses, tau, gate_mean = batch_gradient(engine, share, facts, config, seed=(config.seed, step))
-        _require_finite("loss", losses.total.item(), step, data, batches[step], work)
+        _require_finite("loss", losses.total.item(), step, data, share.rows, config, work)
         factor = engines.learning_rate_factor(step, training.num_steps, training.warmup_ratio)
         engines.set_learning_rate(engine.optimizer, factor)
         grad_norm = engines.optimizer_step(engine)
-        _require_finite("gradient norm", grad_norm, step, data, batches[step], work)
+        _require_finite("gradient norm", grad_norm, step, data, share.rows, config, work)
 
         done, last = step + 1, step + 1 == training.num_steps
         rate = training.learning_rate * factor
@@ -184,7 +188,10 @@ def _train(
             progress.report_steps(done)
         if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):
             progress.report_steps(done)
-            progress.report(done, validate(engine, data, validation_pairs, config, device))
+            found = validate(engine, data, validation_pairs, config, device)
+            # The update of the last step is looked at here alone.
+            _require_finite("validation loss", found["validation_loss"], step, data, share.rows, config, work)
+            progress.report(done, found)
             progress.restart_clock()
         checkpoints.settle()
         if last or checkpoints.due(done):
@@ -263,14 +270,22 @@ def _figures(losses: Losses, tau: Tensor, gate_mean: Tensor | None, rate: float,
     return figures | {"lr": rate, "grad_norm": grad_norm}
 
 
-def _require_finite(what: str, value: float, step: int, data: TrainingData, pairs: np.ndarray, work: Path) -> None:
-    """Raises TrainingError on every rank at once, before anything spoiled can reach a checkpoint."""
+def _require_finite(
+    what: str, value: float, step: int, data: TrainingData, rows: np.ndarray, config: Config, work: Path
+) -> None:
+    """Raises TrainingError on every rank at once, before anything spoiled can reach a checkpoint.
+
+    `rows`: the notes of the batch, those of its pairs first.
+    """
     if math.isfinite(value) and value >= 0:  # DeepSpeed's answer to a gradient that is not finite is a norm of -1
         return
     file = work / "nan_batch.json"
     if dist.get_rank() == 0:
-        ids = [[data.note_ids[n] for n in pair] for pair in data.train_pairs[pairs].tolist()]
-        write_atomically(file, json.dumps({"step": step + 1, "what": what, "value": repr(value), "pairs": ids}))
+        ids = [data.note_ids[row] for row in rows]
+        num_paired = 2 * config.training.batch_pairs
+        pairs = [ids[i : i + 2] for i in range(0, num_paired, 2)]
+        report = {"step": step + 1, "what": what, "value": repr(value), "pairs": pairs}
+        write_atomically(file, json.dumps(report | {"hard_negatives": ids[num_paired:]}))
     raise TrainingError(
         f"the {what} of step {step + 1} is {value}: lower the learning rates or use precision: fp32 (pairs in {file})"
     )

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +171,21 @@ class MlflowCurves:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a kill, or a full disk, cut short is left out."""
+    """The lines of a metrics.jsonl. What is none, as a line that a kill cut short, is left out: no training ends for
+    its curves.
+    """
+    if not path.exists():
+        return []
     lines = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else ():
-        with suppress(json.JSONDecodeError):
-            if line.endswith("\n"):
-                lines.append(json.loads(line))
+    for text in path.read_bytes().split(b"\n")[:-1]:  # after the last line end: nothing, or what a kill cut short
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and {"step", "seconds"} <= line.keys():
+            lines.append(line)
+        else:
+            _warn(f"{path} has a line that is none of a training's; it is left out")
     return lines
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from notellm2_core.config import Config
@@ -38,11 +39,15 @@ def save_model(
     `vision`: folder of the encoder that stayed frozen, or from which `encoder` was trained. `facts`: of the training,
     for training.json and the card; None: an untrained start. Called on all ranks; rank 0 writes. The weights are as
     they were trained: fp32 on a CPU, bf16 on a GPU (but the encoder's files are fp32). Raises ValueError where `vision`
-    holds no encoder.
+    holds no encoder, OSError where the disk takes no more.
     """
     weights = plain_weights(model)
     of_encoder = None if encoder is None else full_weights(encoder)
     if weights is not None:
+        if wrong := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+            raise ValueError(
+                f"{len(wrong)} trained weights, {wrong[0]} the first, are not finite: lower the learning rates"
+            )
         out.mkdir(parents=True, exist_ok=True)
         (out / DONE).unlink(missing_ok=True)
         shutil.copytree(vision, out / "vision", dirs_exist_ok=True)
@@ -51,7 +56,10 @@ def save_model(
         model.config.encoder_id = saved_encoder_id(out / "vision")
         processor.save_pretrained(out)
         sizes = {name: weight.numel() for name, weight in weights.items()}
-        model.save_pretrained(out, state_dict=weights, safe_serialization=True)
+        try:
+            model.save_pretrained(out, state_dict=weights, safe_serialization=True)
+        except SafetensorError as e:  # a full disk
+            raise OSError(f"the model could not be written into {out}: {e}") from e
         card = card_facts(config, _architecture(model, processor), sizes, train_days, facts)
         (out / CARD_FACTS).write_text(json.dumps(card, indent=1))
         (out / CARD).write_text(model_card(card))

@@ -57,8 +57,12 @@ def open_work(work: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     path = work / "run.json"
     if not path.exists():
         return {}
-    run: dict[str, Any] = json.loads(path.read_text())
-    there = run["settings"]
+    try:
+        run: dict[str, Any] = json.loads(path.read_bytes())
+        there = dict(run["settings"])
+        run["precision"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is damaged ({e!r}): give --work a new folder, or delete this one") from e
     for key in sorted({*settings, *there}):
         if there.get(key) != settings.get(key):
             raise ValueError(

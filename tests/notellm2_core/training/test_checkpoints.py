@@ -88,7 +88,7 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(
     assert names(tmp_path) == ["step-1", "step-2"]
 
 
-@pytest.mark.parametrize("damage", ["changed", "cut", "gone", "unlisted", "a rank missing"])
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone", "unlisted", "null", "a rank missing"])
 def test_a_damaged_checkpoint_is_passed_over(
     damage: str, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,8 +104,8 @@ def test_a_damaged_checkpoint_is_passed_over(
         os.truncate(file, 10)
     elif damage == "gone":
         file.unlink()
-    elif damage == "unlisted":
-        (tmp_path / "step-2" / "rank-0.json").write_text("{")
+    elif damage in ("unlisted", "null"):
+        (tmp_path / "step-2" / "rank-0.json").write_text("{" if damage == "unlisted" else "null")
     else:
         listed = tmp_path / "step-2" / "rank-0.json"
         listed.write_text(listed.read_text().replace('"num_ranks": 1', '"num_ranks": 2'))

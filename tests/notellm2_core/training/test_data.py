@@ -1,5 +1,6 @@
 """Batches: every pair once per epoch, no note twice, and masks of what belongs together, against slow loops."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from notellm2_core.model.build import build_model
 from notellm2_core.notes.batch import FieldTokens
 from notellm2_core.notes.records import Note
 from notellm2_core.notes.tokens import tokenise
+from notellm2_core.training import data as module
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
 from notellm2_core.training.feature_table import FeatureTable
 from tests.notellm2_core.training.world import World, tiny_config
@@ -54,6 +56,15 @@ def test_a_hub_does_not_stop_the_batches() -> None:
     pairs = np.stack([np.zeros(20, dtype=np.int64), np.arange(1, 21)], axis=1)
     batches = schedule(pairs, 4, 5, seed=0)
     assert sorted(batches.reshape(-1).tolist()) == list(range(20))
+
+
+def test_a_pair_that_waited_too_long_brings_its_contents_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 3, pairs in their order. After 0-10, the twelve pairs 0-11 to 0-22 wait, as many as may; so 0-11 is
+    taken, and 11-30 must not follow it: it waits, and 0-12 is taken.
+    """
+    monkeypatch.setattr(module, "_permutations", lambda num_pairs, seed: iter(range(num_pairs)))
+    pairs = np.array([*((0, n) for n in range(10, 23)), (11, 30)])
+    assert pairs[schedule(pairs, 3, 1, seed=0)[0]].tolist() == [[0, 10], [0, 11], [0, 12]]
 
 
 def test_a_schedule_needs_pairs() -> None:
@@ -179,3 +190,14 @@ def test_wrong_inputs_are_named(world: World, tmp_path: Path) -> None:
     (tmp_path / "note_images.parquet").write_bytes((world.path("images") / "note_images.parquet").read_bytes())
     with pytest.raises(ValueError, match=r"vision/config.json is not there"):
         load_training_data(None, **{**folders, "images": tmp_path}, cache=tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_damaged_feature_table_is_named(world: World, tmp_path: Path) -> None:
+    folders = {n: world.path(n) for n in ("notes", "images", "store", "pairs")}
+    _, processor = build_model(tiny_config(), tmp_path)
+    load_training_data(processor, **folders, cache=tmp_path)
+    (table,) = tmp_path.glob("features-*.npy")
+    for size in (500, 0):
+        os.truncate(table, size)
+        with pytest.raises(ValueError, match=r"features-.*.npy is damaged .*: delete it and run again"):
+            load_training_data(processor, **folders, cache=tmp_path)

@@ -17,17 +17,19 @@ import numpy as np
 import pytest
 import torch
 from dagster_pipes import encode_param
+from safetensors import SafetensorError
 
 from notellm2_core.ahead import one_ahead
 from notellm2_core.config import PARTS, Training
 from notellm2_core.model.build import build_model, load_model
+from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.training.data import load_training_data
 from notellm2_core.training.launch import launch_command
 from notellm2_core.training.loop import TrainingError
 from notellm2_core.training.precision import choose_precision
 from notellm2_core.training.progress import MlflowCurves, Progress, read_metrics
 from notellm2_core.training.validation import recall_at
-from notellm2_core.training.work import held
+from notellm2_core.training.work import held, open_work
 from tests.notellm2_core.training import rank_checks
 from tests.notellm2_core.training.ranks import run_ranks
 from tests.notellm2_core.training.world import FOLDERS, World, tiny_config, train, write_config
@@ -82,6 +84,50 @@ def test_a_loss_that_is_not_finite_stops_the_training(world: World, tmp_path: Pa
     assert report["step"] == 2 and len(report["pairs"]) == 8 and report["pairs"][0][0].startswith("n")
     assert not list((tmp_path / "work" / "checkpoints").glob("step-*"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_last_step_that_spoils_the_model_stops_the_training(world: World, tmp_path: Path) -> None:
+    """Its own loss is that of the weights before it: only the validation sees what it has made of them."""
+    config = tiny_config({"num_steps": 1, "learning_rate": 1e30, "warmup_ratio": 0})
+    with pytest.raises(TrainingError, match=r"the validation loss of step 1 is nan: lower the learning rates"):
+        train(world, config, tmp_path)
+    assert not list((tmp_path / "work" / "checkpoints").glob("step-*")) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_out_is_looked_at_before_the_training(world: World, tmp_path: Path) -> None:
+    """Not after hours of it: a file, or a folder that holds something else, is refused."""
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="out is a file: give --out an empty folder"):
+        train(world, tiny_config({"num_steps": 1}), tmp_path)
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("mine")
+    with pytest.raises(ValueError, match="out holds model.safetensors: give --out an empty folder"):
+        train(world, tiny_config({"num_steps": 1}), tmp_path)
+    assert not (tmp_path / "work" / "run.json").exists()
+
+
+@pytest.mark.slow
+def test_a_model_that_the_disk_does_not_take(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence; with room again, the same command saves what was trained."""
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MLRMModel, "save_pretrained", full)
+        with pytest.raises(OSError, match="the model could not be written into .*/out: I/O error: No space left"):
+            train(world, tiny_config({"num_steps": 1}), tmp_path)
+    assert (train(world, tiny_config({"num_steps": 1}), tmp_path) / "training.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"settings', b"[1]", b"{}", b"null", b'{"settings": {}}', b"\xff\xfe"])
+def test_a_damaged_run_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run.json is damaged .*: give --work a new folder, or delete this one"):
+        open_work(tmp_path, {})
 
 
 @pytest.mark.slow
@@ -277,6 +323,15 @@ def test_data_wait(slow: bool, tmp_path: Path) -> None:
     (share,) = progress.series("data_wait")
     assert share > 0.9 if slow else share < 0.1
     assert not progress.waited  # they count once
+
+
+def test_lines_that_are_none_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever a disk has made of the curves, a training goes on."""
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"step": 1, "loss": 9.0, "seconds": 1.0}\n'
+    path.write_bytes(good + b'{"step": 2, "lo{"step": 2, "seconds": 1}\n\0\0\n[]\n\xff\n{"step": 2}\n' + good + b'{"st')
+    assert [line["step"] for line in read_metrics(path)] == [1, 1]
+    assert capsys.readouterr().err.count("has a line that is none of a training's") == 5
 
 
 @pytest.mark.slow
