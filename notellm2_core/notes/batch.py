@@ -90,7 +90,8 @@ class NoteBatch:
 
     def to(self, device: torch.device | str) -> "NoteBatch":
         there: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return NoteBatch(**{name: value if value is None else value.to(device) for name, value in there.items()})
+        there |= {name: value.to(device) for name, value in there.items() if value is not None}
+        return NoteBatch(**there)
 
 
 class MLRMProcessor:

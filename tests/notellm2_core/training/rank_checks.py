@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from notellm2_core.config import PARTS, Config
+from notellm2_core.config import PARTS, Config, Training
 from notellm2_core.config_file import load_config
 from notellm2_core.model.build import build_model
 from notellm2_core.model.lora import is_adapter
@@ -106,13 +106,16 @@ def step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, inde
     return {"norm": norm, "grads": found, **losses_and_weights}
 
 
-def check_stages(root: Path, out: Path, stages: tuple[int, ...], variant: str) -> None:
+def check_stages(
+    root: Path, out: Path, stages: tuple[int, ...], variant: str, precision: engines.Precision = "fp32"
+) -> None:
+    """In bf16, as on GPUs: the weights are in bf16 too."""
     engines.set_up_processes()
     name = f"ranks-{dist.get_world_size()}"
     world = World(root)
     for stage in stages:
         config = settings(stage, variant)
-        engine, data = _fresh(world, config)
+        engine, data = _fresh(world, config, precision)
         batches = schedule(data.train_pairs, 8, 2, config.seed)
         first, second = (data.train_pairs[b].reshape(-1) for b in batches)
         result = step(engine, data, first, config, 0, grads=True)
@@ -124,7 +127,7 @@ def check_stages(root: Path, out: Path, stages: tuple[int, ...], variant: str) -
         checkpoints.save(engine, 1)
         checkpoints.close()
         straight = step(engine, data, second, config, 1, grads=False)["weights"]
-        engine, data = _fresh(world, config)
+        engine, data = _fresh(world, config, precision)
         checkpoints.load(engine, 1)
         resumed = step(engine, data, second, config, 1, grads=False)["weights"]
         if dist.get_rank() == 0:
@@ -158,19 +161,25 @@ def check_moved(root: Path, out: Path, stages: tuple[int, ...], variant: str, sa
             torch.save(weights, out / f"{'saving' if saving else 'moved'}-{stage}.pt")
 
 
-def _fresh(world: World, config: Config) -> tuple[Any, TrainingData]:
+def _fresh(world: World, config: Config, precision: engines.Precision = "fp32") -> tuple[Any, TrainingData]:
     model, data, encoder = build(config, world)
-    engines.deepspeed_config = _that_keeps_nothing
-    engine = engines.make_engine(model, config, "fp32", encoder)
+    engines.deepspeed_config = _as_on_gpus
+    engine = engines.make_engine(model, config, precision, encoder)
     assert not getattr(engine.optimizer, "persistent_parameters", [])  # of ZeRO-3's optimiser
+    if precision == "bf16":
+        assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
+        assert engine.optimizer.gradient_accumulation_dtype == torch.float32
     return engine, data
 
 
-def _that_keeps_nothing(*arguments: Any, **options: Any) -> dict[str, Any]:
-    """ZeRO-3 keeps small weights on every rank, and the tiny models have no others: here it gives all back."""
-    made = deepspeed_config(*arguments, **options)
-    made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return made
+def _as_on_gpus(training: Training, precision: engines.Precision, num_ranks: int, on_gpu: bool) -> dict[str, Any]:
+    """What GPUs are told, but for the small buffers. ZeRO-3 keeps small weights on every rank, and the tiny models have
+    no others: here it gives all back.
+    """
+    made = deepspeed_config(training, precision, num_ranks, on_gpu=True)
+    of_cpu = deepspeed_config(training, precision, num_ranks, on_gpu)["zero_optimization"]
+    zero = of_cpu | {"stage": made["zero_optimization"]["stage"], "stage3_param_persistence_threshold": 0}
+    return made | {"zero_optimization": zero}
 
 
 def train(config_file: Path, root: Path, work: Path, out: Path) -> None:

@@ -37,6 +37,8 @@ def test_the_paper_as_a_deepspeed_dictionary() -> None:
     optimizer = made["optimizer"]["params"]
     assert (optimizer["lr"], optimizer["betas"], optimizer["eps"]) == (3e-6, [0.9, 0.999], 1e-8)
     assert optimizer["weight_decay"] == 1e-3 and optimizer["torch_adam"]
+    added_up = deepspeed_config(Training(zero_stage=0, micro_batch_tokens=9), "bf16", 2, on_gpu=True)
+    assert added_up["data_types"] == {"grad_accum_dtype": "fp32"} and added_up["zero_optimization"]["stage"] == 2
     on_cpu = deepspeed_config(Training(), "bf16", 2, on_gpu=False)
     assert on_cpu["bf16"] == {"enabled": False}  # fp32 weights; the forward runs under autocast
     with pytest.raises(ValueError, match=r"batch_pairs = 128 cannot be shared by 3 ranks"):
