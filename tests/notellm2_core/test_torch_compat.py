@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-# How much memory 300 products of different shapes leave behind, in MB.
+# How much memory 300 products of different shapes leave behind, in MB, after 300 others.
 MANY_SHAPES = """
 import notellm2_core.torch_compat
 import psutil, torch
@@ -12,9 +12,10 @@ layer = torch.nn.Linear(512, 1536)
 def product(rows):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         layer(torch.ones(rows, 512))
-product(1000)
+for rows in range(1000, 1300):
+    product(rows)
 before = psutil.Process().memory_info().rss
-for rows in range(1001, 1301):
+for rows in range(1300, 1600):
     product(rows)
 print((psutil.Process().memory_info().rss - before) >> 20)
 """
@@ -31,4 +32,4 @@ def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
     uncured = left_behind(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024", LRU_CACHE_CAPACITY="1024")
     if uncured < 100:
         pytest.skip(f"this CPU's library keeps little ({uncured} MB)")
-    assert left_behind() < uncured / 2
+    assert left_behind() < uncured / 3
