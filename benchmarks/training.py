@@ -49,7 +49,7 @@ from notellm2_core.notes.records import Note
 from notellm2_core.training import engine as engines
 from notellm2_core.training.data import TrainingData
 from notellm2_core.training.feature_table import FeatureTable
-from notellm2_core.training.loop import batch_gradient, prepare
+from notellm2_core.training.gradient import batch_gradient, prepare
 from notellm2_core.training.losses import RowFacts
 from notellm2_core.training.micro_batches import Share
 

@@ -17,7 +17,6 @@ from notellm2_core.ahead import one_ahead
 from notellm2_core.config import Config
 from notellm2_core.lake import fingerprint, write_atomically
 from notellm2_core.model.build import build_model
-from notellm2_core.model.methods import get_method
 from notellm2_core.model.parts import set_trained
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.notes.lake_pictures import PictureFolders
@@ -25,16 +24,15 @@ from notellm2_core.recipe import FREE_TRAINING_SETTINGS, TEXT_SETTINGS
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache, schedule
-from notellm2_core.training.gradcache import Step, backward
+from notellm2_core.training.gradient import batch_gradient, idle_step, prepare
 from notellm2_core.training.losses import Losses, RowFacts
-from notellm2_core.training.micro_batches import Share, share_out
+from notellm2_core.training.micro_batches import Share
 from notellm2_core.training.moved import load_moved
 from notellm2_core.training.precision import choose_precision
 from notellm2_core.training.progress import MlflowCurves, Progress
 from notellm2_core.training.save import DONE, save_model
 from notellm2_core.training.speed import Speed
 from notellm2_core.training.start import apply_start
-from notellm2_core.training.step import batch_losses, compared_kinds
 from notellm2_core.training.validation import validate, validation_sample
 from notellm2_core.training.work import held, open_work
 
@@ -199,38 +197,6 @@ def _train(
             checkpoints.save(engine, done)
             progress.restart_clock()
     checkpoints.close()
-
-
-def prepare(
-    data: TrainingData, rows: np.ndarray, config: Config, device: torch.device, waited: list[float] | None = None
-) -> tuple[Share, RowFacts]:
-    """What this rank embeds of the global batch `rows`, and what the losses have to know of all of it.
-
-    `waited`: see `one_ahead`.
-    """
-    training, method = config.training, get_method(config.model.method)
-    facts = data.facts(rows, training.known_positives, 2 * training.batch_pairs, compared_kinds(method))
-    return share_out(data, rows, method.inputs, training.micro_batch_tokens, device, waited), facts.to(device)
-
-
-def batch_gradient(engine: Any, share: Share, facts: RowFacts, config: Config, seed: Sequence[int]) -> Step:
-    """The gradient of the losses over a global batch, ready for the optimiser. Share and facts are those of `prepare`.
-
-    Losses and tau are the same on every rank, and so is the sum of the gradients, whatever their number.
-    """
-    seeds = np.random.SeedSequence([*seed, dist.get_rank()]).generate_state(len(share.parts)).tolist()
-
-    def loss_of(embedded: Tensor, tau: Tensor) -> Losses:
-        return batch_losses(config, embedded[share.places], tau, facts)
-
-    return backward(engine, share.micro_batches, loss_of, seeds)
-
-
-def idle_step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, device: torch.device) -> None:
-    """A step on the notes `rows` [2B] that changes no weight."""
-    batch_gradient(engine, *prepare(data, rows, config, device), config, seed=(config.seed,))
-    engines.set_learning_rate(engine.optimizer, 0.0)
-    engines.optimizer_step(engine)
 
 
 def run_settings(config: Config, data: TrainingData) -> dict[str, Any]:

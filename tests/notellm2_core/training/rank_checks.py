@@ -26,7 +26,8 @@ from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
 from notellm2_core.training.engine import deepspeed_config
-from notellm2_core.training.loop import Paths, batch_gradient, idle_step, prepare, run
+from notellm2_core.training.gradient import batch_gradient, idle_step, prepare
+from notellm2_core.training.loop import Paths, run
 from notellm2_core.training.moved import load_moved
 from notellm2_core.training.save import full_weights, plain_weights
 from tests.notellm2_core.training.world import World, tiny_config

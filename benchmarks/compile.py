@@ -1,0 +1,87 @@
+"""Does torch.compile pay? The training step with compiled decoder layers beside the same step without.
+
+    .venv/bin/python benchmarks/compile.py [--steps 10] [--part mlp|layer]
+
+The model and the notes are those of training.py, whose batches all have another number of tokens: graphs are dynamic.
+Both contenders are in one process and take turns; needs a C++ compiler on a CPU. `mlp`: each layer's MLP and norms;
+`layer`: whole layers, but for attention over packed notes, which torch.compile cannot look into.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from training import PAIRS, RESULTS, heading, settings, synchronize, training_data
+from transformers import AttentionInterface
+
+from notellm2_core.config import Config
+from notellm2_core.model.build import build_model
+from notellm2_core.model.packing import PACKED_SDPA
+from notellm2_core.model.parts import set_trained
+from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.training import engine as engines
+from notellm2_core.training.gradient import batch_gradient, prepare
+
+WARM_UP = 3  # steps, in which graphs are made
+
+
+def compiled(layer: nn.Module, part: str) -> None:
+    for module in [layer] if part == "layer" else [layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]:
+        module.compile(dynamic=True)
+
+
+def contender(config: Config, cache: Path, part: str | None) -> tuple[Any, MLRMProcessor]:
+    torch.manual_seed(0)
+    model, processor = build_model(config, cache)
+    set_trained(model, config)
+    if part is not None:
+        for layer in model.llm.layers:
+            compiled(layer, part)
+    return engines.make_engine(model.train(), config, "bf16"), processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--part", choices=["mlp", "layer"], default="mlp")
+    options = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 64
+    if options.part == "layer":
+        packed = AttentionInterface()[PACKED_SDPA]
+        AttentionInterface.register(PACKED_SDPA, torch.compiler.disable(packed))
+    device = engines.set_up_processes()
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings(PAIRS // 2, Path(folder))
+        plain, processor = contender(config, Path(folder), None)
+        contenders = {"plain": plain, "compiled": contender(config, Path(folder), options.part)[0]}
+    num_steps = WARM_UP + options.steps
+    data = training_data(processor, config.training.batch_pairs * num_steps, True)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for step, rows in enumerate(data.train_pairs.reshape(num_steps, -1)):
+        for name, engine in contenders.items():
+            started = time.monotonic()
+            batch_gradient(engine, *prepare(data, rows, config, device), config, (0, step)).losses.total.item()
+            engines.optimizer_step(engine)
+            synchronize()
+            seconds[name].append(time.monotonic() - started)
+            print(f"step {step} {name} {seconds[name][-1]:.2f} s", flush=True)
+    median = {name: statistics.median(of[WARM_UP:]) for name, of in seconds.items()}
+    making = sum(seconds["compiled"][:WARM_UP]) - WARM_UP * median["compiled"]
+    times = median["plain"] / median["compiled"]
+    shown = [
+        *heading(f"torch.compile ({options.part})"),
+        f"- A step of {config.training.batch_pairs} pairs: {median['plain']:.2f} s, compiled {median['compiled']:.2f} s, "
+        f"{times:.2f} times as fast; {making:.0f} s to compile in the first {WARM_UP} steps.",
+    ]
+    text = "\n".join(shown) + "\n"
+    (RESULTS / f"compile_{options.part}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
