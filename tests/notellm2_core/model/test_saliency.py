@@ -225,12 +225,16 @@ def test_padding_and_batches_do_not_matter(method: str) -> None:
     assert (found[0].layers[1]["other"] == 0) == (method == "basic")
 
 
+def notes_of(batch: NoteBatch, rows: Tensor) -> NoteBatch:
+    there: dict[str, Any] = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return NoteBatch(**{name: value[rows] for name, value in there.items() if value is not None})
+
+
 def test_the_order_inside_a_batch_does_not_matter() -> None:
     model, processor = tiny_model("notellm2")
     batch = batch_of(processor, [SHORT, LONG, EMPTY])
     order = torch.tensor([2, 0, 1])
-    turned = NoteBatch(**{f.name: getattr(batch, f.name)[order] for f in dataclasses.fields(batch)})
-    same(measure(model, [(batch, contrast)]), measure(model, [(turned, contrast)]))
+    same(measure(model, [(batch, contrast)]), measure(model, [(notes_of(batch, order), contrast)]))
 
 
 def test_notes_without_an_image_are_left_out_and_counted() -> None:
@@ -240,8 +244,7 @@ def test_notes_without_an_image_are_left_out_and_counted() -> None:
     found = measure(model, [(mixed, squares)])
     assert (found.num_notes, found.num_without_image) == (2, 1)
     rows = torch.tensor([0, 2])
-    shown = NoteBatch(**{f.name: getattr(mixed, f.name)[rows] for f in dataclasses.fields(mixed)})
-    for a, b in zip(found.layers, measure(model, [(shown, squares)]).layers, strict=True):
+    for a, b in zip(found.layers, measure(model, [(notes_of(mixed, rows), squares)]).layers, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     nothing = measure(model, [(without_images(processor, [SHORT, LONG], [False, False]), squares)])
     assert nothing.layers == (dict.fromkeys(SCORES),) * 2
