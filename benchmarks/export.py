@@ -129,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         name, cache = options.one
-        print(json.dumps(CONTENDERS[name](Path(cache), options.notes)))
+        print(json.dumps({name: CONTENDERS[name](Path(cache), options.notes)}))
         return
     results = medians(__file__, CONTENDERS, options.rounds, "--notes", str(options.notes))
     (RESULTS / "export.json").write_text(json.dumps(results, indent=1))

@@ -1,19 +1,28 @@
 """The paper's 7B model on one GPU: longest notes embedded per second, and the training step with its MFU and memory.
 
-    python benchmarks/gpu.py [--config pipelines/configs/paper_mtomato_base.yaml] [--rounds 1] [--pairs 16 128]
+    python benchmarks/gpu.py [--config pipelines/configs/paper_mtomato_base.yaml] [--rounds 1] [--pairs 16 128 256]
 
-Written for one H200 (139 GiB), where a round takes a few minutes; `--layers 2` and the like try it on less. Weights,
+Written for one H200 (139 GiB), where a round takes three minutes; `--layers 2` and the like try it on less. Weights,
 pictures' features and words are random, in the shapes of the configuration (`model.llm.config`); nothing is downloaded.
-Each contender runs in a process of its own.
+Contenders that share a model share a process. Everything is in bf16.
 
-  export          `BatchEmbedder` in bf16, 50 of the longest notes at a time: 20 words of title, 20 of topics, 80 of
-                  content, a token each. With the prompt and L_c = 16 that is 182 tokens; the paper's have at most 174
-                  (Table 5: a visual token more costs a 174th of the time at L_c = 16)
-  llm             the bare LLM's forward over as many tokens, without the vectors' way back to the CPU
-  step-16         a training step of the paper's 16 pairs per GPU, notes of mixed lengths: ZeRO-3, bf16
-  step-128        its whole batch on this one GPU
+  llm             the bare LLM's forward over rows of as many tokens as the longest notes have, as transformers has it
+  llm-fused       the same with the fused kernels that ours has (`notellm2_core.model.kernels`)
+  export          `BatchEmbedder`, 50 of the longest notes at a time: 20 words of title, 20 of topics, 80 of content, a
+                  token each. With the prompt and L_c = 16 that is 182 tokens; the paper's have at most 174 (Table 5: a
+                  visual token more costs a 174th of the time at L_c = 16)
+  export-mixed    the same on notes of mixed lengths
+  plain           the model without fused kernels on the same notes in the order of arrival, each padded to the longest
+                  of its batch
+  llm-training    the bare LLM's forward and backward with fused kernels, over as many tokens as the largest step, in
+                  rows without padding
+  step-16         a training step of the paper's 16 pairs per GPU, notes of mixed lengths: ZeRO-3
+  step-128        its whole batch on this one GPU; and so on, as `--pairs` says
+  text            a step of 128 pairs again, on texts alone, without a connector
+  trainer         sentence-transformers' trainer and its MultipleNegativesRankingLoss with the same LLM on the same
+                  texts (needs `pip install datasets`), which keeps no fp32 weights for the optimiser
 
-What a step of 6.8e9 weights should hold on one GPU, in GB: weights in bf16 14; master weights and Adam's two moments in
+What a step of 6.8e9 weights holds on one GPU, in GB: weights in bf16 14; master weights and Adam's two moments in
 fp32 81; gradients in bf16 14; buffers 3; and 6 while Adam goes through a billion weights at a time. That is 118 of 149
 (139 GiB) without activations, which are 6 MB per token: step-16 just fits without gradient checkpointing, step-128 does
 not. With it (the paper's configuration) a token needs 0.3 MB, and 0.2 MB more for the layer at work, and both fit.
@@ -24,31 +33,51 @@ MFU counts no recomputation (`notellm2_core.training.speed`). On a CPU nothing i
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from export import Pictures
-from training import NUM_IMAGES, RESULTS, WARM_UP, heading, medians, synchronize, timed, timed_steps, training_data
+from torch.nn import functional
+from training import (
+    NUM_IMAGES,
+    RESULTS,
+    WARM_UP,
+    heading,
+    medians,
+    notes,
+    synchronize,
+    texts,
+    timed,
+    timed_steps,
+    trained_by_others,
+    training_data,
+)
 
 from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
 from notellm2_core.inference.batch_embedder import BatchEmbedder
 from notellm2_core.model.build import build_processor, mlrm_config
+from notellm2_core.model.kernels import fuse_kernels
 from notellm2_core.model.llm import llm_architecture, tiny_tokenizer
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.parts import set_trained
-from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.notes.batch import FieldTokens, MLRMProcessor
 from notellm2_core.notes.records import Note
-from notellm2_core.training.engine import set_up_processes
+from notellm2_core.training.engine import make_engine, set_up_processes
 from notellm2_core.training.speed import Speed
 
 PAPER = Path(__file__).parents[1] / "pipelines" / "configs" / "paper_mtomato_base.yaml"
 WORDS = ["note", "one", "this", "word", "into", "content"]  # of the prompts, so that each is one token
-EXPORTED_BATCHES = 20
+EXPORTED_BATCHES = 8
+TEXT_PAIRS = 128
 ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 
 
 def settings(options: argparse.Namespace, pairs: int = 2) -> Config:
@@ -69,82 +98,153 @@ def random_model(config: Config) -> tuple[MLRMModel, MLRMProcessor]:
     torch.manual_seed(config.seed)
     torch.set_default_dtype(torch.bfloat16 if ON_GPU else torch.float32)
     try:
-        with torch.device("cuda" if ON_GPU else "cpu"):
+        with torch.device(DEVICE):
             model = MLRMModel(mlrm_config(config, architecture, processor.num_patches, processor.vision_width))
     finally:
         torch.set_default_dtype(torch.float32)
     return model, processor
 
 
-def export(options: argparse.Namespace) -> dict[str, float]:
+def inference(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     model, processor = random_model(settings(options))
-    text, num_notes = processor.text, options.batch_notes * EXPORTED_BATCHES
+    size, num_notes = options.batch_notes, options.batch_notes * EXPORTED_BATCHES
+    text, pictures = processor.text, Pictures(processor)
     title, topics, content = (
         " ".join((WORDS * num)[:num]) for num in (text.title_words, text.topic_words, text.content_words)
     )
     (longest,) = processor.tokenize([Note("", title, (topics,), content)])
-    tokens = {str(i): longest for i in range(num_notes)}
-    images = {note_id: str(i % NUM_IMAGES) for i, note_id in enumerate(tokens)}
-    ours = BatchEmbedder(
-        model.eval(), processor, tokens, images, Pictures(processor), options.batch_notes,
-        torch.device("cuda" if ON_GPU else "cpu"),
-    )  # fmt: skip
-
-    def run(_: int) -> int:
-        ours.embed(list(tokens), "multimodal")
-        return num_notes * processor.num_tokens(longest)
-
-    return with_memory(timed(run, options.steps, num_notes))
-
-
-def llm(options: argparse.Namespace) -> dict[str, float]:
-    model, processor = random_model(settings(options))
-    text = processor.text
-    num_words = text.title_words + text.topic_words + text.content_words
-    num_tokens = sum(num for *_, num in processor.layout()) + num_words
-    bare = model.llm.eval()
-    bare.set_attn_implementation("sdpa")
-    ids = torch.randint(0, len(processor.tokenizer), (options.batch_notes, num_tokens))
+    mixed = processor.tokenize(notes(num_notes, WORDS))
+    rows = torch.randint(0, len(processor.tokenizer), (size, processor.num_tokens(longest)), device=DEVICE)
 
     @torch.inference_mode()
-    def run(_: int) -> int:
+    def forward(_: int) -> int:
         for _ in range(EXPORTED_BATCHES):
-            bare(input_ids=ids.to(bare.device), use_cache=False)
+            model.llm(input_ids=rows, use_cache=False)
         synchronize()
-        return ids.numel() * EXPORTED_BATCHES
+        return rows.numel() * EXPORTED_BATCHES
 
-    return with_memory(timed(run, options.steps, options.batch_notes * EXPORTED_BATCHES))
+    @torch.inference_mode()
+    def plain(_: int) -> int:
+        for start in range(0, num_notes, size):
+            encoded = [processor.lay_out(tokens) for tokens in mixed[start : start + size]]
+            found = pictures.load([str(i % NUM_IMAGES) for i in range(len(encoded))])
+            batch = processor.collate(encoded, found.patches, found.global_feature, np.ones(len(encoded), bool))
+            functional.normalize(model(batch.to(DEVICE)).multimodal.float(), dim=-1).cpu()
+        return sum(map(processor.num_tokens, mixed))
+
+    def export(tokens: Sequence[FieldTokens]) -> Callable[[int], int]:
+        by_id = {str(i): of for i, of in enumerate(tokens)}
+        images = {note_id: str(i % NUM_IMAGES) for i, note_id in enumerate(by_id)}
+        ours = BatchEmbedder(model, processor, by_id, images, pictures, size, torch.device(DEVICE))
+
+        def run(_: int) -> int:
+            ours.embed(list(by_id), "multimodal")
+            return sum(map(processor.num_tokens, tokens))
+
+        return run
+
+    def clocked(run: Callable[[int], int]) -> dict[str, float]:
+        return with_memory(lambda: timed(run, options.steps, num_notes))
+
+    model.eval()
+    packed = model.llm.config._attn_implementation
+    found = {}
+    model.llm.set_attn_implementation("sdpa")
+    found["llm"], found["plain"] = clocked(forward), clocked(plain)
+    fuse_kernels(model.llm, torch.device(DEVICE))
+    found["llm-fused"] = clocked(forward)
+    found["llm-training"] = llm_training(model, processor, options)
+    model.llm.set_attn_implementation(packed)
+    return found | {"export": clocked(export([longest] * num_notes)), "export-mixed": clocked(export(mixed))}
 
 
-def step(options: argparse.Namespace, pairs: int) -> dict[str, float]:
-    config = settings(options, pairs)
+def llm_training(model: MLRMModel, processor: MLRMProcessor, options: argparse.Namespace) -> dict[str, float]:
+    config, pairs = settings(options), max(options.pairs)
+    set_trained(model, config)
+    if config.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    average = int(training_data(processor, pairs, True, WORDS).num_tokens(np.arange(2 * pairs)).mean())
+
+    def run(_: int) -> int:
+        ids = torch.randint(0, len(processor.tokenizer), (2 * pairs, average), device=DEVICE)
+        model.llm(input_ids=ids, use_cache=False).last_hidden_state.float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
+        synchronize()
+        return ids.numel()
+
+    found = with_memory(lambda: timed(run, options.steps, 2 * pairs))
+    model.eval()
+    return found
+
+
+def training(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    return steps_of(settings(options), options.pairs, "step-{}", options)
+
+
+def text(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    return steps_of(texts_alone(options), [TEXT_PAIRS], "text", options)
+
+
+def texts_alone(options: argparse.Namespace) -> Config:
+    config = settings(options)
+    return config.model_copy(update={"model": config.model.model_copy(update={"method": "only_late_fusion"})})
+
+
+def steps_of(
+    config: Config, num_pairs: Sequence[int], name: str, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Steps of one engine on batches of each size, the smallest first: what does not fit spoils no other."""
     device = set_up_processes()
     model, processor = random_model(config)
-    data = training_data(processor, pairs * (options.steps + WARM_UP), True, WORDS)
     set_trained(model, config)
     speed = Speed(model, device, 1)
-    found = timed_steps(model, data, config, options.steps, device)
-    lengths = data.num_tokens(np.arange(2 * pairs * (options.steps + WARM_UP)))
-    squares = np.square(lengths).sum() / lengths.sum() * found["tokens_per_s"]
-    figures = speed.figures(found["tokens_per_s"], squares, 1.0)
-    share = {"tflops": figures["tflops"], "mfu": figures.get("mfu", 0.0)}
-    return with_memory(found) | share | {"seconds_per_1000_steps": 2000 * pairs / found["notes_per_s"]}
+    engine = make_engine(model.train(), config, "bf16")
+    found = {}
+    for pairs in sorted(num_pairs):
+        of_size = config.model_copy(update={"training": config.training.model_copy(update={"batch_pairs": pairs})})
+        all_pairs = pairs * (options.steps + WARM_UP)
+        data = training_data(processor, all_pairs, config.model.method != "only_late_fusion", WORDS)
+        row = with_memory(partial(timed_steps, engine, data, of_size, options.steps, device))
+        lengths = data.num_tokens(np.arange(2 * all_pairs))
+        squares = np.square(lengths).sum() / lengths.sum() * row["tokens_per_s"]
+        figures = speed.figures(row["tokens_per_s"], squares, 1.0)
+        share = {"tflops": figures["tflops"], "mfu": figures.get("mfu", 0.0)}
+        found[name.format(pairs)] = row | share | {"seconds_per_1000_steps": 2000 * pairs / row["notes_per_s"]}
+    return found
 
 
-def with_memory(found: dict[str, float]) -> dict[str, float]:
-    """On a GPU, its memory instead of the process's."""
-    return found | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if ON_GPU else found
+def trainer(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    config = texts_alone(options)
+    model, processor = random_model(config)
+    set_trained(model, config)
+    prompts = texts(processor, TEXT_PAIRS * (options.steps + WARM_UP), WORDS)
+    again = config.training.gradient_checkpointing
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = partial(trained_by_others, model.llm, processor, prompts, TEXT_PAIRS, Path(folder), again)
+        try:
+            return {"trainer": with_memory(theirs)}
+        except ImportError as e:
+            print(f"without sentence-transformers' trainer: {e}", file=sys.stderr)
+            return {}
 
 
-def contenders(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, float]]]:
-    steps = {f"step-{pairs}": lambda pairs=pairs: step(options, pairs) for pairs in options.pairs}
-    return {"export": lambda: export(options), "llm": lambda: llm(options), **steps}
+def with_memory(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """On a GPU, its memory instead of the process's; nan where that does not suffice."""
+    if not ON_GPU:
+        return measure()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        found = measure()
+    except torch.OutOfMemoryError:
+        found = dict.fromkeys(("tokens_per_s", "notes_per_s", "seconds_per_pair", "step_gb"), math.nan)
+    return found | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
-def out_of_memory() -> dict[str, float]:
-    """The figures of a contender that does not fit; the others' are not lost."""
-    names = ("tokens_per_s", "notes_per_s", "tflops", "mfu", "seconds_per_1000_steps")
-    return with_memory(dict.fromkeys(names, float("nan")))
+PROCESSES: dict[str, Callable[[argparse.Namespace], dict[str, dict[str, float]]]] = {
+    "inference": inference, "training": training, "text": text, "trainer": trainer,
+}  # fmt: skip
 
 
 def to_markdown(results: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
@@ -162,19 +262,29 @@ def to_markdown(results: dict[str, dict[str, float]], options: argparse.Namespac
     ]
     for name, row in results.items():
         trained = ["", "", ""]
-        if name.startswith("step"):
+        if "mfu" in row:
             trained = [f"{row['tflops']:.0f}", f"{row['mfu']:.1%}", f"{row['seconds_per_1000_steps']:,.0f}"]
         cells = [f"{row['tokens_per_s']:,.0f}", f"{row['notes_per_s']:.1f}", *trained, f"{row['peak_gb']:.1f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    exported, bare = results["export"], results["llm"]
-    best = max((row["mfu"] for row in results.values() if row.get("mfu", 0) > 0), default=0.0)  # nan is not
+    rate = {name: row["tokens_per_s"] for name, row in results.items()}
+    largest = f"step-{max(options.pairs)}"
+    best = max(row["mfu"] for row in results.values() if row.get("mfu", -1.0) >= 0)  # nan: out of memory
     lines += [
         "",
-        f"- {exported['notes_per_s']:.1f} longest notes per second, {options.batch_notes} at a time (asked: 200 on an "
-        f"H200; the paper's A100: 48.2); {exported['tokens_per_s'] / bare['tokens_per_s']:.0%} of the bare forward's "
-        "token throughput.",
+        f"- {results['export']['notes_per_s']:.1f} longest notes per second, {options.batch_notes} at a time (asked: "
+        "200 on an H200; the paper's A100: 48.2).",
+        f"- Export: {rate['export'] / rate['llm']:.0%} of the bare forward's token throughput (asked: 85 %), "
+        f"{rate['export'] / rate['llm-fused']:.0%} of that with the same fused kernels; "
+        f"{rate['export-mixed'] / rate['plain']:.2f} times a plain loop in the order of arrival (asked: 2).",
         f"- Training at {best:.1%} MFU at best (asked: 40 %).",
+        f"- {largest} has {rate[largest] / rate['llm-training']:.0%} of the bare LLM's token throughput, forward and "
+        "backward with the same fused kernels (asked: 80 %).",
     ]
+    if "trainer" in results:
+        times = results["text"]["notes_per_s"] / results["trainer"]["notes_per_s"]
+        lines.append(
+            f"- On texts alone, {times:.2f} times the notes per second of sentence-transformers' trainer (asked: 2)."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -182,25 +292,22 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=PAPER)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a round, and exports of 20 batches")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a round, and exports of 8 batches")
     parser.add_argument("--layers", type=int, help="cut the LLM to its first layers")
     parser.add_argument("--batch-notes", type=int, default=50, help="exported at a time")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[16, 128], help="batches to train on")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[16, 128, 256], help="batches to train on")
     parser.add_argument("--micro-batch-tokens", type=int, help="as training.micro_batch_tokens")
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--one", nargs=2, metavar=("CONTENDER", "CACHE"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("PROCESS", "CACHE"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     options = parsed()
     if options.one:
-        try:
-            print(json.dumps(contenders(options)[options.one[0]]()))
-        except torch.OutOfMemoryError:
-            print(json.dumps(out_of_memory()))
+        print(json.dumps(PROCESSES[options.one[0]](options)))
         return
-    results = medians(__file__, contenders(options), options.rounds, *sys.argv[1:])
+    results = medians(__file__, PROCESSES, options.rounds, *sys.argv[1:])
     print(shown := to_markdown(results, options))
     if ON_GPU:
         (RESULTS / "gpu.json").write_text(json.dumps(results, indent=1))

@@ -19,7 +19,6 @@ model was there.
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -38,11 +37,14 @@ import torch
 from torch import Tensor
 
 import notellm2_core.torch_compat  # noqa: F401, before transformers
+
+# isort: split
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
 from notellm2_core.ahead import one_ahead
 from notellm2_core.config import Config
 from notellm2_core.demo.words import THEMES
 from notellm2_core.model.build import build_model
-from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.parts import set_trained
 from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.notes.records import Note
@@ -112,16 +114,12 @@ def our_step(config: Config, cache: Path, steps: int, with_images: bool = True) 
     device = engines.set_up_processes()
     model, processor = build_model(config, cache)
     data = training_data(processor, config.training.batch_pairs * (steps + WARM_UP), with_images)
-    return timed_steps(model, data, config, steps, device)
-
-
-def timed_steps(
-    model: MLRMModel, data: TrainingData, config: Config, steps: int, device: torch.device
-) -> dict[str, float]:
     set_trained(model, config)
-    pairs = config.training.batch_pairs
     engine = engines.make_engine(model.train(), config, "bf16")
+    return timed_steps(engine, data, config, steps, device)
 
+
+def timed_steps(engine: Any, data: TrainingData, config: Config, steps: int, device: torch.device) -> dict[str, float]:
     def batch_of(rows: np.ndarray) -> tuple[Share, RowFacts]:
         return prepare(data, rows, config, device)
 
@@ -134,7 +132,7 @@ def timed_steps(
         synchronize()
         return share.num_tokens
 
-    return timed(run, steps, 2 * pairs)
+    return timed(run, steps, 2 * config.training.batch_pairs)
 
 
 def synchronize() -> None:
@@ -181,9 +179,9 @@ def llm(cache: Path, steps: int) -> dict[str, float]:
     return timed(run, steps, 2 * PAIRS)
 
 
-def texts(processor: MLRMProcessor, num_pairs: int) -> list[str]:
+def texts(processor: MLRMProcessor, num_pairs: int, words: Sequence[str] | None = None) -> list[str]:
     """The notes as the prompts that our model reads, to be tokenised by others."""
-    data = training_data(processor, num_pairs, False)
+    data = training_data(processor, num_pairs, False, words)
     ids = [data.note_batch(np.array([i])).input_ids[0] for i in range(2 * num_pairs)]
     return [processor.tokenizer.decode(i) for i in ids]
 
@@ -193,77 +191,93 @@ def trainer(cache: Path, steps: int) -> dict[str, float]:
     model, processor = build_model(config, cache)
     prompts = texts(processor, PAIRS * (steps + WARM_UP))
     set_trained(model, config)
-    folder = cache / f"plain-{os.getpid()}"
-    model.llm.set_attn_implementation("sdpa")
-    model.llm.save_pretrained(folder)
-    processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    processor.tokenizer.save_pretrained(folder)
-    num_tokens = [len(processor.tokenizer(p)["input_ids"]) for p in prompts]
-    try:
-        import datasets
-    except ImportError:
-        return plain_loop(folder, prompts, num_tokens, steps)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        try:
+            return trained_by_others(model.llm, processor, prompts, PAIRS, Path(folder))
+        except ImportError:
+            return plain_loop(model.llm, processor, prompts, steps)
+
+
+def trained_by_others(
+    llm: PreTrainedModel, processor: MLRMProcessor, prompts: list[str], pairs: int, folder: Path,
+    gradient_checkpointing: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """sentence-transformers' trainer on pairs of `prompts`. Raises ImportError where it cannot run."""
+    import datasets
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
     from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
     from transformers import TrainerCallback
 
-    transformer = Transformer(str(folder))
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    AutoModel.from_config(AutoConfig.for_model(llm.config.model_type, **sizes, **heads)).save_pretrained(folder)
+    tokenizer = processor.tokenizer
+    tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.save_pretrained(folder)
+    transformer = Transformer(str(folder))  # from a folder of small weights, whose place `llm` takes
+    llm.set_attn_implementation("sdpa")
+    if gradient_checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    transformer.model = llm
     width = transformer.get_embedding_dimension()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     student = SentenceTransformer(
-        modules=[transformer, Pooling(width, pooling_mode="lasttoken"), Dense(width, 64)], device="cpu"
+        modules=[transformer, Pooling(width, pooling_mode="lasttoken"), Dense(width, 64)], device=device
     )
-    student[0].auto_model.get_input_embeddings().weight.requires_grad_(False)
     times: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **options: Any) -> None:
+            synchronize()
             times.append(time.monotonic())
 
         def on_train_end(self, *args: Any, **options: Any) -> None:
+            synchronize()
             times.append(time.monotonic())
 
+    steps = len(prompts) // (2 * pairs)
     arguments = Arguments(
-        str(folder / "out"), per_device_train_batch_size=PAIRS, max_steps=steps + WARM_UP, learning_rate=2e-4,
-        bf16=True, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
-        dataloader_num_workers=0,
+        str(folder / "out"), per_device_train_batch_size=pairs, max_steps=steps, learning_rate=2e-4, bf16=True,
+        use_cpu=device == "cpu", report_to="none", save_strategy="no",
+        disable_tqdm=True, logging_strategy="no", dataloader_num_workers=0,
     )  # fmt: skip
-    pairs = datasets.Dataset.from_dict({"anchor": prompts[::2], "positive": prompts[1::2]})
+    of_pairs = datasets.Dataset.from_dict({"anchor": prompts[::2], "positive": prompts[1::2]})
     memory = Memory()
     SentenceTransformerTrainer(
-        student, arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(student), callbacks=[Clock()]
+        student, arguments, train_dataset=of_pairs, loss=MultipleNegativesRankingLoss(student), callbacks=[Clock()]
     ).train()
-    tokens = sum(num_tokens) / (steps + WARM_UP)
+    tokens = sum(len(ids) for ids in tokenizer(prompts)["input_ids"]) / steps
     seconds = [b - a for a, b in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False)]
-    return figures(seconds, [tokens] * len(seconds), 2 * PAIRS, memory)
+    return figures(seconds, [tokens] * len(seconds), 2 * pairs, memory)
 
 
-def plain_loop(folder: Path, prompts: list[str], num_tokens: list[int], steps: int) -> dict[str, float]:
+def plain_loop(llm: PreTrainedModel, processor: MLRMProcessor, prompts: list[str], steps: int) -> dict[str, float]:
     """Without sentence-transformers' trainer: queries and targets padded to the longest of each."""
-    from transformers import AutoModel, AutoTokenizer
-
-    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    model.get_input_embeddings().weight.requires_grad_(False)
-    projector = torch.nn.Linear(model.config.hidden_size, 64)
-    weights = [p for p in (*model.parameters(), *projector.parameters()) if p.requires_grad]
+    tokenizer = processor.tokenizer
+    tokenizer.pad_token = tokenizer.eos_token
+    llm.set_attn_implementation("sdpa")
+    projector = torch.nn.Linear(llm.config.hidden_size, 64)
+    weights = [p for p in (*llm.parameters(), *projector.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=2e-4)
 
-    def embed(some: list[str]) -> Tensor:
+    def embed(some: list[str]) -> tuple[Tensor, int]:
         batch = tokenizer(some, padding=True, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
-            states = model(**batch, use_cache=False).last_hidden_state
+            states = llm(**batch, use_cache=False).last_hidden_state
             last = batch["attention_mask"].sum(1) - 1
-            return torch.nn.functional.normalize(projector(states[torch.arange(len(last)), last]).float(), dim=1)
+            rows = projector(states[torch.arange(len(last)), last]).float()
+        return torch.nn.functional.normalize(rows, dim=1), int(batch["attention_mask"].sum())
 
     def run(step: int) -> int:
         here = slice(2 * PAIRS * step, 2 * PAIRS * (step + 1))
-        queries, targets = embed(prompts[here][::2]), embed(prompts[here][1::2])
+        (queries, of_queries), (targets, of_targets) = embed(prompts[here][::2]), embed(prompts[here][1::2])
         torch.nn.functional.cross_entropy(20 * queries @ targets.T, torch.arange(PAIRS)).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return sum(num_tokens[here])
+        return of_queries + of_targets
 
     return timed(run, steps, 2 * PAIRS)
 
@@ -309,18 +323,19 @@ def figures(seconds: list[float], tokens: list[Any], num_notes: int, memory: Mem
     }
 
 
-def medians(script: str, contenders: Iterable[str], num_rounds: int, *options: str) -> dict[str, dict[str, float]]:
-    """The figures of each contender over the rounds, each in a process of its own: `script --one NAME CACHE`."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+def medians(script: str, processes: Iterable[str], num_rounds: int, *options: str) -> dict[str, dict[str, float]]:
+    """The figures of each contender over the rounds. `script --one PROCESS CACHE` prints those of one or more."""
+    found: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(num_rounds):
-            for name, rows in found.items():
-                command = [sys.executable, "-W", "ignore", script, "--one", name, cache, *options]
+            for process in processes:
+                command = [sys.executable, "-W", "ignore", script, "--one", process, cache, *options]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-                rows.append(json.loads(done.stdout.splitlines()[-1]))
-                print(name, json.dumps({key: round(value, 4) for key, value in rows[-1].items()}), flush=True)
+                    raise SystemExit(f"{process} failed:\n{done.stderr[-3000:]}")
+                for name, row in json.loads(done.stdout.splitlines()[-1]).items():
+                    found.setdefault(name, []).append(row)
+                    print(name, json.dumps({key: round(value, 4) for key, value in row.items()}), flush=True)
     return {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()}
 
 
@@ -367,7 +382,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         name, cache = options.one
-        print(json.dumps(CONTENDERS[name](Path(cache), options.steps)))
+        print(json.dumps({name: CONTENDERS[name](Path(cache), options.steps)}))
         return
     results = medians(__file__, CONTENDERS, options.rounds, "--steps", str(options.steps))
     try:

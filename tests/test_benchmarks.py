@@ -8,16 +8,22 @@ ROOT = Path(__file__).parents[1]
 ALL_IN_ONE_PROCESS = """
 import gpu
 options = gpu.parsed()
-print(gpu.to_markdown({name: run() for name, run in gpu.contenders(options).items()}, options))
+gpu.TEXT_PAIRS = gpu.EXPORTED_BATCHES = 2
+found = {}
+for run in gpu.PROCESSES.values():
+    found |= run(options)
+print(gpu.to_markdown(found, options))
 """
 
 
 def test_gpu_benchmark_with_tiny_models() -> None:
     config = ["--config", str(ROOT / "pipelines/configs/tiny.yaml"), "--gradient-checkpointing"]
-    sizes = ["--pairs", "2", "--steps", "1", "--batch-notes", "2", "--micro-batch-tokens", "300"]
+    sizes = ["--pairs", "2", "3", "--steps", "1", "--batch-notes", "2", "--micro-batch-tokens", "300"]
     command = [sys.executable, "-W", "ignore", "-c", ALL_IN_ONE_PROCESS, *config, *sizes]
     done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert [row[0].strip("| ") for row in rows] == ["contender", "---", "export", "llm", "step-2"]
+    names = [row[0].strip("| ") for row in rows if "trainer" not in row[0]]  # it needs `datasets`
+    inference = ["llm", "plain", "llm-fused", "llm-training", "export", "export-mixed"]
+    assert names == ["contender", "---", *inference, "step-2", "step-3", "text"]
     assert all(float(row[1].replace(",", "")) > 0 for row in rows[2:])

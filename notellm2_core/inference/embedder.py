@@ -24,6 +24,7 @@ from notellm2_core.inference.batch_embedder import WINDOW_BATCHES, BatchEmbedder
 from notellm2_core.inference.hub import model_folder
 from notellm2_core.inference.pictures import PictureFeatures
 from notellm2_core.model.build import load_encoder, load_model, require_its_encoder, require_its_processor
+from notellm2_core.model.kernels import fuse_kernels
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.notes.batch import InputKind, MLRMProcessor, require_input_kind
@@ -53,6 +54,7 @@ class Embedder:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         nn.Module.to(model.eval(), self.device, self.dtype)
+        fuse_kernels(model.llm, self.device)
         self.model, self.processor, self.encoder = model, processor, encoder.to(self.device)
         self.pictures: Counter[Status] = Counter()  # of all notes embedded so far, by status
 

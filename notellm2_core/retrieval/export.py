@@ -37,6 +37,7 @@ from notellm2_core.embeddings import Made, read_note_ids, write_shards
 from notellm2_core.inference.batch_embedder import VECTORS_VERSION, BatchEmbedder, FeatureSource
 from notellm2_core.inference.pictures import EncodedWhenAsked
 from notellm2_core.model.build import its_own_encoder, load_model
+from notellm2_core.model.kernels import fuse_kernels
 from notellm2_core.notes.batch import InputKind
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
 from notellm2_core.notes.lake_pictures import PICTURES_OPTION, LakePictures, PictureFolders
@@ -76,6 +77,7 @@ def export(
         )
     device, dtype = _device(config)
     nn.Module.to(model, device, dtype)
+    fuse_kernels(model.llm, device)
     features: FeatureSource
     if encoder is None:
         features = FeatureStore(store_dir / vision_encoder)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from notellm2_core.config import Config, Training
+from notellm2_core.model.kernels import fuse_kernels
 from notellm2_core.model.lora import is_adapter
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel
@@ -189,8 +190,9 @@ def broadcast_new_modules(model: MLRMModel, device: torch.device) -> None:
 
 def make_engine(model: MLRMModel, config: Config, precision: Precision, encoder: VisionEncoder | None = None) -> Any:
     """The DeepSpeed engine around `model`, and the vision encoder where it is trained, on this rank's device."""
-    training = config.training
-    made = deepspeed_config(training, precision, dist.get_world_size(), torch.cuda.is_available())
+    training, on_gpu = config.training, torch.cuda.is_available()
+    made = deepspeed_config(training, precision, dist.get_world_size(), on_gpu)
+    fuse_kernels(model.llm, torch.device("cuda" if on_gpu else "cpu"))
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     autocast = precision == "bf16" and not made["bf16"]["enabled"]
