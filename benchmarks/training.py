@@ -11,7 +11,7 @@ notes of widely different lengths. Contenders take turns, each round in a proces
   trainer         sentence-transformers' trainer and its MultipleNegativesRankingLoss with the same LLM on the same
                   texts (needs `pip install datasets`); without it a plain loop that pads each batch to its longest
   direct          a step of 16 pairs, with all activations in memory
-  gradcache       a step of 256 pairs in micro-batches with as many tokens
+  gradcache       a step of 256 pairs in micro-batches with half as many tokens: gradients lie in memory beside them
 
 Tokens are real ones, padding apart. Memory is the largest resident size of the process, and what of it came after the
 model was there.
@@ -156,7 +156,7 @@ def direct(cache: Path, steps: int) -> dict[str, float]:
 def gradcache(cache: Path, steps: int) -> dict[str, float]:
     _, processor = build_model(settings(SMALL, cache), cache)
     tokens = training_data(processor, LARGE, True).num_tokens(np.arange(2 * LARGE)).sum() / LARGE * SMALL
-    return our_step(settings(LARGE, cache, int(tokens * 1.05)), cache, 2)
+    return our_step(settings(LARGE, cache, int(tokens / 2)), cache, 2)
 
 
 def llm(cache: Path, steps: int) -> dict[str, float]:

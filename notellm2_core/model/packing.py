@@ -13,7 +13,7 @@ import inspect
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ PACKED_SDPA = "packed_sdpa"
 _KINDS = {"full_attention", "sliding_attention"}
 _SHORT = 160  # tokens, up to which _by_products is the fastest
 _LITTLE, _MUCH = 8, 1.25  # tokens, or times, by which a note may be shorter than the longest of its group
+_STEP = 64  # tokens; rows of few lengths: oneDNN prepares its products for each anew, and keeps them in memory
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Packing:
     groups: tuple[Group, ...]
     spread: Tensor | None  # [S] of each token of all notes in the row; None: every one has its own place
     kept: Tensor | None  # [R] of each token in the row, where it is first among all notes' tokens
+    num_empty: int = 0  # places after the R, of no note
     used: list[None] = field(default_factory=list)  # an entry for each layer that has attended by it
 
     @classmethod
@@ -83,6 +85,10 @@ class Packing:
         spread = torch.where(own, own.cumsum(0) - 1, positions)
         kept = own.nonzero()[:, 0]
         return cls(index[kept], positions[kept], ends.to(torch.int32), groups, spread, kept)
+
+    def with_empty(self, row: Tensor) -> Tensor:
+        """[R, ...] -> [R + num_empty, ...], zeros in the empty places."""
+        return torch.cat([row, row.new_zeros(self.num_empty, *row.shape[1:])]) if self.num_empty else row
 
     def rows(self, places: Tensor, width: int) -> Tensor:
         """[N n] where in the row the tokens at `places` [N, n] of the padded notes, `width` tokens each, are."""
@@ -165,14 +171,16 @@ def packed_states(
     None where the decoder does not hand the packing on to its attention: notes would read each other.
     """
     packing = Packing.of(attention_mask, num_shared)
-    row = words.flatten(0, 1).index_select(0, packing.index)
-    positions = packing.positions[None]
+    if _multiplied_by_onednn(words):
+        packing = replace(packing, num_empty=-len(packing.index) % _STEP)
+    row = packing.with_empty(words.flatten(0, 1).index_select(0, packing.index))
+    positions = packing.with_empty(packing.positions)[None]
     rows = None if read is None or torch.is_grad_enabled() else packing.rows(read, words.shape[1])
     with _last_mlp_on(llm, rows, len(row)):
         states = llm(inputs_embeds=row[None], position_ids=positions, use_cache=False, packing=packing)
     if not packing.used:
         return None
-    last = states.last_hidden_state[0]  # [R, h_t]
+    last = states.last_hidden_state[0, : len(packing.index)]  # [R, h_t]
     padded = last.new_zeros(words.shape[0] * words.shape[1], last.shape[1])
     return padded.index_copy(0, packing.index, last).unflatten(0, words.shape[:2])
 
@@ -203,7 +211,9 @@ def _packed_sdpa(
     if packing.spread is not None:
         q, k, v = (x.index_select(0, packing.spread) for x in (q, k, v))  # [S, H, d_h] each
     attended = _attended(module, q, k, v, packing, sliding_window, options)  # [S, H, d_h]
-    return (attended if packing.kept is None else attended.index_select(0, packing.kept))[None], None
+    if packing.kept is not None:
+        attended = attended.index_select(0, packing.kept)
+    return packing.with_empty(attended)[None], None
 
 
 def _attended(
@@ -258,6 +268,12 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor, band: Tensor | None,
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[3] ** -0.5)
     weights = scores.masked_fill(~band, float("-inf")).softmax(-1, dtype=torch.float32)
     return (weights.to(value.dtype) @ value).transpose(1, 2)
+
+
+def _multiplied_by_onednn(x: Tensor) -> bool:
+    """Where it is left to oneDNN to multiply in 16 bits."""
+    in_16_bits = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")
+    return x.device.type == "cpu" and in_16_bits
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:

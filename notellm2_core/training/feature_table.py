@@ -1,12 +1,11 @@
 """The vision features of the training notes as one memory-mapped file.
 
-Batches read a few rows at random; the feature store's Parquet parts are made for reading whole. All ranks of a
-machine map the same file, so its pages are in memory once, and a table larger than the memory still works.
+Batches read a few rows at random; the feature store's Parquet parts are made for reading whole. A table larger than the
+memory still works.
 
 Shapes: n images, L patches, h_v width.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from notellm2_core.lake import fingerprint
 from notellm2_core.notes.feature_store import FeatureStore
+from notellm2_core.training.mapped import mapped
 
 _CHUNK_IMAGES = 512
 
@@ -34,23 +34,14 @@ class FeatureTable:
         """
         shape = (len(image_ids), store.num_patches + 1, store.width)
         path = folder / f"features-{fingerprint([store.root.name, *image_ids])}.npy"
-        if not path.exists() and len(image_ids):
-            folder.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(f".{os.getpid()}.draft")
-            try:
-                values = np.lib.format.open_memmap(draft, mode="w+", dtype=np.float16, shape=shape)
-                for i in range(0, len(image_ids), _CHUNK_IMAGES):
-                    part = store.load(image_ids[i : i + _CHUNK_IMAGES])
-                    values[i : i + _CHUNK_IMAGES, :-1] = part.patches
-                    values[i : i + _CHUNK_IMAGES, -1] = part.global_feature
-                values.flush()
-                os.replace(draft, path)
-            finally:
-                draft.unlink(missing_ok=True)
-        try:
-            table = np.load(path, mmap_mode="r") if len(image_ids) else np.zeros(shape, np.float16)
-        except (ValueError, EOFError) as e:
-            raise ValueError(f"{path} is damaged ({e}): delete it and run again") from e
+
+        def fill(values: np.ndarray) -> None:
+            for i in range(0, len(image_ids), _CHUNK_IMAGES):
+                part = store.load(image_ids[i : i + _CHUNK_IMAGES])
+                values[i : i + _CHUNK_IMAGES, :-1] = part.patches
+                values[i : i + _CHUNK_IMAGES, -1] = part.global_feature
+
+        table = mapped(path, shape, np.float16, fill)
         return cls(table, {image_id: row for row, image_id in enumerate(image_ids)})
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

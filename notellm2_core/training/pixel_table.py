@@ -17,6 +17,7 @@ from notellm2_core.lake import fingerprint
 from notellm2_core.model.vision import cut_out
 from notellm2_core.model.vision_architecture import Preprocess
 from notellm2_core.notes.lake_pictures import LakePictures
+from notellm2_core.training.mapped import mapped
 
 _CHUNK_IMAGES = 256
 
@@ -41,21 +42,14 @@ class PixelTable:
         def cut(data: bytes) -> np.ndarray:
             return cut_out(pictures.decode(data), how)
 
-        if not path.exists() and len(image_ids):
-            folder.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(f".{os.getpid()}.draft")
-            try:
-                values = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
-                chunks = range(0, len(image_ids), _CHUNK_IMAGES)
-                with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-                    for i in tqdm(chunks, desc="pictures", unit="chunk", disable=len(chunks) < 2):
-                        part = pool.map(cut, pictures.read(image_ids[i : i + _CHUNK_IMAGES]))
-                        values[i : i + _CHUNK_IMAGES] = np.stack(list(part))
-                values.flush()
-                os.replace(draft, path)
-            finally:
-                draft.unlink(missing_ok=True)
-        table = np.load(path, mmap_mode="r") if len(image_ids) else np.zeros(shape, np.uint8)
+        def fill(values: np.ndarray) -> None:
+            chunks = range(0, len(image_ids), _CHUNK_IMAGES)
+            with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+                for i in tqdm(chunks, desc="pictures", unit="chunk", disable=len(chunks) < 2):
+                    part = pool.map(cut, pictures.read(image_ids[i : i + _CHUNK_IMAGES]))
+                    values[i : i + _CHUNK_IMAGES] = np.stack(list(part))
+
+        table = mapped(path, shape, np.uint8, fill)
         return cls(table, {image_id: row for row, image_id in enumerate(image_ids)})
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

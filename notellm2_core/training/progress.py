@@ -52,9 +52,9 @@ class Progress:
         )
         if enabled:
             self._lines = [line for line in read_metrics(path) if line["step"] <= first_step]
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in self._lines))
-        self._num_written = len(self._lines)
-        self._num_bytes = path.stat().st_size if enabled else 0  # of these lines in the file
+        self._num_written = self._num_bytes = 0  # of these lines in the file
+        if enabled:
+            self._take_back()
         self._seconds_before = max((line["seconds"] for line in self._lines), default=0.0)
 
     @property
@@ -101,6 +101,14 @@ class Progress:
             self._log(text)
         if self._curves is not None:
             self._curves.send(step, metrics)
+
+    def _take_back(self) -> None:
+        """The file has these lines alone. On a full disk it has them with the next report."""
+        try:
+            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+            self._num_written, self._num_bytes = len(self._lines), self._path.stat().st_size
+        except OSError as e:
+            _warn(f"the figures of the training could not be written ({e}); trying again with the next")
 
     def _write(self) -> None:
         """Add the lines that the file has not got yet. A full disk stops no training."""

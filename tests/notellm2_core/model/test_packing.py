@@ -148,6 +148,19 @@ def test_who_can_be_packed() -> None:
     assert packed_states(decoder("nemotron", PACKED_SDPA), words, mask) is None  # its attention is not told
 
 
+@pytest.mark.parametrize(("bf16", "expected"), [(False, {32, 33, 64, 65}), (True, {64, 128})])
+def test_rows_of_few_lengths_where_each_length_costs(bf16: bool, expected: set[int]) -> None:
+    """oneDNN keeps what it has prepared for each number of tokens, so there it sees multiples of 64 alone."""
+    llm, seen = decoder("llama", PACKED_SDPA), set()
+    llm.norm.register_forward_hook(lambda _, given, made: seen.add(made.shape[1]))
+    for num_tokens in (32, 33, 64, 65):
+        words, mask = padded_words([num_tokens - 20, 20], llm.config.hidden_size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            states = packed_states(llm, words, mask)
+        assert states is not None and states.shape[:2] == mask.shape
+    assert seen == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["llama", "mistral"])

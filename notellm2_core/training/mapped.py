@@ -1,0 +1,31 @@
+"""Arrays that are made once and mapped into memory: all ranks of a machine share their pages."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+
+def mapped(path: Path, shape: tuple[int, ...], dtype: DTypeLike, fill: Callable[[np.ndarray], None]) -> np.ndarray:
+    """The array of `path`, read-only. Where it is not there yet, `fill` writes it, and it is moved in whole.
+
+    Raises ValueError where the file is damaged, and whatever `fill` does.
+    """
+    if not shape[0]:  # nothing can be mapped
+        return np.zeros(shape, dtype)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}.draft")
+        try:
+            values = np.lib.format.open_memmap(draft, mode="w+", dtype=dtype, shape=shape)
+            fill(values)
+            values.flush()
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as e:
+        raise ValueError(f"{path} is damaged ({e}): delete it and run again") from e
