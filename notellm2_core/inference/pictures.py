@@ -104,12 +104,11 @@ class EncodedWhenAsked:
 
     encoder: VisionEncoder
     pictures: LakePictures
-    max_pixels: int
     batch_pictures: int
 
     def load(self, image_ids: Sequence[str]) -> Features:
         """The features of these pictures, in this order. Raises ValueError where one is no longer what it was."""
-        features = PictureFeatures(self.encoder, self.max_pixels, self.batch_pictures)
+        features = PictureFeatures(self.encoder, self.pictures.max_pixels, self.batch_pictures)
         found = features.read(self.pictures.read(image_ids), None)
         if broken := [status for status, image_id in found if image_id is None]:
             raise ValueError(f"{len(broken)} pictures can no longer be decoded ({broken[0]}): run everything again.")

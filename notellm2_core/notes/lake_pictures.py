@@ -36,7 +36,7 @@ class LakePictures:
         Raises ValueError where the notes cannot be read.
         """
         images.allow_pixels(max_pixels)
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
         self._note_of: dict[str, str] = {}  # image_id -> the first note that has it
         for note_id in sorted(notes):
             if (image_id := note_images.get(note_id)) is not None:
@@ -57,7 +57,7 @@ class LakePictures:
         found = []
         for image_id, note in zip(image_ids, self._table.notes([self._note_of[i] for i in image_ids]), strict=True):
             data, path = (note.image, None) if isinstance(note.image, bytes) else (None, str(note.image or ""))
-            encoded = images.fetch(self._table.images, path, data, self._max_pixels)
+            encoded = images.fetch(self._table.images, path, data, self.max_pixels)
             if encoded.status != "ok" or encoded.image_id != image_id:
                 raise ValueError(
                     f"the picture of note {note.note.note_id!r} is no longer what it was when its features were made: "
@@ -68,7 +68,7 @@ class LakePictures:
 
     def decode(self, data: bytes) -> Image.Image:
         """RGB, of what `read` gave; it was a picture when its features were made."""
-        status, image = images.decode(data, self._max_pixels)
+        status, image = images.decode(data, self.max_pixels)
         if image is None:
             raise ValueError(
                 f"a picture cannot be decoded any more ({status}): run everything again, from the notes on."

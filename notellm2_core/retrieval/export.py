@@ -83,9 +83,8 @@ def export(
         features = FeatureStore(store_dir / vision_encoder)
     else:
         assert pictures is not None
-        max_pixels, batch_pictures = config.source.max_image_pixels, config.model.vision.batch_size
-        of_notes = LakePictures(pictures, images, notes.keys(), max_pixels)
-        features = EncodedWhenAsked(encoder.to(device), of_notes, max_pixels, batch_pictures)
+        of_notes = LakePictures(pictures, images, notes.keys(), config.source.max_image_pixels)
+        features = EncodedWhenAsked(encoder.to(device), of_notes, config.model.vision.batch_size)
     embedder = BatchEmbedder(model, processor, notes, images, features, config.export.batch_notes, device)
     weights = deciding_files(model_dir)
     counts: dict[str, Any] = {

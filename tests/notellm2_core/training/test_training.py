@@ -309,6 +309,22 @@ def test_a_disk_that_fills_up_within_a_line_costs_no_figures(
     assert [line["step"] for line in read_metrics(path)] == [1, 3]
 
 
+def test_a_disk_that_is_full_at_the_start_stops_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a killed run wrote after its last checkpoint is taken back with the first report instead."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 9.0, "seconds": 1.0}) + "\n" for step in (1, 2, 3)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        progress = Progress(path, 2, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not be written" in capsys.readouterr().err
+    progress.report(3, {"loss": 1.0})
+    progress.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 9.0), (2, 9.0), (3, 1.0)]
+
+
 @pytest.mark.parametrize("slow", [True, False])
 def test_data_wait(slow: bool, tmp_path: Path) -> None:
     """Nearly all of the time where a batch takes 0.1 s to make and 0 to use, nearly none the other way round."""
