@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/training.py [--rounds 3] [--steps 4]
 
 The model is the small profile (SmolLM2's first 4 layers, a Q-Former, L_c = 4, word embeddings frozen), on generated
-notes of widely different lengths. Contenders take turns, each round in a process of its own; the median counts.
+notes of widely different lengths. The two contenders of a comparison take turns in one process, step by step: a machine
+whose speed changes within minutes is as slow for both. Each round has processes of its own; the median counts.
 
   step            one training step as `notellm2_core.training` runs it: 32 pairs, images, Eq. 9, DeepSpeed's AdamW
   llm             the bare LLM's forward and backward over as many real tokens, in rows without any padding
@@ -13,8 +14,8 @@ notes of widely different lengths. Contenders take turns, each round in a proces
   direct          a step of 16 pairs, with all activations in memory
   gradcache       a step of 256 pairs in micro-batches with half as many tokens: gradients lie in memory beside them
 
-Tokens are real ones, padding apart. Memory is the largest resident size of the process, and what of it came after the
-model was there.
+Tokens are real ones, padding apart. Memory is that of both of the last two in a process of its own (`-alone`): the
+largest resident size, and what of it came after the model was there.
 """
 
 import argparse
@@ -110,29 +111,33 @@ def training_data(
     return TrainingData(processor, tokens, images, table, list(zip(ids[::2], ids[1::2], strict=True)))
 
 
-def our_step(config: Config, cache: Path, steps: int, with_images: bool = True) -> dict[str, float]:
+Step = Callable[[int], int]  # does the step of this number, and says how many tokens it had
+
+
+def our_step(config: Config, cache: Path, num_steps: int, with_images: bool = True) -> Step:
     device = engines.set_up_processes()
     model, processor = build_model(config, cache)
-    data = training_data(processor, config.training.batch_pairs * (steps + WARM_UP), with_images)
+    data = training_data(processor, config.training.batch_pairs * num_steps, with_images)
     set_trained(model, config)
-    engine = engines.make_engine(model.train(), config, "bf16")
-    return timed_steps(engine, data, config, steps, device)
+    return step_of(engines.make_engine(model.train(), config, "bf16"), data, config, device)
 
 
-def timed_steps(engine: Any, data: TrainingData, config: Config, steps: int, device: torch.device) -> dict[str, float]:
+def step_of(engine: Any, data: TrainingData, config: Config, device: torch.device) -> Step:
+    """A step on the next of the batches that `data` has, made ahead as the loop does."""
+
     def batch_of(rows: np.ndarray) -> tuple[Share, RowFacts]:
         return prepare(data, rows, config, device)
 
-    batches = one_ahead(map(batch_of, data.train_pairs.reshape(steps + WARM_UP, -1)))  # as the loop does
+    batches = one_ahead(map(batch_of, data.train_pairs.reshape(-1, 2 * config.training.batch_pairs)))
 
-    def run(step: int) -> int:
+    def run(number: int) -> int:
         share, facts = next(batches)
-        batch_gradient(engine, share, facts, config, (0, step)).losses.total.item()
+        batch_gradient(engine, share, facts, config, (0, number)).losses.total.item()
         engines.optimizer_step(engine)
         synchronize()
         return share.num_tokens
 
-    return timed(run, steps, 2 * config.training.batch_pairs)
+    return run
 
 
 def synchronize() -> None:
@@ -141,34 +146,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def step(cache: Path, steps: int) -> dict[str, float]:
-    return our_step(settings(PAIRS, cache), cache, steps)
-
-
-def text(cache: Path, steps: int) -> dict[str, float]:
-    return our_step(settings(PAIRS, cache, method="only_late_fusion"), cache, steps, with_images=False)
-
-
-def direct(cache: Path, steps: int) -> dict[str, float]:
-    return our_step(settings(SMALL, cache), cache, max(steps, 8))
-
-
-def gradcache(cache: Path, steps: int) -> dict[str, float]:
-    _, processor = build_model(settings(SMALL, cache), cache)
-    tokens = training_data(processor, LARGE, True).num_tokens(np.arange(2 * LARGE)).sum() / LARGE * SMALL
-    return our_step(settings(LARGE, cache, int(tokens / 2)), cache, 2)
-
-
-def llm(cache: Path, steps: int) -> dict[str, float]:
+def llm_step(cache: Path, num_steps: int) -> Step:
     config = settings(PAIRS, cache)
     model, processor = build_model(config, cache)
     set_trained(model, config)
-    data = training_data(processor, PAIRS * (steps + WARM_UP), True)
+    data = training_data(processor, PAIRS * num_steps, True)
     bare = model.llm.train()
     bare.set_attn_implementation("sdpa")
 
-    def run(step: int) -> int:
-        total = int(data.num_tokens(np.arange(2 * PAIRS) + 2 * PAIRS * step).sum())
+    def run(number: int) -> int:
+        total = int(data.num_tokens(np.arange(2 * PAIRS) + 2 * PAIRS * number).sum())
         ids = torch.randint(0, 40_000, (2 * PAIRS, total // (2 * PAIRS)))
         with torch.autocast("cpu", torch.bfloat16):
             states = bare(input_ids=ids, use_cache=False).last_hidden_state
@@ -176,7 +163,49 @@ def llm(cache: Path, steps: int) -> dict[str, float]:
         bare.zero_grad(set_to_none=True)
         return ids.numel()
 
-    return timed(run, steps, 2 * PAIRS)
+    return run
+
+
+def gradcache_step(cache: Path, num_steps: int) -> Step:
+    _, processor = build_model(settings(SMALL, cache), cache)
+    tokens = training_data(processor, LARGE, True).num_tokens(np.arange(2 * LARGE)).sum() / LARGE * SMALL
+    return our_step(settings(LARGE, cache, int(tokens / 2)), cache, num_steps)
+
+
+def step(cache: Path, steps: int) -> dict[str, dict[str, float]]:
+    num = WARM_UP + steps
+    ours, bare = our_step(settings(PAIRS, cache), cache, num), llm_step(cache, num)
+    return in_turns({"step": (ours, 2 * PAIRS, 1), "llm": (bare, 2 * PAIRS, 1)}, steps)
+
+
+def gradcache(cache: Path, steps: int) -> dict[str, dict[str, float]]:
+    often = LARGE // SMALL // 2
+    small = our_step(settings(SMALL, cache), cache, often * (WARM_UP + steps))
+    large = gradcache_step(cache, WARM_UP + steps)
+    return in_turns({"direct": (small, 2 * SMALL, often), "gradcache": (large, 2 * LARGE, 1)}, steps)
+
+
+def direct_alone(cache: Path, steps: int) -> dict[str, dict[str, float]]:
+    ours = our_step(settings(SMALL, cache), cache, WARM_UP + 8)
+    return {"direct-alone": timed(ours, 8, 2 * SMALL)}
+
+
+def gradcache_alone(cache: Path, steps: int) -> dict[str, dict[str, float]]:
+    return {"gradcache-alone": timed(gradcache_step(cache, WARM_UP + 1), 1, 2 * LARGE)}
+
+
+def in_turns(contenders: dict[str, tuple[Step, int, int]], steps: int) -> dict[str, dict[str, float]]:
+    """The figures of each: (its step, how many notes that has, how many steps are one turn)."""
+    found: dict[str, tuple[list[float], list[int]]] = {name: ([], []) for name in contenders}
+    for turn in range(WARM_UP + steps):
+        for name, (run, _, often) in contenders.items():
+            for number in range(turn * often, (turn + 1) * often):
+                started = time.monotonic()
+                tokens = run(number)
+                if turn >= WARM_UP:
+                    found[name][0].append(time.monotonic() - started)
+                    found[name][1].append(tokens)
+    return {name: figures(*of, contenders[name][1]) for name, of in found.items()}
 
 
 def texts(processor: MLRMProcessor, num_pairs: int, words: Sequence[str] | None = None) -> list[str]:
@@ -186,23 +215,41 @@ def texts(processor: MLRMProcessor, num_pairs: int, words: Sequence[str] | None 
     return [processor.tokenizer.decode(i) for i in ids]
 
 
-def trainer(cache: Path, steps: int) -> dict[str, float]:
+def text(cache: Path, steps: int) -> dict[str, dict[str, float]]:
     config = settings(PAIRS, cache, method="only_late_fusion")
+    num = WARM_UP + steps
+    ours = our_step(config, cache, num, with_images=False)
     model, processor = build_model(config, cache)
-    prompts = texts(processor, PAIRS * (steps + WARM_UP))
+    prompts = texts(processor, PAIRS * num)
     set_trained(model, config)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # of our engine, which would be theirs too: DDP on one rank
+        del os.environ[name]
+    counted: list[int] = []
+    seconds: list[float] = []
+
+    def between() -> None:
+        started = time.monotonic()
+        counted.append(ours(len(counted)))
+        seconds.append(time.monotonic() - started)
+
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         try:
-            return trained_by_others(model.llm, processor, prompts, PAIRS, Path(folder))
+            theirs = trained_by_others(model.llm, processor, prompts, PAIRS, Path(folder), between=between)
         except ImportError:
-            return plain_loop(model.llm, processor, prompts, steps)
+            plain = plain_step(model.llm, processor, prompts)
+            found = in_turns({"text": (ours, 2 * PAIRS, 1), "plain loop": (plain, 2 * PAIRS, 1)}, steps)
+            return {"text": found["text"], "trainer": found["plain loop"]}
+    return {"text": figures(seconds[WARM_UP:], counted[WARM_UP:], 2 * PAIRS), "trainer": theirs}
 
 
 def trained_by_others(
     llm: PreTrainedModel, processor: MLRMProcessor, prompts: list[str], pairs: int, folder: Path,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool = False, between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:  # fmt: skip
-    """sentence-transformers' trainer on pairs of `prompts`. Raises ImportError where it cannot run."""
+    """sentence-transformers' trainer on pairs of `prompts`; after each of its steps it calls `between`.
+
+    Raises ImportError where it cannot run.
+    """
     import datasets
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
     from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
@@ -226,16 +273,15 @@ def trained_by_others(
     student = SentenceTransformer(
         modules=[transformer, Pooling(width, pooling_mode="lasttoken"), Dense(width, 64)], device=device
     )
-    times: list[float] = []
+    began = [time.monotonic()]  # each step, what makes its batch included
+    seconds: list[float] = []
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, *args: Any, **options: Any) -> None:
+        def on_step_end(self, *args: Any, **options: Any) -> None:
             synchronize()
-            times.append(time.monotonic())
-
-        def on_train_end(self, *args: Any, **options: Any) -> None:
-            synchronize()
-            times.append(time.monotonic())
+            seconds.append(time.monotonic() - began[-1])
+            between()
+            began.append(time.monotonic())
 
     steps = len(prompts) // (2 * pairs)
     arguments = Arguments(
@@ -244,16 +290,14 @@ def trained_by_others(
         disable_tqdm=True, logging_strategy="no", dataloader_num_workers=0,
     )  # fmt: skip
     of_pairs = datasets.Dataset.from_dict({"anchor": prompts[::2], "positive": prompts[1::2]})
-    memory = Memory()
     SentenceTransformerTrainer(
         student, arguments, train_dataset=of_pairs, loss=MultipleNegativesRankingLoss(student), callbacks=[Clock()]
     ).train()
     tokens = sum(len(ids) for ids in tokenizer(prompts)["input_ids"]) / steps
-    seconds = [b - a for a, b in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False)]
-    return figures(seconds, [tokens] * len(seconds), 2 * pairs, memory)
+    return figures(seconds[WARM_UP:], [tokens] * (steps - WARM_UP), 2 * pairs)
 
 
-def plain_loop(llm: PreTrainedModel, processor: MLRMProcessor, prompts: list[str], steps: int) -> dict[str, float]:
+def plain_step(llm: PreTrainedModel, processor: MLRMProcessor, prompts: list[str]) -> Step:
     """Without sentence-transformers' trainer: queries and targets padded to the longest of each."""
     tokenizer = processor.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
@@ -270,8 +314,8 @@ def plain_loop(llm: PreTrainedModel, processor: MLRMProcessor, prompts: list[str
             rows = projector(states[torch.arange(len(last)), last]).float()
         return torch.nn.functional.normalize(rows, dim=1), int(batch["attention_mask"].sum())
 
-    def run(step: int) -> int:
-        here = slice(2 * PAIRS * step, 2 * PAIRS * (step + 1))
+    def run(number: int) -> int:
+        here = slice(2 * PAIRS * number, 2 * PAIRS * (number + 1))
         (queries, of_queries), (targets, of_targets) = embed(prompts[here][::2]), embed(prompts[here][1::2])
         torch.nn.functional.cross_entropy(20 * queries @ targets.T, torch.arange(PAIRS)).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -279,11 +323,12 @@ def plain_loop(llm: PreTrainedModel, processor: MLRMProcessor, prompts: list[str
         optimizer.zero_grad(set_to_none=True)
         return of_queries + of_targets
 
-    return timed(run, steps, 2 * PAIRS)
+    return run
 
 
-CONTENDERS: dict[str, Callable[[Path, int], dict[str, float]]] = {
-    "step": step, "llm": llm, "text": text, "trainer": trainer, "direct": direct, "gradcache": gradcache,
+PROCESSES: dict[str, Callable[[Path, int], dict[str, dict[str, float]]]] = {
+    "step": step, "text": text, "gradcache": gradcache, "direct-alone": direct_alone,
+    "gradcache-alone": gradcache_alone,
 }  # fmt: skip
 
 
@@ -301,8 +346,8 @@ class Memory:
             time.sleep(0.02)
 
 
-def timed(run: Callable[[int], int], steps: int, num_notes: int) -> dict[str, float]:
-    """`run` does a step and says how many tokens it had."""
+def timed(run: Step, steps: int, num_notes: int) -> dict[str, float]:
+    """The figures of `steps` steps of `num_notes` notes, with their memory."""
     memory, seconds, tokens = Memory(), [], []
     for number in range(WARM_UP + steps):
         started = time.monotonic()
@@ -310,16 +355,15 @@ def timed(run: Callable[[int], int], steps: int, num_notes: int) -> dict[str, fl
         if number >= WARM_UP:
             seconds.append(time.monotonic() - started)
             tokens.append(found)
-    return figures(seconds, tokens, num_notes, memory)
+    of_memory = {"peak_gb": memory.largest / 1e9, "step_gb": (memory.largest - memory.before) / 1e9}
+    return figures(seconds, tokens, num_notes) | of_memory
 
 
-def figures(seconds: list[float], tokens: list[Any], num_notes: int, memory: Memory) -> dict[str, float]:
+def figures(seconds: Sequence[float], tokens: Sequence[float], num_notes: int) -> dict[str, float]:
     return {
         "tokens_per_s": sum(tokens) / sum(seconds),
         "notes_per_s": num_notes * len(seconds) / sum(seconds),
         "seconds_per_pair": 2 * sum(seconds) / len(seconds) / num_notes,
-        "peak_gb": memory.largest / 1e9,
-        "step_gb": (memory.largest - memory.before) / 1e9,
     }
 
 
@@ -358,9 +402,10 @@ def to_markdown(results: dict[str, dict[str, float]], trainer_name: str) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, row in r.items():
+        memory = [f"{row[key]:.2f}" if key in row else "" for key in ("peak_gb", "step_gb")]
         lines.append(
             f"| {name} | {row['tokens_per_s']:,.0f} | {row['notes_per_s']:.1f} | {row['seconds_per_pair']:.4f} "
-            f"| {row['peak_gb']:.2f} | {row['step_gb']:.2f} |"
+            f"| {' | '.join(memory)} |"
         )
     lines += [
         "",
@@ -369,7 +414,8 @@ def to_markdown(results: dict[str, dict[str, float]], trainer_name: str) -> str:
         f"- On texts alone, {r['text']['notes_per_s'] / r['trainer']['notes_per_s']:.2f} times the notes per second of "
         f"{trainer_name} (asked: 2).",
         f"- GradCache: {LARGE // SMALL} times the batch, {slower:.2f} times the time per pair (asked: at most 1.5), "
-        f"{r['gradcache']['step_gb']:.2f} GB for the step where the small batch takes {r['direct']['step_gb']:.2f} GB.",
+        f"{r['gradcache-alone']['step_gb']:.2f} GB for the step where the small batch takes "
+        f"{r['direct-alone']['step_gb']:.2f} GB.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -382,9 +428,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         name, cache = options.one
-        print(json.dumps({name: CONTENDERS[name](Path(cache), options.steps)}))
+        print(json.dumps(PROCESSES[name](Path(cache), options.steps)))
         return
-    results = medians(__file__, CONTENDERS, options.rounds, "--steps", str(options.steps))
+    results = medians(__file__, PROCESSES, options.rounds, "--steps", str(options.steps))
     try:
         import datasets  # noqa: F401
 

@@ -197,11 +197,15 @@ def write_atomically(path: Path, text: str) -> None:
     """The file is there whole or not at all, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    with draft.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(draft, path)
+    try:
+        with draft.open("w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(draft, path)
+    except OSError:  # a full disk
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def _describe(folder: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

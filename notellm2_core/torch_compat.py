@@ -4,9 +4,10 @@ Beside a CUDA build of torchvision (the one PyPI has), `import torchvision` dies
 not exist": it cannot load its own library. Nothing here detects boxes, so declaring the two operators' names is enough.
 Where the real operators can be loaded, nothing is done.
 
-oneDNN, which multiplies in 16 bits, keeps what it has prepared for 1,024 shapes, with its memory. Packed notes have
-another number of tokens each time, so a training grew by 50 MB a step, for as long as one looked. About a hundred
-shapes are what the layers of one step share: with 16 a step takes a quarter longer, with 1,024 no less than with 128.
+oneDNN, which multiplies in 16 bits, keeps what it has prepared for 1,024 shapes, with its memory. Packed notes,
+and their groups in the attention, have other numbers of tokens each time, so a training grew by 50 MB a step, for as
+long as one looked. About a hundred shapes are what the layers of one step share: with 16 a step takes a quarter longer,
+with 1,024 no less than with 128.
 """
 
 import importlib.util

@@ -24,6 +24,6 @@ def test_gpu_benchmark_with_tiny_models() -> None:
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     names = [row[0].strip("| ") for row in rows if "trainer" not in row[0]]  # it needs `datasets`
-    inference = ["llm", "plain", "llm-fused", "llm-training", "export", "export-mixed"]
+    inference = ["llm", "plain", "llm-fused", "plain-fused", "llm-training", "export", "export-mixed"]
     assert names == ["contender", "---", *inference, "step-2", "step-3", "text"]
     assert all(float(row[1].replace(",", "")) > 0 for row in rows[2:])

@@ -44,7 +44,8 @@ class Embedder:
         encoder: VisionEncoder,
         device: torch.device | str | None = None,
     ) -> None:
-        """Moves the model to `device` (None: the GPU where there is one) in fp32 on a CPU and bf16 on a GPU.
+        """Moves the model to `device` (None: the GPU where there is one) in fp32 on a CPU and bf16 on a GPU, for good:
+        there its kernels are fused ones, which a CPU has not got.
 
         Raises ValueError where `encoder` is not the one that the model was trained with, or `processor` of another one.
         """
@@ -54,7 +55,7 @@ class Embedder:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         nn.Module.to(model.eval(), self.device, self.dtype)
-        fuse_kernels(model.llm, self.device)
+        self.is_fused = fuse_kernels(model.llm, self.device)
         self.model, self.processor, self.encoder = model, processor, encoder.to(self.device)
         self.pictures: Counter[Status] = Counter()  # of all notes embedded so far, by status
 

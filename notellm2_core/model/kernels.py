@@ -1,11 +1,14 @@
 """Fused kernels for the parts of a decoder that only move numbers: norms, rotary positions, the gates of MLPs.
 
-On a GPU these take two fifths of a forward's time as torch computes them, a kernel for each sign of their formulas
-(LLaMA-2's 7B in bf16, 9,100 tokens, H200). The kernels are Liger's (Hsu et al. 2024), put in by transformers, and used
-where `liger-kernel` is installed, which the extra `gpu` does; without it, and on a CPU, nothing changes.
+On a GPU these take more than a quarter of a forward's time as torch computes them, a kernel for each sign of their
+formulas (LLaMA-2's 7B in bf16, 9,100 tokens, H200). The kernels are Liger's (Hsu et al. 2024), put in by transformers,
+and used where `liger-kernel` is installed, which the extra `gpu` does, beside a C compiler, which Triton starts them
+with. Without them, and on a CPU, nothing changes.
 """
 
 import logging
+import os
+import shutil
 import sys
 import warnings
 from types import FunctionType
@@ -24,28 +27,42 @@ KINDS = {"llama", "mistral", "qwen2", "qwen3"}
 
 
 def fuse_kernels(llm: PreTrainedModel, device: torch.device) -> bool:
-    """Put fused kernels into `llm`, which will be used on `device` and not leave it; whether that was possible."""
+    """Put fused kernels into `llm`, which is used on `device` alone from now on; whether that was possible."""
     config = llm.config
     if device.type != "cuda" or config.model_type not in KINDS or getattr(config, "hidden_act", "") != "silu":
         return False
-    if not is_liger_kernel_available():
-        warnings.warn("liger-kernel is not installed: pip install liger-kernel makes this GPU faster", stacklevel=2)
+    if lacking := _lacking():
+        warnings.warn(f"without {lacking} this GPU computes more slowly than it could", stacklevel=2)
         return False
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it tells which of its kernels are for other devices
     code = vars(sys.modules[type(llm).__module__])
     before = dict(code)
-    apply_liger_kernel(llm, {"fused_linear_cross_entropy": False})  # there is no head
-    # It also replaces the names in transformers' file, for all models of the process, those on a CPU too.
-    for name, old in before.items():
-        if (new := code[name]) is not old:
-            code[name] = _by_device(new, old) if isinstance(old, FunctionType) else old
+    try:
+        apply_liger_kernel(llm, {"fused_linear_cross_entropy": False})  # there is no head
+    finally:
+        # It also replaces the names in transformers' file, for all models of the process, those on a CPU too.
+        for name, old in before.items():
+            if (new := code[name]) is not old:
+                is_plain = isinstance(old, FunctionType) and old.__module__ != __name__
+                code[name] = _by_device(new, old) if is_plain else old
     return True
+
+
+def _lacking() -> str:
+    if not is_liger_kernel_available():
+        return "liger-kernel (pip install liger-kernel)"
+    if not any(map(shutil.which, [os.environ.get("CC") or "cc", "gcc", "clang"])):
+        return "a C compiler (gcc or clang)"
+    return ""
 
 
 def _by_device(fused: Any, plain: Any) -> Any:
     """The rotation of query and key, `fused` on a GPU."""
 
     def apply_rotary_pos_emb(query: torch.Tensor, *args: Any, **options: Any) -> Any:
-        return (fused if query.is_cuda else plain)(query, *args, **options)
+        if not query.is_cuda:
+            return plain(query, *args, **options)
+        with torch.cuda.device(query.device):  # Liger starts it on the process's own
+            return fused(query, *args, **options)
 
     return apply_rotary_pos_emb

@@ -1,12 +1,14 @@
 """No work on padding: the tokens of all notes in one row, in which each attends to its own note alone.
 
-Every matrix product then sees real tokens only. Attention runs in flash-attention's kernels for rows of notes (a GPU in
-16 bits), or in torch's on groups of notes of like length (everywhere else).
+Every matrix product then sees real tokens only (on a CPU in 16 bits also up to 63 empty places at the row's end: rows
+have few lengths). Attention runs in flash-attention's kernels for rows of notes (a GPU in 16 bits), or in torch's on
+groups of notes of like length (everywhere else).
 
 What all prompts begin with need not be there but once: no token depends on what follows it. Attention alone, the least
 of the work on short notes, sees it in front of each.
 
-Shapes: N notes, T tokens of the longest, S tokens of all of them, R tokens in the row, H heads of width d_h.
+Shapes: N notes, T tokens of the longest, S tokens of all of them, R tokens in the row (without empty places),
+H heads of width d_h.
 """
 
 import inspect

@@ -62,6 +62,7 @@ def embed_notes(
         deciding_files(folder),
         embedder.encoder.encoder_id,
         str(embedder.dtype),
+        *(["fused"] if embedder.is_fused else []),
         inputs,
         dim,
         batch_notes,

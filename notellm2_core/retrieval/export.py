@@ -77,7 +77,7 @@ def export(
         )
     device, dtype = _device(config)
     nn.Module.to(model, device, dtype)
-    fuse_kernels(model.llm, device)
+    fused = fuse_kernels(model.llm, device)
     features: FeatureSource
     if encoder is None:
         features = FeatureStore(store_dir / vision_encoder)
@@ -108,6 +108,7 @@ def export(
         with tqdm(total=-(-len(notes) // num_ranks), desc=f"embed {kind}", unit="notes", disable=rank != 0) as progress:
             began = time.monotonic()
             decides = [VECTORS_VERSION, weights, vision_encoder, kind, str(dtype), config.export.batch_notes]
+            decides += ["fused"] if fused else []
             made = Made(lake.fingerprint(decides), contents)
             kept = write_shards(
                 out / kind, list(notes), embed, made, config.export.shard_notes, rank, num_ranks, progress,
@@ -136,6 +137,7 @@ def _device(config: Config) -> tuple[torch.device, torch.dtype]:
     rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if rank >= num_devices:
         raise ValueError(f"export.num_ranks is above the {num_devices} GPUs of this machine: lower it")
+    torch.cuda.set_device(rank)
     return torch.device("cuda", rank), torch.float32 if config.training.precision == "fp32" else torch.bfloat16
 
 

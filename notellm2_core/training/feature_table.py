@@ -30,7 +30,7 @@ class FeatureTable:
     def build(cls, store: FeatureStore, image_ids: Sequence[str], folder: Path) -> "FeatureTable":
         """The table of these images, made in `folder` unless it is there already.
 
-        Raises ValueError if the store lacks one of them.
+        Raises ValueError if the store lacks one of them, or the file is damaged.
         """
         shape = (len(image_ids), store.num_patches + 1, store.width)
         path = folder / f"features-{fingerprint([store.root.name, *image_ids])}.npy"

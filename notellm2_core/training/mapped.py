@@ -26,6 +26,9 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: DTypeLike, fill: Callable[
         finally:
             draft.unlink(missing_ok=True)
     try:
-        return np.load(path, mmap_mode="r")
+        table = np.load(path, mmap_mode="r")
+        if (table.shape, table.dtype) != (shape, np.dtype(dtype)):
+            raise ValueError(f"{table.dtype} {table.shape}, not {np.dtype(dtype)} {shape}")
     except (ValueError, EOFError) as e:
         raise ValueError(f"{path} is damaged ({e}): delete it and run again") from e
+    return table

@@ -33,7 +33,7 @@ class PixelTable:
     def build(cls, pictures: LakePictures, how: Preprocess, folder: Path) -> "PixelTable":
         """The table of all of `pictures`, made in `folder` unless it is there already.
 
-        Raises ValueError where one of them is no longer what it was.
+        Raises ValueError where one of them is no longer what it was, or the file is damaged.
         """
         image_ids = pictures.image_ids
         shape = (len(image_ids), how.size_px, how.size_px, 3)

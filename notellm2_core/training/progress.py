@@ -103,12 +103,15 @@ class Progress:
             self._curves.send(step, metrics)
 
     def _take_back(self) -> None:
-        """The file has these lines alone. On a full disk it has them with the next report."""
+        """The file has these lines alone. On a full disk the others go with the next report."""
+        text = "".join(json.dumps(line) + "\n" for line in self._lines)
         try:
-            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
-            self._num_written, self._num_bytes = len(self._lines), self._path.stat().st_size
+            write_atomically(self._path, text)
         except OSError as e:
             _warn(f"the figures of the training could not be written ({e}); trying again with the next")
+            if not self._path.exists() or not self._path.read_text(errors="replace").startswith(text):
+                return  # all of it is written anew
+        self._num_written, self._num_bytes = len(self._lines), len(text.encode())
 
     def _write(self) -> None:
         """Add the lines that the file has not got yet. A full disk stops no training."""

@@ -23,44 +23,64 @@ def decoder(kind: str, **options: str) -> PreTrainedModel:
     return llm
 
 
-def states_and_gradients(llm: PreTrainedModel) -> dict[str, Tensor]:
+def states_and_gradients(llm: PreTrainedModel, num_tokens: int = 40) -> dict[str, Tensor]:
     llm.zero_grad(set_to_none=True)
-    ids = torch.arange(2 * 40).view(2, 40).to(llm.device) % 64
+    ids = torch.arange(2 * num_tokens).view(2, num_tokens).to(llm.device) % 64
     states = llm(input_ids=ids, use_cache=False).last_hidden_state.float()
     (states * torch.linspace(-1, 1, states.shape[-1], device=llm.device)).sum().backward()
     return {"states": states.detach(), **{n: p.grad.float() for n, p in llm.named_parameters() if p.grad is not None}}
 
 
-def test_a_cpu_keeps_the_decoders_own_code() -> None:
-    llm = decoder("llama")
-    expected = states_and_gradients(llm)["states"]
-    assert not fuse_kernels(llm, CPU)
-    assert torch.equal(states_and_gradients(llm)["states"], expected)
+@pytest.mark.parametrize(
+    ("kind", "options", "device"), [("llama", {}, CPU), ("gpt2", {}, GPU), ("llama", {"hidden_act": "gelu"}, GPU)]
+)
+def test_a_cpu_and_what_no_kernel_is_known_for_keep_their_own_code(
+    kind: str, options: dict[str, str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_lacking", lambda: "")
+    monkeypatch.setattr(kernels, "apply_liger_kernel", lambda *_: pytest.fail("kernels were put in"))
+    assert not fuse_kernels(decoder(kind, **options), device)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})])
-def test_what_no_kernel_is_known_for_keeps_its_own_code(kind: str, options: dict[str, str]) -> None:
-    assert not fuse_kernels(decoder(kind, **options), GPU)
-
-
-def test_without_liger_a_gpu_is_told_of_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "is_liger_kernel_available", lambda: False)
-    with pytest.warns(UserWarning, match="liger-kernel"):
+@pytest.mark.parametrize("lacking", ["liger-kernel", "C compiler"])
+def test_a_gpu_is_told_what_it_lacks(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "is_liger_kernel_available", lambda: lacking != "liger-kernel")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.warns(UserWarning, match=lacking):
         assert not fuse_kernels(decoder("llama"), GPU)
+
+
+def test_what_is_replaced_for_the_whole_process_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger's part is played by a function that replaces what Liger does: any model on a CPU is still as it was."""
+
+    def replace(*_: object) -> None:
+        modeling_llama.LlamaRMSNorm = modeling_llama.LlamaMLP = None
+        modeling_llama.apply_rotary_pos_emb = lambda *_: pytest.fail("a kernel ran on a CPU")
+
+    monkeypatch.setattr(kernels, "_lacking", lambda: "")
+    monkeypatch.setattr(kernels, "apply_liger_kernel", replace)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)  # undone
+    expected = states_and_gradients(decoder("llama"))["states"]
+    for _ in range(2):
+        assert fuse_kernels(decoder("llama"), GPU)
+        once = modeling_llama.apply_rotary_pos_emb
+    assert torch.equal(states_and_gradients(decoder("llama"))["states"], expected)
+    assert fuse_kernels(decoder("llama"), GPU) and modeling_llama.apply_rotary_pos_emb is once
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("num_tokens", [40, 4500])  # many norms of short heads at once are another kernel
 @pytest.mark.parametrize("kind", sorted(kernels.KINDS))
-def test_fused_kernels_compute_what_the_decoder_does(kind: str) -> None:
+def test_fused_kernels_compute_what_the_decoder_does(kind: str, num_tokens: int) -> None:
     """In fp32, states and the gradient of every weight; in bf16 as near to fp32 as the decoder's own code."""
     plain = decoder(kind).to(GPU)
-    exact = states_and_gradients(plain)
-    own = states_and_gradients(decoder(kind).to(GPU, torch.bfloat16))
+    exact = states_and_gradients(plain, num_tokens)
+    own = states_and_gradients(decoder(kind).to(GPU, torch.bfloat16), num_tokens)
     assert fuse_kernels(plain, GPU)
     in_bf16 = decoder(kind).to(GPU, torch.bfloat16)
     assert fuse_kernels(in_bf16, GPU)
-    fused, half = states_and_gradients(plain), states_and_gradients(in_bf16)
+    fused, half = states_and_gradients(plain, num_tokens), states_and_gradients(in_bf16, num_tokens)
 
     def error(of: dict[str, Tensor], name: str) -> float:
         return float((of[name] - exact[name]).norm() / exact[name].norm())
@@ -70,5 +90,5 @@ def test_fused_kernels_compute_what_the_decoder_does(kind: str) -> None:
         assert error(half, name) < 2 * error(own, name) + 1e-3, name
 
     on_cpu = decoder(kind)  # made after transformers' file was touched
-    assert error({"states": states_and_gradients(on_cpu)["states"].to(GPU)}, "states") < 1e-4
+    assert error({"states": states_and_gradients(on_cpu, num_tokens)["states"].to(GPU)}, "states") < 1e-4
     assert modeling_llama.LlamaRMSNorm.__name__ == "LlamaRMSNorm"
