@@ -20,6 +20,7 @@ largest resident size, and what of it came after the model was there.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
