@@ -12,7 +12,7 @@ from pathlib import Path
 import pyspark
 
 from spark_jobs.session import java_home
-from tests.conftest import QUICK_JVM
+from tests.jvm import quick_jvm
 from tests.waiting import wait_for
 
 SPARK = Path(pyspark.__file__).parent
@@ -29,7 +29,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         return os.environ | {
             "JAVA_HOME": java_home(), "SPARK_HOME": str(SPARK), "SPARK_LOCAL_IP": HOST,
-            "PYSPARK_PYTHON": sys.executable, "JDK_JAVA_OPTIONS": QUICK_JVM,
+            "PYSPARK_PYTHON": sys.executable, "JDK_JAVA_OPTIONS": quick_jvm(),
         }  # fmt: skip
 
     @property

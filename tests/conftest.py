@@ -14,10 +14,6 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub that cannot be reached is not waited for
 
-# Spark for many small jobs: no time for its compilers to pay off.
-QUICK_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-UNCOMPILED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
-
 # What one worker takes as a whole, in this order: the finished graph and the Spark session are made once.
 UNITS = {"tests/pipelines/": "graph", "tests/spark_jobs/": "spark", "tests/assets/test_parts.py": "spark"}
 
@@ -43,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Several ranks share this machine's cores, not its one GPU: only `pytest -m gpu` sees that."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if hasattr(config, "workerinput"):  # what a test starts is not measured: it would take half as long again to start
+        os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,8 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def spark() -> Iterator["SparkSession"]:
     """One session for all tests of a worker."""
     from spark_jobs.session import spark_session
+    from tests.jvm import UNCOMPILED, quick_jvm
 
-    os.environ["JDK_JAVA_OPTIONS"] = QUICK_JVM
+    os.environ["JDK_JAVA_OPTIONS"] = quick_jvm()
     # The endpoint is for test_session: Hadoop reads it at the start.
     extra = UNCOMPILED | {"spark.hadoop.fs.s3a.endpoint": "http://127.0.0.1:9000"}
     session = spark_session("tests", "local[2]", "1g", 2, extra)

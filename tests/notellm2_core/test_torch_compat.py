@@ -8,10 +8,10 @@ import pytest
 MANY_SHAPES = """
 import notellm2_core.torch_compat
 import psutil, torch
-layer = torch.nn.Linear(512, 1536)
+layer = torch.nn.Linear(256, 256)
 def product(rows):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        layer(torch.ones(rows, 512))
+        layer(torch.ones(rows, 256))
 for rows in range(1000, 2000):
     product(rows)
 before = psutil.Process().memory_info().rss

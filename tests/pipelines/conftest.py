@@ -18,7 +18,7 @@ import yaml
 from notellm2_core.config_file import load_config
 from notellm2_core.lake import sha256_of
 from notellm2_core.recipe import STAGES, Recipe
-from tests.conftest import QUICK_JVM, UNCOMPILED
+from tests.jvm import UNCOMPILED, quick_jvm
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ class Workplace:
             "DAGSTER_MODULE_NAME": "pipelines.definitions",
             "NOTELLM2_CONFIG": str(self.config),
             "OMP_NUM_THREADS": "1",
-            "JDK_JAVA_OPTIONS": QUICK_JVM,
+            "JDK_JAVA_OPTIONS": quick_jvm(),
             **more,
         }
 

@@ -94,7 +94,7 @@ def _same_as(finished: Workplace, killed: Workplace) -> None:
 def test_a_killed_rank_is_tried_again_and_ends_with_the_same_weights(
     finished: Workplace, copy_of_finished: Workplace
 ) -> None:
-    copy_of_finished.forget(*FROM_CHECKPOINT)
+    copy_of_finished.forget("checkpoint")
     run = Recall(copy_of_finished)
     ranks = wait_for(lambda: _training_ranks(copy_of_finished))
     ranks[0].kill()  # type: ignore[index]
