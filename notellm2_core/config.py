@@ -119,7 +119,7 @@ class Text(Section):
 
 
 class Vision(Section):
-    """The frozen encoder V_theta."""
+    """The encoder V_theta, frozen unless training.parts names vision."""
 
     library: Literal["open_clip", "timm", "transformers", "tiny"] = "open_clip"  # tiny: random weights for tests
     name: str = "ViT-B-16"  # as the library calls it; transformers: a hub name or a folder
@@ -245,7 +245,7 @@ class Training(Section):
     rendezvous: str | None = Field(None, pattern=r"^[^\s:]+:\d+$")  # host:port of one of several nodes, seen by all
     hostfile: Path | None = None  # DeepSpeed's: a line "HOST slots=N" for each node; it starts them all by ssh
     zero_stage: Literal[0, 1, 2, 3] = 3  # in bf16 on a GPU, 2 takes the place of 0 and 1
-    precision: Literal["bf16", "fp32", "auto"] = "bf16"  # auto: whichever is faster here, measured at the start
+    precision: Literal["bf16", "fp32", "auto"] = "bf16"  # auto: bf16 on a GPU that has it; else the faster, timed
     learning_rate: float = Field(3e-6, gt=0)  # peak, of the LLM, and of the vision encoder where it is trained
     new_module_learning_rate: float | None = Field(None, gt=0)  # connector, fusion, projector; None: learning_rate
     temperature_learning_rate: float | None = Field(None, gt=0)  # tau; None: learning_rate
@@ -303,7 +303,7 @@ class Evaluation(Section):
 class Tracking(Section):
     uri: str | None = None  # None: MLFLOW_TRACKING_URI, else sqlite inside the lake
     experiment: str = "notellm2"
-    timeout_seconds: float = Field(10, gt=0)  # a server that does not answer delays a step by a few of these
+    timeout_seconds: float = Field(10, gt=0)  # a server that does not answer delays an asset by a few of these
 
 
 class Spark(Section):

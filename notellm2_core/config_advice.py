@@ -17,9 +17,11 @@ def without_effect(config: Config) -> list[str]:
     by_time = config.split.by == "time", f"split.by = {config.split.by}"
     no_swing = config.pairs.score != "swing", f"pairs.score = {config.pairs.score}"
     no_order = config.pairs.score == "swing", f"pairs.score = {config.pairs.score}"
+    negatives = config.training.hard_negatives
+    no_negatives = not negatives.num, f"training.hard_negatives.num = {negatives.num}"
     sections = {
         "pairs": config.pairs, "split": config.split, "model": model, "model.start": model.start,
-        "model.connector": model.connector, "training": config.training,
+        "model.connector": model.connector, "training": config.training, "training.hard_negatives": negatives,
     }  # fmt: skip
 
     def untrained(*parts: Part) -> tuple[bool, str]:
@@ -38,6 +40,7 @@ def without_effect(config: Config) -> list[str]:
         ("model.connector", "kind"): no_connector,
         ("training", "alpha"): no_visual_loss,
         ("model", "lora"): untrained("llm"),
+        **{("training.hard_negatives", n): no_negatives for n in type(negatives).model_fields if n != "num"},
         ("training", "new_module_learning_rate"): untrained("connector", "fusion", "projector"),
         ("training", "temperature_learning_rate"): untrained("temperature"),
     }

@@ -35,7 +35,7 @@ BATCH_NOTES = Export().batch_notes
 
 
 class Embedder:
-    """A model with its processor and its own frozen vision encoder."""
+    """A model with its processor and its own vision encoder."""
 
     def __init__(
         self,

@@ -128,10 +128,12 @@ def test_sizes_of_a_connector_that_is_none() -> None:
 def test_a_setting_without_effect_is_told(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     start = "model: {llm: {name: tiny}, method: basic, start: {gate_bias: -1}}"
-    path.write_text(f"name: c\nsplit: {{pool_share: 0.2}}\n{start}\n")
+    training = "training: {hard_negatives: {model: earlier}}"
+    path.write_text(f"name: c\nsplit: {{pool_share: 0.2}}\n{start}\n{training}\n")
     assert without_effect(load_config(path)) == [
         "split.pool_share has no effect with split.by = time",
         "model.start.gate_bias has no effect with model.method = basic",
+        "training.hard_negatives.model has no effect with training.hard_negatives.num = 0",
     ]
 
 
