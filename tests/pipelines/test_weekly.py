@@ -81,9 +81,6 @@ class Recall:
         self.process.wait()
 
 
-FROM_CHECKPOINT = ("checkpoint", "note_embeddings", "faiss_index", "eval_recall")
-
-
 def _same_as(finished: Workplace, killed: Workplace) -> None:
     expected, found = finished.files(), killed.files()
     assert set(found) == set(expected)
@@ -105,7 +102,7 @@ def test_a_killed_rank_is_tried_again_and_ends_with_the_same_weights(
 def test_a_killed_run_leaves_no_process_and_the_next_one_completes(
     finished: Workplace, copy_of_finished: Workplace
 ) -> None:
-    copy_of_finished.forget(*FROM_CHECKPOINT)
+    copy_of_finished.forget("checkpoint", "note_embeddings", "faiss_index", "eval_recall")
     run = Recall(copy_of_finished)
     wait_for(lambda: _training_ranks(copy_of_finished))
     run.kill()
