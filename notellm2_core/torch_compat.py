@@ -1,4 +1,4 @@
-"""Two cures for a CPU build of torch. Import it before transformers, timm or open_clip.
+"""Cures for torch, most of them for its CPU build. Import it before transformers, timm or open_clip.
 
 Beside a CUDA build of torchvision (the one PyPI has), `import torchvision` dies with "operator torchvision::nms does
 not exist": it cannot load its own library. Nothing here detects boxes, so declaring the two operators' names is enough.
@@ -8,8 +8,13 @@ oneDNN, which multiplies in 16 bits, keeps what it has prepared for 1,024 shapes
 and their groups in the attention, have other numbers of tokens each time, so a training grew by 50 MB a step, for as
 long as one looked. About a hundred shapes are what the layers of one step share: with 16 a step takes a quarter longer,
 with 1,024 no less than with 128.
+
+At its end Python looks for cycles among the objects that torch and transformers have made: more than one of the ten
+seconds of a process that does nothing but import them. They are left to the system instead.
 """
 
+import atexit
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -47,3 +52,4 @@ def declare_missing_operators() -> torch.library.Library | None:
 for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and torch's in front of it
     os.environ.setdefault(_variable, _NUM_KEPT_SHAPES)  # read at the first product, so it is early enough here
 _library = declare_missing_operators()
+atexit.register(gc.freeze)

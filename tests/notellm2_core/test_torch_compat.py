@@ -33,3 +33,10 @@ def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
     if uncured < 100:
         pytest.skip(f"this CPU's library keeps little ({uncured} MB)")
     assert left_behind() < uncured / 3
+
+
+def test_no_cycles_are_looked_for_at_the_end() -> None:
+    """What was registered before it is called after it."""
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); import notellm2_core.torch_compat"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100_000
