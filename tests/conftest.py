@@ -36,8 +36,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Several ranks share this machine's cores, not its one GPU: only `pytest -m gpu` sees that."""
-    if config.option.markexpr != "gpu":
+    """Which GPU and which coverage the tests, and what they start, have."""
+    if config.option.markexpr != "gpu":  # several ranks share this machine's cores, not its one GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if hasattr(config, "workerinput"):  # what a test starts is not measured: it would take half as long again to start
         os.environ.pop("COVERAGE_PROCESS_CONFIG", None)

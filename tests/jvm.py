@@ -31,7 +31,8 @@ def quick_jvm() -> str:
     version = subprocess.run([f"{java_home()}/bin/java", "-version"], capture_output=True, text=True, check=True).stderr
     (major,) = re.findall(r'version "(\d+)', version)
     make, use = ("AOTCacheOutput", "AOTCache") if int(major) >= 25 else ("ArchiveClassesAtExit", "SharedArchiveFile")
-    archive = FOLDER / hashlib.sha256(f"{version}{pyspark.__file__}{pyspark.__version__}".encode()).hexdigest()[:16]
+    decides = f"{version}{_SMALL}{pyspark.__file__}{pyspark.__version__}"
+    archive = FOLDER / hashlib.sha256(decides.encode()).hexdigest()[:16]
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
