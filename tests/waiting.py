@@ -2,9 +2,12 @@
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> object:
+def wait_for(condition: Callable[[], T], seconds: float = 120) -> T:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := condition():

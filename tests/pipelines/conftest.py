@@ -18,7 +18,7 @@ import yaml
 from notellm2_core.config_file import load_config
 from notellm2_core.lake import sha256_of
 from notellm2_core.recipe import STAGES, Recipe
-from tests.jvm import UNCOMPILED, quick_jvm
+from tests.jvm import PLAIN, quick_jvm
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +115,7 @@ def make_workplace(home: Path, changes: Mapping[str, object] | None = None) -> W
     (home / "dagster.yaml").write_text(settings)
     raw = yaml.safe_load((ROOT / "pipelines/configs/tiny.yaml").read_text())
     raw["lake"] = str(home / "lake")
-    raw["spark"]["extra"] = dict(UNCOMPILED)
+    raw["spark"]["extra"] = dict(PLAIN)
     for key, value in (changes or {}).items():
         section = raw
         *parts, leaf = key.split(".")
@@ -137,7 +137,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 @pytest.fixture
 def copy_of_finished(finished: Workplace, tmp_path: Path) -> Workplace:
-    """The same lake in another home: what a test takes away there has to be made again."""
-    workplace = make_workplace(tmp_path / "copy")
+    """The same lake in another home: what a test takes away there has to be made again, embeddings by one rank."""
+    workplace = make_workplace(tmp_path / "copy", {"export.num_ranks": 1})
     shutil.copytree(finished.home / "lake", workplace.home / "lake", ignore=shutil.ignore_patterns(".work"))
     return workplace
