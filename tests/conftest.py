@@ -52,11 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def spark() -> Iterator["SparkSession"]:
     """One session for all tests of a worker."""
     from spark_jobs.session import spark_session
-    from tests.jvm import PLAIN, quick_jvm
+    from tests.jvm import UNCOMPILED, quick_jvm
 
     os.environ["JDK_JAVA_OPTIONS"] = quick_jvm()
     # The endpoint is for test_session: Hadoop reads it at the start.
-    extra = PLAIN | {"spark.hadoop.fs.s3a.endpoint": "http://127.0.0.1:9000"}
+    extra = UNCOMPILED | {"spark.hadoop.fs.s3a.endpoint": "http://127.0.0.1:9000"}
     session = spark_session("tests", "local[2]", "1g", 2, extra)
     del os.environ["JDK_JAVA_OPTIONS"]
     yield session

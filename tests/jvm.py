@@ -18,11 +18,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".pytest_cache" / "java"
 
 _SMALL = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # no time for its compilers to pay off
-PLAIN = {  # nor for code of its own and second plans to
-    "spark.sql.codegen.wholeStage": "false",
-    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
-    "spark.sql.adaptive.enabled": "false",
-}
+UNCOMPILED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
 
 
 @functools.cache
@@ -56,7 +52,7 @@ def _typical_jobs(options: str) -> None:
     def same(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield from batches
 
-    spark = spark_session("classes", "local[2]", "1g", 2, PLAIN | {"spark.driver.defaultJavaOptions": options})
+    spark = spark_session("classes", "local[2]", "1g", 2, UNCOMPILED | {"spark.driver.defaultJavaOptions": options})
     numbers = spark.range(100).selectExpr("id", "id % 7 AS k", "CAST(id AS string) AS name")
     counts = numbers.groupBy("k").agg({"id": "max", "name": "collect_list"}).orderBy("k")
     joined = numbers.mapInArrow(same, numbers.schema).join(counts, "k").dropDuplicates(["name"])

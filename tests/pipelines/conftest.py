@@ -18,7 +18,7 @@ import yaml
 from notellm2_core.config_file import load_config
 from notellm2_core.lake import sha256_of
 from notellm2_core.recipe import STAGES, Recipe
-from tests.jvm import PLAIN, quick_jvm
+from tests.jvm import UNCOMPILED, quick_jvm
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +115,7 @@ def make_workplace(home: Path, changes: Mapping[str, object] | None = None) -> W
     (home / "dagster.yaml").write_text(settings)
     raw = yaml.safe_load((ROOT / "pipelines/configs/tiny.yaml").read_text())
     raw["lake"] = str(home / "lake")
-    raw["spark"]["extra"] = dict(PLAIN)
+    raw["spark"]["extra"] = dict(UNCOMPILED)
     for key, value in (changes or {}).items():
         section = raw
         *parts, leaf = key.split(".")
