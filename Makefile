@@ -16,7 +16,7 @@ endif
 ifneq ($(WEEK),)
 export WEEK
 endif
-unexport PYTHONDONTWRITEBYTECODE
+unexport PYTHONDONTWRITEBYTECODE  # it is not written at the set-up
 
 .PHONY: help recall test check dev clean setup lock
 help:  ## list the targets
