@@ -57,7 +57,9 @@ def note_sides(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.Mate
                 events=inputs["events"].path,
                 out=draft.path / "sides",
                 images=inputs["vision_features"].path / "note_images.parquet",
-                **config.split.model_dump(exclude={"validation_share"}),
+                by=config.split.by,
+                pool_share=config.split.pool_share,
+                max_pool_notes=config.split.max_pool_notes,
             )
 
     return pipeline.publish(context, build)

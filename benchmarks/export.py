@@ -48,7 +48,7 @@ def embedder(cache: Path, num_notes: int) -> BatchEmbedder:
     torch.set_num_threads(psutil.cpu_count())
     model, processor = build_model(settings(BATCH, cache), cache)
     some = notes(num_notes)
-    tokens = dict(zip((note.note_id for note in some), processor.tokenize(some), strict=True))
+    tokens = dict(zip((note.note_id for note in some), processor.note_tokenizer.tokenize(some), strict=True))
     images = {n: str(i % NUM_IMAGES) for i, n in enumerate(tokens)}
     return BatchEmbedder(model, processor, tokens, images, Pictures(processor), BATCH, torch.device("cpu"))
 

@@ -110,12 +110,12 @@ def random_model(config: Config) -> tuple[MLRMModel, MLRMProcessor]:
 def inference(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     model, processor = random_model(settings(options))
     size, num_notes = options.batch_notes, options.batch_notes * EXPORTED_BATCHES
-    text, pictures = processor.text, Pictures(processor)
+    text, pictures = processor.note_tokenizer.text, Pictures(processor)
     title, topics, content = (
         " ".join((WORDS * num)[:num]) for num in (text.title_words, text.topic_words, text.content_words)
     )
-    (longest,) = processor.tokenize([Note("", title, (topics,), content)])
-    mixed = processor.tokenize(notes(num_notes, WORDS))
+    (longest,) = processor.note_tokenizer.tokenize([Note("", title, (topics,), content)])
+    mixed = processor.note_tokenizer.tokenize(notes(num_notes, WORDS))
     rows = torch.randint(0, len(processor.tokenizer), (size, processor.num_tokens(longest)), device=DEVICE)
 
     @torch.inference_mode()

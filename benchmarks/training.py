@@ -108,7 +108,7 @@ def training_data(
     features = np.random.default_rng(1).normal(size=shape).astype(np.float16)
     table = FeatureTable(features, {f"i{i}": i for i in range(NUM_IMAGES)})
     images = {n: f"i{i % NUM_IMAGES}" if with_images else None for i, n in enumerate(ids)}
-    tokens = dict(zip(ids, processor.tokenize(list(all_notes.values())), strict=True))
+    tokens = dict(zip(ids, processor.note_tokenizer.tokenize(list(all_notes.values())), strict=True))
     return TrainingData(processor, tokens, images, table, list(zip(ids[::2], ids[1::2], strict=True)))
 
 

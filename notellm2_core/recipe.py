@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from notellm2_core.config import Config
+from notellm2_core.config import Config, Training
 from notellm2_core.lake import Dataset, Lake, LakeError, fingerprint, write_atomically
 from notellm2_core.schema import SOURCE_EVENTS
 from notellm2_core.weights import listing, weights_version
@@ -22,7 +22,9 @@ from notellm2_core.weights import listing, weights_version
 
 @dataclass(frozen=True)
 class Stage:
-    """One dataset: the datasets it reads, the settings it depends on (dotted), and the version of its code."""
+    """One dataset: the datasets it reads, the settings that its code reads (dotted; those of its inputs need not be
+    named again), and the version of its code.
+    """
 
     inputs: tuple[str, ...]
     settings: tuple[str, ...]
@@ -34,14 +36,22 @@ TEXT_SETTINGS = ("text.title_words", "text.content_words", "text.topic_words", "
 _MODEL = ("seed", *TEXT_SETTINGS, "model.method", "model.llm", "model.connector", "model.projection_dim",
           "model.matryoshka_dims", "model.temperature", "model.start", "model.vision")  # fmt: skip
 _EXPORT = ("export.batch_notes", "export.shard_notes")
+FREE_TRAINING_SETTINGS = (  # change no weight, or by no more than rounding (and dropout's draws)
+    "num_ranks", "num_nodes", "rendezvous", "hostfile", "checkpoint_every_steps", "checkpoint_every_minutes",
+    "num_checkpoints", "validate_every_steps", "log_every_steps", "micro_batch_tokens", "gradient_checkpointing",
+)  # fmt: skip
+# Of the hard negatives only how many a pair takes: which they are is the dataset of that name.
+TRAINING_SETTINGS = (
+    *(f"training.{name}" for name in Training.model_fields if name not in (*FREE_TRAINING_SETTINGS, "hard_negatives")),
+    "training.hard_negatives.num",
+)
 
 STAGES: Mapping[str, Stage] = {
     "raw_events": Stage((), ("source.partition",), version=7),
     "notes": Stage((), ()),
     "events": Stage(
         ("raw_events", "notes"),
-        ("source.view_events", "source.click_events", "source.ignored_events", "source.max_events_per_day",
-         "window.train_days", "window.test_days"),
+        ("source.view_events", "source.click_events", "source.ignored_events", "source.max_events_per_day", "window"),
         version=4,
     ),
     "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=3),
@@ -63,14 +73,15 @@ STAGES: Mapping[str, Stage] = {
         ("raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",),
         version=2,
     ),
-    "note_tokens": Stage(("notes",), (*TEXT_SETTINGS, "model.llm.name")),
+    "note_tokens": Stage(("notes",), (*TEXT_SETTINGS, "model.llm.name"), version=2),
     "start_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
     "hard_negatives": Stage(
         ("start_model", "note_tokens", "vision_features", "pair_datasets", "note_sides"),
-        ("training.hard_negatives", "training.precision"),
+        ("training.hard_negatives", "training.precision", *_EXPORT),
     ),
     "checkpoint": Stage(
-        ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"), (*_MODEL, "model.lora", "training"),
+        ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"),
+        (*_MODEL, "model.lora", *TRAINING_SETTINGS),
         version=6,
     ),
     "start_embeddings": Stage(
@@ -80,22 +91,21 @@ STAGES: Mapping[str, Stage] = {
     "note_embeddings": Stage(("checkpoint", "note_tokens", "vision_features", "pair_datasets"), _EXPORT),
     "faiss_index": Stage(("note_embeddings",), ("index",)),
     "saliency": Stage(
-        ("checkpoint", "note_tokens", "vision_features", "pair_datasets"), ("evaluation.saliency_pairs",)
+        ("checkpoint", "note_tokens", "vision_features", "pair_datasets"),
+        ("evaluation.saliency_pairs", "evaluation.saliency_batch_pairs"),
+        version=2,
     ),
     "eval_recall": Stage(
         ("note_embeddings", "faiss_index", "start_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
          "checkpoint", "notes", "saliency"),
-        ("evaluation", "text", "seed", "model.license"),
+        ("evaluation.ks", "evaluation.baselines", "evaluation.num_sheet_queries", "text.short_tokens",
+         "text.long_tokens", "text.length_tokenizer", "seed", "model.license"),
         version=2,
     ),
 }  # fmt: skip
 
 
 WORLD_VERSION = 1  # of the demo world's generator
-FREE_TRAINING_SETTINGS = (  # change no weight, or by no more than rounding (and dropout's draws)
-    "num_ranks", "num_nodes", "rendezvous", "hostfile", "checkpoint_every_steps", "checkpoint_every_minutes",
-    "num_checkpoints", "validate_every_steps", "log_every_steps", "micro_batch_tokens", "gradient_checkpointing",
-)  # fmt: skip
 
 
 class MissingDataset(LakeError):
@@ -190,12 +200,9 @@ class Recipe:
         if self._is_empty(name):
             return {}
         tree = self.config.model_dump(mode="json")
-        settings = {key: _get(tree, key) for key in STAGES[name].settings}
+        settings = {key: get_setting(tree, key) for key in STAGES[name].settings}
         if weights := {key: found for key, of in self._weights(name) if (found := weights_version(of)) is not None}:
             settings["weights"] = weights
-        if name == "checkpoint":
-            training = settings["training"]
-            settings["training"] = {k: v for k, v in training.items() if k not in FREE_TRAINING_SETTINGS}
         if name in ("raw_events", "notes"):
             settings["source"] = self.source_fingerprints[name]
         if name == "events":
@@ -268,7 +275,8 @@ def last_complete_week_end(last_day: date) -> date:
     return first_day_of_week(last_day + timedelta(days=1))
 
 
-def _get(tree: Any, key: str) -> Any:
+def get_setting(tree: Any, key: str) -> Any:
+    """The value at a dotted name."""
     for part in key.split("."):
         tree = tree[part]
     return tree

@@ -111,7 +111,7 @@ class Embedder:
     ) -> np.ndarray:
         features, image_ids = self.read_pictures(notes, inputs, folder)
         names = [str(n) for n in range(len(notes))]  # two of the notes may have the same id, or none
-        tokens = dict(zip(names, self.processor.tokenize([n.note for n in notes]), strict=True))
+        tokens = dict(zip(names, self.processor.note_tokenizer.tokenize([n.note for n in notes]), strict=True))
         images = dict(zip(names, image_ids, strict=True))
         core = BatchEmbedder(self.model, self.processor, tokens, images, features, batch_notes, self.device)
         return core.embed(names, inputs, progress)

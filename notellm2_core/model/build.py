@@ -31,7 +31,7 @@ def build_model(config: Config, cache_dir: Path) -> tuple[MLRMModel, MLRMProcess
     processor = build_processor(config, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        add_word_embeddings(decoder, processor.new_token_ids, num_known_tokens)
+        add_word_embeddings(decoder, processor.note_tokenizer.new_token_ids, num_known_tokens)
         model = MLRMModel(mlrm_config(config, decoder.config, processor.num_patches, processor.vision_width), decoder)
     return model.eval(), processor
 

@@ -7,9 +7,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import notellm2_core.torch_compat  # noqa: F401, before transformers
 
@@ -21,38 +20,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from notellm2_core.config import Text
-from notellm2_core.lake import fingerprint
+from notellm2_core.notes.note_tokenizer import FieldTokens, NoteTokenizer
 from notellm2_core.notes.records import Note
 from notellm2_core.notes.text import (
     IMAGE_TOKEN,
     PROMPTS,
-    VISUAL_WORD_TOKEN,
     Field,
-    FieldName,
     InputKind,
     Mark,
     PromptName,
-    field_text,
-    max_field_tokens,
     name_of,
 )
-from notellm2_core.recipe import TEXT_SETTINGS
 
-# Whatever tokenizers are known to treat in ways of their own.
-_PROBE = (
-    "It's 3,141.59 % na\u00efve don't RE-do\nthis; \u4e2d\u6587\u7b14\u8bb0 \u3072\u3089 \ud55c\uae00 "
-    "\u0410\u0431 \u0645\u0631 \U0001f98a #a @b http://c.d/e?f=g"
-)
 _SETTINGS_FILE = "processor_config.json"  # where AutoProcessor looks
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-class FieldTokens(NamedTuple):
-    """The tokens of a note's text, int32 each, as its fields are read: truncated and escaped."""
-
-    title: np.ndarray
-    topic: np.ndarray
-    content: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -107,43 +88,31 @@ class MLRMProcessor:
         vision_width: int,
         padding_side: Literal["right", "left"] = "right",
     ) -> None:
-        """Adds the two special tokens to `tokenizer` where it has not got them. `num_queries` is L_c.
+        """`tokenizer`: see NoteTokenizer. `num_queries` is L_c.
 
         Raises ValueError for an unknown prompt.
         """
         if prompt not in PROMPTS:
             raise ValueError(f"prompt = {prompt!r}; choose one of {', '.join(PROMPTS)}")
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VISUAL_WORD_TOKEN]}, False)
+        self.note_tokenizer = NoteTokenizer(tokenizer, text)
         self.tokenizer = tokenizer
-        new_token_ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VISUAL_WORD_TOKEN])
-        assert isinstance(new_token_ids, list)
-        self.new_token_ids = new_token_ids
-        self.text = text
         self.prompt = prompt
         self.num_queries = num_queries
         self.num_patches = num_patches
         self.vision_width = vision_width
         self.padding_side = padding_side
-        self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         # Padding is told apart by the mask, never by its id, so any id will do (many tokenizers pad with eos).
         self._padding_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         literals = [p for p in PROMPTS[prompt] if isinstance(p, str)]
-        self._literal_ids = {p: np.array(ids) for p, ids in zip(literals, self._tokenize(literals), strict=True)}
+        self._literal_ids = {
+            p: np.array(ids) for p, ids in zip(literals, self.note_tokenizer.ids(literals), strict=True)
+        }
         self._start_ids = self._start_of_sequence()
         self._template_length = sum(num for _, _, num in self.layout())
 
     def encode(self, note: Note, inputs: InputKind = "multimodal") -> EncodedNote:
         """Tokenise `note` in this method's prompt. Raises ValueError for an unknown kind of input."""
-        return self.lay_out(self.tokenize([note])[0], inputs)
-
-    def tokenize(self, notes: Sequence[Note]) -> list[FieldTokens]:
-        """The tokens of the fields of each of `notes`, whatever the prompt."""
-        fields = []
-        for name in get_args(FieldName):
-            most = max_field_tokens(name, self.text)
-            ids = self._tokenize([field_text(note, name, self.text) for note in notes])
-            fields.append([np.array(i[:most], dtype=np.int32) for i in ids])
-        return [FieldTokens(*of_note) for of_note in zip(*fields, strict=True)]
+        return self.lay_out(self.note_tokenizer.tokenize([note])[0], inputs)
 
     def lay_out(self, tokens: FieldTokens, inputs: InputKind = "multimodal") -> EncodedNote:
         """A note's tokens in this method's prompt.
@@ -152,7 +121,7 @@ class MLRMProcessor:
         Raises ValueError for another kind of input.
         """
         require_input_kind(inputs)
-        image_id, visual_word_id = self.new_token_ids
+        image_id, visual_word_id = self.note_tokenizer.new_token_ids
         parts = [np.array(self._start_ids, dtype=np.int64)]
         length = len(self._start_ids)
         image_start = visual_index = -1
@@ -177,14 +146,6 @@ class MLRMProcessor:
         """The length of `lay_out`."""
         require_input_kind(inputs)
         return self._template_length + (0 if inputs == "image" else sum(map(len, tokens)))
-
-    @cached_property
-    def tokens_id(self) -> str:
-        """Equal where `tokenize` gives the same tokens: of the vocabulary, how it is used, and the text settings."""
-        note = Note("", _PROBE, (_PROBE,), _PROBE)
-        used = [field.tolist() for field in self.tokenize([note])[0]]
-        settings = [getattr(self.text, name.removeprefix("text.")) for name in TEXT_SETTINGS]
-        return fingerprint([sorted(self.tokenizer.get_vocab().items()), used, settings])
 
     @property
     def num_shared(self) -> int:
@@ -263,7 +224,7 @@ class MLRMProcessor:
         self.tokenizer.save_pretrained(folder)
         settings = {
             "processor_class": type(self).__name__,
-            "text": self.text.model_dump(),
+            "text": self.note_tokenizer.text.model_dump(),
             "prompt": self.prompt,
             "num_queries": self.num_queries,
             "num_patches": self.num_patches,
@@ -295,12 +256,6 @@ class MLRMProcessor:
             return cls(tokenizer, Text(**settings.pop("text")), **settings)
         except (TypeError, KeyError, ValueError) as e:
             raise ValueError(f"{file} is not the configuration of a {cls.__name__} ({' '.join(str(e).split())})") from e
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Ids of plain texts: what looks like a special token is spelled out, so none can be smuggled in."""
-        found = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        # For tokenizers that do not know how to split them.
-        return [[i for i in ids if i not in self._special_ids] for ids in found]
 
     def _start_of_sequence(self) -> list[int]:
         """[bos] where the tokenizer puts one before a text (LLaMA does, Qwen does not)."""

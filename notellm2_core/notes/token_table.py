@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from notellm2_core import schema
-from notellm2_core.notes.batch import FieldTokens, MLRMProcessor
 from notellm2_core.notes.feature_store import naming
+from notellm2_core.notes.note_tokenizer import FieldTokens, NoteTokenizer
 from notellm2_core.notes.records import Note, read_notes
 
 TOKENS = "tokens.arrow"
@@ -26,16 +26,16 @@ _MADE_WITH = b"made_with"
 class TokenTable(Mapping[str, FieldTokens]):
     """note_id -> its tokens, in the order of the file."""
 
-    def __init__(self, path: Path, processor: MLRMProcessor, note_ids: Collection[str] | None = None) -> None:
+    def __init__(self, path: Path, tokenizer: NoteTokenizer, note_ids: Collection[str] | None = None) -> None:
         """`note_ids`: only these. Raises ValueError where one is missing or comes twice, the file is damaged, or
-        `processor` would give other tokens.
+        `tokenizer` would give other tokens.
         """
         with naming(path), pa.ipc.open_file(pa.memory_map(str(path))) as file:
             batches = [file.get_batch(i) for i in range(file.num_record_batches)]
             made_with = (file.schema.metadata or {}).get(_MADE_WITH, b"").decode()
             if not file.schema.remove_metadata().equals(schema.NOTE_TOKENS):
                 raise ValueError("other columns than tokens have")
-        if made_with != processor.tokens_id:
+        if made_with != tokenizer.tokens_id:
             raise ValueError(
                 f"{path} was made with another tokenizer or other text settings than this model reads notes with; make "
                 "it again with python -m notellm2_core.notes.tokens"
@@ -66,17 +66,17 @@ class TokenTable(Mapping[str, FieldTokens]):
         return len(self._places)
 
 
-def write_tokens(folder: Path, processor: MLRMProcessor, notes: Iterable[Note]) -> None:
+def write_tokens(folder: Path, tokenizer: NoteTokenizer, notes: Iterable[Note]) -> None:
     """Tokenise `notes` into FOLDER/tokens.arrow, a few at a time; it is there whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{TOKENS}.tmp"  # a killed writer's is overwritten by the next
-    columns = schema.NOTE_TOKENS.with_metadata({_MADE_WITH: processor.tokens_id})
+    columns = schema.NOTE_TOKENS.with_metadata({_MADE_WITH: tokenizer.tokens_id})
     try:
         with draft.open("wb") as file:
             with pa.ipc.new_file(file, columns) as writer:
                 source = iter(notes)
                 while some := list(islice(source, _BATCH_NOTES)):
-                    fields = zip(*processor.tokenize(some), strict=True)
+                    fields = zip(*tokenizer.tokenize(some), strict=True)
                     arrays = [pa.array([n.note_id for n in some], pa.string()), *(_lists(field) for field in fields)]
                     writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=columns))
             file.flush()
@@ -87,16 +87,16 @@ def write_tokens(folder: Path, processor: MLRMProcessor, notes: Iterable[Note]) 
 
 
 def read_tokens(
-    folder: Path, processor: MLRMProcessor, note_ids: Collection[str] | None = None
+    folder: Path, tokenizer: NoteTokenizer, note_ids: Collection[str] | None = None
 ) -> Mapping[str, FieldTokens]:
     """The tokens of the notes in `folder` (of `note_ids` only): of their texts, or those that were written there.
 
     Raises ValueError where the folder holds neither, or a note is missing.
     """
     if (folder / TOKENS).exists():
-        return TokenTable(folder / TOKENS, processor, note_ids)
+        return TokenTable(folder / TOKENS, tokenizer, note_ids)
     notes = read_notes(folder, note_ids)
-    return dict(zip(notes, processor.tokenize(list(notes.values())), strict=True))
+    return dict(zip(notes, tokenizer.tokenize(list(notes.values())), strict=True))
 
 
 def _lists(values: Iterable[np.ndarray]) -> pa.LargeListArray:

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config_file import load_config
-from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.notes.note_tokenizer import NoteTokenizer
 from notellm2_core.notes.records import Note, iter_notes, num_notes
 from notellm2_core.notes.token_table import TOKENS, TokenTable, write_tokens
 
 
-def tokenise(processor: MLRMProcessor, notes: Path, out: Path) -> dict[str, Any]:
-    """Write the tokens of the notes dataset `notes` into `out`. Returns how many there are.
+def tokenise(tokenizer: NoteTokenizer, notes: Path, out: Path) -> dict[str, Any]:
+    """Write the tokens of the notes dataset `notes` into `out`. Returns how many there are, without the prompts'.
 
     Raises ValueError where it holds no notes, or one comes twice.
     """
@@ -30,20 +30,19 @@ def tokenise(processor: MLRMProcessor, notes: Path, out: Path) -> dict[str, Any]
     def shown() -> Iterator[Note]:
         yield from tqdm(iter_notes(notes), total=num_notes(notes), desc="tokens", unit="note", mininterval=1)
 
-    write_tokens(out, processor, shown())
-    table = TokenTable(out / TOKENS, processor)
-    of_text = np.array([sum(map(len, fields)) for fields in table.values()])
-    whole = np.array([processor.num_tokens(fields) for fields in table.values()])
+    write_tokens(out, tokenizer, shown())
+    table = TokenTable(out / TOKENS, tokenizer)
+    lengths = np.array([sum(map(len, fields)) for fields in table.values()])
     counts: dict[str, Any] = {
         "notes": len(table),
-        "notes_without_text": int((of_text == 0).sum()),
-        "tokens": int(whole.sum()),
+        "notes_without_text": int((lengths == 0).sum()),
+        "tokens": int(lengths.sum()),
     }
-    if len(whole):
+    if len(lengths):
         counts |= {
-            "tokens_per_note": round(float(whole.mean()), 1),
-            "tokens_per_note_p95": int(np.quantile(whole, 0.95)),
-            "tokens_per_note_max": int(whole.max()),
+            "tokens_per_note": round(float(lengths.mean()), 1),
+            "tokens_per_note_p95": int(np.quantile(lengths, 0.95)),
+            "tokens_per_note_max": int(lengths.max()),
         }
     return counts
 
@@ -55,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     with one_line_errors():
-        from notellm2_core.model.build import build_processor
+        from notellm2_core.model.llm import load_tokenizer
 
-        counts = tokenise(build_processor(load_config(args.config)), args.notes, args.out)
+        config = load_config(args.config)
+        counts = tokenise(NoteTokenizer(load_tokenizer(config.model.llm), config.text), args.notes, args.out)
         (args.out / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
 
 

@@ -70,7 +70,7 @@ def export(
     model, processor = load_model(model_dir)
     encoder = its_own_encoder(model, model_dir, stored, pictures)
     vision_encoder = stored if encoder is None else encoder.encoder_id
-    notes = read_tokens(notes_dir, processor, note_ids)
+    notes = read_tokens(notes_dir, processor.note_tokenizer, note_ids)
     if unknown := notes.keys() - images.keys():
         raise ValueError(
             f"{len(unknown)} notes are not in {images_dir}: run notellm2_core.notes.features on them first."
@@ -132,13 +132,14 @@ def parse_inputs(text: str) -> list[InputKind]:
 
 def _device(config: Config) -> tuple[torch.device, torch.dtype]:
     """Raises ValueError where this machine has fewer GPUs than ranks."""
+    on_gpu = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
     rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if rank >= num_devices:
         raise ValueError(f"export.num_ranks is above the {num_devices} GPUs of this machine: lower it")
     torch.cuda.set_device(rank)
-    return torch.device("cuda", rank), torch.float32 if config.training.precision == "fp32" else torch.bfloat16
+    return torch.device("cuda", rank), on_gpu
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -209,7 +209,7 @@ def load_training_data(
     else:
         lake_pictures = LakePictures(pictures, note_images, wanted, max_pixels)
         table = PixelTable.build(lake_pictures, encoder.architecture.preprocess, cache)
-    tokens = read_tokens(notes, processor, wanted)
+    tokens = read_tokens(notes, processor.note_tokenizer, wanted)
     return TrainingData(processor, tokens, note_images, table, train, validation, hard_negatives)
 
 

@@ -20,7 +20,7 @@ from notellm2_core.model.build import build_model
 from notellm2_core.model.parts import set_trained
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.notes.lake_pictures import PictureFolders
-from notellm2_core.recipe import FREE_TRAINING_SETTINGS, TEXT_SETTINGS
+from notellm2_core.recipe import STAGES, get_setting
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache, schedule
@@ -201,14 +201,12 @@ def _train(
 
 def run_settings(config: Config, data: TrainingData) -> dict[str, Any]:
     """Whatever changes the weights that come out by more than rounding: settings by their dotted names, the pairs."""
-    tree = config.model_dump(mode="json", include={"seed", "text", "model", "training"})
-    tree["text"] = {k: v for k, v in tree["text"].items() if f"text.{k}" in TEXT_SETTINGS}
-    tree["model"].pop("license")
-    tree["training"] = {k: v for k, v in tree["training"].items() if k not in FREE_TRAINING_SETTINGS}
+    tree = config.model_dump(mode="json")
+    settings = {key: get_setting(tree, key) for key in STAGES["checkpoint"].settings}
     of_data = {"training pairs": fingerprint([data.train_pairs.tolist(), data.note_ids])}
     if data.hard_negatives is not None:
         of_data["hard negatives"] = fingerprint([negatives.tolist() for negatives in data.hard_negatives])
-    return {**_flat(tree), **of_data}
+    return {**_flat(settings), **of_data}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -128,9 +128,12 @@ def make_workplace(home: Path, changes: Mapping[str, object] | None = None) -> W
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A workplace where everything up to eval_recall has been made, without a kill."""
+    """A workplace where everything up to eval_recall has been made, without a kill; its settings/ says what was read
+    (tests/support/recorder).
+    """
     workplace = make_workplace(tmp_path_factory.mktemp("finished"))
-    code, output = workplace.recall()
+    recorder = {"PYTHONPATH": str(ROOT / "tests/support/recorder"), "RECORD_SETTINGS": str(workplace.home / "settings")}
+    code, output = workplace.recall(**recorder)
     assert code == 0, output[-6000:]
     return workplace
 

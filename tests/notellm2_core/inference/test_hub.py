@@ -50,7 +50,9 @@ def test_the_revision_that_was_asked_for(root: Path) -> None:
         np.testing.assert_array_equal(found, expected)
         sentence = sentence_transformer(NAME, device="cpu", cache_folder=str(root / "cache"), **options)
         np.testing.assert_allclose(sentence.encode(NOTES), expected, atol=2e-6)
-        words = AutoProcessor.from_pretrained(NAME, cache_dir=root / "cache", **options).text.content_words
+        words = AutoProcessor.from_pretrained(
+            NAME, cache_dir=root / "cache", **options
+        ).note_tokenizer.text.content_words
         assert words == {None: tiny_config().text.content_words, "v2": 7}[revision]
 
 

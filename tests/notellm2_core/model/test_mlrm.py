@@ -206,7 +206,7 @@ def test_batch_moves_whole(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
 def test_without_visual_prompt_the_image_reaches_the_gate_alone() -> None:
     """only_late_fusion: no place for the image in the prompt, so the LLM's state is the text's; v brings the image."""
     model, processor = tiny_model("only_late_fusion")
-    assert not processor.encode(LONG).token_ids.tolist().count(processor.new_token_ids[0])
+    assert not processor.encode(LONG).token_ids.tolist().count(processor.note_tokenizer.new_token_ids[0])
     states = [
         model.states(processor.collate([processor.encode(LONG)], *features(1, s), np.array([True]))) for s in (0, 1)
     ]

@@ -187,10 +187,10 @@ def test_places(method: str) -> None:
     batch = batch_of(processor, [SHORT, LONG])
     for i, places in enumerate(visual_places(batch)):
         found = batch.input_ids[i][places].tolist()
-        assert found[:4] == [processor.new_token_ids[0]] * 4
+        assert found[:4] == [processor.note_tokenizer.new_token_ids[0]] * 4
         assert len(found) == (5 if method == "notellm2" else 4)
         if method == "notellm2":
-            assert batch.input_ids[i, batch.visual_index[i] + 1] == processor.new_token_ids[1]
+            assert batch.input_ids[i, batch.visual_index[i] + 1] == processor.note_tokenizer.new_token_ids[1]
 
 
 def without_images(processor: MLRMProcessor, notes: list[Note], shown: list[bool]) -> NoteBatch:

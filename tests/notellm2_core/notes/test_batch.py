@@ -50,12 +50,15 @@ def test_hostile_text_stays_text(tokenizer: str, kind: str) -> None:
     encoded = p.encode(Note("n", text, (text, text), text))
     bare = p.encode(Note("n", "", (), ""))
     ids = encoded.token_ids.tolist()
-    special = [i for i in ids if i in p._special_ids]
-    assert special == [p.new_token_ids[0]] * NUM_QUERIES + [p.new_token_ids[1]]
+    special = [i for i in ids if i in p.note_tokenizer.special_ids]
+    assert special == [p.note_tokenizer.new_token_ids[0]] * NUM_QUERIES + [p.note_tokenizer.new_token_ids[1]]
     assert ids[-10:] == bare.token_ids[-10:].tolist()
     assert len(encoded) <= len(bare) + 480
-    assert ids[encoded.visual_index + 1] == p.new_token_ids[1]
-    assert ids[encoded.image_start : encoded.image_start + NUM_QUERIES] == [p.new_token_ids[0]] * NUM_QUERIES
+    assert ids[encoded.visual_index + 1] == p.note_tokenizer.new_token_ids[1]
+    assert (
+        ids[encoded.image_start : encoded.image_start + NUM_QUERIES]
+        == [p.note_tokenizer.new_token_ids[0]] * NUM_QUERIES
+    )
 
 
 @pytest.mark.parametrize("tokenizer", ["tiny", "smollm2"])
@@ -74,7 +77,7 @@ def test_the_words_survive(tokenizer: str) -> None:
 def test_any_unicode_is_read_in_full_by_the_tiny_tokenizer(text: str) -> None:
     p = processor("tiny")
     text = text.encode("utf-8", "replace").decode()
-    assert p.tokenizer.decode(p._tokenize([text])[0]) == text
+    assert p.tokenizer.decode(p.note_tokenizer.ids([text])[0]) == text
 
 
 def test_image_and_text_inputs_keep_the_template() -> None:
@@ -119,8 +122,8 @@ def test_collate(side: str) -> None:
     for row, note in enumerate(encoded):
         kept = batch.attention_mask[row].bool()
         assert batch.input_ids[row][kept].tolist() == note.token_ids.tolist()
-        assert batch.input_ids[row, batch.visual_index[row] + 1] == p.new_token_ids[1]
-        assert batch.input_ids[row][batch.image_mask[row]].tolist() == [p.new_token_ids[0]] * NUM_QUERIES
+        assert batch.input_ids[row, batch.visual_index[row] + 1] == p.note_tokenizer.new_token_ids[1]
+        assert batch.input_ids[row][batch.image_mask[row]].tolist() == [p.note_tokenizer.new_token_ids[0]] * NUM_QUERIES
         assert batch.last_index[row] == kept.nonzero().max()
     padded_end = 0 if side == "left" else -1
     assert batch.attention_mask[0, padded_end] == 0
@@ -143,7 +146,13 @@ def test_save_and_load(tmp_path: Path) -> None:
     q = MLRMProcessor.from_pretrained(tmp_path)
     note = Note("n", "Some <IMG> title", ("x",), "content")
     assert q.encode(note).token_ids.tolist() == p.encode(note).token_ids.tolist()
-    assert (q.text, q.prompt, q.num_queries, q.num_patches, q.vision_width) == (p.text, "micl", NUM_QUERIES, 2, 5)
+    assert (q.note_tokenizer.text, q.prompt, q.num_queries, q.num_patches, q.vision_width) == (
+        p.note_tokenizer.text,
+        "micl",
+        NUM_QUERIES,
+        2,
+        5,
+    )
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "nowhere", tmp_path / "empty"):
         with pytest.raises(ValueError, match=rf"^{folder} gives no processor \([^;\n]*[^.]\); name the folder"):

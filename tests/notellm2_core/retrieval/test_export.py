@@ -82,7 +82,7 @@ def exporter(world: Path, batch_notes: int) -> export.BatchEmbedder:
     model, processor = load_model(world / "model")
     encoder_id = json.loads((world / "images" / "vision" / "config.json").read_text())["encoder_id"]
     return export.BatchEmbedder(
-        model, processor, read_tokens(world / "notes", processor), read_note_images(world / "images"),
+        model, processor, read_tokens(world / "notes", processor.note_tokenizer), read_note_images(world / "images"),
         FeatureStore(world / "store" / encoder_id), batch_notes, torch.device("cpu"),
     )  # fmt: skip
 

@@ -81,7 +81,7 @@ def small() -> TrainingData:
     table = FeatureTable(np.zeros((3, 17, 32), np.float16), {"i1": 0, "i2": 1, "i3": 2})
     pairs = [("a", "b"), ("b", "c"), ("d", "h"), ("e", "h"), ("f", "h"), ("g", "h")]
     _, processor = build_model(tiny_config(), Path())
-    tokens = dict(zip(notes, processor.tokenize(list(notes.values())), strict=True))
+    tokens = dict(zip(notes, processor.note_tokenizer.tokenize(list(notes.values())), strict=True))
     return TrainingData(processor, tokens, images, table, pairs)
 
 
@@ -173,7 +173,7 @@ def test_what_is_read_from_disk(world: World, tmp_path: Path) -> None:
     torch.testing.assert_close(batch.global_feature[0], batch.patches[0].mean(dim=0), atol=2e-3, rtol=0)
     assert batch.attention_mask.sum(dim=1).max() == batch.input_ids.shape[1]
     folders[0] = tmp_path / "tokens"
-    tokenise(processor, world.path("notes"), folders[0])
+    tokenise(processor.note_tokenizer, world.path("notes"), folders[0])
     again = load_training_data(processor, *folders, tmp_path)  # of tokens, and from the table made before
     assert (again.note_batch(rows).input_ids == batch.input_ids).all()
     assert (again.num_tokens(rows) == batch.attention_mask.sum(dim=1).numpy()).all()

@@ -1,0 +1,88 @@
+"""Records which settings each stage reads. With this folder on PYTHONPATH, Python imports this file at its start.
+
+While a dataset is published, by this process or by one that it has started, every leaf of the configuration that is
+read is written, by its dotted name, as a line of FOLDER/<dataset>/<process>. FOLDER is the variable RECORD_SETTINGS.
+What is handed on whole (`model_dump`) is not read: whoever loads it again is recorded.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FOLDER, STAGE = "RECORD_SETTINGS", "RECORD_SETTINGS_OF"
+
+
+def _install() -> None:
+    from pydantic import BaseModel
+
+    from notellm2_core import config_file
+    from notellm2_core.config import Section
+    from notellm2_core.lake import Lake
+    from notellm2_core.recipe import Recipe
+
+    names: dict[int, str] = {}  # of the sections of loaded configurations, by their id
+    kept: list[Any] = []  # so that no other object gets one of these ids
+    seen: set[tuple[str, str]] = set()
+
+    def register(section: BaseModel, name: str) -> None:
+        names[id(section)] = name
+        for field in type(section).model_fields:
+            if isinstance(value := section.__dict__[field], BaseModel):
+                register(value, f"{name}{field}.")
+
+    def read(section: Any, attribute: str) -> Any:
+        value = object.__getattribute__(section, attribute)
+        stage = os.environ.get(STAGE)
+        if stage and (name := names.get(id(section))) is not None and attribute in type(section).model_fields:
+            leaf = (stage, f"{name}{attribute}")
+            if not isinstance(value, BaseModel) and leaf not in seen:
+                seen.add(leaf)
+                file = Path(os.environ[FOLDER]) / stage / str(os.getpid())
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("a") as lines:
+                    lines.write(f"{leaf[1]}\n")
+        return value
+
+    load = config_file.load_config
+
+    def load_config(*args: Any, **options: Any) -> Any:
+        config = load(*args, **options).model_copy(deep=True)  # default sections are shared: a copy has its own
+        kept.append(config)
+        register(config, "")
+        return config
+
+    address = Recipe.settings
+
+    def unrecorded(self: Recipe, name: str) -> Any:
+        """An address is made of the table's settings, not of what code reads."""
+        stage = os.environ.pop(STAGE, None)
+        try:
+            return address(self, name)
+        finally:
+            if stage is not None:
+                os.environ[STAGE] = stage
+
+    publish = Lake.publish
+
+    @contextmanager
+    def recorded(self: Lake, name: str, *args: Any, **options: Any) -> Iterator[Any]:
+        with publish(self, name, *args, **options) as draft:
+            if STAGE in os.environ:  # what a stage publishes on its way is its own work
+                yield draft
+                return
+            os.environ[STAGE] = name
+            try:
+                yield draft
+            finally:
+                del os.environ[STAGE]
+
+    Section.__getattribute__ = read  # type: ignore[method-assign]
+    config_file.load_config = load_config
+    Recipe.settings = unrecorded  # type: ignore[method-assign]
+    Lake.publish = recorded  # type: ignore[method-assign]
+
+
+if os.environ.get(FOLDER):
+    _install()
