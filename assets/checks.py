@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.resources import Pipeline, one_sentence
+from assets.resources.pipeline import Pipeline, user_errors
 from notellm2_core.config import Checks
 
 Figures = Mapping[str, Any]
@@ -86,7 +86,7 @@ def _check(asset: str, judge: Callable[[Figures, Checks], Verdict]) -> dg.AssetC
     @dg.asset_check(asset=asset, name=judge.__name__, description=judge.__doc__, blocking=True)
     def check(pipeline: Pipeline) -> dg.AssetCheckResult:
         recipe = pipeline.recipe()
-        with one_sentence():
+        with user_errors():
             passed, metadata = judge(recipe.dataset(asset).manifest.metrics, recipe.config.checks)
         return dg.AssetCheckResult(passed=bool(passed), severity=dg.AssetCheckSeverity.ERROR, metadata=metadata)
 

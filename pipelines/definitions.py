@@ -1,18 +1,40 @@
 """Everything gathered for Dagster. Imports neither torch nor pyspark, so it loads in a blink."""
 
+import sys
+
 import dagster as dg
 
 import assets
+from assets import logs
 from assets.checks import CHECKS
-from assets.resources import Pipeline
+from assets.resources.partitions import log_partitions
+from assets.resources.pipeline import Pipeline
+from notellm2_core.config import Source
+from notellm2_core.config_file import ConfigError, config_in_force
 from pipelines.jobs import weekly_retrain, weekly_retrain_schedule
 
-defs = dg.Definitions(
-    assets=dg.load_assets_from_package_module(assets),
-    asset_checks=CHECKS,
-    jobs=[weekly_retrain],
-    schedules=[weekly_retrain_schedule],
-    # One step at a time: the machine is one resource. Raise it where Spark and the GPUs are machines of their own.
-    executor=dg.multi_or_in_process_executor.configured({"multiprocess": {"max_concurrent": 1}}),
-    resources={"pipeline": Pipeline()},
-)
+
+def definitions(source: Source) -> dg.Definitions:
+    """The graph with the partitions of `source`; all else is read when a run starts."""
+    partitions = log_partitions(source)
+    return dg.Definitions(
+        assets=[logs.raw_events_asset(partitions), *dg.load_assets_from_package_module(assets)],
+        asset_checks=CHECKS,
+        jobs=[weekly_retrain],
+        schedules=[weekly_retrain_schedule(partitions)],
+        # One step at a time: the machine is one resource. Raise it where Spark and the GPUs are machines of their own.
+        executor=dg.multi_or_in_process_executor.configured({"multiprocess": {"max_concurrent": 1}}),
+        resources={"pipeline": Pipeline()},
+    )
+
+
+def _source_in_force() -> Source:
+    """A configuration that cannot be read does not keep the page from loading: every asset refuses it by name."""
+    try:
+        return config_in_force().source
+    except ConfigError as e:
+        print(f"warning: {e}; until then the graph shows the default partitions, and runs nothing", file=sys.stderr)
+        return Source()
+
+
+defs = definitions(_source_in_force())

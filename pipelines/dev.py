@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from assets.tracking import tracking_uri
+from assets.resources.tracking import tracking_uri
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config_file import config_in_force
 from notellm2_core.processes import die_with_parent

@@ -2,8 +2,6 @@
 
 import dagster as dg
 
-from assets.logs import PARTITIONS
-
 # One partition of the raw logs and everything that is made of it. A dataset that is there already is not made again.
 weekly_retrain = dg.define_asset_job(
     "weekly_retrain",
@@ -13,11 +11,21 @@ weekly_retrain = dg.define_asset_job(
 )
 
 
-@dg.schedule(job=weekly_retrain, cron_schedule="0 3 * * 0", execution_timezone="UTC")
-def weekly_retrain_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+def weekly_retrain_schedule(partitions: dg.TimeWindowPartitionsDefinition) -> dg.ScheduleDefinition:
     """Sunday 03:00 UTC, three hours after the week has ended."""
-    now = context.scheduled_execution_time
-    ended = PARTITIONS.get_prev_partition_window(now)
-    if ended is None:
-        return dg.SkipReason("no period of the raw events has ended yet; see source.first_day")
-    return dg.RunRequest(run_key=now.isoformat(), partition_key=f"{ended.start:{PARTITIONS.fmt}}")
+
+    @dg.schedule(
+        job=weekly_retrain,
+        cron_schedule="0 3 * * 0",
+        execution_timezone="UTC",
+        name="weekly_retrain_schedule",
+        description="Sunday 03:00 UTC, three hours after the week has ended.",
+    )
+    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        now = context.scheduled_execution_time
+        ended = partitions.get_prev_partition_window(now)
+        if ended is None:
+            return dg.SkipReason("no period of the raw events has ended yet; see source.first_day")
+        return dg.RunRequest(run_key=now.isoformat(), partition_key=f"{ended.start:{partitions.fmt}}")
+
+    return schedule

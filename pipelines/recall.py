@@ -12,6 +12,7 @@ from pathlib import Path
 import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
 
+from assets.resources.partitions import log_partitions
 from notellm2_core.config_file import config_in_force, week_in_force
 from notellm2_core.lake import LakeError, host
 from notellm2_core.processes import die_with_parent
@@ -54,17 +55,16 @@ def _run_to_the_end() -> int:
 def _run() -> int:
     started = time.monotonic()
     recipe = Recipe(config_in_force(), week_in_force())
-    from assets.logs import PARTITIONS
-    from pipelines.definitions import defs
+    from pipelines.definitions import definitions
 
-    period = PARTITIONS.get_last_partition_key()
+    period = log_partitions(recipe.config.source).get_last_partition_key()
     if period is None:
         raise ValueError(
             f"no {recipe.config.source.partition} has ended since source.first_day = {recipe.config.source.first_day}: "
             "set it to the first day of your log"
         )
 
-    job = defs.resolve_job_def("weekly_retrain")
+    job = definitions(recipe.config.source).resolve_job_def("weekly_retrain")
     with DagsterInstance.get() as instance:
         _close_runs_of_the_dead(instance)
         result = job.execute_in_process(

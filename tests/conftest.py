@@ -15,7 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub that cannot be reached is not waited for
 
 # What one worker takes as a whole, in this order: the finished graph and the Spark session are made once.
-UNITS = {"tests/pipelines/": "graph", "tests/spark_jobs/": "spark", "tests/assets/test_parts.py": "spark"}
+UNITS = {
+    "tests/pipelines/": "graph",
+    "tests/spark_jobs/": "spark",
+    "tests/assets/resources/test_incremental.py": "spark",
+}
 
 
 def unit(nodeid: str) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from assets.resources import Pipeline
+from assets.resources.partitions import log_partitions, require_partitions
+from assets.resources.pipeline import Pipeline
+from notellm2_core.config import Source
 from notellm2_core.recipe import STAGES
 from pipelines.definitions import defs
 
@@ -102,11 +104,28 @@ def test_a_wrong_configuration_lets_the_graph_load_and_every_asset_says_what_is_
     config = tmp_path / "wrong.yaml"
     config.write_text("name: x\nnonsense: 1\n")
     env = {**os.environ, "NOTELLM2_CONFIG": str(config)}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", "import pipelines.definitions"], env=env, check=True)
+    command = [sys.executable, "-W", "ignore", "-c", "import pipelines.definitions"]
+    loaded = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    assert f"warning: {config}: " in loaded.stderr and "nonsense: no such setting" in loaded.stderr
     with pytest.raises(dg.Failure) as caught:
         Pipeline(config_path=str(config)).recipe()
     assert str(config) in str(caught.value.description) and "nonsense" in str(caught.value.description)
     assert caught.value.allow_retries is False
+
+
+def test_a_run_with_the_partitions_of_another_configuration_is_refused() -> None:
+    loaded = log_partitions(Source(first_day=date(2025, 1, 5)))
+    require_partitions(loaded, Source(first_day=date(2025, 1, 5)))
+    for source in (Source(first_day=date(2024, 1, 7)), Source(first_day=date(2025, 1, 5), partition="year")):
+        with pytest.raises(ValueError, match=f"source.first_day = {source.first_day} and source.partition"):
+            require_partitions(loaded, source)
+
+
+def test_the_ui_knows_the_version_of_the_code_of_each_asset() -> None:
+    """So it shows what is stale."""
+    graph = defs.resolve_asset_graph()
+    versions = {key.to_user_string(): graph.get(key).code_version for key in graph.materializable_asset_keys}
+    assert versions == {name: str(stage.version) for name, stage in STAGES.items()}
 
 
 def test_a_run_names_its_week_alone_and_keeps_configuration_and_source(

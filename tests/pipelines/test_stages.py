@@ -16,7 +16,6 @@ FREE = ("name", "lake", "spark", "tracking", "source.path", "export.num_ranks",
 ONLY_LOOKED_AT = {
     ("start_model", "model.license"),  # for a card that eval_recall and `notellm2 package` write again
     ("checkpoint", "model.license"),
-    ("checkpoint", "index.factory"),  # a wrong one is found before the training, not after it
 }
 
 

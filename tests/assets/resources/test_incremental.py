@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from assets.logs import PARTITIONS, events, notes, raw_events
+from assets.logs import events, notes, raw_events_asset
 from assets.pairs import cooccurrence
-from assets.parts import _groups
-from assets.resources import Pipeline
+from assets.resources.incremental import _groups
+from assets.resources.partitions import log_partitions
+from assets.resources.pipeline import Pipeline
 from notellm2_core.lake import Lake, sha256_of
 from tests.pipelines.conftest import Workplace, make_workplace
 
@@ -40,10 +41,11 @@ def write_week(source: Path, week: int) -> None:
 
 def materialize(workplace: Workplace) -> None:
     """The steps up to the scores, in this process and its Spark session."""
+    partitions = log_partitions(workplace.recipe.config.source)
     dg.materialize(
-        [raw_events, notes, events, cooccurrence],
+        [raw_events_asset(partitions), notes, events, cooccurrence],
         resources={"pipeline": Pipeline(config_path=str(workplace.config))},
-        partition_key=PARTITIONS.get_first_partition_key(),
+        partition_key=partitions.get_first_partition_key(),
     )
 
 

@@ -11,7 +11,7 @@ import dagster as dg
 import psutil
 import pytest
 
-from assets.commands import run_command
+from assets.resources.commands import run_command
 from tests.waiting import wait_for
 
 
@@ -51,7 +51,7 @@ def test_nothing_outlives_a_killed_step(tmp_path: Path) -> None:
     inner = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)"
     code = f"""
         import sys, types
-        from assets.commands import run_command
+        from assets.resources.commands import run_command
         context = types.SimpleNamespace(log=types.SimpleNamespace(info=print))
         run_command(context, [sys.executable, "-c", {inner!r}])
     """
@@ -69,7 +69,7 @@ def test_a_step_ends_with_its_killed_run(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent(f"""
             import multiprocessing, os, pathlib, time
-            from assets.commands import end_with_run
+            from assets.resources.commands import end_with_run
 
             def step():
                 end_with_run()

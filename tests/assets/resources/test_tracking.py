@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from assets.tracking import flatten, make_store
+from assets.resources.tracking import flatten, make_store
 from tests.waiting import wait_for
 
 
@@ -19,7 +19,9 @@ def test_flatten(tree: dict[str, object]) -> None:
 def test_a_store_killed_while_it_is_made_is_made_again(tmp_path: Path) -> None:
     """kill -9 when MLflow has made its first tables: nobody takes them for a store."""
     file = tmp_path / "mlflow" / "mlflow.db"
-    code = f"from pathlib import Path; from assets.tracking import make_store; make_store(Path({str(file)!r}))"
+    code = (
+        f"from pathlib import Path; from assets.resources.tracking import make_store; make_store(Path({str(file)!r}))"
+    )
     making = subprocess.Popen([sys.executable, "-c", code])
     wait_for(lambda: any(f.stat().st_size for f in tmp_path.rglob("mlflow.db")))
     assert not file.exists()

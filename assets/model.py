@@ -1,0 +1,106 @@
+"""Vision features, tokens, the untrained start, hard negatives and the fine-tuned model, each made by a command."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import dagster as dg
+
+from assets.resources.arguments import feature_store, note_arguments, picture_folders, write_config
+from assets.resources.commands import run_command
+from assets.resources.export import MULTIMODAL, export
+from assets.resources.steps import GPU, PROCESS, Metrics, Step, dataset
+from notellm2_core.recipe import Recipe
+
+PYTHON = (sys.executable, "-m")
+
+
+def _restore_features(context: dg.AssetExecutionContext, recipe: Recipe) -> None:
+    """The store outlives the dataset, and parts of it may have been removed: compute these again."""
+    from notellm2_core.notes.feature_store import num_missing
+
+    features = recipe.find("vision_features")
+    if features is not None and (missing := num_missing(features.path, feature_store(recipe))):
+        context.log.warning(f"the features of {missing} images are no longer in the store: computing them again")
+        with tempfile.TemporaryDirectory() as scratch:
+            run_command(context, _features_command(recipe, Path(scratch)))
+
+
+def _features_command(recipe: Recipe, out: Path) -> Sequence[str]:
+    notes, source = picture_folders(recipe)
+    command = [*PYTHON, "notellm2_core.notes.features", "--config", write_config(recipe), "--notes", notes,
+               "--source", source, "--store", feature_store(recipe), "--out", out]  # fmt: skip
+    return [str(part) for part in command]
+
+
+@dataset("model", {"pytorch", "parquet"}, on=GPU, before=_restore_features)
+def vision_features(step: Step) -> Metrics:
+    """Patch and global features of the frozen encoder, once per distinct image; the store outlives this dataset."""
+    step.command(_features_command(step.recipe, step.out))
+    return json.loads((step.out / "counts.json").read_text())
+
+
+@dataset("model", {"huggingface"}, on=PROCESS)
+def note_tokens(step: Step) -> Metrics:
+    """Every note's text as the LLM's tokens, once for all methods; trainings and exports map the file into memory."""
+    step.command([*PYTHON, "notellm2_core.notes.tokens", "--config", write_config(step.recipe),
+                  "--notes", step.path("notes/notes"), "--out", step.out])  # fmt: skip
+    return json.loads((step.out / "counts.json").read_text())
+
+
+@dataset("model", {"pytorch", "huggingface"}, on=GPU)
+def start_model(step: Step) -> Metrics:
+    """The model before its first step: what the zero-shot rows of the report measure."""
+    step.command([*PYTHON, "notellm2_core.training.start", *note_arguments(step),
+                  "--pairs", step.path("pair_datasets"), "--out", step.out,
+                  "--train-days", *step.recipe.window.train.iso()])  # fmt: skip
+    return {}
+
+
+@dataset("model", {"pytorch", "faiss", "parquet"}, on=GPU)
+def hard_negatives(step: Step) -> Metrics:
+    """Training notes that look related and are not, where `training.hard_negatives` asks for some."""
+    settings = step.config.training.hard_negatives
+    if not settings.num:
+        return {}
+    pairs = step.path("pair_datasets")
+    export(step, settings.model or step.path("start_model"), [MULTIMODAL], pairs / "train")
+    step.command([*PYTHON, "notellm2_core.retrieval.hard_negatives", "--embeddings", step.out / MULTIMODAL,
+                  "--pairs", pairs, "--sides", step.path("note_sides/sides"), "--out", step.out,
+                  "--first-rank", str(settings.first_rank), "--last-rank", str(settings.last_rank),
+                  "--factory", settings.factory])  # fmt: skip
+    return json.loads((step.out / "counts.json").read_text())
+
+
+def _check_index_factory(context: dg.AssetExecutionContext, recipe: Recipe) -> None:
+    """A wrong factory string is found before the training, not hours later."""
+    from notellm2_core.retrieval.index import empty_index
+
+    empty_index(recipe.config.model.projection_dim, recipe.config.index.factory)
+
+
+@dataset("model", {"pytorch", "deepspeed", "huggingface"}, on=GPU, before=_check_index_factory)
+def checkpoint(step: Step) -> Metrics:
+    """The fine-tuned model (Eq. 1, 7-9; Table 8). A killed training resumes from its last checkpoint."""
+    from notellm2_core.training.launch import launch_command
+
+    training, recipe = step.config.training, step.recipe
+    command = launch_command(
+        write_config(recipe),
+        training,
+        notes=step.path("note_tokens"),
+        images=step.path("vision_features"),
+        store=feature_store(recipe),
+        pairs=step.path("pair_datasets"),
+        pictures=picture_folders(recipe) if step.config.trains_vision else None,
+        work=step.work,
+        out=step.out,
+        hard_negatives=step.path("hard_negatives") if training.hard_negatives.num else None,
+        train_days=recipe.window.train.iso(),
+        mlflow_uri=step.run.uri,
+        mlflow_run_id=step.run.run_id,
+    )
+    step.command(command, reports=True)
+    return json.loads((step.out / "training.json").read_text())

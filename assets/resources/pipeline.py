@@ -1,0 +1,70 @@
+"""The one Dagster resource: which configuration is in force, the catalog of its datasets, and Spark."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from pydantic import PrivateAttr
+
+from assets.resources.commands import end_with_run
+from notellm2_core.config import Spark
+from notellm2_core.config_file import config_in_force, week_in_force
+from notellm2_core.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+class ChildProcessDied(RuntimeError):
+    """A process that a step relied on was killed; the step can be tried again."""
+
+
+class Pipeline(dg.ConfigurableResource):
+    """The configuration in force. Empty fields are taken from NOTELLM2_CONFIG, SOURCE and WEEK.
+
+    `week`: any day of the week that the window ends with; empty in both places: the last complete week.
+    """
+
+    config_path: str = ""
+    source: str = ""
+    week: str = ""
+    _run_id: str | None = PrivateAttr(None)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        self._run_id = context.run_id
+        end_with_run()
+
+    def recipe(self) -> Recipe:
+        """The addresses of this run's datasets: with the source as this run first saw it."""
+        with user_errors():
+            return Recipe(config_in_force(self.config_path, self.source), week_in_force(self.week), self._run_id)
+
+
+@contextmanager
+def spark_session(settings: Spark, app_name: str) -> Iterator["SparkSession"]:
+    """The Spark session of this process; the next step reuses it, and it ends with the process.
+
+    Raises OSError where the disk is full, ChildProcessDied where the JVM was killed: another try starts a new one.
+    """
+    from spark_jobs import session
+
+    try:
+        yield session.spark_session(
+            app_name, settings.master, settings.driver_memory, settings.shuffle_partitions, dict(settings.extra)
+        )
+    except Exception as e:
+        if session.forget_dead_session():
+            raise ChildProcessDied(f"Spark's JVM died during {app_name}") from e
+        if "No space left on device" in str(e):  # also of Spark's own folder, which may be another disk
+            raise OSError(f"no space left on the disk while Spark made {app_name}: free some or move the lake") from e
+        raise
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what the user can correct into a failure of one sentence that is not retried; bugs keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        raise dg.Failure(" ".join(str(e).split()), allow_retries=False) from None

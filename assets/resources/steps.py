@@ -1,0 +1,195 @@
+"""The asset factory: an asset is its name, its kinds, and the function that makes its dataset.
+
+    @dataset("pairs", {"spark", "parquet"}, on=SPARK)
+    def cooccurrence(step: Step) -> Metrics:
+        \"\"\"Eq. 2: ...\"\"\"
+        with step.spark() as spark:
+            return score(spark, windows=step.path("events"), out=step.out, ...)
+
+What it is made from, and the version of its code, come from the stage table (`notellm2_core.recipe`). The function runs
+only where the dataset is not there yet; it writes into `step.out` and returns the metrics of its manifest.
+"""
+
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from assets.resources.commands import run_command
+from assets.resources.metadata import shown
+from assets.resources.pipeline import Pipeline, spark_session, user_errors
+from assets.resources.tracking import TrackedRun, flatten, tracked_run
+from notellm2_core import __version__
+from notellm2_core.config import Config
+from notellm2_core.lake import Dataset, Draft
+from notellm2_core.recipe import STAGES, Recipe
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a step runs: the pool that it takes a slot of, and how often it is tried again."""
+
+    pool: str | None = None
+    max_retries: int = 0
+
+
+HERE, PROCESS, SPARK, GPU = Machine(), Machine(None, 2), Machine("spark", 1), Machine("gpu", 2)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One dataset in the making: its settings, what it is made from, and where it goes."""
+
+    context: dg.AssetExecutionContext
+    recipe: Recipe
+    inputs: Mapping[str, Dataset]
+    draft: Draft
+    run: TrackedRun
+
+    @property
+    def name(self) -> str:
+        return self.context.asset_key.path[-1]
+
+    @property
+    def config(self) -> Config:
+        return self.recipe.config
+
+    @property
+    def out(self) -> Path:
+        """The folder that becomes the dataset."""
+        return self.draft.path
+
+    def path(self, file: str) -> Path:
+        """A file of an input, by DATASET/FILE."""
+        name, _, file = file.partition("/")
+        return self.inputs[name].path / file
+
+    @property
+    def work(self) -> Path:
+        """A folder that outlives a kill: the next run resumes from it. It is removed when the dataset is there."""
+        return _work(self.recipe, self.name)
+
+    def spark(self) -> AbstractContextManager["SparkSession"]:
+        return spark_session(self.config.spark, self.name)
+
+    def command(self, command: Sequence[str | Path], reports: bool = False) -> None:
+        """Run a command that can be pasted; see `run_command`."""
+        run_command(self.context, [str(part) for part in command], reports)
+
+
+Make = Callable[[Step], Metrics]
+Hook = Callable[[dg.AssetExecutionContext, Recipe], None]
+
+
+def dataset(
+    group: str,
+    kinds: set[str],
+    on: Machine = HERE,
+    show: Mapping[str, Sequence[str]] | None = None,
+    before: Hook | None = None,
+    after: Hook | None = None,
+    partitions: dg.PartitionsDefinition | None = None,
+) -> Callable[[Make], dg.AssetsDefinition]:
+    """Make an asset of the function that makes its dataset.
+
+    show: metadata name -> .md, .png and .jpg files of the dataset. before, after: run whether or not it is there yet.
+    """
+
+    def decorate(make: Make) -> dg.AssetsDefinition:
+        stage = STAGES[make.__name__]
+
+        @dg.asset(
+            name=make.__name__,
+            group_name=group,
+            kinds=kinds,
+            deps=_deps(stage.inputs),
+            description=make.__doc__,
+            code_version=str(stage.version),
+            pool=on.pool,
+            retry_policy=dg.RetryPolicy(max_retries=on.max_retries) if on.max_retries else None,
+            partitions_def=partitions,
+            **({"backfill_policy": dg.BackfillPolicy.single_run()} if partitions else {}),  # in beta: it warns
+        )
+        def asset(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
+            recipe = pipeline.recipe()
+            if before is not None:
+                with user_errors():
+                    before(context, recipe)
+            made, metadata = _publish(context, recipe, make)
+            if after is not None:
+                after(context, recipe)
+            pictures = shown(made.path, show or {})
+            return dg.MaterializeResult(
+                metadata={**pictures, **metadata}, data_version=dg.DataVersion(made.manifest.fingerprint)
+            )
+
+        return asset
+
+    return decorate
+
+
+def _publish(context: dg.AssetExecutionContext, recipe: Recipe, make: Make) -> tuple[Dataset, dict[str, Any]]:
+    """The asset's dataset, made and tracked unless it is there, and the metadata that say whether it is good.
+
+    What the user can correct ends the step with one sentence and no retry.
+    """
+    name = context.asset_key.path[-1]
+    with user_errors():
+        inputs, fingerprint, existing = recipe.inputs(name), recipe.fingerprint(name), recipe.find(name)
+    tags = {
+        "dagster_run_id": context.run_id,
+        "asset_key": name,
+        "partition": context.partition_key_range.start if context.has_partition_key_range else "",
+        "code_version": code_version(),
+        "config": recipe.config.name,
+        "fingerprint": fingerprint,
+    }
+    with tracked_run(context, recipe.config.tracking, recipe.lake.root, tags) as run, user_errors():
+        if existing is None:
+            upstream = {n: d.manifest.fingerprint for n, d in inputs.items()}
+            with recipe.lake.publish(name, fingerprint, upstream, recipe.settings(name)) as draft:
+                draft.metrics |= make(Step(context, recipe, inputs, draft, run))
+        made = recipe.dataset(name)
+        run.log_dataset(made)
+    shutil.rmtree(_work(recipe, name), ignore_errors=True)  # there is nothing to resume
+    context.log.info(f"{name}: {'made' if existing is None else 'already there'} at {made.path}")
+    metrics = {k: v for k, v in flatten(made.manifest.metrics).items() if isinstance(v, int | float | str)}
+    return made, {
+        **metrics,
+        **({"dagster/row_count": rows} if (rows := made.manifest.num_rows) else {}),
+        "reused": existing is not None,
+        "path": dg.MetadataValue.path(str(made.path)),
+        "fingerprint": fingerprint,
+        "mlflow_run": run.url or "not tracked",
+    }
+
+
+def _work(recipe: Recipe, name: str) -> Path:
+    return recipe.work / name / recipe.fingerprint(name)
+
+
+def _deps(inputs: Sequence[str]) -> list[dg.AssetDep]:
+    return [
+        dg.AssetDep(n, partition_mapping=dg.AllPartitionMapping()) if n == "raw_events" else dg.AssetDep(n)
+        for n in inputs
+    ]
+
+
+def code_version() -> str:
+    """The package version, with the commit where the code runs from a checkout."""
+    folder = Path(__file__).parent
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+    except OSError:  # no git on this machine, as in a container
+        return __version__
+    return f"{__version__}+{git.stdout.strip()}" if git.returncode == 0 else __version__
