@@ -107,6 +107,9 @@ def dataset(
 
     def decorate(make: Make) -> dg.AssetsDefinition:
         stage = STAGES[make.__name__]
+        partitioned: dict[str, Any] = {}
+        if partitions is not None:  # one run over many partitions is in beta: Dagster warns of it
+            partitioned = {"partitions_def": partitions, "backfill_policy": dg.BackfillPolicy.single_run()}
 
         @dg.asset(
             name=make.__name__,
@@ -117,8 +120,7 @@ def dataset(
             code_version=str(stage.version),
             pool=on.pool,
             retry_policy=dg.RetryPolicy(max_retries=on.max_retries) if on.max_retries else None,
-            partitions_def=partitions,
-            **({"backfill_policy": dg.BackfillPolicy.single_run()} if partitions else {}),  # in beta: it warns
+            **partitioned,
         )
         def asset(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
             recipe = pipeline.recipe()
