@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
 
+from assets.resources.commands import forked_commands
 from assets.resources.partitions import log_partitions
 from notellm2_core.config_file import config_in_force, week_in_force
 from notellm2_core.lake import LakeError, host
@@ -65,8 +67,10 @@ def _run() -> int:
         )
 
     job = definitions(recipe.config.source).resolve_job_def("weekly_retrain")
-    with DagsterInstance.get() as instance:
+    with ExitStack() as stack:
+        instance = stack.enter_context(DagsterInstance.get())
         _close_runs_of_the_dead(instance)
+        stack.enter_context(forked_commands())
         result = job.execute_in_process(
             instance=instance,
             partition_key=period,

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,34 +18,47 @@ import dagster as dg
 
 from notellm2_core.cli_errors import ERROR_FILE
 from notellm2_core.processes import die_with_parent
+from notellm2_core.runtime.fork_server import Child, ForkServer, can_fork
 
 _TAIL_BYTES = 65_536
+# What the commands spend their first seconds on. Their own modules are not among them.
+_PRELOADED = ("notellm2_core.training.data", "notellm2_core.model.build", "timm")
+_SERVER: ContextVar[ForkServer | None] = ContextVar("fork_server", default=None)
+
+
+@contextmanager
+def forked_commands() -> Iterator[None]:
+    """Inside, commands are forked from one process that has imported torch already, where this machine allows it."""
+    if not can_fork():
+        yield
+        return
+    with ForkServer(_PRELOADED, _environment()) as server:
+        token = _SERVER.set(server)
+        try:
+            yield
+        finally:
+            _SERVER.reset(token)
 
 
 def run_command(context: dg.AssetExecutionContext, command: Sequence[str], reports: bool = False) -> None:
     """Run `command` to its end in a process group of its own. reports: it speaks to Dagster through Pipes.
 
     The group is killed when this step ends in any way, and by the kernel when this process is killed. Raises
-    dg.Failure: with the command's own sentence and no retry where the cause is the user's to mend
+    dg.Failure: with the command's own sentence and no retry where the cause is the user's to correct
     (notellm2_core.cli_errors), with the end of its output where it crashed.
     """
     context.log.info(f"running: {shlex.join(command)}")
     with ExitStack() as stack:
         error_file = Path(stack.enter_context(TemporaryDirectory())) / "error.txt"
-        # Passive: on a busy machine, threads that spin while they wait take the cores from those that work.
-        env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1", ERROR_FILE: str(error_file)}
+        env = {**_environment(), ERROR_FILE: str(error_file)}
         if reports:
             injector, reader = dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
             env |= stack.enter_context(dg.open_pipes_session(context, injector, reader)).get_bootstrap_env_vars()
-        process = subprocess.Popen(
-            command,
-            env=env,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
+        output, stderr = os.pipe()
+        stack.callback(os.close, output)
+        process = _start(command, env, stderr)
         try:
-            tail = _forward(process)
+            tail = _forward(output)
             code = process.wait()
         finally:
             _kill_group(process)
@@ -56,6 +70,22 @@ def run_command(context: dg.AssetExecutionContext, command: Sequence[str], repor
         f"the command ended with exit code {code}: {shlex.join(command)}",
         metadata={"output": dg.MetadataValue.md(f"```\n{tail[-4000:]}\n```")},
     )
+
+
+def _environment() -> dict[str, str]:
+    # Passive: on a busy machine, threads that spin while they wait take the cores from those that work.
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
+
+
+def _start(command: Sequence[str], env: Mapping[str, str], stderr: int) -> "subprocess.Popen[bytes] | Child":
+    """Start `command` in a session of its own, with its errors written to `stderr`, which is closed here."""
+    server = _SERVER.get()
+    try:
+        if server is not None and command[1] == "-m" and command[2].startswith("notellm2_core."):
+            return server.start(command[1:], env, stderr)
+        return subprocess.Popen(command, env=env, stderr=stderr, start_new_session=True, preexec_fn=die_with_parent)
+    finally:
+        os.close(stderr)
 
 
 @cache
@@ -72,17 +102,16 @@ def end_with_run() -> None:
         threading.Thread(target=watch, daemon=True, name="end-with-run").start()
 
 
-def _forward(process: subprocess.Popen) -> str:
-    """Copy the child's stderr to ours as it comes (progress bars included); return its last part."""
-    assert process.stderr is not None
+def _forward(output: int) -> str:
+    """Copy the child's errors to ours as they come (progress bars included); return their last part."""
     tail = b""
-    while chunk := os.read(process.stderr.fileno(), 4096):
+    while chunk := os.read(output, 4096):
         os.write(sys.stderr.fileno(), chunk)
         tail = (tail + chunk)[-_TAIL_BYTES:]
     return tail.decode(errors="replace").replace("\r", "\n")
 
 
-def _kill_group(process: subprocess.Popen) -> None:
+def _kill_group(process: "subprocess.Popen[bytes] | Child") -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -56,10 +56,12 @@ def launch_command(
 
 
 def torchrun(module: str, num_ranks: int, where: Sequence[str] = ("--standalone",)) -> list[str]:
-    """The start of a command that runs `module` in `num_ranks` processes of this machine.
+    """The start of a command that runs `module` in `num_ranks` processes of this machine; one needs no launcher.
 
     Cores are shared out over them unless OMP_NUM_THREADS is set (torchrun would give each one thread).
     """
+    if num_ranks == 1 and tuple(where) == ("--standalone",):
+        return [sys.executable, "-m", module]
     command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(num_ranks), "-m", module]
     return _with_threads(command, num_ranks)
 

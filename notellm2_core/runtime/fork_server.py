@@ -1,0 +1,142 @@
+"""A process that has imported torch already and forks a copy of itself for each command.
+
+Starting Python and importing torch and transformers takes longer than many a command's work. Where several commands
+follow each other on a CPU, they start from here at once. Not on a GPU: CUDA does not survive a fork.
+
+    with ForkServer(["torch", "transformers"], os.environ) as server:
+        child = server.start(["-m", "notellm2_core.notes.tokens", "--config", ...], os.environ, stderr)
+        code = child.wait()
+
+The command runs as `python -m MODULE ARGUMENTS` would: in a process group of its own, with its own arguments and
+environment. It ends with the server, and the server with whoever started it, however they die.
+"""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn, Self
+
+from notellm2_core.processes import die_with_parent
+
+_MAX_REQUEST_BYTES = 1 << 20
+
+
+def can_fork() -> bool:
+    """Whether commands of this machine may be forked: it has no GPU."""
+    return not Path("/dev/nvidiactl").exists()
+
+
+@dataclass
+class Child:
+    """A command that a server has started. It has to be waited for before the next one starts."""
+
+    pid: int
+    _connection: socket.socket
+    _code: int | None = None
+
+    def wait(self) -> int:
+        """Its exit code; -SIGNAL where a signal ended it, or the server."""
+        if self._code is None:
+            answer = self._connection.recv(_MAX_REQUEST_BYTES)
+            self._code = int(answer) if answer else -signal.SIGKILL
+        return self._code
+
+
+class ForkServer:
+    """The server, seen from the process that starts it. It runs one command at a time."""
+
+    def __init__(self, modules: Sequence[str], env: Mapping[str, str]) -> None:
+        """Starts the server, which imports `modules` while this process works on.
+
+        `env`: libraries read some of it when they are imported (OMP_WAIT_POLICY), so before a command brings its own.
+        """
+        self._connection, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._connection, server):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MAX_REQUEST_BYTES)
+        command = [sys.executable, "-W", "ignore", "-m", __name__, str(server.fileno()), *modules]
+        with server:
+            self._process = subprocess.Popen(command, env=env, pass_fds=[server.fileno()], start_new_session=True)
+
+    def start(self, command: Sequence[str], env: Mapping[str, str], stderr: int) -> Child:
+        """Run ["-m", MODULE, *arguments] with the environment `env` and its errors written to `stderr`.
+
+        Raises OSError where the server has died.
+        """
+        module, *arguments = command[1:]
+        request = json.dumps({"module": module, "arguments": arguments, "env": dict(env), "folder": os.getcwd()})
+        socket.send_fds(self._connection, [request.encode()], [stderr])
+        answer = self._connection.recv(_MAX_REQUEST_BYTES)
+        if not answer:
+            raise OSError("the process that starts the commands has died: run the same command again")
+        return Child(int(answer), self._connection)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()  # the server's sign to end
+        self._process.wait()
+
+
+def main() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it decides
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        for name in sys.argv[2:]:
+            importlib.import_module(name)
+        while True:
+            request, descriptors, *_ = socket.recv_fds(connection, _MAX_REQUEST_BYTES, 1)
+            if not request:
+                return
+            server, pid = os.getpid(), os.fork()
+            if pid == 0:
+                connection.close()
+                _run(json.loads(request), descriptors[0], server)
+            _lead_group(pid)
+            os.close(descriptors[0])
+            connection.send(str(pid).encode())
+            connection.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+
+
+def _lead_group(pid: int) -> None:
+    """Give a command a process group of its own. Both sides do it, so it is done whichever is faster."""
+    with suppress(ProcessLookupError, PermissionError):  # it has ended, or has started another program, already
+        os.setpgid(pid, pid)
+
+
+def _run(request: Mapping[str, object], stderr: int, server: int) -> NoReturn:
+    """In the forked process: become the command."""
+    _lead_group(0)
+    die_with_parent()
+    if os.getppid() != server:  # which died before this process could ask to end with it
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    os.chdir(str(request["folder"]))
+    os.environ.clear()
+    os.environ.update(dict(request["env"]))  # type: ignore[call-overload]
+    module = str(request["module"])
+    if find_spec(module).submodule_search_locations is not None:  # type: ignore[union-attr]  # a package's command
+        module += ".__main__"
+    sys.argv = [module, *request["arguments"]]  # type: ignore[misc]
+    try:
+        importlib.import_module(module).main()
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

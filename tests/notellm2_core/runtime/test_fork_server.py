@@ -1,0 +1,84 @@
+"""A forked command runs as one that was started by itself would, and nothing outlives whoever asked for it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from notellm2_core.cli_errors import ERROR_FILE
+from notellm2_core.runtime.fork_server import Child, ForkServer
+from tests.waiting import wait_for
+
+COMMAND = "tests.support.commands"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer(["decimal"], os.environ) as server:
+        yield server
+
+
+def _start(server: ForkServer, how: str, tmp_path: Path, **env: str) -> Child:
+    with (tmp_path / "errors").open("w") as errors:
+        return server.start(["-m", COMMAND, how, str(tmp_path / "out")], {**os.environ, **env}, errors.fileno())
+
+
+def _facts(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((tmp_path / "out").read_text())
+
+
+def test_arguments_environment_group_and_errors_are_its_own(server: ForkServer, tmp_path: Path) -> None:
+    child = _start(server, "end", tmp_path, WORD="hello")
+    assert child.wait() == child.wait() == 0
+    facts = _facts(tmp_path)
+    assert facts["pid"] == facts["group"] == child.pid and facts["WORD"] == "hello"
+    assert (tmp_path / "errors").read_text() == "on its way\n"
+    assert "WORD" not in os.environ
+    _start(server, "end", tmp_path).wait()
+    assert _facts(tmp_path)["WORD"] is None  # nothing is left of the one before
+
+
+def test_a_users_error_a_bug_and_a_kill(server: ForkServer, tmp_path: Path) -> None:
+    assert _start(server, "refuse", tmp_path, **{ERROR_FILE: str(tmp_path / "sentence")}).wait() == 2
+    assert (tmp_path / "sentence").read_text() == "set x"
+    assert _start(server, "crash", tmp_path).wait() == 1
+    assert "RuntimeError: a bug" in (tmp_path / "errors").read_text()
+    child = _start(server, "sleep", tmp_path)
+    os.killpg(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert _start(server, "end", tmp_path).wait() == 0
+
+
+def test_nothing_outlives_whoever_started_the_server(tmp_path: Path) -> None:
+    code = f"""
+        import os, sys
+        from notellm2_core.runtime.fork_server import ForkServer
+        command = ["-m", {COMMAND!r}, "sleep", {str(tmp_path / "out")!r}]
+        with ForkServer([], os.environ) as server:
+            server.start(command, os.environ, sys.stderr.fileno()).wait()
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    wait_for(lambda: (tmp_path / "out").exists() and (tmp_path / "out").read_text())
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    assert len(descendants) == 2  # the server and the command
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in descendants), 20)
+
+
+def test_a_server_that_died_is_named(tmp_path: Path) -> None:
+    server = ForkServer([], os.environ)
+    child = _start(server, "sleep", tmp_path)
+    psutil.Process(child.pid).parent().kill()  # type: ignore[union-attr]
+    assert child.wait() == -signal.SIGKILL
+    with pytest.raises(OSError, match="run the same command again|Broken pipe"):
+        _start(server, "end", tmp_path)
+    server.__exit__()

@@ -1,0 +1,28 @@
+"""A command for tests: says what it was started with, then fails as it is asked to."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from notellm2_core.cli_errors import one_line_errors
+
+
+def main() -> None:
+    how, out = sys.argv[1:]
+    print("on its way", file=sys.stderr)
+    facts = {
+        "pid": os.getpid(),
+        "group": os.getpgid(0),
+        "WORD": os.environ.get("WORD"),
+        "torch": "torch" in sys.modules,
+    }
+    Path(out).write_text(json.dumps(facts))
+    if how == "crash":
+        raise RuntimeError("a bug")
+    with one_line_errors():
+        if how == "refuse":
+            raise ValueError("set x")
+    if how == "sleep":
+        time.sleep(300)
