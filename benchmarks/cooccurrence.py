@@ -40,6 +40,7 @@ from pyspark.sql import functions as F
 from recall_seeds import tree_memory
 
 from notellm2_core.config import Pairs
+from notellm2_core.runtime.files import parquet_files
 
 RESULTS = Path(__file__).parent / "results"
 DAY = 86_400_000_000
@@ -200,7 +201,7 @@ def compare(found: Path, expected: Path, slices: int) -> dict[str, Any]:
 
 def digest(folder: Path) -> str:
     whole = hashlib.sha256()
-    for file in sorted(folder.glob("*.parquet")):
+    for file in parquet_files(folder):
         whole.update(file.name.encode() + file.read_bytes())
     return whole.hexdigest()
 
@@ -228,7 +229,7 @@ def run(
         if size == millions[0]:
             first = digest(work / "ours")
             measure("ours", log, work / "ours", memory)
-            results["same_bytes"] = first == digest(work / "ours") if any((work / "ours").glob("*.parquet")) else None
+            results["same_bytes"] = first == digest(work / "ours") if parquet_files(work / "ours") else None
         if size == heavy_millions:
             # The machine's speed changes with the hour: with and without the heavy user in turn.
             heavy = work / "log_heavy.parquet"

@@ -32,9 +32,9 @@ from notellm2_core.config import Config, Training
 from notellm2_core.config_file import load_config
 from notellm2_core.evaluation.evaluate import evaluate
 from notellm2_core.evaluation.saliency import read_saliency, visual_shares
-from notellm2_core.lake import write_atomically
 from notellm2_core.model.build import load_model
 from notellm2_core.recipe import Recipe
+from notellm2_core.runtime.files import new_folder, write_atomically
 from notellm2_core.training.launch import launch_command
 
 ROOT = Path(__file__).parents[1]
@@ -145,10 +145,9 @@ def teach_reading(method: str, out: Path) -> Path:
     pq.write_table(table.set_column(1, table.schema.field("image_id"), hidden), blind / "note_images.parquet")
     train(config, folder, {**inputs(Recipe(config)), "images": blind})
     model, processor = load_model(folder / "model")
-    draft = folder / "reader"
-    model.llm.save_pretrained(draft)
-    processor.tokenizer.save_pretrained(draft)
-    draft.rename(reader)
+    with new_folder(reader) as draft:
+        model.llm.save_pretrained(draft)
+        processor.tokenizer.save_pretrained(draft)
     return reader
 
 

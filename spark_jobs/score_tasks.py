@@ -6,8 +6,6 @@ ids that `write_note_ids` has put into a file, which every worker maps into its 
 """
 
 import math
-import os
-import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyspark import TaskContext
 
+from notellm2_core.runtime.files import written_whole
 from notellm2_core.schema import SCORES
 from spark_jobs.pair_scores import Pairs, pair_scores
 from spark_jobs.quantiles import SHARES, bin_counts, lower_ends
@@ -141,28 +139,30 @@ def write_scores(
     table = _table(LISTS, (row["lists"] for row in rows))
     ids = _read_note_ids(note_ids)
     file = out / f"part-{rows[0]['block']:05d}.parquet"
-    task = TaskContext.get()
-    draft = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.{task.taskAttemptId() if task else 0}")
     figures = _Figures()
-    with pq.ParquetWriter(
-        draft,
-        _NAMED,
-        store_schema=False,  # it would have readers make dictionaries of the ids
-        dictionary_pagesize_limit=1 << 26,  # beyond, the ids themselves are written, which takes four times as long
-        write_statistics=["query_id", "score", "num_users"],
-    ) as writer:
-        for pairs in _scored(table, scoring):
-            writer.write_table(_named(pairs, ids))
-            figures.add(pairs)
-    if figures.pairs:
-        draft.replace(file)
-    else:
-        draft.unlink()
+    scored = _scored(table, scoring)
+    pairs = next(scored, None)
+    if pairs is not None:
+        with written_whole(file) as draft, _writer(draft) as writer:
+            while pairs is not None:
+                writer.write_table(_named(pairs, ids))
+                figures.add(pairs)
+                pairs = next(scored, None)
     users, users_loss = sum(row["capped_users"] for row in rows), math.fsum(row["users_loss"] for row in rows)
     losses = _table(_LOSSES, (row["losses"] for row in rows))
     key, loss = summed(losses["key"].to_numpy(), losses["loss"].to_numpy())
     largest = (float(loss[key % 2 == clicked].max(initial=0.0)) for clicked in (0, 1))
     yield _row(FIGURES, *figures.row(), users, users_loss, *largest)
+
+
+def _writer(file: Path) -> pq.ParquetWriter:
+    return pq.ParquetWriter(
+        file,
+        _NAMED,
+        store_schema=False,  # it would have readers make dictionaries of the ids
+        dictionary_pagesize_limit=1 << 26,  # beyond, the ids themselves are written, which takes four times as long
+        write_statistics=["query_id", "score", "num_users"],
+    )
 
 
 def _scored(lists: pa.Table, scoring: Scoring) -> Iterator[Pairs]:

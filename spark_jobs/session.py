@@ -22,6 +22,8 @@ from pathlib import Path
 from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
+from notellm2_core.runtime.files import new_folder
+
 MIN_JAVA = 17
 _LOCAL_HOST = "127.0.0.1"
 _MISSING_MODULE = (
@@ -129,7 +131,7 @@ def _is_usable(java: Path) -> bool:
 def _shim(runtime: Path) -> Path:
     """A JAVA_HOME of links into `runtime`, whose `bin/java` leaves out the module that the runtime lacks.
 
-    It lies in the user's cache and appears there with one rename, so that two processes may create it at once.
+    It lies in the user's cache. Two processes may create it at once.
     """
     script = f"""#!/bin/sh
 for arg do
@@ -143,24 +145,17 @@ exec "{runtime}/bin/java" --enable-native-access=ALL-UNNAMED --sun-misc-unsafe-m
     if target.exists():
         return target
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".new.", dir=cache))
+        with new_folder(target) as draft:
+            (draft / "bin").mkdir()
+            for entry in [*runtime.iterdir(), *(runtime / "bin").iterdir()]:
+                link = draft / entry.relative_to(runtime)
+                if entry.name not in ("bin", "java"):
+                    link.symlink_to(entry)
+            java = draft / "bin" / "java"
+            java.write_text(script)
+            java.chmod(0o755)
     except OSError as e:
         raise ValueError(f"cannot write {cache} ({e.strerror}); set XDG_CACHE_HOME to a folder that can be.") from e
-    (work / "bin").mkdir()
-    for entry in [*runtime.iterdir(), *(runtime / "bin").iterdir()]:
-        link = work / entry.relative_to(runtime)
-        if entry.name not in ("bin", "java"):
-            link.symlink_to(entry)
-    java = work / "bin" / "java"
-    java.write_text(script)
-    java.chmod(0o755)
-    try:
-        work.rename(target)
-    except OSError:
-        shutil.rmtree(work)
-        if not target.exists():  # anything but another process that was faster
-            raise
     return target
 
 

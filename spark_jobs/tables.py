@@ -2,8 +2,6 @@
 
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +15,8 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
+
+from notellm2_core.runtime.files import is_hidden, replaced_folder
 
 _UNREADABLE = (
     "FAILED_READ_FILE",
@@ -61,7 +61,7 @@ def write_partitions(df: DataFrame, out: Path, partition: str, sort: Sequence[st
 def _settle(folder: Path) -> None:
     """Give Spark's files plain names in their order, and drop its hidden checksums and markers."""
     for file in folder.iterdir():
-        if file.name.startswith((".", "_")):
+        if is_hidden(file.name):
             file.unlink()
     for i, file in enumerate(sorted(folder.iterdir())):
         file.rename(folder / f"part-{i:05d}.parquet")
@@ -92,8 +92,8 @@ def visible_files(path: Path) -> list[Path]:
         return [path]
     found = []
     for folder, folders, files in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-        found += [Path(folder) / name for name in files if not name.startswith((".", "_"))]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [Path(folder) / name for name in files if not is_hidden(name)]
     return sorted(found)
 
 
@@ -117,7 +117,7 @@ def readable(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def replacing(out: Path, made_from: Path, columns: Sequence[str]) -> Iterator[Path]:
-    """A fresh folder beside `out` that takes its place when the block ends without an error.
+    """A path beside `out` for a new folder, which takes the place of `out` if the block ends without an error.
 
     Raises ValueError where `out` holds anything but the files of a table with `columns`, or what the result is made
     from: only a former result is ever overwritten.
@@ -132,20 +132,9 @@ def replacing(out: Path, made_from: Path, columns: Sequence[str]) -> Iterator[Pa
     foreign = [f.name for f in out.iterdir() if not _is_result(f, columns)] if out.exists() else []
     if foreign:
         raise ValueError(f"--out {out} holds {sorted(foreign)[0]}, which is no former result; name another folder.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield work / "new"
-        if out.exists():
-            os.rename(out, work / "old")
-        try:
-            os.rename(work / "new", out)
-        except OSError:
-            if (work / "old").exists():
-                os.rename(work / "old", out)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with replaced_folder(out) as draft:
+        draft.rmdir()  # Spark makes the folder itself
+        yield draft
 
 
 def _is_result(file: Path, columns: Sequence[str]) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyspark
 
+from notellm2_core.runtime.files import written_whole
 from spark_jobs.session import java_home, spark_session
 
 ROOT = Path(__file__).parents[1]
@@ -37,12 +38,10 @@ def quick_jvm() -> str:
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not archive.exists():
-            draft = archive.with_suffix(".draft")
-            draft.unlink(missing_ok=True)
-            command = [sys.executable, "-m", "tests.jvm", f"{_SMALL} -XX:{make}={draft}"]
-            subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-            draft.touch()
-            draft.rename(archive)
+            with written_whole(archive) as draft:
+                command = [sys.executable, "-m", "tests.jvm", f"{_SMALL} -XX:{make}={draft}"]
+                subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+                draft.touch()
     return f"{_SMALL} -XX:{use}={archive} -Xlog:disable" if archive.stat().st_size else _SMALL
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import yaml
 
 from assets.resources.steps import Step
-from notellm2_core.lake import fingerprint, write_atomically
+from notellm2_core.lake import fingerprint
 from notellm2_core.recipe import Recipe
+from notellm2_core.runtime.files import write_atomically
 
 
 def note_arguments(step: Step) -> list[str | Path]:

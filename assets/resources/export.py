@@ -6,7 +6,7 @@ from typing import Any
 
 from assets.resources.arguments import note_arguments, picture_folders
 from assets.resources.steps import Step
-from notellm2_core.files import link_or_copy
+from notellm2_core.runtime.files import link_or_copy, parquet_files
 from notellm2_core.training.launch import torchrun
 
 MULTIMODAL = "multimodal"
@@ -27,7 +27,7 @@ def export(step: Step, model: Path, kinds: Sequence[str], note_ids: Path | None 
     step.command([*command, "--note-ids", note_ids] if note_ids else command)
     for kind in kinds:
         (step.out / kind).mkdir()
-        for shard in (step.work / kind).glob("*.parquet"):
+        for shard in parquet_files(step.work / kind):
             link_or_copy(shard, step.out / kind / shard.name)
 
 

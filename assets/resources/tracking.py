@@ -5,7 +5,6 @@ A server that is dead or slow costs a few timeouts per step and a warning; the m
 
 import os
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import dagster as dg
 
 from notellm2_core.config import Tracking
 from notellm2_core.lake import Dataset
+from notellm2_core.runtime.files import draft_folder
 
 _PICTURES = (".png", ".jpg", ".md", ".json", ".yaml")
 _MAX_ARTIFACT_BYTES = 2_000_000
@@ -77,9 +77,8 @@ def make_store(file: Path) -> None:
     """MLflow's sqlite file, whole or not at all: one that a kill left half made MLflow would refuse for ever."""
     if file.exists():
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as folder:
-        draft = Path(folder) / file.name
+    with draft_folder(file) as folder:  # sqlite writes other files beside its own
+        draft = folder / file.name
         _client(f"sqlite:///{draft}").search_experiments(max_results=1)
         if not file.exists():
             draft.replace(file)

@@ -18,6 +18,7 @@ from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.embeddings import Made, read_note_ids, write_shards
 from notellm2_core.notes.plain_text import plain_text
 from notellm2_core.notes.records import Note, read_notes
+from notellm2_core.runtime.files import sha256_of
 from notellm2_core.weights import PACKAGES, package_path
 
 BATCH_NOTES = 32
@@ -42,7 +43,7 @@ def export_encoder(encoder: str, notes: dict[str, Note], out: Path) -> None:
     except OSError as e:
         raise ValueError(f"encoder {encoder!r} can be loaded neither as a folder nor from the hub: {e}") from e
     files = sorted(Path(location).rglob("*.safetensors"))
-    weights = {p.name: lake.sha256_of(p) for p in files} or location
+    weights = {p.name: sha256_of(p) for p in files} or location
     progress = tqdm(total=len(notes), desc=encoder, unit="notes")
 
     def embed(ids: Sequence[str]) -> np.ndarray:

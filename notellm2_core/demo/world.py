@@ -36,6 +36,7 @@ from notellm2_core.demo.logs import DAY, Impressions, simulate
 from notellm2_core.demo.pictures import STYLES, draw_picture
 from notellm2_core.demo.texts import poor_titles, write_note
 from notellm2_core.demo.words import THEMES
+from notellm2_core.runtime.files import written_whole
 
 FIRST_DAY = np.datetime64("2025-01-05T00:00:00")  # a Sunday, as weeks begin; days count from here, in UTC
 MIN_NOTES_PER_TOPIC = 20  # fewer topics in a small world, so that each one still has training and test notes
@@ -193,9 +194,8 @@ def _write_notes(path: Path, seed: int, layout: Layout) -> None:
             ],
         }
     )
-    draft = path.with_suffix(".draft")
-    pq.write_table(table, draft)
-    os.replace(draft, path)
+    with written_whole(path) as draft:
+        pq.write_table(table, draft)
 
 
 def _write_oracle(path: Path, layout: Layout) -> None:

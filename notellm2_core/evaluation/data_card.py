@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from notellm2_core.notes.text import WordUnit, count_words
+from notellm2_core.runtime.files import parquet_files
 
 Figures = Mapping[str, Any]
 _TEXTS = {
@@ -81,7 +82,7 @@ def _texts(notes: Path, ids: pa.Array, unit: WordUnit) -> dict[str, float]:
     """Means over the notes `ids`, read a batch at a time; words as `text.word_unit` counts them."""
     totals = dict.fromkeys(("title_words", "topics", "topic_words", "content_words"), 0)
     found = 0
-    for file in sorted(notes.glob("*.parquet")):
+    for file in parquet_files(notes):
         for batch in pq.ParquetFile(file).iter_batches(columns=["note_id", "title", "topics", "content"]):
             chosen = batch.filter(pc.is_in(batch["note_id"], ids))
             found += chosen.num_rows

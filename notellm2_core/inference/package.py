@@ -6,14 +6,13 @@ model. The weights are hard links where the file system can; everything else is 
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
-from notellm2_core.files import link_or_copy
 from notellm2_core.inference.card import CARD, CARD_FACTS, Layout, model_card, read_card_facts
-from notellm2_core.lake import MANIFEST, write_atomically
+from notellm2_core.lake import MANIFEST
 from notellm2_core.model.build import load_encoder, load_model
+from notellm2_core.runtime.files import link_or_copy, replaced_folder, write_atomically
 
 _MODULES = [{"idx": 0, "name": "0", "path": "", "type": "notellm2_core.inference.sentence.NoteModule"}]
 _SENTENCE_FILES: dict[str, Any] = {
@@ -35,8 +34,7 @@ def package(
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout = {layout!r}; choose one of {', '.join(get_args(Layout))}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is not empty; name a new folder.")
+    _require_new(out)
     if not (model / "config.json").exists():
         raise ValueError(f"{model} holds no model (no config.json); give the folder of a trained model.")
     load_model(model), load_encoder(model)  # a copy that cannot be loaded is not given away
@@ -45,10 +43,7 @@ def package(
     facts["checkpoint"] = _manifest(model).get("fingerprint", facts.get("checkpoint"))
     recall = None if report is None else _recall_of(report, model, facts["checkpoint"])
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    new = work / "new"
-    try:
+    with replaced_folder(out) as new:
         for source in sorted(p for p in model.rglob("*") if p.is_file()):
             name = source.relative_to(model)
             if str(name) in _NOT_COPIED or any(part.startswith(".") for part in name.parts):
@@ -60,12 +55,13 @@ def package(
         if layout == "sentence-transformers":
             for name_, content in _SENTENCE_FILES.items():
                 write_atomically(new / name_, json.dumps(content, indent=1))
-        if out.exists():
-            out.rmdir()
-        new.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _require_new(out)  # nor has another process filled it meanwhile
     return {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def _require_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not empty; name a new folder.")
 
 
 def _recall_of(report: Path, model: Path, checkpoint: str | None) -> str:

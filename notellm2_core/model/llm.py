@@ -4,12 +4,12 @@ Nothing is unpickled (safetensors only) and no remote code runs.
 """
 
 import fcntl
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import notellm2_core.torch_compat  # noqa: F401, before transformers
+from notellm2_core.runtime.files import new_folder, sha256_of
 
 # isort: split
 import torch
@@ -32,7 +32,6 @@ from transformers import (
 )
 
 from notellm2_core import config
-from notellm2_core.lake import sha256_of
 from notellm2_core.model.pretrained import one_line, quiet, require_complete
 from notellm2_core.notes.text import PROMPTS
 from notellm2_core.weights import PACKAGES, package_path
@@ -144,8 +143,6 @@ def _converted(gguf: Path, name: str, cache_dir: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process converts, the others wait for it; a kill releases it
         if target.exists():
             return target
-        work = cache_dir / f".{target.name}.partial"
-        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
         with _errors_of(name), quiet():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             decoder, report = AutoModel.from_pretrained(
@@ -154,9 +151,9 @@ def _converted(gguf: Path, name: str, cache_dir: Path) -> Path:
         require_complete(report, name)
         # The weights are plain fp32 now, but transformers would not save what was once quantized.
         del decoder.config.quantization_config, decoder.hf_quantizer
-        decoder.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        work.rename(target)
+        with new_folder(target) as draft:
+            decoder.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
     return target
 
 

@@ -1,25 +1,23 @@
 """The store of vision features, and the reader of which note has which picture.
 
 A store is a folder of Parquet parts (`schema.vision_features`), one store per encoder, to which parts are only ever
-added. A part is written under a temporary name and renamed, so a killed writer leaves none half. Its pages carry
-checksums: a part that was damaged later is refused by name, and deleting it costs only its own pictures.
+added. A part is there whole or not at all. Its pages carry checksums: a part that was damaged later is refused by name,
+and deleting it costs only its own pictures.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from notellm2_core import schema
-from notellm2_core.lake import host
+from notellm2_core.runtime.files import naming, parquet_files, sweep, written_whole
 
 STORE_FACTS = "store.json"
 _ROW_GROUP_BYTES = 4 << 20  # small, so that a few pictures can be read without the whole part
@@ -58,10 +56,10 @@ class FeatureStore:
     def create(cls, root: Path, num_patches: int, width: int) -> "FeatureStore":
         """Open the store for writing; begin it if it is not there. Raises ValueError if it has other dimensions."""
         root.mkdir(parents=True, exist_ok=True)
-        _sweep(root)
+        sweep(root)
         if not (root / STORE_FACTS).exists():
-            text = json.dumps({"num_patches": num_patches, "width": width})
-            _write_whole(root / STORE_FACTS, lambda temporary: temporary.write_text(text))
+            with _written(root / STORE_FACTS) as draft:
+                draft.write_text(json.dumps({"num_patches": num_patches, "width": width}))
         store = cls(root)
         if (store.num_patches, store.width) != (num_patches, width):
             raise ValueError(f"{root} holds {store.num_patches} x {store.width} features, not {num_patches} x {width}")
@@ -69,7 +67,7 @@ class FeatureStore:
 
     def known(self) -> set[str]:
         """The image ids whose features are here, as of now. Raises ValueError naming a damaged part."""
-        for part in sorted(self.root.glob("part-*.parquet")):
+        for part in parquet_files(self.root):
             if part not in self._read:
                 with naming(part), pq.ParquetFile(part, page_checksum_verification=True) as file:
                     expected = schema.vision_features(self.num_patches, self.width)
@@ -110,13 +108,11 @@ class FeatureStore:
         table = pa.Table.from_arrays(arrays, schema=schema.vision_features(self.num_patches, self.width))
         rows = max(1, _ROW_GROUP_BYTES // ((self.num_patches + 1) * self.width * 2))
         name = hashlib.sha256("".join(image_ids).encode()).hexdigest()[:16]  # the same pictures: the same part
-        _write_whole(
-            self.root / f"part-{name}.parquet",
-            lambda temporary: pq.write_table(
-                table, temporary, row_group_size=rows, use_dictionary=False, compression="lz4",
+        with _written(self.root / f"part-{name}.parquet") as draft:
+            pq.write_table(
+                table, draft, row_group_size=rows, use_dictionary=False, compression="lz4",
                 write_statistics=False, write_page_checksum=True,
-            ),
-        )  # fmt: skip
+            )  # fmt: skip
 
     def load(self, image_ids: Sequence[str]) -> Features:
         """The features of `image_ids`, in that order. Raises ValueError if one is not here, or a part is damaged."""
@@ -178,30 +174,10 @@ def num_missing(images: Path, stores: Path) -> int:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name the file in what pyarrow raises."""
+def _written(path: Path) -> Iterator[Path]:
+    """`written_whole`, with `path` in the error of a disk that takes no more."""
     try:
-        yield
-    except (OSError, ValueError, pa.ArrowException) as e:
-        raise ValueError(f"{path} cannot be read ({e}); if it is damaged, delete it and run again") from e
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a name that no reader looks at, then rename."""
-    temporary = path.with_name(f".{path.name}.{host()}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with written_whole(path) as draft:
+            yield draft
     except OSError as e:
         raise OSError(f"{path} cannot be written: {e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sweep(root: Path) -> None:
-    """Remove what writers of this machine left that are no longer alive."""
-    for temporary in root.glob(f".*.{host()}.*.tmp"):
-        if not Path(f"/proc/{temporary.name.split('.')[-2]}").exists():
-            temporary.unlink(missing_ok=True)

@@ -25,7 +25,8 @@ from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
 from notellm2_core.notes import images
-from notellm2_core.notes.feature_store import FeatureStore, naming
+from notellm2_core.notes.feature_store import FeatureStore
+from notellm2_core.runtime.files import naming, parquet_files
 
 if TYPE_CHECKING:  # readers of the store need no torch
     from torch import Tensor
@@ -131,7 +132,7 @@ def _in_order(pool: ThreadPoolExecutor, work: Any, items: Iterable[Any], ahead: 
 
 
 def _note_files(notes: Path) -> list[Path]:
-    files = sorted(notes.glob("*.parquet"))
+    files = parquet_files(notes)
     if not files:
         raise ValueError(f"{notes} holds no notes (no *.parquet)")
     return files

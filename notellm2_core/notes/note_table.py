@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from notellm2_core.notes.feature_store import naming
 from notellm2_core.notes.pictured import WHITE_SPACE, PicturedNote, parse_topics
 from notellm2_core.notes.records import Note
+from notellm2_core.runtime.files import naming, parquet_files
 from notellm2_core.schema import SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
 
 SOURCE_NOTES = "notes.parquet"
@@ -84,7 +84,7 @@ def read_note_table(path: Path, images: Path | None = None, only: Collection[str
 def _files(path: Path) -> list[Path]:
     if path.is_dir() and (path / SOURCE_NOTES).exists():
         path = path / SOURCE_NOTES
-    files = [path] if path.is_file() else sorted(p for p in path.glob("*.parquet") if p.name[0] not in "._")
+    files = [path] if path.is_file() else parquet_files(path)
     if not files:
         raise ValueError(f"{path} holds no notes: give a folder with {SOURCE_NOTES}, or Parquet with the notes.")
     return files

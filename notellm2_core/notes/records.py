@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from notellm2_core.runtime.files import parquet_files
 from notellm2_core.schema import NOTES
 
 TEXT_COLUMNS = ("note_id", "title", "topics", "content")
@@ -65,7 +66,7 @@ def num_notes(path: Path) -> int:
 
 
 def _files(path: Path) -> list[Path]:
-    files = sorted(path.glob("*.parquet"))
+    files = parquet_files(path)
     if not files:
         raise ValueError(f"{path} holds no Parquet file; give the folder of the notes dataset.")
     return files

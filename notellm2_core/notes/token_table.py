@@ -4,7 +4,6 @@ a machine reads the same pages, and only those of the notes it needs.
 Fields are kept apart from the prompt around them: one table serves all methods and all kinds of input.
 """
 
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -14,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from notellm2_core import schema
-from notellm2_core.notes.feature_store import naming
 from notellm2_core.notes.note_tokenizer import FieldTokens, NoteTokenizer
 from notellm2_core.notes.records import Note, read_notes
+from notellm2_core.runtime.files import naming, written_whole
 
 TOKENS = "tokens.arrow"
 _BATCH_NOTES = 4096
@@ -68,22 +67,13 @@ class TokenTable(Mapping[str, FieldTokens]):
 
 def write_tokens(folder: Path, tokenizer: NoteTokenizer, notes: Iterable[Note]) -> None:
     """Tokenise `notes` into FOLDER/tokens.arrow, a few at a time; it is there whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{TOKENS}.tmp"  # a killed writer's is overwritten by the next
     columns = schema.NOTE_TOKENS.with_metadata({_MADE_WITH: tokenizer.tokens_id})
-    try:
-        with draft.open("wb") as file:
-            with pa.ipc.new_file(file, columns) as writer:
-                source = iter(notes)
-                while some := list(islice(source, _BATCH_NOTES)):
-                    fields = zip(*tokenizer.tokenize(some), strict=True)
-                    arrays = [pa.array([n.note_id for n in some], pa.string()), *(_lists(field) for field in fields)]
-                    writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=columns))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, folder / TOKENS)
-    finally:
-        draft.unlink(missing_ok=True)
+    with written_whole(folder / TOKENS) as draft, pa.ipc.new_file(draft, columns) as writer:
+        source = iter(notes)
+        while some := list(islice(source, _BATCH_NOTES)):
+            fields = zip(*tokenizer.tokenize(some), strict=True)
+            arrays = [pa.array([n.note_id for n in some], pa.string()), *(_lists(field) for field in fields)]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=columns))
 
 
 def read_tokens(

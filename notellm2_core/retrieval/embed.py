@@ -4,10 +4,7 @@ The shards are made in a hidden folder beside OUT, which takes OUT's place when 
 or not there, and a killed run goes on with the shards that it had not finished.
 """
 
-import os
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +17,7 @@ from tqdm import tqdm
 
 from notellm2_core import lake
 from notellm2_core.config import Export
-from notellm2_core.embeddings import Made, write_shards
-from notellm2_core.files import link_or_copy
+from notellm2_core.embeddings import FORMER, Made, write_shards
 from notellm2_core.inference.batch_embedder import VECTORS_VERSION, WINDOW_BATCHES
 from notellm2_core.inference.embedder import BATCH_NOTES, Embedder
 from notellm2_core.inference.hub import model_folder
@@ -29,8 +25,9 @@ from notellm2_core.notes.batch import InputKind
 from notellm2_core.notes.images import STATUSES
 from notellm2_core.notes.note_table import read_note_table
 from notellm2_core.retrieval.export import deciding_files
+from notellm2_core.runtime.files import is_draft, link_or_copy, parquet_files, swap_in
 
-_SHARD = re.compile(r"\.?part-\d{5,}\.parquet(\.tmp)?")  # .part-00000.parquet.tmp: a killed writer's draft
+_SHARD = re.compile(r"part-\d{5,}\.parquet")
 _MARK = "notellm2-embed-"  # of a shard's fingerprint: this command wrote it
 
 
@@ -68,7 +65,7 @@ def embed_notes(
         batch_notes,
     ]
     work.mkdir(parents=True, exist_ok=True)
-    for shard in out.glob("part-*.parquet"):
+    for shard in parquet_files(out):
         if not (work / shard.name).exists():
             link_or_copy(shard, work / shard.name)
 
@@ -87,7 +84,7 @@ def embed_notes(
         made = Made(_MARK + lake.fingerprint(decides), contents)
         kept = write_shards(work, table.note_ids, embed, made, Export().shard_notes, progress=progress)
         seconds = max(time.monotonic() - began, 1e-6)
-    _swap_in(work, out)
+    swap_in(work, out)
     return {
         "notes": len(table.note_ids),
         "kept": kept,
@@ -112,6 +109,8 @@ def _require_own(out: Path, made_from: Path) -> None:
 
 
 def _is_own(file: Path) -> bool:
+    if file.name == FORMER or is_draft(file):  # a killed run's
+        return True
     if not _SHARD.fullmatch(file.name) or not file.is_file():
         return False
     try:
@@ -119,13 +118,3 @@ def _is_own(file: Path) -> bool:
     except (OSError, pa.ArrowException):
         return False
     return metadata.get(b"fingerprint", b"").decode().startswith(_MARK)
-
-
-def _swap_in(work: Path, out: Path) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        if out.exists():
-            os.rename(out, aside / "old")
-        os.rename(work, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

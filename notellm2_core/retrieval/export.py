@@ -43,13 +43,14 @@ from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_not
 from notellm2_core.notes.lake_pictures import PICTURES_OPTION, LakePictures, PictureFolders
 from notellm2_core.notes.token_table import read_tokens
 from notellm2_core.processes import die_with_parent, is_of_torchrun
+from notellm2_core.runtime.files import sha256_of
 
 
 def deciding_files(model_dir: Path) -> dict[str, str]:
     """Name -> checksum of the files of a model that decide its vectors: weights, configuration, tokens; no records."""
     records = ("training.json", "card.json", lake.MANIFEST)
     files = (p for p in sorted(model_dir.iterdir()) if p.suffix in (".safetensors", ".json") and p.name not in records)
-    return {p.name: lake.sha256_of(p) for p in files}
+    return {p.name: sha256_of(p) for p in files}
 
 
 def export(

@@ -12,11 +12,9 @@ N: notes of the training pairs, d: embedding width, B: queries of a block, K: ca
 
 import argparse
 import json
-import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from notellm2_core import lake
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.embeddings import Embeddings, read_embeddings
 from notellm2_core.retrieval.relations import read_columns, read_relations
+from notellm2_core.runtime.files import write_atomically, written_whole
 from notellm2_core.schema import HARD_NEGATIVES
 
 BLOCK_QUERIES = 4096  # searched at a time
@@ -67,7 +65,11 @@ def mine(
     kept_of = np.zeros(len(wanted), dtype=np.int64)
     num_known = num_near = 0
     edges = np.zeros((2, 2))  # of the first and the last rank: the sum of the cosines, and how many
-    with _written_whole(out / "part-00000.parquet") as writer, tqdm(total=len(wanted), unit="note") as progress:
+    with (
+        written_whole(out / "part-00000.parquet") as draft,
+        pq.ParquetWriter(draft, HARD_NEGATIVES) as writer,
+        tqdm(total=len(wanted), unit="note") as progress,
+    ):
         for start in range(0, len(wanted), BLOCK_QUERIES):
             queries = np.arange(start, min(start + BLOCK_QUERIES, len(wanted)))
             _, candidates = index.faiss_index.search(table.vectors[queries], num_candidates)  # [B, K]
@@ -100,7 +102,7 @@ def mine(
         "mean_cosine_at_last_rank": at_last,
         "index_recall": ann_recall(index, table, last_rank, num_queries=200),  # percent of the exact up to last_rank
     }
-    lake.write_atomically(out / "counts.json", json.dumps(counts, indent=1) + "\n")
+    write_atomically(out / "counts.json", json.dumps(counts, indent=1) + "\n")
     return counts
 
 
@@ -157,22 +159,6 @@ def _widen(index: Any, factory: str, last_rank: int, num_notes: int) -> int:
 
         faiss.ParameterSpace().set_index_parameter(index, "efSearch", 2 * (last_rank + 1))
     return min(2 * (last_rank + 1), num_notes)
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[pq.ParquetWriter]:
-    """A writer of schema.HARD_NEGATIVES under a hidden name, moved in when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")  # a killed writer's is overwritten by the next
-    try:
-        with draft.open("wb") as file:
-            with pq.ParquetWriter(file, HARD_NEGATIVES) as writer:
-                yield writer
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,10 +6,7 @@ the two never part: `Index.load` refuses a folder whose checksums do not match.
 """
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from notellm2_core.embeddings import Embeddings, read_embeddings
-from notellm2_core.lake import sha256_of
+from notellm2_core.runtime.files import replaced_folder, sha256_of
 
 FORMAT_VERSION = 1
 _FILES = ("index.faiss", "ids.parquet", "index.json")
@@ -118,11 +115,7 @@ def build_index(embeddings_dir: Path, out: Path, factory: str, num_threads: int 
         raise ValueError(f"{out} holds something else than an index; give --out a new folder.")
     embeddings = read_embeddings(embeddings_dir)
     index = make_index(embeddings, factory, num_threads)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    draft = work / "new"
-    draft.mkdir()
-    try:
+    with replaced_folder(out) as draft:
         faiss.write_index(index.faiss_index, str(draft / "index.faiss"))
         positions = pa.array(range(len(embeddings.note_ids)), pa.int64())
         ids = pa.Table.from_arrays([positions, pa.array(embeddings.note_ids, pa.string())], schema=IDS)
@@ -136,11 +129,6 @@ def build_index(embeddings_dir: Path, out: Path, factory: str, num_threads: int 
             "sha256": {name: sha256_of(draft / name) for name in _FILES[:2]},
         }
         (draft / "index.json").write_text(json.dumps(facts, indent=1))
-        if out.exists():
-            os.rename(out, work / "old")
-        os.rename(draft, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return facts
 
 

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
+from notellm2_core.runtime.files import parquet_files
+
 
 @dataclass(frozen=True)
 class Relations:
@@ -71,7 +73,7 @@ def read_columns(
 
     None where there are no files. Raises ValueError where they lack a column.
     """
-    files = sorted(p for p in folder.glob("*.parquet") if p.name[0] not in "._")
+    files = parquet_files(folder)
     if not files:
         return None
     options = pads.ParquetReadOptions(dictionary_columns=list(dictionary))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from notellm2_core.lake import sha256_of, write_atomically
+from notellm2_core.runtime.files import sha256_of, sync, write_atomically
 
 
 class Checkpoints:
@@ -129,9 +129,9 @@ class Checkpoints:
         """The draft of `step` gets its name, and then the oldest one goes."""
         draft, name = self.folder / f"draft-{step}", self.folder / f"step-{step}"
         try:
-            _sync(draft)
+            sync(draft)
             os.rename(draft, name)
-            _sync(self.folder)
+            sync(self.folder)
             for old in self._steps()[: -self._num_kept]:
                 shutil.rmtree(self.folder / f"step-{old}")
         except OSError as e:
@@ -233,14 +233,6 @@ def _summed(values: torch.Tensor) -> torch.Tensor:
     on_device = values.cuda() if dist.get_backend() == "nccl" else values
     dist.all_reduce(on_device)
     return on_device.cpu()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _warn(text: str) -> None:

@@ -25,6 +25,7 @@ from notellm2_core.notes.lake_pictures import LakePictures, PictureFolders
 from notellm2_core.notes.text import InputKind
 from notellm2_core.notes.token_table import read_tokens
 from notellm2_core.retrieval.hard_negatives import read_hard_negatives
+from notellm2_core.runtime.files import parquet_files
 from notellm2_core.training.feature_table import FeatureTable
 from notellm2_core.training.losses import RowFacts
 from notellm2_core.training.pixel_table import PixelTable
@@ -220,7 +221,7 @@ def model_cache(config: Config) -> Path:
 
 def read_pairs(folder: Path) -> list[tuple[str, str]]:
     """The (query_id, target_id) of the Parquet files of `folder`, sorted; none where there is no such folder."""
-    files = sorted(folder.glob("*.parquet"))
+    files = parquet_files(folder)
     if not files:
         return []
     table = pads.dataset(files).to_table(columns=["query_id", "target_id"])

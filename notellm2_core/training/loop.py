@@ -15,12 +15,13 @@ from torch import Tensor
 
 from notellm2_core.ahead import one_ahead
 from notellm2_core.config import Config
-from notellm2_core.lake import fingerprint, write_atomically
+from notellm2_core.lake import fingerprint
 from notellm2_core.model.build import build_model
 from notellm2_core.model.parts import set_trained
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.notes.lake_pictures import PictureFolders
 from notellm2_core.recipe import STAGES, get_setting
+from notellm2_core.runtime.files import write_atomically
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache, schedule

@@ -1,11 +1,12 @@
 """Arrays that are made once and mapped into memory: all ranks of a machine share their pages."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+from notellm2_core.runtime.files import written_whole
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: DTypeLike, fill: Callable[[np.ndarray], None]) -> np.ndarray:
@@ -16,15 +17,10 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: DTypeLike, fill: Callable[
     if not shape[0]:  # nothing can be mapped
         return np.zeros(shape, dtype)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.draft")
-        try:
+        with written_whole(path) as draft:
             values = np.lib.format.open_memmap(draft, mode="w+", dtype=dtype, shape=shape)
             fill(values)
             values.flush()
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
     try:
         table = np.load(path, mmap_mode="r")
         if (table.shape, table.dtype) != (shape, np.dtype(dtype)):

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from notellm2_core.lake import write_atomically
+from notellm2_core.runtime.files import write_atomically
 
 Metrics = Mapping[str, float]
 _MLFLOW_CLOSE_SECONDS = 15

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
-from notellm2_core.lake import write_atomically
 from notellm2_core.model.build import its_own_encoder, load_model
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
@@ -26,6 +25,7 @@ from notellm2_core.model.vision import VisionEncoder, with_features
 from notellm2_core.notes.batch import NoteBatch
 from notellm2_core.notes.feature_store import encoder_id
 from notellm2_core.notes.lake_pictures import PICTURES_OPTION, PictureFolders
+from notellm2_core.runtime.files import write_atomically
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
 from notellm2_core.training.losses import RowFacts, capped_tau
 from notellm2_core.training.step import method_losses

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from notellm2_core.config import Config
 from notellm2_core.inference.card import CARD, CARD_FACTS, Architecture, card_facts, model_card
-from notellm2_core.lake import write_atomically
 from notellm2_core.model.lora import adapted_layers, is_adapter, merge
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.vision import VisionEncoder, saved_encoder_id
 from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.runtime.files import write_atomically
 from notellm2_core.training.losses import MAX_TAU
 
 DONE = "training.json"

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from notellm2_core.lake import MANIFEST, Lake, LakeError, fingerprint, open_dataset, sha256_of
+from notellm2_core.lake import MANIFEST, Lake, LakeError, fingerprint, open_dataset
+from notellm2_core.runtime.files import sha256_of
 from notellm2_core.schema import SCHEMA_VERSION
 
 
@@ -139,6 +140,6 @@ def test_datasets_of_a_name_without_those_that_cannot_be_trusted(tmp_path: Path)
     lake = Lake(tmp_path)
     assert lake.datasets("things") == []
     paths = [_publish(lake, fp) for fp in ("f2", "f1", "f3")]
-    shutil.copytree(paths[0], paths[0].with_name(".f2.host.1.draft"))  # what is about to be moved in
+    shutil.copytree(paths[0], paths[0].with_name(".f2.host.1.0123abcd.draft"))  # what is about to be moved in
     (paths[2] / MANIFEST).write_text("{")
     assert {dataset.path for dataset in lake.datasets("things")} == {*paths[:2]}

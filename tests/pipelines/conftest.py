@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from notellm2_core.config_file import load_config
-from notellm2_core.lake import sha256_of
 from notellm2_core.recipe import STAGES, Recipe
+from notellm2_core.runtime.files import sha256_of
 from tests.jvm import UNCOMPILED, quick_jvm
 
 ROOT = Path(__file__).parents[2]

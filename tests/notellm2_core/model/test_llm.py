@@ -6,9 +6,10 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from notellm2_core import weights
 from notellm2_core.config import LLM
-from notellm2_core.model import llm
 from notellm2_core.model.llm import llm_architecture, load_llm, tiny_tokenizer
+from notellm2_core.runtime.files import sha256_of
 from notellm2_core.weights import package_path
+from tests.support.drafts import dead_process, draft_of
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_smollm2_is_converted_once_and_whole(tmp_path: Path) -> None:
     by its path is the same conversion.
     """
     gguf = package_path("package:smollm2")
-    leftover = tmp_path / f".{gguf.stem}-{llm.sha256_of(gguf)[:16]}.partial"
+    leftover = draft_of(tmp_path / f"{gguf.stem}-{sha256_of(gguf)[:16]}", dead_process())
     leftover.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half")
     decoder, tokenizer = load_llm(LLM(name="package:smollm2", num_layers=2), tmp_path)

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from notellm2_core import config, schema
-from notellm2_core.lake import host
 from notellm2_core.model.vision import VisionEncoder, load_vision_encoder
 from notellm2_core.notes import feature_store, features
 from notellm2_core.notes.feature_store import FeatureStore, num_missing, read_note_images
+from tests.support.drafts import dead_process, draft_of
 
 ENCODER_BATCH = 4
 
@@ -164,11 +164,8 @@ def test_a_failed_write_leaves_nothing(store, monkeypatch):
 
 
 def test_leftovers_of_dead_writers_are_removed(store):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    gone = store.root / f".part-x.parquet.{host()}.{dead.pid}.tmp"
-    alive = store.root / f".part-x.parquet.{host()}.{os.getpid()}.tmp"
-    elsewhere = store.root / f".part-x.parquet.another-host.{dead.pid}.tmp"
+    part, dead = store.root / "part-x.parquet", dead_process()
+    gone, alive, elsewhere = draft_of(part, dead), draft_of(part, os.getpid()), draft_of(part, dead, "another-host")
     gone.touch(), alive.touch(), elsewhere.touch()
     FeatureStore.create(store.root, 3, 2)
     assert not gone.exists() and alive.exists() and elsewhere.exists()

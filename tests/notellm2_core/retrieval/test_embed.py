@@ -16,6 +16,7 @@ from notellm2_core.inference.embedder import Embedder
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.retrieval import embed
 from tests.notellm2_core.released import Release, write_release
+from tests.support.drafts import dead_process, draft_of
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,9 @@ def test_a_picture_in_the_table_alone_makes_a_note(release: Release, tmp_path: P
 
 
 def test_goes_on_where_it_was_stopped(release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of 6 notes: stopped in the third, two are kept, and OUT appears only when all four are there."""
+    """Shards of 6 notes: stopped in the third, two are kept, and OUT appears only when all four are there. What a
+    killed run has left beside its shards is no obstacle.
+    """
     out = tmp_path / "out"
     monkeypatch.setattr(embed, "Export", lambda: type("E", (), {"shard_notes": 6}))
     own, calls = Embedder.embed, []
@@ -103,6 +106,8 @@ def test_goes_on_where_it_was_stopped(release: Release, tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         embed.embed_notes(release.model, release.source, out)
     assert not out.exists()
+    draft_of(tmp_path / ".out.partial" / "part-00002.parquet", dead_process()).write_bytes(b"half a shard")
+    (tmp_path / ".out.partial" / ".former").mkdir()
     assert embed.embed_notes(release.model, release.source, out)["kept"] == 12
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and len(list(out.iterdir())) == 4
     assert embed.embed_notes(release.model, release.source, out)["kept"] == 20

@@ -27,6 +27,7 @@ from notellm2_core.notes import features
 from notellm2_core.notes.feature_store import FeatureStore, read_note_images
 from notellm2_core.notes.token_table import read_tokens
 from notellm2_core.retrieval import export
+from tests.support.drafts import draft_of
 from tests.waiting import wait_for
 
 NUM_NOTES = 30
@@ -163,7 +164,7 @@ def test_killed_and_started_again(world: Path, whole: Path, tmp_path: Path) -> N
         child.wait()
     kept = {p: p.stat().st_mtime_ns for p in second.parent.glob("part-*.parquet")}
     assert len(kept) == 2
-    (second.parent / ".part-00002.parquet.tmp").write_bytes(b"half a shard")
+    draft_of(second.with_name("part-00002.parquet"), child.pid).write_bytes(b"half a shard")
     export.main(arguments_)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert sorted(p.name for p in second.parent.iterdir()) == [f"part-0000{n}.parquet" for n in range(5)]

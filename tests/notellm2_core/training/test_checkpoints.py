@@ -145,7 +145,7 @@ def test_a_full_disk_stops_nothing(
 
 @pytest.mark.parametrize(
     ("where", "kept"),
-    [("_sync", [1, 2]), ("os.rename", [1, 2]), ("shutil.rmtree", [1, 2, 3])],
+    [("sync", [1, 2]), ("os.rename", [1, 2]), ("shutil.rmtree", [1, 2, 3])],
 )
 def test_a_disk_that_refuses_a_name_or_a_removal_stops_nothing(
     where: str, kept: list[int], engine: Engine, tmp_path: Path,

@@ -1,0 +1,18 @@
+"""What a killed writer leaves behind."""
+
+import subprocess
+from pathlib import Path
+
+from notellm2_core.runtime.files import host
+
+
+def dead_process() -> int:
+    """The id of a process of this host that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def draft_of(path: Path, process: int, on_host: str | None = None) -> Path:
+    """Where that process would write `path` before it is whole."""
+    return path.with_name(f".{path.name}.{on_host or host()}.{process}.0123abcd.draft")
