@@ -7,13 +7,13 @@ from typing import Any
 import dagster as dg
 
 from assets.resources.pipeline import Pipeline, user_errors
-from notellm2_core.config import Checks
+from notellm2_core.config_data import CheckSettings
 
 Figures = Mapping[str, Any]
 Verdict = tuple[bool, dict[str, Any]]
 
 
-def dropped_share(figures: Figures, limits: Checks) -> Verdict:
+def dropped_share(figures: Figures, limits: CheckSettings) -> Verdict:
     """Not more of the rows than allowed lie in quarantine.
 
     Exact duplicates of an event are harmless; rows without a readable time are judged where the log is landed.
@@ -31,7 +31,7 @@ def dropped_share(figures: Figures, limits: Checks) -> Verdict:
     }
 
 
-def undated_share(figures: Figures, limits: Checks) -> Verdict:
+def undated_share(figures: Figures, limits: CheckSettings) -> Verdict:
     """Not more than allowed can be placed nowhere in time, of the whole log and of any of its files."""
     share = max(figures["undated"] / figures["rows"], figures["most_undated"]["share"])
     return share <= limits.max_dropped_share, {
@@ -41,7 +41,7 @@ def undated_share(figures: Figures, limits: Checks) -> Verdict:
     }
 
 
-def unusable_images(figures: Figures, limits: Checks) -> Verdict:
+def unusable_images(figures: Figures, limits: CheckSettings) -> Verdict:
     """Not more of the named images than allowed are absent, broken, too large or outside the source."""
     unusable = {status: figures[status] for status in ("not_found", "broken", "too_large", "escapes")}
     named = figures["notes"] - figures["missing"]
@@ -54,12 +54,12 @@ def unusable_images(figures: Figures, limits: Checks) -> Verdict:
     }
 
 
-def no_leakage(figures: Figures, limits: Checks) -> Verdict:
+def no_leakage(figures: Figures, limits: CheckSettings) -> Verdict:
     """Every count of the leakage report is zero."""
     return not any(figures["leakage"].values()), dict(figures["leakage"])
 
 
-def enough_pairs(figures: Figures, limits: Checks) -> Verdict:
+def enough_pairs(figures: Figures, limits: CheckSettings) -> Verdict:
     """There are enough training and test pairs to learn from and to measure with."""
     train, test = figures["train"]["pairs"], figures["test"]["pairs"]
     passed = train >= limits.min_train_pairs and test >= limits.min_test_pairs
@@ -71,18 +71,18 @@ def enough_pairs(figures: Figures, limits: Checks) -> Verdict:
     }
 
 
-def finite_loss(figures: Figures, limits: Checks) -> Verdict:
+def finite_loss(figures: Figures, limits: CheckSettings) -> Verdict:
     """Training ended with a finite loss."""
     return isfinite(figures["loss_last"]), {"loss": figures["loss_last"]}
 
 
-def not_collapsed(figures: Figures, limits: Checks) -> Verdict:
+def not_collapsed(figures: Figures, limits: CheckSettings) -> Verdict:
     """Random pairs of embeddings are not all alike."""
     cosine = figures["mean_cosine"]["multimodal"]
     return cosine <= limits.max_mean_cosine, {"mean_cosine": cosine, "checks.max_mean_cosine": limits.max_mean_cosine}
 
 
-def _check(asset: str, judge: Callable[[Figures, Checks], Verdict]) -> dg.AssetChecksDefinition:
+def _check(asset: str, judge: Callable[[Figures, CheckSettings], Verdict]) -> dg.AssetChecksDefinition:
     @dg.asset_check(asset=asset, name=judge.__name__, description=judge.__doc__, blocking=True)
     def check(pipeline: Pipeline) -> dg.AssetCheckResult:
         recipe = pipeline.recipe()

@@ -12,6 +12,7 @@ from assets.resources.incremental import Period, landings, reduced_periods
 from assets.resources.partitions import require_partitions
 from assets.resources.steps import SPARK, Metrics, Step, dataset
 from notellm2_core.config_advice import without_effect
+from notellm2_core.config_data import EventSettings
 from notellm2_core.recipe import Recipe
 
 SPARK_KINDS = {"spark", "parquet"}
@@ -54,7 +55,6 @@ def notes(step: Step) -> Metrics:
 @dataset("logs", SPARK_KINDS, on=SPARK)
 def events(step: Step) -> Metrics:
     """What Eq. 2 asks of the clean events of the training and of the test days: first views and last clicks."""
-    from spark_jobs.clean import EventNames
     from spark_jobs.interactions import Window, join_periods
     from spark_jobs.landing import UNDATED, periods_between
 
@@ -76,7 +76,7 @@ def events(step: Step) -> Metrics:
             undated=figures(undated),
             notes=step.path("notes/notes"),
             out=step.out,
-            names=EventNames(source.view_events, source.click_events, source.ignored_events),
+            settings=EventSettings.of(source),
         )
 
 

@@ -1,8 +1,7 @@
 """From clean events to related pairs, split without leaks (Eq. 2, section 2.3)."""
 
-from dataclasses import fields
-
 from assets.resources.steps import SPARK, Metrics, Step, dataset
+from notellm2_core.config_data import FilterSettings, ScoringSettings, SideSettings
 
 SPARK_KINDS = {"spark", "parquet"}
 
@@ -10,9 +9,9 @@ SPARK_KINDS = {"spark", "parquet"}
 @dataset("pairs", SPARK_KINDS, on=SPARK)
 def cooccurrence(step: Step) -> Metrics:
     """Eq. 2: how strongly reading one note leads to clicking another, in the training days and in the test days."""
-    from spark_jobs.cooccurrence import Scoring, score
+    from spark_jobs.cooccurrence import score
 
-    scoring = Scoring(**{f.name: getattr(step.config.pairs, f.name) for f in fields(Scoring)})
+    scoring = ScoringSettings.of(step.config.pairs)
     with step.spark() as spark:
         return score(spark, windows=step.path("events"), out=step.out, scoring=scoring)
 
@@ -22,7 +21,6 @@ def note_sides(step: Step) -> Metrics:
     """Which notes train and which form the test pool; near-duplicates stay on one side."""
     from spark_jobs.split import assign_sides
 
-    split = step.config.split
     with step.spark() as spark:
         return assign_sides(
             spark,
@@ -30,25 +28,22 @@ def note_sides(step: Step) -> Metrics:
             events=step.path("events"),
             out=step.out / "sides",
             images=step.path("vision_features/note_images.parquet"),
-            by=split.by,
-            pool_share=split.pool_share,
-            max_pool_notes=split.max_pool_notes,
+            settings=SideSettings.of(step.config.split),
         )
 
 
 @dataset("pairs", SPARK_KINDS, on=SPARK)
 def related_pairs(step: Step) -> Metrics:
     """Section 2.3: scores outside [low, up] removed, then the top t of each note."""
-    from spark_jobs.related_pairs import Filters, relate
+    from spark_jobs.related_pairs import relate
 
-    filters = Filters(**{f.name: getattr(step.config.pairs, f.name) for f in fields(Filters)})
     with step.spark() as spark:
         return relate(
             spark,
             scores=step.path("cooccurrence"),
             sides=step.path("note_sides/sides"),
             out=step.out,
-            filters=filters,
+            filters=FilterSettings.of(step.config.pairs),
         )
 
 

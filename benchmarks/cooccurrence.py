@@ -39,7 +39,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from recall_seeds import tree_memory
 
-from notellm2_core.config import Pairs
+from notellm2_core.config_data import EventSettings, ScoringSettings
 from notellm2_core.runtime.files import parquet_files
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,20 +80,20 @@ def generate(num_events: int, file: Path, heavy_user: int = 0, seed: int = 0) ->
 
 
 def ours(log: Path, out: Path, memory: str, **scoring: Any) -> float:
-    """`scoring`: spark_jobs.score_tasks.Scoring."""
-    from spark_jobs.clean import EventNames
-    from spark_jobs.cooccurrence import Scoring, cooccurrence
+    """`scoring`: settings of ScoringSettings; nobody is capped unless they say so."""
+    from spark_jobs.cooccurrence import cooccurrence
     from spark_jobs.interactions import interactions
 
     spark = new_session(memory)
     started = time.monotonic()
     events = spark.read.parquet(str(log))
-    cooccurrence(interactions(events, EventNames(["view"], ["click"], None)), out, Scoring(**scoring))
+    names = EventSettings(view_events=("view",), click_events=("click",), ignored_events=None)
+    cooccurrence(interactions(events, names), out, ScoringSettings(**{"max_user_notes": None} | scoring))
     return time.monotonic() - started
 
 
 def capped(log: Path, out: Path, memory: str) -> float:
-    return ours(log, out, memory, max_user_notes=Pairs().max_user_notes)
+    return ours(log, out, memory, max_user_notes=ScoringSettings().max_user_notes)
 
 
 def expressions(log: Path, out: Path, memory: str) -> float:

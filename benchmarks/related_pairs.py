@@ -44,12 +44,13 @@ def swing(log: Path, out: Path, memory: str) -> float:
 
 
 def filters(log: Path, out: Path, memory: str) -> float:
-    from spark_jobs.related_pairs import Filters, relate
+    from notellm2_core.config_data import FilterSettings
+    from spark_jobs.related_pairs import relate
 
     spark = new_session(memory)
     started = time.monotonic()
     scores, sides = log.parent / "cooccurrence", log.parent / "sides"
-    relate(spark, scores, sides, out, Filters(LOW, UP, "absolute", TOP_T, 0.0, 1))
+    relate(spark, scores, sides, out, FilterSettings(low=LOW, up=UP, top_t=TOP_T))
     return time.monotonic() - started
 
 

@@ -28,8 +28,9 @@ import pyarrow.parquet as pq
 import yaml
 from scipy import stats
 
-from notellm2_core.config import Config, Training
+from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
+from notellm2_core.config_training import TrainingSettings
 from notellm2_core.evaluation.evaluate import evaluate
 from notellm2_core.evaluation.saliency import read_saliency, visual_shares
 from notellm2_core.model.build import load_model
@@ -163,7 +164,9 @@ def train(config: Config, folder: Path, data: dict[str, Path]) -> None:
     """FOLDER/model."""
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = launch_command(folder / "config.yaml", Training(), **data, work=folder / "work", out=folder / "model")
+    command = launch_command(
+        folder / "config.yaml", TrainingSettings(), **data, work=folder / "work", out=folder / "model"
+    )
     call(command, folder / "training.log")
     shutil.rmtree(folder / "work" / "checkpoints", ignore_errors=True)
 

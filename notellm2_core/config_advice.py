@@ -1,6 +1,7 @@
 """Settings that were changed and that nothing reads: what a user should hear before a run, not after it."""
 
-from notellm2_core.config import Config, Part
+from notellm2_core.config import Config
+from notellm2_core.config_training import Part
 from notellm2_core.model.methods import get_method
 
 

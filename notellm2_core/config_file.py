@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from notellm2_core.config import Config
+from notellm2_core.config_section import problems
 
 DEFAULT_CONFIG = "pipelines/configs/demo.yaml"  # relative to the repository root
 
@@ -35,12 +36,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as e:
-        problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'settings'}: "
-            + ("no such setting" if p["type"] == "extra_forbidden" else p["msg"])
-            for p in e.errors()
-        )
-        raise ConfigError(f"{path}: {problems}") from e
+        raise ConfigError(f"{path}: {problems(e)}") from e
 
 
 def config_in_force(path: str = "", source: str = "") -> Config:

@@ -7,14 +7,25 @@ embeddings of one model can never meet the index of another.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from notellm2_core.config import Config, Training
+from notellm2_core.config import Config, ExportSettings, ReportSettings, SaliencySettings
+from notellm2_core.config_data import (
+    EventSettings,
+    FilterSettings,
+    LengthSettings,
+    ScoringSettings,
+    SideSettings,
+    WordSettings,
+)
+from notellm2_core.config_model import ModelSettings
+from notellm2_core.config_section import Section
+from notellm2_core.config_training import RunSettings, TrainingSettings
 from notellm2_core.lake import Dataset, Lake, LakeError, fingerprint
 from notellm2_core.runtime.files import listing, write_atomically
 from notellm2_core.schema import SOURCE_EVENTS
@@ -32,49 +43,33 @@ class Stage:
     version: int = 1  # raise it when the code that makes the dataset changes its result
 
 
-# What decides the tokens; the other text settings are for the report alone.
-TEXT_SETTINGS = ("text.title_words", "text.content_words", "text.topic_words", "text.word_unit")
-_MODEL = ("seed", *TEXT_SETTINGS, "model.method", "model.llm", "model.connector", "model.projection_dim",
-          "model.matryoshka_dims", "model.temperature", "model.start", "model.vision")  # fmt: skip
-_EXPORT = ("export.batch_notes", "export.shard_notes")
-FREE_TRAINING_SETTINGS = (  # change no weight, or by no more than rounding (and dropout's draws)
-    "num_ranks", "num_nodes", "rendezvous", "hostfile", "checkpoint_every_steps", "checkpoint_every_minutes",
-    "num_checkpoints", "validate_every_steps", "log_every_steps", "micro_batch_tokens", "gradient_checkpointing",
-)  # fmt: skip
-# Of the hard negatives only how many a pair takes: which they are is the dataset of that name.
-TRAINING_SETTINGS = (
-    *(f"training.{name}" for name in Training.model_fields if name not in (*FREE_TRAINING_SETTINGS, "hard_negatives")),
-    "training.hard_negatives.num",
+def settings_of(section: str, group: type[Section], *, but: Container[str] = ()) -> tuple[str, ...]:
+    """The dotted names of all settings of `group` in `section`: a new one enters the rows that name its group."""
+    return tuple(f"{section}.{name}" for name in group.model_fields if name not in but)
+
+
+_WORDS = settings_of("text", WordSettings)
+_MODEL = ("seed", *_WORDS, *settings_of("model", ModelSettings, but=("lora", "license")))
+_EXPORT = settings_of("export", ExportSettings, but=("num_ranks",))
+_TRAINING = (
+    *settings_of("training", TrainingSettings, but=(*RunSettings.model_fields, "hard_negatives")),
+    "training.hard_negatives.num",  # only how many a pair takes: which they are is the dataset of that name
 )
 
 STAGES: Mapping[str, Stage] = {
     "raw_events": Stage((), ("source.partition",), version=7),
     "notes": Stage((), ()),
-    "events": Stage(
-        ("raw_events", "notes"),
-        ("source.view_events", "source.click_events", "source.ignored_events", "source.max_events_per_day", "window"),
-        version=4,
-    ),
+    "events": Stage(("raw_events", "notes"), (*settings_of("source", EventSettings), "window"), version=4),
     "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=3),
-    "cooccurrence": Stage(
-        ("events",),
-        ("pairs.score", "pairs.simultaneous", "pairs.max_user_notes", "pairs.swing_alpha", "pairs.swing_max_users"),
-        version=4,
-    ),
-    "note_sides": Stage(
-        ("notes", "events", "vision_features"), ("split.by", "split.pool_share", "split.max_pool_notes"), version=3
-    ),
-    "related_pairs": Stage(
-        ("cooccurrence", "note_sides"),
-        ("pairs.low", "pairs.up", "pairs.bounds", "pairs.top_t", "pairs.popularity_power", "pairs.min_users"),
-        version=2,
-    ),
+    "cooccurrence": Stage(("events",), settings_of("pairs", ScoringSettings), version=4),
+    "note_sides": Stage(("notes", "events", "vision_features"), settings_of("split", SideSettings), version=3),
+    "related_pairs": Stage(("cooccurrence", "note_sides"), settings_of("pairs", FilterSettings), version=2),
     "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",), version=2),
     "data_card": Stage(
         ("raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",),
         version=2,
     ),
-    "note_tokens": Stage(("notes",), (*TEXT_SETTINGS, "model.llm.name"), version=2),
+    "note_tokens": Stage(("notes",), (*_WORDS, "model.llm.name"), version=2),
     "start_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
     "hard_negatives": Stage(
         ("start_model", "note_tokens", "vision_features", "pair_datasets", "note_sides"),
@@ -82,7 +77,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "checkpoint": Stage(
         ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"),
-        (*_MODEL, "model.lora", *TRAINING_SETTINGS),
+        (*_MODEL, "model.lora", *_TRAINING),
         version=6,
     ),
     "start_embeddings": Stage(
@@ -93,14 +88,12 @@ STAGES: Mapping[str, Stage] = {
     "faiss_index": Stage(("note_embeddings",), ("index",)),
     "saliency": Stage(
         ("checkpoint", "note_tokens", "vision_features", "pair_datasets"),
-        ("evaluation.saliency_pairs", "evaluation.saliency_batch_pairs"),
-        version=2,
+        settings_of("evaluation", SaliencySettings), version=2,
     ),
     "eval_recall": Stage(
         ("note_embeddings", "faiss_index", "start_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
          "checkpoint", "notes", "saliency"),
-        ("evaluation.ks", "evaluation.baselines", "evaluation.num_sheet_queries", "text.short_tokens",
-         "text.long_tokens", "text.length_tokenizer", "seed", "model.license"),
+        (*settings_of("evaluation", ReportSettings), *settings_of("text", LengthSettings), "seed", "model.license"),
         version=2,
     ),
 }  # fmt: skip

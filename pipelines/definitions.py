@@ -9,12 +9,12 @@ from assets import logs
 from assets.checks import CHECKS
 from assets.resources.partitions import log_partitions
 from assets.resources.pipeline import Pipeline
-from notellm2_core.config import Source
+from notellm2_core.config_data import SourceSettings
 from notellm2_core.config_file import ConfigError, config_in_force
 from pipelines.jobs import weekly_retrain, weekly_retrain_schedule
 
 
-def definitions(source: Source) -> dg.Definitions:
+def definitions(source: SourceSettings) -> dg.Definitions:
     """The graph with the partitions of `source`; all else is read when a run starts."""
     partitions = log_partitions(source)
     return dg.Definitions(
@@ -28,13 +28,13 @@ def definitions(source: Source) -> dg.Definitions:
     )
 
 
-def _source_in_force() -> Source:
+def _source_in_force() -> SourceSettings:
     """A configuration that cannot be read does not keep the page from loading: every asset refuses it by name."""
     try:
         return config_in_force().source
     except ConfigError as e:
         print(f"warning: {e}; until then the graph shows the default partitions, and runs nothing", file=sys.stderr)
-        return Source()
+        return SourceSettings()
 
 
 defs = definitions(_source_in_force())

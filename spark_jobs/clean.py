@@ -4,8 +4,6 @@
 `spark_jobs.interactions`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from notellm2_core.config_data import EventSettings
 from notellm2_core.schema import EVENTS, NOTES, QUARANTINE, SOURCE_NOTE_COLUMNS
 from spark_jobs.source import read_source_notes, trimmed
 from spark_jobs.tables import counts_by, figures, read_table, readable, write_table
@@ -90,30 +89,17 @@ def _has_image(notes: DataFrame) -> Column:
     return F.isnotnull("image_path") | F.isnotnull("image")
 
 
-@dataclass(frozen=True)
-class EventNames:
-    """The log's event names, as the section `source` of the configuration sorts them; see there."""
-
-    views: Sequence[str]
-    clicks: Sequence[str]
-    ignored: Sequence[str] | None  # None: all that are neither viewed nor clicked
-
-    @property
-    def all(self) -> list[str]:
-        return sorted({*self.views, *self.clicks, *(self.ignored or ())})
-
-
-def label_events(raw: DataFrame, names: EventNames, dated: bool = True) -> DataFrame:
+def label_events(raw: DataFrame, settings: EventSettings, dated: bool = True) -> DataFrame:
     """Landed events with the `reason` to drop them (null: none), the first that holds of:
 
     malformed_row, ignored_event, bad_timestamp, absurd_timestamp (all others where not `dated`: what `land` could not
     place), null_user, null_note, unknown_event, duplicate_event (same user, note, time and event: one is kept).
     """
     event = F.coalesce("event", F.lit(""))
-    used = event.isin(*names.views, *names.clicks)
+    used = event.isin(*settings.view_events, *settings.click_events)
     fault = (
         F.when(F.col("malformed"), "malformed_row")
-        .when(~used if names.ignored is None else event.isin(*names.ignored), IGNORED)
+        .when(~used if settings.ignored_events is None else event.isin(*settings.ignored_events), IGNORED)
         .when(F.isnull("timestamp"), "bad_timestamp")
         .when(F.lit(not dated), "absurd_timestamp")
         .when(F.isnull("user_id"), "null_user")

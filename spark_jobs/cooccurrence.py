@@ -13,7 +13,6 @@ import filecmp
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from datetime import date
 from functools import reduce
 from pathlib import Path
@@ -27,15 +26,16 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from notellm2_core.cli_errors import one_line_errors
+from notellm2_core.config_data import EventSettings, ScoringSettings
+from notellm2_core.config_options import add_options, settings_from
 from notellm2_core.runtime.files import parquet_files
 from notellm2_core.schema import SCORES
-from spark_jobs.clean import EventNames, label_events, split_labelled, within
+from spark_jobs.clean import label_events, split_labelled, within
 from spark_jobs.interactions import interactions
 from spark_jobs.landing import land_events
 from spark_jobs.score_tasks import (
     FIGURES,
     PIECES,
-    Scoring,
     cut_lists,
     merged_figures,
     write_note_ids,
@@ -45,10 +45,8 @@ from spark_jobs.session import absolute_path, spark_session
 from spark_jobs.source import alike, event_files, read_source_events
 from spark_jobs.tables import counts_by, num_files, read_table, readable, replacing, top_counts, write_table
 
-_DEFAULT = Scoring()
 
-
-def cooccurrence(interactions: DataFrame, out: Path, scoring: Scoring = _DEFAULT) -> dict[str, Any]:
+def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -> dict[str, Any]:
     """Eq. 2: s(A -> B) = sum over u in U(A -> B) of 1 / N_u, as SCORES in the new folder `out`.
 
     u is in the set U(A -> B) iff u's first view of A is earlier than (`simultaneous`: not later than) u's last click on
@@ -104,7 +102,7 @@ def target_clicks(interactions: DataFrame) -> DataFrame:
     return clicks.groupBy("note_id").agg(F.count_distinct("user_id").alias("num_users"))
 
 
-def score(spark: SparkSession, windows: Path, out: Path, scoring: Scoring) -> dict[str, Any]:
+def score(spark: SparkSession, windows: Path, out: Path, scoring: ScoringSettings) -> dict[str, Any]:
     """`windows/train`, `windows/test` (INTERACTIONS) -> `out/train`, `out/test` (SCORES), and `out/train_clicks`,
     `out/test_clicks` (TARGET_CLICKS).
 
@@ -124,7 +122,7 @@ def score(spark: SparkSession, windows: Path, out: Path, scoring: Scoring) -> di
     return counts
 
 
-def _require_pairs(counts: Mapping[str, Any], scoring: Scoring, where: str) -> None:
+def _require_pairs(counts: Mapping[str, Any], scoring: ScoringSettings, where: str) -> None:
     if counts["pairs"]:
         return
     longer = "a longer window (window.train_days, window.test_days; --start, --end)"
@@ -145,53 +143,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m spark_jobs.cooccurrence", description="Eq. 2 over behaviour logs.")
     parser.add_argument("--events", type=absolute_path, required=True, help="events.csv(.gz), Parquet, or a source")
     parser.add_argument("--out", type=absolute_path, required=True, help="folder for the scores")
-    parser.add_argument("--view-events", default="view,click", help="event names that count as viewed")
-    parser.add_argument("--click-events", default="click", help="event names that count as clicked")
-    parser.add_argument("--simultaneous", action="store_true", help="a click at the very time of the view counts")
-    parser.add_argument(
-        "--max-user-notes",
-        type=_number_or_all,
-        metavar="N",
-        help="of each user, the notes viewed latest and clicked latest that make pairs (default: all)",
-    )
-    parser.add_argument("--score", choices=("cooccurrence", "swing"), default="cooccurrence", help="Eq. 2, or Swing")
-    parser.add_argument("--swing-alpha", type=float, default=_DEFAULT.swing_alpha, help="default: %(default)s")
-    parser.add_argument("--swing-max-users", type=int, default=_DEFAULT.swing_max_users, help="default: %(default)s")
+    add_options(parser, EventSettings, "view_events", "click_events")
+    add_options(parser, ScoringSettings, "simultaneous", "score", "swing_alpha", "swing_max_users")
+    add_options(parser, ScoringSettings, "max_user_notes", default="all")
     parser.add_argument("--start", type=date.fromisoformat, help="first day, YYYY-MM-DD")
     parser.add_argument("--end", type=date.fromisoformat, help="the day after the last one")
     args = parser.parse_args()
-    lists = (args.view_events, args.click_events)
-    views, clicks = ([name for part in of.split(",") if (name := part.strip())] for of in lists)
-    event_names = EventNames(views, clicks, ignored=None)
     with one_line_errors(), replacing(args.out, args.events, SCORES.names) as out, readable(args.events):
         if args.start and args.end and args.start >= args.end:
             raise ValueError(f"--start {args.start} is not before --end {args.end}.")
-        scoring = Scoring(**{field.name: getattr(args, field.name) for field in fields(Scoring)})
+        settings = settings_from(args, EventSettings, ignored_events=None, max_events_per_day=None)
+        scoring = settings_from(args, ScoringSettings)
         spark = spark_session("cooccurrence")
         groups = alike(args.events, event_files(args.events))
         landed = (land_events(read_source_events(spark, args.events, files)) for files in groups)
         raw = reduce(DataFrame.union, landed).persist()
         names = top_counts(raw, "event")
         in_days = F.isnull("timestamp") | within(args.start, args.end)
-        labelled = label_events(raw.filter(in_days), event_names).persist()
+        labelled = label_events(raw.filter(in_days), settings).persist()
         events, quarantine = split_labelled(labelled)
-        if not events.filter(F.col("event").isin(*event_names.clicks)).head(1):
+        if not events.filter(F.col("event").isin(*settings.click_events)).head(1):
             dropped = counts_by(quarantine, "reason") or "nothing"
             raise ValueError(
                 f"{args.events}: no clicks; set --click-events, --start, --end. Event names: {names}. "
                 f"Dropped: {dropped}."
             )
-        counts = cooccurrence(interactions(events, event_names), out, scoring)
+        counts = cooccurrence(interactions(events, settings), out, scoring)
         _require_pairs(counts, scoring, str(args.events))
         print(json.dumps({"rows": raw.count(), "events": names, "dropped": counts_by(quarantine, "reason"), **counts}))
-
-
-def _number_or_all(text: str) -> int | None:
-    if text == "all":
-        return None
-    if not text.isdecimal() or not 0 < int(text) < 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text} is neither a number above 0 nor 'all'")
-    return int(text)
 
 
 if __name__ == "__main__":

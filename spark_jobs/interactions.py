@@ -19,8 +19,9 @@ from pyspark.sql import Window as SparkWindow
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from notellm2_core.config_data import EventSettings
 from notellm2_core.schema import INTERACTIONS, QUARANTINE
-from spark_jobs.clean import IGNORED, EventNames, label_events, split_labelled, within
+from spark_jobs.clean import IGNORED, label_events, split_labelled, within
 from spark_jobs.tables import added, figures, num_files, read_table, write_partitions, write_table
 
 _Rows = Sequence[Any]  # of Spark
@@ -41,9 +42,9 @@ class Window:
     periods: Mapping[Path, Mapping[str, Any]]
 
 
-def interactions(events: DataFrame, names: EventNames) -> DataFrame:
+def interactions(events: DataFrame, settings: EventSettings) -> DataFrame:
     """EVENTS -> INTERACTIONS, a row per event: a view at its time, and a click too where it is one."""
-    clicked = F.col("event").isin(*names.clicks)
+    clicked = F.col("event").isin(*settings.click_events)
     return events.select(
         "user_id",
         "note_id",
@@ -60,8 +61,7 @@ def reduce_periods(
     landed: Mapping[str, Path],
     days: Mapping[str, tuple[date, date] | None],
     out: Path,
-    names: EventNames,
-    max_events_per_day: int | None,
+    settings: EventSettings,
 ) -> dict[str, dict[str, Any]]:
     """Landed periods, by name -> of each `out/NAME/interactions` (INTERACTIONS), `robots` (user_id), `quarantine`.
 
@@ -71,11 +71,11 @@ def reduce_periods(
     Returns of each rows (of the days), ignored_event, dropped {reason: rows}, events {name: rows}, first_day, last_day.
     """
     labelled = reduce(
-        DataFrame.union, (_labelled(spark, path, days[period], names, period) for period, path in landed.items())
+        DataFrame.union, (_labelled(spark, path, days[period], settings, period) for period, path in landed.items())
     ).persist()
     events, quarantine = split_labelled(labelled)
     reduced = (
-        interactions(events, names)
+        interactions(events, settings)
         .groupBy("period", "user_id", "note_id")
         .agg(
             F.min("first_view").alias("first_view"),
@@ -86,7 +86,8 @@ def reduce_periods(
     )
     used = labelled.filter("reason IS NULL OR reason = 'duplicate_event'")
     by_day = used.groupBy("period", "user_id", F.to_date("timestamp")).count()
-    robots = by_day.filter(F.col("count") > (max_events_per_day or 1 << 62)).select("period", "user_id").distinct()
+    most_by_day = settings.max_events_per_day or 1 << 62
+    robots = by_day.filter(F.col("count") > most_by_day).select("period", "user_id").distinct()
     tables = {"interactions": (reduced, ["user_id", "note_id"]), "robots": (robots, ["user_id"]),
               "quarantine": (quarantine, ["reason", "row"])}  # fmt: skip
     for name, (table, sort) in tables.items():
@@ -108,12 +109,12 @@ def reduce_periods(
 
 
 def _labelled(
-    spark: SparkSession, path: Path, days: tuple[date, date] | None, names: EventNames, period: str
+    spark: SparkSession, path: Path, days: tuple[date, date] | None, settings: EventSettings, period: str
 ) -> DataFrame:
     raw = read_table(spark, path)
     if days is not None:
         raw = raw.filter(within(*days))
-    return label_events(raw, names, dated=days is not None).withColumn("period", F.lit(period))
+    return label_events(raw, settings, dated=days is not None).withColumn("period", F.lit(period))
 
 
 def _period_counts(period: str, by_reason: _Rows, by_event: _Rows, spans: _Rows) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def join_periods(
     undated: Mapping[Path, Mapping[str, Any]],
     notes: Path,
     out: Path,
-    names: EventNames,
+    settings: EventSettings,
 ) -> dict[str, Any]:
     """Reduced periods -> `out/train`, `out/test` (INTERACTIONS) and `out/quarantine`. Windows may be equal.
 
@@ -178,7 +179,7 @@ def join_periods(
         kept = labelled(window.periods).filter("reason IS NULL").select(INTERACTIONS.names)
         write_table(kept, out / name, ["user_id", "note_id", "first_view"], num_files(spark))
         counts[name] = _counts(read_table(spark, out / name), window)
-        _require(counts, name, window, names, spark, notes)
+        _require(counts, name, window, settings, spark, notes)
     return counts
 
 
@@ -205,7 +206,7 @@ def _counts(table: DataFrame, window: Window) -> dict[str, Any]:
 
 
 def _require(
-    counts: Mapping[str, Any], name: str, window: Window, names: EventNames, spark: SparkSession, notes: Path
+    counts: Mapping[str, Any], name: str, window: Window, settings: EventSettings, spark: SparkSession, notes: Path
 ) -> None:
     """Raises ValueError naming the setting that leaves the window without events, or without clicks."""
     span = f"{window.start} to {window.end} (exclusive)"
@@ -219,7 +220,7 @@ def _require(
         says = f"no usable events in the {name} window, {span}:"
         if most == "unknown_event":
             raise ValueError(
-                f"{says} the log's event names are {found}, the settings know {', '.join(names.all)}; set "
+                f"{says} the log's event names are {found}, the settings know {', '.join(settings.event_names)}; set "
                 "source.view_events and source.click_events."
             )
         if most == "robot":
@@ -235,6 +236,6 @@ def _require(
         raise ValueError(f"{says} dropped: {reasons}; set window.end (or WEEK) and window.{name}_days.")
     if not counts[name]["clicks"]:
         raise ValueError(
-            f"no clicks in the {name} window, {span}: set source.click_events, now {list(names.clicks)}, to names "
-            f"that occur ({found}), or window.end."
+            f"no clicks in the {name} window, {span}: set source.click_events, now {list(settings.click_events)}, to "
+            f"names that occur ({found}), or window.end."
         )

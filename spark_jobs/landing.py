@@ -9,18 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, timedelta
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from notellm2_core.config_data import Partition
 from notellm2_core.schema import SOURCE_EVENT_COLUMNS
 from spark_jobs.source import MALFORMED, event_files, event_time, find_events, read_source_events, trimmed
 from spark_jobs.tables import added, counts_by, literal, readable, top_counts, write_partitions
 
 UNDATED = "undated"  # the period of rows that cannot be placed
 _PLAUSIBLE = ("1970-01-02", "2099-12-31 23:59:59.999999")
-Partition = Literal["week", "year"]
 Span = tuple[date, date]  # days [start, end)
 
 

@@ -6,9 +6,8 @@ python -m spark_jobs.related_pairs --scores DIR --out DIR --low 0.01 --up 30 --t
 import argparse
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,6 +15,8 @@ from pyspark.sql import SparkSession, Window
 from pyspark.sql import functions as F
 
 from notellm2_core.cli_errors import one_line_errors
+from notellm2_core.config_data import FilterSettings
+from notellm2_core.config_options import add_options, settings_from
 from notellm2_core.schema import RELATED_PAIRS
 from spark_jobs.arrays import Floats, Ints
 from spark_jobs.pair_tasks import COUNTED, STRONGEST, VALUES, Competition, by_file, score_files
@@ -23,22 +24,8 @@ from spark_jobs.quantiles import SHARES, quantiles
 from spark_jobs.session import absolute_path, spark_session
 from spark_jobs.tables import figures, pair_figures, read_table, readable, replacing, write_table
 
-Bounds = Literal["absolute", "quantile"]
 
-
-@dataclass(frozen=True)
-class Filters:
-    """The section `pairs` of the configuration; see there."""
-
-    low: float
-    up: float
-    bounds: Bounds
-    top_t: int
-    popularity_power: float
-    min_users: int
-
-
-def relate(spark: SparkSession, scores: Path, sides: Path, out: Path, filters: Filters) -> dict[str, Any]:
+def relate(spark: SparkSession, scores: Path, sides: Path, out: Path, filters: FilterSettings) -> dict[str, Any]:
     """`scores/{train,test}` with `scores/{train,test}_clicks` -> `out/train`, `out/test` (RELATED_PAIRS).
 
     Training pairs have both notes on the train side of the NOTE_SIDES `sides`, test pairs both in the pool. Returns for
@@ -58,7 +45,7 @@ def related_pairs(
     spark: SparkSession,
     scores: Path,
     out: Path,
-    filters: Filters,
+    filters: FilterSettings,
     name: str,
     none: str,
     *,
@@ -128,21 +115,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m spark_jobs.related_pairs", description="Filter and top-t pairs.")
     parser.add_argument("--scores", type=absolute_path, required=True, help="folder written by spark_jobs.cooccurrence")
     parser.add_argument("--out", type=absolute_path, required=True, help="folder for the same columns plus rank")
-    parser.add_argument("--low", type=float, required=True, help="smallest score kept")
-    parser.add_argument("--up", type=float, required=True, help="largest score kept")
-    parser.add_argument("--top-t", type=int, required=True, help="targets kept for each query")
-    parser.add_argument("--bounds", choices=("absolute", "quantile"), default="absolute")
-    parser.add_argument("--min-users", type=int, default=1, help="fewest users of a pair")
+    add_options(parser, FilterSettings, "low", "up", "top_t", required=True)
+    add_options(parser, FilterSettings, "bounds", "min_users")
     args = parser.parse_args()
     with one_line_errors(), replacing(args.out, args.scores, RELATED_PAIRS.names) as out:
-        if not args.low <= args.up or args.top_t < 1 or args.min_users < 1:  # NaN is not <= either
-            raise ValueError(
-                "need --low <= --up, --top-t >= 1 and --min-users >= 1, got "
-                f"{args.low}, {args.up}, {args.top_t} and {args.min_users}."
-            )
-        if args.bounds == "quantile" and not 0 <= args.low <= args.up <= 1:
-            raise ValueError(f"with --bounds quantile, --low and --up are shares in [0, 1]: {args.low}, {args.up}.")
-        filters = Filters(args.low, args.up, args.bounds, args.top_t, 0.0, args.min_users)
+        filters = settings_from(args, FilterSettings)
         spark = spark_session("related_pairs")
         print(json.dumps(related_pairs(spark, args.scores, out, filters, str(args.scores), "no pairs.")))
 

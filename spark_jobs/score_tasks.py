@@ -8,41 +8,21 @@ ids that `write_note_ids` has put into a file, which every worker maps into its 
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from notellm2_core.config_data import ScoringSettings
 from notellm2_core.runtime.files import written_whole
 from notellm2_core.schema import SCORES
 from spark_jobs.pair_scores import Pairs, pair_scores
 from spark_jobs.quantiles import SHARES, bin_counts, lower_ends
 from spark_jobs.swing import swing_scores
 from spark_jobs.user_lists import LISTS, NEVER, summed, user_lists
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How pairs are scored: settings of the section `pairs` of the configuration; see there."""
-
-    score: Literal["cooccurrence", "swing"] = "cooccurrence"
-    simultaneous: bool = False
-    max_user_notes: int | None = None
-    swing_alpha: float = 1.0
-    swing_max_users: int = 1000
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a setting that makes no score."""
-        if not (0 < self.swing_alpha < math.inf and 1 < self.swing_max_users <= 5000):
-            raise ValueError(
-                "need a finite pairs.swing_alpha (--swing-alpha) above 0 and a pairs.swing_max_users "
-                f"(--swing-max-users) from 2 to 5000, got {self.swing_alpha} and {self.swing_max_users}."
-            )
-
 
 _ROWS = pa.schema(
     [
@@ -94,7 +74,7 @@ def _read_note_ids(file: Path) -> pa.StringArray:
 
 
 def cut_lists(
-    batches: Iterator[pa.RecordBatch], note_ids: Path, num_blocks: int, scoring: Scoring
+    batches: Iterator[pa.RecordBatch], note_ids: Path, num_blocks: int, scoring: ScoringSettings
 ) -> Iterator[pa.RecordBatch]:
     """_ROWS of whole users -> PIECES: their lists by block, and by block what the cap has cut from its notes."""
     rows = pa.Table.from_batches([b.cast(_ROWS) for b in batches], _ROWS)
@@ -127,7 +107,7 @@ def _numbered(ids: pa.ChunkedArray) -> pa.DictionaryArray:
 
 
 def write_scores(
-    pieces: Iterator[pa.RecordBatch], note_ids: Path, out: Path, scoring: Scoring
+    pieces: Iterator[pa.RecordBatch], note_ids: Path, out: Path, scoring: ScoringSettings
 ) -> Iterator[pa.RecordBatch]:
     """PIECES of one block -> its file of SCORES in `out`, by query and target, and one row of FIGURES.
 
@@ -165,7 +145,7 @@ def _writer(file: Path) -> pq.ParquetWriter:
     )
 
 
-def _scored(lists: pa.Table, scoring: Scoring) -> Iterator[Pairs]:
+def _scored(lists: pa.Table, scoring: ScoringSettings) -> Iterator[Pairs]:
     if scoring.score == "swing":
         return swing_scores(lists, scoring.swing_alpha, scoring.swing_max_users)
     return pair_scores(lists)

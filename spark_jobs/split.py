@@ -2,16 +2,15 @@
 
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
+from notellm2_core.config_data import SideSettings
 from notellm2_core.schema import NOTE_SIDES, POOL, RELATED_PAIRS
 from spark_jobs.groups import clusters, components, computed, near_duplicates, position
 from spark_jobs.tables import counts_by, figures, pair_figures, read_table, write_table
-
-By = Literal["time", "hash"]
 
 
 def assign_sides(
@@ -19,9 +18,7 @@ def assign_sides(
     notes: Path,
     events: Path,
     out: Path,
-    by: By,
-    pool_share: float,
-    max_pool_notes: int | None,
+    settings: SideSettings,
     images: Path | None = None,
 ) -> dict[str, Any]:
     """Notes and `events/{train,test}` -> `out/*.parquet` (NOTE_SIDES).
@@ -32,7 +29,7 @@ def assign_sides(
     """
     all_notes, train, test = (read_table(spark, p) for p in (notes, events / "train", events / "test"))
     pictures = read_table(spark, images) if images is not None else None
-    write_table(note_sides(all_notes, train, test, by, pool_share, max_pool_notes, pictures), out, ["note_id"])
+    write_table(note_sides(all_notes, train, test, settings, pictures), out, ["note_id"])
     sides = read_table(spark, out)
     counts = {"train": 0, "pool": 0, **counts_by(sides, "side")}
     in_train, in_test = (t.select("note_id").distinct() for t in (train, test))
@@ -52,8 +49,8 @@ def assign_sides(
             )
         if not counts[side]:
             raise ValueError(
-                f"no note is left for the {side} side of {num_seen} notes in the windows (split.by = {by}); set "
-                f"split.by, split.pool_share = {pool_share} or {setting}."
+                f"no note is left for the {side} side of {num_seen} notes in the windows (split.by = {settings.by}); "
+                f"set split.by, split.pool_share = {settings.pool_share} or {setting}."
             )
     return {
         "notes": all_notes.count(),
@@ -69,9 +66,7 @@ def note_sides(
     notes: DataFrame,
     train_events: DataFrame,
     test_events: DataFrame,
-    by: By,
-    pool_share: float = 0.3,
-    max_pool_notes: int | None = None,
+    settings: SideSettings,
     images: DataFrame | None = None,
 ) -> DataFrame:
     """NOTES, INTERACTIONS, INTERACTIONS -> NOTE_SIDES. Near-duplicates never stand on both sides.
@@ -86,20 +81,19 @@ def note_sides(
     in_test = test_events.select("note_id").distinct().withColumn("in_test", F.lit(True))
     grouped = near_duplicates(notes, images)
     seen = grouped.join(in_train, "note_id", "left").join(in_test, "note_id", "left").na.fill(False)
-    if by == "time":
+    if settings.by == "time":
         touched = seen.groupBy("group_id").agg(F.bool_or("in_train_days").alias("touches_train"))
         seen = seen.join(touched, "group_id")
         is_train, is_pool = F.col("in_train_days"), F.col("in_test") & ~F.col("touches_train")
-    elif by == "hash":
-        in_pool = position(F.col("group_id"), "side ") < pool_share
-        is_train, is_pool = F.col("in_train_days") & ~in_pool, F.col("in_test") & in_pool
     else:
-        raise ValueError(f"split.by = {by} is unknown; use time or hash.")
+        in_pool = position(F.col("group_id"), "side ") < settings.pool_share
+        is_train, is_pool = F.col("in_train_days") & ~in_pool, F.col("in_test") & in_pool
     side = F.when(is_train, "train").when(is_pool, "pool")
     sides = seen.withColumn("side", side).filter("side IS NOT NULL").select(NOTE_SIDES.names)
-    if max_pool_notes is None:
+    if settings.max_pool_notes is None:
         return sides
-    pool = sides.filter("side = 'pool'").orderBy(position(F.col("note_id"), "pool "), "note_id").limit(max_pool_notes)
+    by_hash = position(F.col("note_id"), "pool "), F.col("note_id")
+    pool = sides.filter("side = 'pool'").orderBy(*by_hash).limit(settings.max_pool_notes)
     return sides.filter("side = 'train'").union(pool)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from notellm2_core.config_data import EventSettings
 from notellm2_core.lake import Dataset, Draft, fingerprint
 from notellm2_core.recipe import Recipe
 
@@ -68,15 +69,13 @@ def reduced_periods(
     draft: Draft,
 ) -> dict[Period, Dataset]:
     """The interactions of each wanted period of `raw`, on the days that count. Missing ones are made inside `draft`."""
-    from spark_jobs.clean import EventNames
     from spark_jobs.interactions import reduce_periods
 
-    source = recipe.config.source
-    rules = source.model_dump(include={"view_events", "click_events", "ignored_events", "max_events_per_day"})
+    events = EventSettings.of(recipe.config.source)
 
     def settings(period: str, days: tuple[date, date] | None) -> dict[str, Any]:
         files = [facts["sha256"] for file, facts in raw.manifest.files.items() if Path(file).parts[0] == period]
-        return {"version": _PERIOD_VERSION, "files": files, "days": days, **rules}
+        return {"version": _PERIOD_VERSION, "files": files, "days": days, **events.model_dump()}
 
     keys = {part: fingerprint(settings(*part)) for part in wanted}
     missing = {key: part for part, key in keys.items() if recipe.lake.find("period", key) is None}
@@ -88,8 +87,7 @@ def reduced_periods(
             landed={key: raw.path / period for key, (period, _) in missing.items()},
             days={key: days for key, (_, days) in missing.items()},
             out=work,
-            names=EventNames(source.view_events, source.click_events, source.ignored_events),
-            max_events_per_day=source.max_events_per_day,
+            settings=events,
         )
         for key, part in missing.items():
             with recipe.lake.publish("period", key, {"raw_events": raw.manifest.fingerprint}, settings(*part)) as one:

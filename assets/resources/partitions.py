@@ -2,10 +2,10 @@
 
 import dagster as dg
 
-from notellm2_core.config import Source
+from notellm2_core.config_data import SourceSettings
 
 
-def log_partitions(source: Source) -> dg.TimeWindowPartitionsDefinition:
+def log_partitions(source: SourceSettings) -> dg.TimeWindowPartitionsDefinition:
     """Weeks from Sunday to Saturday, or years, as `source.partition` says."""
     cron = {"week": "0 0 * * 0", "year": "0 0 1 1 *"}[source.partition]
     return dg.TimeWindowPartitionsDefinition(
@@ -13,7 +13,7 @@ def log_partitions(source: Source) -> dg.TimeWindowPartitionsDefinition:
     )
 
 
-def require_partitions(loaded: dg.PartitionsDefinition, source: Source) -> None:
+def require_partitions(loaded: dg.PartitionsDefinition, source: SourceSettings) -> None:
     """Raises ValueError where the graph was loaded with the partitions of another configuration."""
     if loaded != log_partitions(source):
         raise ValueError(

@@ -8,7 +8,7 @@ import dagster as dg
 from pydantic import PrivateAttr
 
 from assets.resources.commands import end_with_run
-from notellm2_core.config import Spark
+from notellm2_core.config import SparkSettings
 from notellm2_core.config_file import config_in_force, week_in_force
 from notellm2_core.recipe import Recipe
 
@@ -42,7 +42,7 @@ class Pipeline(dg.ConfigurableResource):
 
 
 @contextmanager
-def spark_session(settings: Spark, app_name: str) -> Iterator["SparkSession"]:
+def spark_session(settings: SparkSettings, app_name: str) -> Iterator["SparkSession"]:
     """The Spark session of this process; the next step reuses it, and it ends with the process.
 
     Raises OSError where the disk is full, ChildProcessDied where the JVM was killed: another try starts a new one.

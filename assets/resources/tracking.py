@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 import dagster as dg
 
-from notellm2_core.config import Tracking
+from notellm2_core.config import TrackingSettings
 from notellm2_core.lake import Dataset
 from notellm2_core.runtime.files import draft_folder
 
@@ -47,14 +47,14 @@ class TrackedRun:
                 client.log_artifact(run_id, str(path))
 
 
-def tracking_uri(settings: Tracking, lake: Path) -> str:
+def tracking_uri(settings: TrackingSettings, lake: Path) -> str:
     """The configured address, else MLFLOW_TRACKING_URI, else sqlite inside the lake."""
     return settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{lake / 'mlflow' / 'mlflow.db'}"
 
 
 @contextmanager
 def tracked_run(
-    context: dg.AssetExecutionContext, settings: Tracking, lake: Path, tags: Mapping[str, str]
+    context: dg.AssetExecutionContext, settings: TrackingSettings, lake: Path, tags: Mapping[str, str]
 ) -> Iterator[TrackedRun]:
     """A child run that ends FINISHED, or FAILED where the block raises."""
     uri = tracking_uri(settings, lake)
@@ -126,7 +126,7 @@ def _client(uri: str) -> Any:
 
 
 def _start(
-    uri: str, settings: Tracking, lake: Path, context: dg.AssetExecutionContext, tags: Mapping[str, str]
+    uri: str, settings: TrackingSettings, lake: Path, context: dg.AssetExecutionContext, tags: Mapping[str, str]
 ) -> tuple[str, str]:
     address = urlparse(uri)
     if address.scheme.startswith("http"):  # a refused or silent host is noticed before MLflow starts to retry

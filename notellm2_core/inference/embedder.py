@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from notellm2_core.config import Export, Source, Vision
+from notellm2_core.config import ExportSettings
+from notellm2_core.config_data import SourceSettings
+from notellm2_core.config_model import VisionSettings
 from notellm2_core.embeddings import shortened
 from notellm2_core.inference.batch_embedder import WINDOW_BATCHES, BatchEmbedder
 from notellm2_core.inference.hub import model_folder
@@ -31,7 +33,7 @@ from notellm2_core.notes.batch import InputKind, MLRMProcessor, require_input_ki
 from notellm2_core.notes.images import Status
 from notellm2_core.notes.pictured import NoteLike, PicturedNote, pictured
 
-BATCH_NOTES = Export().batch_notes
+BATCH_NOTES = ExportSettings().batch_notes
 
 
 class Embedder:
@@ -120,7 +122,7 @@ class Embedder:
         self, notes: Sequence[PicturedNote], inputs: InputKind, folder: Path | None = None
     ) -> tuple[PictureFeatures, list[str | None]]:
         """The features of the notes' pictures, and each note's image id in them (None: no usable picture)."""
-        features = PictureFeatures(self.encoder, Source().max_image_pixels, Vision().batch_size)
+        features = PictureFeatures(self.encoder, SourceSettings().max_image_pixels, VisionSettings().batch_size)
         if inputs == "text":
             return features, [None] * len(notes)
         found = features.read([n.image for n in notes], folder)

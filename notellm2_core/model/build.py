@@ -1,6 +1,5 @@
 """From a configuration, or a checkpoint's folder, to a model and its processor."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import notellm2_core.torch_compat  # noqa: F401, before transformers
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from notellm2_core.config import Config
-from notellm2_core.model.connector import ConnectorSizes
+from notellm2_core.config_model import ConnectorSettings
 from notellm2_core.model.llm import load_llm, load_tokenizer
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
@@ -46,15 +45,15 @@ def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase | None = 
         load_tokenizer(config.model.llm) if tokenizer is None else tokenizer,
         config.text,
         get_method(config.model.method).prompt,
-        num_visual_words(config, num_patches),
+        num_visual_words(config.model.connector, num_patches),
         num_patches,
         vision_width,
     )
 
 
-def num_visual_words(config: Config, num_patches: int) -> int:
+def num_visual_words(connector: ConnectorSettings, num_patches: int) -> int:
     """L_c: the Q-Former's queries; the other connectors give every patch a place."""
-    return config.model.connector.num_queries if config.model.connector.kind == "qformer" else num_patches
+    return connector.num_queries if connector.kind == "qformer" else num_patches
 
 
 def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
@@ -112,13 +111,13 @@ def require_its_encoder(config: PreTrainedConfig, encoder_id: str) -> None:
 
 def require_its_processor(config: PreTrainedConfig, processor: MLRMProcessor) -> None:
     """Raises ValueError where `processor` lays out other batches than the model reads."""
-    assert isinstance(config, MLRMConfig) and config.connector is not None
-    sizes = ConnectorSizes(**config.connector)
+    assert isinstance(config, MLRMConfig)
+    connector, vision_width = config.connector_settings()
     reads = {
         "prompt": get_method(config.method).prompt,
-        "num_queries": sizes.num_queries if sizes.kind == "qformer" else config.num_patches,
+        "num_queries": num_visual_words(connector, config.num_patches),
         "num_patches": config.num_patches,
-        "vision_width": sizes.vision_width,
+        "vision_width": vision_width,
     }
     for name, value in reads.items():
         if getattr(processor, name) != value:
@@ -162,22 +161,10 @@ def _word_embeddings(decoder: PreTrainedModel) -> Tensor:
 
 def mlrm_config(config: Config, llm: PreTrainedConfig, num_patches: int, vision_width: int) -> MLRMConfig:
     """The model's config, from ours and the decoder's."""
-    connector = config.model.connector
-    sizes = ConnectorSizes(
-        kind=connector.kind,
-        num_queries=connector.num_queries,
-        num_layers=connector.num_layers,
-        hidden_size=connector.hidden_size,
-        num_heads=connector.num_heads,
-        intermediate_size=connector.intermediate_size,
-        cross_attention_every=connector.cross_attention_every,
-        vision_width=vision_width,
-        dropout=connector.dropout,
-    )
     private = ("_name_or_path", "transformers_version")  # where and by what it was read is not part of the model
     return MLRMConfig(
         llm={key: value for key, value in llm.to_dict().items() if key not in private},
-        connector=asdict(sizes),
+        connector=config.model.connector.model_dump() | {"vision_width": vision_width},
         num_patches=num_patches,
         method=config.model.method,
         projection_dim=config.model.projection_dim,

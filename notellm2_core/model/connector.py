@@ -9,43 +9,27 @@ residual sum, as in BERT.
 Shapes: N notes, L patches of width h_v, L_c queries of width h_q, h_t the LLM's width.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from notellm2_core.config_model import ConnectorSettings
+
 LAYER_NORM_EPS = 1e-12  # BERT's and BLIP-2's
-
-
-@dataclass(frozen=True)
-class ConnectorSizes:
-    """The rows of Table 9 that describe a Q-Former; `linear` and `mlp` read nothing but `vision_width`."""
-
-    num_queries: int  # L_c
-    num_layers: int
-    hidden_size: int  # h_q
-    num_heads: int
-    intermediate_size: int
-    cross_attention_every: int
-    vision_width: int  # h_v
-    dropout: float = 0.0
-    kind: Literal["qformer", "mlp", "linear"] = "qformer"
 
 
 class Attention(nn.Module):
     """Multi-head attention from `hidden_size` to `source_size`, with its residual and normalisation."""
 
-    def __init__(self, sizes: ConnectorSizes, source_size: int) -> None:
+    def __init__(self, settings: ConnectorSettings, source_size: int) -> None:
         super().__init__()
-        self.num_heads = sizes.num_heads
-        self.dropout = sizes.dropout
-        self.query = nn.Linear(sizes.hidden_size, sizes.hidden_size)
-        self.key = nn.Linear(source_size, sizes.hidden_size)
-        self.value = nn.Linear(source_size, sizes.hidden_size)
-        self.output = nn.Linear(sizes.hidden_size, sizes.hidden_size)
-        self.norm = nn.LayerNorm(sizes.hidden_size, eps=LAYER_NORM_EPS)
+        self.num_heads = settings.num_heads
+        self.dropout = settings.dropout
+        self.query = nn.Linear(settings.hidden_size, settings.hidden_size)
+        self.key = nn.Linear(source_size, settings.hidden_size)
+        self.value = nn.Linear(source_size, settings.hidden_size)
+        self.output = nn.Linear(settings.hidden_size, settings.hidden_size)
+        self.norm = nn.LayerNorm(settings.hidden_size, eps=LAYER_NORM_EPS)
 
     def forward(self, hidden: Tensor, source: Tensor) -> Tensor:
         """hidden [N, L_c, h_q] attends to source [N, S, source_size]; returns [N, L_c, h_q]."""
@@ -64,12 +48,12 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """The two GELU-joined linear layers of a block, with their residual and normalisation."""
 
-    def __init__(self, sizes: ConnectorSizes) -> None:
+    def __init__(self, settings: ConnectorSettings) -> None:
         super().__init__()
-        self.dropout = sizes.dropout
-        self.intermediate = nn.Linear(sizes.hidden_size, sizes.intermediate_size)
-        self.output = nn.Linear(sizes.intermediate_size, sizes.hidden_size)
-        self.norm = nn.LayerNorm(sizes.hidden_size, eps=LAYER_NORM_EPS)
+        self.dropout = settings.dropout
+        self.intermediate = nn.Linear(settings.hidden_size, settings.intermediate_size)
+        self.output = nn.Linear(settings.intermediate_size, settings.hidden_size)
+        self.norm = nn.LayerNorm(settings.hidden_size, eps=LAYER_NORM_EPS)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, L_c, h_q] -> [N, L_c, h_q]."""
@@ -80,11 +64,11 @@ class FeedForward(nn.Module):
 class QFormerLayer(nn.Module):
     """Self-attention, in some layers cross-attention to the patches, then the feed-forward part."""
 
-    def __init__(self, sizes: ConnectorSizes, has_cross_attention: bool) -> None:
+    def __init__(self, settings: ConnectorSettings, vision_width: int, has_cross_attention: bool) -> None:
         super().__init__()
-        self.self_attention = Attention(sizes, sizes.hidden_size)
-        self.cross_attention = Attention(sizes, sizes.vision_width) if has_cross_attention else None
-        self.feed_forward = FeedForward(sizes)
+        self.self_attention = Attention(settings, settings.hidden_size)
+        self.cross_attention = Attention(settings, vision_width) if has_cross_attention else None
+        self.feed_forward = FeedForward(settings)
 
     def forward(self, hidden: Tensor, patches: Tensor) -> Tensor:
         """hidden [N, L_c, h_q], patches [N, L, h_v] -> [N, L_c, h_q]."""
@@ -97,14 +81,14 @@ class QFormerLayer(nn.Module):
 class QFormer(nn.Module):
     """L_c learnable queries that read the patches."""
 
-    def __init__(self, sizes: ConnectorSizes) -> None:
+    def __init__(self, settings: ConnectorSettings, vision_width: int) -> None:
         super().__init__()
-        self.dropout = sizes.dropout
-        self.queries = nn.Parameter(torch.empty(1, sizes.num_queries, sizes.hidden_size))
-        self.norm = nn.LayerNorm(sizes.hidden_size, eps=LAYER_NORM_EPS)
+        self.dropout = settings.dropout
+        self.queries = nn.Parameter(torch.empty(1, settings.num_queries, settings.hidden_size))
+        self.norm = nn.LayerNorm(settings.hidden_size, eps=LAYER_NORM_EPS)
         self.layers = nn.ModuleList(
-            QFormerLayer(sizes, has_cross_attention=i % sizes.cross_attention_every == 0)
-            for i in range(sizes.num_layers)
+            QFormerLayer(settings, vision_width, has_cross_attention=i % settings.cross_attention_every == 0)
+            for i in range(settings.num_layers)
         )
         # Not zeros: equal queries would stay equal for ever.
         nn.init.normal_(self.queries, std=0.02)
@@ -124,11 +108,11 @@ class Connector(nn.Module):
     The paper does not mention the MLP; the authors' code has it, and only with it do Table 7's totals come out.
     """
 
-    def __init__(self, sizes: ConnectorSizes, llm_width: int) -> None:
+    def __init__(self, settings: ConnectorSettings, vision_width: int, llm_width: int) -> None:
         super().__init__()
-        self.qformer = QFormer(sizes) if sizes.kind == "qformer" else None
-        width = sizes.hidden_size if sizes.kind == "qformer" else sizes.vision_width
-        self.first = None if sizes.kind == "linear" else nn.Linear(width, llm_width)
+        self.qformer = QFormer(settings, vision_width) if settings.kind == "qformer" else None
+        width = settings.hidden_size if settings.kind == "qformer" else vision_width
+        self.first = None if settings.kind == "linear" else nn.Linear(width, llm_width)
         self.last = nn.Linear(width if self.first is None else llm_width, llm_width)
         self.apply(init_linear)
 

@@ -58,7 +58,7 @@ def describe(config: Config) -> dict[str, Any]:
         "shapes": {
             "L": num_patches,
             "h_v": vision_width,
-            "L_c": num_visual_words(config, num_patches) if method.visual_prompt else 0,
+            "L_c": num_visual_words(config.model.connector, num_patches) if method.visual_prompt else 0,
             "h_q": config.model.connector.hidden_size if qformer is not None else None,
             "h_t": model.projector.in_features,
             "llm_layers": architecture.num_hidden_layers,
@@ -76,7 +76,7 @@ def prompt_layout(config: Config, num_patches: int, vision_width: int) -> dict[s
     Where the tokenizer is not on this machine and `model.llm.config` spares asking a hub for it, the pieces stand
     without their tokens.
     """
-    method, num_words = get_method(config.model.method), num_visual_words(config, num_patches)
+    method, num_words = get_method(config.model.method), num_visual_words(config.model.connector, num_patches)
     try:
         tokenizer = load_tokenizer(config.model.llm, local_only=config.model.llm.config is not None)
     except ValueError:

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from notellm2_core import config
+from notellm2_core.config_model import LLMSettings
 from notellm2_core.model.pretrained import one_line, quiet, require_complete
 from notellm2_core.notes.text import PROMPTS
 from notellm2_core.weights import PACKAGES, package_path
@@ -43,7 +43,7 @@ _DECODER_MODES = (
 _HAS_ATTENTION = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
 
 
-def load_llm(settings: config.LLM, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_llm(settings: LLMSettings, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The pretrained decoder without LM head, cut to its first `num_layers` layers, in fp32, and its tokenizer.
 
     A GGUF is converted to safetensors once, below `cache_dir`. Of a model that reads pictures too, the text decoder is
@@ -81,7 +81,7 @@ def load_llm(settings: config.LLM, cache_dir: Path) -> tuple[PreTrainedModel, Pr
     return decoder, tokenizer
 
 
-def llm_architecture(settings: config.LLM) -> PreTrainedConfig:
+def llm_architecture(settings: LLMSettings) -> PreTrainedConfig:
     """The decoder's architecture, cut to `num_layers`, without reading weights: from `settings.config` where given.
 
     Raises ValueError where it is not given and cannot be read.
@@ -107,7 +107,7 @@ def llm_architecture(settings: config.LLM) -> PreTrainedConfig:
     return _decoder_part(found, settings)
 
 
-def load_tokenizer(settings: config.LLM, local_only: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: LLMSettings, local_only: bool = False) -> PreTrainedTokenizerBase:
     """The LLM's tokenizer, without its weights. Raises ValueError where it cannot be had.
 
     local_only: a hub name is looked up in the cache of this machine, no server is asked.
@@ -157,7 +157,7 @@ def _converted(gguf: Path, name: str, cache_dir: Path) -> Path:
     return target
 
 
-def _decoder_part(whole: PreTrainedConfig, settings: config.LLM) -> PreTrainedConfig:
+def _decoder_part(whole: PreTrainedConfig, settings: LLMSettings) -> PreTrainedConfig:
     """The part of `whole` that describes the text decoder (mostly all of it), cut in place to `num_layers` layers.
 
     Raises ValueError if there is no causal decoder, or none with as many layers and the attention asked for.

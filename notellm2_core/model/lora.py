@@ -13,12 +13,12 @@ from peft.tuners.lora import Linear as AdaptedLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from notellm2_core import config
+from notellm2_core.config_model import LoRASettings
 
 _ADAPTER = "default"  # peft can hold several under different names
 
 
-def add_adapters(llm: nn.Module, lora: config.LoRA, seed: int) -> None:
+def add_adapters(llm: nn.Module, lora: LoRASettings, seed: int) -> None:
     """Give linear layers of `llm` adapters, in place: A random, the same for the same seed, and B = 0.
 
     So nothing changes before the first step. Raises ValueError where `target_modules` names no linear layer.

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from notellm2_core.model.connector import Connector, ConnectorSizes, init_linear
+from notellm2_core.config_model import ConnectorSettings
+from notellm2_core.model.connector import Connector, init_linear
 from notellm2_core.model.fusion import LateFusion
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.packing import PACKED_SDPA, can_be_packed, packed_states
@@ -33,7 +34,7 @@ class MLRMConfig(PreTrainedConfig):
     model_type = "mlrm"
 
     llm: dict[str, Any] | None = None  # the decoder's config, model_type included
-    connector: dict[str, Any] | None = None  # ConnectorSizes
+    connector: dict[str, Any] | None = None  # ConnectorSettings, and vision_width (h_v)
     num_patches: int = 0  # L
     method: str = "notellm2"
     projection_dim: int = 64  # d
@@ -41,6 +42,17 @@ class MLRMConfig(PreTrainedConfig):
     temperature: float = 3.0  # tau at the start
     attention: str = "sdpa"
     encoder_id: str = ""  # the vision encoder it was trained with, as `VisionEncoder.encoder_id` names it
+
+    def connector_settings(self) -> tuple[ConnectorSettings, int]:
+        """The settings of the connector, and h_v. Raises ValueError where one is missing or unknown."""
+        settings = dict(self.connector or {})
+        if wrong := sorted({*ConnectorSettings.model_fields, "vision_width"} ^ settings.keys()):
+            raise ValueError(
+                f"the connector in the model's config.json cannot be read: {wrong[0]} is missing or unknown; use a "
+                "complete copy"
+            )
+        vision_width = settings.pop("vision_width")
+        return ConnectorSettings(**settings), vision_width
 
 
 class States(NamedTuple):
@@ -75,7 +87,8 @@ class MLRMModel(PreTrainedModel):
         super().__init__(config)
         if config.llm is None or config.connector is None:
             raise ValueError("the config.json of the model lacks llm or connector; use a complete copy")
-        method, sizes = get_method(config.method), ConnectorSizes(**config.connector)
+        method = get_method(config.method)
+        connector, vision_width = config.connector_settings()
         self.llm = llm if llm is not None else _random_llm(config)
         words = self.llm.get_input_embeddings()
         assert isinstance(words, nn.Embedding)
@@ -83,8 +96,8 @@ class MLRMModel(PreTrainedModel):
         self._takes_positions = "position_ids" in inspect.signature(self.llm.forward).parameters  # ALiBi has none
         if can_be_packed(self.llm):
             self.llm.set_attn_implementation(PACKED_SDPA)
-        self.connector = Connector(sizes, width) if method.visual_prompt else None
-        self.fusion = LateFusion(sizes.vision_width, width) if method.late_fusion else None
+        self.connector = Connector(connector, vision_width, width) if method.visual_prompt else None
+        self.fusion = LateFusion(vision_width, width) if method.late_fusion else None
         self.projector = nn.Linear(width, config.projection_dim)
         init_linear(self.projector)
         self.tau = nn.Parameter(torch.full((1,), config.temperature))  # [1], not []: 0-d tensors break bf16 broadcasts

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from notellm2_core.config import PARTS, Config, Part
+from notellm2_core.config import Config
+from notellm2_core.config_training import PARTS, Part
 from notellm2_core.model.lora import add_adapters, is_adapter
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.vision import VisionEncoder

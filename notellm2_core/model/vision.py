@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from notellm2_core import config
+from notellm2_core.config_model import VisionSettings
 from notellm2_core.model.vision_architecture import SUPPORTED, Architecture, Preprocess
 from notellm2_core.model.vision_towers import LIBRARIES, architecture_of, build_tower
 from notellm2_core.model.vision_weights import load_tower
@@ -99,7 +99,7 @@ class VisionEncoder(nn.Module):
         return encoder
 
 
-def load_vision_encoder(settings: config.Vision) -> VisionEncoder:
+def load_vision_encoder(settings: VisionSettings) -> VisionEncoder:
     """The encoder that the settings name, with its weights.
 
     Raises ValueError for an unknown name, for a model without patch features, and where weights cannot be had.
@@ -110,14 +110,14 @@ def load_vision_encoder(settings: config.Vision) -> VisionEncoder:
     return VisionEncoder(architecture, tower.float())
 
 
-def vision_dims(settings: config.Vision) -> tuple[int, int]:
+def vision_dims(settings: VisionSettings) -> tuple[int, int]:
     """(L, h_v) of the encoder that the settings name, without reading weights."""
     with torch.device("meta"):
         architecture = vision_architecture(settings)
         return _measure(architecture, build_tower(architecture).eval())
 
 
-def vision_architecture(settings: config.Vision) -> Architecture:
+def vision_architecture(settings: VisionSettings) -> Architecture:
     """The architecture that the settings name, or that their folder holds. Reads no weights."""
     if (folder := _saved_folder(settings)) is not None:
         return _read_architecture(folder)
@@ -197,7 +197,7 @@ def _encoder_id(architecture: Architecture, weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _saved_folder(settings: config.Vision) -> Path | None:
+def _saved_folder(settings: VisionSettings) -> Path | None:
     """`pretrained`, if it is a folder that `save_pretrained` wrote."""
     folder = settings.pretrained and Path(settings.pretrained)
     if not folder or not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():

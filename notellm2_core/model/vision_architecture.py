@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any, Literal
 
+from notellm2_core.config_model import VisionLibrary
+
 SUPPORTED = (
     "open_clip ViTs, timm ViTs and CNNs whose feature map is as wide as their pooled feature, and from transformers "
     "CLIP, SigLIP and SigLIP 2 of fixed resolution, DINOv2 (with registers too) and DINOv3 ViT"
@@ -28,7 +30,7 @@ class Preprocess:
 class Architecture:
     """A tower without its weights. `model`: what the library needs to build it."""
 
-    library: Literal["open_clip", "timm", "transformers", "tiny"]
+    library: VisionLibrary
     model: dict[str, Any]
     preprocess: Preprocess
 

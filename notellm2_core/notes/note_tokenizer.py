@@ -10,11 +10,10 @@ import notellm2_core.torch_compat  # noqa: F401, before transformers
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from notellm2_core.config import Text
+from notellm2_core.config_data import TextSettings, WordSettings
 from notellm2_core.lake import fingerprint
 from notellm2_core.notes.records import Note
 from notellm2_core.notes.text import IMAGE_TOKEN, VISUAL_WORD_TOKEN, FieldName, field_text, max_field_tokens
-from notellm2_core.recipe import TEXT_SETTINGS
 
 # Whatever tokenizers are known to treat in ways of their own.
 _PROBE = (
@@ -34,7 +33,7 @@ class FieldTokens(NamedTuple):
 class NoteTokenizer:
     """The LLM's tokenizer with the two special tokens of the prompts, and how much of each field is read."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: TextSettings) -> None:
         """Adds the special tokens to `tokenizer` where it does not have them."""
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VISUAL_WORD_TOKEN]}, False)
         self.tokenizer = tokenizer
@@ -64,5 +63,5 @@ class NoteTokenizer:
         """Equal where `tokenize` gives the same tokens: of the vocabulary, how it is used, and the text settings."""
         note = Note("", _PROBE, (_PROBE,), _PROBE)
         used = [field.tolist() for field in self.tokenize([note])[0]]
-        settings = [getattr(self.text, name.removeprefix("text.")) for name in TEXT_SETTINGS]
+        settings = [*WordSettings.of(self.text).model_dump().values()]
         return fingerprint([sorted(self.tokenizer.get_vocab().items()), used, settings])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from notellm2_core.config import Text
+from notellm2_core.config_data import WordSettings, WordUnit
 from notellm2_core.notes.records import Note
 
 IMAGE_TOKEN = "<IMG>"  # the placeholder; at its place stand L_c of them, replaced by the visual embeddings
@@ -76,7 +76,6 @@ _WORDS = {
     "space": re.compile(r"\S+"),
     "character": re.compile(r"\S"),
 }
-WordUnit = Literal["auto", "space", "character"]
 _LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
@@ -104,17 +103,17 @@ def escape(text: str) -> str:
     return _LINE_BREAK.sub(lambda _: "\\n", text)
 
 
-def field_limit(name: FieldName, settings: Text) -> int:
+def field_limit(name: FieldName, settings: WordSettings) -> int:
     """How many words of the field are read."""
     return {"title": settings.title_words, "topic": settings.topic_words, "content": settings.content_words}[name]
 
 
-def max_field_tokens(name: FieldName, settings: Text) -> int:
+def max_field_tokens(name: FieldName, settings: WordSettings) -> int:
     """How many tokens a field may take; a bound for odd texts, which ordinary ones do not meet."""
     return TOKENS_PER_WORD * field_limit(name, settings)
 
 
-def field_text(note: Note, name: FieldName, settings: Text) -> str:
+def field_text(note: Note, name: FieldName, settings: WordSettings) -> str:
     """A field as it goes into the prompt: truncated and escaped. Topics are joined with ", " and truncated together."""
     raw = {"title": note.title, "topic": ", ".join(note.topics), "content": note.content}[name]
     raw = raw.lstrip()[: CHARACTERS_PER_TOKEN * max_field_tokens(name, settings)]

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from notellm2_core import lake
-from notellm2_core.config import Export
+from notellm2_core.config import ExportSettings
 from notellm2_core.embeddings import FORMER, Made, write_shards
 from notellm2_core.inference.batch_embedder import VECTORS_VERSION, WINDOW_BATCHES
 from notellm2_core.inference.embedder import BATCH_NOTES, Embedder
@@ -82,7 +82,7 @@ def embed_notes(
     with tqdm(total=len(table.note_ids), desc=f"embed {inputs}", unit="notes") as progress:
         began = time.monotonic()
         made = Made(_MARK + lake.fingerprint(decides), contents)
-        kept = write_shards(work, table.note_ids, embed, made, Export().shard_notes, progress=progress)
+        kept = write_shards(work, table.note_ids, embed, made, ExportSettings().shard_notes, progress=progress)
         seconds = max(time.monotonic() - began, 1e-6)
     swap_in(work, out)
     return {

@@ -17,7 +17,9 @@ import numpy as np
 import pyarrow.dataset as pads
 import torch
 
-from notellm2_core.config import Config, KnownPositives, Source
+from notellm2_core.config import Config
+from notellm2_core.config_data import SourceSettings
+from notellm2_core.config_training import KnownPositives
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.notes.batch import FieldTokens, MLRMProcessor, NoteBatch
 from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
@@ -186,7 +188,7 @@ def load_training_data(
     hard_negatives: Path | None = None,
     encoder: VisionEncoder | None = None,
     pictures: PictureFolders | None = None,
-    max_pixels: int = Source().max_image_pixels,
+    max_pixels: int = SourceSettings().max_image_pixels,
 ) -> TrainingData:
     """Read everything the pairs name, and nothing else.
 

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from notellm2_core.config import Config, Training
+from notellm2_core.config import Config
+from notellm2_core.config_training import TrainingSettings
 from notellm2_core.model.kernels import fuse_kernels
 from notellm2_core.model.lora import is_adapter
 from notellm2_core.model.methods import get_method
@@ -93,7 +94,7 @@ def first_on_machine() -> Iterator[None]:
         dist.barrier()
 
 
-def deepspeed_config(training: Training, precision: Precision, num_ranks: int, on_gpu: bool) -> dict[str, Any]:
+def deepspeed_config(training: TrainingSettings, precision: Precision, num_ranks: int, on_gpu: bool) -> dict[str, Any]:
     """The DeepSpeed dictionary of a configuration (Table 8).
 
     Raises ValueError where the batch cannot be shared out evenly.
@@ -133,7 +134,9 @@ def deepspeed_config(training: Training, precision: Precision, num_ranks: int, o
     }
 
 
-def optimizer_groups(named: dict[str, list[tuple[str, nn.Parameter]]], training: Training) -> list[dict[str, Any]]:
+def optimizer_groups(
+    named: dict[str, list[tuple[str, nn.Parameter]]], training: TrainingSettings
+) -> list[dict[str, Any]]:
     """Parameter groups with their peak learning rates, from `MLRMModel.parameter_groups()`; frozen ones are left out.
 
     Weight decay is for matrices: not for tau, biases and norms, nor for the query tokens.

@@ -5,14 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from notellm2_core.config import Training
+from notellm2_core.config_training import TrainingSettings
 
 TRAIN_DAYS_HELP = "the days of the log that the pairs are of, the second exclusive; for the model card alone"
 
 
 def launch_command(
     config_file: Path,
-    training: Training,
+    training: TrainingSettings,
     *,
     notes: Path,
     images: Path,

@@ -3,9 +3,9 @@
 import pytest
 
 from assets import checks
-from notellm2_core.config import Checks
+from notellm2_core.config_data import CheckSettings
 
-LIMITS = Checks()
+LIMITS = CheckSettings()
 
 
 def test_dropped_share_is_of_the_rows_that_could_have_been_kept() -> None:

@@ -5,9 +5,12 @@ from typing import get_args
 
 import pytest
 
-from notellm2_core.config import PARTS, Config, Model
+from notellm2_core.config import Config
 from notellm2_core.config_advice import without_effect
+from notellm2_core.config_data import FilterSettings, PairSettings, ScoringSettings
 from notellm2_core.config_file import ConfigError, load_config
+from notellm2_core.config_model import ModelSettings
+from notellm2_core.config_training import PARTS
 from notellm2_core.model.methods import METHODS
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
@@ -49,7 +52,10 @@ def test_the_defaults_are_the_papers(path: Path) -> None:
         ("training: {num_steps: many}", "training.num_steps"),
         ("pairs: {low: 3, up: 1}", "low = 3.0 is above up = 1.0"),
         ("pairs: {bounds: quantile, low: 0.1, up: 30}", "shares in"),
+        ("pairs: {low: .nan}", "low = nan and up = 30.0 have to be numbers"),
+        ("pairs: {swing_alpha: .inf}", "pairs.swing_alpha: Input should be a finite number"),
         ("window: {test_days: null}", "needs split.by = hash"),
+        ("split: {by: user}", "split.by: Input should be 'time' or 'hash'"),
         ("training: {batch_pairs: 9, num_ranks: 2}", "not a multiple"),
         ("training: {batch_pairs: 6, num_nodes: 4, hostfile: x}", "not a multiple of training.num_ranks = 1 x 4 nodes"),
         ("training: {batch_pairs: 6, num_nodes: 2}", "several nodes need one of them"),
@@ -95,8 +101,16 @@ def test_overrides_win() -> None:
     assert (config.source.path, config.training.num_steps) == ("/data", 3)
 
 
+def test_a_group_is_cut_out_of_its_section() -> None:
+    """With its values, and without the section's other settings."""
+    pairs = PairSettings(low=0.5, score="swing")
+    filters = FilterSettings.of(pairs)
+    assert type(filters) is FilterSettings and filters == FilterSettings(low=0.5)
+    assert not hasattr(filters, "score") and ScoringSettings.of(pairs) == ScoringSettings(score="swing")
+
+
 def test_the_methods_of_the_settings_are_the_rows_of_the_table() -> None:
-    assert get_args(Model.model_fields["method"].annotation) == tuple(METHODS)
+    assert get_args(ModelSettings.model_fields["method"].annotation) == tuple(METHODS)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,7 @@ import pytest
 
 from assets.resources.partitions import log_partitions, require_partitions
 from assets.resources.pipeline import Pipeline
-from notellm2_core.config import Source
+from notellm2_core.config_data import SourceSettings
 from notellm2_core.recipe import STAGES
 from pipelines.definitions import defs
 
@@ -114,9 +114,12 @@ def test_a_wrong_configuration_lets_the_graph_load_and_every_asset_says_what_is_
 
 
 def test_a_run_with_the_partitions_of_another_configuration_is_refused() -> None:
-    loaded = log_partitions(Source(first_day=date(2025, 1, 5)))
-    require_partitions(loaded, Source(first_day=date(2025, 1, 5)))
-    for source in (Source(first_day=date(2024, 1, 7)), Source(first_day=date(2025, 1, 5), partition="year")):
+    loaded = log_partitions(SourceSettings(first_day=date(2025, 1, 5)))
+    require_partitions(loaded, SourceSettings(first_day=date(2025, 1, 5)))
+    for source in (
+        SourceSettings(first_day=date(2024, 1, 7)),
+        SourceSettings(first_day=date(2025, 1, 5), partition="year"),
+    ):
         with pytest.raises(ValueError, match=f"source.first_day = {source.first_day} and source.partition"):
             require_partitions(loaded, source)
 

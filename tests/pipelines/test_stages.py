@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from notellm2_core.recipe import FREE_TRAINING_SETTINGS, STAGES
+from notellm2_core.config_training import RunSettings
+from notellm2_core.recipe import STAGES, settings_of
 from tests.pipelines.conftest import Workplace
 
 pytestmark = pytest.mark.slow
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.slow
 # Read everywhere, and no dataset depends on them: where the work is done, and what it is called. What lies at
 # source.path is part of an address by its files.
 FREE = ("name", "lake", "spark", "tracking", "source.path", "export.num_ranks",
-        *(f"training.{name}" for name in FREE_TRAINING_SETTINGS))  # fmt: skip
+        *settings_of("training", RunSettings))  # fmt: skip
 ONLY_LOOKED_AT = {
     ("start_model", "model.license"),  # for a card that eval_recall and `notellm2 package` write again
     ("checkpoint", "model.license"),

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
 
 from notellm2_core import schema
+from notellm2_core.config_data import EventSettings, ScoringSettings
 from spark_jobs import cooccurrence as job
-from spark_jobs.clean import EventNames
-from spark_jobs.cooccurrence import Scoring, cooccurrence, score, target_clicks
+from spark_jobs.cooccurrence import cooccurrence, score, target_clicks
 from spark_jobs.interactions import interactions
 from spark_jobs.tables import write_table
 from tests.spark_jobs.conftest import EVENTS, Frame, at, rows_of
 from tests.spark_jobs.test_source import write_csv
 
-NAMES = EventNames(views=["view"], clicks=["click"], ignored=None)
+NAMES = EventSettings(view_events=["view"], click_events=["click"], ignored_events=None)
 Log = list[tuple[str, str, int, str]]
 Scores = Callable[..., list[tuple[Any, ...]]]
 
@@ -33,9 +33,9 @@ def scores_of(spark: SparkSession, tmp_path: Path) -> Scores:
     """What `cooccurrence` writes, as rows."""
     numbers = count()
 
-    def compute(events: DataFrame, **options: Any) -> list[tuple[Any, ...]]:
+    def compute(events: DataFrame, **settings: Any) -> list[tuple[Any, ...]]:
         out = tmp_path / f"scores{next(numbers)}"
-        figures = cooccurrence(interactions(events, NAMES), out=out, **options)
+        figures = cooccurrence(interactions(events, NAMES), out, ScoringSettings(**settings))
         assert {f.name[:5] for f in out.iterdir()} <= {"part-"}  # nothing hidden is left
         rows = [tuple(r.values()) for file in sorted(out.iterdir()) for r in pq.read_table(file).to_pylist()]
         assert figures["pairs"] == len(rows) and figures["queries"] == len({r[0] for r in rows})
@@ -80,8 +80,8 @@ def test_worked_example(frame: Frame, scores_of: Scores) -> None:
     strict = [("A", "B", 1.5, 2), ("A", "C", 0.5, 1), ("B", "C", 0.5, 1), ("C", "B", 1.0, 1)]
     together = [("A", "B", 2.0, 3), ("A", "C", 1.0, 2), ("B", "C", 1.0, 2), ("C", "B", 1.5, 2)]
     assert sorted(scores_of(events)) == strict
-    assert sorted(scores_of(events, scoring=Scoring(simultaneous=True))) == together
-    assert sorted(scores_of(events, scoring=Scoring(max_user_notes=1))) == [("C", "B", 1.0, 1)]
+    assert sorted(scores_of(events, simultaneous=True)) == together
+    assert sorted(scores_of(events, max_user_notes=1)) == [("C", "B", 1.0, 1)]
     assert rows_of(target_clicks(interactions(events, NAMES)), "note_id", "num_users") == [("B", 3), ("C", 2)]
 
 
@@ -104,7 +104,7 @@ def test_equals_the_definition(frame: Frame, scores_of: Scores, logs: list[Log],
         for (a, b), value in brute_force(log, simultaneous).items()
     }
     events = frame(EVENTS, [(u, n, at(t), e) for u, n, t, e in rows])
-    found = {(q, t): (s, n) for q, t, s, n in scores_of(events, scoring=Scoring(simultaneous=simultaneous))}
+    found = {(q, t): (s, n) for q, t, s, n in scores_of(events, simultaneous=simultaneous)}
     assert found.keys() == expected.keys()
     for pair, (value, users) in expected.items():
         assert found[pair][1] == users
@@ -131,7 +131,7 @@ def test_score_computes_equal_windows_once(
         write_table(interactions(some, NAMES), tmp_path / "other" / window, ["user_id"])
     calls = []
     monkeypatch.setattr(job, "cooccurrence", lambda *a: calls.append(a) or cooccurrence(*a))
-    counts = score(spark, tmp_path / "same", tmp_path / "out", Scoring())
+    counts = score(spark, tmp_path / "same", tmp_path / "out", ScoringSettings())
     assert len(calls) == 1 and counts["test"] == counts["train"]
     assert counts["train"]["pairs"] == 1 and counts["train"]["score"]["max"] == 1.0
     for table in ("train", "test"):
@@ -140,7 +140,7 @@ def test_score_computes_equal_windows_once(
     with pytest.raises(
         ValueError, match="test window: no user clicked one note after viewing another; set pairs.simult"
     ):
-        score(spark, tmp_path / "other", tmp_path / "out2", Scoring())
+        score(spark, tmp_path / "other", tmp_path / "out2", ScoringSettings())
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

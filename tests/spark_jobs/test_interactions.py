@@ -13,12 +13,12 @@ import pytest
 from pyspark.sql import SparkSession
 
 from notellm2_core import schema
-from spark_jobs.clean import EventNames
+from notellm2_core.config_data import EventSettings
 from spark_jobs.interactions import Window, join_periods, reduce_periods
 from spark_jobs.landing import UNDATED, Span, land, landed_figures, periods_between
 from tests.spark_jobs.test_source import write_csv
 
-NAMES = EventNames(["view"], ["click"], ["share"])
+NAMES = {"view_events": ["view"], "click_events": ["click"], "ignored_events": ["share"], "max_events_per_day": None}
 TRAIN, TEST = (date(2024, 1, 1), date(2024, 1, 8)), (date(2024, 1, 8), date(2024, 1, 15))
 
 
@@ -28,10 +28,10 @@ def prepared(
     lines: list[str],
     train: Span = TRAIN,
     test: Span = TEST,
-    names: EventNames = NAMES,
-    max_events_per_day: int | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Land `lines`, reduce their periods and join them to windows, with the notes n1 and n2, in `folder`/out."""
+    settings = EventSettings(**NAMES | changes)
     folder.mkdir(exist_ok=True)
     write_csv(folder / "events.csv", lines)
     landed = landed_figures(folder, [land(spark, folder, folder / "raw", "week")])
@@ -41,14 +41,14 @@ def prepared(
     def reduced(parts: Sequence[tuple[str, Span | None]]) -> dict[Path, dict[str, Any]]:
         days = {f"{period} {of}": of for period, of in parts}
         paths = {f"{period} {of}": folder / "raw" / period for period, of in parts}
-        figures = reduce_periods(spark, paths, days, folder / "periods", names, max_events_per_day) if parts else {}
+        figures = reduce_periods(spark, paths, days, folder / "periods", settings) if parts else {}
         return {folder / "periods" / name: of for name, of in figures.items()}
 
     windows = [
         Window(*days, reduced(periods_between(*days, "week", **landed))) for days in dict.fromkeys((train, test))
     ]
     undated = reduced([(UNDATED, None)]) if (folder / "raw" / UNDATED).exists() else {}
-    return join_periods(spark, windows[0], windows[-1], undated, folder / "notes", folder / "out", names)
+    return join_periods(spark, windows[0], windows[-1], undated, folder / "notes", folder / "out", settings)
 
 
 LINES = [
@@ -124,7 +124,9 @@ def test_robots_and_absurd_times(spark: SparkSession, tmp_path: Path) -> None:
 
 def test_equal_windows_and_other_names(spark: SparkSession, tmp_path: Path) -> None:
     """A log with one type of event only, which is a view and a click."""
-    counts = prepared(spark, tmp_path, ["u1,n1,2024-01-01,bought"], TRAIN, TRAIN, EventNames([], ["bought"], []))
+    counts = prepared(
+        spark, tmp_path, ["u1,n1,2024-01-01,bought"], TRAIN, TRAIN, view_events=[], click_events=["bought"]
+    )
     assert counts["test"] == counts["train"] and counts["train"]["clicks"] == 1
     for name in ("train", "test"):
         assert pq.read_table(tmp_path / "out" / name).num_rows == 1
@@ -140,9 +142,9 @@ def test_an_empty_window_names_the_setting_and_the_days_of_the_data(spark: Spark
         lines = ["u1,n1,2024-01-01,view", "u1,n2,2024-01-01,click", "u2,n2,2024-01-08,click"]
         prepared(spark, tmp_path / "f", lines, max_events_per_day=1)
     with pytest.raises(ValueError, match=r"no clicks in the train window.*source.click_events, now \['buy'\].*click"):
-        prepared(spark, tmp_path / "c", LINES, names=EventNames(["view", "click"], ["buy"], ["share"]))
+        prepared(spark, tmp_path / "c", LINES, view_events=["view", "click"], click_events=["buy"])
     with pytest.raises(ValueError, match=r"the log's event names are view, click, the settings know buy, seen; set"):
-        prepared(spark, tmp_path / "d", LINES[:7], names=EventNames(["seen"], ["buy"], []))
+        prepared(spark, tmp_path / "d", LINES[:7], view_events=["seen"], click_events=["buy"], ignored_events=[])
     with pytest.raises(
         ValueError, match=r"notes are not in notes.parquet; a note_id of the log is 'N1', one of .* 'n1'"
     ):

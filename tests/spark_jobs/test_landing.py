@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from spark_jobs.clean import EventNames, label_events
+from notellm2_core.config_data import EventSettings
+from spark_jobs.clean import label_events
 from spark_jobs.landing import UNDATED, covered_until, land, landed_figures, periods_between
 from spark_jobs.source import event_files
 from tests.spark_jobs.test_source import write_csv
@@ -83,7 +84,8 @@ def test_a_line_with_other_fields_than_the_header_is_malformed(spark: SparkSessi
     log = write_csv(tmp_path / "events.csv", lines, header="user_id,note_id,timestamp,event,device")
     log.write_bytes(log.read_bytes() + "u,café,2024-01-01,view,tv\n".encode("latin-1"))
     assert land(spark, tmp_path, tmp_path / "raw", "week")["rows"] == {UNDATED: 4, "2023-12-31": 1}
-    labelled = label_events(spark.read.parquet(str(tmp_path / "raw" / UNDATED)), EventNames(["view"], [], []), False)
+    settings = EventSettings(view_events=["view"], click_events=[])
+    labelled = label_events(spark.read.parquet(str(tmp_path / "raw" / UNDATED)), settings, False)
     found = {(r.reason, tuple(json.loads(r.row).items())) for r in labelled.collect()}
     assert found == {
         ("malformed_row", (("line", lines[1]),)),

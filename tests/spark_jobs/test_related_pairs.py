@@ -11,13 +11,12 @@ import pytest
 from pyspark.sql import SparkSession
 
 from notellm2_core import schema
+from notellm2_core.config_data import FilterSettings
 from spark_jobs import related_pairs as job
-from spark_jobs.related_pairs import Filters, relate, related_pairs
+from spark_jobs.related_pairs import relate, related_pairs
 from tests.spark_jobs.test_pair_tasks import damage, write_rows, write_scores
 
-OPEN: dict[str, Any] = {
-    "low": 0.0, "up": 1e9, "bounds": "absolute", "top_t": 99, "popularity_power": 0.0, "min_users": 1,
-}  # fmt: skip
+OPEN: dict[str, Any] = {"low": 0.0, "up": 1e9, "top_t": 99}
 PAIRS = [("q", "a", 4.0, 4), ("q", "b", 2.0, 3), ("q", "c", 2.0, 2), ("q", "d", 1.0, 2), ("r", "a", 1.0, 1)]
 
 Related = Callable[..., list[tuple[Any, ...]]]
@@ -31,7 +30,7 @@ def related(spark: SparkSession, tmp_path: Path) -> Related:
         shutil.rmtree(tmp_path / "related", ignore_errors=True)
         for i, part in enumerate((rows[::2], rows[1::2])):
             write_scores(tmp_path / "related" / "scores" / f"{i}.parquet", part)
-        filters = Filters(**{**OPEN, **changes})
+        filters = FilterSettings(**{**OPEN, **changes})
         out = tmp_path / "related" / "out"
         related_pairs(spark, tmp_path / "related" / "scores", out, filters, "x", "none", clicks=clicks)
         columns = pq.read_table(out).select(["query_id", "target_id", "score", "rank"]).to_pydict()
@@ -89,7 +88,7 @@ def write_sides(folder: Path, train: str, pool: str) -> None:
 
 
 def test_relate_counts_every_filter(spark: SparkSession, scored: Path) -> None:
-    filters = Filters(low=0.75, up=9.0, bounds="absolute", top_t=1, popularity_power=1.0, min_users=2)
+    filters = FilterSettings(low=0.75, up=9.0, bounds="absolute", top_t=1, popularity_power=1.0, min_users=2)
     counts = relate(spark, scored / "scores", scored / "sides", scored / "out", filters)
     train = counts["train"]
     assert [train[k] for k in ("pairs_on_side", "pairs_with_min_users", "pairs_within_bounds", "pairs")] == [3, 3, 3, 1]
@@ -114,7 +113,7 @@ def test_no_pair_left_names_the_setting(
     spark: SparkSession, scored: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        relate(spark, scored / "scores", scored / "sides", scored / "out", Filters(**{**OPEN, **change}))
+        relate(spark, scored / "scores", scored / "sides", scored / "out", FilterSettings(**{**OPEN, **change}))
 
 
 def test_a_pool_without_pairs_names_the_setting(spark: SparkSession, scored: Path) -> None:
@@ -122,7 +121,7 @@ def test_a_pool_without_pairs_names_the_setting(spark: SparkSession, scored: Pat
     with pytest.raises(
         ValueError, match=r"^test: no pair has both notes on the side pool; set window\.test_days, split"
     ):
-        relate(spark, scored / "scores", scored / "one", scored / "out", Filters(**OPEN))
+        relate(spark, scored / "scores", scored / "one", scored / "out", FilterSettings(**OPEN))
 
 
 def test_command(
@@ -140,9 +139,9 @@ def test_command(
         assert json.loads(capsys.readouterr().out)["pairs"] == 4
     assert pq.read_table(scored / "out")["rank"].to_pylist() == [1, 2, 3, 1]
     for arguments, message in (
-        (("--low", 3, "--up", 2, "--top-t", 3), "need --low <= --up"),
-        (("--low", "nan", "--up", 2, "--top-t", 3), "need --low <= --up"),
-        (("--low", 1, "--up", 2, "--top-t", 3, "--min-users", -5), "--min-users >= 1"),
+        (("--low", 3, "--up", 2, "--top-t", 3), "error: low = 3.0 is above up = 2.0"),
+        (("--low", "nan", "--up", 2, "--top-t", 3), "error: low = nan and up = 2.0 have to be numbers"),
+        (("--low", 1, "--up", 2, "--top-t", 3, "--min-users", -5), "--min-users: -5: Input should be greater than 0"),
         (("--low", 0, "--up", 2, "--top-t", 3, "--bounds", "quantile"), "shares in [0, 1]"),
     ):
         with pytest.raises(SystemExit):

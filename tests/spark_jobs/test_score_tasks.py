@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from notellm2_core.config_data import ScoringSettings
 from notellm2_core.schema import SCORES
 from spark_jobs.pair_scores import Pairs
 from spark_jobs.score_tasks import (
     FIGURES,
     PIECES,
-    Scoring,
     _Figures,
     cut_lists,
     merged_figures,
@@ -46,7 +46,9 @@ def batch(rows: list[tuple[object, ...]]) -> pa.RecordBatch:
     return pa.record_batch([pa.array(c, t) for c, t in zip(columns, types, strict=True)], names)
 
 
-def written(pieces: list[pa.RecordBatch], note_ids: Path, out: Path, scoring: Scoring) -> list[dict[str, object]]:
+def written(
+    pieces: list[pa.RecordBatch], note_ids: Path, out: Path, scoring: ScoringSettings
+) -> list[dict[str, object]]:
     """The pieces brought together by block, as Spark does it, and each block written."""
     rows = pa.Table.from_batches(pieces, PIECES)
     blocks = sorted(set(rows["block"].to_pylist()))
@@ -61,7 +63,7 @@ def written(pieces: list[pa.RecordBatch], note_ids: Path, out: Path, scoring: Sc
 @pytest.mark.parametrize("num_blocks", [1, 2, 5])
 def test_from_rows_to_files(note_ids: Path, tmp_path: Path, num_blocks: int) -> None:
     """u clicked one note (N = 1), v two (N = 2); C is seen before B is clicked, and nothing is clicked after B."""
-    scoring = Scoring()
+    scoring = ScoringSettings()
     pieces = [*cut_lists(iter([batch(ROWS[:2])]), note_ids, num_blocks, scoring)]
     pieces += cut_lists(iter([batch(ROWS[2:3]), batch(ROWS[3:])]), note_ids, num_blocks, scoring)
     figures = merged_figures(written(pieces, note_ids, tmp_path / "out", scoring))
@@ -79,10 +81,10 @@ def test_from_rows_to_files(note_ids: Path, tmp_path: Path, num_blocks: int) -> 
 
 
 def test_no_rows_make_no_file(note_ids: Path, tmp_path: Path) -> None:
-    assert not [*cut_lists(iter([]), note_ids, 2, Scoring())]
-    assert not [*write_scores(iter([]), note_ids, tmp_path, Scoring())]
+    assert not [*cut_lists(iter([]), note_ids, 2, ScoringSettings())]
+    assert not [*write_scores(iter([]), note_ids, tmp_path, ScoringSettings())]
     views = [batch([("u", "A", 1, None), ("u", "B", 2, None)])]
-    for scoring in (Scoring(), Scoring(score="swing")):
+    for scoring in (ScoringSettings(), ScoringSettings(score="swing")):
         figures = written([*cut_lists(iter(views), note_ids, 2, scoring)], note_ids, tmp_path / "out", scoring)
         assert not [*(tmp_path / "out").iterdir()]
         assert merged_figures(figures)["pairs"] == 0 and merged_figures(figures)["score"]["max"] is None
@@ -91,7 +93,7 @@ def test_no_rows_make_no_file(note_ids: Path, tmp_path: Path) -> None:
 def test_a_cap_is_counted(note_ids: Path, tmp_path: Path) -> None:
     """Of u and of v, the note viewed last and the one clicked last are kept, both B. u (N = 1) loses the view of A, v
     (N = 2) the view of C and the click on it: no score loses more than 1 (A's) + 1/2 (C's), whatever the users are."""
-    scoring = Scoring(max_user_notes=1)
+    scoring = ScoringSettings(max_user_notes=1)
     figures = merged_figures(
         written([*cut_lists(iter([batch(ROWS)]), note_ids, 1, scoring)], note_ids, tmp_path / "out", scoring)
     )

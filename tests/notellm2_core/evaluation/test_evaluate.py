@@ -11,7 +11,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from notellm2_core import schema
-from notellm2_core.config import Config, Evaluation, Text
+from notellm2_core.config import Config, EvaluationSettings
+from notellm2_core.config_data import TextSettings
 from notellm2_core.embeddings import read_embeddings, write_shard
 from notellm2_core.evaluation.evaluate import (
     evaluate,
@@ -77,9 +78,9 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config() -> Config:
     return Config(
         name="t",
-        text=Text(short_tokens=2, long_tokens=4),
+        text=TextSettings(short_tokens=2, long_tokens=4),
         model={"llm": {"name": "tiny"}},  # type: ignore[arg-type]
-        evaluation=Evaluation(ks=(1, 5), baselines=("random", "popularity", "bm25")),
+        evaluation=EvaluationSettings(ks=(1, 5), baselines=("random", "popularity", "bm25")),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, LlamaConfig, LlamaModel
 
-from notellm2_core.config import LLM
+from notellm2_core.config_model import ConnectorSettings, LLMSettings
 from notellm2_core.model.build import add_word_embeddings, load_model, require_its_tokenizer
 from notellm2_core.model.llm import load_llm
 from notellm2_core.model.methods import METHODS
@@ -55,7 +55,7 @@ def test_the_same_seed_builds_the_same_model() -> None:
 
 def test_the_pretrained_weights_are_kept() -> None:
     """Wrapping initialises the new modules and nothing else."""
-    pretrained, _ = load_llm(LLM(name="tiny"), Path("unused"))
+    pretrained, _ = load_llm(LLMSettings(name="tiny"), Path("unused"))
     model, _ = tiny_model()
     for name, weight in pretrained.state_dict().items():
         assert torch.equal(model.llm.state_dict()[name][: len(weight)], weight), name
@@ -146,6 +146,7 @@ def test_a_processor_of_another_model_is_refused(saved: Path, name: str) -> None
         ("processor_config.json", {"surprise": 1}),
         ("config.json", {"connector": None}),
         ("config.json", {"connector": {"kind": "qformer", "surprise": 1}}),
+        ("config.json", {"connector": ConnectorSettings().model_dump() | {"vision_width": 8, "surprise": 1}}),
     ],
 )
 def test_a_damaged_configuration_is_one_sentence(saved: Path, file: str, change: dict[str, object]) -> None:
@@ -164,7 +165,7 @@ def test_nothing_is_unpickled(saved: Path) -> None:
 
 def test_words_without_an_embedding_are_refused() -> None:
     """Tokens that were added to a tokenizer may lack one: they start as the mean, as the new ones do."""
-    decoder, tokenizer = load_llm(LLM(name="tiny"), Path("unused"))
+    decoder, tokenizer = load_llm(LLMSettings(name="tiny"), Path("unused"))
     num_words = len(tokenizer)
     with pytest.raises(ValueError, match=f"has {num_words} words, its table of embeddings {num_words - 1}"):
         require_its_tokenizer(
@@ -189,7 +190,7 @@ def test_a_folder_without_a_model(saved: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_with_another_model(tmp_path: Path) -> None:
-    load_llm(LLM(name="tiny"), tmp_path)[0].save_pretrained(tmp_path / "llama")
+    load_llm(LLMSettings(name="tiny"), tmp_path)[0].save_pretrained(tmp_path / "llama")
     with pytest.raises(ValueError, match="llama holds a llama, not a trained model of this project"):
         load_model(tmp_path / "llama")
 

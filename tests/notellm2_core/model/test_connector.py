@@ -2,14 +2,14 @@ import pytest
 import torch
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from notellm2_core.model.connector import Connector, ConnectorSizes, QFormer
+from notellm2_core.config_model import ConnectorSettings
+from notellm2_core.model.connector import Connector, QFormer
 
-BASE = ConnectorSizes(16, 6, 768, 12, 3072, 2, vision_width=768)
-BIGG = ConnectorSizes(16, 6, 1536, 12, 3072, 2, vision_width=1664)
+BASE, BIGG = ConnectorSettings(), ConnectorSettings(hidden_size=1536)
 
 
-@pytest.mark.parametrize(("sizes", "expected"), [(BASE, 49_620_480), (BIGG, 142_869_504)])
-def test_parameter_counts_are_the_papers(sizes: ConnectorSizes, expected: int) -> None:
+@pytest.mark.parametrize(("settings", "vision_width", "expected"), [(BASE, 768, 49_620_480), (BIGG, 1664, 142_869_504)])
+def test_parameter_counts_are_the_papers(settings: ConnectorSettings, vision_width: int, expected: int) -> None:
     """Table 9. Counted is all but the queries (16 h); with width h, inner width f and encoder width e:
 
     self-attention     4 (h h + h) + 2 h                    h = 768: 2,363,904     h = 1536:  9,446,400
@@ -19,15 +19,16 @@ def test_parameter_counts_are_the_papers(sizes: ConnectorSizes, expected: int) -
     6 x (9,446,400 + 9,444,864) + 3 x 9,839,616 = 142,866,432; the normalisation of the queries adds 2 h.
     """
     with torch.device("meta"):
-        qformer = QFormer(sizes)
+        qformer = QFormer(settings, vision_width)
     assert sum(p.numel() for p in qformer.parameters()) - qformer.queries.numel() == expected
-    assert qformer.queries.numel() == 16 * sizes.hidden_size
+    assert qformer.queries.numel() == 16 * settings.hidden_size
 
 
 def test_parity_with_blip2() -> None:
     """The same weights in transformers' Q-Former give the same output and the same gradients."""
     torch.manual_seed(0)
-    ours = QFormer(ConnectorSizes(5, 3, 24, 4, 48, 2, vision_width=10))
+    sizes = {"num_queries": 5, "num_layers": 3, "hidden_size": 24, "num_heads": 4, "intermediate_size": 48}
+    ours = QFormer(ConnectorSettings(**sizes), vision_width=10)
     theirs = Blip2QFormerModel(
         Blip2QFormerConfig(
             hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
@@ -77,7 +78,7 @@ def test_parity_with_blip2() -> None:
 def test_queries_start_apart_and_the_order_of_patches_does_not_matter() -> None:
     """Queries N(0, 0.02): 16 x 768 draws have a standard deviation within 2 % of it."""
     torch.manual_seed(0)
-    connector = Connector(ConnectorSizes(16, 1, 768, 12, 64, 2, vision_width=8), llm_width=32)
+    connector = Connector(ConnectorSettings(num_layers=1, intermediate_size=64), vision_width=8, llm_width=32)
     assert connector.qformer.queries.std().item() == pytest.approx(0.02, rel=0.02)
     patches = torch.randn(1, 9, 8)
     out = connector(patches)
@@ -88,7 +89,9 @@ def test_queries_start_apart_and_the_order_of_patches_does_not_matter() -> None:
 
 def test_dropout_acts_in_training_only() -> None:
     torch.manual_seed(0)
-    connector = Connector(ConnectorSizes(2, 2, 8, 2, 16, 1, vision_width=4, dropout=0.5), llm_width=8)
+    sizes = {"num_queries": 2, "num_layers": 2, "hidden_size": 8, "num_heads": 2, "intermediate_size": 16}
+    settings = ConnectorSettings(**sizes, cross_attention_every=1, dropout=0.5)
+    connector = Connector(settings, vision_width=4, llm_width=8)
     patches = torch.randn(1, 3, 4)
     assert not torch.equal(connector(patches), connector(patches))
     connector.eval()

@@ -11,7 +11,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from notellm2_core.config import LLM
+from notellm2_core.config_model import LLMSettings
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.model.llm import llm_architecture, load_llm, tiny_tokenizer
 from notellm2_core.model.mlrm import MLRMModel
@@ -99,7 +99,7 @@ def test_any_decoder(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     assert torch.equal(llm_states(*load_model(tmp_path / "model"), "right"), states[-1])
-    one, _ = load_llm(LLM(name=str(tmp_path / "llm"), num_layers=1, attention="eager"), tmp_path)
+    one, _ = load_llm(LLMSettings(name=str(tmp_path / "llm"), num_layers=1, attention="eager"), tmp_path)
     assert one.config.num_hidden_layers == 1 and sum(p.numel() for p in one.parameters()) < model.llm.num_parameters()
 
 
@@ -122,7 +122,7 @@ def test_of_a_multimodal_checkpoint_the_text_decoder_is_taken(kind: str, tmp_pat
     )
     theirs = whole.model.language_model.state_dict()
     for num_layers in (None, 1):
-        settings = LLM(name=str(tmp_path / "llm"), num_layers=num_layers)
+        settings = LLMSettings(name=str(tmp_path / "llm"), num_layers=num_layers)
         decoder, _ = load_llm(settings, tmp_path)
         assert decoder.config.num_hidden_layers == llm_architecture(settings).num_hidden_layers == (num_layers or 2)
         assert not hasattr(decoder, "vision_tower")
@@ -148,10 +148,10 @@ def test_of_a_multimodal_checkpoint_the_text_decoder_is_taken(kind: str, tmp_pat
 def test_what_is_no_decoder(other: Any, message: str, tmp_path: Path) -> None:
     other.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
-        llm_architecture(LLM(name=str(tmp_path)))
+        llm_architecture(LLMSettings(name=str(tmp_path)))
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
-        load_llm(LLM(name=str(tmp_path)), tmp_path)
+        load_llm(LLMSettings(name=str(tmp_path)), tmp_path)
 
 
 def test_a_folder_without_weights_or_with_others(tmp_path: Path) -> None:
@@ -163,26 +163,26 @@ def test_a_folder_without_weights_or_with_others(tmp_path: Path) -> None:
     save_file(good | {name: torch.zeros(3, 3)}, folder / "model.safetensors", metadata={"format": "pt"})
     messages = [f"weights of another shape for 1 tensors, among them {name.removeprefix('model.')}"]
     with pytest.raises(ValueError, match=messages[0]):
-        load_llm(LLM(name=str(folder)), tmp_path)
+        load_llm(LLMSettings(name=str(folder)), tmp_path)
     (folder / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="cannot be loaded"):
-        load_llm(LLM(name=str(folder)), tmp_path)
+        load_llm(LLMSettings(name=str(folder)), tmp_path)
     (folder / "model.safetensors").unlink()
     for _ in range(2):
         with pytest.raises(ValueError, match=r"cannot be loaded \(.*safetensors.*; set model.llm.name to") as e:
-            load_llm(LLM(name=str(folder)), tmp_path)
+            load_llm(LLMSettings(name=str(folder)), tmp_path)
         assert "\n" not in str(e.value)
         torch.save(model.state_dict(), folder / "pytorch_model.bin")  # not unpickled
 
 
 def test_a_gguf_that_is_not_there_or_is_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no file .*x\.gguf; set model.llm.name to"):
-        load_llm(LLM(name=str(tmp_path / "x.gguf")), tmp_path)
+        load_llm(LLMSettings(name=str(tmp_path / "x.gguf")), tmp_path)
     (tmp_path / "x.gguf").write_bytes(b"not a GGUF")
     with pytest.raises(ValueError, match=r"x\.gguf' cannot be loaded"):
-        load_llm(LLM(name=str(tmp_path / "x.gguf")), tmp_path)
+        load_llm(LLMSettings(name=str(tmp_path / "x.gguf")), tmp_path)
     with pytest.raises(ValueError, match="package:efficientnet-lite0 is no package with an LLM"):
-        load_llm(LLM(name="package:efficientnet-lite0"), tmp_path)
+        load_llm(LLMSettings(name="package:efficientnet-lite0"), tmp_path)
 
 
 def test_a_gguf_file_by_its_path(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_gguf_file_by_its_path(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
 
-    settings = LLM(name=str(tmp_path / "llama.gguf"))
+    settings = LLMSettings(name=str(tmp_path / "llama.gguf"))
     decoder: Any
     decoder, tokenizer = load_llm(settings, tmp_path / "cache")
     assert np.array_equal(decoder.embed_tokens.weight.detach(), tensors["token_embd.weight"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from notellm2_core.config import LoRA
+from notellm2_core.config_model import LoRASettings
 from notellm2_core.model.lora import adapted_layers, add_adapters, is_adapter, merge
 from notellm2_core.model.mlrm import MLRMModel
 from tests.notellm2_core.model.tiny import EMPTY, LONG, SHORT, batch_of, tiny_model
@@ -30,7 +30,7 @@ def test_the_worked_example() -> None:
     llm.add_module("layer", nn.Linear(2, 2))
     nn.init.eye_(llm.layer.weight)
     bias = llm.layer.bias.detach().clone()
-    add_adapters(llm, LoRA(rank=1, alpha=2), 0)
+    add_adapters(llm, LoRASettings(rank=1, alpha=2), 0)
     layer = adapted_layers(llm)["layer"]
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(torch.tensor([[1.0, 2.0]]))
@@ -49,7 +49,7 @@ def test_a_sum_in_bf16_is_rounded_once() -> None:
     """The neighbour of W = 1 is 1 + 2^-7, the middle 1 + 2^-8: 2^-9 + 2^-12 is lost, 2^-8 + 2^-11 goes up."""
     llm = nn.Sequential()
     llm.add_module("layer", nn.Linear(1, 1, bias=False))
-    add_adapters(llm, LoRA(rank=1, alpha=1), 0)
+    add_adapters(llm, LoRASettings(rank=1, alpha=1), 0)
     llm.to(torch.bfloat16)
     layer = adapted_layers(llm)["layer"]
     for delta, expected in ((2**-9 + 2**-12, 1.0), (2**-8 + 2**-11, 1 + 2**-7)):
@@ -67,7 +67,7 @@ def test_every_linear_layer_of_the_decoder_is_adapted_and_nothing_changes_yet() 
     batch = batch_of(processor, [SHORT, LONG, EMPTY])
     with torch.no_grad():
         before = model(batch).multimodal
-        add_adapters(model.llm, LoRA(rank=3), 0)
+        add_adapters(model.llm, LoRASettings(rank=3), 0)
         assert torch.equal(model(batch).multimodal, before)
         fill(model)
         assert not torch.allclose(model(batch).multimodal, before, atol=1e-3)
@@ -81,7 +81,7 @@ def test_the_same_seed_makes_the_same_adapters_and_leaves_the_callers_random_num
     for seed in (0, 0, 1):
         model, _ = tiny_model()
         state = torch.random.get_rng_state()
-        add_adapters(model.llm, LoRA(), seed)
+        add_adapters(model.llm, LoRASettings(), seed)
         assert torch.equal(torch.random.get_rng_state(), state)
         made.append(torch.cat([p.detach().reshape(-1) for p in adapters(model).values()]))
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
@@ -89,13 +89,13 @@ def test_the_same_seed_makes_the_same_adapters_and_leaves_the_callers_random_num
 
 def test_chosen_layers() -> None:
     model, _ = tiny_model()
-    add_adapters(model.llm, LoRA(target_modules=("q_proj", "v_proj")), 0)
+    add_adapters(model.llm, LoRASettings(target_modules=("q_proj", "v_proj")), 0)
     assert {name.rpartition(".")[2] for name in adapted_layers(model)} == {"q_proj", "v_proj"}
     model, _ = tiny_model()
     with pytest.raises(
         ValueError, match=r"names 'query', which is no linear layer .* choose among down_proj, .*v_proj"
     ):
-        add_adapters(model.llm, LoRA(target_modules=("q_proj", "query")), 0)
+        add_adapters(model.llm, LoRASettings(target_modules=("q_proj", "query")), 0)
 
 
 def test_gradient_checkpointing_gives_adapters_the_same_gradients() -> None:
@@ -104,7 +104,7 @@ def test_gradient_checkpointing_gives_adapters_the_same_gradients() -> None:
     for checkpointing in (False, True):
         model, processor = tiny_model("basic")
         model.requires_grad_(False)  # the connector too
-        add_adapters(model.llm, LoRA(), 0)
+        add_adapters(model.llm, LoRASettings(), 0)
         fill(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from notellm2_core.config import PARTS, Config
+from notellm2_core.config import Config
+from notellm2_core.config_training import PARTS
 from notellm2_core.model.build import build_model, mlrm_config
 from notellm2_core.model.llm import llm_architecture
 from notellm2_core.model.lora import is_adapter

@@ -11,14 +11,14 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from notellm2_core import config
+from notellm2_core.config_model import VisionSettings
 from notellm2_core.model.vision import VisionEncoder, load_vision_encoder, to_pixels, vision_architecture, vision_dims
 from notellm2_core.model.vision_architecture import Preprocess, library
 from notellm2_core.model.vision_towers import architecture_of, build_tower
 from notellm2_core.weights import PACKAGES
 
-TINY = config.Vision(library="tiny")
-LITE0 = config.Vision(library="timm", name="tf_efficientnet_lite0", pretrained="package:efficientnet-lite0")
+TINY = VisionSettings(library="tiny")
+LITE0 = VisionSettings(library="timm", name="tf_efficientnet_lite0", pretrained="package:efficientnet-lite0")
 SMALL_CLIP = "ViT-small-for-tests"
 
 
@@ -47,12 +47,12 @@ def small_clip(tmp_path_factory):
 @pytest.mark.parametrize(
     ("vision", "dims"),
     [
-        (config.Vision(name="ViT-B-16"), (196, 768)),  # (224 / 16)^2 patches
-        (config.Vision(name="ViT-bigG-14"), (256, 1664)),  # (224 / 14)^2 patches, before the 1280-d projection
-        (config.Vision(name="ViT-B-16-SigLIP"), (196, 768)),  # a timm model inside open_clip, without a class token
+        (VisionSettings(name="ViT-B-16"), (196, 768)),  # (224 / 16)^2 patches
+        (VisionSettings(name="ViT-bigG-14"), (256, 1664)),  # (224 / 14)^2 patches, before the 1280-d projection
+        (VisionSettings(name="ViT-B-16-SigLIP"), (196, 768)),  # a timm model inside open_clip, without a class token
         (LITE0, (49, 1280)),
-        (config.Vision(library="timm", name="swin_tiny_patch4_window7_224"), (49, 768)),  # channels last
-        (config.Vision(library="timm", name="vit_base_patch16_224.augreg_in1k", pretrained=None), (196, 768)),
+        (VisionSettings(library="timm", name="swin_tiny_patch4_window7_224"), (49, 768)),  # channels last
+        (VisionSettings(library="timm", name="vit_base_patch16_224.augreg_in1k", pretrained=None), (196, 768)),
         (TINY, (16, 32)),
     ],
 )
@@ -66,14 +66,14 @@ def test_parameter_count_of_the_papers_encoder():
     """
     block = 3_072 + 4 * 768 * 768 + 4 * 768 + 2 * 768 * 3072 + 3072 + 768
     with torch.device("meta"):
-        tower = build_tower(architecture_of(config.Vision(name="ViT-B-16")))
+        tower = build_tower(architecture_of(VisionSettings(name="ViT-B-16")))
     assert sum(p.numel() for p in tower.parameters()) == 589_824 + 768 + 151_296 + 3_072 + 12 * block == 85_799_424
 
 
 def test_clip_features_are_those_before_the_projection(small_clip):
     """patches = ln_post's output without the class token; global feature @ projection = CLIP's own image feature."""
     model, file = small_clip
-    encoder = load_vision_encoder(config.Vision(name=SMALL_CLIP, pretrained=str(file)))
+    encoder = load_vision_encoder(VisionSettings(name=SMALL_CLIP, pretrained=str(file)))
     pixels = torch.randn(3, 3, 32, 32)
     seen = []
     handle = model.visual.ln_post.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -87,8 +87,8 @@ def test_clip_features_are_those_before_the_projection(small_clip):
 
 
 def test_openai_weights_get_the_activation_they_were_trained_with():
-    assert architecture_of(config.Vision(name="ViT-B-16", pretrained="openai")).model["quick_gelu"]
-    assert not architecture_of(config.Vision(name="ViT-B-16", pretrained="laion2b_s34b_b88k")).model["quick_gelu"]
+    assert architecture_of(VisionSettings(name="ViT-B-16", pretrained="openai")).model["quick_gelu"]
+    assert not architecture_of(VisionSettings(name="ViT-B-16", pretrained="laion2b_s34b_b88k")).model["quick_gelu"]
 
 
 def test_an_open_clip_folder_is_read_with_its_preprocessing(small_clip, tmp_path):
@@ -99,10 +99,10 @@ def test_an_open_clip_folder_is_read_with_its_preprocessing(small_clip, tmp_path
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')  # a hub's folder may serve transformers as well
     (tmp_path / "model.safetensors").write_bytes(b"not looked at")
-    encoder = load_vision_encoder(config.Vision(name="anything", pretrained=str(tmp_path)))
+    encoder = load_vision_encoder(VisionSettings(name="anything", pretrained=str(tmp_path)))
     assert encoder.architecture.preprocess.resize == "squash"
     assert encoder.architecture.preprocess.std == (0.25, 0.25, 0.25)
-    same = load_vision_encoder(config.Vision(name=SMALL_CLIP, pretrained=str(file)))
+    same = load_vision_encoder(VisionSettings(name=SMALL_CLIP, pretrained=str(file)))
     pixels = torch.randn(2, 3, 32, 32)
     assert torch.equal(encoder(pixels)[0], same(pixels)[0])
     assert encoder.encoder_id != same.encoder_id  # other preprocessing: other features
@@ -114,7 +114,7 @@ def test_timm_checkpoint_file(tmp_path, name):
     torch.manual_seed(0)
     model = library("timm").create_model(name, num_classes=5).eval()
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    encoder = load_vision_encoder(config.Vision(library="timm", name=name, pretrained=str(tmp_path / "model.pt")))
+    encoder = load_vision_encoder(VisionSettings(library="timm", name=name, pretrained=str(tmp_path / "model.pt")))
     side = encoder.architecture.preprocess.size_px
     pixels = torch.randn(2, 3, side, side)
     patches, pooled = encoder(pixels)
@@ -147,13 +147,13 @@ def test_package_weights_that_do_not_fit_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("vision", "message"),
     [
-        (config.Vision(name="ViT-B16"), "no model 'ViT-B16'; close to it: ViT-B-16"),
-        (config.Vision(library="timm", name="efficientnet_lite"), "close to it: .*efficientnet_lite0"),
-        (config.Vision(name="RN50"), "ModifiedResNet of open_clip has no patch features; supported: open_clip ViTs"),
-        (config.Vision(name="coca_ViT-B-32"), "no patch features; supported"),
-        (config.Vision(library="timm", name="mobilenetv3_small_100"), "do not go together; supported"),
-        (config.Vision(library="timm", name="volo_d1_224"), "197 tokens of timm's VOLO are not the patches of a squ"),
-        (config.Vision(library="timm", name="coat_tiny"), "CoaT of timm has no patch features; supported"),
+        (VisionSettings(name="ViT-B16"), "no model 'ViT-B16'; close to it: ViT-B-16"),
+        (VisionSettings(library="timm", name="efficientnet_lite"), "close to it: .*efficientnet_lite0"),
+        (VisionSettings(name="RN50"), "ModifiedResNet of open_clip has no patch features; supported: open_clip ViTs"),
+        (VisionSettings(name="coca_ViT-B-32"), "no patch features; supported"),
+        (VisionSettings(library="timm", name="mobilenetv3_small_100"), "do not go together; supported"),
+        (VisionSettings(library="timm", name="volo_d1_224"), "197 tokens of timm's VOLO are not the patches of a squ"),
+        (VisionSettings(library="timm", name="coat_tiny"), "CoaT of timm has no patch features; supported"),
     ],
 )
 def test_unusable_models(vision, message):
@@ -164,9 +164,9 @@ def test_unusable_models(vision, message):
 @pytest.mark.parametrize(
     ("vision", "message"),
     [
-        (config.Vision(pretrained="nope"), "'nope' is neither a file, .* openai, laion400m"),
-        (config.Vision(pretrained=None), "None is neither a file"),
-        (config.Vision(library="timm", name="test_vit", pretrained="nope"), "timm knows for test_vit: r160_in1k"),
+        (VisionSettings(pretrained="nope"), "'nope' is neither a file, .* openai, laion400m"),
+        (VisionSettings(pretrained=None), "None is neither a file"),
+        (VisionSettings(library="timm", name="test_vit", pretrained="nope"), "timm knows for test_vit: r160_in1k"),
         (LITE0.model_copy(update={"name": "tf_efficientnet_lite1"}), "belong to timm's tf_efficientnet_lite0"),
         (LITE0.model_copy(update={"pretrained": "package:x"}), "known packages: package:efficientnet-lite0"),
     ],
@@ -179,8 +179,8 @@ def test_unusable_weights(vision, message):
 def test_a_file_of_another_model_is_one_line(small_clip, tmp_path):
     torch.save({"x": torch.zeros(1)}, tmp_path / "x.pt")
     for vision in (
-        config.Vision(name=SMALL_CLIP, pretrained=str(tmp_path / "x.pt")),
-        config.Vision(library="timm", name="test_vit", pretrained=str(tmp_path / "x.pt")),
+        VisionSettings(name=SMALL_CLIP, pretrained=str(tmp_path / "x.pt")),
+        VisionSettings(library="timm", name="test_vit", pretrained=str(tmp_path / "x.pt")),
     ):
         with pytest.raises(ValueError, match=r"no vision weights from .*x\.pt") as e:
             load_vision_encoder(vision)
@@ -189,7 +189,7 @@ def test_a_file_of_another_model_is_one_line(small_clip, tmp_path):
 
 @pytest.mark.parametrize(
     "vision",
-    [config.Vision(), config.Vision(library="timm", name="test_vit.r160_in1k", pretrained=None)],
+    [VisionSettings(), VisionSettings(library="timm", name="test_vit.r160_in1k", pretrained=None)],
 )
 def test_no_hub_says_what_was_tried_and_what_to_do(vision, monkeypatch, tmp_path):
     from huggingface_hub import constants
@@ -202,7 +202,7 @@ def test_no_hub_says_what_was_tried_and_what_to_do(vision, monkeypatch, tmp_path
 
 
 def test_saved_encoder_gives_the_same_bits(tmp_path, small_clip):
-    for number, vision in enumerate([TINY, config.Vision(name=SMALL_CLIP, pretrained=str(small_clip[1]))]):
+    for number, vision in enumerate([TINY, VisionSettings(name=SMALL_CLIP, pretrained=str(small_clip[1]))]):
         encoder = load_vision_encoder(vision)
         encoder.save_pretrained(tmp_path / str(number))
         loaded = VisionEncoder.from_pretrained(tmp_path / str(number))
@@ -211,7 +211,7 @@ def test_saved_encoder_gives_the_same_bits(tmp_path, small_clip):
         for a, b in zip(encoder(pixels), loaded(pixels), strict=True):
             assert torch.equal(a, b)
         assert (loaded.encoder_id, loaded.num_patches, loaded.width) == (encoder.encoder_id, 16, encoder.width)
-        by_setting = config.Vision(name="whatever", pretrained=str(tmp_path / str(number)))
+        by_setting = VisionSettings(name="whatever", pretrained=str(tmp_path / str(number)))
         assert load_vision_encoder(by_setting).encoder_id == encoder.encoder_id
         assert vision_dims(by_setting) == (16, encoder.width)
         assert vision_architecture(by_setting) == encoder.architecture
@@ -277,7 +277,8 @@ def test_id_is_of_the_weights_not_of_their_place(small_clip, tmp_path):
     copy = tmp_path / "elsewhere.pt"
     copy.write_bytes(Path(small_clip[1]).read_bytes())
     ids = {
-        load_vision_encoder(config.Vision(name=SMALL_CLIP, pretrained=str(p))).encoder_id for p in (small_clip[1], copy)
+        load_vision_encoder(VisionSettings(name=SMALL_CLIP, pretrained=str(p))).encoder_id
+        for p in (small_clip[1], copy)
     }
     assert len(ids) == 1 and len(ids.pop()) == 16
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from notellm2_core import config
+from notellm2_core.config_model import VisionSettings
 from notellm2_core.model.vision import VisionEncoder, load_vision_encoder, to_pixels, vision_dims
 from notellm2_core.model.vision_architecture import Architecture, library
 from notellm2_core.model.vision_huggingface import FAMILIES, preprocess_of
@@ -44,8 +44,8 @@ MODELS = {
 }
 
 
-def vision(name: Path | str) -> config.Vision:
-    return config.Vision(library="transformers", name=str(name))
+def vision(name: Path | str) -> VisionSettings:
+    return VisionSettings(library="transformers", name=str(name))
 
 
 def saved(folder: Path, kind: str) -> tuple[Path, Any]:
@@ -106,7 +106,7 @@ def test_saved_encoder_gives_the_same_bits(kind: str, tmp_path: Path) -> None:
     assert torch.equal(loaded.preprocess(picture(70, 51))[None], pixels)
     for a, b in zip(encoder(pixels), loaded(pixels), strict=True):
         assert torch.equal(a, b)
-    by_setting = config.Vision(library="transformers", name="x", pretrained=str(tmp_path / "copy"))
+    by_setting = VisionSettings(library="transformers", name="x", pretrained=str(tmp_path / "copy"))
     assert load_vision_encoder(by_setting).encoder_id == encoder.encoder_id
     weights = load_file(tmp_path / "copy" / "model.safetensors")
     save_file({k: v + 1e-6 for k, v in weights.items()}, tmp_path / "copy" / "model.safetensors")
@@ -177,15 +177,15 @@ def test_the_papers_encoders_with_and_without_their_projection() -> None:
     """
     expected = {"ViT-B-16": (768, 12, 3072, 16, 196, 512), "ViT-bigG-14": (1664, 48, 8192, 14, 256, 1280)}
     for name, (w, n, m, p, patches, d) in expected.items():
-        assert vision_dims(config.Vision(name=name)) == (patches, w)
-        architecture = architecture_of(config.Vision(name=name))
+        assert vision_dims(VisionSettings(name=name)) == (patches, w)
+        architecture = architecture_of(VisionSettings(name=name))
         with torch.device("meta"):
             tower = build_tower(architecture)
         layers = n * (4 * w + 4 * w * w + 4 * w + 2 * w * m + m + w)
         assert sum(x.numel() for x in tower.parameters()) == 3 * p * p * w + w + (patches + 1) * w + 4 * w + layers
         assert dropped_projection_parameters(architecture) == w * d
-    b16 = config.Vision(library="timm", name="vit_base_patch16_siglip_224", pretrained=None)
-    for without in (b16, config.Vision(library="tiny"), config.Vision(name="ViT-B-16-SigLIP")):
+    b16 = VisionSettings(library="timm", name="vit_base_patch16_siglip_224", pretrained=None)
+    for without in (b16, VisionSettings(library="tiny"), VisionSettings(name="ViT-B-16-SigLIP")):
         assert dropped_projection_parameters(architecture_of(without)) == 0
 
 
@@ -323,10 +323,10 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path, monkeypatc
 
 def test_pretrained_has_no_meaning_here() -> None:
     """Left out, it is openai for open_clip alone."""
-    assert config.Vision().pretrained == "openai" and config.Vision(name="ViT-L-14").pretrained == "openai"
+    assert VisionSettings().pretrained == "openai" and VisionSettings(name="ViT-L-14").pretrained == "openai"
     assert vision("x").pretrained is None
     with pytest.raises(ValueError, match="'laion' is no folder that save_pretrained wrote.* leave pretrained out"):
-        vision_dims(config.Vision(library="transformers", name="x", pretrained="laion"))
+        vision_dims(VisionSettings(library="transformers", name="x", pretrained="laion"))
 
 
 def test_every_family_is_tested() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notellm2_core.config import Text
+from notellm2_core.config_data import TextSettings
 from notellm2_core.model.llm import tiny_tokenizer
 from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.notes.records import Note
@@ -30,12 +30,12 @@ HOSTILE = {
 @cache
 def processor(tokenizer: str, prompt: str = "micl", side: str = "right") -> MLRMProcessor:
     if tokenizer == "tiny":
-        return MLRMProcessor(tiny_tokenizer(), Text(), prompt, NUM_QUERIES, 2, 5, side)  # type: ignore[arg-type]
+        return MLRMProcessor(tiny_tokenizer(), TextSettings(), prompt, NUM_QUERIES, 2, 5, side)  # type: ignore[arg-type]
     from transformers import AutoTokenizer
 
     gguf = package_path("package:smollm2")
     smollm2 = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    return MLRMProcessor(smollm2, Text(), prompt, NUM_QUERIES, 2, 5, side)  # type: ignore[arg-type]
+    return MLRMProcessor(smollm2, TextSettings(), prompt, NUM_QUERIES, 2, 5, side)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tokenizer", ["tiny", "smollm2"])
@@ -175,7 +175,7 @@ def test_a_start_token_is_kept_where_the_tokenizer_has_one() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    read_with_bos = MLRMProcessor(tokenizer, Text(), "micl", NUM_QUERIES, 2, 5)
+    read_with_bos = MLRMProcessor(tokenizer, TextSettings(), "micl", NUM_QUERIES, 2, 5)
     assert read_with_bos.num_shared == processor("tiny").num_shared + 1
     with_bos = read_with_bos.encode(Note("n", "a", (), ""))
     assert with_bos.token_ids[0] == tokenizer.bos_token_id and len(with_bos) == len(plain) + 1

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from notellm2_core import config, schema
+from notellm2_core import schema
+from notellm2_core.config_model import VisionSettings
 from notellm2_core.model.vision import VisionEncoder, load_vision_encoder
 from notellm2_core.notes import feature_store, features
 from notellm2_core.notes.feature_store import FeatureStore, num_missing, read_note_images
@@ -209,7 +210,7 @@ def test_the_whole_run(world, tmp_path):
     )
     world.write_notes([("n8", None, png(3, size=101)), ("n9", None, None)], "part-1.parquet")
     counts = world.run(tmp_path / "out")
-    encoder = load_vision_encoder(config.Vision(library="tiny"))
+    encoder = load_vision_encoder(VisionSettings(library="tiny"))
     assert counts == {
         "notes": 9, "ok": 4, "missing": 1, "not_found": 1, "broken": 1, "too_large": 1, "escapes": 1,
         "distinct_images": 2, "computed": 2, "reused": 0,

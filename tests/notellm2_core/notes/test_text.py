@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notellm2_core.config import Text
+from notellm2_core.config_data import TextSettings
 from notellm2_core.notes.records import Note
 from notellm2_core.notes.text import PROMPTS, Field, Mark, escape, field_text, truncate_words
 
@@ -74,15 +74,15 @@ def test_escaped_text_has_no_bare_quote(text: str) -> None:
 
 def test_topics_are_truncated_together() -> None:
     note = Note("n", "t", ("blue sky", "red sea", "sun"), "c")
-    assert field_text(note, "topic", Text(topic_words=3)) == "blue sky, red"
+    assert field_text(note, "topic", TextSettings(topic_words=3)) == "blue sky, red"
 
 
 def test_a_word_of_a_million_letters_is_cut() -> None:
     """20 words may take 80 tokens, and no more than 32 characters per token are looked at: 2,560 characters."""
     start = time.perf_counter()
-    assert len(field_text(Note("n", "x" * 1_000_000, (), ""), "title", Text())) == 2560
+    assert len(field_text(Note("n", "x" * 1_000_000, (), ""), "title", TextSettings())) == 2560
     assert time.perf_counter() - start < 0.5
 
 
 def test_white_space_before_a_text_hides_nothing() -> None:
-    assert field_text(Note("n", "", (), " " * 20_000 + "late"), "content", Text()) == "late"
+    assert field_text(Note("n", "", (), " " * 20_000 + "late"), "content", TextSettings()) == "late"

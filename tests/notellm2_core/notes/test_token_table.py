@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from notellm2_core import schema
-from notellm2_core.config import Text
+from notellm2_core.config_data import TextSettings
 from notellm2_core.model.llm import tiny_tokenizer
 from notellm2_core.notes import token_table
 from notellm2_core.notes.batch import MLRMProcessor
@@ -25,7 +25,7 @@ texts = st.text(max_size=30)
 
 @cache
 def processor(prompt: str = "micl", **text: int) -> MLRMProcessor:
-    return MLRMProcessor(tiny_tokenizer(), Text(**text), prompt, 3, 2, 5)  # type: ignore[arg-type]
+    return MLRMProcessor(tiny_tokenizer(), TextSettings(**text), prompt, 3, 2, 5)  # type: ignore[arg-type]
 
 
 def tokenizer(**text: int) -> NoteTokenizer:
@@ -73,7 +73,7 @@ def test_of_another_tokenizer_or_other_settings(tmp_path: Path) -> None:
     TokenTable(tmp_path / TOKENS, processor("basic", short_tokens=7).note_tokenizer)
     larger = tiny_tokenizer()
     larger.add_tokens(["zebra"])
-    for other in (tokenizer(title_words=3), NoteTokenizer(larger, Text())):
+    for other in (tokenizer(title_words=3), NoteTokenizer(larger, TextSettings())):
         with pytest.raises(ValueError, match="made with another tokenizer or other text settings"):
             TokenTable(tmp_path / TOKENS, other)
 

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from notellm2_core.config import PARTS, Config, Training
+from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
+from notellm2_core.config_training import PARTS, TrainingSettings
 from notellm2_core.model.build import build_model
 from notellm2_core.model.lora import is_adapter
 from notellm2_core.model.mlrm import MLRMModel
@@ -173,7 +174,9 @@ def _fresh(world: World, config: Config, precision: engines.Precision = "fp32") 
     return engine, data
 
 
-def _as_on_gpus(training: Training, precision: engines.Precision, num_ranks: int, on_gpu: bool) -> dict[str, Any]:
+def _as_on_gpus(
+    training: TrainingSettings, precision: engines.Precision, num_ranks: int, on_gpu: bool
+) -> dict[str, Any]:
     """What GPUs are told, but for the small buffers. ZeRO-3 keeps small weights on every rank, and the tiny models have
     no others: here it gives all back.
     """

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from notellm2_core.config import PARTS, Training
+from notellm2_core.config_training import PARTS, TrainingSettings
 from notellm2_core.model.build import build_model
 from notellm2_core.model.parts import set_trained
 from notellm2_core.training.engine import deepspeed_config, learning_rate_factor, optimizer_groups
@@ -29,7 +29,7 @@ def test_learning_rate_of_the_paper() -> None:
 
 def test_the_paper_as_a_deepspeed_dictionary() -> None:
     """Table 8: B = 128 over 8 GPUs is 16 pairs each, ZeRO-3, bf16, AdamW."""
-    made = deepspeed_config(Training(), "bf16", 8, on_gpu=True)
+    made = deepspeed_config(TrainingSettings(), "bf16", 8, on_gpu=True)
     assert made["train_micro_batch_size_per_gpu"] == 16
     assert made["zero_optimization"]["stage"] == 3
     assert made["bf16"] == {"enabled": True}
@@ -37,12 +37,12 @@ def test_the_paper_as_a_deepspeed_dictionary() -> None:
     optimizer = made["optimizer"]["params"]
     assert (optimizer["lr"], optimizer["betas"], optimizer["eps"]) == (3e-6, [0.9, 0.999], 1e-8)
     assert optimizer["weight_decay"] == 1e-3 and optimizer["torch_adam"]
-    added_up = deepspeed_config(Training(zero_stage=0, micro_batch_tokens=9), "bf16", 2, on_gpu=True)
+    added_up = deepspeed_config(TrainingSettings(zero_stage=0, micro_batch_tokens=9), "bf16", 2, on_gpu=True)
     assert added_up["data_types"] == {"grad_accum_dtype": "fp32"} and added_up["zero_optimization"]["stage"] == 2
-    on_cpu = deepspeed_config(Training(), "bf16", 2, on_gpu=False)
+    on_cpu = deepspeed_config(TrainingSettings(), "bf16", 2, on_gpu=False)
     assert on_cpu["bf16"] == {"enabled": False}  # fp32 weights; the forward runs under autocast
     with pytest.raises(ValueError, match=r"batch_pairs = 128 cannot be shared by 3 ranks"):
-        deepspeed_config(Training(), "bf16", 3, on_gpu=True)
+        deepspeed_config(TrainingSettings(), "bf16", 3, on_gpu=True)
 
 
 def test_groups_have_their_rates_and_decay() -> None:
@@ -50,7 +50,7 @@ def test_groups_have_their_rates_and_decay() -> None:
     config = tiny_config({"parts": [part for part in PARTS if part != "word_embeddings"]})
     model, _ = build_model(config, Path())
     set_trained(model, config)
-    training = Training(learning_rate=1.0, new_module_learning_rate=2.0, temperature_learning_rate=3.0)
+    training = TrainingSettings(learning_rate=1.0, new_module_learning_rate=2.0, temperature_learning_rate=3.0)
     groups = optimizer_groups(model.parameter_groups(), training)
     grouped = {id(p): g for g in groups for p in g["params"]}
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -73,7 +73,9 @@ def test_adapters_go_with_the_llm() -> None:
     config = tiny_config({"parts": ["llm", "temperature"]}, lora={"rank": 2})
     model, _ = build_model(config, Path())
     set_trained(model, config)
-    groups = optimizer_groups(model.parameter_groups(), Training(learning_rate=1.0, temperature_learning_rate=3.0))
+    groups = optimizer_groups(
+        model.parameter_groups(), TrainingSettings(learning_rate=1.0, temperature_learning_rate=3.0)
+    )
     assert [(g["peak_lr"], g["weight_decay"], len(g["params"])) for g in groups] == [
         (1.0, 1e-3, 2 * 7 * 2),
         (3.0, 0, 1),
@@ -83,8 +85,8 @@ def test_adapters_go_with_the_llm() -> None:
 def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     folders = {n: Path(f"/data/{n}") for n in ("notes", "images", "store", "pairs", "work", "out")}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    command = launch_command(Path("c.yaml"), Training(num_ranks=2), **folders, train_days=("2025-01-05", "2025-01-19"),
-                             mlflow_uri="sqlite:///m.db", mlflow_run_id="r1")  # fmt: skip
+    more = {"train_days": ("2025-01-05", "2025-01-19"), "mlflow_uri": "sqlite:///m.db", "mlflow_run_id": "r1"}
+    command = launch_command(Path("c.yaml"), TrainingSettings(num_ranks=2), **folders, **more)
     text = " ".join(command[1:])
     assert text == (
         "-m torch.distributed.run --standalone --nproc-per-node 2 -m notellm2_core.training --config c.yaml"
@@ -93,11 +95,12 @@ def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
         " --mlflow-uri sqlite:///m.db --mlflow-run-id r1"
     )
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert launch_command(Path("c.yaml"), Training(num_ranks=10_000), **folders)[:2] == ["env", "OMP_NUM_THREADS=1"]
-    several = Training(num_ranks=8, num_nodes=2, rendezvous="a.b:29400")
+    many = TrainingSettings(num_ranks=10_000)
+    assert launch_command(Path("c.yaml"), many, **folders)[:2] == ["env", "OMP_NUM_THREADS=1"]
+    several = TrainingSettings(num_ranks=8, num_nodes=2, rendezvous="a.b:29400")
     command = " ".join(launch_command(Path("c.yaml"), several, **folders))
     assert "--nnodes 2 --rdzv-backend c10d --rdzv-id work --rdzv-endpoint a.b:29400 --nproc-per-node 8 -m" in command
-    command = " ".join(launch_command(Path("c.yaml"), Training(num_nodes=2, hostfile=Path("hosts")), **folders))
+    command = " ".join(launch_command(Path("c.yaml"), TrainingSettings(num_nodes=2, hostfile=Path("hosts")), **folders))
     assert (
         "-m deepspeed.launcher.runner --hostfile hosts --num_nodes 2 --num_gpus 1 --no_local_rank --module note"
         in command

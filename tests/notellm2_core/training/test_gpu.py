@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from notellm2_core.config import Training
+from notellm2_core.config_training import TrainingSettings
 from notellm2_core.embeddings import read_embeddings
 from notellm2_core.training.launch import launch_command
 from tests.notellm2_core.training.world import World, tiny_config, write_config
@@ -41,7 +41,7 @@ def test_training_in_bf16_learns_and_its_model_embeds_as_on_a_cpu(
     folders = {name: world.path(name) for name in FOLDERS}
     out = tmp_path / "out"
     subprocess.run(
-        launch_command(config, Training(), **folders, work=tmp_path / "work", out=out), check=True, timeout=300
+        launch_command(config, TrainingSettings(), **folders, work=tmp_path / "work", out=out), check=True, timeout=300
     )
     facts = json.loads((out / "training.json").read_text())
     assert facts["precision"] == "bf16" and facts["loss_last"] < 0.8 * facts["loss_first"]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from notellm2_core.config import PARTS, Config
+from notellm2_core.config import Config
+from notellm2_core.config_training import PARTS
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.model.lora import adapted_layers, is_adapter
 from notellm2_core.model.parts import parts_of, set_trained

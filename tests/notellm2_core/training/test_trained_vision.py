@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from notellm2_core.config import PARTS
+from notellm2_core.config_training import PARTS
 from notellm2_core.embeddings import read_embeddings
 from notellm2_core.inference.embedder import Embedder
 from notellm2_core.model.vision import VisionEncoder

@@ -20,7 +20,7 @@ from dagster_pipes import encode_param
 from safetensors import SafetensorError
 
 from notellm2_core.ahead import one_ahead
-from notellm2_core.config import PARTS, Training
+from notellm2_core.config_training import PARTS, TrainingSettings
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.training.data import load_training_data
@@ -165,7 +165,7 @@ def test_killed_and_resumed_is_as_never_killed(world: World, tmp_path: Path) -> 
 
     folders = {n: world.path(n) for n in FOLDERS} | {"work": tmp_path / "work", "out": tmp_path / "out"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = launch_command(config, Training(num_ranks=2), **folders)
+    command = launch_command(config, TrainingSettings(num_ranks=2), **folders)
     killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     checkpoints = folders["work"] / "checkpoints"
     until(lambda: list(checkpoints.glob("step-*")) or killed.poll() is not None)
@@ -219,7 +219,7 @@ def test_by_deepspeeds_launcher(world: World, tmp_path: Path) -> None:
     training = {"num_steps": 2, "batch_pairs": 4, "num_nodes": 2, "hostfile": "hosts"}
     config = write_config(tmp_path / "c.yaml", tiny_config(training))
     folders = {n: world.path(n) for n in FOLDERS} | {"work": tmp_path / "work", "out": tmp_path / "out"}
-    command = launch_command(config, Training(num_nodes=2, hostfile=Path("hosts")), **folders)
+    command = launch_command(config, TrainingSettings(num_nodes=2, hostfile=Path("hosts")), **folders)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
@@ -244,7 +244,7 @@ def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
         "work": tmp_path / "work",
         "out": tmp_path / "out",
     }
-    command = launch_command(config, Training(), **folders)
+    command = launch_command(config, TrainingSettings(), **folders)
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode != 0
     line = f"{tmp_path}/train holds no pairs: nothing to train on"

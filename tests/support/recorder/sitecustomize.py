@@ -18,7 +18,7 @@ def _install() -> None:
     from pydantic import BaseModel
 
     from notellm2_core import config_file
-    from notellm2_core.config import Section
+    from notellm2_core.config_section import Section
     from notellm2_core.lake import Lake
     from notellm2_core.recipe import Recipe
 
