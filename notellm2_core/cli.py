@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 from notellm2_core.cli_errors import one_line_errors
+from notellm2_core.config import IndexSettings, ReportSettings
+from notellm2_core.config_data import DemoSettings
+from notellm2_core.config_options import add_options, settings_from
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -14,10 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     demo = commands.add_parser("demo", help="write the demo world: notes, pictures and behaviour logs")
     demo.add_argument("--out", type=Path, required=True)
-    demo.add_argument("--notes", type=int, default=2600)
-    demo.add_argument("--users", type=int, default=2500)
-    demo.add_argument("--days", type=int, default=21)
-    demo.add_argument("--seed", type=int, default=0)
+    add_options(demo, DemoSettings, *DemoSettings.model_fields)
     demo.set_defaults(run=_demo)
 
     describe = commands.add_parser("describe", help="parameters of each part, as JSON; reads no weights")
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     build = index_commands.add_parser("build")
     build.add_argument("--embeddings", type=Path, required=True)
     build.add_argument("--out", type=Path, required=True)
-    build.add_argument("--factory", default="HNSW32", help="a FAISS factory string")
+    add_options(build, IndexSettings, "factory")
     build.set_defaults(run=_index_build)
     search = index_commands.add_parser("search")
     search.add_argument("--index", type=Path, required=True)
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     evaluate = commands.add_parser("evaluate", help="exact recall of pairs, as JSON")
     evaluate.add_argument("--embeddings", type=Path, required=True)
     evaluate.add_argument("--pairs", type=Path, required=True)
-    evaluate.add_argument("--ks", default="100,1000,10000")
+    add_options(evaluate, ReportSettings, "ks")
     evaluate.set_defaults(run=_evaluate)
 
     if not (arguments or sys.argv[1:]):
@@ -73,8 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from notellm2_core.demo import generate
 
-    counts = generate(options.out, options.notes, options.users, options.days, options.seed)
-    print(json.dumps(counts))
+    print(json.dumps(generate(options.out, settings_from(options, DemoSettings))))
 
 
 def _describe(options: argparse.Namespace) -> None:
@@ -124,11 +123,7 @@ def _index_search(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from notellm2_core.evaluation.evaluate import evaluate_embeddings
 
-    try:
-        ks = tuple(int(k) for k in options.ks.split(","))
-    except ValueError as e:
-        raise ValueError(f"--ks {options.ks} is not a list of numbers like 10,100") from e
-    print(json.dumps(evaluate_embeddings(options.embeddings, options.pairs, ks)))
+    print(json.dumps(evaluate_embeddings(options.embeddings, options.pairs, options.ks)))
 
 
 if __name__ == "__main__":

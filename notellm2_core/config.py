@@ -24,41 +24,43 @@ from notellm2_core.config_training import PARTS, Part, TrainingSettings
 
 
 class ExportSettings(Section):
-    """From notes to embeddings."""
+    """The embedding of all notes."""
 
-    batch_notes: int = Field(64, gt=0, description="Notes that are embedded at a time.")
-    shard_notes: int = Field(4096, gt=0, description="Notes in a file of embeddings: what a kill costs.")
+    batch_notes: int = Field(64, gt=0, description="Notes embedded at a time.")
+    shard_notes: int = Field(
+        4096, gt=0, description="Notes of a file of embeddings. A killed export resumes after the last whole file."
+    )
     num_ranks: int | None = Field(
-        None, gt=0, description="Processes that embed, one for each device. null: as many as training.num_ranks."
+        None, gt=0, description="Number of processes, one per device. null: training.num_ranks."
     )
 
 
 class IndexSettings(Section):
     """The FAISS index: inner products of unit vectors."""
 
-    factory: str = Field("HNSW32", description="FAISS factory string; `Flat` is exact.")
-    search_k: int = Field(10, gt=0, description="Neighbours by which its recall is measured against exact search.")
+    factory: str = Field("HNSW32", description="FAISS factory string. `Flat`: exact search.")
+    search_k: int = Field(10, gt=0, description="The index is compared with exact search on this many nearest notes.")
 
 
 class ReportSettings(Section):
     """What `eval_recall` reports."""
 
     ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        (100, 1000, 10000), min_length=1, description="The k of Recall@k (paper: section 2.3)."
+        (100, 1000, 10000), min_length=1, description="The k of each Recall@k (paper: section 2.3)."
     )
     baselines: tuple[Literal["random", "popularity", "bm25", "minilm", "zero_shot"], ...] = Field(
         ("random", "popularity", "bm25", "zero_shot"),
-        description="Rows beside the model's; `zero_shot` is its untrained start.",
+        description="Baselines to compare with. `zero_shot`: the model before training.",
     )
-    num_sheet_queries: int = Field(6, gt=0, description="Rows of the picture of neighbours.")
+    num_sheet_queries: int = Field(6, gt=0, description="Query notes of the picture of neighbours.")
 
 
 class SaliencySettings(Section):
     """What Eq. 3-6 are measured on."""
 
-    saliency_pairs: int = Field(32, ge=0, description="Training pairs that are measured; not 1. 0: off.")
+    saliency_pairs: int = Field(32, ge=0, description="Training pairs to measure, at least 2. 0: none.")
     saliency_batch_pairs: int = Field(
-        16, gt=1, description="Pairs contrasted at a time, in fp32 with every attention map in memory."
+        16, gt=1, description="Pairs of a batch, in fp32 with every attention map in memory."
     )
 
     @model_validator(mode="after")
@@ -76,35 +78,35 @@ class TrackingSettings(Section):
     """MLflow."""
 
     uri: str | None = Field(
-        None, description="Address of the server. null: MLFLOW_TRACKING_URI, or sqlite inside the lake."
+        None, description="Address of the tracking server. null: MLFLOW_TRACKING_URI, or else sqlite in the lake."
     )
     experiment: str = Field("notellm2", description="Name of the experiment.")
     timeout_seconds: float = Field(
-        10, gt=0, description="Seconds to wait for the server; one that is dead delays an asset by a few of these."
+        10, gt=0, description="Seconds to wait for an answer. A dead server delays each asset by a few of these."
     )
 
 
 class SparkSettings(Section):
     """The Spark session."""
 
-    master: str = Field("local[*]", description="Spark's master.")
-    driver_memory: str = Field("2g", description="Memory of the driver, and with a local master of all tasks.")
+    master: str = Field("local[*]", description="Address of the master.")
+    driver_memory: str = Field("2g", description="Memory of the driver; with a local master, of all tasks.")
     shuffle_partitions: int | None = Field(
         None,
         gt=0,
-        description="Tasks of a stage, and blocks of the pairs. null: the server's where Spark is started elsewhere, "
-        "else 8.",
+        description="Tasks of a stage, and blocks of the pairs. null: the server's setting where Spark is started "
+        "elsewhere, or else 8.",
     )
-    extra: dict[str, str] = Field({}, description="Any other settings of Spark.")
+    extra: dict[str, str] = Field({}, description="Further Spark settings, by their names.")
 
 
 class Config(Section):
-    """A whole configuration."""
+    """A whole configuration: three settings of its own, and the sections."""
 
-    name: str = Field(description="What the configuration's runs and reports are called.")
-    seed: int = Field(42, description="Seed of the model and its training (paper: 42, 43 and 44).")
+    name: str = Field(description="Name of the configuration, which MLflow runs and reports carry.")
+    seed: int = Field(42, description="Random seed (paper: 42, 43 and 44).")
     lake: Annotated[Path, BeforeValidator(no_address)] = Field(
-        Path(".dagster/lake"), description="Folder of all datasets; on several machines, one that all of them see."
+        Path(".dagster/lake"), description="Folder of all datasets. On several machines, one that all of them see."
     )
     source: SourceSettings = SourceSettings()
     window: WindowSettings = WindowSettings()
@@ -152,3 +154,20 @@ class Config(Section):
     @property
     def trains_vision(self) -> bool:
         return "vision" in self.trained_parts
+
+
+# What a user looks at first, in this order (docs/settings.md).
+FIRST_SETTINGS = (
+    "name",
+    "source.path",
+    "source.view_events",
+    "source.click_events",
+    "window.train_days",
+    "model.llm.name",
+    "model.vision.name",
+    "training.num_steps",
+    "training.batch_pairs",
+    "training.learning_rate",
+    "training.num_ranks",
+    "evaluation.ks",
+)

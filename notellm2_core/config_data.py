@@ -30,14 +30,14 @@ class EventSettings(Section):
     )
     ignored_events: tuple[str, ...] | None = Field(
         (),
-        description="Known event names that are neither. Events of any other name go to the quarantine. "
-        "null: every name that is neither a view nor a click is ignored.",
+        description="Event names that are neither. Rows with any other name go to the quarantine. null: other names "
+        "are ignored, too.",
     )
     max_events_per_day: int | None = Field(
         5000,
         gt=0,
-        description="A user with more events on any day is a robot, and none of its events counts. "
-        "null: nobody is (paper).",
+        description="A user with more events on any day is a robot, and none of its events counts. null: nobody is "
+        "(paper).",
     )
 
     @model_validator(mode="after")
@@ -57,37 +57,38 @@ class SourceSettings(EventSettings):
 
     path: Annotated[str | None, BeforeValidator(no_address)] = Field(
         None,
-        description="Folder of your data ([its files](bring_your_own_data.md)); `SOURCE=...` replaces it. "
-        "null: the demo world.",
+        description="Folder of your data ([what it holds](bring_your_own_data.md)). `make recall SOURCE=...` replaces "
+        "it. null: the demo world.",
     )
     demo: DemoSettings | None = Field(
-        DemoSettings(), description="The demo world, which stands in for a missing path. null: a path is required."
+        DemoSettings(), description="The demo world, which replaces a missing path. null: a path is required."
     )
     first_day: date = Field(
-        date(1990, 1, 1), description="First day of the log: where Dagster's partitions begin, and nothing else."
+        date(1990, 1, 1),
+        description="First day of the log. Dagster's partitions begin there; nothing else depends on it.",
     )
     partition: Partition = Field(
-        "week", description="Length of a partition of the raw events; `year` for logs that span decades."
+        "week", description="Length of a partition of the raw events. `year` suits logs that span decades."
     )
     max_image_pixels: int = Field(
-        50_000_000, gt=0, description="A picture with more pixels is counted as too large and never decoded."
+        50_000_000, gt=0, description="Most pixels of an image. A larger one is counted as too large and never decoded."
     )
 
 
 class WindowSettings(Section):
-    """Which days are read, in UTC. The test days come last, the training days right before them."""
+    """Which days are read, in UTC. The test days come last, the training days directly before them."""
 
     end: date | None = Field(
         None,
-        description="The day after the last test day; `WEEK=...` replaces it. "
-        "null: the end of the last complete week (Sunday to Saturday) of the source.",
+        description="The day after the last test day. `make recall WEEK=...` replaces it. null: the end of the last "
+        "complete week (Sunday to Saturday) of the log.",
     )
     train_days: int = Field(14, gt=0, description="Days that training pairs come from (paper: section 2.3).")
     test_days: int | None = Field(
         7,
         gt=0,
-        description="Days that test pairs come from (paper: section 2.3). "
-        "null: the training days, which needs `split.by: hash`.",
+        description="Days that test pairs come from (paper: section 2.3). null: the training days, which needs "
+        "`split.by: hash`.",
     )
 
 
@@ -95,47 +96,53 @@ class ScoringSettings(Section):
     """How strongly two notes are related."""
 
     score: Literal["cooccurrence", "swing"] = Field(
-        "cooccurrence", description="`cooccurrence` is Eq. 2 (paper). `swing` is Swing, which knows no order of events."
+        "cooccurrence", description="`cooccurrence`: Eq. 2 (paper). `swing`: Swing, which ignores the order of events."
     )
     swing_alpha: float = Field(
         1.0,
         gt=0,
         allow_inf_nan=False,
-        description="Swing: the larger, the less it counts what else two users have in common.",
+        description="Swing: smoothing constant in 1 / (swing_alpha + notes that two users both clicked).",
     )
     swing_max_users: int = Field(
         1000,
         gt=1,
         le=5000,
-        description="Swing: of a note's users, so many count, those with the fewest clicks. Memory grows with the "
+        description="Swing: most users of a note that count, those with the fewest clicks. Memory grows with its "
         "square.",
     )
     simultaneous: bool = Field(
-        False, description="Whether a click at the very time of the view follows it. For logs with times by the day."
+        False,
+        description="Whether a click at the same time as the view counts as subsequent. For logs with day resolution.",
     )
     max_user_notes: int | None = Field(
         2000,
         gt=0,
-        description="Of each user, so many notes viewed last and so many clicked last make pairs. null: all (paper).",
+        description="Of each user, this many notes with the latest first view and this many with the latest click "
+        "make pairs. null: all (paper).",
     )
 
 
 class FilterSettings(Section):
-    """Which of the scored pairs are related notes."""
+    """Which of the scored pairs are related."""
 
-    low: float = Field(0.01, description="Lower scores are outliers (paper: section 2.3).")
-    up: float = Field(30.0, description="Higher scores are outliers (paper: section 2.3).")
+    low: float = Field(0.01, description="Pairs with a lower score are dropped as outliers (paper: section 2.3).")
+    up: float = Field(30.0, description="Pairs with a higher score are dropped as outliers (paper: section 2.3).")
     bounds: Literal["absolute", "quantile"] = Field(
-        "absolute", description="Whether low and up are scores (paper), or shares of the distribution of scores."
+        "absolute",
+        description="`absolute`: low and up are scores (paper). `quantile`: they are quantiles of the scores, in [0, "
+        "1].",
     )
-    top_t: int = Field(3, gt=0, description="Related notes of each query: the highest scores (paper: section 2.3).")
+    top_t: int = Field(
+        3, gt=0, description="Related notes of each query, those with the highest scores (paper: section 2.3)."
+    )
     popularity_power: float = Field(
         0.0,
         ge=0,
-        description="Scores are divided by the number of users that clicked the target, to this power. "
-        "0: no correction (paper).",
+        description="Popularity correction: a score is divided by (users who clicked the target) ** popularity_power. "
+        "0: none (paper).",
     )
-    min_users: int = Field(1, gt=0, description="A pair that fewer users vouch for is dropped.")
+    min_users: int = Field(1, gt=0, description="Pairs with fewer users are dropped.")
 
     @model_validator(mode="after")
     def _bounds(self) -> "FilterSettings":
@@ -157,12 +164,14 @@ class SideSettings(Section):
 
     by: Literal["time", "hash"] = Field(
         "time",
-        description="`time`: the pool is what the training days have not seen. `hash`: each group of "
-        "near-duplicates has its side by hash.",
+        description="`time`: the test pool is the notes without events in the training days. `hash`: a hash puts each "
+        "group of near-duplicates on a side.",
     )
-    pool_share: float = Field(0.3, gt=0, lt=1, description="Share of the groups that is the pool, with `by: hash`.")
+    pool_share: float = Field(
+        0.3, gt=0, lt=1, description="Share of the near-duplicate groups that form the pool, with `by: hash`."
+    )
     max_pool_notes: int | None = Field(
-        None, gt=1, description="The pool is cut to this number of notes, by hash. null: all."
+        None, gt=1, description="Most notes of the pool; a hash selects them. null: no limit."
     )
 
 
@@ -173,34 +182,38 @@ class SplitSettings(SideSettings):
         0.1,
         ge=0,
         lt=1,
-        description="Share of the training pairs that validate (paper: section 2.3). No note is in both.",
+        description="Share of the training pairs for validation (paper: section 2.3). No note is on both sides.",
     )
 
 
 class CheckSettings(Section):
-    """Thresholds of the blocking asset checks: where one is missed, the run stops."""
+    """Thresholds of the blocking asset checks. A run that misses one stops."""
 
     max_dropped_share: float = Field(
-        0.2, ge=0, le=1, description="Largest share of the notes, and of the events, in quarantine."
+        0.2, ge=0, le=1, description="Largest share of the notes, or of the events, in quarantine."
     )
     min_train_pairs: int = Field(50, ge=1, description="Fewest training pairs.")
     min_test_pairs: int = Field(20, ge=1, description="Fewest test pairs.")
     max_mean_cosine: float = Field(
-        0.95, gt=0, le=1, description="Largest mean cosine of random pairs of embeddings. Above it, they collapsed."
+        0.95,
+        gt=0,
+        le=1,
+        description="Largest mean cosine of random pairs of notes. Above it, the embeddings have collapsed.",
     )
 
 
 class WordSettings(Section):
     """How much of a note the model reads."""
 
-    title_words: int = Field(20, gt=0, description="First words of the title that are read (paper: section 2.3).")
-    content_words: int = Field(80, gt=0, description="First words of the content that are read (paper: section 2.3).")
+    title_words: int = Field(20, gt=0, description="Words of the title that are read (paper: section 2.3).")
+    content_words: int = Field(80, gt=0, description="Words of the content that are read (paper: section 2.3).")
     topic_words: int = Field(
-        20, gt=0, description="First words of all topics together that are read. The paper does not cut topics."
+        20, gt=0, description="Words of all topics together that are read. The paper does not truncate topics."
     )
     word_unit: WordUnit = Field(
         "auto",
-        description="What a word is. `auto`: a Chinese or Japanese character, elsewhere what stands between spaces.",
+        description="What counts as a word. `auto`: a Chinese or Japanese character, or text between spaces. `space`: "
+        "text between spaces. `character`: a character.",
     )
 
 
@@ -211,10 +224,9 @@ class LengthSettings(Section):
     long_tokens: int = Field(165, gt=0, description="A note with more tokens is long (paper: appendix E).")
     length_tokenizer: str | None = Field(
         None,
-        description="Hub name or folder of the tokenizer that counts, the same for all models that are to be "
-        "compared. null: the LLM's.",
+        description="Hub name or folder of the tokenizer that counts. Pin one to compare models. null: the LLM's.",
     )
 
 
 class TextSettings(LengthSettings, WordSettings):
-    """How much of a note is read, and what is short."""
+    """How a note's text is read and measured."""

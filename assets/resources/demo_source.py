@@ -15,4 +15,4 @@ def ensure_source(context: dg.AssetExecutionContext, recipe: Recipe) -> None:
     assert world is not None  # or recipe.source has raised
     context.log.info(f"no source.path: generating the demo world at {recipe.source}")
     with recipe.lake.publish("demo_world", recipe.source.name, {}, world.model_dump()) as draft:
-        draft.metrics |= generate(draft.path, world.num_notes, world.num_users, world.num_days, world.seed)
+        draft.metrics |= generate(draft.path, world)

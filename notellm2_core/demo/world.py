@@ -19,7 +19,7 @@ What is written to the folder:
     images/*.jpg     some of them broken
     oracle.parquet   note_id, text_key, image_key
 
-Equal arguments give equal bytes (with equal versions of numpy, Pillow, pyarrow and zlib).
+Equal settings give equal bytes (with equal versions of numpy, Pillow, pyarrow and zlib).
 """
 
 import gzip
@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from notellm2_core.config_data import DemoSettings
 from notellm2_core.demo.logs import DAY, Impressions, simulate
 from notellm2_core.demo.pictures import STYLES, draw_picture
 from notellm2_core.demo.texts import poor_titles, write_note
@@ -58,23 +59,16 @@ class Layout:
     image: np.ndarray  # "ok" | "missing" | "broken"
 
 
-def generate(
-    out: Path, num_notes: int = 2600, num_users: int = 2500, num_days: int = 21, seed: int = 0
-) -> dict[str, int]:
-    """Write the world to `out` and return its counts.
-
-    Raises ValueError where a number is too small or `out` already holds a source.
-    """
-    for name, value, least in (("num_notes", num_notes, 50), ("num_users", num_users, 20), ("num_days", num_days, 14)):
-        if value < least:
-            raise ValueError(f"{name} = {value} is too small for a demo world; take {least} or more.")
+def generate(out: Path, settings: DemoSettings) -> dict[str, int]:
+    """Write the world to `out` and return its counts. Raises ValueError where `out` already holds a source."""
+    num_notes, num_days, seed = settings.num_notes, settings.num_days, settings.seed
     if (out / "notes.parquet").exists():
         raise ValueError(f"{out} already holds a source (notes.parquet); name a new folder.")
     (out / "images").mkdir(parents=True, exist_ok=True)
     # One stream per part: a change in one of them leaves the others as they are.
     layout = lay_out(np.random.default_rng([seed, 0]), num_notes, num_days)
-    shown = simulate(np.random.default_rng([seed, 1]), layout.topic, layout.published, num_users, num_days)
-    counts = {"num_notes": num_notes, "num_users": num_users, "num_topics": len(layout.theme_of_topic)}
+    shown = simulate(np.random.default_rng([seed, 1]), layout.topic, layout.published, settings.num_users, num_days)
+    counts = {"num_notes": num_notes, "num_users": settings.num_users, "num_topics": len(layout.theme_of_topic)}
     counts |= _write_events(out / "events.csv.gz", np.random.default_rng([seed, 2]), shown, num_notes, num_days)
     _write_images(out / "images", seed, layout)
     _write_oracle(out / "oracle.parquet", layout)

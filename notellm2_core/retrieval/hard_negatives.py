@@ -1,7 +1,7 @@
 """Hard negatives: what the index finds near a training note that is neither related to it nor its duplicate. No torch.
 
     python -m notellm2_core.retrieval.hard_negatives --embeddings DIR --pairs DIR --out DIR [--sides DIR]
-        [--first-rank 10] [--last-rank 100] [--factory HNSW32]
+        [--first-rank N] [--last-rank N] [--factory STRING]
 
 writes OUT/part-00000.parquet (schema.HARD_NEGATIVES, sorted by note_id and rank) and OUT/counts.json.
 
@@ -25,6 +25,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from notellm2_core.cli_errors import one_line_errors
+from notellm2_core.config_options import add_options
+from notellm2_core.config_training import HardNegativeSettings
 from notellm2_core.embeddings import Embeddings, read_embeddings
 from notellm2_core.retrieval.relations import read_columns, read_relations
 from notellm2_core.runtime.files import write_atomically, written_whole
@@ -35,9 +37,8 @@ _GATHERED = 1 << 22  # numbers of candidates' vectors in fp64 at a time: 32 MB
 
 
 def mine(
-    embeddings: Path, pairs: Path, out: Path, sides: Path | None = None,
-    first_rank: int = 10, last_rank: int = 100, factory: str = "HNSW32",
-) -> dict[str, Any]:  # fmt: skip
+    embeddings: Path, pairs: Path, out: Path, sides: Path | None, first_rank: int, last_rank: int, factory: str
+) -> dict[str, Any]:
     """Write the hard negatives of the pairs `pairs`/{train,validation} into `out`. Returns what counts.json says.
 
     Of a note's neighbours with first_rank <= rank <= last_rank all are kept but known positives, near-duplicates (of
@@ -166,9 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--embeddings", type=Path, required=True, help="folder of the notes' embeddings")
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--sides", type=Path, help="folder of the note_sides dataset: which notes are near-duplicates")
-    parser.add_argument("--first-rank", type=int, default=10, help="1: the nearest other note")
-    parser.add_argument("--last-rank", type=int, default=100)
-    parser.add_argument("--factory", default="HNSW32", help="FAISS factory string; Flat is exact")
+    add_options(parser, HardNegativeSettings, "first_rank", "last_rank", "factory")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     with one_line_errors():

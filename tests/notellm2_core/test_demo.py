@@ -1,7 +1,6 @@
 """The demo world: equal bytes for equal arguments, the source contract, and a signal that is where it should be."""
 
 import hashlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from notellm2_core.cli import main
+from notellm2_core.config_data import DemoSettings
 from notellm2_core.demo import generate
 from notellm2_core.demo.logs import DAY, simulate
 from notellm2_core.demo.pictures import SIZE, STYLES, draw_picture
@@ -19,13 +20,16 @@ from notellm2_core.demo.world import lay_out
 from notellm2_core.schema import SOURCE_EVENT_COLUMNS, SOURCE_NOTE_COLUMNS
 
 TEST_WEEK = pd.Timestamp("2025-01-19", tz="UTC")
-small = partial(generate, num_notes=60, num_users=40)
+
+
+def small(out: Path, **changes: int) -> dict[str, int]:
+    return generate(out, DemoSettings(num_notes=60, num_users=40, **changes))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     out = tmp_path_factory.mktemp("demo") / "world"
-    return out, generate(out, num_notes=600, num_users=1000)
+    return out, generate(out, DemoSettings(num_notes=600, num_users=1000))
 
 
 def clean_events(folder: Path) -> pd.DataFrame:
@@ -82,7 +86,7 @@ def test_equal_seeds_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_more_users_leave_notes_and_pictures_alone(tmp_path: Path) -> None:
     small(tmp_path / "a")
-    generate(tmp_path / "b", num_notes=60, num_users=41)
+    generate(tmp_path / "b", DemoSettings(num_notes=60, num_users=41))
     a, b = hashes(tmp_path / "a"), hashes(tmp_path / "b")
     assert [name for name in a if a[name] != b[name]] == ["events.csv.gz"]
 
@@ -189,7 +193,7 @@ def test_dirty_rows_are_few_and_counted(world: tuple[Path, dict[str, int]]) -> N
 
 
 def test_small_world_has_enough_pairs(tmp_path: Path) -> None:
-    assert generate(tmp_path, num_notes=160, num_users=80)["num_topics"] == 8
+    assert generate(tmp_path, DemoSettings(num_notes=160, num_users=80))["num_topics"] == 8
     train_pairs, test_pairs, _ = sides(tmp_path)
     assert len(train_pairs) >= 50 and len(test_pairs) >= 20
 
@@ -247,13 +251,14 @@ def test_styles_look_different() -> None:
     assert [int(excess[colour].argmax()) for colour in ("red", "green", "blue")] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("numbers", "named"), [({"num_notes": 49}, "num_notes = 49"), ({"num_users": 3}, "3"), ({"num_days": 7}, "7")]
-)
-def test_too_small_is_refused(tmp_path: Path, numbers: dict[str, int], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        generate(tmp_path / "world", **numbers)
-    assert not (tmp_path / "world").exists()
+@pytest.mark.parametrize(("option", "number", "least"), [("notes", 49, 50), ("users", 3, 20), ("days", 7, 14)])
+def test_too_small_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, number: int, least: int
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--out", str(tmp_path / "world"), f"--{option}", str(number)])
+    says = f"argument --{option}: {number}: Input should be greater than or equal to {least}"
+    assert says in capsys.readouterr().err and not (tmp_path / "world").exists()
 
 
 def test_a_source_is_never_overwritten(tmp_path: Path) -> None:
