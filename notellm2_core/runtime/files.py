@@ -42,7 +42,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def replaced_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place if the block ends without an error."""
+    """A new folder beside `out` that takes its place, as by `swap_in`, if the block ends without an error."""
     with draft_folder(out) as draft:
         yield draft
         swap_in(draft, out)
@@ -52,7 +52,8 @@ def replaced_folder(out: Path) -> Iterator[Path]:
 def new_folder(out: Path) -> Iterator[Path]:
     """A new folder that is renamed to `out` if the block ends without an error.
 
-    For content that `out` names: if another process has made `out` by then, that one stays and this one is removed.
+    For a folder whose name says what is in it: if another process has made it by then, that one stays, and this one is
+    removed.
     """
     with draft_folder(out) as draft:
         yield draft
