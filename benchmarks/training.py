@@ -54,7 +54,7 @@ from notellm2_core.training import engine as engines
 from notellm2_core.training.data import TrainingData
 from notellm2_core.training.feature_table import FeatureTable
 from notellm2_core.training.gradient import batch_gradient, prepare
-from notellm2_core.training.losses import RowFacts
+from notellm2_core.training.losses import BatchLabels
 from notellm2_core.training.micro_batches import Share
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,14 +126,14 @@ def our_step(config: Config, cache: Path, num_steps: int, with_images: bool = Tr
 def step_of(engine: Any, data: TrainingData, config: Config, device: torch.device) -> Step:
     """A step on the next of the batches that `data` has, made ahead as the loop does."""
 
-    def batch_of(rows: np.ndarray) -> tuple[Share, RowFacts]:
+    def batch_of(rows: np.ndarray) -> tuple[Share, BatchLabels]:
         return prepare(data, rows, config, device)
 
     batches = one_ahead(map(batch_of, data.train_pairs.reshape(-1, 2 * config.training.batch_pairs)))
 
     def run(number: int) -> int:
-        share, facts = next(batches)
-        batch_gradient(engine, share, facts, config, (0, number)).losses.total.item()
+        share, labels = next(batches)
+        batch_gradient(engine, share, labels, config, (0, number)).losses.total.item()
         engines.optimizer_step(engine)
         synchronize()
         return share.num_tokens

@@ -29,7 +29,7 @@ from notellm2_core.notes.token_table import read_tokens
 from notellm2_core.retrieval.hard_negatives import read_hard_negatives
 from notellm2_core.runtime.files import parquet_files
 from notellm2_core.training.feature_table import FeatureTable
-from notellm2_core.training.losses import RowFacts
+from notellm2_core.training.losses import BatchLabels
 from notellm2_core.training.pixel_table import PixelTable
 
 _LOOKAHEAD_BATCHES = 4  # how long a pair may wait for a batch that has neither of its notes
@@ -155,23 +155,23 @@ class TrainingData:
             in_batch.update(code[chosen].tolist())
         return np.concatenate([rows, added])
 
-    def facts(
+    def labels(
         self,
         rows: np.ndarray,
         known_positives: KnownPositives = "mask",
         num_paired: int | None = None,
         kinds: Collection[InputKind] = get_args(InputKind),
-    ) -> RowFacts:
-        """Which rows have an image, a text, and, unless these are ignored, which belong together by these `kinds`.
+    ) -> BatchLabels:
+        """Which of the notes `rows` have an image and a text, and which are known positives of each other.
 
-        These show the same, or what they show is known to be related, in either direction, from any pair of notes that
-        show it: the whole content for the multimodal input, the image or the text alone for the others.
+        Known positives show the same, or what they show is related, in either direction, by any pair of notes that
+        show it: the whole content for the multimodal input, the image or the text alone for the other `kinds`.
         """
         has = {"image": torch.from_numpy(self.has_image(rows)), "text": torch.from_numpy(self._has_text[rows])}
         if known_positives == "ignore":
-            return RowFacts(has, None, num_paired)
+            return BatchLabels(has, None, num_paired)
         known: dict[str, torch.Tensor] = {kind: torch.from_numpy(self._same[kind].known(rows)) for kind in kinds}
-        return RowFacts(has, known, num_paired, count_known=known_positives == "count")
+        return BatchLabels(has, known, num_paired, count_known=known_positives == "count")
 
     def _numbers(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         number = {n: i for i, n in enumerate(self.note_ids)}

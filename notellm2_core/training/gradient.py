@@ -13,32 +13,32 @@ from notellm2_core.model.methods import get_method
 from notellm2_core.training import engine as engines
 from notellm2_core.training.data import TrainingData
 from notellm2_core.training.gradcache import Step, backward
-from notellm2_core.training.losses import Losses, RowFacts
+from notellm2_core.training.losses import BatchLabels, Losses
 from notellm2_core.training.micro_batches import Share, share_out
 from notellm2_core.training.step import batch_losses, compared_kinds
 
 
 def prepare(
     data: TrainingData, rows: np.ndarray, config: Config, device: torch.device, waited: list[float] | None = None
-) -> tuple[Share, RowFacts]:
-    """What this rank embeds of the global batch `rows`, and what the losses have to know of all of it.
+) -> tuple[Share, BatchLabels]:
+    """What this rank embeds of the global batch `rows`, and the labels of all of it.
 
     `waited`: see `one_ahead`.
     """
     training, method = config.training, get_method(config.model.method)
-    facts = data.facts(rows, training.known_positives, 2 * training.batch_pairs, compared_kinds(method))
-    return share_out(data, rows, method.inputs, training.micro_batch_tokens, device, waited), facts.to(device)
+    labels = data.labels(rows, training.known_positives, 2 * training.batch_pairs, compared_kinds(method))
+    return share_out(data, rows, method.inputs, training.micro_batch_tokens, device, waited), labels.to(device)
 
 
-def batch_gradient(engine: Any, share: Share, facts: RowFacts, config: Config, seed: Sequence[int]) -> Step:
-    """The gradient of the losses over a global batch, ready for the optimiser. Share and facts are those of `prepare`.
+def batch_gradient(engine: Any, share: Share, labels: BatchLabels, config: Config, seed: Sequence[int]) -> Step:
+    """The gradient of the losses over a global batch, ready for the optimiser. Share and labels are those of `prepare`.
 
     Losses and tau are the same on every rank, and so is the sum of the gradients, whatever their number.
     """
     seeds = np.random.SeedSequence([*seed, dist.get_rank()]).generate_state(len(share.parts)).tolist()
 
     def loss_of(embedded: Tensor, tau: Tensor) -> Losses:
-        return batch_losses(config, embedded[share.places], tau, facts)
+        return batch_losses(config, embedded[share.places], tau, labels)
 
     return backward(engine, share.micro_batches, loss_of, seeds)
 

@@ -26,7 +26,7 @@ from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache, schedule
 from notellm2_core.training.gradient import batch_gradient, idle_step, prepare
-from notellm2_core.training.losses import Losses, RowFacts
+from notellm2_core.training.losses import BatchLabels, Losses
 from notellm2_core.training.micro_batches import Share
 from notellm2_core.training.moved import load_moved
 from notellm2_core.training.precision import choose_precision
@@ -165,14 +165,14 @@ def _train(
     validation_pairs = validation_sample(data, config.seed)
     rows_of_steps = data.train_pairs[batches].reshape(len(batches), -1)  # [steps, 2B], pair k in rows 2k and 2k + 1
 
-    def batch_of(step: int) -> tuple[Share, RowFacts]:
+    def batch_of(step: int) -> tuple[Share, BatchLabels]:
         rows = data.with_hard_negatives(rows_of_steps[step], training.hard_negatives.num, (config.seed, step))
         return prepare(data, rows, config, device, progress.waited)
 
     steps = range(first_step, training.num_steps)
-    for step, (share, facts) in zip(steps, one_ahead(map(batch_of, steps), progress.waited), strict=True):
+    for step, (share, labels) in zip(steps, one_ahead(map(batch_of, steps), progress.waited), strict=True):
         # Random numbers depend on the seed, the step and the rank alone, so a resume restores none.
-        losses, tau, gate_mean = batch_gradient(engine, share, facts, config, seed=(config.seed, step))
+        losses, tau, gate_mean = batch_gradient(engine, share, labels, config, seed=(config.seed, step))
         _require_finite("loss", losses.total.item(), step, data, share.rows, config, work)
         factor = engines.learning_rate_factor(step, training.num_steps, training.warmup_ratio)
         engines.set_learning_rate(engine.optimizer, factor)

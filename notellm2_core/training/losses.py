@@ -1,24 +1,22 @@
 """The contrastive losses: Eq. 1, 8, 9 and Omni-Retrieval as pure functions over the notes of a global batch.
 
-Rows 2k and 2k + 1 are the two notes of pair k, so the positive of row i is row `i ^ 1`. Rows after the 2B of the pairs
-are negatives of all of them, and no more.
+All are InfoNCE (van den Oord et al. 2018) with in-batch negatives, as in DPR, SimCLR and CLIP.
 
-Shapes: N notes, 2B of them in pairs, D = width of an embedding.
+Shapes: N notes, 2B of them in pairs, D = width of an embedding, Q queries.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-MAX_TAU = math.log(100)  # the similarity scale e^tau never exceeds 100
+MAX_TAU = math.log(100)  # the logit scale e^tau never exceeds 100
 
 
-@dataclass
+@dataclass(frozen=True)
 class Losses:
     """What is minimised and its parts, scalars in fp32."""
 
@@ -29,38 +27,88 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class RowFacts:
-    """What the losses have to know of the N notes of a batch, by kind of input: "multimodal", "image", "text"."""
+class PairMasks:
+    """Which of N notes one contrastive loss compares. None: all of them, and no known positives."""
 
-    has: Mapping[str, Tensor]  # [N] bool, the notes that have it; a kind that is not named here, all have
-    known: Mapping[str, Tensor] | None = None  # [N, N] bool: who belongs together, by pair, note or what is shown
-    num_paired: int | None = None  # 2B; None: all
-    count_known: bool = False  # whether who belongs together are positives; else they are only no negatives
+    has_query: Tensor | None = None  # [N] bool, notes with an embedding to search with
+    has_candidate: Tensor | None = None  # [N] bool, notes with an embedding to be found
+    false_negatives: Tensor | None = None  # [N, N] bool, known positives, which are left out of the denominator
+    also_positive: Tensor | None = None  # [N, N] bool, known positives that count as positives
 
-    def to(self, device: torch.device) -> "RowFacts":
-        known = None if self.known is None else {k: v.to(device) for k, v in self.known.items()}
-        return replace(self, has={k: v.to(device) for k, v in self.has.items()}, known=known)
 
-    def related(self, kind: str) -> dict[str, Any]:
-        """The arguments of `contrastive_loss` that say who belongs together."""
-        known = None if self.known is None else self.known.get(kind)
-        return {"known": known, "num_paired": self.num_paired, "count_known": self.count_known}
+@dataclass(frozen=True)
+class BatchLabels:
+    """What is known of the N notes of a global batch, by kind of input: "multimodal", "image", "text"."""
+
+    has: Mapping[str, Tensor]  # [N] bool, the notes that have this input; all have a kind that is not listed
+    known_positives: Mapping[str, Tensor] | None = None  # [N, N] bool, the same or related notes; None: ignored
+    num_paired: int | None = None  # 2B, the notes after them are hard negatives; None: all notes are in pairs
+    count_known: bool = False  # known positives are positives; False: they are only no negatives
+
+    def to(self, device: torch.device) -> "BatchLabels":
+        known = None if self.known_positives is None else {k: v.to(device) for k, v in self.known_positives.items()}
+        return replace(self, has={k: v.to(device) for k, v in self.has.items()}, known_positives=known)
+
+    def masks(self, query: str, candidate: str | None = None) -> PairMasks:
+        """The masks of the loss that searches with one kind of input for another (None: the same).
+
+        Known positives within a kind are those of that kind. Across two kinds they are those of the whole note: the
+        same picture with another text is a false negative of a picture, but a negative of a text.
+        """
+        candidate = query if candidate is None else candidate
+        known = (self.known_positives or {}).get(query if query == candidate else "multimodal")
+        false_negatives, also_positive = (None, known) if self.count_known else (known, None)
+        return PairMasks(self.has.get(query), self.has.get(candidate), false_negatives, also_positive)
+
+
+def info_nce(
+    logits: Tensor, positive: Tensor, is_negative: Tensor, is_query: Tensor, also_positive: Tensor | None = None
+) -> Tensor:
+    """InfoNCE with masks, the mean over the queries:
+
+        -log( e^{s_p} / (e^{s_p} + sum over negatives of e^{s_n}) )
+
+    With several positives, log e^{s_p} is their mean and the denominator has all of them (L_out of Khosla et al. 2020,
+    Supervised Contrastive Learning, Eq. 2).
+
+    Worked example: logits 2, 0, 0 and positive 0. With both others as negatives the loss is log(e^2 + 2) - 2 = 0.2395;
+    with one of them, log(e^2 + 1) - 2 = 0.1269; with one as a negative and one as a positive too,
+    log(e^2 + 2) - (2 + 0) / 2 = 1.2395.
+
+    Args:
+        logits: [Q, N] fp32.
+        positive: [Q], the column of each query's positive.
+        is_negative: [Q, N] bool. A positive that is marked as a negative stays a positive.
+        is_query: [Q] bool, the rows that count.
+        also_positive: [Q, N] bool, further positives.
+
+    Returns a scalar; 0, with a gradient of 0, if no row is a query.
+    """
+    is_positive = torch.zeros_like(logits, dtype=torch.bool).scatter(1, positive[:, None], True)  # [Q, N]
+    if also_positive is not None:
+        is_positive = is_positive | also_positive
+    # A finite fill, not -inf: rows that are no queries must not turn the gradient into NaN.
+    lowest = torch.finfo(logits.dtype).min
+    log_denominator = torch.where(is_negative | is_positive, logits, lowest).logsumexp(dim=1)  # [Q]
+    positive_logit = torch.where(is_positive, logits, 0.0).sum(dim=1) / is_positive.sum(dim=1)  # [Q]
+    return torch.where(is_query, log_denominator - positive_logit, 0.0).sum() / is_query.sum().clamp(min=1)
 
 
 def contrastive_loss(
     embeddings: Tensor,
     tau: Tensor,
-    known: Tensor | None = None,
-    valid: Tensor | None = None,
-    targets: Tensor | None = None,
-    valid_targets: Tensor | None = None,
-    *,
+    masks: PairMasks = PairMasks(),
+    candidates: Tensor | None = None,
     num_paired: int | None = None,
-    count_known: bool = False,
 ) -> Tensor:
     """Eq. 1: every note finds its related note among the 2B - 1 others of the batch; the mean over the notes.
 
-        -mean_i log( e^{s_ip} / sum_{j != i} e^{s_ij} ),  s_ij = cos(n_i, n_j) e^tau,  p = i ^ 1
+        -mean_i log( e^{s_ip} / sum_{j != i} e^{s_ij} ),  s_ij = cos(n_i, n_j) e^tau
+
+    In plain terms: rows 2k and 2k + 1 are the two notes of pair k, so the positive p of row i is row i ^ 1. All other
+    rows are its in-batch negatives, and the loss is low if row i is more similar to its positive than to any of them.
+    Rows that are known to be related to row i are no true negatives: these known positives are left out of the
+    denominator (false-negative masking), or count as positives.
 
     Worked example (B = 2, tau = ln 2, D = 2): rows (1,0), (1,0), (0,1), (0,1). s is 2 inside a pair and 0 across, so
     each row's loss is -log(e^2 / (e^2 + 1 + 1)) = log(1 + 2 e^-2) = 0.2395. If row 2 is a known positive of row 0, the
@@ -69,46 +117,35 @@ def contrastive_loss(
 
     Args:
         embeddings: [N, D], any scale and precision; cosine and softmax are computed in fp32.
-        tau: [1], the logarithm of the scale.
-        known: [N, N] bool, notes that belong together without being each other's positive in this batch: taken out of
-            the denominator. The diagonal and the positives are handled here whatever `known` says.
-        valid: [N] bool, rows that have an embedding (None: all). The others are neither queries nor negatives, and a
-            row whose positive has none is no query either.
-        targets, valid_targets: [N, D] and [N] bool, other embeddings of the same notes, among which the related note
-            is to be found (None: `embeddings` and `valid`). A note's own other embedding is left out like itself.
-        num_paired: 2B; the rows after them are negatives alone (None: there are none).
-        count_known: known positives stay, as positives like p: log e^{s_ip} is the mean over all of them (L_out of
-            Khosla et al. 2020, Supervised Contrastive Learning, Eq. 2).
+        tau: [1], the logarithm of the logit scale (one over the temperature).
+        masks: a note without a query embedding, or whose positive has no candidate embedding, is no query. A note is
+            never a candidate of its own, and row i ^ 1 stays the positive of row i.
+        candidates: [N, D], other embeddings of the same notes, to be found by `embeddings`. None: `embeddings`.
+        num_paired: 2B; the rows after them are hard negatives of all queries. None: all rows are in pairs.
 
     Returns a scalar; 0 (with a gradient of 0) where no row is a query. Raises ValueError for an odd number in pairs.
     """
-    num_rows = embeddings.shape[0] if num_paired is None else num_paired
-    if num_rows % 2:
-        raise ValueError(f"a batch of pairs has an even number of rows, got {num_rows}")
-    rows = torch.arange(num_rows, device=embeddings.device)
-    positive = rows ^ 1
+    num_queries = embeddings.shape[0] if num_paired is None else num_paired
+    if num_queries % 2:
+        raise ValueError(f"a batch of pairs has an even number of rows, got {num_queries}")
     with torch.autocast(embeddings.device.type, enabled=False):
         unit = functional.normalize(embeddings.float(), dim=-1)  # [N, D]
-        others = unit if targets is None else functional.normalize(targets.float(), dim=-1)  # [N, D]
-        scores = unit[:num_rows] @ others.T * tau.float().exp()  # [2B, N]
-        left_out = rows[:, None] == torch.arange(len(others), device=rows.device)  # i is not compared to itself
-        queries = torch.ones_like(rows, dtype=torch.bool)
-        columns = valid if targets is None else valid_targets
-        if columns is not None:
-            left_out = left_out | ~columns
-            queries = columns[positive]
-        if valid is not None:
-            queries = queries & valid[:num_rows]
-        of_positives = scores[rows, positive]  # [2B]
-        if known is not None and count_known:
-            counted = (known[:num_rows] & ~left_out).scatter(1, positive[:, None], True)  # [2B, N]
-            of_positives = (scores * counted).sum(dim=1) / counted.sum(dim=1)
-        elif known is not None:
-            left_out = left_out | known[:num_rows]
-        left_out = left_out.scatter(1, positive[:, None], False)
-        # A finite fill, not -inf: rows that are no queries must not turn the gradient into NaN.
-        log_denominator = scores.masked_fill(left_out, torch.finfo(torch.float32).min).logsumexp(dim=1)  # [2B]
-        return torch.where(queries, log_denominator - of_positives, 0.0).sum() / queries.sum().clamp(min=1)
+        others = unit if candidates is None else functional.normalize(candidates.float(), dim=-1)  # [N, D]
+        logits = unit[:num_queries] @ others.T * tau.float().exp()  # [2B, N]
+
+        row, column = (torch.arange(size, device=logits.device) for size in logits.shape)
+        positive = row ^ 1
+        all_notes = torch.ones_like(column, dtype=torch.bool)  # [N]
+        has_query = all_notes if masks.has_query is None else masks.has_query
+        has_candidate = all_notes if masks.has_candidate is None else masks.has_candidate
+        is_query = has_query[:num_queries] & has_candidate[positive]  # [2B]
+        comparable = has_candidate & (row[:, None] != column)  # [2B, N]
+        is_negative, also_positive = comparable, None
+        if masks.false_negatives is not None:
+            is_negative = comparable & ~masks.false_negatives[:num_queries]
+        if masks.also_positive is not None:
+            also_positive = comparable & masks.also_positive[:num_queries]
+        return info_nce(logits, positive, is_negative, is_query, also_positive)
 
 
 def note_losses(
@@ -116,7 +153,7 @@ def note_losses(
     visual: Tensor | None,
     tau: Tensor,
     alpha: float,
-    facts: RowFacts,
+    labels: BatchLabels,
 ) -> Losses:
     """Eq. 9: L = (L^v + alpha L^m) / (1 + alpha), where L^v (Eq. 8) is Eq. 1 on the visual note embeddings.
 
@@ -124,19 +161,19 @@ def note_losses(
 
     Args:
         multimodal, visual: [N, D] each. A note without an image has no visual embedding, so it takes no part in L^v.
-        facts: who belongs together differs by view: by the whole content in L^m, by the image alone in L^v.
+        labels: known positives differ by view: they are those of the whole content in L^m, of the image alone in L^v.
     """
-    loss_m = contrastive_loss(multimodal, tau, **facts.related("multimodal"))
+    loss_m = contrastive_loss(multimodal, tau, labels.masks("multimodal"), num_paired=labels.num_paired)
     if visual is None:
         return Losses(loss_m, loss_m)
-    loss_v = contrastive_loss(visual, tau, valid=facts.has.get("image"), **facts.related("image"))
+    loss_v = contrastive_loss(visual, tau, labels.masks("image"), num_paired=labels.num_paired)
     return Losses((loss_v + alpha * loss_m) / (1 + alpha), loss_m, loss_v)
 
 
 def omni_losses(
     views: Mapping[str, Tensor],
     tau: Tensor,
-    facts: RowFacts,
+    labels: BatchLabels,
 ) -> Losses:
     """Omni-Retrieval (Yu et al. 2022, "nine cross-modal and cross-pair retrieval tasks"): the mean of Eq. 1 over all
     ordered pairs (a, b) of inputs, where the related note's b is to be found by a note's a.
@@ -146,18 +183,9 @@ def omni_losses(
 
     Args:
         views: [N, D] for each of "multimodal", "image", "text": the same notes with that input alone.
-        facts: who belongs together, within an input, by that input; across two, by the whole content: the same picture
-            under another text is a false negative of a picture, not of a text.
     """
     terms = {
-        (a, b): contrastive_loss(
-            views[a],
-            tau,
-            valid=facts.has.get(a),
-            targets=views[b],
-            valid_targets=facts.has.get(b),
-            **facts.related(a if a == b else "multimodal"),
-        )
+        (a, b): contrastive_loss(views[a], tau, labels.masks(a, b), views[b], labels.num_paired)
         for a in views
         for b in views
     }

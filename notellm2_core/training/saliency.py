@@ -27,7 +27,7 @@ from notellm2_core.notes.feature_store import encoder_id
 from notellm2_core.notes.lake_pictures import PICTURES_OPTION, PictureFolders
 from notellm2_core.runtime.files import write_atomically
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
-from notellm2_core.training.losses import RowFacts, capped_tau
+from notellm2_core.training.losses import BatchLabels, capped_tau
 from notellm2_core.training.step import method_losses
 
 
@@ -54,13 +54,13 @@ def measure_on_training_pairs(
     def prepared() -> Iterator[tuple[NoteBatch, Loss]]:
         for pairs in batches:
             rows = data.train_pairs[pairs].reshape(-1)  # [2B], pair k in rows 2k and 2k + 1
-            facts = data.facts(rows, config.training.known_positives).to(device)
-            yield with_features(data.note_batch(rows).to(device), encoder), _loss(model, config, facts)
+            labels = data.labels(rows, config.training.known_positives).to(device)
+            yield with_features(data.note_batch(rows).to(device), encoder), _loss(model, config, labels)
 
     return measure(model, prepared())
 
 
-def _loss(model: MLRMModel, config: Config, facts: RowFacts) -> Loss:
+def _loss(model: MLRMModel, config: Config, labels: BatchLabels) -> Loss:
     """What this model's method was trained with on whole notes, for one batch of pairs: Eq. 9, or Eq. 1.
 
     Of Omni-Retrieval, its multimodal term: the others look at other inputs.
@@ -74,7 +74,7 @@ def _loss(model: MLRMModel, config: Config, facts: RowFacts) -> Loss:
         views = {"multimodal": output.multimodal}
         if "visual" in method.losses and output.visual is not None:
             views["visual"] = output.visual
-        return method_losses(method, views, capped_tau(model.tau), config.training.alpha, facts, dims).total
+        return method_losses(method, views, capped_tau(model.tau), config.training.alpha, labels, dims).total
 
     return loss
 

@@ -1,6 +1,7 @@
 """What one training step computes: the module that DeepSpeed wraps, and the losses of what it gives."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, get_args
 
 import torch
@@ -12,7 +13,7 @@ from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.vision import VisionEncoder, with_features
 from notellm2_core.notes.batch import NoteBatch
 from notellm2_core.notes.text import InputKind
-from notellm2_core.training.losses import Losses, RowFacts, capped_tau, note_losses, omni_losses
+from notellm2_core.training.losses import BatchLabels, Losses, capped_tau, note_losses, omni_losses
 
 Views = Mapping[str, Tensor]  # [N, D] each: "multimodal", and "visual" (n_v) or "image" and "text" (other inputs)
 
@@ -51,17 +52,17 @@ class TrainingStep(nn.Module):
 
 
 def compared_kinds(method: Method) -> tuple[InputKind, ...]:
-    """The kinds of input whose relations the method's losses look at."""
+    """The kinds of input whose known positives the method's losses use."""
     if "omni" in method.losses:
         return get_args(InputKind)
     return ("multimodal", "image") if "visual" in method.losses else ("multimodal",)
 
 
-def batch_losses(config: Config, rows: Tensor, tau: Tensor, facts: RowFacts) -> Losses:
+def batch_losses(config: Config, rows: Tensor, tau: Tensor, labels: BatchLabels) -> Losses:
     """The losses of the embedded notes `rows` [N, V D] of a batch."""
     method = get_method(config.model.method)
     views = views_of(method, rows)
-    return method_losses(method, views, tau, config.training.alpha, facts, config.model.matryoshka_dims)
+    return method_losses(method, views, tau, config.training.alpha, labels, config.model.matryoshka_dims)
 
 
 def views_of(method: Method, rows: Tensor) -> Views:
@@ -71,18 +72,17 @@ def views_of(method: Method, rows: Tensor) -> Views:
 
 
 def method_losses(
-    method: Method, views: Views, tau: Tensor, alpha: float, facts: RowFacts, dims: Sequence[int] = ()
+    method: Method, views: Views, tau: Tensor, alpha: float, labels: BatchLabels, dims: Sequence[int] = ()
 ) -> Losses:
     """The method's loss on `views`; with `dims` (Matryoshka, Kusupati et al. 2022) the mean over it and over that of
     the first d numbers of each embedding, for each d. The parts are those of the whole embeddings.
     """
-    losses = _losses(method, views, tau, alpha, facts)
-    shorter = [_losses(method, {k: v[:, :d] for k, v in views.items()}, tau, alpha, facts).total for d in dims]
-    losses.total = torch.stack([losses.total, *shorter]).mean()
-    return losses
+    losses = _losses(method, views, tau, alpha, labels)
+    shorter = [_losses(method, {k: v[:, :d] for k, v in views.items()}, tau, alpha, labels).total for d in dims]
+    return replace(losses, total=torch.stack([losses.total, *shorter]).mean())
 
 
-def _losses(method: Method, views: Views, tau: Tensor, alpha: float, facts: RowFacts) -> Losses:
+def _losses(method: Method, views: Views, tau: Tensor, alpha: float, labels: BatchLabels) -> Losses:
     if "omni" in method.losses:
-        return omni_losses(views, tau, facts)
-    return note_losses(views["multimodal"], views.get("visual"), tau, alpha, facts)
+        return omni_losses(views, tau, labels)
+    return note_losses(views["multimodal"], views.get("visual"), tau, alpha, labels)

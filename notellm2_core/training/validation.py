@@ -45,8 +45,8 @@ def validate(
     total = 0.0
     for i in range(0, len(pairs), config.training.batch_pairs):
         batch = places[i : i + config.training.batch_pairs].reshape(-1)
-        facts = data.facts(notes[batch], config.training.known_positives)
-        total += batch_losses(config, rows[batch], tau, facts).total.item() * len(batch)
+        labels = data.labels(notes[batch], config.training.known_positives)
+        total += batch_losses(config, rows[batch], tau, labels).total.item() * len(batch)
     multimodal = views_of(get_method(config.model.method), rows)["multimodal"]
     return {
         "validation_loss": total / places.size,

@@ -93,9 +93,9 @@ def with_negatives(data: TrainingData, rows: np.ndarray, config: Config, index: 
 def step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, index: int, grads: bool) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
-    share, facts = prepare(data, with_negatives(data, rows, config, index), config, torch.device("cpu"))
+    share, labels = prepare(data, with_negatives(data, rows, config, index), config, torch.device("cpu"))
     assert (len(share.parts) > 1) == (config.training.micro_batch_tokens is not None)
-    losses = batch_gradient(engine, share, facts, config, (0, index)).losses
+    losses = batch_gradient(engine, share, labels, config, (0, index)).losses
     model, encoder = engine.module.model, engine.module.encoder
     named = named_parameters(model, encoder)
     found = {n: safe_get_full_grad(p).clone() for n, p in named.items() if p.requires_grad and grads}

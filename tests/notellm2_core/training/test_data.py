@@ -88,9 +88,9 @@ def small() -> TrainingData:
 def test_known_positives(small: TrainingData) -> None:
     """Each expected pair of rows is there for one reason, in both directions; everything else is a negative."""
     rows = np.array([small.note_ids.index(n) for n in "abcdefga"])
-    known = small.facts(rows).known
-    assert known is not None and small.facts(rows, "ignore").known is None
-    assert small.facts(rows, "count").count_known and not small.facts(rows, "mask").count_known
+    known = small.labels(rows).known_positives
+    assert known is not None and small.labels(rows, "ignore").known_positives is None
+    assert small.labels(rows, "count").count_known and not small.labels(rows, "mask").count_known
 
     def matrix(pairs: list[str]) -> torch.Tensor:
         m = torch.eye(8, dtype=torch.bool)
@@ -108,7 +108,7 @@ def test_known_positives(small: TrainingData) -> None:
     assert (known["text"] == matrix(text)).all()
     codes = small.contents(rows).tolist()
     assert codes[0] == codes[4] == codes[7] and codes[5] == codes[6] and len(set(codes)) == 5
-    has = small.facts(np.array([small.note_ids.index(n) for n in "afh"])).has
+    has = small.labels(np.array([small.note_ids.index(n) for n in "afh"])).has
     assert (has["image"].tolist(), has["text"].tolist()) == ([True, False, False], [True, True, False])
 
 
@@ -153,7 +153,7 @@ def test_related_in_either_direction_equals_a_loop(num_pairs: int, seed: int) ->
     table = FeatureTable(np.zeros((0, 2, 4), np.float16), {})
     data = TrainingData(None, tokens, {}, table, pairs)  # type: ignore[arg-type]
     rows = np.arange(len(data.note_ids))
-    known = data.facts(rows).known["multimodal"]
+    known = data.labels(rows).known_positives["multimodal"]
     for i, a in enumerate(data.note_ids):
         for j, b in enumerate(data.note_ids):
             assert known[i, j].item() == (a == b or (a, b) in pairs or (b, a) in pairs)

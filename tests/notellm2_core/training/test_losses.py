@@ -2,34 +2,44 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from notellm2_core.model.methods import METHODS, get_method
-from notellm2_core.training.losses import MAX_TAU, RowFacts, capped_tau, contrastive_loss, note_losses, omni_losses
+from notellm2_core.training.losses import (
+    MAX_TAU,
+    BatchLabels,
+    PairMasks,
+    capped_tau,
+    contrastive_loss,
+    info_nce,
+    note_losses,
+    omni_losses,
+)
 from notellm2_core.training.step import method_losses
 
 TAU = torch.tensor([3.0])
 
 
 def loop_loss(
-    x: np.ndarray,
-    tau: float,
-    known: np.ndarray,
-    valid: np.ndarray,
-    y: np.ndarray | None = None,
-    valid_y: np.ndarray | None = None,
+    x: Tensor,
+    tau: Tensor,
+    known: Tensor,
+    valid: Tensor,
+    y: Tensor | None = None,
+    valid_y: Tensor | None = None,
     num_paired: int | None = None,
     count: bool = False,
-) -> float:
+) -> Tensor:
     """Eq. 1, one row and one column at a time, in fp64; rows of `x` look for their related note in `y`."""
     y, valid_y = (x, valid) if y is None or valid_y is None else (y, valid_y)
+    x, y, tau = x.double(), y.double(), tau.double().squeeze()
 
-    def similarity(i: int, j: int) -> float:
-        return float(x[i] @ y[j] / (np.linalg.norm(x[i]) * np.linalg.norm(y[j])) * math.exp(tau))
+    def similarity(i: int, j: int) -> Tensor:
+        return x[i] @ y[j] / (x[i].norm() * y[j].norm()) * tau.exp()
 
     losses = []
     for i in range(len(x) if num_paired is None else num_paired):
@@ -38,11 +48,10 @@ def loop_loss(
             continue
         others = [j for j in range(len(x)) if j == p or (j != i and valid_y[j])]
         related = [j for j in others if j != p and known[i, j]]
-        columns = others if count else [j for j in others if j not in related]
-        denominator = sum(math.exp(similarity(i, j)) for j in columns)
+        denominator = sum(similarity(i, j).exp() for j in others if count or j not in related)
         positives = [p, *related] if count else [p]
-        losses.append(-sum(math.log(math.exp(similarity(i, j)) / denominator) for j in positives) / len(positives))
-    return sum(losses) / len(losses) if losses else 0.0
+        losses.append(-sum((similarity(i, j).exp() / denominator).log() for j in positives) / len(positives))
+    return sum(losses) / len(losses) if losses else 0 * (x.sum() + y.sum() + tau)
 
 
 def test_worked_example() -> None:
@@ -54,53 +63,80 @@ def test_worked_example() -> None:
     known = torch.zeros(4, 4, dtype=torch.bool)
     known[0, 2] = True  # row 0 has one negative left: log(1 + e^-2)
     expected = (math.log(1 + math.exp(-2)) + 3 * each) / 4
-    assert contrastive_loss(x, tau, known).item() == pytest.approx(expected, abs=1e-6)
+    assert contrastive_loss(x, tau, PairMasks(false_negatives=known)).item() == pytest.approx(expected, abs=1e-6)
     # As a positive it has a score of 0, beside 2: log(e^2 + 2) - 1.
     expected = (math.log(math.exp(2) + 2) - 1 + 3 * each) / 4
-    assert contrastive_loss(x, tau, known, count_known=True).item() == pytest.approx(expected, abs=1e-6)
+    assert contrastive_loss(x, tau, PairMasks(also_positive=known)).item() == pytest.approx(expected, abs=1e-6)
     # A fifth row like the first two, a negative of all and no query: rows 0 and 1 have another e^2, the others a 1.
     five = torch.cat([x, x[:1]])
     expected = (math.log(2 + 2 * math.exp(-2)) + math.log(1 + 3 * math.exp(-2))) / 2
     assert contrastive_loss(five, tau, num_paired=4).item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_info_nce_worked_example() -> None:
+    """Logits 2, 0, 0, and the first is the positive: log(e^2 + 2) - 2 with both others as negatives, log(e^2 + 1) - 2
+    with one, and log(e^2 + 2) - (2 + 0) / 2 where one is a positive too. The third query does not count.
+    """
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [5.0, 1.0, -7.0]], requires_grad=True)
+    positive, both = torch.tensor([0, 1, 2]), ~torch.eye(3, dtype=torch.bool)
+    last = torch.tensor([[False, False, True]] * 3)
+    is_query = torch.tensor([True, True, False])
+    for is_negative, also_positive, expected in [
+        (both, None, math.log(math.exp(2) + 2) - 2),
+        (last, None, math.log(math.exp(2) + 1) - 2),
+        (both & ~last, last, math.log(math.exp(2) + 2) - 1),
+    ]:
+        loss = info_nce(logits, positive, is_negative, is_query, also_positive)
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient[:2].abs().sum() > 0.1 and not gradient[2].any()
+
+
 @given(
     num_pairs=st.integers(1, 6), dim=st.integers(2, 8), seed=st.integers(0, 10_000), tau=st.floats(-1, 4),
     known_share=st.floats(0, 1), valid_share=st.floats(0, 1), repeats=st.integers(1, 4), more=st.integers(0, 5),
-    count=st.booleans(),
+    count=st.booleans(), other=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
 def test_equals_the_loop(
     num_pairs: int, dim: int, seed: int, tau: float, known_share: float, valid_share: float, repeats: int, more: int,
-    count: bool,
+    count: bool, other: bool,
 ) -> None:  # fmt: skip
-    """Any number of pairs, `more` rows after them, any masks, and ties: `repeats` rows in a row share a vector."""
-    rng = np.random.default_rng(seed)
+    """Loss and every gradient, for any number of pairs, `more` rows after them, `other` candidates or the same, any
+    masks, and ties: `repeats` rows in a row share a vector.
+    """
+    generator = torch.Generator().manual_seed(seed)
     n = 2 * num_pairs + more
-    x = rng.normal(size=(n, dim)).astype(np.float32)[np.arange(n) // repeats]
-    known, valid = rng.random((n, n)) < known_share, rng.random(n) < valid_share
-    rows = torch.tensor(x, requires_grad=True)
-    loss = contrastive_loss(
-        rows, torch.tensor([tau]), torch.tensor(known), torch.tensor(valid), num_paired=2 * num_pairs, count_known=count
+    x, y = torch.randn(2, n, dim, generator=generator)[:, torch.arange(n) // repeats]
+    known = torch.rand(n, n, generator=generator) < known_share
+    valid, valid_y = torch.rand(2, n, generator=generator) < valid_share
+    masks = PairMasks(valid, valid_y if other else valid, *((None, known) if count else (known, None)))
+    found, expected = ([t.clone().requires_grad_() for t in (x, y, torch.tensor([tau]))] for _ in range(2))
+    loss = contrastive_loss(found[0], found[2], masks, found[1] if other else None, 2 * num_pairs)
+    loop = loop_loss(
+        expected[0], expected[2], known, valid, *((expected[1], valid_y) if other else ()),
+        num_paired=2 * num_pairs, count=count,
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(loop.item(), rel=1e-4, abs=1e-5)
+    ours, theirs = (
+        torch.autograd.grad(value, inputs, materialize_grads=True)
+        for value, inputs in ((loss, found), (loop, expected))
     )
-    expected = loop_loss(x.astype(np.float64), tau, known, valid, num_paired=2 * num_pairs, count=count)
-    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    loss.backward()
-    assert rows.grad is not None and rows.grad.isfinite().all()
-    assert (rows.grad[~torch.tensor(valid)] == 0).all()  # a note without an image is not moved by L_v
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert other or not ours[0][~valid].any()  # a note without an image is not moved by L_v
 
 
 def test_gradients_by_finite_differences() -> None:
-    """Of the rows and of tau, with masks, in fp64 steps through the fp32 function (so to 1e-2)."""
+    """Of the rows and of tau, with masks, in fp64 steps through the loop (so to 1e-4)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 5, generator=generator)
     known = torch.rand(8, 8, generator=generator) < 0.2
     rows, tau = x.clone().requires_grad_(), torch.tensor([1.0], requires_grad=True)
-    contrastive_loss(rows, tau, known).backward()
-    valid = np.ones(8, dtype=bool)
+    contrastive_loss(rows, tau, PairMasks(false_negatives=known)).backward()
+    valid = torch.ones(8, dtype=torch.bool)
 
-    def at(x: torch.Tensor, tau: float) -> float:
-        return loop_loss(x.double().numpy(), tau, known.numpy(), valid)
+    def at(x: Tensor, tau: float) -> float:
+        return loop_loss(x.double(), torch.tensor(tau, dtype=torch.float64), known, valid).item()
 
     step = torch.zeros(8, 5, dtype=torch.float64)
     step[3, 2] = 1e-4
@@ -111,7 +147,8 @@ def test_gradients_by_finite_differences() -> None:
 
 def test_no_query_left_gives_zero_and_no_nan() -> None:
     rows = torch.zeros(4, 3, requires_grad=True)
-    loss = contrastive_loss(rows, TAU, valid=torch.tensor([True, False, False, True]))
+    has = torch.tensor([True, False, False, True])
+    loss = contrastive_loss(rows, TAU, PairMasks(has, has))
     loss.backward()
     assert loss.item() == 0 and rows.grad is not None and (rows.grad == 0).all()
 
@@ -138,51 +175,54 @@ def test_eq_8_and_9_worked_example() -> None:
     """
     m, v = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.ones(4, 2)
     tau = torch.tensor([math.log(2)])
-    losses = note_losses(m, v, tau, 3.0, RowFacts({}))
+    losses = note_losses(m, v, tau, 3.0, BatchLabels({}))
     assert losses.visual is not None and losses.visual.item() == pytest.approx(1.0986, abs=1e-4)
     assert (losses.multimodal.item(), losses.total.item()) == pytest.approx((0.2395, 0.4543), abs=1e-4)
-    losses = note_losses(m, v, tau, 3.0, RowFacts({"image": torch.tensor([True, True, True, False])}))
+    losses = note_losses(m, v, tau, 3.0, BatchLabels({"image": torch.tensor([True, True, True, False])}))
     assert losses.visual is not None and losses.visual.item() == pytest.approx(0.6931, abs=1e-4)
     assert losses.total.item() == pytest.approx(0.3529, abs=1e-4)
 
 
 @given(
     num_pairs=st.integers(1, 5), seed=st.integers(0, 10_000), share=st.floats(0, 1), repeats=st.integers(1, 3),
-    alpha=st.floats(0, 20),
+    alpha=st.floats(0, 20), count=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_eq_8_and_9_equal_the_loop(num_pairs: int, seed: int, share: float, repeats: int, alpha: float) -> None:
+def test_eq_8_and_9_equal_the_loop(
+    num_pairs: int, seed: int, share: float, repeats: int, alpha: float, count: bool
+) -> None:
     """Any number of pairs, ties, masks that differ by view, notes without an image, any alpha."""
-    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
     n = 2 * num_pairs
-    m, v = (rng.normal(size=(n, 4)).astype(np.float32)[np.arange(n) // repeats] for _ in range(2))
-    known_m, known_v = (rng.random((n, n)) < share for _ in range(2))
-    has_image = rng.random(n) < 0.7
-    known = {"multimodal": torch.from_numpy(known_m), "image": torch.from_numpy(known_v)}
-    facts = RowFacts({"image": torch.from_numpy(has_image)}, known)
-    losses = note_losses(torch.from_numpy(m), torch.from_numpy(v), TAU, alpha, facts)
-    loss_m = loop_loss(m.astype(float), 3.0, known_m, np.ones(n, bool))
-    loss_v = loop_loss(v.astype(float), 3.0, known_v, has_image)
+    m, v = torch.randn(2, n, 4, generator=generator)[:, torch.arange(n) // repeats]
+    known_m, known_v = torch.rand(2, n, n, generator=generator) < share
+    has_image = torch.rand(n, generator=generator) < 0.7
+    labels = BatchLabels({"image": has_image}, {"multimodal": known_m, "image": known_v}, count_known=count)
+    losses = note_losses(m, v, TAU, alpha, labels)
+    loss_m = loop_loss(m, TAU, known_m, torch.ones(n, dtype=torch.bool), count=count).item()
+    loss_v = loop_loss(v, TAU, known_v, has_image, count=count).item()
     assert losses.visual is not None and losses.visual.item() == pytest.approx(loss_v, rel=1e-4, abs=1e-5)
     assert losses.total.item() == pytest.approx((loss_v + alpha * loss_m) / (1 + alpha), rel=1e-4, abs=1e-5)
-    alone = note_losses(torch.from_numpy(m), None, TAU, alpha, facts)
+    alone = note_losses(m, None, TAU, alpha, labels)
     assert alone.visual is None and alone.total.item() == pytest.approx(loss_m, rel=1e-4, abs=1e-5)
 
 
-@given(num_pairs=st.integers(1, 5), seed=st.integers(0, 10_000), share=st.floats(0, 1), repeats=st.integers(1, 3))
+@given(
+    num_pairs=st.integers(1, 5), seed=st.integers(0, 10_000), share=st.floats(0, 1), repeats=st.integers(1, 3),
+    count=st.booleans(),
+)  # fmt: skip
 @settings(max_examples=30, deadline=None)
-def test_omni_retrieval_equals_nine_loops(num_pairs: int, seed: int, share: float, repeats: int) -> None:
+def test_omni_retrieval_equals_nine_loops(num_pairs: int, seed: int, share: float, repeats: int, count: bool) -> None:
     """The mean of the nine directed losses; `repeats` rows share a vector, so that scores tie."""
-    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
     n, kinds = 2 * num_pairs, ("multimodal", "image", "text")
-    x = {k: rng.normal(size=(n, 4)).astype(np.float32)[np.arange(n) // repeats] for k in kinds}
-    known = {k: rng.random((n, n)) < share for k in kinds}
-    valid = {"multimodal": np.ones(n, bool), **{k: rng.random(n) < 0.7 for k in kinds[1:]}}
-    has = {k: torch.from_numpy(valid[k]) for k in kinds[1:]}
-    facts = RowFacts(has, {k: torch.from_numpy(v) for k, v in known.items()})
-    losses = omni_losses({k: torch.from_numpy(v) for k, v in x.items()}, TAU, facts)
+    x = {k: torch.randn(n, 4, generator=generator)[torch.arange(n) // repeats] for k in kinds}
+    known = {k: torch.rand(n, n, generator=generator) < share for k in kinds}
+    has = {k: torch.rand(n, generator=generator) < 0.7 for k in kinds[1:]}
+    valid = {"multimodal": torch.ones(n, dtype=torch.bool), **has}
+    losses = omni_losses(x, TAU, BatchLabels(has, known, count_known=count))
     terms = {
-        (a, b): loop_loss(x[a].astype(float), 3.0, known[a if a == b else "multimodal"], valid[a], x[b], valid[b])
+        (a, b): loop_loss(x[a], TAU, known[a if a == b else "multimodal"], valid[a], x[b], valid[b], count=count).item()
         for a in kinds
         for b in kinds
     }
@@ -205,8 +245,8 @@ def test_omni_retrieval_worked_example() -> None:
     tau = torch.tensor([math.log(2)])
     views = dict.fromkeys(("multimodal", "image", "text"), x)
     one, two = math.log(1 + math.exp(-2)), math.log(1 + 2 * math.exp(-2))
-    assert omni_losses(views, tau, RowFacts({})).total.item() == pytest.approx(two, abs=1e-6)
-    losses = omni_losses(views, tau, RowFacts({"image": torch.tensor([True, True, True, False])}))
+    assert omni_losses(views, tau, BatchLabels({})).total.item() == pytest.approx(two, abs=1e-6)
+    losses = omni_losses(views, tau, BatchLabels({"image": torch.tensor([True, True, True, False])}))
     expected = (one + 2 * (2 * one + two) / 3 + 6 * two) / 9
     assert losses.total.item() == pytest.approx(expected, abs=1e-6)
 
@@ -224,8 +264,8 @@ def test_the_order_of_the_pairs_does_not_matter(num_pairs: int, seed: int, metho
     has = {k: torch.rand(n, generator=generator) < 0.8 for k in ("image", "text")}
     order = torch.randperm(num_pairs, generator=generator)
     order = torch.stack([2 * order + 1, 2 * order], dim=1).flatten()  # and the pairs turned round
-    moved = RowFacts({k: v[order] for k, v in has.items()}, {k: v[order][:, order] for k, v in known.items()})
-    before = method_losses(METHODS[method], views, TAU, 9.0, RowFacts(has, known), (2,))
+    moved = BatchLabels({k: v[order] for k, v in has.items()}, {k: v[order][:, order] for k, v in known.items()})
+    before = method_losses(METHODS[method], views, TAU, 9.0, BatchLabels(has, known), (2,))
     after = method_losses(METHODS[method], {k: v[order] for k, v in views.items()}, TAU, 9.0, moved, (2,))
     assert after.total.item() == pytest.approx(before.total.item(), rel=1e-4, abs=1e-6)
 
@@ -233,8 +273,8 @@ def test_the_order_of_the_pairs_does_not_matter(num_pairs: int, seed: int, metho
 def test_matryoshka_is_the_mean_over_the_lengths() -> None:
     """Lengths 4, 2 and 1 of D = 4: the mean of three losses, each on embeddings cut and normalised again."""
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    facts = RowFacts({"image": torch.ones(8, dtype=torch.bool)}, None)
-    losses = method_losses(METHODS["basic"], {"multimodal": x}, TAU, 9.0, facts, dims=(2, 1))
+    labels = BatchLabels({"image": torch.ones(8, dtype=torch.bool)}, None)
+    losses = method_losses(METHODS["basic"], {"multimodal": x}, TAU, 9.0, labels, dims=(2, 1))
     each = [contrastive_loss(x[:, :d], TAU).item() for d in (4, 2, 1)]
     assert losses.total.item() == pytest.approx(sum(each) / 3, rel=1e-6)
     assert losses.multimodal.item() == pytest.approx(each[0], rel=1e-6)

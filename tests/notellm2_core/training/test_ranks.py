@@ -21,13 +21,13 @@ def reference(world: World, variant: str) -> dict[str, Any]:
     config = rank_checks.settings(0, variant)
     model, data, encoder = rank_checks.build(config, world)
     rows = data.train_pairs[schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
-    facts = data.facts(rows := rank_checks.with_negatives(data, rows, config, 0), config.training.known_positives, 16)
+    labels = data.labels(rows := rank_checks.with_negatives(data, rows, config, 0), config.training.known_positives, 16)
     method = get_method(config.model.method)
-    assert 0 < facts.has["image"].sum() < len(rows)
+    assert 0 < labels.has["image"].sum() < len(rows)
     views = {kind: model(with_features(data.note_batch(rows, [kind]), encoder)).multimodal for kind in method.inputs}
     if method.prompt == "micl":
         views["visual"] = model(with_features(data.note_batch(rows), encoder)).visual
-    losses = method_losses(method, views, model.tau, config.training.alpha, facts, config.model.matryoshka_dims)
+    losses = method_losses(method, views, model.tau, config.training.alpha, labels, config.model.matryoshka_dims)
     losses.total.backward()
     named = rank_checks.named_parameters(model, encoder)
     grads = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}

@@ -16,7 +16,7 @@ from notellm2_core.model.saliency import Loss, Measurement
 from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
 from notellm2_core.training import saliency
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
-from notellm2_core.training.losses import RowFacts
+from notellm2_core.training.losses import BatchLabels
 from notellm2_core.training.saliency import main, measure_on_training_pairs
 from notellm2_core.training.step import TrainingStep, batch_losses
 from tests.notellm2_core.training.world import World, tiny_config, write_config
@@ -56,14 +56,14 @@ def test_the_loss_is_that_of_the_training_step(
     config = config_with(8, method, alpha=3.0)
     model, _, data = make(world, config, tmp_path)
     known = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2
-    facts = RowFacts(data.facts(np.arange(16)).has, dict(zip(("multimodal", "image", "text"), known, strict=True)))
-    monkeypatch.setattr(data, "facts", lambda rows, masked: facts)  # the pairs of this world are strangers
+    labels = BatchLabels(data.labels(np.arange(16)).has, dict(zip(("multimodal", "image", "text"), known, strict=True)))
+    monkeypatch.setattr(data, "labels", lambda rows, masked: labels)  # the pairs of this world are strangers
     with torch.no_grad():
         model.tau.fill_(6.0)  # above its cap
         ((batch, found),) = seen_by(monkeypatch, model, data, config)
         rows = data.train_pairs[schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
         embedded = TrainingStep(model, METHODS[method])(data.note_batch(rows, METHODS[method].inputs))
-        losses = batch_losses(config, embedded.rows, embedded.tau, facts)
+        losses = batch_losses(config, embedded.rows, embedded.tau, labels)
     expected = losses.multimodal if method == "omni_retrieval" else losses.total  # of omni, what whole notes are for
     assert len(batch) == 16 and found == pytest.approx(expected.item(), rel=1e-5)
 
