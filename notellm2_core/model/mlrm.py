@@ -125,13 +125,12 @@ class MLRMModel(PreTrainedModel):
             visual_words = self.connector(batch.patches.to(dtype)) * shown[:, :, None]  # [N, L_c, h_t]
             words = words.masked_scatter(batch.image_mask[:, :, None], visual_words.to(words.dtype))  # [N, T, h_t]
 
-        read = [batch.last_index]
-        if get_method(self.config.method).prompt == "micl":
-            read.append(batch.visual_index)
-        hidden = self._read(words, batch.attention_mask, num_shared, torch.stack(read, dim=1))  # [N, T, h_t]
+        has_visual_word = get_method(self.config.method).prompt == "micl"
+        needed = [batch.last_index, batch.visual_index] if has_visual_word else [batch.last_index]
+        hidden = self._hidden_states(words, batch.attention_mask, num_shared, torch.stack(needed, dim=1))  # [N, T, h_t]
         rows = torch.arange(len(batch), device=hidden.device)
-        n_m, *of_visual_word = (hidden[rows, places] for places in read)  # [N, h_t] each
-        n_v = of_visual_word[0] if of_visual_word else None
+        n_m = hidden[rows, batch.last_index]  # [N, h_t]
+        n_v = hidden[rows, batch.visual_index] if has_visual_word else None  # [N, h_t]
         if self.fusion is None:
             return States(n_m, n_v, n_m, None, None)
         v = self.fusion.project(batch.global_feature.to(dtype)) * shown  # [N, h_t]
@@ -141,18 +140,17 @@ class MLRMModel(PreTrainedModel):
 
     @property
     def packs_notes(self) -> bool:
-        """Whether the LLM gets the notes of a batch as one row without padding."""
+        """Whether the LLM gets the notes of a batch as one row without padding, as its attention now is."""
         return bool(self.llm.config._attn_implementation == PACKED_SDPA)
 
-    def _read(self, words: Tensor, attention_mask: Tensor, num_shared: int, read: Tensor) -> Tensor:
-        """Word embeddings -> last hidden states of the LLM, [N, T, h_t] each, of which those at the places `read`
-        [N, n] are asked for; the attention may have been changed.
+    def _hidden_states(
+        self, words: Tensor, attention_mask: Tensor, num_shared: int, needed_positions: Tensor
+    ) -> Tensor:
+        """Word embeddings -> last hidden states of the LLM, [N, T, h_t] each. Only those at `needed_positions` [N, n]
+        are used.
         """
         if self.packs_notes:
-            packed = packed_states(self.llm, words, attention_mask, num_shared, read)
-            if packed is not None:
-                return packed
-            self.llm.set_attn_implementation("sdpa")
+            return packed_states(self.llm, words, attention_mask, num_shared, needed_positions)
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the same, wherever the padding is
         output = self.llm(
             inputs_embeds=words,

@@ -1,11 +1,11 @@
 """No work on padding: the tokens of all notes in one row, in which each attends to its own note alone.
 
-Every matrix product then sees real tokens only (on a CPU in 16 bits also up to 63 empty places at the row's end: rows
-have few lengths). Attention runs in flash-attention's kernels for rows of notes (a GPU in 16 bits), or in torch's on
-groups of notes of like length (everywhere else).
+Every matrix product then sees real tokens only. (On a CPU in 16 bits the row ends in up to 63 empty places, so that
+rows have few lengths.) Attention runs in flash attention's kernel for rows of notes (a GPU in 16 bits), or in torch's
+on groups of notes of similar length (everywhere else).
 
-What all prompts begin with need not be there but once: no token depends on what follows it. Attention alone, the least
-of the work on short notes, sees it in front of each.
+The prefix that all prompts share can be in the row once, because no token depends on later ones. Attention alone, the
+smallest part of the work on short notes, sees it in front of every note.
 
 Shapes: N notes, T tokens of the longest, S tokens of all of them, R tokens in the row (without empty places),
 H heads of width d_h.
@@ -15,11 +15,13 @@ import inspect
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -27,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 PACKED_SDPA = "packed_sdpa"
+_PROBE = "packing_probe"
 _KINDS = {"full_attention", "sliding_attention"}
 _SHORT = 160  # tokens, up to which _by_products is the fastest
 _LITTLE, _MUCH = 8, 1.25  # tokens, or times, by which a note may be shorter than the longest of its group
@@ -35,7 +38,7 @@ _STEP = 64  # tokens; rows of few lengths: oneDNN prepares its products for each
 
 @dataclass(frozen=True)
 class Group:
-    """Some notes that follow each other in the row, and are of like length."""
+    """Notes of similar length that follow each other in the row."""
 
     first: int  # of their tokens in the row
     last: int  # the one after
@@ -56,21 +59,20 @@ class Group:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of N notes are in their one row: the shortest note comes first."""
+    """Where the tokens of N notes are in their one row. The shortest note comes first."""
 
     index: Tensor  # [R] of each token in the padded notes: note * T + position
     positions: Tensor  # [R] of each token in its note
     ends: Tensor  # [N + 1] int32: 0, and where each note ends among the S tokens
     groups: tuple[Group, ...]
-    spread: Tensor | None  # [S] of each token of all notes in the row; None: every one has its own place
-    kept: Tensor | None  # [R] of each token in the row, where it is first among all notes' tokens
+    spread: Tensor | None  # [S] where each token of all notes is in the row; None: the row has every token
+    first_copies: Tensor | None  # [R] where each token of the row comes first among the tokens of all notes
     num_empty: int = 0  # places after the R, of no note
-    used: list[None] = field(default_factory=list)  # an entry for each layer that has attended by it
 
     @classmethod
     def of(cls, attention_mask: Tensor, num_shared: int = 0) -> "Packing":
-        """`attention_mask`: [N, T], 0 on padding, which may be on either side. `num_shared`: first tokens of each note
-        that are the same in all of them.
+        """`attention_mask`: [N, T], 0 on padding, which may be on either side. `num_shared`: length of the prefix that
+        all notes share.
         """
         num_notes, width = attention_mask.shape
         lengths, order = attention_mask.sum(1).sort(stable=True)  # [N]
@@ -83,10 +85,10 @@ class Packing:
         if not num_shared:
             return cls(index, positions, ends.to(torch.int32), groups, None, None)
         own = positions >= num_shared
-        own[: lengths[0]] = True  # the first note's stand for all
+        own[: lengths[0]] = True  # the first note has the prefix for all
         spread = torch.where(own, own.cumsum(0) - 1, positions)
-        kept = own.nonzero()[:, 0]
-        return cls(index[kept], positions[kept], ends.to(torch.int32), groups, spread, kept)
+        first_copies = own.nonzero()[:, 0]
+        return cls(index[first_copies], positions[first_copies], ends.to(torch.int32), groups, spread, first_copies)
 
     def with_empty(self, row: Tensor) -> Tensor:
         """[R, ...] -> [R + num_empty, ...], zeros in the empty places."""
@@ -102,9 +104,9 @@ class Packing:
 
 @contextmanager
 def _last_mlp_on(llm: PreTrainedModel, rows: Tensor | None, num_rows: int) -> Iterator[None]:
-    """Inside, the last layer's MLP is computed on these of R rows alone: nothing reads what it makes of the others.
+    """Inside, the last layer's MLP is computed on these of `num_rows` rows alone, because its other outputs are unused.
 
-    Of a layer, it is most of the work. Does nothing for None, and where the decoder names its parts unusually.
+    The MLP is most of a layer's work. Does nothing for None, and for decoders that name their parts otherwise.
     """
     layers = getattr(llm, "layers", None)
     mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, torch.nn.ModuleList) and len(layers) else None
@@ -112,13 +114,13 @@ def _last_mlp_on(llm: PreTrainedModel, rows: Tensor | None, num_rows: int) -> It
         yield
         return
 
-    def before(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return given[0].index_select(1, rows), *given[1:]
+    def before(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return inputs[0].index_select(1, rows), *inputs[1:]
 
-    def after(_: torch.nn.Module, given: tuple[Tensor, ...], made: Any) -> Any:
-        states, *others = made if isinstance(made, tuple) else (made,)  # the tokens' experts, say
+    def after(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        states, *others = output if isinstance(output, tuple) else (output,)  # the tokens' experts, say
         states = states.new_zeros(1, num_rows, states.shape[-1]).index_copy(1, rows, states)
-        return (states, *others) if isinstance(made, tuple) else states
+        return (states, *others) if isinstance(output, tuple) else states
 
     hooks = [mlp.register_forward_pre_hook(before), mlp.register_forward_hook(after)]
     try:
@@ -145,43 +147,86 @@ def _groups(lengths: Sequence[int], positions: Tensor) -> tuple[Group, ...]:
 
 
 def can_be_packed(llm: PreTrainedModel) -> bool:
-    """Whether nothing but attention passes from token to token of `llm` (no recurrence, no convolution), and only to
-    later ones, and attention is torch's and an interchangeable function.
+    """Whether the notes of a batch can share a row in `llm`.
 
-    Whether that function is told of the packing is seen in the first forward (`packed_states`).
+    They can where only attention passes from token to token (no recurrence, no convolution), only to later tokens, and
+    in torch's sdpa, which transformers exchanges for `PACKED_SDPA`; and where the layers hand the packing on to it.
     """
     layers = set(getattr(llm.config, "layer_types", None) or ())
-    takes = inspect.signature(llm.forward).parameters
+    parameters = inspect.signature(llm.forward).parameters
     return (
         llm.config._attn_implementation == "sdpa"
         and llm._supports_attention_backend
         and layers <= _KINDS
-        and {"position_ids", "kwargs"} <= set(takes)
+        and {"position_ids", "kwargs"} <= set(parameters)
         and all(getattr(module, "is_causal", True) for module in llm.modules())
+        and _hands_packing_on(llm)
     )
 
 
-def packed_states(
-    llm: PreTrainedModel, words: Tensor, attention_mask: Tensor, num_shared: int = 0, read: Tensor | None = None
-) -> Tensor | None:
-    """The last hidden states [N, T, h_t] of word embeddings [N, T, h_t]; zeros on padding, and on the first
-    `num_shared` tokens, the same in all notes, but in one of them.
+class _FirstAttention(Exception):
+    """Ends the probe's forward."""
 
-    read: [N, n], the places whose states will be read. Where no gradient is asked for, those of the others then are
-    anything. None: all.
+    def __init__(self, has_packing: bool) -> None:
+        self.has_packing = has_packing
 
-    None where the decoder does not hand the packing on to its attention: notes would read each other.
+
+def _hands_packing_on(llm: PreTrainedModel) -> bool:
+    """Whether the argument `packing` of the forward reaches the attention function. `llm` has sdpa.
+
+    One token is sent through the decoder, up to its first attention. In place of the weights there are zeros that take
+    no memory. So the probe costs about as much as one layer, on the CPU, also for a decoder that has no weights yet
+    (on the meta device).
     """
+    llm.set_attn_implementation(_PROBE)
+    try:
+        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):  # (dropout draws)
+            tensors = chain(llm.named_parameters(), llm.named_buffers())
+            zeros = {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in tensors}
+            token = torch.zeros(1, 1, dtype=torch.int64)
+            packing = Packing.of(torch.ones_like(token))
+            functional_call(llm, zeros, kwargs={"input_ids": token, "use_cache": False, "packing": packing})
+    except _FirstAttention as reached:
+        return reached.has_packing
+    finally:
+        llm.set_attn_implementation("sdpa")
+    return False
+
+
+def _probe(*_: Any, packing: Packing | None = None, **options: Any) -> NoReturn:
+    """Takes the place of the attention function."""
+    raise _FirstAttention(packing is not None)
+
+
+def packed_states(
+    llm: PreTrainedModel,
+    words: Tensor,
+    attention_mask: Tensor,
+    num_shared: int = 0,
+    needed_positions: Tensor | None = None,
+) -> Tensor:
+    """The last hidden states [N, T, h_t] of the word embeddings `words` [N, T, h_t].
+
+    Zero on padding and, for every note but the shortest, on the shared prefix.
+
+    Args:
+        llm: a decoder that can be packed (`can_be_packed`), with the attention `PACKED_SDPA`.
+        attention_mask: [N, T], 0 on padding.
+        num_shared: length of the prefix that all notes share.
+        needed_positions: [N, n] positions whose states are needed; without a gradient the others are undefined.
+            None: all.
+    """
+    assert llm.config._attn_implementation == PACKED_SDPA, "without it, notes would attend to each other"
     packing = Packing.of(attention_mask, num_shared)
     if _multiplied_by_onednn(words):
         packing = replace(packing, num_empty=-len(packing.index) % _STEP)
     row = packing.with_empty(words.flatten(0, 1).index_select(0, packing.index))
     positions = packing.with_empty(packing.positions)[None]
-    rows = None if read is None or torch.is_grad_enabled() else packing.rows(read, words.shape[1])
+    rows = None
+    if needed_positions is not None and not torch.is_grad_enabled():
+        rows = packing.rows(needed_positions, words.shape[1])
     with _last_mlp_on(llm, rows, len(row)):
         states = llm(inputs_embeds=row[None], position_ids=positions, use_cache=False, packing=packing)
-    if not packing.used:
-        return None
     last = states.last_hidden_state[0, : len(packing.index)]  # [R, h_t]
     padded = last.new_zeros(words.shape[0] * words.shape[1], last.shape[1])
     return padded.index_copy(0, packing.index, last).unflatten(0, words.shape[:2])
@@ -194,38 +239,35 @@ def _packed_sdpa(
     value: Tensor,
     attention_mask: Tensor | None,
     packing: Packing | None = None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of transformers' interface: query [1, H, R, d_h], fewer heads of key and value -> [1, R, H, d_h].
 
     Without a packing, it is torch's own for rows of one length, padded where `attention_mask` says so.
+    `options`: transformers' dropout, scaling, sliding_window and others.
     """
-    options |= {"dropout": dropout, "scaling": scaling}
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    packing.used.append(None)
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [R, H, d_h] each
     if packing.spread is not None:
         q, k, v = (x.index_select(0, packing.spread) for x in (q, k, v))  # [S, H, d_h] each
-    attended = _attended(module, q, k, v, packing, sliding_window, options)  # [S, H, d_h]
-    if packing.kept is not None:
-        attended = attended.index_select(0, packing.kept)
+    attended = _attended(module, q, k, v, packing, options)  # [S, H, d_h]
+    if packing.first_copies is not None:
+        attended = attended.index_select(0, packing.first_copies)
     return packing.with_empty(attended)[None], None
 
 
 def _attended(
-    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None,
-    options: dict[str, Any],
-) -> Tensor:  # fmt: skip
-    """[S, H, d_h] of the tokens of all notes, of which no token sees more than the `window` before it."""
-    dropout, scaling = options["dropout"], options["scaling"]
+    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: dict[str, Any]
+) -> Tensor:
+    """[S, H, d_h] of the tokens of all notes, each of which sees its own note alone, and of it no more than a window
+    of `sliding_window` tokens.
+    """
+    dropout, scaling, window = (options.get(name) for name in ("dropout", "scaling", "sliding_window"))
     if not dropout and _has_kernel(q, v):
-        # Causal, and of the own note no more than the window.
+        # Causal, and no further back than the window.
         size, longest = ((window or 0) - 1, 0), packing.groups[-1].max_length
         out = varlen_attn(
             q, k, v, packing.ends, packing.ends, longest, longest, scale=scaling, window_size=size, enable_gqa=True
@@ -288,10 +330,11 @@ def _band(length: int, window: int | None, device: torch.device) -> Tensor | Non
 
 
 def _mask(attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    """That of padded rows; packed notes, which come without an `attention_mask`, need none."""
-    packed = attention_mask is None and not options["allow_is_causal_skip"]  # what their positions have told
+    """The mask of padded rows; packed notes, which come without an `attention_mask`, need none."""
+    packed = attention_mask is None and not options["allow_is_causal_skip"]  # transformers sees it in the positions
     return None if packed else sdpa_mask(attention_mask=attention_mask, **options)
 
 
 AttentionInterface.register(PACKED_SDPA, _packed_sdpa)
+AttentionInterface.register(_PROBE, _probe)
 AttentionMaskInterface.register(PACKED_SDPA, _mask)

@@ -1,5 +1,7 @@
 """Notes in one row: each attends to itself alone, forward and backward, whatever its neighbours, on any kernel."""
 
+import resource
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,9 +67,7 @@ def test_every_note_as_if_alone(kind: str, bf16: bool) -> None:
         words.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             if way == "packed":
-                packed_rows = packed_states(llm, words, mask)
-                assert packed_rows is not None
-                states = packed_rows[mask.bool()]
+                states = packed_states(llm, words, mask)[mask.bool()]
             else:
                 each = [
                     llm(inputs_embeds=words[i : i + 1, :n], use_cache=False).last_hidden_state[0]
@@ -100,30 +100,27 @@ def test_what_all_begin_with_is_computed_once(kind: str, left: bool) -> None:
     for row in range(1, len(lengths)):
         words[row, (mask * (of_own == 0))[row].bool()] = words[0, (mask * (of_own == 0))[0].bool()]
     expected, found = packed_states(llm, words, mask), packed_states(llm, words, mask, num_shared=3)
-    assert expected is not None and found is not None
     torch.testing.assert_close(found[of_own.bool()], expected[of_own.bool()])
     assert int((found.abs().sum(-1) > 0).sum()) == len(Packing.of(mask, 3).index) == 3 + sum(n - 3 for n in lengths)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (_, has) in DECODERS.items() if "sdpa" in has and kind not in PADDED])
-def test_what_is_read_is_the_same_where_the_last_mlp_sees_nothing_else(kind: str) -> None:
+def test_needed_states_are_the_same_where_the_last_mlp_sees_nothing_else(kind: str) -> None:
     llm = decoder(kind, PACKED_SDPA)
     words, mask = padded_words(LENGTHS, llm.get_input_embeddings().embedding_dim)
     last = mask.sum(1) - 1
-    read = torch.stack([last, last // 2], dim=1)
+    needed = torch.stack([last, last // 2], dim=1)
     rows = torch.arange(len(LENGTHS))[:, None]
     seen: list[int] = []
     for name, module in llm.named_modules():
         if name.endswith(".mlp"):
             module.register_forward_hook(lambda _, given, made: seen.append(given[0].shape[1]))
     with torch.no_grad():
-        expected, found = packed_states(llm, words, mask), packed_states(llm, words, mask, read=read)
-    assert expected is not None and found is not None
-    torch.testing.assert_close(found[rows, read], expected[rows, read])
+        expected, found = packed_states(llm, words, mask), packed_states(llm, words, mask, needed_positions=needed)
+    torch.testing.assert_close(found[rows, needed], expected[rows, needed])
     if kind not in ("gpt2", "opt"):  # they name their parts otherwise
-        assert seen[-2:] == [sum(LENGTHS), read.numel()]
-    with_gradient = packed_states(llm, words, mask, read=read)
-    assert with_gradient is not None
+        assert seen[-2:] == [sum(LENGTHS), needed.numel()]
+    with_gradient = packed_states(llm, words, mask, needed_positions=needed)
     torch.testing.assert_close(with_gradient, expected)
 
 
@@ -144,8 +141,38 @@ def test_who_can_be_packed() -> None:
     assert not can_be_packed(decoder("lfm2", "sdpa"))  # a convolution would reach into the next note
     both_ways = AutoConfig.for_model("gemma3_text", **DECODERS["gemma3_text"][0], use_bidirectional_attention=True)
     assert not can_be_packed(AutoModel.from_config(both_ways, attn_implementation="sdpa"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("kind", [kind for kind, (_, has) in DECODERS.items() if "sdpa" in has])
+def test_the_probe_of_a_decoder(kind: str, device: str) -> None:
+    """Found at construction, with weights or without (`describe`). Nemotron's layers drop the packing. The decoder is
+    then as before, and no random number has been drawn, by dropout say.
+    """
+    torch.manual_seed(0)
+    with torch.device(device):
+        llm = AutoModel.from_config(architecture(kind), attn_implementation="sdpa").train()
+    before, state = {name: p.clone() for name, p in llm.named_parameters()}, torch.get_rng_state()
+    assert can_be_packed(llm) == (kind not in PADDED)
+    assert llm.config._attn_implementation == "sdpa" and torch.equal(torch.get_rng_state(), state)
+    assert all(p.device.type == device and p.grad is None for p in llm.parameters())
+    assert device == "meta" or all(torch.equal(p, before[name]) for name, p in llm.named_parameters())
+
+
+def test_the_probe_of_7_billion_weights() -> None:
+    """Without their memory, which would be 27 GB: less than 1 GB for the products of one layer."""
+    with torch.device("meta"):
+        llm = AutoModel.from_config(AutoConfig.for_model("llama"), attn_implementation="sdpa")
+    assert llm.num_parameters() > 6e9
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KB
+    assert can_be_packed(llm)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6
+
+
+def test_without_its_attention_nothing_is_packed() -> None:
     words, mask = padded_words([3, 5], 32)
-    assert packed_states(decoder("nemotron", PACKED_SDPA), words, mask) is None  # its attention is not told
+    with pytest.raises(AssertionError, match="would attend to each other"):
+        packed_states(decoder("llama", "sdpa"), words, mask)
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(False, {32, 33, 64, 65}), (True, {64, 128})])
@@ -157,7 +184,7 @@ def test_rows_of_few_lengths_where_each_length_costs(bf16: bool, expected: set[i
         words, mask = padded_words([num_tokens - 20, 20], llm.config.hidden_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             states = packed_states(llm, words, mask)
-        assert states is not None and states.shape[:2] == mask.shape
+        assert states.shape[:2] == mask.shape
     assert seen == expected
 
 
@@ -183,7 +210,6 @@ def test_flash_attention_of_a_gpu(kind: str) -> None:
         words = words.clone().requires_grad_()
         llm.zero_grad(set_to_none=True)
         states = packed_states(llm, words, mask, num_shared)
-        assert states is not None
         (states.float() * upstream).sum().backward()
         assert words.grad is not None
         of_weights = {name: p.grad for name, p in llm.named_parameters() if p.grad is not None}
