@@ -1,7 +1,7 @@
-"""Vision features: the frozen encoder runs once per distinct picture, and its answers are kept.
+"""Vision features: the frozen encoder runs once per distinct image, and the store keeps its output.
 
-`python -m notellm2_core.notes.features` runs it over the notes' pictures; what the store knows is reused. Pictures
-are read and prepared by threads while the encoder works.
+`python -m notellm2_core.notes.features` runs it over the images of the notes; features in the store are reused. Threads
+read and prepare images while the encoder works.
 """
 
 import argparse
@@ -10,8 +10,8 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
 from notellm2_core.notes import images
-from notellm2_core.notes.feature_store import FeatureStore
+from notellm2_core.notes.feature_store import Features, FeatureStore
 from notellm2_core.runtime.files import naming, parquet_files
 
 if TYPE_CHECKING:  # readers of the store need no torch
@@ -35,94 +35,138 @@ if TYPE_CHECKING:  # readers of the store need no torch
 
 _PART_IMAGES = 512  # what a kill can cost
 
+NoteRow = tuple[str, str | None, bytes | None]  # note_id, image_path, image
+
 
 @dataclass(frozen=True)
-class _Prepared:
-    """One note after its picture was looked at. `pixels` only where the encoder still has to run."""
+class PreparedNote:
+    """A note whose image was read and checked."""
 
     note_id: str
     status: images.Status
-    image_id: str | None = None
+    image_id: str | None = None  # None unless the status is "ok"
     perceptual_hash: str | None = None
-    pixels: "Tensor | None" = None
+    pixels: "Tensor | None" = None  # None where the features are known
+
+
+class FeatureExtractor:
+    """Brings a store up to date with the images of notes: each distinct image is encoded once.
+
+    `prepare` runs in threads, `encode` takes the prepared notes in their order, `flush` comes last. Parts of the store
+    end where batches end, so a run that resumes a killed one forms the same batches and gets the same bits.
+    """
+
+    def __init__(
+        self, encoder: "VisionEncoder", store: FeatureStore, source: Path, config: Config, part_images: int
+    ) -> None:
+        """`source`: the folder of the images. `part_images`: how many at least make a part of the store."""
+        import torch
+
+        self._encoder, self._store, self._source, self._part_images = encoder, store, source, part_images
+        self._max_pixels, self._batch_size = config.source.max_image_pixels, config.model.vision.batch_size
+        images.allow_pixels(self._max_pixels)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder.to(self._device)
+        self.reusable = store.known()  # image_ids whose features the store has
+        self._hashes = {image_id: store.perceptual_hash(image_id) for image_id in self.reusable}
+        self._batch: dict[str, Tensor] = {}  # image_id -> pixels, to be encoded
+        self._part: list[Features] = []  # to be stored
+
+    def prepare(self, note: NoteRow) -> PreparedNote:
+        """Read and check the image of a note, and decode it unless its features are known."""
+        note_id, image_path, data = note
+        encoded = images.fetch(self._source, image_path, data, self._max_pixels)
+        if encoded.status != "ok":
+            return PreparedNote(note_id, encoded.status)
+        image_id = encoded.image_id
+        if image_id in self._hashes:
+            status = images.check_header(encoded.data, self._max_pixels)
+            return PreparedNote(note_id, status, image_id if status == "ok" else None)
+        status, image = images.decode(encoded.data, self._max_pixels)
+        if image is None:
+            return PreparedNote(note_id, status)
+        return PreparedNote(note_id, "ok", image_id, images.perceptual_hash(image), self._encoder.preprocess(image))
+
+    def encode(self, note: PreparedNote) -> None:
+        """Add the note's image to the batch if it is new. A full batch is encoded, a full part stored."""
+        if note.pixels is None or note.image_id is None or note.image_id in self._hashes:
+            return
+        self._hashes[note.image_id] = note.perceptual_hash
+        self._batch[note.image_id] = note.pixels
+        if len(self._batch) == self._batch_size:
+            self._encode_batch()
+            if sum(len(features.image_ids) for features in self._part) >= self._part_images:
+                self._store_part()
+
+    def flush(self) -> None:
+        """Encode and store the last images."""
+        if self._batch:
+            self._encode_batch()
+        if self._part:
+            self._store_part()
+
+    def perceptual_hash(self, image_id: str) -> str | None:
+        """Of an image of the store or of this run."""
+        return self._hashes[image_id]
+
+    def _encode_batch(self) -> None:
+        import torch
+
+        with torch.inference_mode():
+            outputs = self._encoder(torch.stack(list(self._batch.values())).to(self._device))
+        patches, pooled = (output.half().cpu().numpy() for output in outputs)
+        self._part.append(Features(tuple(self._batch), patches, pooled))
+        self._batch.clear()
+
+    def _store_part(self) -> None:
+        image_ids = [image_id for features in self._part for image_id in features.image_ids]
+        self._store.append(
+            image_ids,
+            np.concatenate([features.patches for features in self._part]),
+            np.concatenate([features.global_feature for features in self._part]),
+            [self._hashes[image_id] for image_id in image_ids],
+        )
+        self._part.clear()
 
 
 def compute(
     encoder: "VisionEncoder", store: FeatureStore, notes: Path, source: Path, config: Config, part_images: int
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Bring the store up to date with the notes' pictures: (schema.NOTE_IMAGES table, counts).
-
-    Parts end where batches end, so a run that continues a killed one forms the same batches and gets the same bits.
-    """
-    import torch
+    """Bring the store up to date with the images of the notes: (schema.NOTE_IMAGES table, counts)."""
     from tqdm import tqdm
 
-    max_pixels, batch_size = config.source.max_image_pixels, config.model.vision.batch_size
-    images.allow_pixels(max_pixels)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder.to(device)
-    before = store.known()
-    hashes = {image_id: store.perceptual_hash(image_id) for image_id in before}  # and of what this run has taken on
-    batch: dict[str, Tensor] = {}
-    part: list[tuple[list[str], np.ndarray, np.ndarray]] = []
-    rows: list[tuple[str, str | None, str | None, str]] = []
-
-    def prepare(note: tuple[str, str | None, bytes | None]) -> _Prepared:
-        note_id, image_path, data = note
-        encoded = images.fetch(source, image_path, data, max_pixels)
-        if encoded.status != "ok":
-            return _Prepared(note_id, encoded.status)
-        image_id = encoded.image_id
-        if image_id in hashes:
-            status = images.check_header(encoded.data, max_pixels)
-            return _Prepared(note_id, status, image_id if status == "ok" else None)
-        status, image = images.decode(encoded.data, max_pixels)
-        if image is None:
-            return _Prepared(note_id, status)
-        return _Prepared(note_id, "ok", image_id, images.perceptual_hash(image), encoder.preprocess(image))
-
-    def encode() -> None:
-        with torch.inference_mode():
-            patches, pooled = encoder(torch.stack(list(batch.values())).to(device))
-        part.append((list(batch), patches.half().cpu().numpy(), pooled.half().cpu().numpy()))
-        batch.clear()
-
-    def flush() -> None:
-        ids, patches, pooled = zip(*part, strict=True)
-        image_ids = [i for some in ids for i in some]
-        store.append(image_ids, np.concatenate(patches), np.concatenate(pooled), [hashes[i] for i in image_ids])
-        part.clear()
-
+    extractor = FeatureExtractor(encoder, store, source, config, part_images)
     total = sum(pq.read_metadata(file).num_rows for file in _note_files(notes))
+    rows: list[tuple[str, str | None, str | None, str]] = []
     with ThreadPoolExecutor(max_workers=min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
-        done = _in_order(pool, prepare, _read_notes(notes), ahead=2 * batch_size)
-        for found in tqdm(done, total=total, desc="vision features", unit="note", mininterval=1):
-            if found.pixels is not None and found.image_id is not None and found.image_id not in hashes:
-                hashes[found.image_id] = found.perceptual_hash
-                batch[found.image_id] = found.pixels
-                if len(batch) == batch_size:
-                    encode()
-                    if len(part) * batch_size >= part_images:
-                        flush()
-            picture_hash = None if found.image_id is None else hashes[found.image_id]
-            rows.append((found.note_id, found.image_id, picture_hash, found.status))
-    if batch:
-        encode()
-    if part:
-        flush()
+        prepared = _in_order(pool, extractor.prepare, _read_notes(notes), ahead=2 * config.model.vision.batch_size)
+        for note in tqdm(prepared, total=total, desc="vision features", unit="note", mininterval=1):
+            extractor.encode(note)
+            image_hash = None if note.image_id is None else extractor.perceptual_hash(note.image_id)
+            rows.append((note.note_id, note.image_id, image_hash, note.status))
+    extractor.flush()
 
     columns = [list(column) for column in zip(*rows, strict=True)] or [[], [], [], []]
     statuses = Counter(columns[3])
     distinct = {image_id for image_id in columns[1] if image_id}
-    counts: dict[str, Any] = {"notes": len(rows)} | {status: statuses[status] for status in images.STATUSES}
-    counts |= {"distinct_images": len(distinct), "computed": len(distinct - before), "reused": len(distinct & before)}
-    counts |= {"encoder_id": encoder.encoder_id, "num_patches": store.num_patches, "width": store.width}
+    counts: dict[str, Any] = {
+        "notes": len(rows),
+        **{status: statuses[status] for status in images.STATUSES},
+        "distinct_images": len(distinct),
+        "computed": len(distinct - extractor.reusable),
+        "reused": len(distinct & extractor.reusable),
+        "encoder_id": encoder.encoder_id,
+        "num_patches": store.num_patches,
+        "width": store.width,
+    }
     return pa.Table.from_arrays([pa.array(c, pa.string()) for c in columns], schema=schema.NOTE_IMAGES), counts
 
 
-def _in_order(pool: ThreadPoolExecutor, work: Any, items: Iterable[Any], ahead: int) -> Iterator[_Prepared]:
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[NoteRow], PreparedNote], items: Iterable[NoteRow], ahead: int
+) -> Iterator[PreparedNote]:
     """`map(work, items)` on the pool, at most `ahead` results waiting."""
-    waiting: deque[Any] = deque()
+    waiting: deque[Future[PreparedNote]] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
         if len(waiting) >= ahead:
@@ -138,8 +182,8 @@ def _note_files(notes: Path) -> list[Path]:
     return files
 
 
-def _read_notes(notes: Path) -> Iterator[tuple[str, str | None, bytes | None]]:
-    """(note_id, image_path, image) of every note; a few at a time, for the pictures may be in the table."""
+def _read_notes(notes: Path) -> Iterator[NoteRow]:
+    """The rows of all notes, read a few at a time, because images may be in the table."""
     columns = ["note_id", "image_path", "image"]
     for path in _note_files(notes):
         with naming(path), pq.ParquetFile(path) as file:
