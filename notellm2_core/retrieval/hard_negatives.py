@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config_options import add_options
 from notellm2_core.config_training import HardNegativeSettings
 from notellm2_core.embeddings import Embeddings, read_embeddings
-from notellm2_core.retrieval.relations import read_columns, read_relations
+from notellm2_core.retrieval.relations import Relations, read_columns, read_relations
 from notellm2_core.runtime.files import write_atomically, written_whole
 from notellm2_core.schema import HARD_NEGATIVES
 
@@ -41,9 +42,10 @@ def mine(
 ) -> dict[str, Any]:
     """Write the hard negatives of the pairs `pairs`/{train,validation} into `out`. Returns what counts.json says.
 
-    Of a note's neighbours with first_rank <= rank <= last_rank all are kept but known positives, near-duplicates (of
-    `sides`; None: not known) and what is related through a near-duplicate. Equal cosines rank by note id, where no
-    more of them reach over the window's end than the index is asked for: else it chooses, the same each time.
+    The negatives of a note are its neighbours with first_rank <= rank <= last_rank, except known positives,
+    near-duplicates (of `sides`; None: not known) and notes that are related through a near-duplicate. Ties are broken
+    by note id. If more notes tie at the end of the window than the index returns, FAISS decides which; the choice is
+    deterministic.
 
     Raises ValueError for an empty window, no training pairs, a note without embedding or side, or a factory that
     cannot be built from so many notes.
@@ -57,54 +59,96 @@ def mine(
     last_rank = min(last_rank, len(note_ids) - 1)
     if first_rank > last_rank:
         raise ValueError(f"first_rank = {first_rank}, but a note has {last_rank} others in {pairs / 'train'}.")
-    wanted = note_ids.to_pylist()
-    table = read_embeddings(embeddings, set(wanted))
-    table = Embeddings(tuple(wanted), table.vectors[table.rows(wanted)])
+    ids = note_ids.to_pylist()
+    table = read_embeddings(embeddings, set(ids))
+    table = Embeddings(tuple(ids), table.vectors[table.rows(ids)])
     index = make_index(table, factory)
-    num_candidates = _widen(index.faiss_index, factory, last_rank, len(wanted))
+    num_candidates = _widen(index.faiss_index, factory, last_rank, len(ids))
 
-    kept_of = np.zeros(len(wanted), dtype=np.int64)
-    num_known = num_near = 0
-    edges = np.zeros((2, 2))  # of the first and the last rank: the sum of the cosines, and how many
+    totals = _Totals()
     with (
         written_whole(out / "part-00000.parquet") as draft,
         pq.ParquetWriter(draft, HARD_NEGATIVES) as writer,
-        tqdm(total=len(wanted), unit="note") as progress,
+        tqdm(total=len(ids), unit="note") as progress,
     ):
-        for start in range(0, len(wanted), BLOCK_QUERIES):
-            queries = np.arange(start, min(start + BLOCK_QUERIES, len(wanted)))
+        for start in range(0, len(ids), BLOCK_QUERIES):
+            queries = np.arange(start, min(start + BLOCK_QUERIES, len(ids)))
             _, candidates = index.faiss_index.search(table.vectors[queries], num_candidates)  # [B, K]
-            found, cosines = nearest_first(table.vectors, queries, candidates)
-            found, cosines = found[:, first_rank - 1 : last_rank], cosines[:, first_rank - 1 : last_rank]  # [B, R]
-            there = np.isfinite(cosines)
-            known = there & relations.known(queries, found)
-            near = there & ~known & relations.near(queries, found)
-            kept = there & ~known & ~near
-            row, column = np.nonzero(kept)
+            rows, cosines = nearest_first(table.vectors, queries, candidates)
+            window = slice(first_rank - 1, last_rank)
+            block = _Neighbours.of(relations, queries, rows[:, window], cosines[:, window])
+            query, column = np.nonzero(block.is_negative)
+            negatives = [pa.array(queries[query]), pa.array(block.rows[query, column])]
             ranks = pa.array(first_rank + column, pa.int32())
-            columns = [note_ids.take(pa.array(queries[row])), note_ids.take(pa.array(found[kept])), ranks]
+            columns = [*(note_ids.take(numbers) for numbers in negatives), ranks]
             writer.write_table(pa.Table.from_arrays(columns, schema=HARD_NEGATIVES))
-            kept_of[queries] = kept.sum(axis=1)
-            num_known, num_near = num_known + int(known.sum()), num_near + int(near.sum())
-            ends, has = cosines[:, [0, -1]], there[:, [0, -1]]
-            edges += [np.where(has, ends, 0).sum(axis=0), has.sum(axis=0)]
+            totals.add(block)
             progress.update(len(queries))
-    at_first, at_last = (float(total / num) if num else None for total, num in edges.T)
-    counts: dict[str, Any] = {
-        "notes": len(wanted),
-        "negatives": int(kept_of.sum()),
-        "negatives_per_note": float(kept_of.mean()),
-        "notes_without_negatives": int((kept_of == 0).sum()),
-        "excluded_known_positives": num_known,
-        "excluded_near_duplicates": num_near,  # also near-duplicates of known positives
-        "first_rank": first_rank,
-        "last_rank": last_rank,  # cut to the notes there are
-        "mean_cosine_at_first_rank": at_first,  # whether kept or not
-        "mean_cosine_at_last_rank": at_last,
-        "index_recall": ann_recall(index, table, last_rank, num_queries=200),  # percent of the exact up to last_rank
-    }
+    index_recall = ann_recall(index, table, last_rank, num_queries=200)
+    counts = totals.counts(first_rank, last_rank) | {
+        "index_recall": index_recall
+    }  # percent of the exact up to last_rank
     write_atomically(out / "counts.json", json.dumps(counts, indent=1) + "\n")
     return counts
+
+
+@dataclass(frozen=True)
+class _Neighbours:
+    """The notes at the ranks of the window, of a block of queries, and why some are no negatives."""
+
+    rows: np.ndarray  # [B, R]
+    cosines: np.ndarray  # [B, R], -inf where a query has fewer neighbours
+    is_positive: np.ndarray  # [B, R] bool, known positives
+    is_near: np.ndarray  # [B, R] bool, others that are near-duplicates, or related through one
+
+    @classmethod
+    def of(cls, relations: Relations, queries: np.ndarray, rows: np.ndarray, cosines: np.ndarray) -> "_Neighbours":
+        exists = np.isfinite(cosines)
+        is_positive = exists & relations.known(queries, rows)
+        return cls(rows, cosines, is_positive, exists & ~is_positive & relations.near(queries, rows))
+
+    @property
+    def exists(self) -> np.ndarray:
+        """[B, R] bool."""
+        return np.isfinite(self.cosines)
+
+    @property
+    def is_negative(self) -> np.ndarray:
+        """[B, R] bool: all that exist except known positives and near-duplicates."""
+        negative: np.ndarray = self.exists & ~self.is_positive & ~self.is_near
+        return negative
+
+
+class _Totals:
+    """The sums over all blocks, for counts.json."""
+
+    def __init__(self) -> None:
+        self._negatives: list[np.ndarray] = []  # of each query, block by block
+        self._num_positives = self._num_near = 0
+        self._edges = np.zeros((2, 2))  # at the first and the last rank: the sum of the cosines, and how many
+
+    def add(self, block: _Neighbours) -> None:
+        self._negatives.append(block.is_negative.sum(axis=1))
+        self._num_positives += int(block.is_positive.sum())
+        self._num_near += int(block.is_near.sum())
+        cosines, exists = block.cosines[:, [0, -1]], block.exists[:, [0, -1]]
+        self._edges += [np.where(exists, cosines, 0).sum(axis=0), exists.sum(axis=0)]
+
+    def counts(self, first_rank: int, last_rank: int) -> dict[str, Any]:
+        num_negatives = np.concatenate(self._negatives)
+        at_first, at_last = (float(total / num) if num else None for total, num in self._edges.T)
+        return {
+            "notes": len(num_negatives),
+            "negatives": int(num_negatives.sum()),
+            "negatives_per_note": float(num_negatives.mean()),
+            "notes_without_negatives": int((num_negatives == 0).sum()),
+            "excluded_known_positives": self._num_positives,
+            "excluded_near_duplicates": self._num_near,  # also near-duplicates of known positives
+            "first_rank": first_rank,
+            "last_rank": last_rank,  # cut to the notes there are
+            "mean_cosine_at_first_rank": at_first,  # of negatives and excluded notes
+            "mean_cosine_at_last_rank": at_last,
+        }
 
 
 def nearest_first(vectors: np.ndarray, queries: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
