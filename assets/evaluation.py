@@ -30,12 +30,11 @@ SHOWN = {
 @dataset("evaluation", {"numpy"}, show=SHOWN)
 def eval_recall(step: Step) -> Metrics:
     """Exact Recall@k on held-out notes for every input and slice, with baselines and a picture of neighbours."""
-    from notellm2_core.evaluation.release import write_report
+    from notellm2_core.evaluation.release import ReportInputs, write_report
 
     # By time, the pool had no clicks before the test days: this is the best that popularity could do.
     clicks = "test_clicks" if step.config.split.by == "time" else "train_clicks"
-    recall = write_report(
-        step.config,
+    inputs = ReportInputs(
         source=step.recipe.source,
         notes=step.path("notes/notes"),
         pairs=step.path("pair_datasets"),
@@ -45,6 +44,6 @@ def eval_recall(step: Step) -> Metrics:
         start_embeddings=step.path("start_embeddings"),
         baseline_embeddings=step.path("baseline_embeddings"),
         saliency=step.path("saliency"),
-        out=step.out,
     )
+    recall = write_report(step.config, inputs, step.out)
     return {**recall, "ann": dict(step.inputs["faiss_index"].manifest.metrics)}

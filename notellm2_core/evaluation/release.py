@@ -1,6 +1,7 @@
 """The report of a release as files: recall.json, the tables, plots, picture of neighbours and the model card."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +14,54 @@ from notellm2_core.inference.card import model_card, read_card_facts
 ORACLE = "oracle.parquet"
 
 
-def write_report(
-    config: Config,
-    *,
-    source: Path,
-    notes: Path,
-    pairs: Path,
-    clicks: Path,
-    model: Path,
-    embeddings: Path,
-    start_embeddings: Path,
-    baseline_embeddings: Path,
-    saliency: Path,
-    out: Path,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ReportInputs:
+    """The folders that a report is made from."""
+
+    source: Path  # of the images, with the oracle's ranks where the world is simulated
+    notes: Path
+    pairs: Path
+    clicks: Path  # clicks per note, for the popularity baseline
+    model: Path  # the trained model
+    embeddings: Path  # with a folder for each input
+    start_embeddings: Path  # of the model before training, likewise
+    baseline_embeddings: Path
+    saliency: Path
+
+
+def write_report(config: Config, inputs: ReportInputs, out: Path) -> dict[str, Any]:
     """Measure, and write the files of the report into `out`; those of the saliency only where it was measured.
 
     Returns R@k by method, input and slice, in percent, nested: {"notellm2": {"multimodal": {"all": {"10": ...}}}}.
     """
     folders: dict[tuple[str, str], Path] = {
-        (config.model.method, folder.name): folder for folder in _inputs(embeddings)
+        (config.model.method, folder.name): folder for folder in _inputs(inputs.embeddings)
     }
     if "zero_shot" in config.evaluation.baselines:
-        folders |= {("zero_shot", folder.name): folder for folder in _inputs(start_embeddings)}
+        folders |= {("zero_shot", folder.name): folder for folder in _inputs(inputs.start_embeddings)}
     if "minilm" in config.evaluation.baselines:
-        folders["minilm", "text"] = baseline_embeddings / "minilm"
-    oracle = source / ORACLE if (source / ORACLE).exists() else None
-    report = evaluate(folders, notes, pairs, config, tokenizer=model, clicks=clicks, oracle=oracle)
+        folders["minilm", "text"] = inputs.baseline_embeddings / "minilm"
+    oracle = inputs.source / ORACLE if (inputs.source / ORACLE).exists() else None
+    report = evaluate(
+        folders, inputs.notes, inputs.pairs, config, tokenizer=inputs.model, clicks=inputs.clicks, oracle=oracle
+    )
     (out / "recall.json").write_text(json.dumps(report.to_dict(), indent=1))
     table = to_markdown(report)
     (out / "recall.md").write_text(table)
     (out / "recall.png").write_bytes(to_plot(report))
-    card = read_card_facts(model) | {"license": config.model.license}
+    card = read_card_facts(inputs.model) | {"license": config.model.license}
     (out / "model_card.md").write_text(model_card(card, table))
-    if (record := saliency_report.read_saliency(saliency)) is not None:
+    if (record := saliency_report.read_saliency(inputs.saliency)) is not None:
         (out / "saliency.md").write_text(saliency_report.to_markdown(record))
         (out / "saliency.png").write_bytes(saliency_report.to_plot({record["method"]: record}))
-    picture = picture_reader(notes, source, config.source.max_image_pixels)
+    picture = picture_reader(inputs.notes, inputs.source, config.source.max_image_pixels)
     sheet = neighbour_sheet(
-        embeddings / "multimodal", notes, pairs, config.evaluation.num_sheet_queries, picture, config.seed
+        inputs.embeddings / "multimodal",
+        inputs.notes,
+        inputs.pairs,
+        config.evaluation.num_sheet_queries,
+        picture,
+        config.seed,
     )
     (out / "neighbours.jpg").write_bytes(sheet)
     return _figures(report)
