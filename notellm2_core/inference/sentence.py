@@ -101,7 +101,7 @@ class NoteModule(InputModule):
         self.encoder.save_pretrained(Path(output_path) / "vision")
 
     @classmethod
-    def load(
+    def load(  # the parameters are those of sentence-transformers' Module
         cls,
         model_name_or_path: str,
         subfolder: str = "",

@@ -54,16 +54,7 @@ def embed_notes(
     _require_own(work, notes)
     embedder = Embedder.from_pretrained(folder)
     embedder.require_options(inputs, batch_notes, dim)  # before anything is written
-    decides = [
-        VECTORS_VERSION,
-        deciding_files(folder),
-        embedder.encoder.encoder_id,
-        str(embedder.dtype),
-        *(["fused"] if embedder.is_fused else []),
-        inputs,
-        dim,
-        batch_notes,
-    ]
+    decides = [*_decides(embedder, folder), inputs, dim, batch_notes]
     work.mkdir(parents=True, exist_ok=True)
     for shard in parquet_files(out):
         if not (work / shard.name).exists():
@@ -95,6 +86,17 @@ def embed_notes(
         "device": str(embedder.device),
         "precision": str(embedder.dtype).removeprefix("torch."),
     }
+
+
+def _decides(embedder: Embedder, folder: Path) -> list[Any]:
+    """What of the model, and of this machine, changes its vectors."""
+    return [
+        VECTORS_VERSION,
+        deciding_files(folder),
+        embedder.encoder.encoder_id,
+        str(embedder.dtype),
+        *(["fused"] if embedder.is_fused else []),
+    ]
 
 
 def _require_own(out: Path, made_from: Path) -> None:
