@@ -78,7 +78,7 @@ STAGES: Mapping[str, Stage] = {
     "checkpoint": Stage(
         ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"),
         (*_MODEL, "model.lora", *_TRAINING),
-        version=6,
+        version=7,
     ),
     "start_embeddings": Stage(
         ("start_model", "note_tokens", "vision_features", "pair_datasets"), (*_EXPORT, "training.precision")

@@ -8,6 +8,7 @@ Shapes: N notes, T tokens, L patches of width h_v, L_c visual embeddings, h_t th
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import notellm2_core.torch_compat  # noqa: F401, before transformers
@@ -109,11 +110,12 @@ class MLRMModel(PreTrainedModel):
         num_shared: first tokens of every note, the same in all and without the image, that need computing only once.
         """
         states = self.states(batch, num_shared)
-        return MLRMOutput(
-            multimodal=self.projector(states.multimodal),  # [N, d]
-            visual=None if states.visual is None else self.projector(states.visual),  # [N, d]
-            gate_mean=states.gate_mean,
-        )
+        with _without_autocast(states.multimodal):
+            return MLRMOutput(
+                multimodal=self.projector(states.multimodal),  # [N, d]
+                visual=None if states.visual is None else self.projector(states.visual),  # [N, d]
+                gate_mean=states.gate_mean,
+            )
 
     def states(self, batch: NoteBatch, num_shared: int = 0) -> States:
         """Sections 2.2 and 3 up to the projector."""
@@ -129,13 +131,14 @@ class MLRMModel(PreTrainedModel):
         needed = [batch.last_index, batch.visual_index] if has_visual_word else [batch.last_index]
         hidden = self._hidden_states(words, batch.attention_mask, num_shared, torch.stack(needed, dim=1))  # [N, T, h_t]
         rows = torch.arange(len(batch), device=hidden.device)
-        n_m = hidden[rows, batch.last_index]  # [N, h_t]
-        n_v = hidden[rows, batch.visual_index] if has_visual_word else None  # [N, h_t]
+        n_m = hidden[rows, batch.last_index].to(dtype)  # [N, h_t]
+        n_v = hidden[rows, batch.visual_index].to(dtype) if has_visual_word else None  # [N, h_t]
         if self.fusion is None:
             return States(n_m, n_v, n_m, None, None)
-        v = self.fusion.project(batch.global_feature.to(dtype)) * shown  # [N, h_t]
-        fused_m, z = self.fusion(v, n_m)
-        fused_v = None if n_v is None else self.fusion(v, n_v)[0]
+        with _without_autocast(n_m):
+            v = self.fusion.project(batch.global_feature.to(dtype)) * shown  # [N, h_t]
+            fused_m, z = self.fusion(v, n_m)
+            fused_v = None if n_v is None else self.fusion(v, n_v)[0]
         return States(fused_m, fused_v, n_m, v, z.detach().float().mean().reshape(1))
 
     @property
@@ -214,6 +217,16 @@ class MLRMModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: each part initialises itself, and a checkpoint is complete or refused."""
+
+
+def _without_autocast(states: Tensor) -> AbstractContextManager[None]:
+    """Inside, modules compute in the precision of their weights.
+
+    The states of all notes are nearly the same vector (cosines of 0.94 to 0.999), and what tells notes apart is in the
+    rest. Rounding the whole to bf16 before the gate and the projector costs a third of the demo's recall.
+    """
+    context: AbstractContextManager[None] = torch.autocast(states.device.type, enabled=False)
+    return context
 
 
 def _random_llm(config: MLRMConfig) -> PreTrainedModel:

@@ -226,3 +226,18 @@ def test_connectors_for_ablation_map_every_patch(kind: str) -> None:
     layers = {"mlp": 2, "linear": 1}[kind]
     assert sum(p.ndim == 2 for p in model.connector.parameters()) == layers
     assert embed(model, batch).multimodal.isfinite().all()
+
+
+def test_gate_and_projector_keep_their_precision_under_autocast(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
+    """Only the LLM and the connector compute in bf16."""
+    model, processor = notellm2
+    batch = batch_of(processor, [SHORT, LONG])
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            states, output = model.states(batch), model(batch)
+        assert model.fusion is not None and states.global_branch is not None
+        fused, _ = model.fusion(states.global_branch, states.llm_multimodal)
+        assert output.multimodal.dtype == torch.float32
+        assert torch.equal(states.multimodal, fused)
+        assert torch.equal(output.multimodal, model.projector(states.multimodal))
+        assert not torch.equal(output.multimodal, model(batch).multimodal)  # the LLM did
