@@ -43,7 +43,7 @@ import notellm2_core.torch_compat  # noqa: F401, before transformers
 # isort: split
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from notellm2_core.ahead import one_ahead
+from notellm2_core.ahead import Prefetcher
 from notellm2_core.config import Config
 from notellm2_core.demo.words import THEMES
 from notellm2_core.model.build import build_model
@@ -129,7 +129,7 @@ def step_of(engine: Any, data: TrainingData, config: Config, device: torch.devic
     def batch_of(rows: np.ndarray) -> tuple[Share, BatchLabels]:
         return prepare(data, rows, config, device)
 
-    batches = one_ahead(map(batch_of, data.train_pairs.reshape(-1, 2 * config.training.batch_pairs)))
+    batches = iter(Prefetcher(map(batch_of, data.train_pairs.reshape(-1, 2 * config.training.batch_pairs))))
 
     def run(number: int) -> int:
         share, labels = next(batches)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from notellm2_core.ahead import one_ahead
+from notellm2_core.ahead import Prefetcher
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.batch import FieldTokens, InputKind, MLRMProcessor, NoteBatch
 from notellm2_core.notes.feature_store import Features
@@ -49,7 +49,7 @@ class BatchEmbedder:
         notes of a batch.
         """
         vectors = np.empty((len(note_ids), self.model.config.projection_dim), dtype=np.float32)
-        for places, batch in one_ahead(self._batches(note_ids, inputs)):
+        for places, batch in Prefetcher(self._batches(note_ids, inputs)):
             with torch.inference_mode():
                 output = self.model(batch.to(self.device), self.processor.num_shared).multimodal  # [N, d]
             vectors[places] = functional.normalize(output.float(), dim=-1).cpu().numpy()

@@ -18,16 +18,11 @@ from notellm2_core.training.micro_batches import Share, share_out
 from notellm2_core.training.step import batch_losses, compared_kinds
 
 
-def prepare(
-    data: TrainingData, rows: np.ndarray, config: Config, device: torch.device, waited: list[float] | None = None
-) -> tuple[Share, BatchLabels]:
-    """What this rank embeds of the global batch `rows`, and the labels of all of it.
-
-    `waited`: see `one_ahead`.
-    """
+def prepare(data: TrainingData, rows: np.ndarray, config: Config, device: torch.device) -> tuple[Share, BatchLabels]:
+    """What this rank embeds of the global batch `rows`, and the labels of all of it."""
     training, method = config.training, get_method(config.model.method)
     labels = data.labels(rows, training.known_positives, 2 * training.batch_pairs, compared_kinds(method))
-    return share_out(data, rows, method.inputs, training.micro_batch_tokens, device, waited), labels.to(device)
+    return share_out(data, rows, method.inputs, training.micro_batch_tokens, device), labels.to(device)
 
 
 def batch_gradient(engine: Any, share: Share, labels: BatchLabels, config: Config, seed: Sequence[int]) -> Step:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from notellm2_core.ahead import one_ahead
+from notellm2_core.ahead import Prefetcher
 from notellm2_core.config import Config
 from notellm2_core.lake import fingerprint
 from notellm2_core.model.build import build_model
@@ -167,10 +167,11 @@ def _train(
 
     def batch_of(step: int) -> tuple[Share, BatchLabels]:
         rows = data.with_hard_negatives(rows_of_steps[step], training.hard_negatives.num, (config.seed, step))
-        return prepare(data, rows, config, device, progress.waited)
+        return prepare(data, rows, config, device)
 
     steps = range(first_step, training.num_steps)
-    for step, (share, labels) in zip(steps, one_ahead(map(batch_of, steps), progress.waited), strict=True):
+    prefetched = Prefetcher(map(batch_of, steps))
+    for step, (share, labels) in zip(steps, prefetched, strict=True):
         # Random numbers depend on the seed, the step and the rank alone, so a resume restores none.
         losses, tau, gate_mean = batch_gradient(engine, share, labels, config, seed=(config.seed, step))
         _require_finite("loss", losses.total.item(), step, data, share.rows, config, work)
@@ -182,7 +183,8 @@ def _train(
         done, last = step + 1, step + 1 == training.num_steps
         rate = training.learning_rate * factor
         figures = _figures(losses, tau, gate_mean, rate, grad_norm) | {"padding": speed.padding(share)}
-        progress.add(len(share.rows), share.num_tokens, share.num_squares, figures)
+        waited = prefetched.seconds_waited + share.seconds_waited
+        progress.add(len(share.rows), share.num_tokens, share.num_squares, figures, waited)
         if done == 1 or done % training.log_every_steps == 0 or last:
             progress.report_steps(done)
         if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):

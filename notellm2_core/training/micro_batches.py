@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from notellm2_core.ahead import one_ahead
+from notellm2_core.ahead import Prefetcher
 from notellm2_core.notes.batch import NoteBatch
 from notellm2_core.notes.text import InputKind
 from notellm2_core.training.data import TrainingData
@@ -59,7 +59,7 @@ def _there_and_back(num_hands: int, num_cards: int) -> Iterator[int]:
         yield num_hands - 1 - hand if lap % 2 else hand
 
 
-@dataclass(frozen=True)
+@dataclass
 class Share:
     """What one rank embeds of a batch."""
 
@@ -71,13 +71,17 @@ class Share:
     parts: list[np.ndarray]  # [K] the notes of each of its micro-batches
     _made: Callable[[np.ndarray], NoteBatch]
     _ready: NoteBatch | None  # the only micro-batch: it is needed once, and can be made ahead
-    _waited: list[float] | None  # gets the seconds that each of several was waited for
+    seconds_waited: float = 0.0  # for its micro-batches, as often as they were asked for
 
     def micro_batches(self) -> Iterator[NoteBatch]:
         """On the device, one and the next at a time."""
         if self._ready is not None:
-            return iter([self._ready])
-        return one_ahead(map(self._made, self.parts), self._waited)
+            yield self._ready
+            return
+        batches = Prefetcher(map(self._made, self.parts))
+        for batch in batches:
+            self.seconds_waited += batches.seconds_waited
+            yield batch
 
 
 def share_out(
@@ -86,9 +90,8 @@ def share_out(
     inputs: Sequence[InputKind],
     max_tokens: int | None,
     device: torch.device,
-    waited: list[float] | None = None,
 ) -> Share:
-    """This rank's share of the notes `rows` [N] of a global batch (`waited`: see `one_ahead`)."""
+    """This rank's share of the notes `rows` [N] of a global batch."""
     lengths = np.stack([data.num_tokens(rows, [kind]) for kind in inputs])  # [I, N]
     num_tokens = lengths.sum(axis=0)
     dealt = plan(num_tokens, dist.get_world_size(), max_tokens)
@@ -104,4 +107,4 @@ def share_out(
     parts = [rows[part] for part in mine]
     ready = made(parts[0]) if len(parts) == 1 else None
     squares = int(np.square(lengths).sum())
-    return Share(rows, places, int(num_tokens.sum()), squares, padding, parts, made, ready, waited)
+    return Share(rows, places, int(num_tokens.sum()), squares, padding, parts, made, ready)

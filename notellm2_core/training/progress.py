@@ -39,7 +39,6 @@ class Progress:
 
         `speed`: figures of some tokens, their notes' squared lengths, and seconds (speed.py).
         """
-        self.waited: list[float] = []  # seconds since the last report that steps waited for their notes
         self.enabled = enabled
         self._path = path
         self._log, self._curves, self._speed = log, curves, speed
@@ -62,9 +61,12 @@ class Progress:
         """Training time so far, over all runs that led here (of killed ones up to their last report)."""
         return self._seconds_before + time.monotonic() - self._start
 
-    def add(self, num_notes: int, num_tokens: int, num_squares: int, metrics: Metrics) -> None:
-        """The figures of one step, over all ranks."""
-        self._window.append({"notes": num_notes, "tokens": num_tokens, "squares": num_squares, **metrics})
+    def add(
+        self, num_notes: int, num_tokens: int, num_squares: int, metrics: Metrics, seconds_waited: float = 0.0
+    ) -> None:
+        """The figures of one step, over all ranks, and the seconds that this rank waited for the step's notes."""
+        counts = {"notes": num_notes, "tokens": num_tokens, "squares": num_squares, "waited": seconds_waited}
+        self._window.append({**counts, **metrics})
         self._bar.update()
 
     def report_steps(self, step: int) -> None:
@@ -73,10 +75,10 @@ class Progress:
             return
         elapsed = time.monotonic() - self._window_start
         sums = {key: sum(m[key] for m in self._window) for key in self._window[0]}
-        notes, tokens, squares = (sums.pop(key) for key in ("notes", "tokens", "squares"))
+        notes, tokens, squares, waited = (sums.pop(key) for key in ("notes", "tokens", "squares", "waited"))
         means = {key: of / len(self._window) for key, of in sums.items()}
         means |= {"steps_per_s": len(self._window) / elapsed, "notes_per_s": notes / elapsed}
-        means["data_wait"] = sum(self.waited) / elapsed
+        means["data_wait"] = waited / elapsed
         self.restart_clock()
         speed = self._speed(tokens, squares, elapsed) if self._speed is not None else {}
         self.report(step, {**means, **speed})
@@ -84,7 +86,6 @@ class Progress:
     def restart_clock(self) -> None:
         """Time spent on other things than steps is not counted in notes per second."""
         self._window, self._window_start = [], time.monotonic()
-        self.waited.clear()
 
     def report(self, step: int, metrics: Metrics) -> None:
         """`metrics` after `step` steps."""

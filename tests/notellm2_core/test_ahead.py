@@ -1,10 +1,12 @@
+import time
+
 import pytest
 
-from notellm2_core.ahead import one_ahead
+from notellm2_core.ahead import Prefetcher
 from tests.waiting import wait_for
 
 
-def test_one_ahead() -> None:
+def test_the_next_item_is_made_while_the_current_one_is_used() -> None:
     """The next is begun before it is asked for; what it raises is raised where it is asked for."""
     begun: list[int] = []
 
@@ -14,10 +16,21 @@ def test_one_ahead() -> None:
             raise ValueError("three")
         return number * number
 
-    found = one_ahead(map(work, range(1, 5)))
-    assert next(found) == 1
+    squares = iter(Prefetcher(map(work, range(1, 5))))
+    assert next(squares) == 1
     wait_for(lambda: begun == [1, 2])
-    assert next(found) == 4
+    assert next(squares) == 4
     with pytest.raises(ValueError, match="three"):
-        next(found)
-    assert list(one_ahead([])) == [] and list(one_ahead([1])) == [1]
+        next(squares)
+    assert list(Prefetcher([])) == [] and list(Prefetcher([1])) == [1]
+
+
+def test_the_wait_for_each_item() -> None:
+    """Items take 0.2 s to make. The first is waited for, the second was made while the first was used, the third not:
+    the second took no time to use."""
+    items = Prefetcher(time.sleep(0.2) for _ in range(3))
+    waits = []
+    for number, _ in enumerate(items):
+        waits.append(items.seconds_waited)
+        time.sleep(0.3 if number == 0 else 0)
+    assert waits[0] >= 0.15 and waits[1] < 0.1 and waits[2] >= 0.15
