@@ -2,7 +2,7 @@
 
 import sys
 
-from assets.resources.arguments import note_arguments, picture_folders
+from assets.resources.arguments import note_inputs, write_config
 from assets.resources.steps import GPU, Metrics, Step, dataset
 
 
@@ -13,9 +13,9 @@ def saliency(step: Step) -> Metrics:
 
     if step.config.evaluation.saliency_pairs == 0:
         return {}
-    step.command([sys.executable, "-m", "notellm2_core.training.saliency", *note_arguments(step),
-                  "--model", step.path("checkpoint"), "--pairs", step.path("pair_datasets"),
-                  "--pictures", *picture_folders(step.recipe), "--out", step.out])  # fmt: skip
+    step.command([sys.executable, "-m", "notellm2_core.training.saliency", "--config", write_config(step.recipe),
+                  *note_inputs(step).arguments(), "--model", step.path("checkpoint"),
+                  "--pairs", step.path("pair_datasets"), "--out", step.out])  # fmt: skip
     record = read_saliency(step.out)
     assert record is not None
     return {"num_notes": record["num_notes"], "visual_share": visual_shares(record)}

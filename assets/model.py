@@ -8,7 +8,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets.resources.arguments import feature_store, note_arguments, picture_folders, write_config
+from assets.resources.arguments import feature_store, note_inputs, picture_folders, write_config
 from assets.resources.commands import run_command
 from assets.resources.export import MULTIMODAL, export
 from assets.resources.steps import GPU, PROCESS, Metrics, Step, dataset
@@ -53,9 +53,9 @@ def note_tokens(step: Step) -> Metrics:
 @dataset("model", {"pytorch", "huggingface"}, on=GPU)
 def start_model(step: Step) -> Metrics:
     """The model before its first step: what the zero-shot rows of the report measure."""
-    step.command([*PYTHON, "notellm2_core.training.start", *note_arguments(step),
-                  "--pairs", step.path("pair_datasets"), "--out", step.out,
-                  "--train-days", *step.recipe.window.train.iso()])  # fmt: skip
+    step.command([*PYTHON, "notellm2_core.training.start", "--config", write_config(step.recipe),
+                  *note_inputs(step, pictures=False).arguments(), "--pairs", step.path("pair_datasets"),
+                  "--out", step.out, "--train-days", *step.recipe.window.train.iso()])  # fmt: skip
     return {}
 
 
@@ -84,23 +84,13 @@ def _check_index_factory(context: dg.AssetExecutionContext, recipe: Recipe) -> N
 @dataset("model", {"pytorch", "deepspeed", "huggingface"}, on=GPU, before=_check_index_factory)
 def checkpoint(step: Step) -> Metrics:
     """The fine-tuned model (Eq. 1, 7-9; Table 8). A killed training resumes from its last checkpoint."""
-    from notellm2_core.training.launch import launch_command
+    from notellm2_core.training.launch import Paths, Reports, launch_command
 
     training, recipe = step.config.training, step.recipe
-    command = launch_command(
-        write_config(recipe),
-        training,
-        notes=step.path("note_tokens"),
-        images=step.path("vision_features"),
-        store=feature_store(recipe),
-        pairs=step.path("pair_datasets"),
-        pictures=picture_folders(recipe) if step.config.trains_vision else None,
-        work=step.work,
-        out=step.out,
-        hard_negatives=step.path("hard_negatives") if training.hard_negatives.num else None,
-        train_days=recipe.window.train.iso(),
-        mlflow_uri=step.run.uri,
-        mlflow_run_id=step.run.run_id,
-    )
+    hard_negatives = step.path("hard_negatives") if training.hard_negatives.num else None
+    inputs = note_inputs(step, pictures=step.config.trains_vision)
+    paths = Paths(inputs, step.path("pair_datasets"), step.work, step.out, hard_negatives)
+    reports = Reports(mlflow_uri=step.run.uri, mlflow_run_id=step.run.run_id)
+    command = launch_command(write_config(recipe), training, paths, reports, recipe.window.train.iso())
     step.command(command, reports=True)
     return json.loads((step.out / "training.json").read_text())

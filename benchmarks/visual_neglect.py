@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ from notellm2_core.config_training import TrainingSettings
 from notellm2_core.evaluation.evaluate import evaluate
 from notellm2_core.evaluation.saliency import read_saliency, visual_shares
 from notellm2_core.model.build import load_model
+from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.recipe import Recipe
 from notellm2_core.runtime.files import new_folder, write_atomically
-from notellm2_core.training.launch import launch_command
+from notellm2_core.training.launch import Paths, launch_command
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -139,12 +141,13 @@ def teach_reading(method: str, out: Path) -> Path:
     folder = out / f"reading-{method}"
     blind = folder / "images"
     shutil.rmtree(folder, ignore_errors=True)
-    images = inputs(Recipe(config))["images"]
-    shutil.copytree(images, blind)
-    table = pq.read_table(images / "note_images.parquet")
+    recipe = Recipe(config)
+    notes = inputs(recipe)
+    shutil.copytree(notes.images, blind)
+    table = pq.read_table(notes.images / "note_images.parquet")
     hidden = pa.nulls(len(table), pa.string())
     pq.write_table(table.set_column(1, table.schema.field("image_id"), hidden), blind / "note_images.parquet")
-    train(config, folder, {**inputs(Recipe(config)), "images": blind})
+    train(config, folder, replace(notes, images=blind), recipe.dataset("pair_datasets").path)
     model, processor = load_model(folder / "model")
     with new_folder(reader) as draft:
         model.llm.save_pretrained(draft)
@@ -152,21 +155,18 @@ def teach_reading(method: str, out: Path) -> Path:
     return reader
 
 
-def inputs(recipe: Recipe) -> dict[str, Path]:
-    """The folders that a training reads."""
-    data = {n: recipe.dataset(n).path for n in ("notes", "vision_features", "pair_datasets")}
-    store = recipe.lake.root / "vision_store"
-    return {"notes": data["notes"] / "notes", "images": data["vision_features"], "store": store,
-            "pairs": data["pair_datasets"]}  # fmt: skip
+def inputs(recipe: Recipe) -> NoteInputs:
+    """The notes that a training reads."""
+    notes, images = recipe.dataset("notes").path / "notes", recipe.dataset("vision_features").path
+    return NoteInputs(notes, images, recipe.lake.root / "vision_store")
 
 
-def train(config: Config, folder: Path, data: dict[str, Path]) -> None:
+def train(config: Config, folder: Path, notes: NoteInputs, pairs: Path) -> None:
     """FOLDER/model."""
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = launch_command(
-        folder / "config.yaml", TrainingSettings(), **data, work=folder / "work", out=folder / "model"
-    )
+    paths = Paths(notes, pairs, folder / "work", folder / "model")
+    command = launch_command(folder / "config.yaml", TrainingSettings(), paths)
     call(command, folder / "training.log")
     shutil.rmtree(folder / "work" / "checkpoints", ignore_errors=True)
 
@@ -180,20 +180,20 @@ def run(seed: int, cell: Sequence[str], reader: Path, changes: dict[str, Any], o
     for level, levels in zip(cell, FACTORS.values(), strict=True):
         overrides |= levels[level]
     config = load_config(CONFIG, overrides | changes)
-    data, folder = inputs(Recipe(config)), out / name
+    recipe, folder = Recipe(config), out / name
+    notes, pairs = inputs(recipe), recipe.dataset("pair_datasets").path
     shutil.rmtree(folder, ignore_errors=True)
-    train(config, folder, data)
-    common = ["--config", folder / "config.yaml", "--model", folder / "model",
-              *(x for name in ("notes", "images", "store") for x in (f"--{name}", data[name]))]  # fmt: skip
-    export = ["--note-ids", data["pairs"] / "pool", "--inputs", "multimodal,image,text", "--out", folder / "embeddings"]
+    train(config, folder, notes, pairs)
+    common = ["--config", folder / "config.yaml", "--model", folder / "model", *notes.arguments()]
+    export = ["--note-ids", pairs / "pool", "--inputs", "multimodal,image,text", "--out", folder / "embeddings"]
     call(python("notellm2_core.retrieval.export", *common, *export), folder / "export.log")
-    measure = ["--pairs", data["pairs"], "--out", folder / "saliency"]
+    measure = ["--pairs", pairs, "--out", folder / "saliency"]
     call(python("notellm2_core.training.saliency", *common, *measure), folder / "saliency.log")
     record = read_saliency(folder / "saliency")
     assert record is not None
     facts = json.loads((folder / "model" / "training.json").read_text())
     tables = {("model", kind): folder / "embeddings" / kind for kind in ("multimodal", "image", "text")}
-    rows = evaluate(tables, data["notes"], data["pairs"], config, tokenizer=folder / "model").to_dict()["rows"]
+    rows = evaluate(tables, notes.notes, pairs, config, tokenizer=folder / "model").to_dict()["rows"]
     recall = {(r["method"], r["input"], r["slice"]): r["recall"] for r in rows}
     measures = {
         "all pairs": recall["model", "multimodal", "all"][str(K)],

@@ -71,90 +71,144 @@ def write_shard(path: Path, note_ids: Sequence[str], vectors: np.ndarray, metada
 
 
 @dataclass(frozen=True)
-class Made:
+class EmbeddingKey:
     """What the vectors of an export depend on."""
 
-    by: str  # the model, the kind of input, the precision: whatever is the same for all notes
-    of: Callable[[Sequence[str]], Sequence[str]]  # the content of each of these notes, equal only where it is the same
+    model_id: str  # names everything that is the same for all notes: the model, the kind of input, the precision
+    content_ids: Callable[[Sequence[str]], Sequence[str]]  # of these notes; each changes whenever the content does
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of an export, written or not."""
+
+    path: Path
+    note_ids: list[str]
+    fingerprint: str  # of its notes, their contents and the model
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the file is there, with these vectors."""
+        return _metadata(self.path).get("fingerprint") == self.fingerprint
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """All files of an export into one folder."""
+
+    folder: Path
+    key: EmbeddingKey
+    shards: list[Shard]
+
+
+def plan_shards(folder: Path, note_ids: Sequence[str], key: EmbeddingKey, shard_notes: int) -> ShardPlan:
+    """The notes in id order, `shard_notes` per file part-00000.parquet. Raises ValueError where there are none."""
+    ids = sorted(set(note_ids))
+    if not ids:
+        raise ValueError(f"there are no notes to embed into {folder}.")
+    shards = []
+    for number, start in enumerate(range(0, len(ids), shard_notes)):
+        part = ids[start : start + shard_notes]
+        shards.append(Shard(folder / f"part-{number:05d}.parquet", part, _fingerprint(key, part)))
+    return ShardPlan(folder, key, shards)
 
 
 def write_shards(
-    out: Path,
-    note_ids: Sequence[str],
+    plan: ShardPlan,
     embed: Callable[[Sequence[str]], np.ndarray],
-    made: Made,
-    shard_notes: int,
     rank: int = 0,
     num_ranks: int = 1,
     progress: "tqdm[Any] | None" = None,
     reuse: Sequence[Path] = (),
 ) -> int:
-    """Embed the notes in id order, `shard_notes` per file part-00000.parquet; rank r does every num_ranks-th shard.
+    """Write every num_ranks-th shard of the plan, and return how many of its notes were not embedded.
 
-    A note is embedded where no shard that a former table left in `out`, nor one in the folders `reuse`, has its content
-    by the same model. So a run that was killed goes on where it stopped, and of a table that has changed only the
-    changed notes are embedded (its vectors then are those of a new export but for the rounding that their batches
-    bring). Shards of another model, other notes or another plan are written again or removed, never mixed in. Which
-    vectors are taken over depends on no kill and on no other rank.
-    `progress` is moved over notes that are not embedded, without counting them in its speed; `embed` moves it itself.
-    Returns how many notes of this rank's shards were not embedded.
+    Vectors are reused where an earlier shard (in the plan's folder or in `reuse`) was made by the same model from the
+    same content; only the other notes are embedded. A killed run therefore resumes, and a changed table costs only its
+    changed notes. Reused vectors can differ from fresh ones by rounding, because batches differ. Shards of another
+    model, other notes or another plan are replaced or removed. Which vectors are reused depends on no kill and on no
+    other rank.
+
+    `progress` is advanced over reused vectors, which do not count in its speed; `embed` advances it itself.
     """
-    ids = sorted(set(note_ids))
-    if not ids:
-        raise ValueError(f"there are no notes to embed into {out}.")
-    out.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(ids), shard_notes)
-    plan = {out / f"part-{n:05d}.parquet": ids[i : i + shard_notes] for n, i in enumerate(starts)}
-    mine = dict(list(plan.items())[rank::num_ranks])
-    names = {path: _name(made, of) for path, of in plan.items()}
-
-    def is_done(path: Path) -> bool:
-        return path in plan and _metadata(path).get("fingerprint") == names[path]
-
-    former = _kept_aside(out, is_done)
-    stale = {path: of for path, of in mine.items() if not is_done(path)}
-    kept = sum(map(len, mine.values())) - sum(map(len, stale.values()))
-    wanted = {content for of in stale.values() for content in made.of(of)}
-    known = _known([former, *reuse], made.by, wanted)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    earlier = _set_aside(plan)
+    own = plan.shards[rank::num_ranks]
+    missing = [shard for shard in own if not shard.is_written]
+    num_skipped = sum(len(shard.note_ids) for shard in own) - sum(len(shard.note_ids) for shard in missing)
+    content_ids = [plan.key.content_ids(shard.note_ids) for shard in missing]
+    vectors = reusable_vectors([earlier, *reuse], plan.key.model_id, {i for ids in content_ids for i in ids})
     if rank == 0:
-        for path in parquet_files(out):
-            if path not in plan:
-                path.unlink()
-    _skip(progress, kept)
-    for path, of in stale.items():
-        contents = made.of(of)
-        new = [i for i, content in enumerate(contents) if content not in known]
-        found = embed([of[i] for i in new]) if new else np.empty((0, len(next(iter(known.values())))), np.float32)
-        vectors = np.empty((len(of), found.shape[1]), dtype=np.float32)
-        vectors[new] = found
-        for i in set(range(len(of))).difference(new):
-            vectors[i] = known[contents[i]]
-        num_known = len(of) - len(new)
-        facts = {"made_by": made.by, "of": "\n".join(contents), _REUSED: str(num_known)}
-        write_shard(path, of, vectors, {"fingerprint": names[path], **facts})
-        kept += num_known
-        _skip(progress, num_known)
-    if all(map(is_done, plan)):
-        for aside in (former, *out.glob(f".{FORMER}.*")):  # and drafts of it, from any host
-            shutil.rmtree(aside, ignore_errors=True)
-    return kept
+        for path in {*parquet_files(plan.folder)} - {shard.path for shard in plan.shards}:
+            path.unlink()
+    _skip(progress, num_skipped)
+    for shard, ids in zip(missing, content_ids, strict=True):
+        num_reused = _write_missing(shard, ids, vectors, embed, plan.key.model_id)
+        _skip(progress, num_reused)
+        num_skipped += num_reused
+    if all(shard.is_written for shard in plan.shards):
+        for folder in (earlier, *plan.folder.glob(f".{FORMER}.*")):  # and drafts of it, from any host
+            shutil.rmtree(folder, ignore_errors=True)
+    return num_skipped
 
 
-def _kept_aside(out: Path, is_done: Callable[[Path], bool]) -> Path:
-    """A hidden folder with the shards in `out` that are not of this export, from before any of it was written: all
-    ranks, and the run after one that was killed, take vectors over from the same.
+def _set_aside(plan: ShardPlan) -> Path:
+    """A hidden folder with the shards of earlier exports, from before any of this one is written: all ranks, and the
+    run after one that was killed, reuse the vectors of the same.
     """
-    former = out / FORMER
-    left = [path for path in parquet_files(out) if not is_done(path)]
-    if left and not former.exists():
+    earlier, written = plan.folder / FORMER, {shard.path for shard in plan.shards if shard.is_written}
+    others = [path for path in parquet_files(plan.folder) if path not in written]
+    if others and not earlier.exists():
         try:
-            with new_folder(former) as draft:
-                for path in left:
+            with new_folder(earlier) as draft:
+                for path in others:
                     link_or_copy(path, draft / path.name)
         except OSError:  # another rank was quicker, and may have replaced some already
-            if not former.exists():
+            if not earlier.exists():
                 raise
-    return former
+    return earlier
+
+
+def reusable_vectors(folders: Sequence[Path], model_id: str, content_ids: set[str]) -> dict[str, np.ndarray]:
+    """The vectors of these contents in the shards of `folders` that this model made, by content id."""
+    vectors: dict[str, np.ndarray] = {}
+    for path in (path for folder in folders for path in parquet_files(folder)):
+        try:
+            with pq.ParquetFile(path) as file:
+                metadata = _text(file.schema_arrow.metadata)
+                contents = metadata.get("of", "").split("\n")
+                if metadata.get("made_by") != model_id or content_ids.isdisjoint(contents):
+                    continue
+                column = file.read(["embedding"])["embedding"].combine_chunks()
+        except (OSError, pa.ArrowException):  # damaged: as good as absent
+            continue
+        rows = column.flatten().to_numpy().reshape(len(column), -1)
+        vectors |= {content: rows[i] for i, content in enumerate(contents) if content in content_ids}
+    return vectors
+
+
+def _write_missing(
+    shard: Shard,
+    content_ids: Sequence[str],
+    reusable: Mapping[str, np.ndarray],
+    embed: Callable[[Sequence[str]], np.ndarray],
+    model_id: str,
+) -> int:
+    """Write `shard`, embedding what is not `reusable`. Returns how many of its notes were not embedded."""
+    new = [row for row, content in enumerate(content_ids) if content not in reusable]
+    num_reused = len(content_ids) - len(new)
+    if new:
+        fresh = embed([shard.note_ids[row] for row in new])
+    else:
+        fresh = np.empty((0, len(reusable[content_ids[0]])), np.float32)
+    vectors = np.empty((len(content_ids), fresh.shape[1]), dtype=np.float32)
+    vectors[new] = fresh
+    for row, content in enumerate(content_ids):
+        if content in reusable:
+            vectors[row] = reusable[content]
+    facts = {"made_by": model_id, "of": "\n".join(content_ids), _REUSED: str(num_reused)}
+    write_shard(shard.path, shard.note_ids, vectors, {"fingerprint": shard.fingerprint, **facts})
+    return num_reused
 
 
 def num_reused(folder: Path) -> int:
@@ -162,10 +216,10 @@ def num_reused(folder: Path) -> int:
     return sum(int(_metadata(path).get(_REUSED, 0)) for path in parquet_files(folder))
 
 
-def _name(made: Made, note_ids: Sequence[str]) -> str:
-    """Of a shard: what it is made by, and of."""
-    digest = hashlib.sha256("\n".join([*made.of(note_ids), *note_ids]).encode("utf-8", "surrogatepass"))
-    return f"{made.by}-{digest.hexdigest()[:16]}"
+def _fingerprint(key: EmbeddingKey, note_ids: Sequence[str]) -> str:
+    """Of a shard with these notes."""
+    digest = hashlib.sha256("\n".join([*key.content_ids(note_ids), *note_ids]).encode("utf-8", "surrogatepass"))
+    return f"{key.model_id}-{digest.hexdigest()[:16]}"
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -178,24 +232,6 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def _text(metadata: Mapping[bytes, bytes] | None) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in (metadata or {}).items()}
-
-
-def _known(folders: Sequence[Path], by: str, wanted: set[str]) -> dict[str, np.ndarray]:
-    """The vectors of the contents `wanted` that shards in `folders` hold, made by the same."""
-    known: dict[str, np.ndarray] = {}
-    for path in (path for folder in folders for path in parquet_files(folder)):
-        try:
-            with pq.ParquetFile(path) as file:
-                metadata = _text(file.schema_arrow.metadata)
-                contents = metadata.get("of", "").split("\n")
-                if metadata.get("made_by") != by or wanted.isdisjoint(contents):
-                    continue
-                column = file.read(["embedding"])["embedding"].combine_chunks()
-        except (OSError, pa.ArrowException):  # as good as not there
-            continue
-        vectors = column.flatten().to_numpy().reshape(len(column), -1)
-        known |= {content: vectors[i] for i, content in enumerate(contents) if content in wanted}
-    return known
 
 
 def _skip(progress: "tqdm[Any] | None", num_notes: int) -> None:

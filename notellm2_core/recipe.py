@@ -269,6 +269,14 @@ def last_complete_week_end(last_day: date) -> date:
     return first_day_of_week(last_day + timedelta(days=1))
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by their dotted names: {"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def get_setting(tree: Any, key: str) -> Any:
     """The value at a dotted name."""
     for part in key.split("."):

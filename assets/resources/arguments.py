@@ -1,4 +1,4 @@
-"""The options of the commands that the assets run: paths as words, the configuration as a file."""
+"""What the commands of the assets are given: the folders of the notes, and the configuration as a file."""
 
 from pathlib import Path
 
@@ -6,23 +6,20 @@ import yaml
 
 from assets.resources.steps import Step
 from notellm2_core.lake import fingerprint
+from notellm2_core.notes.inputs import NoteInputs, PictureFolders
 from notellm2_core.recipe import Recipe
 from notellm2_core.runtime.files import write_atomically
 
 
-def note_arguments(step: Step) -> list[str | Path]:
-    """The options that every command on notes and their images takes."""
-    return [
-        "--config", write_config(step.recipe),
-        "--notes", step.path("note_tokens"),
-        "--images", step.path("vision_features"),
-        "--store", feature_store(step.recipe),
-    ]  # fmt: skip
+def note_inputs(step: Step, pictures: bool = True) -> NoteInputs:
+    """The notes and their images; with `pictures` where the model's vision encoder is, or may have been, trained."""
+    folders = picture_folders(step.recipe) if pictures else None
+    return NoteInputs(step.path("note_tokens"), step.path("vision_features"), feature_store(step.recipe), folders)
 
 
-def picture_folders(recipe: Recipe) -> tuple[Path, Path]:
+def picture_folders(recipe: Recipe) -> PictureFolders:
     """The notes that the vision features were made of, and where their pictures are."""
-    return recipe.dataset("notes").path / "notes", recipe.source
+    return PictureFolders(recipe.dataset("notes").path / "notes", recipe.source)
 
 
 def feature_store(recipe: Recipe) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from assets.resources.arguments import note_arguments, picture_folders
+from assets.resources.arguments import note_inputs, write_config
 from assets.resources.steps import Step
 from notellm2_core.runtime.files import link_or_copy, parquet_files
 from notellm2_core.training.launch import torchrun
@@ -21,10 +21,10 @@ def export(step: Step, model: Path, kinds: Sequence[str], note_ids: Path | None 
     """
     config, recipe = step.config, step.recipe
     earlier = [dataset.path for dataset in recipe.lake.datasets(step.name)]
-    command = [*torchrun("notellm2_core.retrieval.export", config.export.num_ranks or config.training.num_ranks),
-               *note_arguments(step), "--model", model, "--inputs", ",".join(kinds),
-               "--pictures", *picture_folders(recipe), "--out", step.work, "--reuse", *earlier]  # fmt: skip
-    step.command([*command, "--note-ids", note_ids] if note_ids else command)
+    launcher = torchrun("notellm2_core.retrieval.export", config.export.num_ranks or config.training.num_ranks)
+    only: list[str | Path] = ["--note-ids", note_ids] if note_ids else []
+    step.command([*launcher, "--config", write_config(recipe), *note_inputs(step).arguments(), "--model", model,
+                  "--inputs", ",".join(kinds), "--out", step.work, "--reuse", *earlier, *only])  # fmt: skip
     for kind in kinds:
         (step.out / kind).mkdir()
         for shard in parquet_files(step.work / kind):

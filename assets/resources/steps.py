@@ -23,7 +23,7 @@ import dagster as dg
 from assets.resources.commands import run_command
 from assets.resources.metadata import shown
 from assets.resources.pipeline import Pipeline, spark_session, user_errors
-from assets.resources.tracking import TrackedRun, flatten, tracked_run
+from assets.resources.tracking import TrackedRun, tracked_names, tracked_run
 from notellm2_core import __version__
 from notellm2_core.config import Config
 from notellm2_core.lake import Dataset, Draft
@@ -165,7 +165,7 @@ def _publish(context: dg.AssetExecutionContext, recipe: Recipe, make: Make) -> t
         run.log_dataset(made)
     shutil.rmtree(_work(recipe, name), ignore_errors=True)  # there is nothing to resume
     context.log.info(f"{name}: {'made' if existing is None else 'already there'} at {made.path}")
-    metrics = {k: v for k, v in flatten(made.manifest.metrics).items() if isinstance(v, int | float | str)}
+    metrics = {k: v for k, v in tracked_names(made.manifest.metrics).items() if isinstance(v, int | float | str)}
     return made, {
         **metrics,
         **({"dagster/row_count": rows} if (rows := made.manifest.num_rows) else {}),

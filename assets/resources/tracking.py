@@ -15,6 +15,7 @@ import dagster as dg
 
 from notellm2_core.config import TrackingSettings
 from notellm2_core.lake import Dataset
+from notellm2_core.recipe import flatten
 from notellm2_core.runtime.files import draft_folder
 
 _PICTURES = (".png", ".jpg", ".md", ".json", ".yaml")
@@ -38,8 +39,8 @@ class TrackedRun:
 
         client, run_id = _client(self.uri), str(self.run_id)
         stamp = int(Path(dataset.path).stat().st_mtime * 1000)
-        metrics = [Metric(k, v, stamp, 0) for k, v in flatten(dataset.manifest.metrics).items() if _is_number(v)]
-        params = [Param(k, str(v)[:500]) for k, v in flatten(dataset.manifest.settings).items()]
+        metrics = [Metric(k, v, stamp, 0) for k, v in tracked_names(dataset.manifest.metrics).items() if _is_number(v)]
+        params = [Param(k, str(v)[:500]) for k, v in tracked_names(dataset.manifest.settings).items()]
         for start in range(0, max(len(metrics), len(params)), 100):
             client.log_batch(run_id, metrics=metrics[start : start + 100], params=params[start : start + 100])
         for path in sorted(dataset.path.iterdir()):
@@ -84,13 +85,11 @@ def make_store(file: Path) -> None:
             draft.replace(file)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole. MLflow allows letters, digits and _-./ in a name."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = prefix + "".join(c if c.isalnum() or c in "_-./ " else "_" for c in str(key))
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
+def tracked_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by their dotted names, in the characters that MLflow allows: letters, digits, blanks and _-./"""
+    return {
+        "".join(c if c.isalnum() or c in "_-./ " else "_" for c in name): value for name, value in flatten(tree).items()
+    }
 
 
 def _is_number(value: Any) -> bool:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from notellm2_core import lake
 from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.embeddings import Made, read_note_ids, write_shards
+from notellm2_core.embeddings import EmbeddingKey, plan_shards, read_note_ids, write_shards
 from notellm2_core.notes.plain_text import plain_text
 from notellm2_core.notes.records import Note, read_notes
 from notellm2_core.runtime.files import sha256_of
@@ -60,12 +60,12 @@ def export_encoder(encoder: str, notes: dict[str, Note], out: Path) -> None:
         assert vectors is not None
         return vectors
 
-    def contents(ids: Sequence[str]) -> list[str]:
+    def content_ids(ids: Sequence[str]) -> list[str]:
         return [lake.fingerprint(plain_text(notes[i])) for i in ids]
 
-    made = Made(lake.fingerprint([weights]), contents)
+    plan = plan_shards(out, list(notes), EmbeddingKey(lake.fingerprint([weights]), content_ids), SHARD_NOTES)
     with progress:
-        write_shards(out, list(notes), embed, made, SHARD_NOTES, progress=progress)
+        write_shards(plan, embed, progress=progress)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -84,20 +84,6 @@ def load_encoder(folder: Path) -> VisionEncoder:
     return encoder
 
 
-def its_own_encoder(model: MLRMModel, folder: Path, stored: str, pictures: object | None) -> VisionEncoder | None:
-    """The vision encoder in the model's `folder`, where it is another than the `stored` features are of, as it is when
-    it was trained. None where these can be used.
-
-    Raises ValueError where they cannot, and there are no `pictures` to encode.
-    """
-    own = model.config.encoder_id
-    if own in ("", stored):  # a bare save_pretrained names none
-        return None
-    if pictures is None:
-        require_its_encoder(model.config, stored)
-    return load_encoder(folder)
-
-
 def require_its_encoder(config: PreTrainedConfig, encoder_id: str) -> None:
     """Raises ValueError where the model was trained with another vision encoder than `encoder_id`."""
     assert isinstance(config, MLRMConfig)

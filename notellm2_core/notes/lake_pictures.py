@@ -3,26 +3,12 @@ features of. Imports no torch.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
 
 from PIL import Image
 
 from notellm2_core.notes import images
+from notellm2_core.notes.inputs import PictureFolders
 from notellm2_core.notes.note_table import read_note_table
-
-
-class PictureFolders(NamedTuple):
-    """Where the pictures of a lake's notes are."""
-
-    notes: Path  # the notes dataset
-    source: Path  # the folder that its image_path is relative to
-
-
-PICTURES_OPTION: dict[str, Any] = {  # of the commands whose encoder may be one that no store has features of
-    "nargs": 2, "type": Path, "metavar": ("NOTES", "SOURCE"),
-    "help": "folders of the notes dataset and of its pictures, where the vision encoder is, or was, trained",
-}  # fmt: skip
 
 
 class LakePictures:

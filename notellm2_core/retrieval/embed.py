@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from notellm2_core import lake
 from notellm2_core.config import ExportSettings
-from notellm2_core.embeddings import FORMER, Made, write_shards
+from notellm2_core.embeddings import FORMER, EmbeddingKey, plan_shards, write_shards
 from notellm2_core.inference.batch_embedder import VECTORS_VERSION, WINDOW_BATCHES
 from notellm2_core.inference.embedder import BATCH_NOTES, Embedder
 from notellm2_core.inference.hub import model_folder
@@ -60,8 +60,8 @@ def embed_notes(
         if not (work / shard.name).exists():
             link_or_copy(shard, work / shard.name)
 
-    def contents(ids: Sequence[str]) -> list[str]:
-        return [lake.fingerprint(of) for of in table.contents(ids)]
+    def content_ids(ids: Sequence[str]) -> list[str]:
+        return [lake.fingerprint(content) for content in table.contents(ids)]
 
     window = WINDOW_BATCHES * batch_notes  # so many encoded pictures in memory; the batches are those of one call
 
@@ -72,8 +72,9 @@ def embed_notes(
 
     with tqdm(total=len(table.note_ids), desc=f"embed {inputs}", unit="notes") as progress:
         began = time.monotonic()
-        made = Made(_MARK + lake.fingerprint(decides), contents)
-        kept = write_shards(work, table.note_ids, embed, made, ExportSettings().shard_notes, progress=progress)
+        key = EmbeddingKey(_MARK + lake.fingerprint(decides), content_ids)
+        plan = plan_shards(work, table.note_ids, key, ExportSettings().shard_notes)
+        kept = write_shards(plan, embed, progress=progress)
         seconds = max(time.monotonic() - began, 1e-6)
     swap_in(work, out)
     return {

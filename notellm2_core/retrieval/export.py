@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,15 +34,14 @@ from notellm2_core import lake
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
-from notellm2_core.embeddings import Made, read_note_ids, write_shards
+from notellm2_core.embeddings import EmbeddingKey, plan_shards, read_note_ids, write_shards
 from notellm2_core.inference.batch_embedder import VECTORS_VERSION, BatchEmbedder, FeatureSource
 from notellm2_core.inference.pictures import EncodedWhenAsked
-from notellm2_core.model.build import its_own_encoder, load_model
 from notellm2_core.model.kernels import fuse_kernels
+from notellm2_core.model.open_inputs import InputReader, OpenInputs, load_model_and_reader
 from notellm2_core.notes.batch import InputKind
-from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
-from notellm2_core.notes.lake_pictures import PICTURES_OPTION, LakePictures, PictureFolders
-from notellm2_core.notes.token_table import read_tokens
+from notellm2_core.notes.feature_store import FeatureStore
+from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.processes import die_with_parent, is_of_torchrun
 from notellm2_core.runtime.files import sha256_of
 
@@ -54,72 +54,82 @@ def deciding_files(model_dir: Path) -> dict[str, str]:
 
 
 def export(
-    config: Config, model_dir: Path, notes_dir: Path, images_dir: Path, store_dir: Path, inputs: Sequence[InputKind],
-    out: Path, note_ids: Sequence[str] | None = None, reuse: Sequence[Path] = (),
-    pictures: PictureFolders | None = None,
+    config: Config, model_dir: Path, inputs: NoteInputs, kinds: Sequence[InputKind], out: Path,
+    note_ids: Sequence[str] | None = None, reuse: Sequence[Path] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Embed the notes (or those of `note_ids`) for each kind of input into OUT/<inputs>. Returns counts and speed.
+    """Embed the notes (or those of `note_ids`) for each kind of input into OUT/<kind>. Returns counts and speed.
 
-    A note whose content OUT or one of the former exports `reuse` has by the same model is not embedded again.
-    `pictures`: needed where the model's vision encoder is not that of the store.
+    Vectors are reused where OUT, or one of the earlier exports `reuse`, has them by the same model and of the same
+    content.
 
     Raises ValueError where model, notes and images do not belong together.
     """
-    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    stored = encoder_id(images_dir)
-    images = read_note_images(images_dir)
-    model, processor = load_model(model_dir)
-    encoder = its_own_encoder(model, model_dir, stored, pictures)
-    vision_encoder = stored if encoder is None else encoder.encoder_id
-    notes = read_tokens(notes_dir, processor.note_tokenizer, note_ids)
-    if unknown := notes.keys() - images.keys():
+    model, reader = load_model_and_reader(model_dir, inputs, config.source.max_image_pixels)
+    notes = reader.open(note_ids)
+    if missing := notes.tokens.keys() - notes.image_ids.keys():
         raise ValueError(
-            f"{len(unknown)} notes are not in {images_dir}: run notellm2_core.notes.features on them first."
+            f"{len(missing)} notes are not in {inputs.images}: run notellm2_core.notes.features on them first."
         )
     device, dtype = _device(config)
     nn.Module.to(model, device, dtype)
     fused = fuse_kernels(model.llm, device)
-    features: FeatureSource
-    if encoder is None:
-        features = FeatureStore(store_dir / vision_encoder)
-    else:
-        assert pictures is not None
-        of_notes = LakePictures(pictures, images, notes.keys(), config.source.max_image_pixels)
-        features = EncodedWhenAsked(encoder.to(device), of_notes, config.model.vision.batch_size)
-    embedder = BatchEmbedder(model, processor, notes, images, features, config.export.batch_notes, device)
+    features = _feature_source(notes, reader, config, device)
+    embedder = BatchEmbedder(
+        model, reader.processor, notes.tokens, notes.image_ids, features, config.export.batch_notes, device
+    )
     weights = deciding_files(model_dir)
     counts: dict[str, Any] = {
-        "notes": len(notes),
-        "notes_without_picture": sum(images[i] is None for i in notes),
-        "pictures": "stored features" if encoder is None else "encoded anew",
+        "notes": len(notes.tokens),
+        "notes_without_picture": sum(notes.image_ids[note_id] is None for note_id in notes.tokens),
+        "pictures": "stored features" if reader.encoder is None else "encoded anew",
         "device": str(device),
         "precision": str(dtype).removeprefix("torch."),
-        "reused": {},  # of the first rank's shards, notes whose vectors were there already
+        "reused": {},  # of this rank's shards, notes that were not embedded
         "notes_per_second": {},
     }
-    for kind in inputs:
-
-        def contents(ids: Sequence[str], kind: InputKind = kind) -> list[str]:
-            read = (([] if kind == "image" else notes[i], None if kind == "text" else images[i]) for i in ids)
-            return [lake.fingerprint([*(field.tolist() for field in fields), image]) for fields, image in read]
-
-        def embed(ids: Sequence[str], kind: InputKind = kind) -> np.ndarray:
-            return embedder.embed(ids, kind, progress)
-
-        with tqdm(total=-(-len(notes) // num_ranks), desc=f"embed {kind}", unit="notes", disable=rank != 0) as progress:
-            began = time.monotonic()
-            decides = [VECTORS_VERSION, weights, vision_encoder, kind, str(dtype), config.export.batch_notes]
-            decides += ["fused"] if fused else []
-            made = Made(lake.fingerprint(decides), contents)
-            kept = write_shards(
-                out / kind, list(notes), embed, made, config.export.shard_notes, rank, num_ranks, progress,
-                [folder / kind for folder in reuse],
-            )  # fmt: skip
-            seconds = max(time.monotonic() - began, 1e-6)
-            if rank == 0:
-                counts["reused"][kind] = kept
-                counts["notes_per_second"][kind] = round((progress.n - progress.initial) / seconds * num_ranks, 1)
+    for kind in kinds:
+        version = [VECTORS_VERSION, weights, reader.encoder_id, kind, str(dtype), config.export.batch_notes]
+        model_id = lake.fingerprint([*version, "fused"] if fused else version)
+        key = EmbeddingKey(model_id, partial(_content_ids, notes, kind))
+        earlier = [folder / kind for folder in reuse]
+        num_reused, speed = _export_kind(embedder, kind, key, out / kind, config.export.shard_notes, earlier)
+        counts["reused"][kind], counts["notes_per_second"][kind] = num_reused, speed
     return counts
+
+
+def _feature_source(notes: OpenInputs, reader: InputReader, config: Config, device: torch.device) -> FeatureSource:
+    if isinstance(notes.images, FeatureStore):
+        return notes.images
+    assert reader.encoder is not None
+    return EncodedWhenAsked(reader.encoder.to(device), notes.images, config.model.vision.batch_size)
+
+
+def _content_ids(notes: OpenInputs, kind: InputKind, note_ids: Sequence[str]) -> list[str]:
+    """Of what this kind of input reads of each note: its tokens, its picture."""
+    content_ids = []
+    for note_id in note_ids:
+        fields = [] if kind == "image" else [field.tolist() for field in notes.tokens[note_id]]
+        content_ids.append(lake.fingerprint([*fields, None if kind == "text" else notes.image_ids[note_id]]))
+    return content_ids
+
+
+def _export_kind(
+    embedder: BatchEmbedder, kind: InputKind, key: EmbeddingKey, out: Path, shard_notes: int, reuse: Sequence[Path]
+) -> tuple[int, float]:
+    """Write this rank's shards. Returns how many of their notes were not embedded, and all ranks' notes per second."""
+    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    total = -(-len(embedder.notes) // num_ranks)
+    with tqdm(total=total, desc=f"embed {kind}", unit="notes", disable=rank != 0) as progress:
+
+        def embed(note_ids: Sequence[str]) -> np.ndarray:
+            return embedder.embed(note_ids, kind, progress)
+
+        began = time.monotonic()
+        plan = plan_shards(out, list(embedder.notes), key, shard_notes)
+        num_reused = write_shards(plan, embed, rank, num_ranks, progress, reuse)
+        seconds = max(time.monotonic() - began, 1e-6)
+    num_embedded = sum(len(shard.note_ids) for shard in plan.shards[rank::num_ranks]) - num_reused
+    return num_reused, round(num_embedded / seconds * num_ranks, 1)
 
 
 def parse_inputs(text: str) -> list[InputKind]:
@@ -149,20 +159,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Embed notes with a trained model.")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="folder of a trained (or start) model")
-    parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset, or of its tokens")
-    parser.add_argument("--images", type=Path, required=True, help="output folder of notellm2_core.notes.features")
-    parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
+    NoteInputs.add_arguments(parser)
     parser.add_argument("--note-ids", type=Path, help="Parquet with a note_id column, or pairs; default: all notes")
     parser.add_argument("--inputs", default="multimodal", help="list out of multimodal, image, text")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--reuse", type=Path, nargs="*", default=[], help="former exports: what is unchanged is taken")
-    parser.add_argument("--pictures", **PICTURES_OPTION)
     args = parser.parse_args(argv)
     with one_line_errors():
         counts = export(
-            load_config(args.config), args.model, args.notes, args.images, args.store, parse_inputs(args.inputs),
-            args.out, read_note_ids(args.note_ids) if args.note_ids else None, args.reuse,
-            args.pictures and PictureFolders(*args.pictures),
+            load_config(args.config), args.model, NoteInputs.of(args), parse_inputs(args.inputs), args.out,
+            read_note_ids(args.note_ids) if args.note_ids else None, args.reuse,
         )  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
             json.dump(counts, sys.stdout)

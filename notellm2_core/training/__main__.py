@@ -14,22 +14,19 @@ from pathlib import Path
 
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config_file import load_config
-from notellm2_core.notes.lake_pictures import PICTURES_OPTION, PictureFolders
+from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.processes import die_with_parent, is_of_torchrun
-from notellm2_core.training.launch import TRAIN_DAYS_HELP
+from notellm2_core.training.launch import TRAIN_DAYS_HELP, Paths, Reports
 
 
 def main() -> None:
     die_with_parent("torch" if is_of_torchrun() else None)
     parser = argparse.ArgumentParser(prog="python -m notellm2_core.training", description=__doc__.partition("\n")[0])
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset, or of its tokens")
-    parser.add_argument("--images", type=Path, required=True, help="what the features command wrote")
-    parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
+    NoteInputs.add_arguments(parser)
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and curves; the same again to resume")
     parser.add_argument("--out", type=Path, required=True, help="empty folder for the trained model")
-    parser.add_argument("--pictures", **PICTURES_OPTION)
     parser.add_argument("--hard-negatives", type=Path, help="what notellm2_core.retrieval.hard_negatives wrote")
     parser.add_argument("--train-days", nargs=2, metavar=("START", "END"), help=TRAIN_DAYS_HELP)
     parser.add_argument("--mlflow-uri", help="tracking server for the curves")
@@ -37,12 +34,9 @@ def main() -> None:
     args = parser.parse_args()
     with one_line_errors(), _pipes_log() as log:
         config = load_config(args.config)
-        from notellm2_core.training.loop import Paths, Reports, run  # torch, once there is something to do
+        from notellm2_core.training.run import run  # torch, once there is something to do
 
-        pictures = args.pictures and PictureFolders(*args.pictures)
-        paths = Paths(
-            args.notes, args.images, args.store, args.pairs, args.work, args.out, args.hard_negatives, pictures
-        )
+        paths = Paths(NoteInputs.of(args), args.pairs, args.work, args.out, args.hard_negatives)
         run(config, paths, Reports(log, args.mlflow_uri, args.mlflow_run_id), args.train_days)
 
 

@@ -18,14 +18,11 @@ import pyarrow.dataset as pads
 import torch
 
 from notellm2_core.config import Config
-from notellm2_core.config_data import SourceSettings
 from notellm2_core.config_training import KnownPositives
-from notellm2_core.model.vision import VisionEncoder
+from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.notes.batch import FieldTokens, MLRMProcessor, NoteBatch
-from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
-from notellm2_core.notes.lake_pictures import LakePictures, PictureFolders
+from notellm2_core.notes.feature_store import FeatureStore
 from notellm2_core.notes.text import InputKind
-from notellm2_core.notes.token_table import read_tokens
 from notellm2_core.retrieval.hard_negatives import read_hard_negatives
 from notellm2_core.runtime.files import parquet_files
 from notellm2_core.training.feature_table import FeatureTable
@@ -179,41 +176,26 @@ class TrainingData:
 
 
 def load_training_data(
-    processor: MLRMProcessor,
-    notes: Path,
-    images: Path,
-    store: Path,
-    pairs: Path,
-    cache: Path,
-    hard_negatives: Path | None = None,
-    encoder: VisionEncoder | None = None,
-    pictures: PictureFolders | None = None,
-    max_pixels: int = SourceSettings().max_image_pixels,
+    reader: InputReader, pairs: Path, cache: Path, hard_negatives: Path | None = None
 ) -> TrainingData:
-    """Read everything the pairs name, and nothing else.
+    """Read everything that `pairs`/{train,validation} name, and nothing else.
 
-    `notes`: the notes dataset, or its tokens. `cache`: where the table of features, or of pixels, is kept.
-    `hard_negatives`: what was mined for these pairs. `encoder`: which is to read the notes' `pictures`, of at most
-    `max_pixels`; None: their features are in the store.
+    `cache`: where the table of features, or of pixels, is kept. `hard_negatives`: what was mined for these pairs.
 
     Raises ValueError where there are no training pairs, or a note, a feature or a picture is missing.
     """
     train, validation = read_pairs(pairs / "train"), read_pairs(pairs / "validation")
     if not train:
         raise ValueError(f"{pairs / 'train'} holds no pairs: nothing to train on")
-    wanted = {n for pair in (*train, *validation) for n in pair}
-    note_images = {n: i for n, i in read_note_images(images).items() if n in wanted}
+    notes = reader.open({note_id for pair in (*train, *validation) for note_id in pair})
     table: FeatureTable | PixelTable
-    if encoder is None:
-        image_ids = sorted({i for i in note_images.values() if i is not None})
-        table = FeatureTable.build(FeatureStore(store / encoder_id(images)), image_ids, cache)
-    elif pictures is None:
-        raise ValueError("the vision encoder is trained, or was: say where the pictures are (--pictures NOTES SOURCE)")
+    if isinstance(notes.images, FeatureStore):
+        image_ids = sorted({i for i in notes.image_ids.values() if i is not None})
+        table = FeatureTable.build(notes.images, image_ids, cache)
     else:
-        lake_pictures = LakePictures(pictures, note_images, wanted, max_pixels)
-        table = PixelTable.build(lake_pictures, encoder.architecture.preprocess, cache)
-    tokens = read_tokens(notes, processor.note_tokenizer, wanted)
-    return TrainingData(processor, tokens, note_images, table, train, validation, hard_negatives)
+        assert reader.encoder is not None
+        table = PixelTable.build(notes.images, reader.encoder.architecture.preprocess, cache)
+    return TrainingData(reader.processor, notes.tokens, notes.image_ids, table, train, validation, hard_negatives)
 
 
 def model_cache(config: Config) -> Path:

@@ -1,30 +1,59 @@
-"""How the training command is started. Imports no torch."""
+"""What the training command is given, and how it is started. Imports no torch."""
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from notellm2_core.config_training import TrainingSettings
+from notellm2_core.notes.inputs import NoteInputs
 
 TRAIN_DAYS_HELP = "the days of the log that the pairs are of, the second exclusive; for the model card alone"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The folders of one training run."""
+
+    inputs: NoteInputs
+    pairs: Path  # with train/ and validation/
+    work: Path  # checkpoints and curves; the same again to resume
+    out: Path  # empty; for the trained model
+    hard_negatives: Path | None = None  # where training.hard_negatives.num asks for some
+
+    def arguments(self) -> list[str]:
+        """As options of the command."""
+        options = ["--pairs", str(self.pairs), "--work", str(self.work), "--out", str(self.out)]
+        if self.hard_negatives is not None:
+            options += ["--hard-negatives", str(self.hard_negatives)]
+        return [*self.inputs.arguments(), *options]
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Where the metrics go besides the terminal and metrics.jsonl."""
+
+    log: Callable[[str], None] | None = None  # Dagster Pipes; the command finds it in its environment
+    mlflow_uri: str | None = None
+    mlflow_run_id: str | None = None
+
+    def arguments(self) -> list[str]:
+        """As options of the command."""
+        if not self.mlflow_uri or not self.mlflow_run_id:
+            return []
+        return ["--mlflow-uri", self.mlflow_uri, "--mlflow-run-id", self.mlflow_run_id]
+
+
+NO_REPORTS = Reports()
 
 
 def launch_command(
     config_file: Path,
     training: TrainingSettings,
-    *,
-    notes: Path,
-    images: Path,
-    store: Path,
-    pairs: Path,
-    work: Path,
-    out: Path,
-    pictures: tuple[Path, Path] | None = None,
-    hard_negatives: Path | None = None,
+    paths: Paths,
+    reports: Reports = NO_REPORTS,
     train_days: tuple[str, str] | None = None,
-    mlflow_uri: str | None = None,
-    mlflow_run_id: str | None = None,
 ) -> list[str]:
     """The command that trains, ready for `subprocess` or a shell: torchrun, to be run on each of several nodes; or,
     with a hostfile, DeepSpeed's launcher, which reaches the nodes by ssh.
@@ -36,23 +65,14 @@ def launch_command(
         command += ["--no_local_rank", "--module", module]  # the rank comes in the environment, as torchrun gives it
         command = _with_threads(command, num_ranks)
     elif training.rendezvous is not None:
-        where = ["--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d", "--rdzv-id", work.name]
+        where = ["--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d", "--rdzv-id", paths.work.name]
         command = torchrun(module, num_ranks, [*where, "--rdzv-endpoint", training.rendezvous])
     else:
         command = torchrun(module, num_ranks)
-    folders = {"notes": notes, "images": images, "store": store, "pairs": pairs, "work": work, "out": out}
-    command += ["--config", str(config_file)]
-    for name, folder in folders.items():
-        command += [f"--{name}", str(folder)]
-    if pictures is not None:
-        command += ["--pictures", *map(str, pictures)]
-    if hard_negatives is not None:
-        command += ["--hard-negatives", str(hard_negatives)]
+    command += ["--config", str(config_file), *paths.arguments()]
     if train_days:
         command += ["--train-days", *train_days]
-    if mlflow_uri and mlflow_run_id:
-        command += ["--mlflow-uri", mlflow_uri, "--mlflow-run-id", mlflow_run_id]
-    return command
+    return command + reports.arguments()
 
 
 def torchrun(module: str, num_ranks: int, where: Sequence[str] = ("--standalone",)) -> list[str]:

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from notellm2_core.cli_errors import one_line_errors
 from notellm2_core.config import Config
 from notellm2_core.config_file import load_config
-from notellm2_core.model.build import its_own_encoder, load_model
 from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
+from notellm2_core.model.open_inputs import load_model_and_reader
 from notellm2_core.model.saliency import Loss, Measurement, measure
 from notellm2_core.model.vision import VisionEncoder, with_features
 from notellm2_core.notes.batch import NoteBatch
-from notellm2_core.notes.feature_store import encoder_id
-from notellm2_core.notes.lake_pictures import PICTURES_OPTION, PictureFolders
+from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.runtime.files import write_atomically
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
 from notellm2_core.training.losses import BatchLabels, capped_tau
@@ -83,26 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m notellm2_core.training.saliency", description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="folder of the trained model")
-    parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset, or of its tokens")
-    parser.add_argument("--images", type=Path, required=True, help="what the features command wrote")
-    parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
+    NoteInputs.add_arguments(parser)
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
-    parser.add_argument("--pictures", **PICTURES_OPTION)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     with one_line_errors():
         config = load_config(args.config)
-        model, processor = load_model(args.model)
-        pictures = args.pictures and PictureFolders(*args.pictures)
-        encoder = its_own_encoder(model, args.model, encoder_id(args.images), pictures)
+        model, reader = load_model_and_reader(args.model, NoteInputs.of(args), config.source.max_image_pixels)
         args.out.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".", dir=args.out) as cache:  # not in /tmp: it may be large
-            data = load_training_data(
-                processor, args.notes, args.images, args.store, args.pairs, Path(cache),
-                encoder=encoder, pictures=pictures, max_pixels=config.source.max_image_pixels,
-            )  # fmt: skip
-            found = measure_on_training_pairs(model, data, config, encoder)
-        record = {"method": model.config.method, **asdict(found)}
+            data = load_training_data(reader, args.pairs, Path(cache))
+            measurement = measure_on_training_pairs(model, data, config, reader.encoder)
+        record = {"method": model.config.method, **asdict(measurement)}
         write_atomically(args.out / "saliency.json", json.dumps(record, indent=1))
 
 

@@ -27,22 +27,21 @@ DONE = "training.json"
 def save_model(
     model: MLRMModel,
     processor: MLRMProcessor,
-    vision: Path,
+    vision: VisionEncoder | Path,
     out: Path,
     config: Config,
     train_days: Sequence[str] | None = None,
     facts: Mapping[str, Any] | None = None,
-    encoder: VisionEncoder | None = None,
 ) -> None:
     """Write model, processor, vision encoder and the model card into `out`; training.json comes last.
 
-    `vision`: folder of the encoder that stayed frozen, or from which `encoder` was trained. `facts`: of the training,
-    for training.json and the card; None: an untrained start. Called on all ranks; rank 0 writes. The weights are as
-    they were trained: fp32 on a CPU, bf16 on a GPU (but the encoder's files are fp32). Raises ValueError where `vision`
+    `vision`: the trained encoder, or the folder of a frozen one, which is copied. `facts`: of the training, for
+    training.json and the card; None: an untrained start. Called on all ranks; rank 0 writes. The weights are as they
+    were trained: fp32 on a CPU, bf16 on a GPU (except the encoder's: fp32). Raises ValueError where the folder
     holds no encoder, OSError where the disk takes no more.
     """
     weights = plain_weights(model)
-    of_encoder = None if encoder is None else full_weights(encoder)
+    encoder_weights = full_weights(vision) if isinstance(vision, VisionEncoder) else None
     if weights is not None:
         if wrong := [name for name, weight in weights.items() if not weight.isfinite().all()]:
             raise ValueError(
@@ -50,9 +49,10 @@ def save_model(
             )
         out.mkdir(parents=True, exist_ok=True)
         (out / DONE).unlink(missing_ok=True)
-        shutil.copytree(vision, out / "vision", dirs_exist_ok=True)
-        if encoder is not None and of_encoder is not None:
-            encoder.with_weights(of_encoder).save_pretrained(out / "vision")
+        if isinstance(vision, Path):
+            shutil.copytree(vision, out / "vision", dirs_exist_ok=True)
+        elif encoder_weights is not None:
+            vision.with_weights(encoder_weights).save_pretrained(out / "vision")
         model.config.encoder_id = saved_encoder_id(out / "vision")
         processor.save_pretrained(out)
         sizes = {name: weight.numel() for name, weight in weights.items()}

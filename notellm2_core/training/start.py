@@ -30,8 +30,10 @@ from notellm2_core.config_file import load_config
 from notellm2_core.model.build import build_model
 from notellm2_core.model.fusion import LateFusion
 from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.model.vision import VisionEncoder, with_features
 from notellm2_core.notes.batch import NoteBatch
+from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.training.data import TrainingData, load_training_data, model_cache
 from notellm2_core.training.launch import TRAIN_DAYS_HELP
 from notellm2_core.training.save import save_model
@@ -168,22 +170,20 @@ def _states(model: MLRMModel, batches: Iterable[NoteBatch]) -> tuple[Tensor, Ten
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m notellm2_core.training.start", description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset, or of its tokens")
-    parser.add_argument("--images", type=Path, required=True, help="what the features command wrote")
-    parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
+    NoteInputs.add_arguments(parser)
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train-days", nargs=2, metavar=("START", "END"), help=TRAIN_DAYS_HELP)
     args = parser.parse_args()
     with one_line_errors():
-        config = load_config(args.config)
+        config, inputs = load_config(args.config), NoteInputs.of(args)
         torch.manual_seed(config.seed)
         model, processor = build_model(config, model_cache(config))
         args.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=args.out) as cache:  # not in /tmp: it may be large
-            data = load_training_data(processor, args.notes, args.images, args.store, args.pairs, Path(cache))
+            data = load_training_data(InputReader(processor, inputs), args.pairs, Path(cache))
             apply_start(model, data, config)
-        save_model(model, processor, args.images / "vision", args.out, config, args.train_days)
+        save_model(model, processor, inputs.vision, args.out, config, args.train_days)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import pytest
 
 from notellm2_core import schema
 from notellm2_core.embeddings import (
-    Made,
+    EmbeddingKey,
     mean_cosine,
+    plan_shards,
     read_embeddings,
     read_note_ids,
     shortened,
@@ -52,8 +53,8 @@ def test_only_what_is_new_is_embedded(tmp_path: Path) -> None:
 
     def run(out: str = "out", model: str = "m", **options: Any) -> int:
         calls.clear()
-        made = Made(model, lambda ids: [texts[i] for i in ids])
-        kept = write_shards(tmp_path / out, list(texts), embed, made, 2, **options)
+        key = EmbeddingKey(model, lambda ids: [texts[i] for i in ids])
+        kept = write_shards(plan_shards(tmp_path / out, list(texts), key, 2), embed, **options)
         if not options.get("num_ranks"):
             found = read_embeddings(tmp_path / out)
             assert found.note_ids == tuple(sorted(texts))
@@ -79,21 +80,22 @@ def test_only_what_is_new_is_embedded(tmp_path: Path) -> None:
 def test_a_killed_export_is_as_one_that_was_not(tmp_path: Path) -> None:
     """Notes a and c say the same. Where a's shard is there already, after a kill or by another rank, c is embedded with
     d all the same: alone, d would have other last bits."""
-    made = Made("m", lambda ids: ["same" if i in "ac" else i for i in ids])
+    key = EmbeddingKey("m", lambda ids: ["same" if i in "ac" else i for i in ids])
 
     def embed(ids: Sequence[str]) -> np.ndarray:
         return unit(len(ids), seed=len(ids))
 
-    write_shards(tmp_path / "whole", list("abcd"), embed, made, 2)
-    write_shards(tmp_path / "killed", list("abcd"), embed, made, 2, rank=0, num_ranks=2)
-    write_shards(tmp_path / "killed", list("abcd"), embed, made, 2)
+    whole, killed = (plan_shards(tmp_path / name, list("abcd"), key, 2) for name in ("whole", "killed"))
+    write_shards(whole, embed)
+    write_shards(killed, embed, rank=0, num_ranks=2)
+    write_shards(killed, embed)
     for shard in ("part-00000.parquet", "part-00001.parquet"):
         assert (tmp_path / "killed" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
 
 
 def test_what_is_taken_over_depends_on_no_kill_and_no_rank(tmp_path: Path) -> None:
     """A note in front of four moves each into another shard: b, c and d are taken over, whoever writes first."""
-    made = Made("m", list)
+    key = EmbeddingKey("m", list)
 
     def embed(ids: Sequence[str]) -> np.ndarray:
         embedded.extend(ids)
@@ -102,7 +104,7 @@ def test_what_is_taken_over_depends_on_no_kill_and_no_rank(tmp_path: Path) -> No
     def export_of(ids: str, *ranks: tuple[int, int]) -> list[str]:
         embedded.clear()
         for rank, num_ranks in ranks:
-            write_shards(tmp_path, list(ids), embed, made, 2, rank=rank, num_ranks=num_ranks)
+            write_shards(plan_shards(tmp_path, list(ids), key, 2), embed, rank=rank, num_ranks=num_ranks)
         return list(embedded)
 
     embedded: list[str] = []
@@ -121,7 +123,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no embeddings"):
         read_embeddings(tmp_path)
     with pytest.raises(ValueError, match="no notes to embed"):
-        write_shards(tmp_path, [], unit, Made("", list), 2)  # type: ignore[arg-type]
+        plan_shards(tmp_path, [], EmbeddingKey("", list), 2)
     write_shard(tmp_path / "a.parquet", ["a"], unit(1), {})
     with pytest.raises(ValueError, match="2 of 3 notes have no embedding .the first is 'x'"):
         read_embeddings(tmp_path).rows(["x", "a", "y"])

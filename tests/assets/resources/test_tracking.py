@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from assets.resources.tracking import flatten, make_store
+from assets.resources.tracking import make_store, tracked_names
 from tests.waiting import wait_for
 
 
-@pytest.mark.parametrize("tree", [{"a": {"b": 1, "c d": {"e": 2.5}}, "f": [1, 2]}])
-def test_flatten(tree: dict[str, object]) -> None:
-    assert flatten(tree) == {"a.b": 1, "a.c d.e": 2.5, "f": [1, 2]}
+def test_names_that_mlflow_allows() -> None:
+    tree = {"a": {"b": 1, "c d": {"e": 2.5}}, "f": [1, 2], "recall@10": {"k (%)": 3}}
+    assert tracked_names(tree) == {"a.b": 1, "a.c d.e": 2.5, "f": [1, 2], "recall_10.k ___": 3}
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from notellm2_core.notes.lake_pictures import LakePictures, PictureFolders
+from notellm2_core.notes.inputs import PictureFolders
+from notellm2_core.notes.lake_pictures import LakePictures
 from notellm2_core.schema import NOTES
 from tests.notellm2_core.training.world import picture
 

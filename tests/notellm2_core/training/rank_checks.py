@@ -21,6 +21,7 @@ from notellm2_core.config_training import PARTS, TrainingSettings
 from notellm2_core.model.build import build_model
 from notellm2_core.model.lora import is_adapter
 from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.model.parts import set_trained
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.training import engine as engines
@@ -28,8 +29,8 @@ from notellm2_core.training.checkpoints import Checkpoints
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
 from notellm2_core.training.engine import deepspeed_config
 from notellm2_core.training.gradient import batch_gradient, idle_step, prepare
-from notellm2_core.training.loop import Paths, run
 from notellm2_core.training.moved import load_moved
+from notellm2_core.training.run import run
 from notellm2_core.training.save import full_weights, plain_weights
 from tests.notellm2_core.training.world import World, tiny_config
 
@@ -66,9 +67,9 @@ def build(config: Config, world: World) -> tuple[MLRMModel, TrainingData, Vision
     """
     with engines.first_on_machine() if dist.is_initialized() else nullcontext():
         model, processor = build_model(config, world.path("models"))
-        encoder = VisionEncoder.from_pretrained(world.path("images") / "vision") if config.trains_vision else None
-        folders = [world.path(n) for n in ("notes", "images", "store", "pairs", "cache")]
-        data = load_training_data(processor, *folders, encoder=encoder, pictures=world.pictures)
+        encoder = VisionEncoder.from_pretrained(world.inputs.vision) if config.trains_vision else None
+        reader = InputReader(processor, world.with_pictures, encoder)
+        data = load_training_data(reader, world.path("pairs"), world.path("cache"))
     set_trained(model, config, encoder)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -186,8 +187,6 @@ def _as_on_gpus(
     return made | {"zero_optimization": zero}
 
 
-def train(config_file: Path, root: Path, work: Path, out: Path) -> None:
-    """The whole training, as the command runs it."""
-    world = World(root)
-    folders = [world.path(n) for n in ("notes", "images", "store", "pairs")]
-    run(load_config(config_file), Paths(*folders, work, out, pictures=world.pictures))
+def train(config_file: Path, root: Path, folder: Path) -> None:
+    """The whole training, as the command runs it, with WORK and OUT below `folder`."""
+    run(load_config(config_file), World(root).paths(folder))

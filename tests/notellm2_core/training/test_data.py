@@ -1,6 +1,7 @@
 """Batches: every pair once per epoch, no note twice, and masks of what belongs together, against slow loops."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from notellm2_core.model.build import build_model
+from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.notes.batch import FieldTokens
 from notellm2_core.notes.records import Note
 from notellm2_core.notes.tokens import tokenise
 from notellm2_core.training import data as module
 from notellm2_core.training.data import TrainingData, load_training_data, schedule
 from notellm2_core.training.feature_table import FeatureTable
-from tests.notellm2_core.training.world import World, tiny_config
+from tests.notellm2_core.training.world import World, tiny_config, training_data
 
 
 def some_pairs(num_pairs: int, num_notes: int, seed: int) -> np.ndarray:
@@ -162,8 +164,7 @@ def test_related_in_either_direction_equals_a_loop(num_pairs: int, seed: int) ->
 def test_what_is_read_from_disk(world: World, tmp_path: Path) -> None:
     """64 + 12 notes, the features of their images row by row, zeros where there is none, padding to the longest."""
     _, processor = build_model(tiny_config(), tmp_path)
-    folders = [world.path(n) for n in ("notes", "images", "store", "pairs")]
-    data = load_training_data(processor, *folders, tmp_path)
+    data = training_data(world, processor, tmp_path)
     assert (len(data.train_pairs), len(data.validation_pairs), len(data.note_ids)) == (32, 6, 76)
     assert len(data.train_notes) == 64
     rows = np.array([4, 5, 6])
@@ -172,9 +173,9 @@ def test_what_is_read_from_disk(world: World, tmp_path: Path) -> None:
     assert batch.patches[1].abs().sum() == 0 and batch.patches[0].abs().sum() > 0
     torch.testing.assert_close(batch.global_feature[0], batch.patches[0].mean(dim=0), atol=2e-3, rtol=0)
     assert batch.attention_mask.sum(dim=1).max() == batch.input_ids.shape[1]
-    folders[0] = tmp_path / "tokens"
-    tokenise(processor.note_tokenizer, world.path("notes"), folders[0])
-    again = load_training_data(processor, *folders, tmp_path)  # of tokens, and from the table made before
+    tokenise(processor.note_tokenizer, world.path("notes"), tmp_path / "tokens")
+    of_tokens = InputReader(processor, replace(world.inputs, notes=tmp_path / "tokens"))
+    again = load_training_data(of_tokens, world.path("pairs"), tmp_path)  # and from the table made before
     assert (again.note_batch(rows).input_ids == batch.input_ids).all()
     assert (again.num_tokens(rows) == batch.attention_mask.sum(dim=1).numpy()).all()
     assert (again.note_batch(rows).patches == batch.patches).all()
@@ -182,22 +183,22 @@ def test_what_is_read_from_disk(world: World, tmp_path: Path) -> None:
 
 
 def test_wrong_inputs_are_named(world: World, tmp_path: Path) -> None:
-    folders = {n: world.path(n) for n in ("notes", "images", "store", "pairs")}
+    _, processor = build_model(tiny_config(), tmp_path)
     with pytest.raises(ValueError, match=r"nowhere/train holds no pairs"):
-        load_training_data(None, **{**folders, "pairs": tmp_path / "nowhere"}, cache=tmp_path)  # type: ignore[arg-type]
+        load_training_data(InputReader(processor, world.inputs), tmp_path / "nowhere", tmp_path)
     with pytest.raises(ValueError, match="not among the notes, the first is 'a'"):
         TrainingData(None, {}, {}, FeatureTable(np.zeros((0, 2, 4)), {}), [("a", "b")])  # type: ignore[arg-type]
     (tmp_path / "note_images.parquet").write_bytes((world.path("images") / "note_images.parquet").read_bytes())
     with pytest.raises(ValueError, match=r"vision/config.json is not there"):
-        load_training_data(None, **{**folders, "images": tmp_path}, cache=tmp_path)  # type: ignore[arg-type]
+        without_encoder = InputReader(processor, replace(world.inputs, images=tmp_path))
+        load_training_data(without_encoder, world.path("pairs"), tmp_path)
 
 
 def test_a_damaged_feature_table_is_named(world: World, tmp_path: Path) -> None:
-    folders = {n: world.path(n) for n in ("notes", "images", "store", "pairs")}
     _, processor = build_model(tiny_config(), tmp_path)
-    load_training_data(processor, **folders, cache=tmp_path)
+    training_data(world, processor, tmp_path)
     (table,) = tmp_path.glob("features-*.npy")
     for size in (500, 0):
         os.truncate(table, size)
         with pytest.raises(ValueError, match=r"features-.*.npy is damaged .*: delete it and run again"):
-            load_training_data(processor, **folders, cache=tmp_path)
+            training_data(world, processor, tmp_path)

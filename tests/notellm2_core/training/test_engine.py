@@ -1,5 +1,6 @@
 """The DeepSpeed dictionary, the parameter groups and the learning rate of Table 8."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import pytest
 from notellm2_core.config_training import PARTS, TrainingSettings
 from notellm2_core.model.build import build_model
 from notellm2_core.model.parts import set_trained
+from notellm2_core.notes.inputs import NoteInputs, PictureFolders
 from notellm2_core.training.engine import deepspeed_config, learning_rate_factor, optimizer_groups
-from notellm2_core.training.launch import launch_command
+from notellm2_core.training.launch import Paths, Reports, launch_command
 from tests.notellm2_core.training.world import tiny_config
 
 
@@ -83,10 +85,14 @@ def test_adapters_go_with_the_llm() -> None:
 
 
 def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = {n: Path(f"/data/{n}") for n in ("notes", "images", "store", "pairs", "work", "out")}
+    data = Path("/data")
+    inputs = NoteInputs(data / "notes", data / "images", data / "store")
+    paths = Paths(inputs, data / "pairs", data / "work", data / "out")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    more = {"train_days": ("2025-01-05", "2025-01-19"), "mlflow_uri": "sqlite:///m.db", "mlflow_run_id": "r1"}
-    command = launch_command(Path("c.yaml"), TrainingSettings(num_ranks=2), **folders, **more)
+    reports = Reports(mlflow_uri="sqlite:///m.db", mlflow_run_id="r1")
+    command = launch_command(
+        Path("c.yaml"), TrainingSettings(num_ranks=2), paths, reports, ("2025-01-05", "2025-01-19")
+    )
     text = " ".join(command[1:])
     assert text == (
         "-m torch.distributed.run --standalone --nproc-per-node 2 -m notellm2_core.training --config c.yaml"
@@ -94,13 +100,16 @@ def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
         " --work /data/work --out /data/out --train-days 2025-01-05 2025-01-19"
         " --mlflow-uri sqlite:///m.db --mlflow-run-id r1"
     )
+    everything = Paths(replace(inputs, pictures=PictureFolders(data / "n", data / "s")), *[data] * 3, data / "hard")
+    assert " ".join(launch_command(Path("c.yaml"), TrainingSettings(), everything)).endswith(
+        "--pictures /data/n /data/s --pairs /data --work /data --out /data --hard-negatives /data/hard"
+    )
     monkeypatch.delenv("OMP_NUM_THREADS")
-    many = TrainingSettings(num_ranks=10_000)
-    assert launch_command(Path("c.yaml"), many, **folders)[:2] == ["env", "OMP_NUM_THREADS=1"]
+    assert launch_command(Path("c.yaml"), TrainingSettings(num_ranks=10_000), paths)[:2] == ["env", "OMP_NUM_THREADS=1"]
     several = TrainingSettings(num_ranks=8, num_nodes=2, rendezvous="a.b:29400")
-    command = " ".join(launch_command(Path("c.yaml"), several, **folders))
+    command = " ".join(launch_command(Path("c.yaml"), several, paths))
     assert "--nnodes 2 --rdzv-backend c10d --rdzv-id work --rdzv-endpoint a.b:29400 --nproc-per-node 8 -m" in command
-    command = " ".join(launch_command(Path("c.yaml"), TrainingSettings(num_nodes=2, hostfile=Path("hosts")), **folders))
+    command = " ".join(launch_command(Path("c.yaml"), TrainingSettings(num_nodes=2, hostfile=Path("hosts")), paths))
     assert (
         "-m deepspeed.launcher.runner --hostfile hosts --num_nodes 2 --num_gpus 1 --no_local_rank --module note"
         in command

@@ -12,7 +12,7 @@ from notellm2_core.inference.package import package
 from notellm2_core.model.methods import METHODS
 from notellm2_core.retrieval import export
 from notellm2_core.training import saliency
-from tests.notellm2_core.training.world import FOLDERS, World, tiny_config, train, write_config
+from tests.notellm2_core.training.world import World, tiny_config, train, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
 START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0, "visual_token_gain": 1.0, "num_pca_notes": 16}
@@ -34,13 +34,12 @@ def test_trained_measured_exported_packaged(method: str, connector: str, world: 
     assert ("loss_v" in facts) == ("visual" in switches.losses)
     assert ("loss_cross" in facts) == ("omni" in switches.losses)
 
-    folders = [x for n in FOLDERS for x in (f"--{n}", str(world.path(n)))]
-    given = ["--config", str(write_config(tmp_path / "c.yaml", config)), "--model", str(out)]
-    saliency.main([*given, *folders, "--out", str(tmp_path / "saliency")])
+    given = ["--config", str(write_config(tmp_path / "c.yaml", config)), "--model", str(out), *world.inputs.arguments()]
+    saliency.main([*given, "--pairs", str(world.path("pairs")), "--out", str(tmp_path / "saliency")])
     layers = json.loads((tmp_path / "saliency" / "saliency.json").read_text())["layers"]
     assert all((layer["visual"] is not None) == switches.visual_prompt for layer in layers)
 
-    export.main([*given, *folders[:6], "--inputs", "multimodal,image,text", "--out", str(tmp_path / "embeddings")])
+    export.main([*given, "--inputs", "multimodal,image,text", "--out", str(tmp_path / "embeddings")])
     vectors = {k: read_embeddings(tmp_path / "embeddings" / k).vectors for k in ("multimodal", "image", "text")}
     assert all(np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-5) for v in vectors.values())
     assert np.abs(vectors["multimodal"] - vectors["text"]).max() > 1e-4  # the image counts, wherever it comes in

@@ -20,13 +20,13 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-FOLDERS = ("notes", "images", "store", "pairs")
 
 
 def export(world: World, config: Path, model: Path, out: Path, **env: str) -> np.ndarray:
-    folders = [x for name in FOLDERS[:3] for x in (f"--{name}", str(world.path(name)))]
     command = [sys.executable, "-m", "notellm2_core.retrieval.export", "--config", str(config), "--model", str(model)]
-    subprocess.run([*command, *folders, "--out", str(out)], check=True, timeout=200, env={**os.environ, **env})
+    subprocess.run(
+        [*command, *world.inputs.arguments(), "--out", str(out)], check=True, timeout=200, env={**os.environ, **env}
+    )
     return read_embeddings(out / "multimodal").vectors
 
 
@@ -38,11 +38,8 @@ def test_training_in_bf16_learns_and_its_model_embeds_as_on_a_cpu(
     start = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0}
     settings = {"num_steps": 60, "precision": "bf16", "zero_stage": zero_stage, "learning_rate": 3e-3}
     config = write_config(tmp_path / "bf16.yaml", tiny_config(settings, start=start))
-    folders = {name: world.path(name) for name in FOLDERS}
     out = tmp_path / "out"
-    subprocess.run(
-        launch_command(config, TrainingSettings(), **folders, work=tmp_path / "work", out=out), check=True, timeout=300
-    )
+    subprocess.run(launch_command(config, TrainingSettings(), world.paths(tmp_path)), check=True, timeout=300)
     facts = json.loads((out / "training.json").read_text())
     assert facts["precision"] == "bf16" and facts["loss_last"] < 0.8 * facts["loss_first"]
 

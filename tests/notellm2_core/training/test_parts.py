@@ -17,9 +17,8 @@ from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.notes.feature_store import encoder_id
 from notellm2_core.training import engine as engines
 from notellm2_core.training.checkpoints import Checkpoints
-from notellm2_core.training.data import load_training_data
 from notellm2_core.training.save import full_weights, plain_weights, save_model
-from tests.notellm2_core.training.world import FOLDERS, World, tiny_config, train
+from tests.notellm2_core.training.world import World, tiny_config, train, training_data
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 # Large rates and a large decay: a frozen weight that took part in either would show it.
@@ -77,8 +76,8 @@ def test_merged_and_adapted_models_embed_alike(world: World, tmp_path: Path) -> 
         for name, parameter in model.named_parameters():
             if is_adapter(name):
                 parameter.normal_(std=0.1)
-    save_model(model, processor, world.path("images") / "vision", tmp_path / "out", config)
-    data = load_training_data(processor, *(world.path(n) for n in FOLDERS), tmp_path)
+    save_model(model, processor, world.inputs.vision, tmp_path / "out", config)
+    data = training_data(world, processor, tmp_path)
     batch = data.note_batch(data.train_notes[:8])
     with torch.no_grad():
         adapted, merged = model(batch), load_model(tmp_path / "out")[0](batch)

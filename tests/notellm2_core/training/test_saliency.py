@@ -15,13 +15,11 @@ from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.saliency import Loss, Measurement
 from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
 from notellm2_core.training import saliency
-from notellm2_core.training.data import TrainingData, load_training_data, schedule
+from notellm2_core.training.data import TrainingData, schedule
 from notellm2_core.training.losses import BatchLabels
 from notellm2_core.training.saliency import main, measure_on_training_pairs
 from notellm2_core.training.step import TrainingStep, batch_losses
-from tests.notellm2_core.training.world import World, tiny_config, write_config
-
-FOLDERS = ("notes", "images", "store", "pairs")
+from tests.notellm2_core.training.world import World, tiny_config, training_data, write_config
 
 
 def config_with(num_pairs: int, method: str = "notellm2", alpha: float = 9.0) -> Config:
@@ -32,7 +30,7 @@ def config_with(num_pairs: int, method: str = "notellm2", alpha: float = 9.0) ->
 
 def make(world: World, config: Config, cache: Path) -> tuple[MLRMModel, MLRMProcessor, TrainingData]:
     model, processor = build_model(config, cache)
-    return model, processor, load_training_data(processor, *(world.path(n) for n in FOLDERS), cache)
+    return model, processor, training_data(world, processor, cache)
 
 
 def seen_by(monkeypatch: pytest.MonkeyPatch, model: MLRMModel, data: TrainingData, config: Config) -> list:
@@ -94,7 +92,7 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     model, processor, data = make(world, config, tmp_path)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    folders = [x for n in FOLDERS for x in (f"--{n}", str(world.path(n)))]
+    folders = [*world.inputs.arguments(), "--pairs", str(world.path("pairs"))]
     given = ["--config", str(write_config(tmp_path / "c.yaml", config)), "--out", str(tmp_path / "out")]
     main([*folders, "--model", str(tmp_path / "model"), *given])
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["saliency.json"]

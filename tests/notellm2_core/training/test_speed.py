@@ -8,11 +8,10 @@ import torch
 from notellm2_core.model.build import build_model
 from notellm2_core.model.methods import get_method
 from notellm2_core.training import speed as module
-from notellm2_core.training.data import load_training_data
 from notellm2_core.training.engine import set_up_processes
 from notellm2_core.training.micro_batches import share_out
 from notellm2_core.training.speed import Speed
-from tests.notellm2_core.training.world import FOLDERS, World, tiny_config
+from tests.notellm2_core.training.world import World, tiny_config, training_data
 
 
 def test_operations_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +60,7 @@ def test_padding(method: Literal["notellm2", "omni_retrieval"], world: World, tm
     for attention in ("sdpa", "eager"):
         llm = {"name": "tiny", "attention": attention}
         model, processor = build_model(tiny_config(llm=llm, method=method), tmp_path)
-        data = load_training_data(processor, *(world.path(n) for n in FOLDERS), tmp_path)
+        data = training_data(world, processor, tmp_path)
         share = share_out(data, np.arange(8), inputs, 200 * len(inputs), device)
         batches = list(share.micro_batches())
         lengths = torch.cat([batch.attention_mask.sum(dim=1) for batch in batches])

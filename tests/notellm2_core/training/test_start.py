@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.training.data import TrainingData, load_training_data
+from notellm2_core.training.data import TrainingData
 from notellm2_core.training.start import apply_start, set_pca, spread
-from tests.notellm2_core.training.world import World, tiny_config, write_config
+from tests.notellm2_core.training.world import World, tiny_config, training_data, write_config
 
 
 def mean_cosine(x: torch.Tensor) -> float:
@@ -62,8 +62,7 @@ def test_directions_that_are_noise_are_not_blown_up() -> None:
 def make(world: World, cache: Path, **start: object) -> tuple[MLRMModel, TrainingData]:
     config = tiny_config(start=start)
     model, processor = build_model(config, cache)
-    folders = [world.path(n) for n in ("notes", "images", "store", "pairs")]
-    data = load_training_data(processor, *folders, cache)
+    data = training_data(world, processor, cache)
     apply_start(model, data, config)
     return model, data
 
@@ -105,7 +104,7 @@ def test_visual_words_get_their_share_of_a_words_length(gain: float, world: Worl
 def test_the_command_saves_the_start(world: World, tmp_path: Path) -> None:
     """The zero-shot row: a complete folder, the same weights as apply_start."""
     config = write_config(tmp_path / "c.yaml", tiny_config(start={"pca_projector": True}))
-    folders = [x for n in ("notes", "images", "store", "pairs") for x in (f"--{n}", str(world.path(n)))]
+    folders = [*world.inputs.arguments(), "--pairs", str(world.path("pairs"))]
     command = [sys.executable, "-m", "notellm2_core.training.start", "--config", str(config), *folders]
     command += ["--out", str(tmp_path / "out"), "--train-days", "2025-01-05", "2025-01-19"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -1,6 +1,7 @@
 """A vision encoder that is trained: from pictures, saved under its new name, and read by whatever embeds afterwards."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from notellm2_core.inference.embedder import Embedder
 from notellm2_core.model.vision import VisionEncoder
 from notellm2_core.retrieval.export import export
 from notellm2_core.training import saliency
-from notellm2_core.training.loop import Paths, run
-from tests.notellm2_core.training.world import FOLDERS, World, tiny_config, train, write_config
+from notellm2_core.training.run import run
+from tests.notellm2_core.training.world import World, tiny_config, train, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
 
@@ -41,10 +42,9 @@ def test_from_pictures_to_embeddings(world: World, tmp_path: Path, capfd: pytest
     assert json.loads((out / "card.json").read_text())["vision"]["trained"]
     assert "vision encoder (trained)" in (out / "README.md").read_text()
 
-    folders = [world.path(name) for name in ("notes", "images", "store")]
     with pytest.raises(ValueError, match="trained with vision encoder"):
-        export(config, out, *folders, ("image",), tmp_path / "embeddings")
-    counts = export(config, out, *folders, ("image", "multimodal"), tmp_path / "embeddings", pictures=world.pictures)
+        export(config, out, world.inputs, ("image",), tmp_path / "embeddings")
+    counts = export(config, out, world.with_pictures, ("image", "multimodal"), tmp_path / "embeddings")
     assert counts["pictures"] == "encoded anew"
     rows = pq.read_table(world.path("notes")).to_pylist()
     notes = [{k: row[k] for k in ("title", "topics", "content", "image")} for row in rows]
@@ -55,10 +55,10 @@ def test_from_pictures_to_embeddings(world: World, tmp_path: Path, capfd: pytest
 
     config_file = write_config(tmp_path / "config.yaml", config)
     arguments = ["--config", str(config_file), "--model", str(out), "--out", str(tmp_path / "saliency")]
-    arguments += [x for name in FOLDERS for x in (f"--{name}", str(world.path(name)))]
+    arguments += ["--pairs", str(world.path("pairs"))]
     with pytest.raises(SystemExit):
-        saliency.main(arguments)
-    saliency.main([*arguments, "--pictures", *map(str, world.pictures)])
+        saliency.main([*arguments, *world.inputs.arguments()])
+    saliency.main([*arguments, *world.with_pictures.arguments()])
     assert json.loads((tmp_path / "saliency" / "saliency.json").read_text())["num_notes"] > 0
 
 
@@ -71,6 +71,5 @@ def test_it_learns_what_only_the_picture_tells(world: World, tmp_path: Path) -> 
 
 
 def test_without_pictures_it_is_refused(world: World, tmp_path: Path) -> None:
-    folders = [world.path(name) for name in FOLDERS]
     with pytest.raises(ValueError, match="--pictures"):
-        run(tiny_config({"parts": ["vision"]}), Paths(*folders, tmp_path / "work", tmp_path / "out"))
+        run(tiny_config({"parts": ["vision"]}), replace(world.paths(tmp_path), inputs=world.inputs))

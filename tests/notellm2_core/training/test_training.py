@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from notellm2_core.ahead import Prefetcher
 from notellm2_core.config_training import PARTS, TrainingSettings
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.training.data import load_training_data
 from notellm2_core.training.launch import launch_command
 from notellm2_core.training.loop import TrainingError
 from notellm2_core.training.precision import choose_precision
@@ -32,7 +32,7 @@ from notellm2_core.training.validation import recall_at
 from notellm2_core.training.work import held, open_work
 from tests.notellm2_core.training import rank_checks
 from tests.notellm2_core.training.ranks import run_ranks
-from tests.notellm2_core.training.world import FOLDERS, World, tiny_config, train, write_config
+from tests.notellm2_core.training.world import World, tiny_config, train, training_data, write_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0}
@@ -149,7 +149,7 @@ def test_precision_auto_is_one_of_two(world: World, tmp_path: Path) -> None:
     device = set_up_processes()
     config = tiny_config({"precision": "auto"})
     model, processor = build_model(config, tmp_path)
-    data = load_training_data(processor, *(world.path(n) for n in FOLDERS), tmp_path)
+    data = training_data(world, processor, tmp_path)
     assert choose_precision(model, data, np.arange(8), config, device) in ("bf16", "fp32")
     assert all(p.grad is None for p in model.parameters())
 
@@ -161,13 +161,13 @@ def test_killed_and_resumed_is_as_never_killed(world: World, tmp_path: Path) -> 
     settings = {"num_steps": 40, "batch_pairs": 4, "zero_stage": 2, "num_ranks": 2, "log_every_steps": 5}
     every = {"checkpoint_every_steps": 4, "validate_every_steps": 20}
     config = write_config(tmp_path / "c.yaml", tiny_config({**settings, **every}, start=START))
-    run_ranks(2, rank_checks.train, config, world.root, tmp_path / "straight", tmp_path / "straight_out")
+    run_ranks(2, rank_checks.train, config, world.root, tmp_path / "straight")
 
-    folders = {n: world.path(n) for n in FOLDERS} | {"work": tmp_path / "work", "out": tmp_path / "out"}
+    paths = world.paths(tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = launch_command(config, TrainingSettings(num_ranks=2), **folders)
+    command = launch_command(config, TrainingSettings(num_ranks=2), paths)
     killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    checkpoints = folders["work"] / "checkpoints"
+    checkpoints = paths.work / "checkpoints"
     until(lambda: list(checkpoints.glob("step-*")) or killed.poll() is not None)
     assert killed.poll() is None, "it ended before it could be killed"
     ranks = children(killed.pid)
@@ -176,7 +176,7 @@ def test_killed_and_resumed_is_as_never_killed(world: World, tmp_path: Path) -> 
     killed.wait()
     until(lambda: not any(Path(f"/proc/{r}").exists() for r in ranks), 10)
     assert 0 < max(int(p.name.removeprefix("step-")) for p in checkpoints.glob("step-*")) < 40
-    assert not (folders["out"] / "training.json").exists()
+    assert not (paths.out / "training.json").exists()
 
     heard = tmp_path / "pipes"  # as Dagster Pipes would listen
     context = {"extras": {}, "run_id": "r", "retry_number": 0, "job_name": None, "asset_keys": None}
@@ -189,11 +189,11 @@ def test_killed_and_resumed_is_as_never_killed(world: World, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     said = [m["params"]["message"] for m in map(json.loads, heard.read_text().splitlines()) if m["method"] == "log"]
     assert said[-1].startswith("step 40/40, 0 s to go: validation_loss")
-    weights = [(d / "model.safetensors").read_bytes() for d in (folders["out"], tmp_path / "straight_out")]
+    weights = [(d / "model.safetensors").read_bytes() for d in (paths.out, tmp_path / "straight" / "out")]
     assert weights[0] == weights[1]
-    steps = [line["step"] for line in read_metrics(folders["work"] / "metrics.jsonl") if "loss" in line]
+    steps = [line["step"] for line in read_metrics(paths.work / "metrics.jsonl") if "loss" in line]
     assert steps == sorted(set(steps)) and {1, 40} <= set(steps)
-    assert len(list((folders["work"] / "checkpoints").glob("step-*"))) == 2
+    assert len(list(checkpoints.glob("step-*"))) == 2
 
 
 @pytest.mark.slow
@@ -204,12 +204,12 @@ def test_two_nodes(world: World, tmp_path: Path) -> None:
     settings = {"num_steps": 3, "batch_pairs": 4, "zero_stage": 2}
     nodes = tiny_config({**settings, "num_nodes": 2, "rendezvous": meeting})
     config = write_config(tmp_path / "nodes.yaml", nodes)
-    run_ranks(2, rank_checks.train, config, world.root, tmp_path / "one", tmp_path / "one_out")
-    folders = {n: world.path(n) for n in FOLDERS} | {"work": tmp_path / "work", "out": tmp_path / "out"}
-    command = launch_command(config, nodes.training, **folders)
+    run_ranks(2, rank_checks.train, config, world.root, tmp_path / "one")
+    paths = world.paths(tmp_path)
+    command = launch_command(config, nodes.training, paths)
     running = [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
     assert [node.wait(200) for node in running] == [0, 0]
-    weights = [(d / "model.safetensors").read_bytes() for d in (folders["out"], tmp_path / "one_out")]
+    weights = [(d / "model.safetensors").read_bytes() for d in (paths.out, tmp_path / "one" / "out")]
     assert weights[0] == weights[1]
 
 
@@ -218,8 +218,7 @@ def test_by_deepspeeds_launcher(world: World, tmp_path: Path) -> None:
     """What it runs on every node of a hostfile, by ssh, starts the ranks here without."""
     training = {"num_steps": 2, "batch_pairs": 4, "num_nodes": 2, "hostfile": "hosts"}
     config = write_config(tmp_path / "c.yaml", tiny_config(training))
-    folders = {n: world.path(n) for n in FOLDERS} | {"work": tmp_path / "work", "out": tmp_path / "out"}
-    command = launch_command(config, TrainingSettings(num_nodes=2, hostfile=Path("hosts")), **folders)
+    command = launch_command(config, TrainingSettings(num_nodes=2, hostfile=Path("hosts")), world.paths(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
@@ -239,12 +238,7 @@ def test_by_deepspeeds_launcher(world: World, tmp_path: Path) -> None:
 def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
     """A folder without pairs: one sentence on stderr, no traceback of ours."""
     config = write_config(tmp_path / "c.yaml", tiny_config())
-    folders = {n: world.path(n) for n in FOLDERS} | {
-        "pairs": tmp_path,
-        "work": tmp_path / "work",
-        "out": tmp_path / "out",
-    }
-    command = launch_command(config, TrainingSettings(), **folders)
+    command = launch_command(config, TrainingSettings(), replace(world.paths(tmp_path), pairs=tmp_path))
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode != 0
     line = f"{tmp_path}/train holds no pairs: nothing to train on"

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,22 @@ import yaml
 from PIL import Image
 
 from notellm2_core.config import Config
+from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.model.vision import load_vision_encoder
+from notellm2_core.notes.batch import MLRMProcessor
 from notellm2_core.notes.feature_store import FeatureStore
-from notellm2_core.notes.lake_pictures import PictureFolders
+from notellm2_core.notes.inputs import NoteInputs, PictureFolders
 from notellm2_core.schema import NOTE_IMAGES, NOTES, RELATED_PAIRS
-from notellm2_core.training.loop import Paths, run
+from notellm2_core.training.data import TrainingData, load_training_data
+from notellm2_core.training.launch import Paths
+from notellm2_core.training.run import run
 
-FOLDERS = ("notes", "images", "store", "pairs")
 WORDS = ["tea", "cup", "red", "sky", "boat", "lamp", "fern", "moss", "opal", "quilt", "drum", "kite", "plum", "sand"]
 
 
 @dataclass(frozen=True)
 class World:
-    """Its folders, as the training command takes them."""
+    """Its folders."""
 
     root: Path
 
@@ -33,13 +36,17 @@ class World:
         return self.root / name
 
     @property
-    def pictures(self) -> PictureFolders:
-        return PictureFolders(self.path("notes"), self.root)
+    def inputs(self) -> NoteInputs:
+        """Without pictures: features are read."""
+        return NoteInputs(*map(self.path, ("notes", "images", "store")))
 
-    def arguments(self, config: Path, work: Path, out: Path) -> list[str]:
-        folders = [x for name in FOLDERS for x in (f"--{name}", str(self.path(name)))]
-        pictures = ["--pictures", *map(str, self.pictures)]
-        return ["--config", str(config), *folders, *pictures, "--work", str(work), "--out", str(out)]
+    @property
+    def with_pictures(self) -> NoteInputs:
+        return replace(self.inputs, pictures=PictureFolders(self.path("notes"), self.root))
+
+    def paths(self, folder: Path) -> Paths:
+        """Of a training run, with WORK and OUT below `folder`."""
+        return Paths(self.with_pictures, self.path("pairs"), folder / "work", folder / "out")
 
 
 def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6, complete: bool = False) -> World:
@@ -97,9 +104,13 @@ def picture(seed: int) -> bytes:
 
 def train(world: World, config: Config, folder: Path) -> Path:
     """The whole training in this process, with WORK and OUT below `folder`; returns OUT."""
-    folders = [world.path(n) for n in FOLDERS]
-    run(config, Paths(*folders, folder / "work", folder / "out", pictures=world.pictures))
+    run(config, world.paths(folder))
     return folder / "out"
+
+
+def training_data(world: World, processor: MLRMProcessor, cache: Path) -> TrainingData:
+    """Notes, pairs and stored features."""
+    return load_training_data(InputReader(processor, world.inputs), world.path("pairs"), cache)
 
 
 def tiny_config(training: dict[str, Any] | None = None, **model: Any) -> Config:

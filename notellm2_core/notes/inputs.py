@@ -1,0 +1,52 @@
+"""The folders that every command on notes and their images reads: declared, read and written as options in one place.
+
+Imports no torch.
+"""
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+
+class PictureFolders(NamedTuple):
+    """Where the pictures of a lake's notes are."""
+
+    notes: Path  # the notes dataset
+    source: Path  # the folder that its image_path is relative to
+
+
+@dataclass(frozen=True)
+class NoteInputs:
+    """The notes that a model reads, and their images."""
+
+    notes: Path  # the notes dataset, or its tokens
+    images: Path  # what the features command wrote: note_images.parquet and vision/
+    store: Path  # parent of the feature stores, one per vision encoder
+    pictures: PictureFolders | None = None  # needed where the vision encoder is, or was, trained
+
+    @property
+    def vision(self) -> Path:
+        """The folder of the vision encoder that made the features."""
+        return self.images / "vision"
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        """Declare --notes, --images, --store and --pictures."""
+        parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset, or of its tokens")
+        parser.add_argument("--images", type=Path, required=True, help="what the features command wrote")
+        parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
+        parser.add_argument(
+            "--pictures", type=Path, nargs=2, metavar=("NOTES", "SOURCE"),
+            help="folders of the notes dataset and of its pictures, where the vision encoder is, or was, trained",
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, args: Namespace) -> "NoteInputs":
+        """From what a parser with these options has read."""
+        return cls(args.notes, args.images, args.store, PictureFolders(*args.pictures) if args.pictures else None)
+
+    def arguments(self) -> list[str]:
+        """These options of a command line."""
+        options = ["--notes", str(self.notes), "--images", str(self.images), "--store", str(self.store)]
+        return [*options, "--pictures", *map(str, self.pictures)] if self.pictures else options

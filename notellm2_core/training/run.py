@@ -1,0 +1,226 @@
+"""A training run: prepare -> resume -> train (loop.py) -> finish."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from notellm2_core.config import Config
+from notellm2_core.lake import fingerprint
+from notellm2_core.model.build import build_model
+from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.open_inputs import InputReader
+from notellm2_core.model.parts import set_trained
+from notellm2_core.model.vision import VisionEncoder
+from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.recipe import STAGES, flatten, get_setting
+from notellm2_core.runtime.files import write_atomically
+from notellm2_core.training import engine as engines
+from notellm2_core.training.checkpoints import Checkpoints
+from notellm2_core.training.data import TrainingData, load_training_data, model_cache, schedule
+from notellm2_core.training.engine import Precision
+from notellm2_core.training.gradient import idle_step
+from notellm2_core.training.launch import NO_REPORTS, Paths, Reports
+from notellm2_core.training.loop import Run, TrainingError, train
+from notellm2_core.training.moved import load_moved
+from notellm2_core.training.precision import choose_precision
+from notellm2_core.training.progress import MlflowCurves, Progress
+from notellm2_core.training.save import DONE, save_model
+from notellm2_core.training.speed import Speed
+from notellm2_core.training.start import apply_start
+from notellm2_core.training.work import held, open_work
+
+
+def run(config: Config, paths: Paths, reports: Reports = NO_REPORTS, train_days: Sequence[str] | None = None) -> None:
+    """Train as `config` says and save the model into `paths.out`. Called on every rank, which it joins to the others.
+
+    Resumes from the last checkpoint of `paths.work`. The weights are those of an uninterrupted run:
+    - same machine, on a CPU: identical bits;
+    - on a GPU: up to summation order;
+    - other machine, number of ranks or size of micro-batches: up to rounding and dropout draws.
+
+    Does nothing where `paths.out` holds this run's model already.
+
+    Args:
+        train_days: first day and (exclusive) end of the log that the pairs are of, for the model card.
+
+    Raises ValueError for inputs and settings that do not fit, TrainingError where a loss is not finite.
+    """
+    device = engines.set_up_processes()
+    with held(paths.work):
+        prepared = prepare(config, paths, reports)
+        if prepared is None:
+            return
+        this_run = resume(config, paths, reports, prepared, device)
+        try:
+            train(this_run)
+            finish(this_run, train_days)
+        except TrainingError:  # on every rank: what is being written is not lost
+            this_run.checkpoints.close()
+            raise
+        finally:
+            this_run.checkpoints.stop()
+            this_run.progress.close()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run reads before it touches its work folder."""
+
+    processor: MLRMProcessor
+    model: MLRMModel
+    encoder: VisionEncoder | None  # where it is trained
+    data: TrainingData
+    settings: dict[str, Any]
+    begun: dict[str, Any]  # run.json of the work folder; {} for a new run
+
+
+def prepare(config: Config, paths: Paths, reports: Reports) -> Prepared | None:
+    """Load model and data, and check that the folders are this run's. None where its model is saved already."""
+    training = config.training
+    with engines.first_on_machine():
+        model, processor = build_model(config, model_cache(config))
+        encoder = VisionEncoder.from_pretrained(paths.inputs.vision) if config.trains_vision else None
+        reader = InputReader(processor, paths.inputs, encoder, config.source.max_image_pixels)
+        hard_negatives = paths.hard_negatives if training.hard_negatives.num else None
+        data = load_training_data(reader, paths.pairs, paths.work, hard_negatives)
+    if encoder is not None and dist.get_rank() == 0:
+        text = "the vision encoder is trained: every step encodes its pictures, and their stored features are not read"
+        print(text, file=sys.stderr)
+        if reports.log is not None:
+            reports.log(text)
+    settings = run_settings(config, data)
+    begun = open_work(paths.work, settings)
+    if _is_finished(paths.out, settings, begun):
+        if dist.get_rank() == 0:
+            print(f"{paths.out} holds the model of this training already", file=sys.stderr)
+        return None
+    dist.barrier()  # all ranks have looked before rank 0 writes
+    return Prepared(processor, model, encoder, data, settings, begun)
+
+
+def _is_finished(out: Path, settings: Mapping[str, Any], begun: Mapping[str, Any]) -> bool:
+    """Whether `out` holds this run's model. Raises ValueError where it holds anything else."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give --out an empty folder")
+    if (done := out / DONE).exists():  # perhaps this run's, killed before it could exit
+        if not begun or json.loads(done.read_text()).get("settings") != fingerprint(settings):
+            raise ValueError(f"{out} holds a trained model already: give --out an empty folder")
+        return True
+    if not begun and out.exists() and (files := sorted(out.iterdir())):
+        raise ValueError(f"{out} holds {files[0].name}: give --out an empty folder")
+    return False
+
+
+def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, device: torch.device) -> Run:
+    """The run as its last checkpoint left it; without one, before its first step."""
+    training, rank, num_ranks = config.training, dist.get_rank(), dist.get_world_size()
+    model, encoder, data = prepared.model, prepared.encoder, prepared.data
+    checkpoints = Checkpoints(
+        paths.work / "checkpoints",
+        training.checkpoint_every_steps,
+        training.checkpoint_every_minutes,
+        training.num_checkpoints,
+    )
+    first_step = checkpoints.last_step()
+    other_ranks = first_step > 0 and checkpoints.num_ranks(first_step) != num_ranks
+    set_trained(model, config, encoder)
+    if first_step == 0 or other_ranks:
+        apply_start(model, data, config, encoder)
+    model.train()
+    engines.broadcast_new_modules(model, device)
+    batches = schedule(data.contents(data.train_pairs), training.batch_pairs, training.num_steps, config.seed)
+    precision = _precision(config, paths, prepared, batches[0], device)
+    speed = Speed(model, device, num_ranks)
+    engine = engines.make_engine(model, config, precision, encoder)
+    if other_ranks and engine.zero_optimization_stage():
+        rows = data.train_pairs[batches[0]].reshape(-1)
+        load_moved(engine, checkpoints.folder, first_step, partial(idle_step, engine, data, rows, config, device))
+    elif first_step:
+        checkpoints.load(engine, first_step)
+    metrics, curves = paths.work / "metrics.jsonl", _curves(config, reports)
+    progress = Progress(metrics, first_step, training.num_steps, rank == 0, reports.log, curves, speed.figures)
+    return Run(
+        config=config,
+        paths=paths,
+        settings=prepared.settings,
+        device=device,
+        processor=prepared.processor,
+        model=model,
+        encoder=encoder,
+        data=data,
+        batches=batches,
+        precision=precision,
+        engine=engine,
+        first_step=first_step,
+        checkpoints=checkpoints,
+        progress=progress,
+        speed=speed,
+    )
+
+
+def _precision(
+    config: Config, paths: Paths, prepared: Prepared, first_pairs: np.ndarray, device: torch.device
+) -> Precision:
+    """That of run.json; a new run chooses one and begins the file."""
+    if prepared.begun:
+        return prepared.begun["precision"]
+    precision = choose_precision(prepared.model, prepared.data, first_pairs, config, device, prepared.encoder)
+    if dist.get_rank() == 0:
+        begun = {"settings": prepared.settings, "precision": precision}
+        write_atomically(paths.work / "run.json", json.dumps(begun, indent=1))
+    return precision
+
+
+def finish(run: Run, train_days: Sequence[str] | None) -> None:
+    """Save the trained model, its card and training.json."""
+    vision = run.paths.inputs.vision if run.encoder is None else run.encoder
+    save_model(run.model, run.processor, vision, run.paths.out, run.config, train_days, _summary(run))
+
+
+def run_settings(config: Config, data: TrainingData) -> dict[str, Any]:
+    """All that changes the weights by more than rounding: settings by their dotted names, and the pairs."""
+    tree = config.model_dump(mode="json")
+    settings = {key: get_setting(tree, key) for key in STAGES["checkpoint"].settings}
+    of_data = {"training pairs": fingerprint([data.train_pairs.tolist(), data.note_ids])}
+    if data.hard_negatives is not None:
+        of_data["hard negatives"] = fingerprint([negatives.tolist() for negatives in data.hard_negatives])
+    return {**flatten(settings), **of_data}
+
+
+def _curves(config: Config, reports: Reports) -> MlflowCurves | None:
+    if dist.get_rank() or not reports.mlflow_uri or not reports.mlflow_run_id:
+        return None
+    return MlflowCurves(reports.mlflow_uri, reports.mlflow_run_id, config.tracking.timeout_seconds)
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    """training.json: was it good?"""
+    losses, speed = run.progress.series("loss"), run.progress.series("notes_per_s")
+    if not losses:
+        return {}
+    summary: dict[str, Any] = {
+        "steps": run.config.training.num_steps,
+        "seconds": round(run.progress.seconds, 1),
+        "notes_per_s": round(sum(speed) / len(speed), 2),
+        "precision": run.precision,
+        "num_ranks": dist.get_world_size(),
+        "zero_stage": run.config.training.zero_stage,
+        "settings": fingerprint(run.settings),
+        "num_train_pairs": len(run.data.train_pairs),
+        "num_train_notes": len(run.data.train_notes),
+        "num_validation_pairs": len(run.data.validation_pairs),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+    }
+    for key in ("loss_m", "loss_v", "loss_cross", "tau", "gate_mean", "validation_loss", "validation_recall_at_10"):
+        if series := run.progress.series(key):
+            summary[key] = series[-1]
+    return summary

@@ -1,0 +1,82 @@
+"""What a model reads of the notes: stored features, or the pictures where its own vision encoder reads them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from notellm2_core.model.build import build_model
+from notellm2_core.model.open_inputs import InputReader, load_model_and_reader
+from notellm2_core.model.vision import VisionEncoder
+from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.notes.feature_store import FeatureStore
+from notellm2_core.notes.inputs import NoteInputs
+from notellm2_core.notes.lake_pictures import LakePictures
+from notellm2_core.notes.token_table import TOKENS, read_tokens
+from notellm2_core.notes.tokens import tokenise
+from notellm2_core.training.save import save_model
+from tests.notellm2_core.training.world import World, tiny_config, write_world
+
+NOTES = ["n004", "n005", "n006"]  # the second has no picture
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return write_world(tmp_path_factory.mktemp("world"), num_pairs=4, num_validation=0)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> MLRMProcessor:
+    return build_model(tiny_config(), tmp_path_factory.mktemp("models"))[1]
+
+
+def test_stored_features(world: World, processor: MLRMProcessor, tmp_path: Path) -> None:
+    """Of three notes and of all eight; the same from the notes as from their tokens."""
+    reader = InputReader(processor, world.inputs)
+    notes = reader.open(NOTES)
+    assert sorted(notes.tokens) == sorted(notes.image_ids) == NOTES
+    assert [notes.image_ids[note_id] is None for note_id in NOTES] == [False, True, False]
+    assert isinstance(notes.images, FeatureStore) and notes.images.root == world.path("store") / reader.encoder_id
+    assert len(notes.images.load([i for i in notes.image_ids.values() if i is not None]).patches) == 2
+    assert len(reader.open().tokens) == len(reader.open().image_ids) == 8
+
+    tokenise(processor.note_tokenizer, world.path("notes"), tmp_path)
+    assert (tmp_path / TOKENS).exists()
+    tokens = replace(reader, inputs=replace(world.inputs, notes=tmp_path)).open(NOTES).tokens
+    for note_id, fields in read_tokens(world.path("notes"), processor.note_tokenizer, NOTES).items():
+        assert all(map(np.array_equal, tokens[note_id], fields))
+
+
+def test_pictures_on_demand(world: World, processor: MLRMProcessor) -> None:
+    """Where there is an encoder, its pictures are needed, and the store is not: here there is none."""
+    encoder = VisionEncoder.from_pretrained(world.inputs.vision)
+    inputs = replace(world.with_pictures, store=world.path("nowhere"))
+    notes = InputReader(processor, inputs, encoder).open(NOTES)
+    assert isinstance(notes.images, LakePictures)
+    assert notes.images.image_ids == [notes.image_ids["n004"], notes.image_ids["n006"]]
+    assert all(notes.images.read(notes.images.image_ids))
+    with pytest.raises(ValueError, match=r"say where the pictures are \(--pictures NOTES SOURCE\)"):
+        InputReader(processor, replace(inputs, pictures=None), encoder).open(NOTES)
+    with pytest.raises(ValueError, match="holds no vision features"):
+        InputReader(processor, inputs).open(NOTES)
+
+
+def test_a_saved_model_reads_with_its_own_encoder(world: World, tmp_path: Path) -> None:
+    """One that was trained is in no store; the frozen one is. Without pictures, the first is refused."""
+
+    def read(name: str, inputs: NoteInputs) -> InputReader:
+        return load_model_and_reader(tmp_path / name, inputs, 10_000)[1]
+
+    config = tiny_config()
+    frozen = VisionEncoder.from_pretrained(world.inputs.vision)
+    trained = frozen.with_weights({name: weight + 1 for name, weight in frozen.state_dict().items()})
+    for name, vision in (("frozen", world.inputs.vision), ("trained", trained)):
+        save_model(*build_model(config, tmp_path / "models"), vision, tmp_path / name, config)
+    assert read("frozen", world.with_pictures).encoder is None
+    assert read("frozen", world.inputs).encoder_id == frozen.encoder_id
+    reader = read("trained", world.with_pictures)
+    assert reader.encoder is not None and reader.max_pixels == 10_000
+    assert reader.encoder_id == reader.encoder.encoder_id == trained.encoder_id != frozen.encoder_id
+    with pytest.raises(ValueError, match=f"trained with vision encoder {trained.encoder_id}"):
+        read("trained", world.inputs)

@@ -1,0 +1,35 @@
+"""The folders of the notes as options of a command, and back."""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+
+from notellm2_core.notes.inputs import NoteInputs, PictureFolders
+
+PICTURES = PictureFolders(Path("lake/notes"), Path("source"))
+
+
+@pytest.mark.parametrize("pictures", [None, PICTURES])
+def test_options_and_back(pictures: PictureFolders | None) -> None:
+    parser = ArgumentParser()
+    NoteInputs.add_arguments(parser)
+    inputs = NoteInputs(Path("a notes folder"), Path("images"), Path("store"), pictures)
+    assert NoteInputs.of(parser.parse_args(inputs.arguments())) == inputs
+    assert inputs.vision == Path("images/vision")
+
+
+def test_the_options() -> None:
+    inputs = NoteInputs(Path("n"), Path("i"), Path("s"), PICTURES)
+    assert " ".join(inputs.arguments()) == "--notes n --images i --store s --pictures lake/notes source"
+
+
+@pytest.mark.parametrize("left_out", ["--notes", "--images", "--store"])
+def test_only_the_pictures_are_optional(left_out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser()
+    NoteInputs.add_arguments(parser)
+    options = NoteInputs(Path("n"), Path("i"), Path("s")).arguments()
+    place = options.index(left_out)
+    with pytest.raises(SystemExit):
+        parser.parse_args(options[:place] + options[place + 2 :])
+    assert f"required: {left_out}" in capsys.readouterr().err
