@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 
 from assets.resources.pipeline import Pipeline, user_errors
-from notellm2_core.config_data import CheckSettings
+from notellm2_core.config.data import CheckSettings
 
 Figures = Mapping[str, Any]
 Verdict = tuple[bool, dict[str, Any]]

@@ -9,13 +9,14 @@ from assets.resources.steps import GPU, Metrics, Step, dataset
 @dataset("evaluation", {"pytorch"}, on=GPU)
 def saliency(step: Step) -> Metrics:
     """How much each layer's final compressed word reads from the image, from the text, and the rest (Eq. 3-6)."""
-    from notellm2_core.evaluation.saliency import read_saliency, visual_shares
+    from notellm2_core.evaluation.saliency_report import read_saliency, visual_shares
 
     if step.config.evaluation.saliency_pairs == 0:
         return {}
-    step.command([sys.executable, "-m", "notellm2_core.training.saliency", "--config", write_config(step.recipe),
-                  *note_inputs(step).arguments(), "--model", step.path("checkpoint"),
-                  "--pairs", step.path("pair_datasets"), "--out", step.out])  # fmt: skip
+    step.command([sys.executable, "-m", "notellm2_core.training.measure_saliency",
+                  "--config", write_config(step.recipe), *note_inputs(step).arguments(),
+                  "--model", step.path("checkpoint"), "--pairs", step.path("pair_datasets"),
+                  "--out", step.out])  # fmt: skip
     record = read_saliency(step.out)
     assert record is not None
     return {"num_notes": record["num_notes"], "visual_share": visual_shares(record)}
@@ -30,7 +31,8 @@ SHOWN = {
 @dataset("evaluation", {"numpy"}, show=SHOWN)
 def eval_recall(step: Step) -> Metrics:
     """Exact Recall@k on held-out notes for every input and slice, with baselines and a picture of neighbours."""
-    from notellm2_core.evaluation.release import ReportInputs, write_report
+    from notellm2_core.evaluation.report_files import ReportInputs, write_report
+    from notellm2_core.model.card import write_card
 
     # By time, the pool had no clicks before the test days: this is the best that popularity could do.
     clicks = "test_clicks" if step.config.split.by == "time" else "train_clicks"
@@ -46,4 +48,6 @@ def eval_recall(step: Step) -> Metrics:
         saliency=step.path("saliency"),
     )
     recall = write_report(step.config, inputs, step.out)
+    license = step.config.model.license
+    write_card(step.path("checkpoint"), license, step.out / "recall.md", step.out / "model_card.md")
     return {**recall, "ann": dict(step.inputs["faiss_index"].manifest.metrics)}

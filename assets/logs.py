@@ -11,9 +11,9 @@ from assets.resources.demo_source import ensure_source
 from assets.resources.incremental import Period, landings, reduced_periods
 from assets.resources.partitions import require_partitions
 from assets.resources.steps import SPARK, Metrics, Step, dataset
-from notellm2_core.config_advice import without_effect
-from notellm2_core.config_data import EventSettings
-from notellm2_core.recipe import Recipe
+from notellm2_core.config.data import EventSettings
+from notellm2_core.config.unused import without_effect
+from notellm2_core.lake.catalog import Recipe
 
 SPARK_KINDS = {"spark", "parquet"}
 
@@ -33,7 +33,7 @@ def raw_events_asset(partitions: dg.TimeWindowPartitionsDefinition) -> dg.Assets
 
 def raw_events(step: Step) -> Metrics:
     """The behaviour logs as they came, placed in time: a folder per period, one for rows without a readable time."""
-    from spark_jobs.landing import landed_figures
+    from spark_jobs.ingest import landed_figures
 
     with step.spark() as spark:
         parts = landings(step.context, spark, step.recipe)
@@ -55,8 +55,8 @@ def notes(step: Step) -> Metrics:
 @dataset("logs", SPARK_KINDS, on=SPARK)
 def events(step: Step) -> Metrics:
     """What Eq. 2 asks of the clean events of the training and of the test days: first views and last clicks."""
+    from spark_jobs.ingest import UNDATED, periods_between
     from spark_jobs.interactions import Window, join_periods
-    from spark_jobs.landing import UNDATED, periods_between
 
     raw, days, source = step.inputs["raw_events"], step.recipe.window, step.config.source
     train, test = (

@@ -12,14 +12,14 @@ from assets.resources.arguments import feature_store, note_inputs, picture_folde
 from assets.resources.commands import run_command
 from assets.resources.export import MULTIMODAL, export
 from assets.resources.steps import GPU, PROCESS, Metrics, Step, dataset
-from notellm2_core.recipe import Recipe
+from notellm2_core.lake.catalog import Recipe
 
 PYTHON = (sys.executable, "-m")
 
 
 def _restore_features(context: dg.AssetExecutionContext, recipe: Recipe) -> None:
     """The store outlives the dataset, and parts of it may have been removed: compute these again."""
-    from notellm2_core.notes.feature_store import num_missing
+    from notellm2_core.vision.feature_store import num_missing
 
     features = recipe.find("vision_features")
     if features is not None and (missing := num_missing(features.path, feature_store(recipe))):
@@ -30,7 +30,7 @@ def _restore_features(context: dg.AssetExecutionContext, recipe: Recipe) -> None
 
 def _features_command(recipe: Recipe, out: Path) -> Sequence[str]:
     notes, source = picture_folders(recipe)
-    command = [*PYTHON, "notellm2_core.notes.features", "--config", write_config(recipe), "--notes", notes,
+    command = [*PYTHON, "notellm2_core.vision.extract", "--config", write_config(recipe), "--notes", notes,
                "--source", source, "--store", feature_store(recipe), "--out", out]  # fmt: skip
     return [str(part) for part in command]
 
@@ -45,7 +45,7 @@ def vision_features(step: Step) -> Metrics:
 @dataset("model", {"huggingface"}, on=PROCESS)
 def note_tokens(step: Step) -> Metrics:
     """Every note's text as the LLM's tokens, once for all methods; trainings and exports map the file into memory."""
-    step.command([*PYTHON, "notellm2_core.notes.tokens", "--config", write_config(step.recipe),
+    step.command([*PYTHON, "notellm2_core.model.tokenise", "--config", write_config(step.recipe),
                   "--notes", step.path("notes/notes"), "--out", step.out])  # fmt: skip
     return json.loads((step.out / "counts.json").read_text())
 
@@ -53,7 +53,7 @@ def note_tokens(step: Step) -> Metrics:
 @dataset("model", {"pytorch", "huggingface"}, on=GPU)
 def start_model(step: Step) -> Metrics:
     """The model before its first step: what the zero-shot rows of the report measure."""
-    step.command([*PYTHON, "notellm2_core.training.start", "--config", write_config(step.recipe),
+    step.command([*PYTHON, "notellm2_core.training.initialise", "--config", write_config(step.recipe),
                   *note_inputs(step, pictures=False).arguments(), "--pairs", step.path("pair_datasets"),
                   "--out", step.out, "--train-days", *step.recipe.window.train.iso()])  # fmt: skip
     return {}

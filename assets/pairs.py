@@ -1,7 +1,7 @@
 """From clean events to related pairs, split without leaks (Eq. 2, section 2.3)."""
 
 from assets.resources.steps import SPARK, Metrics, Step, dataset
-from notellm2_core.config_data import FilterSettings, ScoringSettings, SideSettings
+from notellm2_core.config.data import FilterSettings, ScoringSettings, SideSettings
 
 SPARK_KINDS = {"spark", "parquet"}
 

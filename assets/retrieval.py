@@ -35,7 +35,7 @@ def baseline_embeddings(step: Step) -> Metrics:
 @dataset("retrieval", {"faiss"}, on=PROCESS)
 def faiss_index(step: Step) -> Metrics:
     """The ANN index of all notes' multimodal embeddings, with its recall against exact search."""
-    from notellm2_core.embeddings import read_embeddings
+    from notellm2_core.embeddings.table import read_embeddings
     from notellm2_core.retrieval.index import Index, ann_recall, build_index
 
     settings, folder = step.config.index, step.path(f"note_embeddings/{MULTIMODAL}")

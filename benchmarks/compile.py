@@ -19,13 +19,13 @@ from torch import nn
 from training import PAIRS, RESULTS, heading, settings, synchronize, training_data
 from transformers import AttentionInterface
 
-from notellm2_core.config import Config
+from notellm2_core.config.settings import Config
 from notellm2_core.model.build import build_model
 from notellm2_core.model.packing import PACKED_SDPA
-from notellm2_core.model.parts import set_trained
-from notellm2_core.notes.batch import MLRMProcessor
-from notellm2_core.training import engine as engines
-from notellm2_core.training.gradient import batch_gradient, prepare
+from notellm2_core.model.trainable import set_trained
+from notellm2_core.notes.processor import MLRMProcessor
+from notellm2_core.training.engine import deepspeed as engines
+from notellm2_core.training.step import batch_gradient, prepare
 
 WARM_UP = 3  # steps, in which graphs are made
 

@@ -39,7 +39,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from recall_seeds import tree_memory
 
-from notellm2_core.config_data import EventSettings, ScoringSettings
+from notellm2_core.config.data import EventSettings, ScoringSettings
 from notellm2_core.runtime.files import parquet_files
 
 RESULTS = Path(__file__).parent / "results"
@@ -137,7 +137,7 @@ def _with_spark(log: Path, out: Path, memory: str, scores: Callable[[DataFrame],
 
 
 def new_session(memory: str) -> SparkSession:
-    from spark_jobs.session import spark_session
+    from spark_jobs.common.session import spark_session
 
     spark = spark_session("benchmark", "local[2]", memory, 16)
     spark.range(1000).repartition(2).mapInArrow(

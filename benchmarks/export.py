@@ -5,7 +5,7 @@
 The model and the notes are those of training.py, in fp32 as exports are on a CPU. Contenders take turns, each round in
 a process of its own; the median counts.
 
-  export          `BatchEmbedder`, as notellm2_core.retrieval.export uses it
+  export          `BatchEmbedder`, as notellm2_core.inference.export uses it
   llm             the bare LLM's forward over as many real tokens, in rows without any padding, 16 at a time (faster
                   than 64 on a CPU)
   plain           our model too, in batches of 64 notes in the order of arrival, each padded to its longest
@@ -24,8 +24,8 @@ from training import NUM_IMAGES, RESULTS, heading, medians, notes, settings, tim
 
 from notellm2_core.inference.batch_embedder import BatchEmbedder
 from notellm2_core.model.build import build_model
-from notellm2_core.notes.batch import MLRMProcessor
-from notellm2_core.notes.feature_store import Features
+from notellm2_core.notes.processor import MLRMProcessor
+from notellm2_core.vision.feature_store import Features
 
 BATCH, ROWS = 64, 16
 

@@ -28,7 +28,7 @@ What a step of 6.8e9 weights holds on one GPU, in GB: weights in bf16 14; master
 so that 256 pairs peak at 134 of 149 GB (139 GiB). Without it a token takes 6 MB, and little more than 16 pairs fit.
 `--micro-batch-tokens` bounds activations too, for as much computed again.
 
-MFU counts no recomputation (`notellm2_core.training.speed`). On a CPU nothing is written.
+MFU counts no recomputation (`notellm2_core.training.engine.throughput`). On a CPU nothing is written.
 """
 
 import argparse
@@ -59,18 +59,18 @@ from training import (
     training_data,
 )
 
-from notellm2_core.config import Config
-from notellm2_core.config_file import load_config
+from notellm2_core.config.load import load_config
+from notellm2_core.config.settings import Config
 from notellm2_core.inference.batch_embedder import BatchEmbedder
 from notellm2_core.model.build import build_processor, mlrm_config
 from notellm2_core.model.kernels import fuse_kernels
 from notellm2_core.model.llm import llm_architecture, tiny_tokenizer
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.model.parts import set_trained
-from notellm2_core.notes.batch import FieldTokens, MLRMProcessor
-from notellm2_core.notes.records import Note
-from notellm2_core.training.engine import make_engine, set_up_processes
-from notellm2_core.training.speed import Speed
+from notellm2_core.model.trainable import set_trained
+from notellm2_core.notes.note import Note
+from notellm2_core.notes.processor import FieldTokens, MLRMProcessor
+from notellm2_core.training.engine.deepspeed import make_engine, set_up_processes
+from notellm2_core.training.engine.throughput import Speed
 
 PAPER = Path(__file__).parents[1] / "pipelines" / "configs" / "paper_mtomato_base.yaml"
 WORDS = ["note", "one", "this", "word", "into", "content"]  # of the prompts, so that each is one token

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import yaml
 
-from notellm2_core.config_file import load_config
-from notellm2_core.recipe import Recipe
+from notellm2_core.config.load import load_config
+from notellm2_core.lake.catalog import Recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

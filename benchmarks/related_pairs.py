@@ -44,7 +44,7 @@ def swing(log: Path, out: Path, memory: str) -> float:
 
 
 def filters(log: Path, out: Path, memory: str) -> float:
-    from notellm2_core.config_data import FilterSettings
+    from notellm2_core.config.data import FilterSettings
     from spark_jobs.related_pairs import relate
 
     spark = new_session(memory)

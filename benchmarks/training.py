@@ -38,24 +38,24 @@ import psutil
 import torch
 from torch import Tensor
 
-import notellm2_core.torch_compat  # noqa: F401, before transformers
+import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers
 
 # isort: split
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from notellm2_core.ahead import Prefetcher
-from notellm2_core.config import Config
+from notellm2_core.config.settings import Config
 from notellm2_core.demo.words import THEMES
 from notellm2_core.model.build import build_model
-from notellm2_core.model.parts import set_trained
-from notellm2_core.notes.batch import MLRMProcessor
-from notellm2_core.notes.records import Note
-from notellm2_core.training import engine as engines
-from notellm2_core.training.data import TrainingData
-from notellm2_core.training.feature_table import FeatureTable
-from notellm2_core.training.gradient import batch_gradient, prepare
-from notellm2_core.training.losses import BatchLabels
-from notellm2_core.training.micro_batches import Share
+from notellm2_core.model.trainable import set_trained
+from notellm2_core.notes.note import Note
+from notellm2_core.notes.processor import MLRMProcessor
+from notellm2_core.runtime.prefetch import Prefetcher
+from notellm2_core.training.data.dataset import TrainingData
+from notellm2_core.training.data.micro_batches import Share
+from notellm2_core.training.engine import deepspeed as engines
+from notellm2_core.training.objective.losses import BatchLabels
+from notellm2_core.training.step import batch_gradient, prepare
+from notellm2_core.vision.feature_table import FeatureTable
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS, SMALL, LARGE = 32, 16, 256

@@ -29,14 +29,14 @@ import pyarrow.parquet as pq
 import yaml
 from scipy import stats
 
-from notellm2_core.config import Config
-from notellm2_core.config_file import load_config
-from notellm2_core.config_training import TrainingSettings
+from notellm2_core.config.load import load_config
+from notellm2_core.config.settings import Config
+from notellm2_core.config.training import TrainingSettings
 from notellm2_core.evaluation.evaluate import evaluate
-from notellm2_core.evaluation.saliency import read_saliency, visual_shares
+from notellm2_core.evaluation.saliency_report import read_saliency, visual_shares
+from notellm2_core.lake.catalog import Recipe
 from notellm2_core.model.build import load_model
 from notellm2_core.notes.inputs import NoteInputs
-from notellm2_core.recipe import Recipe
 from notellm2_core.runtime.files import new_folder, write_atomically
 from notellm2_core.training.launch import Paths, launch_command
 
@@ -186,9 +186,9 @@ def run(seed: int, cell: Sequence[str], reader: Path, changes: dict[str, Any], o
     train(config, folder, notes, pairs)
     common = ["--config", folder / "config.yaml", "--model", folder / "model", *notes.arguments()]
     export = ["--note-ids", pairs / "pool", "--inputs", "multimodal,image,text", "--out", folder / "embeddings"]
-    call(python("notellm2_core.retrieval.export", *common, *export), folder / "export.log")
+    call(python("notellm2_core.inference.export", *common, *export), folder / "export.log")
     measure = ["--pairs", pairs, "--out", folder / "saliency"]
-    call(python("notellm2_core.training.saliency", *common, *measure), folder / "saliency.log")
+    call(python("notellm2_core.training.measure_saliency", *common, *measure), folder / "saliency.log")
     record = read_saliency(folder / "saliency")
     assert record is not None
     facts = json.loads((folder / "model" / "training.json").read_text())

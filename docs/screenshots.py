@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from notellm2_core.config_file import config_in_force
-from notellm2_core.recipe import Recipe
+from notellm2_core.config.load import config_in_force
+from notellm2_core.lake.catalog import Recipe
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"

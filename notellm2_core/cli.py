@@ -5,10 +5,10 @@ import json
 import sys
 from pathlib import Path
 
-from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.config import IndexSettings, ReportSettings
-from notellm2_core.config_data import DemoSettings
-from notellm2_core.config_options import add_options, settings_from
+from notellm2_core.config.data import DemoSettings
+from notellm2_core.config.options import add_options, settings_from
+from notellm2_core.config.settings import IndexSettings, ReportSettings
+from notellm2_core.runtime.errors import one_line_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -77,14 +77,14 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _describe(options: argparse.Namespace) -> None:
-    from notellm2_core.config_file import load_config
+    from notellm2_core.config.load import load_config
     from notellm2_core.model.describe import describe
 
     print(json.dumps(describe(load_config(options.config)), indent=1))
 
 
 def _embed(options: argparse.Namespace) -> None:
-    from notellm2_core.retrieval.embed import BATCH_NOTES, embed_notes
+    from notellm2_core.inference.embed_table import BATCH_NOTES, embed_notes
 
     batch_notes = BATCH_NOTES if options.batch_notes is None else options.batch_notes
     counts = embed_notes(
@@ -111,7 +111,7 @@ def _index_build(options: argparse.Namespace) -> None:
 
 
 def _index_search(options: argparse.Namespace) -> None:
-    from notellm2_core.embeddings import read_embeddings
+    from notellm2_core.embeddings.table import read_embeddings
     from notellm2_core.retrieval.index import Index
 
     table = read_embeddings(options.embeddings)

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 from assets.resources.tracking import tracking_uri
-from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.config_file import config_in_force
-from notellm2_core.processes import die_with_parent
-from notellm2_core.recipe import Recipe
+from notellm2_core.config.load import config_in_force
+from notellm2_core.lake.catalog import Recipe
+from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.processes import die_with_parent
 
 BIN = Path(sys.executable).parent
 PATIENCE_SECONDS = 10  # for a server that was asked to end

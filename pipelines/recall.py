@@ -15,11 +15,11 @@ from dagster import DagsterEventType, DagsterInstance
 
 from assets.resources.commands import forked_commands
 from assets.resources.partitions import log_partitions
-from notellm2_core.config_file import config_in_force, week_in_force
-from notellm2_core.lake import LakeError
-from notellm2_core.processes import die_with_parent
-from notellm2_core.recipe import Recipe
+from notellm2_core.config.load import config_in_force, week_in_force
+from notellm2_core.lake.catalog import Recipe
+from notellm2_core.lake.lake import LakeError
 from notellm2_core.runtime.files import host
+from notellm2_core.runtime.processes import die_with_parent
 
 _HOST, _PROCESS = "notellm2/host", "notellm2/process"  # tags of a run: where it lives
 

@@ -12,10 +12,10 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from notellm2_core.config_data import EventSettings
+from notellm2_core.config.data import EventSettings
 from notellm2_core.schema import EVENTS, NOTES, QUARANTINE, SOURCE_NOTE_COLUMNS
+from spark_jobs.common.tables import counts_by, figures, read_table, readable, write_table
 from spark_jobs.source import read_source_notes, trimmed
-from spark_jobs.tables import counts_by, figures, read_table, readable, write_table
 
 IGNORED = "ignored_event"  # the label of rows that are out of question rather than at fault: not quarantined
 

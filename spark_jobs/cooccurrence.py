@@ -5,7 +5,7 @@ python -m spark_jobs.cooccurrence --events PATH --out DIR [--view-events view,cl
 The command takes every readable event: robots and absurd times are left to the pipeline, which sees the whole log.
 
 Spark brings each user's interactions together, and then the lists made of them; what is done inside a task is in
-`spark_jobs.score_tasks`. Pairs, by far the largest table, are never shuffled (docs/decisions/0008).
+`spark_jobs.scoring.score_blocks`. Pairs, by far the largest table, are never shuffled (docs/decisions/0008).
 """
 
 import argparse
@@ -25,25 +25,18 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.config_data import EventSettings, ScoringSettings
-from notellm2_core.config_options import add_options, settings_from
+from notellm2_core.config.data import EventSettings, ScoringSettings
+from notellm2_core.config.options import add_options, settings_from
+from notellm2_core.runtime.errors import one_line_errors
 from notellm2_core.runtime.files import parquet_files
 from notellm2_core.schema import SCORES
 from spark_jobs.clean import label_events, split_labelled, within
+from spark_jobs.common.session import absolute_path, spark_session
+from spark_jobs.common.tables import counts_by, num_files, read_table, readable, replacing, top_counts, write_table
+from spark_jobs.ingest import land_events
 from spark_jobs.interactions import interactions
-from spark_jobs.landing import land_events
-from spark_jobs.score_tasks import (
-    FIGURES,
-    PIECES,
-    cut_lists,
-    merged_figures,
-    write_note_ids,
-    write_scores,
-)
-from spark_jobs.session import absolute_path, spark_session
+from spark_jobs.scoring.score_blocks import FIGURES, PIECES, cut_lists, merged_figures, write_note_ids, write_scores
 from spark_jobs.source import alike, event_files, read_source_events
-from spark_jobs.tables import counts_by, num_files, read_table, readable, replacing, top_counts, write_table
 
 
 def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -> dict[str, Any]:
@@ -55,7 +48,7 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -
 
     Of each user, the `max_user_notes` notes first viewed latest and the `max_user_notes` notes last clicked latest make
     pairs (None: all of them); N_u counts all. `score = "swing"` makes another score of the same clicks
-    (`spark_jobs.swing`).
+    (`spark_jobs.scoring.swing`).
 
     `out` gets a file for each block of queries, ordered by query and target: the same bytes on every run. Workers write
     them, so all of them must see it.

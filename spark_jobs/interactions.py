@@ -19,10 +19,10 @@ from pyspark.sql import Window as SparkWindow
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from notellm2_core.config_data import EventSettings
+from notellm2_core.config.data import EventSettings
 from notellm2_core.schema import INTERACTIONS, QUARANTINE
 from spark_jobs.clean import IGNORED, label_events, split_labelled, within
-from spark_jobs.tables import added, figures, num_files, read_table, write_partitions, write_table
+from spark_jobs.common.tables import added, figures, num_files, read_table, write_partitions, write_table
 
 _Rows = Sequence[Any]  # of Spark
 _NUM_NAMES = 20  # of events that are told

@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 from pyspark.sql import SparkSession, Window
 from pyspark.sql import functions as F
 
-from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.config_data import FilterSettings
-from notellm2_core.config_options import add_options, settings_from
+from notellm2_core.config.data import FilterSettings
+from notellm2_core.config.options import add_options, settings_from
+from notellm2_core.runtime.errors import one_line_errors
 from notellm2_core.schema import RELATED_PAIRS
-from spark_jobs.arrays import Floats, Ints
-from spark_jobs.pair_tasks import COUNTED, STRONGEST, VALUES, Competition, by_file, score_files
-from spark_jobs.quantiles import SHARES, quantiles
-from spark_jobs.session import absolute_path, spark_session
-from spark_jobs.tables import figures, pair_figures, read_table, readable, replacing, write_table
+from spark_jobs.common.session import absolute_path, spark_session
+from spark_jobs.common.tables import figures, pair_figures, read_table, readable, replacing, write_table
+from spark_jobs.scoring.arrays import Floats, Ints
+from spark_jobs.scoring.filter_files import COUNTED, STRONGEST, VALUES, Competition, by_file, score_files
+from spark_jobs.scoring.quantiles import SHARES, quantiles
 
 
 def relate(spark: SparkSession, scores: Path, sides: Path, out: Path, filters: FilterSettings) -> dict[str, Any]:

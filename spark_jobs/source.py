@@ -25,7 +25,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from notellm2_core.schema import SOURCE_EVENT_COLUMNS, SOURCE_EVENTS, SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
-from spark_jobs.tables import literal, readable, visible_files
+from spark_jobs.common.tables import literal, readable, visible_files
 
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(\.0*)?$"  # as seconds they would all be of August 1970

@@ -7,10 +7,10 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from notellm2_core.config_data import SideSettings
+from notellm2_core.config.data import SideSettings
 from notellm2_core.schema import NOTE_SIDES, POOL, RELATED_PAIRS
-from spark_jobs.groups import clusters, components, computed, near_duplicates, position
-from spark_jobs.tables import counts_by, figures, pair_figures, read_table, write_table
+from spark_jobs.common.graph import clusters, components, computed, near_duplicates, position
+from spark_jobs.common.tables import counts_by, figures, pair_figures, read_table, write_table
 
 
 def assign_sides(

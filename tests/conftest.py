@@ -55,8 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def spark() -> Iterator["SparkSession"]:
     """One session for all tests of a worker."""
-    from spark_jobs.session import spark_session
-    from tests.jvm import UNCOMPILED, quick_jvm
+    from spark_jobs.common.session import spark_session
+    from tests.support.jvm import UNCOMPILED, quick_jvm
 
     os.environ["JDK_JAVA_OPTIONS"] = quick_jvm()
     # The endpoint is for test_session: Hadoop reads it at the start.

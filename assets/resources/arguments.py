@@ -5,10 +5,10 @@ from pathlib import Path
 import yaml
 
 from assets.resources.steps import Step
-from notellm2_core.lake import fingerprint
+from notellm2_core.lake.catalog import Recipe
 from notellm2_core.notes.inputs import NoteInputs, PictureFolders
-from notellm2_core.recipe import Recipe
 from notellm2_core.runtime.files import write_atomically
+from notellm2_core.runtime.fingerprint import fingerprint
 
 
 def note_inputs(step: Step, pictures: bool = True) -> NoteInputs:

@@ -16,13 +16,13 @@ from tempfile import TemporaryDirectory
 
 import dagster as dg
 
-from notellm2_core.cli_errors import ERROR_FILE
-from notellm2_core.processes import die_with_parent
+from notellm2_core.runtime.errors import ERROR_FILE
 from notellm2_core.runtime.fork_server import Child, ForkServer, can_fork
+from notellm2_core.runtime.processes import die_with_parent
 
 _TAIL_BYTES = 65_536
 # What the commands spend their first seconds on. Their own modules are not among them.
-_PRELOADED = ("notellm2_core.training.data", "notellm2_core.model.build", "timm")
+_PRELOADED = ("notellm2_core.training.data.dataset", "notellm2_core.model.build", "timm")
 _SERVER: ContextVar[ForkServer | None] = ContextVar("fork_server", default=None)
 
 
@@ -45,7 +45,7 @@ def run_command(context: dg.AssetExecutionContext, command: Sequence[str], repor
 
     The group is killed when this step ends in any way, and by the kernel when this process is killed. Raises
     dg.Failure: with the command's own sentence and no retry where the cause is the user's to correct
-    (notellm2_core.cli_errors), with the end of its output where it crashed.
+    (notellm2_core.runtime.errors), with the end of its output where it crashed.
     """
     context.log.info(f"running: {shlex.join(command)}")
     with ExitStack() as stack:

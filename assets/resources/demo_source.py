@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from notellm2_core.recipe import Recipe
+from notellm2_core.lake.catalog import Recipe
 
 
 def ensure_source(context: dg.AssetExecutionContext, recipe: Recipe) -> None:

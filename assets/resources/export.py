@@ -21,7 +21,7 @@ def export(step: Step, model: Path, kinds: Sequence[str], note_ids: Path | None 
     """
     config, recipe = step.config, step.recipe
     earlier = [dataset.path for dataset in recipe.lake.datasets(step.name)]
-    launcher = torchrun("notellm2_core.retrieval.export", config.export.num_ranks or config.training.num_ranks)
+    launcher = torchrun("notellm2_core.inference.export", config.export.num_ranks or config.training.num_ranks)
     only: list[str | Path] = ["--note-ids", note_ids] if note_ids else []
     step.command([*launcher, "--config", write_config(recipe), *note_inputs(step).arguments(), "--model", model,
                   "--inputs", ",".join(kinds), "--out", step.work, "--reuse", *earlier, *only])  # fmt: skip
@@ -33,7 +33,8 @@ def export(step: Step, model: Path, kinds: Sequence[str], note_ids: Path | None 
 
 def export_metrics(out: Path) -> dict[str, Any]:
     """By kind of input, how many vectors were reused, and how alike random pairs are (1: collapsed)."""
-    from notellm2_core.embeddings import mean_cosine, num_reused, read_embeddings
+    from notellm2_core.embeddings.shards import num_reused
+    from notellm2_core.embeddings.table import mean_cosine, read_embeddings
 
     tables = {inputs: read_embeddings(out / inputs) for inputs in INPUTS}
     return {

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from notellm2_core.config_data import EventSettings
-from notellm2_core.lake import Dataset, Draft, fingerprint
-from notellm2_core.recipe import Recipe
+from notellm2_core.config.data import EventSettings
+from notellm2_core.lake.catalog import Recipe
+from notellm2_core.lake.lake import Dataset, Draft
+from notellm2_core.runtime.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-# Raise these, and the version of raw_events or events in notellm2_core.recipe with them, when code changes a result.
-_LANDING_VERSION = 3  # spark_jobs.source, spark_jobs.landing
+# Raise these, and the version of raw_events or events in the stage table with them, when code changes a result.
+_LANDING_VERSION = 3  # spark_jobs.source, spark_jobs.ingest
 _PERIOD_VERSION = 2  # spark_jobs.clean, spark_jobs.interactions
 _MAX_LANDINGS = 64  # of one run
 
@@ -29,7 +30,7 @@ Period = tuple[str, tuple[date, date] | None]  # its name and the days [start, e
 
 def landings(context: dg.AssetExecutionContext, spark: "SparkSession", recipe: Recipe) -> list[Dataset]:
     """The landings that hold the source's files, each file once. Those that are new or have changed are landed."""
-    from spark_jobs.landing import land
+    from spark_jobs.ingest import land
     from spark_jobs.source import alike, event_files
 
     source, partition = recipe.source, recipe.config.source.partition

@@ -8,9 +8,9 @@ import dagster as dg
 from pydantic import PrivateAttr
 
 from assets.resources.commands import end_with_run
-from notellm2_core.config import SparkSettings
-from notellm2_core.config_file import config_in_force, week_in_force
-from notellm2_core.recipe import Recipe
+from notellm2_core.config.load import config_in_force, week_in_force
+from notellm2_core.config.settings import SparkSettings
+from notellm2_core.lake.catalog import Recipe
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -47,7 +47,7 @@ def spark_session(settings: SparkSettings, app_name: str) -> Iterator["SparkSess
 
     Raises OSError where the disk is full, ChildProcessDied where the JVM was killed: another try starts a new one.
     """
-    from spark_jobs import session
+    from spark_jobs.common import session
 
     try:
         yield session.spark_session(

@@ -6,8 +6,8 @@
         with step.spark() as spark:
             return score(spark, windows=step.path("events"), out=step.out, ...)
 
-What it is made from, and the version of its code, come from the stage table (`notellm2_core.recipe`). The function runs
-only where the dataset is not there yet; it writes into `step.out` and returns the metrics of its manifest.
+What it is made from, and the version of its code, come from the stage table (`notellm2_core.lake.lineage`). The
+function runs only where the dataset is not there yet; it writes into `step.out` and returns the manifest's metrics.
 """
 
 import shutil
@@ -25,9 +25,10 @@ from assets.resources.metadata import shown
 from assets.resources.pipeline import Pipeline, spark_session, user_errors
 from assets.resources.tracking import TrackedRun, tracked_names, tracked_run
 from notellm2_core import __version__
-from notellm2_core.config import Config
-from notellm2_core.lake import Dataset, Draft
-from notellm2_core.recipe import STAGES, Recipe
+from notellm2_core.config.settings import Config
+from notellm2_core.lake.catalog import Recipe
+from notellm2_core.lake.lake import Dataset, Draft
+from notellm2_core.lake.lineage import STAGES
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

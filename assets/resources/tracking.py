@@ -13,10 +13,10 @@ from urllib.parse import urlparse
 
 import dagster as dg
 
-from notellm2_core.config import TrackingSettings
-from notellm2_core.lake import Dataset
-from notellm2_core.recipe import flatten
+from notellm2_core.config.settings import TrackingSettings
+from notellm2_core.lake.lake import Dataset
 from notellm2_core.runtime.files import draft_folder
+from notellm2_core.runtime.nested import flatten
 
 _PICTURES = (".png", ".jpg", ".md", ".json", ".yaml")
 _MAX_ARTIFACT_BYTES = 2_000_000

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 import bm25s
 import numpy as np
 
-from notellm2_core.notes.plain_text import plain_text
-from notellm2_core.notes.records import Note
+from notellm2_core.notes.note import Note, plain_text
 
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and ideographs
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from notellm2_core import lake
-from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.embeddings import EmbeddingKey, plan_shards, read_note_ids, write_shards
-from notellm2_core.notes.plain_text import plain_text
-from notellm2_core.notes.records import Note, read_notes
+from notellm2_core.embeddings.shards import EmbeddingKey, plan_shards, write_shards
+from notellm2_core.embeddings.table import read_note_ids
+from notellm2_core.notes.lake_reader import read_notes
+from notellm2_core.notes.note import Note, plain_text
+from notellm2_core.runtime.errors import one_line_errors
 from notellm2_core.runtime.files import sha256_of
-from notellm2_core.weights import PACKAGES, package_path
+from notellm2_core.runtime.fingerprint import fingerprint
+from notellm2_core.runtime.packaged_weights import PACKAGES, package_path
 
 BATCH_NOTES = 32
 SHARD_NOTES = 4096
@@ -32,7 +33,7 @@ def encoder_location(name: str) -> str:
 
 def export_encoder(encoder: str, notes: dict[str, Note], out: Path) -> None:
     """Embed all `notes` into shards below `out` (schema.embeddings; what is there of the same texts is kept)."""
-    import notellm2_core.torch_compat  # noqa: F401, before transformers
+    import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers
 
     # isort: split
     from sentence_transformers import SentenceTransformer  # seconds to import, so only where it is used
@@ -61,9 +62,9 @@ def export_encoder(encoder: str, notes: dict[str, Note], out: Path) -> None:
         return vectors
 
     def content_ids(ids: Sequence[str]) -> list[str]:
-        return [lake.fingerprint(plain_text(notes[i])) for i in ids]
+        return [fingerprint(plain_text(notes[i])) for i in ids]
 
-    plan = plan_shards(out, list(notes), EmbeddingKey(lake.fingerprint([weights]), content_ids), SHARD_NOTES)
+    plan = plan_shards(out, list(notes), EmbeddingKey(fingerprint([weights]), content_ids), SHARD_NOTES)
     with progress:
         write_shards(plan, embed, progress=progress)
 

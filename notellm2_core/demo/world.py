@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from notellm2_core.config_data import DemoSettings
+from notellm2_core.config.data import DemoSettings
 from notellm2_core.demo.logs import DAY, Impressions, simulate
 from notellm2_core.demo.pictures import STYLES, draw_picture
 from notellm2_core.demo.texts import poor_titles, write_note

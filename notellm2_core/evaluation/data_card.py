@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from notellm2_core.config_data import WordUnit
-from notellm2_core.notes.text import count_words
+from notellm2_core.config.data import WordUnit
+from notellm2_core.notes.prompts import count_words
 from notellm2_core.runtime.files import parquet_files
 
 Figures = Mapping[str, Any]

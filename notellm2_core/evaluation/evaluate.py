@@ -16,15 +16,16 @@ from PIL import Image
 
 from notellm2_core.baselines.bm25 import BM25
 from notellm2_core.baselines.popularity import popularity_rows, random_rows, read_clicks
-from notellm2_core.config import Config
-from notellm2_core.embeddings import Embeddings, mean_cosine, read_embeddings, read_note_ids, shortened
+from notellm2_core.config.settings import Config
+from notellm2_core.embeddings.table import Embeddings, mean_cosine, read_embeddings, read_note_ids, shortened
+from notellm2_core.evaluation.contact_sheet import Neighbour, Picture, SheetRow, contact_sheet
 from notellm2_core.evaluation.oracle import KEYS, Oracle
 from notellm2_core.evaluation.recall import Pairs, Ranks, cosine_rows, count_ranks, recall_at, target_ranks
 from notellm2_core.evaluation.report import Report, build_report
-from notellm2_core.evaluation.sheet import Neighbour, Picture, SheetRow, contact_sheet
 from notellm2_core.evaluation.slices import load_tokenizer, slice_masks, token_lengths
-from notellm2_core.notes.images import allow_pixels, read_image
-from notellm2_core.notes.records import Note, read_notes
+from notellm2_core.notes.lake_reader import read_notes
+from notellm2_core.notes.note import Note
+from notellm2_core.vision.images import allow_pixels, read_image
 
 NEIGHBOURS = 5  # per row of the contact sheet
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from notellm2_core.embeddings import Embeddings
+from notellm2_core.embeddings.table import Embeddings
 
 # Scores [Q, M] of queries against the whole pool, in the pool's order.
 ScoreRows = Callable[[Sequence[str]], np.ndarray]

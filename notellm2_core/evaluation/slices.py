@@ -11,8 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from notellm2_core.evaluation.recall import Pairs
-from notellm2_core.notes.plain_text import plain_text
-from notellm2_core.notes.records import Note
+from notellm2_core.notes.note import Note, plain_text
 
 SLICES = ("all", "short_query", "short_target", "long_query", "long_target", "cold_query", "cold_target")
 BATCH_NOTES = 1000

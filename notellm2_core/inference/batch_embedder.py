@@ -12,10 +12,10 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from notellm2_core.ahead import Prefetcher
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.notes.batch import FieldTokens, InputKind, MLRMProcessor, NoteBatch
-from notellm2_core.notes.feature_store import Features
+from notellm2_core.notes.processor import FieldTokens, InputKind, MLRMProcessor, NoteBatch
+from notellm2_core.runtime.prefetch import Prefetcher
+from notellm2_core.vision.feature_store import Features
 
 VECTORS_VERSION = 1  # raise it when code computes other vectors from the same weights: old ones are not taken over then
 WINDOW_BATCHES = 8  # batches whose notes are sorted by length together, and whose features are held at a time

@@ -18,20 +18,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from notellm2_core.config import ExportSettings
-from notellm2_core.config_data import SourceSettings
-from notellm2_core.config_model import VisionSettings
-from notellm2_core.embeddings import shortened
+from notellm2_core.config.data import SourceSettings
+from notellm2_core.config.model import VisionSettings
+from notellm2_core.config.settings import ExportSettings
+from notellm2_core.embeddings.table import shortened
 from notellm2_core.inference.batch_embedder import WINDOW_BATCHES, BatchEmbedder
-from notellm2_core.inference.hub import model_folder
-from notellm2_core.inference.pictures import PictureFeatures
 from notellm2_core.model.build import load_encoder, load_model, require_its_encoder, require_its_processor
+from notellm2_core.model.hub import model_folder
 from notellm2_core.model.kernels import fuse_kernels
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
-from notellm2_core.model.vision import VisionEncoder
-from notellm2_core.notes.batch import InputKind, MLRMProcessor, require_input_kind
-from notellm2_core.notes.images import Status
-from notellm2_core.notes.pictured import NoteLike, PicturedNote, pictured
+from notellm2_core.notes.note import NoteLike, PicturedNote, pictured
+from notellm2_core.notes.processor import InputKind, MLRMProcessor, require_input_kind
+from notellm2_core.vision.encoder import VisionEncoder
+from notellm2_core.vision.images import Status
+from notellm2_core.vision.on_demand import PictureFeatures
 
 BATCH_NOTES = ExportSettings().batch_notes
 

@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any, get_args
 
-from notellm2_core.inference.card import CARD, CARD_FACTS, Layout, model_card, read_card_facts
-from notellm2_core.lake import MANIFEST
+from notellm2_core.lake.lake import MANIFEST
 from notellm2_core.model.build import load_encoder, load_model
+from notellm2_core.model.card import CARD, CARD_FACTS, Layout, model_card, read_card_facts
 from notellm2_core.runtime.files import link_or_copy, replaced_folder, write_atomically
 
-_MODULES = [{"idx": 0, "name": "0", "path": "", "type": "notellm2_core.inference.sentence.NoteModule"}]
+_MODULES = [{"idx": 0, "name": "0", "path": "", "type": "notellm2_core.inference.sentence_transformer.NoteModule"}]
 _SENTENCE_FILES: dict[str, Any] = {
     "modules.json": _MODULES,
     "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},

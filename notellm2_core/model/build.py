@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import notellm2_core.torch_compat  # noqa: F401, before transformers
+import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers
 
 # isort: split
 import torch
@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from notellm2_core.config import Config
-from notellm2_core.config_model import ConnectorSettings
+from notellm2_core.config.methods import get_method
+from notellm2_core.config.model import ConnectorSettings
+from notellm2_core.config.settings import Config
 from notellm2_core.model.llm import load_llm, load_tokenizer
-from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
-from notellm2_core.model.vision import VisionEncoder, saved_encoder_id, vision_dims
-from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.notes.processor import MLRMProcessor
+from notellm2_core.vision.encoder import VisionEncoder, saved_encoder_id, vision_dims
 
 
 def build_model(config: Config, cache_dir: Path) -> tuple[MLRMModel, MLRMProcessor]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from notellm2_core.config_model import ConnectorSettings
+from notellm2_core.config.model import ConnectorSettings
 
 LAYER_NORM_EPS = 1e-12  # BERT's and BLIP-2's
 

@@ -2,23 +2,23 @@
 
 from typing import Any
 
-import notellm2_core.torch_compat  # noqa: F401, before transformers
+import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers
 
 # isort: split
 import torch
 from torch import nn
 
-from notellm2_core.config import Config
-from notellm2_core.config_advice import without_effect
+from notellm2_core.config.methods import get_method
+from notellm2_core.config.settings import Config
+from notellm2_core.config.unused import without_effect
 from notellm2_core.model.build import mlrm_config, num_visual_words
 from notellm2_core.model.llm import llm_architecture, load_tokenizer
-from notellm2_core.model.methods import get_method
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.model.parts import set_trained
-from notellm2_core.model.vision import vision_architecture, vision_dims
-from notellm2_core.model.vision_towers import build_tower, dropped_projection_parameters
-from notellm2_core.notes.batch import MLRMProcessor
-from notellm2_core.notes.text import IMAGE_TOKEN, PROMPTS, VISUAL_WORD_TOKEN, name_of
+from notellm2_core.model.trainable import set_trained
+from notellm2_core.notes.processor import MLRMProcessor
+from notellm2_core.notes.prompts import IMAGE_TOKEN, PROMPTS, VISUAL_WORD_TOKEN, name_of
+from notellm2_core.vision.encoder import vision_architecture, vision_dims
+from notellm2_core.vision.towers import build_tower, dropped_projection_parameters
 
 
 def describe(config: Config) -> dict[str, Any]:

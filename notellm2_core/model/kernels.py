@@ -14,7 +14,7 @@ import warnings
 from types import FunctionType
 from typing import Any
 
-import notellm2_core.torch_compat  # noqa: F401, before transformers
+import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers
 
 # isort: split
 import torch

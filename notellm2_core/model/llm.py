@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import notellm2_core.torch_compat  # noqa: F401, before transformers
+import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers
 from notellm2_core.runtime.files import new_folder, sha256_of
 
 # isort: split
@@ -31,10 +31,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from notellm2_core.config_model import LLMSettings
-from notellm2_core.model.pretrained import one_line, quiet, require_complete
-from notellm2_core.notes.text import PROMPTS
-from notellm2_core.weights import PACKAGES, package_path
+from notellm2_core.config.model import LLMSettings
+from notellm2_core.notes.prompts import PROMPTS
+from notellm2_core.runtime.packaged_weights import PACKAGES, package_path
+from notellm2_core.runtime.pretrained import one_line, quiet, require_complete
 
 _DECODER_MODES = (
     "a hub name, a folder with config.json, tokenizer and safetensors, a GGUF file, 'package:smollm2' or 'tiny'"

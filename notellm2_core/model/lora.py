@@ -4,7 +4,7 @@ peft makes the adapters, and is asked what they add up to. They exist while a mo
 sum as its W and knows nothing of them.
 """
 
-import notellm2_core.torch_compat  # noqa: F401, before transformers, which peft imports
+import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers, which peft imports
 
 # isort: split
 import torch
@@ -13,7 +13,7 @@ from peft.tuners.lora import Linear as AdaptedLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from notellm2_core.config_model import LoRASettings
+from notellm2_core.config.model import LoRASettings
 
 _ADAPTER = "default"  # peft can hold several under different names
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-import notellm2_core.torch_compat  # noqa: F401, before transformers
+import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers
 
 # isort: split
 import torch
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from notellm2_core.config_model import ConnectorSettings
+from notellm2_core.config.methods import get_method
+from notellm2_core.config.model import ConnectorSettings
 from notellm2_core.model.connector import Connector, init_linear
 from notellm2_core.model.fusion import LateFusion
-from notellm2_core.model.methods import get_method
 from notellm2_core.model.packing import PACKED_SDPA, can_be_packed, packed_states
-from notellm2_core.model.pretrained import require_complete
-from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
+from notellm2_core.notes.processor import MLRMProcessor, NoteBatch
+from notellm2_core.runtime.pretrained import require_complete
 
 
 class MLRMConfig(PreTrainedConfig):

@@ -4,15 +4,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from notellm2_core.config_data import SourceSettings
+from notellm2_core.config.data import SourceSettings
 from notellm2_core.model.build import load_encoder, load_model, require_its_encoder
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.model.vision import VisionEncoder
-from notellm2_core.notes.batch import FieldTokens, MLRMProcessor
-from notellm2_core.notes.feature_store import FeatureStore, encoder_id, read_note_images
 from notellm2_core.notes.inputs import NoteInputs
-from notellm2_core.notes.lake_pictures import LakePictures
-from notellm2_core.notes.token_table import read_tokens
+from notellm2_core.notes.processor import FieldTokens, MLRMProcessor
+from notellm2_core.notes.token_store import read_tokens
+from notellm2_core.vision.encoder import VisionEncoder
+from notellm2_core.vision.feature_store import FeatureStore, encoder_id, read_note_images
+from notellm2_core.vision.note_images import LakePictures
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
-from notellm2_core.notes.batch import NoteBatch
+from notellm2_core.notes.processor import NoteBatch
 
 Loss = Callable[[MLRMOutput], Tensor]  # the contrastive loss of one batch, a scalar
 

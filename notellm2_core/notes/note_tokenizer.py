@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple, get_args
 
-import notellm2_core.torch_compat  # noqa: F401, before transformers
+import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers
 
 # isort: split
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from notellm2_core.config_data import TextSettings, WordSettings
-from notellm2_core.lake import fingerprint
-from notellm2_core.notes.records import Note
-from notellm2_core.notes.text import IMAGE_TOKEN, VISUAL_WORD_TOKEN, FieldName, field_text, max_field_tokens
+from notellm2_core.config.data import TextSettings, WordSettings
+from notellm2_core.notes.note import Note
+from notellm2_core.notes.prompts import IMAGE_TOKEN, VISUAL_WORD_TOKEN, FieldName, field_text, max_field_tokens
+from notellm2_core.runtime.fingerprint import fingerprint
 
 # Whatever tokenizers are known to treat in ways of their own.
 _PROBE = (

@@ -25,11 +25,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.config_options import add_options
-from notellm2_core.config_training import HardNegativeSettings
-from notellm2_core.embeddings import Embeddings, read_embeddings
-from notellm2_core.retrieval.relations import Relations, read_columns, read_relations
+from notellm2_core.config.options import add_options
+from notellm2_core.config.training import HardNegativeSettings
+from notellm2_core.embeddings.table import Embeddings, read_embeddings
+from notellm2_core.retrieval.known_pairs import Relations, read_columns, read_relations
+from notellm2_core.runtime.errors import one_line_errors
 from notellm2_core.runtime.files import write_atomically, written_whole
 from notellm2_core.schema import HARD_NEGATIVES
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from notellm2_core.embeddings import Embeddings, read_embeddings
+from notellm2_core.embeddings.table import Embeddings, read_embeddings
 from notellm2_core.runtime.files import replaced_folder, sha256_of
 
 FORMAT_VERSION = 1

@@ -4,7 +4,7 @@ Starting Python and importing torch and transformers takes longer than many a co
 follow each other on a CPU, they start from here at once. Not on a GPU: CUDA does not survive a fork.
 
     with ForkServer(["torch", "transformers"], os.environ) as server:
-        child = server.start(["-m", "notellm2_core.notes.tokens", "--config", ...], os.environ, stderr)
+        child = server.start(["-m", "notellm2_core.model.tokenise", "--config", ...], os.environ, stderr)
         code = child.wait()
 
 The command runs as `python -m MODULE ARGUMENTS` would: in a process group of its own, with its own arguments and
@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn, Self
 
-from notellm2_core.processes import die_with_parent
+from notellm2_core.runtime.processes import die_with_parent
 
 _MAX_REQUEST_BYTES = 1 << 20
 

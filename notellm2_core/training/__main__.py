@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from notellm2_core.cli_errors import one_line_errors
-from notellm2_core.config_file import load_config
+from notellm2_core.config.load import load_config
 from notellm2_core.notes.inputs import NoteInputs
-from notellm2_core.processes import die_with_parent, is_of_torchrun
+from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.processes import die_with_parent, is_of_torchrun
 from notellm2_core.training.launch import TRAIN_DAYS_HELP, Paths, Reports
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from notellm2_core.config_training import TrainingSettings
+from notellm2_core.config.training import TrainingSettings
 from notellm2_core.notes.inputs import NoteInputs
 
 TRAIN_DAYS_HELP = "the days of the log that the pairs are of, the second exclusive; for the model card alone"

@@ -15,24 +15,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from notellm2_core.ahead import Prefetcher
-from notellm2_core.config import Config
+from notellm2_core.config.settings import Config
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.model.vision import VisionEncoder
-from notellm2_core.notes.batch import MLRMProcessor
+from notellm2_core.notes.processor import MLRMProcessor
 from notellm2_core.runtime.files import write_atomically
-from notellm2_core.training import engine as engines
-from notellm2_core.training.checkpoints import Checkpoints
-from notellm2_core.training.data import TrainingData
-from notellm2_core.training.engine import Precision
-from notellm2_core.training.gradcache import Step
-from notellm2_core.training.gradient import batch_gradient, prepare
+from notellm2_core.runtime.prefetch import Prefetcher
+from notellm2_core.training.data.dataset import TrainingData
+from notellm2_core.training.data.micro_batches import Share
+from notellm2_core.training.engine import deepspeed as engines
+from notellm2_core.training.engine.deepspeed import Precision
+from notellm2_core.training.engine.throughput import Speed
 from notellm2_core.training.launch import Paths
-from notellm2_core.training.losses import BatchLabels
-from notellm2_core.training.micro_batches import Share
-from notellm2_core.training.progress import Progress
-from notellm2_core.training.speed import Speed
+from notellm2_core.training.objective.gradcache import Step
+from notellm2_core.training.objective.losses import BatchLabels
+from notellm2_core.training.state.checkpoints import Checkpoints
+from notellm2_core.training.state.metrics import Progress
+from notellm2_core.training.step import batch_gradient, prepare
 from notellm2_core.training.validation import validate, validation_sample
+from notellm2_core.vision.encoder import VisionEncoder
 
 
 class TrainingError(ValueError):

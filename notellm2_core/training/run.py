@@ -12,30 +12,32 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from notellm2_core.config import Config
-from notellm2_core.lake import fingerprint
+from notellm2_core.config.settings import Config
+from notellm2_core.lake.lineage import STAGES
 from notellm2_core.model.build import build_model
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.open_inputs import InputReader
-from notellm2_core.model.parts import set_trained
-from notellm2_core.model.vision import VisionEncoder
-from notellm2_core.notes.batch import MLRMProcessor
-from notellm2_core.recipe import STAGES, flatten, get_setting
+from notellm2_core.model.trainable import set_trained
+from notellm2_core.notes.processor import MLRMProcessor
 from notellm2_core.runtime.files import write_atomically
-from notellm2_core.training import engine as engines
-from notellm2_core.training.checkpoints import Checkpoints
-from notellm2_core.training.data import TrainingData, load_training_data, model_cache, schedule
-from notellm2_core.training.engine import Precision
-from notellm2_core.training.gradient import idle_step
+from notellm2_core.runtime.fingerprint import fingerprint
+from notellm2_core.runtime.nested import flatten, get_setting
+from notellm2_core.training.data.dataset import TrainingData, load_training_data, model_cache
+from notellm2_core.training.data.sampler import schedule
+from notellm2_core.training.engine import deepspeed as engines
+from notellm2_core.training.engine.deepspeed import Precision
+from notellm2_core.training.engine.precision import choose_precision
+from notellm2_core.training.engine.throughput import Speed
+from notellm2_core.training.initialise import apply_start
 from notellm2_core.training.launch import NO_REPORTS, Paths, Reports
 from notellm2_core.training.loop import Run, TrainingError, train
-from notellm2_core.training.moved import load_moved
-from notellm2_core.training.precision import choose_precision
-from notellm2_core.training.progress import MlflowCurves, Progress
-from notellm2_core.training.save import DONE, save_model
-from notellm2_core.training.speed import Speed
-from notellm2_core.training.start import apply_start
-from notellm2_core.training.work import held, open_work
+from notellm2_core.training.state.checkpoints import Checkpoints
+from notellm2_core.training.state.metrics import MlflowCurves, Progress
+from notellm2_core.training.state.reshard import load_moved
+from notellm2_core.training.state.run_folder import held, open_work
+from notellm2_core.training.state.save import DONE, save_model
+from notellm2_core.training.step import idle_step
+from notellm2_core.vision.encoder import VisionEncoder
 
 
 def run(config: Config, paths: Paths, reports: Reports = NO_REPORTS, train_days: Sequence[str] | None = None) -> None:

@@ -1,88 +1,45 @@
-"""What one training step computes: the module that DeepSpeed wraps, and the losses of what it gives."""
+"""From the notes of a global batch to the gradient of its losses: what is made ahead of a step, and its middle."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
-from notellm2_core.config import Config
-from notellm2_core.model.methods import Method, get_method
-from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.model.vision import VisionEncoder, with_features
-from notellm2_core.notes.batch import NoteBatch
-from notellm2_core.notes.text import InputKind
-from notellm2_core.training.losses import BatchLabels, Losses, capped_tau, note_losses, omni_losses
-
-Views = Mapping[str, Tensor]  # [N, D] each: "multimodal", and "visual" (n_v) or "image" and "text" (other inputs)
-
-
-class Embedded(NamedTuple):
-    """What the model makes of a batch of n notes."""
-
-    rows: Tensor  # [n, V D] fp32, not normalised: the V views of each note, one after the other
-    tau: Tensor  # [1] fp32, at most ln 100
-    gate_mean: Tensor | None  # [1]
+from notellm2_core.config.methods import get_method
+from notellm2_core.config.settings import Config
+from notellm2_core.training.data.dataset import TrainingData
+from notellm2_core.training.data.micro_batches import Share, share_out
+from notellm2_core.training.engine import deepspeed as engines
+from notellm2_core.training.objective.gradcache import Step, backward
+from notellm2_core.training.objective.losses import BatchLabels, Losses
+from notellm2_core.training.objective.views import batch_losses, compared_kinds
 
 
-class TrainingStep(nn.Module):
-    """MLRM and tau as one module: DeepSpeed hooks its forward and finds every weight in it."""
-
-    def __init__(
-        self, model: MLRMModel, method: Method, autocast: bool = False, encoder: VisionEncoder | None = None
-    ) -> None:
-        """`autocast`: the forward runs under torch's bf16 autocast. `encoder`: where it is trained with the model."""
-        super().__init__()
-        self.model = model
-        self.method = method
-        self.autocast = autocast
-        self.encoder = encoder
-
-    def forward(self, batch: NoteBatch) -> Embedded:
-        """`batch` holds n notes, once for each of the method's inputs."""
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
-            output = self.model(with_features(batch, self.encoder))
-        views = [*output.multimodal.chunk(len(self.method.inputs))]
-        if "visual" in self.method.losses:
-            assert output.visual is not None
-            views.append(output.visual)
-        rows = torch.cat([view.float() for view in views], dim=1)
-        return Embedded(rows, capped_tau(self.model.tau).float(), output.gate_mean)
+def prepare(data: TrainingData, rows: np.ndarray, config: Config, device: torch.device) -> tuple[Share, BatchLabels]:
+    """What this rank embeds of the global batch `rows`, and the labels of all of it."""
+    training, method = config.training, get_method(config.model.method)
+    labels = data.labels(rows, training.known_positives, 2 * training.batch_pairs, compared_kinds(method))
+    return share_out(data, rows, method.inputs, training.micro_batch_tokens, device), labels.to(device)
 
 
-def compared_kinds(method: Method) -> tuple[InputKind, ...]:
-    """The kinds of input whose known positives the method's losses use."""
-    if "omni" in method.losses:
-        return get_args(InputKind)
-    return ("multimodal", "image") if "visual" in method.losses else ("multimodal",)
+def batch_gradient(engine: Any, share: Share, labels: BatchLabels, config: Config, seed: Sequence[int]) -> Step:
+    """The gradient of the losses over a global batch, ready for the optimiser. Share and labels are those of `prepare`.
 
-
-def batch_losses(config: Config, rows: Tensor, tau: Tensor, labels: BatchLabels) -> Losses:
-    """The losses of the embedded notes `rows` [N, V D] of a batch."""
-    method = get_method(config.model.method)
-    views = views_of(method, rows)
-    return method_losses(method, views, tau, config.training.alpha, labels, config.model.matryoshka_dims)
-
-
-def views_of(method: Method, rows: Tensor) -> Views:
-    """The views by name of `rows` [N, V D]."""
-    names = [*method.inputs, *(["visual"] if "visual" in method.losses else [])]
-    return dict(zip(names, rows.chunk(len(names), dim=1), strict=True))
-
-
-def method_losses(
-    method: Method, views: Views, tau: Tensor, alpha: float, labels: BatchLabels, dims: Sequence[int] = ()
-) -> Losses:
-    """The method's loss on `views`; with `dims` (Matryoshka, Kusupati et al. 2022) the mean over it and over that of
-    the first d numbers of each embedding, for each d. The parts are those of the whole embeddings.
+    Losses and tau are the same on every rank, and so is the sum of the gradients, whatever their number.
     """
-    losses = _losses(method, views, tau, alpha, labels)
-    shorter = [_losses(method, {k: v[:, :d] for k, v in views.items()}, tau, alpha, labels).total for d in dims]
-    return replace(losses, total=torch.stack([losses.total, *shorter]).mean())
+    seeds = np.random.SeedSequence([*seed, dist.get_rank()]).generate_state(len(share.parts)).tolist()
+
+    def loss_of(embedded: Tensor, tau: Tensor) -> Losses:
+        return batch_losses(config, embedded[share.places], tau, labels)
+
+    return backward(engine, share.micro_batches, loss_of, seeds)
 
 
-def _losses(method: Method, views: Views, tau: Tensor, alpha: float, labels: BatchLabels) -> Losses:
-    if "omni" in method.losses:
-        return omni_losses(views, tau, labels)
-    return note_losses(views["multimodal"], views.get("visual"), tau, alpha, labels)
+def idle_step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, device: torch.device) -> None:
+    """A step on the notes `rows` [2B] that changes no weight."""
+    batch_gradient(engine, *prepare(data, rows, config, device), config, seed=(config.seed,))
+    engines.set_learning_rate(engine.optimizer, 0.0)
+    engines.optimizer_step(engine)

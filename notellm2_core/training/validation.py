@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from notellm2_core.config import Config
-from notellm2_core.model.methods import get_method
-from notellm2_core.training.data import TrainingData
-from notellm2_core.training.gather import gather
-from notellm2_core.training.gradcache import embed
-from notellm2_core.training.losses import capped_tau
-from notellm2_core.training.micro_batches import share_out
-from notellm2_core.training.save import gathered
-from notellm2_core.training.step import batch_losses, views_of
+from notellm2_core.config.methods import get_method
+from notellm2_core.config.settings import Config
+from notellm2_core.training.data.dataset import TrainingData
+from notellm2_core.training.data.micro_batches import share_out
+from notellm2_core.training.objective.gather import gather
+from notellm2_core.training.objective.gradcache import embed
+from notellm2_core.training.objective.losses import capped_tau
+from notellm2_core.training.objective.views import batch_losses, views_of
+from notellm2_core.training.state.save import gathered
 
 MAX_PAIRS = 1024  # enough for 2 points of recall, and quick
 RECALL_K = 10

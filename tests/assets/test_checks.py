@@ -3,7 +3,7 @@
 import pytest
 
 from assets import checks
-from notellm2_core.config_data import CheckSettings
+from notellm2_core.config.data import CheckSettings
 
 LIMITS = CheckSettings()
 

@@ -1,1 +1,14 @@
-import notellm2_core.torch_compat  # noqa: F401, before any test module imports transformers
+import notellm2_core.runtime.torch_compat  # noqa: F401, before any test module imports transformers
+
+# isort: split
+from pathlib import Path
+
+import pytest
+
+from tests.support.world import World, write_world
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A small training input, made once for all tests of a worker."""
+    return write_world(Path(tmp_path_factory.mktemp("world")))

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from notellm2_core.config_file import load_config
-from notellm2_core.recipe import STAGES, Recipe
+from notellm2_core.config.load import load_config
+from notellm2_core.lake.catalog import Recipe
+from notellm2_core.lake.lineage import STAGES
 from notellm2_core.runtime.files import sha256_of
-from tests.jvm import UNCOMPILED, quick_jvm
+from tests.support.jvm import UNCOMPILED, quick_jvm
 
 ROOT = Path(__file__).parents[2]
 

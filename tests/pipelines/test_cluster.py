@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from notellm2_core.recipe import STAGES
-from tests.cluster import standalone_cluster
+from notellm2_core.lake.lineage import STAGES
 from tests.pipelines.conftest import Workplace
+from tests.support.cluster import standalone_cluster
 
 BY_SPARK = {"raw_events", "notes", "events", "cooccurrence", "note_sides", "related_pairs", "pair_datasets"}
 

@@ -12,8 +12,8 @@ import pytest
 
 from assets.resources.partitions import log_partitions, require_partitions
 from assets.resources.pipeline import Pipeline
-from notellm2_core.config_data import SourceSettings
-from notellm2_core.recipe import STAGES
+from notellm2_core.config.data import SourceSettings
+from notellm2_core.lake.lineage import STAGES
 from pipelines.definitions import defs
 
 GRAPH = {

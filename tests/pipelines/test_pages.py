@@ -6,7 +6,7 @@ from collections.abc import Collection
 import pytest
 
 from docs.screenshots import BROWSERS, GRAPH_SIZE, GROUPS, browse, dagster_webserver
-from notellm2_core.recipe import STAGES
+from notellm2_core.lake.lineage import STAGES
 from tests.pipelines.conftest import Workplace
 
 pytestmark = [

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from notellm2_core.config_training import RunSettings
-from notellm2_core.recipe import STAGES, settings_of
+from notellm2_core.config.training import RunSettings
+from notellm2_core.lake.lineage import STAGES, settings_of
 from tests.pipelines.conftest import Workplace
 
 pytestmark = pytest.mark.slow

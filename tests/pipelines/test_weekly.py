@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.pipelines.conftest import Workplace, make_workplace
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 

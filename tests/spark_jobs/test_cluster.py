@@ -10,8 +10,8 @@ import pytest
 from pyspark.sql import SparkSession
 
 from spark_jobs import cooccurrence, related_pairs
-from tests.cluster import standalone_cluster
 from tests.spark_jobs.test_source import write_csv
+from tests.support.cluster import standalone_cluster
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
 
 from notellm2_core import schema
-from notellm2_core.config_data import EventSettings, ScoringSettings
+from notellm2_core.config.data import EventSettings, ScoringSettings
 from spark_jobs import cooccurrence as job
+from spark_jobs.common.tables import write_table
 from spark_jobs.cooccurrence import cooccurrence, score, target_clicks
 from spark_jobs.interactions import interactions
-from spark_jobs.tables import write_table
 from tests.spark_jobs.conftest import EVENTS, Frame, at, rows_of
 from tests.spark_jobs.test_source import write_csv
 

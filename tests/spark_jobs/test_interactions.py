@@ -13,9 +13,9 @@ import pytest
 from pyspark.sql import SparkSession
 
 from notellm2_core import schema
-from notellm2_core.config_data import EventSettings
+from notellm2_core.config.data import EventSettings
+from spark_jobs.ingest import UNDATED, Span, land, landed_figures, periods_between
 from spark_jobs.interactions import Window, join_periods, reduce_periods
-from spark_jobs.landing import UNDATED, Span, land, landed_figures, periods_between
 from tests.spark_jobs.test_source import write_csv
 
 NAMES = {"view_events": ["view"], "click_events": ["click"], "ignored_events": ["share"], "max_events_per_day": None}

@@ -11,10 +11,10 @@ import pytest
 from pyspark.sql import SparkSession
 
 from notellm2_core import schema
-from notellm2_core.config_data import FilterSettings
+from notellm2_core.config.data import FilterSettings
 from spark_jobs import related_pairs as job
 from spark_jobs.related_pairs import relate, related_pairs
-from tests.spark_jobs.test_pair_tasks import damage, write_rows, write_scores
+from tests.spark_jobs.scoring.test_filter_files import damage, write_rows, write_scores
 
 OPEN: dict[str, Any] = {"low": 0.0, "up": 1e9, "top_t": 99}
 PAIRS = [("q", "a", 4.0, 4), ("q", "b", 2.0, 3), ("q", "c", 2.0, 2), ("q", "d", 1.0, 2), ("r", "a", 1.0, 1)]

@@ -9,7 +9,7 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from spark_jobs.landing import land, land_events, landed_figures
+from spark_jobs.ingest import land, land_events, landed_figures
 from spark_jobs.source import alike, event_files, find_events, read_source_events, read_source_notes
 from tests.spark_jobs.conftest import Frame
 

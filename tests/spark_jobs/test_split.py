@@ -9,9 +9,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from notellm2_core import schema
-from notellm2_core.config_data import SideSettings
+from notellm2_core.config.data import SideSettings
+from spark_jobs.common.tables import write_table
 from spark_jobs.split import assign_sides, leakage, note_sides, split, split_pairs
-from spark_jobs.tables import write_table
 from tests.spark_jobs.conftest import EVENTS, NOTES, SCORES, SIDES, Frame, at, rows_of
 
 PAIRS = SCORES + ", rank int"

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from notellm2_core.cli_errors import one_line_errors
+from notellm2_core.runtime.errors import one_line_errors
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from assets.pairs import cooccurrence
 from assets.resources.incremental import _groups
 from assets.resources.partitions import log_partitions
 from assets.resources.pipeline import Pipeline
-from notellm2_core.lake import Lake
+from notellm2_core.lake.lake import Lake
 from notellm2_core.runtime.files import sha256_of
 from tests.pipelines.conftest import Workplace, make_workplace
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from assets.resources.tracking import make_store, tracked_names
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 
 def test_names_that_mlflow_allows() -> None:

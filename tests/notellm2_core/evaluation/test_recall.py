@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notellm2_core.embeddings import Embeddings
+from notellm2_core.embeddings.table import Embeddings
 from notellm2_core.evaluation.recall import Pairs, Ranks, count_ranks, recall_at, target_ranks
 
 

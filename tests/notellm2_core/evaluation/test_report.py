@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from notellm2_core.evaluation.contact_sheet import MAX_BYTES, WIDTH, Neighbour, SheetRow, _font, _wrap, contact_sheet
 from notellm2_core.evaluation.recall import Ranks
 from notellm2_core.evaluation.report import Report, build_report, to_markdown, to_plot
-from notellm2_core.evaluation.sheet import MAX_BYTES, WIDTH, Neighbour, SheetRow, _font, _wrap, contact_sheet
 
 
 def ranks(*higher: int) -> Ranks:

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from notellm2_core.embeddings import read_embeddings
+from notellm2_core.embeddings.table import read_embeddings
+from notellm2_core.inference import export
 from notellm2_core.inference.embedder import Embedder
 from notellm2_core.model.build import load_model
-from notellm2_core.model.vision import VisionEncoder
-from notellm2_core.model.vision_towers import TinyTower
-from notellm2_core.notes.records import Note
-from notellm2_core.retrieval import export
-from tests.notellm2_core.released import NUM_NOTES, Release, png, write_release
+from notellm2_core.notes.note import Note
+from notellm2_core.vision.encoder import VisionEncoder
+from notellm2_core.vision.towers import TinyTower
+from tests.support.released import NUM_NOTES, Release, png, write_release
 
 IN_A_FRESH_PROCESS = """
 import json, sys

@@ -12,7 +12,7 @@ import pytest
 from notellm2_core.cli import main
 from notellm2_core.inference.embedder import Embedder
 from notellm2_core.inference.package import package
-from tests.notellm2_core.released import Release, write_release
+from tests.support.released import Release, write_release
 
 
 @pytest.fixture(scope="module")

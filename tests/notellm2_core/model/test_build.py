@@ -8,20 +8,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, LlamaConfig, LlamaModel
 
-from notellm2_core.config_model import ConnectorSettings, LLMSettings
+from notellm2_core.config.methods import METHODS
+from notellm2_core.config.model import ConnectorSettings, LLMSettings
 from notellm2_core.model.build import add_word_embeddings, load_model, require_its_tokenizer
 from notellm2_core.model.llm import load_llm
-from notellm2_core.model.methods import METHODS
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
-from notellm2_core.notes.batch import MLRMProcessor
-from tests.notellm2_core.model.tiny import EMPTY, LONG, SHORT, batch_of, tiny_model
+from notellm2_core.notes.processor import MLRMProcessor
+from tests.support.tiny_model import EMPTY, LONG, SHORT, batch_of, tiny_model
 
 IN_A_FRESH_PROCESS = """
 import sys
 from pathlib import Path
 import torch
 from notellm2_core.model.build import load_model
-from tests.notellm2_core.model.tiny import EMPTY, LONG, SHORT, batch_of
+from tests.support.tiny_model import EMPTY, LONG, SHORT, batch_of
 torch.set_num_threads(1)
 for method in sys.argv[2:]:
     model, processor = load_model(Path(sys.argv[1], method))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from notellm2_core.config_model import ConnectorSettings
+from notellm2_core.config.model import ConnectorSettings
 from notellm2_core.model.connector import Connector, QFormer
 
 BASE, BIGG = ConnectorSettings(), ConnectorSettings(hidden_size=1536)

@@ -11,13 +11,13 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from notellm2_core.config_model import LLMSettings
+from notellm2_core.config.model import LLMSettings
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.model.llm import llm_architecture, load_llm, tiny_tokenizer
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.packing import PACKED_SDPA
-from notellm2_core.notes.batch import MLRMProcessor
-from tests.notellm2_core.model.tiny import EMPTY, LONG, SHORT, batch_of, features, tiny_config
+from notellm2_core.notes.processor import MLRMProcessor
+from tests.support.tiny_model import EMPTY, LONG, SHORT, batch_of, features, tiny_config
 
 NOTES = [SHORT, LONG, EMPTY]  # of 3 lengths, all longer than the sliding windows below
 NO_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

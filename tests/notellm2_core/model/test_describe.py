@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from notellm2_core.config import Config
-from notellm2_core.config_file import load_config
+from notellm2_core.config.load import load_config
+from notellm2_core.config.methods import METHODS
+from notellm2_core.config.settings import Config
 from notellm2_core.model.describe import describe
-from notellm2_core.model.methods import METHODS
-from tests.notellm2_core.model.tiny import EMPTY, tiny_config, tiny_model
+from tests.support.tiny_model import EMPTY, tiny_config, tiny_model
 
 CONFIGS = Path("pipelines/configs")
 VIT_B_PROJECTION, BIGG_PROJECTION = 768 * 512, 1664 * 1280

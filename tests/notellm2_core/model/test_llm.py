@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
-from notellm2_core import weights
-from notellm2_core.config_model import LLMSettings
+from notellm2_core.config.model import LLMSettings
 from notellm2_core.model.llm import llm_architecture, load_llm, tiny_tokenizer
+from notellm2_core.runtime import packaged_weights as weights
 from notellm2_core.runtime.files import sha256_of
-from notellm2_core.weights import package_path
+from notellm2_core.runtime.packaged_weights import package_path
 from tests.support.drafts import dead_process, draft_of
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from notellm2_core.config_model import LoRASettings
+from notellm2_core.config.model import LoRASettings
 from notellm2_core.model.lora import adapted_layers, add_adapters, is_adapter, merge
 from notellm2_core.model.mlrm import MLRMModel
-from tests.notellm2_core.model.tiny import EMPTY, LONG, SHORT, batch_of, tiny_model
+from tests.support.tiny_model import EMPTY, LONG, SHORT, batch_of, tiny_model
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a Llama
 

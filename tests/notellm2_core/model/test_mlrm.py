@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from notellm2_core.model.methods import METHODS
+from notellm2_core.config.methods import METHODS
 from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
-from notellm2_core.notes.batch import InputKind, MLRMProcessor, NoteBatch
-from notellm2_core.notes.records import Note
-from tests.notellm2_core.model.tiny import EMPTY, LONG, NUM_PATCHES, SHORT, batch_of, features, tiny_model
+from notellm2_core.notes.note import Note
+from notellm2_core.notes.processor import InputKind, MLRMProcessor, NoteBatch
+from tests.support.tiny_model import EMPTY, LONG, NUM_PATCHES, SHORT, batch_of, features, tiny_model
 
 
 @pytest.fixture(scope="module", params=METHODS)

@@ -8,15 +8,15 @@ import pytest
 
 from notellm2_core.model.build import build_model
 from notellm2_core.model.open_inputs import InputReader, load_model_and_reader
-from notellm2_core.model.vision import VisionEncoder
-from notellm2_core.notes.batch import MLRMProcessor
-from notellm2_core.notes.feature_store import FeatureStore
+from notellm2_core.model.tokenise import tokenise
 from notellm2_core.notes.inputs import NoteInputs
-from notellm2_core.notes.lake_pictures import LakePictures
-from notellm2_core.notes.token_table import TOKENS, read_tokens
-from notellm2_core.notes.tokens import tokenise
-from notellm2_core.training.save import save_model
-from tests.notellm2_core.training.world import World, tiny_config, write_world
+from notellm2_core.notes.processor import MLRMProcessor
+from notellm2_core.notes.token_store import TOKENS, read_tokens
+from notellm2_core.training.state.save import save_model
+from notellm2_core.vision.encoder import VisionEncoder
+from notellm2_core.vision.feature_store import FeatureStore
+from notellm2_core.vision.note_images import LakePictures
+from tests.support.world import World, tiny_config, write_world
 
 NOTES = ["n004", "n005", "n006"]  # the second has no picture
 

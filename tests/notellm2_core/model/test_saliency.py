@@ -18,9 +18,9 @@ from notellm2_core.model.build import build_model
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel, MLRMOutput
 from notellm2_core.model.packing import PACKED_SDPA
 from notellm2_core.model.saliency import Measurement, attention_gradients, measure, saliency_scores, visual_places
-from notellm2_core.notes.batch import MLRMProcessor, NoteBatch
-from notellm2_core.notes.records import Note
-from tests.notellm2_core.model.tiny import EMPTY, LONG, SHORT, batch_of, features, tiny_config, tiny_model
+from notellm2_core.notes.note import Note
+from notellm2_core.notes.processor import MLRMProcessor, NoteBatch
+from tests.support.tiny_model import EMPTY, LONG, SHORT, batch_of, features, tiny_config, tiny_model
 
 SCORES = ("visual", "text", "other")
 

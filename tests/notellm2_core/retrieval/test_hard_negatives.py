@@ -18,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from notellm2_core import schema
-from notellm2_core.embeddings import write_shard
+from notellm2_core.embeddings.shards import write_shard
 from notellm2_core.retrieval import hard_negatives
 from notellm2_core.retrieval.hard_negatives import main, mine, read_hard_negatives
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from notellm2_core.embeddings import Embeddings, write_shard
+from notellm2_core.embeddings.shards import write_shard
+from notellm2_core.embeddings.table import Embeddings
 from notellm2_core.retrieval.index import Index, ann_recall, build_index, make_index
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
-from notellm2_core.cli_errors import ERROR_FILE
+from notellm2_core.runtime.errors import ERROR_FILE
 from notellm2_core.runtime.fork_server import Child, ForkServer
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 COMMAND = "tests.support.commands"
 

@@ -1,17 +1,9 @@
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-
-from tests.notellm2_core.training.world import World, write_world
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return write_world(Path(tmp_path_factory.mktemp("world")))
 
 
 @pytest.fixture(scope="session")

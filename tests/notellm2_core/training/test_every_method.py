@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from notellm2_core.embeddings import read_embeddings
+from notellm2_core.config.methods import METHODS
+from notellm2_core.embeddings.table import read_embeddings
+from notellm2_core.inference import export
 from notellm2_core.inference.embedder import Embedder
 from notellm2_core.inference.package import package
-from notellm2_core.model.methods import METHODS
-from notellm2_core.retrieval import export
-from notellm2_core.training import saliency
-from tests.notellm2_core.training.world import World, tiny_config, train, write_config
+from notellm2_core.training import measure_saliency as saliency
+from tests.support.world import World, tiny_config, train, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
 START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0, "visual_token_gain": 1.0, "num_pca_notes": 16}

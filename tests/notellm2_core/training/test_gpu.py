@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from notellm2_core.config_training import TrainingSettings
-from notellm2_core.embeddings import read_embeddings
+from notellm2_core.config.training import TrainingSettings
+from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.training.launch import launch_command
-from tests.notellm2_core.training.world import World, tiny_config, write_config
+from tests.support.world import World, tiny_config, write_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def export(world: World, config: Path, model: Path, out: Path, **env: str) -> np.ndarray:
-    command = [sys.executable, "-m", "notellm2_core.retrieval.export", "--config", str(config), "--model", str(model)]
+    command = [sys.executable, "-m", "notellm2_core.inference.export", "--config", str(config), "--model", str(model)]
     subprocess.run(
         [*command, *world.inputs.arguments(), "--out", str(out)], check=True, timeout=200, env={**os.environ, **env}
     )

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from notellm2_core.config import Config
+from notellm2_core.config.methods import METHODS
+from notellm2_core.config.settings import Config
 from notellm2_core.model.build import load_model
-from notellm2_core.model.methods import METHODS
-from tests.notellm2_core.training.world import World, tiny_config, train, training_data, write_world
+from tests.support.world import World, tiny_config, train, training_data, write_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
 SHORT = {"title_words": 3, "content_words": 1, "topic_words": 1}  # enough to be told apart by

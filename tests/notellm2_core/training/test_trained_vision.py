@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from notellm2_core.config_training import PARTS
-from notellm2_core.embeddings import read_embeddings
+from notellm2_core.config.training import PARTS
+from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.inference.embedder import Embedder
-from notellm2_core.model.vision import VisionEncoder
-from notellm2_core.retrieval.export import export
-from notellm2_core.training import saliency
+from notellm2_core.inference.export import export
+from notellm2_core.training import measure_saliency as saliency
 from notellm2_core.training.run import run
-from tests.notellm2_core.training.world import World, tiny_config, train, write_config
+from notellm2_core.vision.encoder import VisionEncoder
+from tests.support.world import World, tiny_config, train, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
 

@@ -20,19 +20,19 @@ import torch
 from dagster_pipes import encode_param
 from safetensors import SafetensorError
 
-from notellm2_core.ahead import Prefetcher
-from notellm2_core.config_training import PARTS, TrainingSettings
+from notellm2_core.config.training import PARTS, TrainingSettings
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.runtime.prefetch import Prefetcher
+from notellm2_core.training.engine.precision import choose_precision
 from notellm2_core.training.launch import launch_command
 from notellm2_core.training.loop import TrainingError
-from notellm2_core.training.precision import choose_precision
-from notellm2_core.training.progress import MlflowCurves, Progress, read_metrics
+from notellm2_core.training.state.metrics import MlflowCurves, Progress, read_metrics
+from notellm2_core.training.state.run_folder import held, open_work
 from notellm2_core.training.validation import recall_at
-from notellm2_core.training.work import held, open_work
-from tests.notellm2_core.training import rank_checks
-from tests.notellm2_core.training.ranks import run_ranks
-from tests.notellm2_core.training.world import World, tiny_config, train, training_data, write_config
+from tests.support import rank_checks
+from tests.support.ranks import run_ranks
+from tests.support.world import World, tiny_config, train, training_data, write_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0}
@@ -144,7 +144,7 @@ def test_work_of_another_training_is_refused(world: World, tmp_path: Path) -> No
 
 
 def test_precision_auto_is_one_of_two(world: World, tmp_path: Path) -> None:
-    from notellm2_core.training.engine import set_up_processes
+    from notellm2_core.training.engine.deepspeed import set_up_processes
 
     device = set_up_processes()
     config = tiny_config({"precision": "auto"})
@@ -247,7 +247,7 @@ def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
 
 def test_two_trainings_do_not_share_a_work_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A second one is refused while the first lives, and welcome when that was killed, though it takes its time."""
-    code = "import sys, time, pathlib; from notellm2_core.training.work import held\n"
+    code = "import sys, time, pathlib; from notellm2_core.training.state.run_folder import held\n"
     code += f"with held(pathlib.Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None and first.stdout.readline() == "held\n"

@@ -17,10 +17,10 @@ FOLDER, STAGE = "RECORD_SETTINGS", "RECORD_SETTINGS_OF"
 def _install() -> None:
     from pydantic import BaseModel
 
-    from notellm2_core import config_file
-    from notellm2_core.config_section import Section
-    from notellm2_core.lake import Lake
-    from notellm2_core.recipe import Recipe
+    from notellm2_core.config import load as config_file
+    from notellm2_core.config.section import Section
+    from notellm2_core.lake.catalog import Recipe
+    from notellm2_core.lake.lake import Lake
 
     names: dict[int, str] = {}  # of the sections of loaded configurations, by their id
     kept: list[Any] = []  # so that no other object gets one of these ids

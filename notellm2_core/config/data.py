@@ -1,0 +1,232 @@
+"""Settings of the data: the source, its days, the related pairs, the split, how much of a note is read."""
+
+import math
+from datetime import date
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from notellm2_core.config.section import Section, no_address
+
+Partition = Literal["week", "year"]
+WordUnit = Literal["auto", "space", "character"]
+
+
+class DemoSettings(Section):
+    """The demo world (`notellm2_core.demo`), generated where `source.path` is null."""
+
+    num_notes: int = Field(2600, ge=50, description="Number of notes.")
+    num_users: int = Field(2500, ge=20, description="Number of users.")
+    num_days: int = Field(21, ge=14, description="Days of behaviour logs.")
+    seed: int = Field(0, description="Seed of the generator.")
+
+
+class EventSettings(Section):
+    """Which events of the log count."""
+
+    view_events: tuple[str, ...] = Field(("view", "click"), description="Event names that count as a view.")
+    click_events: tuple[str, ...] = Field(
+        ("click",), description="Event names that count as a click. A clicked note counts as viewed, too."
+    )
+    ignored_events: tuple[str, ...] | None = Field(
+        (),
+        description="Event names that are neither. Rows with any other name go to the quarantine. null: other names "
+        "are ignored, too.",
+    )
+    max_events_per_day: int | None = Field(
+        5000,
+        gt=0,
+        description="A user with more events on any day is a robot, and none of its events counts. null: nobody is "
+        "(paper).",
+    )
+
+    @model_validator(mode="after")
+    def _events(self) -> "EventSettings":
+        if both := {*(self.ignored_events or ())} & {*self.view_events, *self.click_events}:
+            raise ValueError(f"{min(both)} is in ignored_events and in view_events or click_events")
+        return self
+
+    @property
+    def event_names(self) -> list[str]:
+        """All event names that are known."""
+        return sorted({*self.view_events, *self.click_events, *(self.ignored_events or ())})
+
+
+class SourceSettings(EventSettings):
+    """Where the notes and logs are, and how to read them."""
+
+    path: Annotated[str | None, BeforeValidator(no_address)] = Field(
+        None,
+        description="Folder of your data ([what it holds](bring_your_own_data.md)). `make recall SOURCE=...` replaces "
+        "it. null: the demo world.",
+    )
+    demo: DemoSettings | None = Field(
+        DemoSettings(), description="The demo world, which replaces a missing path. null: a path is required."
+    )
+    first_day: date = Field(
+        date(1990, 1, 1),
+        description="First day of the log. Dagster's partitions begin there; nothing else depends on it.",
+    )
+    partition: Partition = Field(
+        "week", description="Length of a partition of the raw events. `year` suits logs that span decades."
+    )
+    max_image_pixels: int = Field(
+        50_000_000, gt=0, description="Most pixels of an image. A larger one is counted as too large and never decoded."
+    )
+
+
+class WindowSettings(Section):
+    """Which days are read, in UTC. The test days come last, the training days directly before them."""
+
+    end: date | None = Field(
+        None,
+        description="The day after the last test day. `make recall WEEK=...` replaces it. null: the end of the last "
+        "complete week (Sunday to Saturday) of the log.",
+    )
+    train_days: int = Field(14, gt=0, description="Days that training pairs come from (paper: section 2.3).")
+    test_days: int | None = Field(
+        7,
+        gt=0,
+        description="Days that test pairs come from (paper: section 2.3). null: the training days, which needs "
+        "`split.by: hash`.",
+    )
+
+
+class ScoringSettings(Section):
+    """How strongly two notes are related."""
+
+    score: Literal["cooccurrence", "swing"] = Field(
+        "cooccurrence", description="`cooccurrence`: Eq. 2 (paper). `swing`: Swing, which ignores the order of events."
+    )
+    swing_alpha: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Swing: smoothing constant in 1 / (swing_alpha + notes that two users both clicked).",
+    )
+    swing_max_users: int = Field(
+        1000,
+        gt=1,
+        le=5000,
+        description="Swing: most users of a note that count, those with the fewest clicks. Memory grows with its "
+        "square.",
+    )
+    simultaneous: bool = Field(
+        False,
+        description="Whether a click at the same time as the view counts as subsequent. For logs with day resolution.",
+    )
+    max_user_notes: int | None = Field(
+        2000,
+        gt=0,
+        description="Of each user, this many notes with the latest first view and this many with the latest click "
+        "make pairs. null: all (paper).",
+    )
+
+
+class FilterSettings(Section):
+    """Which of the scored pairs are related."""
+
+    low: float = Field(0.01, description="Pairs with a lower score are dropped as outliers (paper: section 2.3).")
+    up: float = Field(30.0, description="Pairs with a higher score are dropped as outliers (paper: section 2.3).")
+    bounds: Literal["absolute", "quantile"] = Field(
+        "absolute",
+        description="`absolute`: low and up are scores (paper). `quantile`: they are quantiles of the scores, in [0, "
+        "1].",
+    )
+    top_t: int = Field(
+        3, gt=0, description="Related notes of each query, those with the highest scores (paper: section 2.3)."
+    )
+    popularity_power: float = Field(
+        0.0,
+        ge=0,
+        description="Popularity correction: a score is divided by (users who clicked the target) ** popularity_power. "
+        "0: none (paper).",
+    )
+    min_users: int = Field(1, gt=0, description="Pairs with fewer users are dropped.")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> "FilterSettings":
+        if math.isnan(self.low) or math.isnan(self.up):
+            raise ValueError(f"low = {self.low} and up = {self.up} have to be numbers")
+        if self.low > self.up:
+            raise ValueError(f"low = {self.low} is above up = {self.up}")
+        if self.bounds == "quantile" and not (self.low >= 0 and self.up <= 1):
+            raise ValueError(f"with bounds = quantile, low and up are shares in [0, 1], got {self.low} and {self.up}")
+        return self
+
+
+class PairSettings(FilterSettings, ScoringSettings):  # (pydantic takes the fields of the last base first)
+    """Which notes are related: Eq. 2 and section 2.3."""
+
+
+class SideSettings(Section):
+    """Which notes train, and which form the test pool. No note, and no near-duplicate, is on both sides."""
+
+    by: Literal["time", "hash"] = Field(
+        "time",
+        description="`time`: the test pool is the notes without events in the training days. `hash`: a hash puts each "
+        "group of near-duplicates on a side.",
+    )
+    pool_share: float = Field(
+        0.3, gt=0, lt=1, description="Share of the near-duplicate groups that form the pool, with `by: hash`."
+    )
+    max_pool_notes: int | None = Field(
+        None, gt=1, description="Most notes of the pool; a hash selects them. null: no limit."
+    )
+
+
+class SplitSettings(SideSettings):
+    """How notes and pairs are kept apart."""
+
+    validation_share: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of the training pairs for validation (paper: section 2.3). No note is on both sides.",
+    )
+
+
+class CheckSettings(Section):
+    """Thresholds of the blocking asset checks. A run that misses one stops."""
+
+    max_dropped_share: float = Field(
+        0.2, ge=0, le=1, description="Largest share of the notes, or of the events, in quarantine."
+    )
+    min_train_pairs: int = Field(50, ge=1, description="Fewest training pairs.")
+    min_test_pairs: int = Field(20, ge=1, description="Fewest test pairs.")
+    max_mean_cosine: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="Largest mean cosine of random pairs of notes. Above it, the embeddings have collapsed.",
+    )
+
+
+class WordSettings(Section):
+    """How much of a note the model reads."""
+
+    title_words: int = Field(20, gt=0, description="Words of the title that are read (paper: section 2.3).")
+    content_words: int = Field(80, gt=0, description="Words of the content that are read (paper: section 2.3).")
+    topic_words: int = Field(
+        20, gt=0, description="Words of all topics together that are read. The paper does not truncate topics."
+    )
+    word_unit: WordUnit = Field(
+        "auto",
+        description="What counts as a word. `auto`: a Chinese or Japanese character, or text between spaces. `space`: "
+        "text between spaces. `character`: a character.",
+    )
+
+
+class LengthSettings(Section):
+    """Which notes the report calls short and long, by the tokens of their text."""
+
+    short_tokens: int = Field(50, gt=0, description="A note with fewer tokens is short (paper: section 2.3).")
+    long_tokens: int = Field(165, gt=0, description="A note with more tokens is long (paper: appendix E).")
+    length_tokenizer: str | None = Field(
+        None,
+        description="Hub name or folder of the tokenizer that counts. Pin one to compare models. null: the LLM's.",
+    )
+
+
+class TextSettings(LengthSettings, WordSettings):
+    """How a note's text is read and measured."""

@@ -1,0 +1,67 @@
+"""From a YAML file, and what the environment says, to the settings. Every error is one sentence."""
+
+import os
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from notellm2_core.config.section import problems
+from notellm2_core.config.settings import Config
+
+DEFAULT_CONFIG = "pipelines/configs/demo.yaml"  # relative to the repository root
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line for the person who wrote it."""
+
+
+def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read `path`; `overrides` are dotted keys ("source.path") that win over the file.
+
+    Raises ConfigError naming the file and the setting.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as e:
+        raise ConfigError(f"cannot read the configuration {path}: {e.strerror}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} is not a mapping of settings")
+    for key, value in (overrides or {}).items():
+        _set(raw, key, value, path)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as e:
+        raise ConfigError(f"{path}: {problems(e)}") from e
+
+
+def config_in_force(path: str = "", source: str = "") -> Config:
+    """The configuration `path` with its source.path replaced by `source`.
+
+    What is empty is taken from NOTELLM2_CONFIG (where that is empty too: the demo) and SOURCE.
+    """
+    path = path or os.environ.get("NOTELLM2_CONFIG") or DEFAULT_CONFIG
+    source = source or os.environ.get("SOURCE", "")
+    return load_config(Path(path), {"source.path": source} if source else None)
+
+
+def week_in_force(week: str = "") -> date | None:
+    """The day `week`, or WEEK where that is empty; None where both are. Raises ConfigError where it is no day."""
+    week = week or os.environ.get("WEEK", "")
+    try:
+        return date.fromisoformat(week) if week else None
+    except ValueError as e:
+        raise ConfigError(f"week = {week} is not a day like 2025-01-19") from e
+
+
+def _set(raw: dict[str, Any], key: str, value: Any, path: Path) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: {section} is not a section, so {key} cannot be set")
+    raw[leaf] = value

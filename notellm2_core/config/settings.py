@@ -1,0 +1,173 @@
+"""The settings: one frozen tree, read from YAML. Each is declared once, in a file `config*.py`.
+
+Defaults are the paper's where it has one. An unknown key, a wrong type or an unknown choice is an error that names the
+file and the setting. Units are in the names or the descriptions; counts are `num_*`. docs/settings.md is written from
+these files (`notellm2_core.config.docs`).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from notellm2_core.config.data import (
+    CheckSettings,
+    PairSettings,
+    SourceSettings,
+    SplitSettings,
+    TextSettings,
+    WindowSettings,
+)
+from notellm2_core.config.model import ModelSettings
+from notellm2_core.config.section import Section, no_address
+from notellm2_core.config.training import PARTS, Part, TrainingSettings
+
+
+class ExportSettings(Section):
+    """The embedding of all notes."""
+
+    batch_notes: int = Field(64, gt=0, description="Notes embedded at a time.")
+    shard_notes: int = Field(
+        4096, gt=0, description="Notes of a file of embeddings. A killed export resumes after the last whole file."
+    )
+    num_ranks: int | None = Field(
+        None, gt=0, description="Number of processes, one per device. null: training.num_ranks."
+    )
+
+
+class IndexSettings(Section):
+    """The FAISS index: inner products of unit vectors."""
+
+    factory: str = Field("HNSW32", description="FAISS factory string. `Flat`: exact search.")
+    search_k: int = Field(10, gt=0, description="The index is compared with exact search on this many nearest notes.")
+
+
+class ReportSettings(Section):
+    """What `eval_recall` reports."""
+
+    ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (100, 1000, 10000), min_length=1, description="The k of each Recall@k (paper: section 2.3)."
+    )
+    baselines: tuple[Literal["random", "popularity", "bm25", "minilm", "zero_shot"], ...] = Field(
+        ("random", "popularity", "bm25", "zero_shot"),
+        description="Baselines to compare with. `zero_shot`: the model before training.",
+    )
+    num_sheet_queries: int = Field(6, gt=0, description="Query notes of the picture of neighbours.")
+
+
+class SaliencySettings(Section):
+    """What Eq. 3-6 are measured on."""
+
+    saliency_pairs: int = Field(32, ge=0, description="Training pairs to measure, at least 2. 0: none.")
+    saliency_batch_pairs: int = Field(
+        16, gt=1, description="Pairs of a batch, in fp32 with every attention map in memory."
+    )
+
+    @model_validator(mode="after")
+    def _pairs_to_contrast(self) -> "SaliencySettings":
+        if self.saliency_pairs == 1:
+            raise ValueError("saliency_pairs = 1: a single pair has no negatives; use 0 (off) or at least 2")
+        return self
+
+
+class EvaluationSettings(SaliencySettings, ReportSettings):
+    """How a trained model is measured."""
+
+
+class TrackingSettings(Section):
+    """MLflow."""
+
+    uri: str | None = Field(
+        None, description="Address of the tracking server. null: MLFLOW_TRACKING_URI, or else sqlite in the lake."
+    )
+    experiment: str = Field("notellm2", description="Name of the experiment.")
+    timeout_seconds: float = Field(
+        10, gt=0, description="Seconds to wait for an answer. A dead server delays each asset by a few of these."
+    )
+
+
+class SparkSettings(Section):
+    """The Spark session."""
+
+    master: str = Field("local[*]", description="Address of the master.")
+    driver_memory: str = Field("2g", description="Memory of the driver; with a local master, of all tasks.")
+    shuffle_partitions: int | None = Field(
+        None,
+        gt=0,
+        description="Tasks of a stage, and blocks of the pairs. null: the server's setting where Spark is started "
+        "elsewhere, or else 8.",
+    )
+    extra: dict[str, str] = Field({}, description="Further Spark settings, by their names.")
+
+
+class Config(Section):
+    """A whole configuration: three settings of its own, and the sections."""
+
+    name: str = Field(description="Name of the configuration, which MLflow runs and reports carry.")
+    seed: int = Field(42, description="Random seed (paper: 42, 43 and 44).")
+    lake: Annotated[Path, BeforeValidator(no_address)] = Field(
+        Path(".dagster/lake"), description="Folder of all datasets. On several machines, one that all of them see."
+    )
+    source: SourceSettings = SourceSettings()
+    window: WindowSettings = WindowSettings()
+    pairs: PairSettings = PairSettings()
+    split: SplitSettings = SplitSettings()
+    checks: CheckSettings = CheckSettings()
+    text: TextSettings = TextSettings()
+    model: ModelSettings
+    training: TrainingSettings = TrainingSettings()
+    export: ExportSettings = ExportSettings()
+    index: IndexSettings = IndexSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    spark: SparkSettings = SparkSettings()
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Config":
+        if self.window.test_days is None and self.split.by == "time":
+            raise ValueError("window.test_days = null needs split.by = hash: one window cannot be split by time")
+        training = self.training
+        if training.batch_pairs % (training.num_ranks * training.num_nodes):
+            raise ValueError(
+                f"training.batch_pairs = {training.batch_pairs} is not a multiple of training.num_ranks = "
+                f"{training.num_ranks}" + (f" x {training.num_nodes} nodes" if training.num_nodes > 1 else "")
+            )
+        if (training.num_nodes > 1) == (training.rendezvous is None and training.hostfile is None):
+            raise ValueError(
+                f"training.num_nodes = {training.num_nodes} and training.rendezvous or hostfile belong together: "
+                "several nodes need one of them, a single one needs none"
+            )
+        if training.rendezvous is not None and training.hostfile is not None:
+            raise ValueError(
+                f"training.rendezvous = {training.rendezvous} and training.hostfile = {training.hostfile} are two ways "
+                "to start several nodes: set one of them"
+            )
+        return self
+
+    @property
+    def trained_parts(self) -> tuple[Part, ...]:
+        """What `training.parts` stands for; a part that the method lacks may be among them."""
+        if self.training.parts is not None:
+            return self.training.parts
+        return tuple(part for part in PARTS if part != "word_embeddings" or self.model.lora is None)
+
+    @property
+    def trains_vision(self) -> bool:
+        return "vision" in self.trained_parts
+
+
+# What a user looks at first, in this order (docs/settings.md).
+FIRST_SETTINGS = (
+    "name",
+    "source.path",
+    "source.view_events",
+    "source.click_events",
+    "window.train_days",
+    "model.llm.name",
+    "model.vision.name",
+    "training.num_steps",
+    "training.batch_pairs",
+    "training.learning_rate",
+    "training.num_ranks",
+    "evaluation.ks",
+)

@@ -1,0 +1,128 @@
+"""Settings of the training: what is trained and how, and how the run is executed."""
+
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import AfterValidator, Field, model_validator
+
+from notellm2_core.config.section import Section
+
+Part = Literal["llm", "word_embeddings", "connector", "fusion", "projector", "temperature", "vision"]
+KnownPositives = Literal["mask", "count", "ignore"]
+PARTS: tuple[Part, ...] = tuple(part for part in get_args(Part) if part != "vision")  # of the model itself
+
+
+def _in_order(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    return tuple(part for part in get_args(Part) if part in parts)
+
+
+class HardNegativeSettings(Section):
+    """Notes that a model ranks near a pair's query although they are unrelated to it: negatives of the whole batch. The
+    paper has none.
+    """
+
+    num: int = Field(0, ge=0, description="Hard negatives of each pair. 0: none (paper).")
+    first_rank: int = Field(
+        10, gt=0, description="Rank among the query's neighbours from which they are taken: closer ones may be related."
+    )
+    last_rank: int = Field(100, gt=0, description="Rank among the query's neighbours up to which they are taken.")
+    model: Path | None = Field(
+        None, description="Folder of the trained model that finds them. null: the untrained start."
+    )
+    factory: str = Field("HNSW32", description="FAISS factory string of the index in which they are found.")
+
+    @model_validator(mode="after")
+    def _window(self) -> "HardNegativeSettings":
+        if self.first_rank > self.last_rank:
+            raise ValueError(f"first_rank = {self.first_rank} is above last_rank = {self.last_rank}")
+        return self
+
+
+class RunSettings(Section):
+    """How a training run is executed. None of these settings changes the weights by more than rounding (and the draws
+    of dropout), so a killed run may resume with other values.
+    """
+
+    num_ranks: int = Field(1, gt=0, description="Processes of each node, one per GPU.")
+    num_nodes: int = Field(1, gt=0, description="Number of machines. Several need rendezvous or hostfile.")
+    rendezvous: str | None = Field(
+        None,
+        pattern=r"^[^\s:]+:\d+$",
+        description="`HOST:PORT` of one node that all of them reach; the same command is run on each. null: hostfile, "
+        "or a single node.",
+    )
+    hostfile: Path | None = Field(
+        None,
+        description="DeepSpeed's hostfile, with a line `HOST slots=N` for each node; its launcher starts them by ssh. "
+        "null: rendezvous, or a single node.",
+    )
+    micro_batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens whose activations a rank holds at a time. A larger batch is embedded in micro-batches "
+        "(GradCache), with the same negatives and gradients. Lower it where memory runs out. null: the whole batch.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Whether activations are recomputed in the backward pass: less memory, more time."
+    )
+    checkpoint_every_steps: int = Field(500, gt=0, description="Steps between checkpoints.")
+    checkpoint_every_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Minutes between checkpoints, where they pass before the steps do. null: steps alone.",
+    )
+    num_checkpoints: int = Field(2, gt=0, description="Number of checkpoints that are kept, the latest ones.")
+    validate_every_steps: int = Field(500, gt=0, description="Steps between validations.")
+    log_every_steps: int = Field(10, gt=0, description="Steps between points of the curves.")
+
+
+class TrainingSettings(RunSettings):
+    """Fine-tuning (appendix A of the paper)."""
+
+    num_steps: int = Field(7956, gt=0, description="Optimiser steps (paper: Table 8).")
+    batch_pairs: int = Field(
+        128, gt=1, description="Pairs of a batch, B, over all ranks; a multiple of their number (paper: Table 8)."
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        3, description="ZeRO stage of DeepSpeed (paper: appendix A). In bf16 on a GPU, 2 replaces 0 and 1."
+    )
+    precision: Literal["bf16", "fp32", "auto"] = Field(
+        "bf16",
+        description="Precision of the forward and backward pass (paper: Table 8). `auto`: bf16 on a GPU that supports "
+        "it, elsewhere the faster of both, which is timed.",
+    )
+    learning_rate: float = Field(
+        3e-6,
+        gt=0,
+        description="Peak learning rate of the LLM, and of the vision encoder where it is trained (paper: Table 8).",
+    )
+    new_module_learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of connector, fusion and projector. null: learning_rate (paper)."
+    )
+    temperature_learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of tau. null: learning_rate (paper)."
+    )
+    parts: Annotated[tuple[Part, ...], Field(min_length=1), AfterValidator(_in_order)] | None = Field(
+        None,
+        description="Parts that are trained; the others keep their initial weights. With vision, images are encoded "
+        "at every step and stored features are not read. null: all but vision (paper), and with LoRA all but vision "
+        "and word_embeddings.",
+    )
+    warmup_ratio: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of the steps in which the learning rates rise; after them they decay linearly (paper: "
+        "Table 8).",
+    )
+    weight_decay: float = Field(1e-3, ge=0, description="AdamW's weight decay, for matrices only (paper: Table 8).")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas (paper: Table 8).")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon (paper: Table 8).")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm (paper: Table 8).")
+    alpha: float = Field(9.0, ge=0, description="Weight of the multimodal loss in Eq. 9 (paper: Table 6).")
+    known_positives: KnownPositives = Field(
+        "mask",
+        description="Role of the other known positives of a note in the batch. `mask`: none. `count`: positives. "
+        "`ignore`: negatives (paper).",
+    )
+    hard_negatives: HardNegativeSettings = HardNegativeSettings()

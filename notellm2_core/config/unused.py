@@ -1,0 +1,60 @@
+"""Settings that were changed and that nothing reads: what a user should hear before a run, not after it."""
+
+from functools import reduce
+
+from notellm2_core.config.methods import get_method
+from notellm2_core.config.settings import Config
+from notellm2_core.config.training import Part
+
+
+def without_effect(config: Config) -> list[str]:
+    """What was changed from its default and nothing reads, one sentence each."""
+    model, method, kind = config.model, get_method(config.model.method), config.model.connector.kind
+    by_method, by_score = f"model.method = {model.method}", f"pairs.score = {config.pairs.score}"
+    measured = (model.start.pca_projector, model.start.fusion_scale, model.start.visual_token_gain)
+    negatives = config.training.hard_negatives
+
+    def untrained(*parts: Part) -> str:
+        named = not {*parts}.isdisjoint(config.trained_parts)
+        return "" if named else f"training.parts without {', '.join(parts)}"
+
+    # What keeps a setting from being read; nothing: "".
+    no_fusion = "" if method.late_fusion else by_method
+    no_connector = "" if method.visual_prompt else by_method
+    no_qformer = no_connector or ("" if kind == "qformer" else f"model.connector.kind = {kind}")
+    no_swing = "" if config.pairs.score == "swing" else by_score
+    no_negatives = "" if negatives.num else f"training.hard_negatives.num = {negatives.num}"
+    causes = {
+        "pairs.swing_alpha": no_swing,
+        "pairs.swing_max_users": no_swing,
+        "pairs.simultaneous": "" if no_swing else by_score,
+        "split.pool_share": "" if config.split.by == "hash" else f"split.by = {config.split.by}",
+        "model.start.fusion_scale": no_fusion,
+        "model.start.gate_bias": no_fusion,
+        "model.start.visual_token_gain": no_connector,
+        "model.start.num_pca_notes": "" if any(measured) else "model.start without anything that is measured",
+        **{f"model.connector.{n}": no_qformer for n in type(model.connector).model_fields if n != "kind"},
+        "model.connector.kind": no_connector,
+        "training.alpha": "" if "visual" in method.losses else by_method,
+        "model.lora": untrained("llm"),
+        **{f"training.hard_negatives.{n}": no_negatives for n in type(negatives).model_fields if n != "num"},
+        "training.new_module_learning_rate": untrained("connector", "fusion", "projector"),
+        "training.temperature_learning_rate": untrained("temperature"),
+    }
+    lacking: dict[Part, str] = {"fusion": no_fusion, "connector": no_connector}
+    named = config.training.parts or ()
+    return [
+        *(
+            f"{name} has no effect with {cause}"
+            for name, cause in causes.items()
+            if cause and _is_changed(config, name)
+        ),
+        *(f"{p} in training.parts has no effect with {cause}" for p, cause in lacking.items() if cause and p in named),
+    ]
+
+
+def _is_changed(config: Config, name: str) -> bool:
+    """Whether a setting is another than its default."""
+    *sections, key = name.split(".")
+    section = reduce(getattr, sections, config)
+    return bool(getattr(section, key) != type(section).model_fields[key].default)

@@ -1,0 +1,216 @@
+"""Note embeddings on disk and in memory: a shard is written whole, a folder is read back checked. No torch.
+
+N: notes, d: embedding width.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from notellm2_core import schema
+from notellm2_core.runtime.files import link_or_copy, new_folder, parquet_files, written_whole
+
+FORMER = ".former"  # a folder with earlier shards, until an export is complete
+_REUSED = "reused"
+
+
+def write_shard(path: Path, note_ids: Sequence[str], vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
+    """Write one Parquet shard (schema.embeddings), whole or not at all.
+
+    Raises ValueError where a vector is not finite or not of unit length.
+    """
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    lengths = np.linalg.norm(vectors, axis=1)
+    wrong = ~(np.abs(lengths - 1) < 1e-3)  # also true for NaN
+    if wrong.any():
+        first = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"{int(wrong.sum())} embeddings are not unit vectors (note {note_ids[first]!r} has length "
+            f"{lengths[first]}): the model gives NaN or zero there; check its training loss."
+        )
+    dim = vectors.shape[1]
+    columns = [
+        pa.array(list(note_ids), pa.string()),
+        pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim),
+    ]
+    table = pa.Table.from_arrays(columns, schema=schema.embeddings(dim).with_metadata(dict(metadata)))
+    with written_whole(path) as draft:
+        pq.write_table(table, draft)
+
+
+@dataclass(frozen=True)
+class EmbeddingKey:
+    """What the vectors of an export depend on."""
+
+    model_id: str  # names everything that is the same for all notes: the model, the kind of input, the precision
+    content_ids: Callable[[Sequence[str]], Sequence[str]]  # of these notes; each changes whenever the content does
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of an export, written or not."""
+
+    path: Path
+    note_ids: list[str]
+    fingerprint: str  # of its notes, their contents and the model
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the file is there, with these vectors."""
+        return _metadata(self.path).get("fingerprint") == self.fingerprint
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """All files of an export into one folder."""
+
+    folder: Path
+    key: EmbeddingKey
+    shards: list[Shard]
+
+
+def plan_shards(folder: Path, note_ids: Sequence[str], key: EmbeddingKey, shard_notes: int) -> ShardPlan:
+    """The notes in id order, `shard_notes` per file part-00000.parquet. Raises ValueError where there are none."""
+    ids = sorted(set(note_ids))
+    if not ids:
+        raise ValueError(f"there are no notes to embed into {folder}.")
+    shards = []
+    for number, start in enumerate(range(0, len(ids), shard_notes)):
+        part = ids[start : start + shard_notes]
+        shards.append(Shard(folder / f"part-{number:05d}.parquet", part, _fingerprint(key, part)))
+    return ShardPlan(folder, key, shards)
+
+
+def write_shards(
+    plan: ShardPlan,
+    embed: Callable[[Sequence[str]], np.ndarray],
+    rank: int = 0,
+    num_ranks: int = 1,
+    progress: "tqdm[Any] | None" = None,
+    reuse: Sequence[Path] = (),
+) -> int:
+    """Write every num_ranks-th shard of the plan, and return how many of its notes were not embedded.
+
+    Vectors are reused where an earlier shard (in the plan's folder or in `reuse`) was made by the same model from the
+    same content; only the other notes are embedded. A killed run therefore resumes, and a changed table costs only its
+    changed notes. Reused vectors can differ from fresh ones by rounding, because batches differ. Shards of another
+    model, other notes or another plan are replaced or removed. Which vectors are reused depends on no kill and on no
+    other rank.
+
+    `progress` is advanced over reused vectors, which do not count in its speed; `embed` advances it itself.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    earlier = _set_aside(plan)
+    own = plan.shards[rank::num_ranks]
+    missing = [shard for shard in own if not shard.is_written]
+    num_skipped = sum(len(shard.note_ids) for shard in own) - sum(len(shard.note_ids) for shard in missing)
+    content_ids = [plan.key.content_ids(shard.note_ids) for shard in missing]
+    vectors = reusable_vectors([earlier, *reuse], plan.key.model_id, {i for ids in content_ids for i in ids})
+    if rank == 0:
+        for path in {*parquet_files(plan.folder)} - {shard.path for shard in plan.shards}:
+            path.unlink()
+    _skip(progress, num_skipped)
+    for shard, ids in zip(missing, content_ids, strict=True):
+        num_reused = _write_missing(shard, ids, vectors, embed, plan.key.model_id)
+        _skip(progress, num_reused)
+        num_skipped += num_reused
+    if all(shard.is_written for shard in plan.shards):
+        for folder in (earlier, *plan.folder.glob(f".{FORMER}.*")):  # and drafts of it, from any host
+            shutil.rmtree(folder, ignore_errors=True)
+    return num_skipped
+
+
+def _set_aside(plan: ShardPlan) -> Path:
+    """A hidden folder with the shards of earlier exports, from before any of this one is written: all ranks, and the
+    run after one that was killed, reuse the vectors of the same.
+    """
+    earlier, written = plan.folder / FORMER, {shard.path for shard in plan.shards if shard.is_written}
+    others = [path for path in parquet_files(plan.folder) if path not in written]
+    if others and not earlier.exists():
+        try:
+            with new_folder(earlier) as draft:
+                for path in others:
+                    link_or_copy(path, draft / path.name)
+        except OSError:  # another rank was quicker, and may have replaced some already
+            if not earlier.exists():
+                raise
+    return earlier
+
+
+def reusable_vectors(folders: Sequence[Path], model_id: str, content_ids: set[str]) -> dict[str, np.ndarray]:
+    """The vectors of these contents in the shards of `folders` that this model made, by content id."""
+    vectors: dict[str, np.ndarray] = {}
+    for path in (path for folder in folders for path in parquet_files(folder)):
+        try:
+            with pq.ParquetFile(path) as file:
+                metadata = _text(file.schema_arrow.metadata)
+                contents = metadata.get("of", "").split("\n")
+                if metadata.get("made_by") != model_id or content_ids.isdisjoint(contents):
+                    continue
+                column = file.read(["embedding"])["embedding"].combine_chunks()
+        except (OSError, pa.ArrowException):  # damaged: as good as absent
+            continue
+        rows = column.flatten().to_numpy().reshape(len(column), -1)
+        vectors |= {content: rows[i] for i, content in enumerate(contents) if content in content_ids}
+    return vectors
+
+
+def _write_missing(
+    shard: Shard,
+    content_ids: Sequence[str],
+    reusable: Mapping[str, np.ndarray],
+    embed: Callable[[Sequence[str]], np.ndarray],
+    model_id: str,
+) -> int:
+    """Write `shard`, embedding what is not `reusable`. Returns how many of its notes were not embedded."""
+    new = [row for row, content in enumerate(content_ids) if content not in reusable]
+    num_reused = len(content_ids) - len(new)
+    if new:
+        fresh = embed([shard.note_ids[row] for row in new])
+    else:
+        fresh = np.empty((0, len(reusable[content_ids[0]])), np.float32)
+    vectors = np.empty((len(content_ids), fresh.shape[1]), dtype=np.float32)
+    vectors[new] = fresh
+    for row, content in enumerate(content_ids):
+        if content in reusable:
+            vectors[row] = reusable[content]
+    facts = {"made_by": model_id, "of": "\n".join(content_ids), _REUSED: str(num_reused)}
+    write_shard(shard.path, shard.note_ids, vectors, {"fingerprint": shard.fingerprint, **facts})
+    return num_reused
+
+
+def num_reused(folder: Path) -> int:
+    """How many of the vectors in `folder` were taken over when its shards were written."""
+    return sum(int(_metadata(path).get(_REUSED, 0)) for path in parquet_files(folder))
+
+
+def _fingerprint(key: EmbeddingKey, note_ids: Sequence[str]) -> str:
+    """Of a shard with these notes."""
+    digest = hashlib.sha256("\n".join([*key.content_ids(note_ids), *note_ids]).encode("utf-8", "surrogatepass"))
+    return f"{key.model_id}-{digest.hexdigest()[:16]}"
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """{} where there is no shard, or a damaged one."""
+    try:
+        return _text(pq.read_schema(path).metadata)
+    except (OSError, pa.ArrowException):
+        return {}
+
+
+def _text(metadata: Mapping[bytes, bytes] | None) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in (metadata or {}).items()}
+
+
+def _skip(progress: "tqdm[Any] | None", num_notes: int) -> None:
+    if progress is not None and not progress.disable:
+        progress.initial += num_notes
+        progress.update(num_notes)

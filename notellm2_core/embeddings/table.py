@@ -1,0 +1,109 @@
+"""Note embeddings in memory: unit vectors, the notes they belong to, and how they are read back checked. No torch.
+
+N: notes, d: embedding width.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from notellm2_core.runtime.files import parquet_files
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Unit vectors [N, d] (fp32) and the notes they belong to, row by row."""
+
+    note_ids: tuple[str, ...]
+    vectors: np.ndarray
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """note_id -> row."""
+        return {note_id: row for row, note_id in enumerate(self.note_ids)}
+
+    def rows(self, note_ids: Sequence[str]) -> np.ndarray:
+        """Rows [n] of these notes. Raises ValueError with the number of notes that have no embedding."""
+        missing = [i for i in note_ids if i not in self.positions]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(note_ids)} notes have no embedding (the first is {missing[0]!r}): "
+                "export the embeddings of the notes that the pairs and the pool name."
+            )
+        return np.fromiter((self.positions[i] for i in note_ids), dtype=np.int64, count=len(note_ids))
+
+
+def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Embeddings:
+    """The embeddings of `folder` (its *.parquet, or one file), in file and row order; of `note_ids` only where given.
+
+    Raises ValueError where there are none, columns or widths differ from schema.embeddings, or a note comes twice.
+    """
+    files = [folder] if folder.is_file() else parquet_files(folder)
+    if not files:
+        raise ValueError(
+            f"{folder} holds no embeddings (no *.parquet): make them with python -m notellm2_core.inference.export."
+        )
+    ids: list[str] = []
+    parts: list[np.ndarray] = []
+    for file in files:
+        table = pq.read_table(file)
+        found = table.schema.field("embedding").type if "embedding" in table.column_names else pa.null()
+        if "note_id" not in table.column_names or not isinstance(found, pa.FixedSizeListType):
+            raise ValueError(f"{file} is not an embedding table: it needs note_id and a fixed-size list embedding.")
+        column = table["embedding"].combine_chunks()
+        vectors = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+        vectors = vectors.reshape(-1, found.list_size)
+        if parts and vectors.shape[1] != parts[0].shape[1]:
+            raise ValueError(f"{file} has width {vectors.shape[1]}, {files[0]} has {parts[0].shape[1]}: two releases?")
+        names = table["note_id"].to_pylist()
+        if note_ids is not None:
+            keep = np.fromiter((n in note_ids for n in names), dtype=bool, count=len(names))
+            names, vectors = [n for n, k in zip(names, keep, strict=True) if k], vectors[keep]
+        ids.extend(names)
+        parts.append(vectors)
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"{folder}: {len(ids) - len(set(ids))} notes come twice; export into an empty folder.")
+    return Embeddings(tuple(ids), np.concatenate(parts))
+
+
+def mean_cosine(vectors: np.ndarray, num_pairs: int = 10_000, seed: int = 0) -> float:
+    """Mean cosine of random pairs of different rows of unit vectors [N, d]: near 1 means that they have collapsed."""
+    if len(vectors) < 2:
+        raise ValueError(f"the mean cosine needs two embeddings at least, got {len(vectors)}.")
+    rng = np.random.default_rng(seed)
+    left = rng.integers(0, len(vectors), num_pairs)
+    right = (left + rng.integers(1, len(vectors), num_pairs)) % len(vectors)
+    return float(np.einsum("nd,nd->n", vectors[left], vectors[right], dtype=np.float64).mean())
+
+
+def shortened(vectors: np.ndarray, dim: int | None) -> np.ndarray:
+    """The first `dim` numbers of unit vectors [N, d], made unit again (Matryoshka); None: as they are.
+
+    Raises ValueError where there are not so many.
+    """
+    if dim is None or dim == vectors.shape[1]:
+        return vectors
+    if not 0 < dim < vectors.shape[1]:
+        raise ValueError(f"dim = {dim} must be between 1 and the model's {vectors.shape[1]}.")
+    first = vectors[:, :dim]
+    return first / np.linalg.norm(first, axis=1, keepdims=True).clip(min=1e-12)
+
+
+def read_note_ids(path: Path) -> list[str]:
+    """The notes that a Parquet file or folder names, by a column note_id or as pairs, in order, each once.
+
+    Raises ValueError where it does neither.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; it must be Parquet with a note_id column, or with pairs.")
+    names = set(pq.ParquetDataset(path).schema.names)
+    columns = ["note_id"] if "note_id" in names else ["query_id", "target_id"]
+    if not names.issuperset(columns):
+        raise ValueError(f"{path} has no column note_id, and no query_id and target_id.")
+    table = pq.read_table(path, columns=columns)
+    return list(dict.fromkeys(note_id for column in table.columns for note_id in column.to_pylist()))

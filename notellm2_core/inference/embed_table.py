@@ -1,0 +1,123 @@
+"""`notellm2 embed`: a trained model's folder and a table of notes in, shards of unit vectors out. No configuration.
+
+The shards are made in a hidden folder beside OUT, which takes OUT's place when it is complete: OUT is a whole result
+or not there, and a killed run goes on with the shards that it had not finished.
+"""
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from notellm2_core.config.settings import ExportSettings
+from notellm2_core.embeddings.shards import FORMER, EmbeddingKey, plan_shards, write_shards
+from notellm2_core.inference.batch_embedder import VECTORS_VERSION, WINDOW_BATCHES
+from notellm2_core.inference.embedder import BATCH_NOTES, Embedder
+from notellm2_core.inference.export import deciding_files
+from notellm2_core.model.hub import model_folder
+from notellm2_core.notes.processor import InputKind
+from notellm2_core.notes.source_reader import read_note_table
+from notellm2_core.runtime.files import is_draft, link_or_copy, parquet_files, swap_in
+from notellm2_core.runtime.fingerprint import fingerprint
+from notellm2_core.vision.images import STATUSES
+
+_SHARD = re.compile(r"part-\d{5,}\.parquet")
+_MARK = "notellm2-embed-"  # of a shard's fingerprint: this command wrote it
+
+
+def embed_notes(
+    model: str | Path,
+    notes: Path,
+    out: Path,
+    inputs: InputKind = "multimodal",
+    dim: int | None = None,
+    batch_notes: int = BATCH_NOTES,
+    images: Path | None = None,
+) -> dict[str, Any]:
+    """Embed the notes of `notes` (see `read_note_table`) into shards of schema.embeddings, sorted by note id.
+
+    Returns counts: notes, kept (of them, vectors that a former run had made), dropped by reason, pictures by status and
+    notes_per_second (both of the notes embedded now). Raises ValueError where the model or the notes cannot be used,
+    or `out` holds anything but this command's result.
+    """
+    table = read_note_table(notes, images)
+    folder = model_folder(model)
+    work = out.with_name(f".{out.name}.partial")
+    for made_from in (notes, table.images, folder):
+        _require_own(out, made_from)
+    _require_own(work, notes)
+    embedder = Embedder.from_pretrained(folder)
+    embedder.require_options(inputs, batch_notes, dim)  # before anything is written
+    decides = [*_decides(embedder, folder), inputs, dim, batch_notes]
+    work.mkdir(parents=True, exist_ok=True)
+    for shard in parquet_files(out):
+        if not (work / shard.name).exists():
+            link_or_copy(shard, work / shard.name)
+
+    def content_ids(ids: Sequence[str]) -> list[str]:
+        return [fingerprint(content) for content in table.contents(ids)]
+
+    window = WINDOW_BATCHES * batch_notes  # so many encoded pictures in memory; the batches are those of one call
+
+    def embed(ids: Sequence[str]) -> np.ndarray:
+        parts = (table.notes(ids[i : i + window]) for i in range(0, len(ids), window))
+        vectors = [embedder.embed(p, inputs, batch_notes, dim, folder=table.images, progress=progress) for p in parts]
+        return np.concatenate(vectors)
+
+    with tqdm(total=len(table.note_ids), desc=f"embed {inputs}", unit="notes") as progress:
+        began = time.monotonic()
+        key = EmbeddingKey(_MARK + fingerprint(decides), content_ids)
+        plan = plan_shards(work, table.note_ids, key, ExportSettings().shard_notes)
+        kept = write_shards(plan, embed, progress=progress)
+        seconds = max(time.monotonic() - began, 1e-6)
+    swap_in(work, out)
+    return {
+        "notes": len(table.note_ids),
+        "kept": kept,
+        "dropped": dict(table.dropped),
+        "pictures": {status: embedder.pictures[status] for status in STATUSES},
+        "notes_per_second": round((len(table.note_ids) - kept) / seconds, 1),
+        "dim": dim or embedder.model.config.projection_dim,
+        "device": str(embedder.device),
+        "precision": str(embedder.dtype).removeprefix("torch."),
+    }
+
+
+def _decides(embedder: Embedder, folder: Path) -> list[Any]:
+    """What of the model, and of this machine, changes its vectors."""
+    return [
+        VECTORS_VERSION,
+        deciding_files(folder),
+        embedder.encoder.encoder_id,
+        str(embedder.dtype),
+        *(["fused"] if embedder.is_fused else []),
+    ]
+
+
+def _require_own(out: Path, made_from: Path) -> None:
+    """Raises ValueError where `out` is anything but a folder of this command's shards, or holds what is to be read."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder.")
+    if made_from.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--out {out} holds what is to be read, {made_from}; name another folder.")
+    foreign = sorted(f.name for f in out.iterdir() if not _is_own(f)) if out.exists() else []
+    if foreign:
+        raise ValueError(f"--out {out} holds {foreign[0]}, which is no former result; name another folder.")
+
+
+def _is_own(file: Path) -> bool:
+    if file.name == FORMER or is_draft(file):  # a killed run's
+        return True
+    if not _SHARD.fullmatch(file.name) or not file.is_file():
+        return False
+    try:
+        metadata = pq.read_schema(file).metadata or {}
+    except (OSError, pa.ArrowException):
+        return False
+    return metadata.get(b"fingerprint", b"").decode().startswith(_MARK)

@@ -1,0 +1,160 @@
+"""What is made from what: one row per dataset, and from it the address of every dataset of a configuration.
+
+A dataset's fingerprint covers its settings, its inputs' fingerprints and the version of the code that makes it. So
+the address of `eval_recall` is known before anything runs, a dataset that is there is never computed again, and
+embeddings of one model can never meet the index of another.
+"""
+
+import json
+import os
+from datetime import date, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from notellm2_core.config.settings import Config
+from notellm2_core.lake.lake import Dataset, Lake, LakeError
+from notellm2_core.lake.lineage import STAGES, WORLD_VERSION
+from notellm2_core.lake.window import Days, ResolvedWindow, first_day_of_week, last_complete_week_end
+from notellm2_core.runtime.files import listing, write_atomically
+from notellm2_core.runtime.fingerprint import fingerprint
+from notellm2_core.runtime.nested import get_setting
+from notellm2_core.runtime.packaged_weights import weights_version
+from notellm2_core.schema import SOURCE_EVENTS
+
+
+class MissingDataset(LakeError):
+    """A dataset that has not been made yet for this configuration."""
+
+    def __init__(self, name: str, command: str) -> None:
+        super().__init__(f"{name} has not been made yet for this configuration and window; run: {command}")
+        self.name = name
+
+
+class Recipe:
+    """The addresses of one configuration's datasets in its lake."""
+
+    def __init__(self, config: Config, week: date | None = None, run_id: str | None = None) -> None:
+        """`week`: any day of the week the window shall end with; None: the configured end, else the last complete.
+
+        `run_id`: all recipes of one run see the source as its first one did, whatever arrives there meanwhile.
+        """
+        self.config = config
+        self.lake = Lake(config.lake.resolve())
+        self.week = week
+        self._pin = self.work / "runs" / f"{run_id}.json" if run_id else None
+        self._fingerprints: dict[str, str] = {}
+
+    @cached_property
+    def source(self) -> Path:
+        """The source folder: the user's, or the demo world's place in the lake. Raises ValueError if neither is set."""
+        source = self.config.source
+        if source.path is not None:
+            return Path(source.path).absolute()
+        if source.demo is None:
+            raise ValueError(f"the configuration {self.config.name} has no source: set source.path, or SOURCE=...")
+        return self.lake.path("demo_world", fingerprint([WORLD_VERSION, source.demo.model_dump()]))
+
+    @cached_property
+    def source_fingerprints(self) -> dict[str, str]:
+        """Of what `raw_events` and `notes` are made of: names, sizes and times of files, so any change is noticed."""
+        if self._pin is not None and self._pin.exists():
+            pinned: dict[str, str] = json.loads(self._pin.read_text())
+            return pinned
+        found = self._list_source()
+        if self._pin is not None:
+            write_atomically(self._pin, json.dumps(found))
+        return found
+
+    def _list_source(self) -> dict[str, str]:
+        if self.config.source.path is None:
+            return dict.fromkeys(("raw_events", "notes"), self.source.name)
+        if not self.source.is_dir():
+            raise ValueError(f"source.path {self.source} is not a folder; set source.path, or SOURCE=..., to your data")
+        files: dict[str, list[Any]] = {"raw_events": [], "notes": []}
+        for file in sorted(listing(self.source)):
+            files["raw_events" if file[0].split("/")[0] in SOURCE_EVENTS else "notes"].append(file)
+        return {name: fingerprint([str(self.source.resolve()), found]) for name, found in files.items()}
+
+    @cached_property
+    def window(self) -> ResolvedWindow:
+        """Training and test days. Raises MissingDataset where the end depends on raw events that are not landed."""
+        window = self.config.window
+        if self.week is not None:
+            end = first_day_of_week(self.week) + timedelta(days=7)
+        elif window.end is not None:
+            end = window.end
+        else:
+            landed = self.dataset("raw_events").manifest.metrics
+            end = last_complete_week_end(date.fromisoformat(landed["covered_until"]))
+        if window.test_days is None:
+            days = Days(end - timedelta(days=window.train_days), end)
+            return ResolvedWindow(days, days)
+        middle = end - timedelta(days=window.test_days)
+        return ResolvedWindow(Days(middle - timedelta(days=window.train_days), middle), Days(middle, end))
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """The settings that `name` itself depends on."""
+        if self._is_empty(name):
+            return {}
+        tree = self.config.model_dump(mode="json")
+        settings = {key: get_setting(tree, key) for key in STAGES[name].settings}
+        if weights := {key: found for key, of in self._weights(name) if (found := weights_version(of)) is not None}:
+            settings["weights"] = weights
+        if name in ("raw_events", "notes"):
+            settings["source"] = self.source_fingerprints[name]
+        if name == "events":
+            settings["window"] = [
+                str(d) for days in (self.window.train, self.window.test) for d in (days.start, days.end)
+            ]
+        return settings
+
+    def _inputs(self, name: str) -> tuple[str, ...]:
+        return () if self._is_empty(name) else STAGES[name].inputs
+
+    def _is_empty(self, name: str) -> bool:
+        """Whether `name` holds nothing, whatever it could be made of: then no change of that may retrain the model."""
+        return name == "hard_negatives" and not self.config.training.hard_negatives.num
+
+    def _weights(self, name: str) -> list[tuple[str, str | None]]:
+        """The pretrained weights that `name` is made with, by the setting that names them."""
+        model = self.config.model
+        names = {"model.llm": model.llm.name, "model.vision": model.vision.pretrained or model.vision.name}
+        if name == "hard_negatives":
+            folder = self.config.training.hard_negatives.model
+            return [("training.hard_negatives.model", None if folder is None else str(folder))]
+        if name == "baseline_embeddings":
+            return [("evaluation.baselines", "minilm")] if "minilm" in self.config.evaluation.baselines else []
+        settings = STAGES[name].settings
+        return [(key, of) for key, of in names.items() if key in settings or f"{key}.name" in settings]
+
+    def fingerprint(self, name: str) -> str:
+        if name not in self._fingerprints:
+            inputs = {n: self.fingerprint(n) for n in self._inputs(name)}
+            self._fingerprints[name] = fingerprint([name, STAGES[name].version, inputs, self.settings(name)])
+        return self._fingerprints[name]
+
+    def find(self, name: str) -> Dataset | None:
+        return self.lake.find(name, self.fingerprint(name))
+
+    def dataset(self, name: str) -> Dataset:
+        """The dataset `name` of this configuration. Raises MissingDataset with the command that makes it."""
+        found = self.find(name)
+        if found is None:
+            raise MissingDataset(name, self.command())
+        return found
+
+    def inputs(self, name: str) -> dict[str, Dataset]:
+        return {n: self.dataset(n) for n in self._inputs(name)}
+
+    def command(self) -> str:
+        """What to type to make everything that is missing."""
+        path = os.environ.get("NOTELLM2_CONFIG")
+        source = os.environ.get("SOURCE")
+        given = {"CONFIG": path, "SOURCE": source, "WEEK": self.week}
+        return " ".join(["make recall", *(f"{name}={value}" for name, value in given.items() if value)])
+
+    @property
+    def work(self) -> Path:
+        """Where unfinished work waits to be resumed: training checkpoints and the like. No dataset lies there."""
+        return self.lake.root / ".work"

@@ -1,0 +1,94 @@
+"""What is made from what: one row per dataset, with the settings that its code reads and the version of its code."""
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+
+from notellm2_core.config.data import (
+    EventSettings,
+    FilterSettings,
+    LengthSettings,
+    ScoringSettings,
+    SideSettings,
+    WordSettings,
+)
+from notellm2_core.config.model import ModelSettings
+from notellm2_core.config.section import Section
+from notellm2_core.config.settings import ExportSettings, ReportSettings, SaliencySettings
+from notellm2_core.config.training import RunSettings, TrainingSettings
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One dataset: the datasets it reads, the settings that its code reads (dotted; those of its inputs need not be
+    named again), and the version of its code.
+    """
+
+    inputs: tuple[str, ...]
+    settings: tuple[str, ...]
+    version: int = 1  # raise it when the code that makes the dataset changes its result
+
+
+def settings_of(section: str, group: type[Section], *, but: Container[str] = ()) -> tuple[str, ...]:
+    """The dotted names of all settings of `group` in `section`: a new one enters the rows that name its group."""
+    return tuple(f"{section}.{name}" for name in group.model_fields if name not in but)
+
+
+_WORDS = settings_of("text", WordSettings)
+
+
+_MODEL = ("seed", *_WORDS, *settings_of("model", ModelSettings, but=("lora", "license")))
+
+
+_EXPORT = settings_of("export", ExportSettings, but=("num_ranks",))
+
+
+_TRAINING = (
+    *settings_of("training", TrainingSettings, but=(*RunSettings.model_fields, "hard_negatives")),
+    "training.hard_negatives.num",  # only how many a pair takes: which they are is the dataset of that name
+)
+
+
+STAGES: Mapping[str, Stage] = {
+    "raw_events": Stage((), ("source.partition",), version=7),
+    "notes": Stage((), ()),
+    "events": Stage(("raw_events", "notes"), (*settings_of("source", EventSettings), "window"), version=4),
+    "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=3),
+    "cooccurrence": Stage(("events",), settings_of("pairs", ScoringSettings), version=4),
+    "note_sides": Stage(("notes", "events", "vision_features"), settings_of("split", SideSettings), version=3),
+    "related_pairs": Stage(("cooccurrence", "note_sides"), settings_of("pairs", FilterSettings), version=2),
+    "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",), version=2),
+    "data_card": Stage(
+        ("raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",),
+        version=2,
+    ),
+    "note_tokens": Stage(("notes",), (*_WORDS, "model.llm.name"), version=2),
+    "start_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
+    "hard_negatives": Stage(
+        ("start_model", "note_tokens", "vision_features", "pair_datasets", "note_sides"),
+        ("training.hard_negatives", "training.precision", *_EXPORT),
+    ),
+    "checkpoint": Stage(
+        ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"),
+        (*_MODEL, "model.lora", *_TRAINING),
+        version=7,
+    ),
+    "start_embeddings": Stage(
+        ("start_model", "note_tokens", "vision_features", "pair_datasets"), (*_EXPORT, "training.precision")
+    ),
+    "baseline_embeddings": Stage(("notes", "pair_datasets"), ("evaluation.baselines",)),
+    "note_embeddings": Stage(("checkpoint", "note_tokens", "vision_features", "pair_datasets"), _EXPORT),
+    "faiss_index": Stage(("note_embeddings",), ("index",)),
+    "saliency": Stage(
+        ("checkpoint", "note_tokens", "vision_features", "pair_datasets"),
+        settings_of("evaluation", SaliencySettings), version=2,
+    ),
+    "eval_recall": Stage(
+        ("note_embeddings", "faiss_index", "start_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
+         "checkpoint", "notes", "saliency"),
+        (*settings_of("evaluation", ReportSettings), *settings_of("text", LengthSettings), "seed", "model.license"),
+        version=2,
+    ),
+}  # fmt: skip
+
+
+WORLD_VERSION = 1  # of the demo world's generator

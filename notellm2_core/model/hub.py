@@ -1,0 +1,37 @@
+"""Where a trained model comes from: a folder, or the hub. Imports no torch."""
+
+from pathlib import Path
+
+from notellm2_core.model.card import HUB_NAME
+from notellm2_core.runtime.pretrained import one_line
+
+
+def model_folder(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder `name`, or the local copy of the hub's model. Raises ValueError where neither can be had.
+
+    The options say which of the hub's copies, and mean what they mean to the hub's client; a folder is taken as it is.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not HUB_NAME.fullmatch(str(name)):
+        raise ValueError(f"{name} is no folder; give the folder of a trained model, or a hub name like owner/model.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            )
+        )
+    except Exception as e:  # the hub client raises its own kinds, without a common base
+        raise ValueError(
+            f"{name} is no folder, and the hub has not given it ({one_line(e)}); pass the folder of a trained model."
+        ) from e

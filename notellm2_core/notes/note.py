@@ -1,0 +1,79 @@
+"""A note: its text, its text with an image, and how it is read from a dict that a person hands over. No torch."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+Picture = str | Path | bytes | Image.Image  # a path, the encoded bytes, or what Pillow opened
+FIELDS = ("note_id", "title", "topics", "content", "image")
+WHITE_SPACE = " \t\r\n"  # what the pipeline trims from ids and topics
+
+
+@dataclass(frozen=True)
+class Note:
+    """The text of one note: n_i = (t_i, tp_i, ct_i) of section 2.1, without its image."""
+
+    note_id: str
+    title: str
+    topics: tuple[str, ...]
+    content: str
+
+
+@dataclass(frozen=True)
+class PicturedNote:
+    """A note's text and picture."""
+
+    note: Note
+    image: Picture | None = None
+
+
+NoteLike = Mapping[str, Any] | Note | PicturedNote
+
+
+def pictured(value: NoteLike) -> PicturedNote:
+    """A dict with some of the FIELDS, or a Note without picture, as a PicturedNote. What is left out is empty.
+
+    Raises ValueError for a field that is unknown or of a wrong type.
+    """
+    if isinstance(value, PicturedNote):
+        return value
+    if isinstance(value, Note):
+        return PicturedNote(value)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"a note is a dict with {', '.join(FIELDS)}, not {type(value).__name__} {str(value)[:80]!r}.")
+    if unknown := sorted(str(key) for key in value if key not in FIELDS):
+        raise ValueError(f"a note has no field {unknown[0]!r}; its fields are {', '.join(FIELDS)}.")
+    texts = {name: value.get(name) or "" for name in ("note_id", "title", "content")}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"the {name} of a note is text, not {type(text).__name__} {str(text)[:80]!r}.")
+    image = value.get("image")
+    if isinstance(image, bytearray | memoryview):
+        image = bytes(image)
+    if image is not None and not isinstance(image, Picture):
+        raise ValueError(f"the image of a note is a path, bytes, a PIL image or None, not {type(image).__name__}.")
+    note = Note(texts["note_id"], texts["title"], parse_topics(value.get("topics")), texts["content"])
+    return PicturedNote(note, None if image == "" else image)
+
+
+def parse_topics(value: Iterable[Any] | str | None) -> tuple[str, ...]:
+    """Topics from a list, or from one string separated by '|', as the pipeline reads them: trimmed, none empty.
+
+    Raises ValueError where a topic is no text, or `value` neither list nor text.
+    """
+    if not isinstance(value, Iterable | None):
+        raise ValueError(f"the topics of a note are a list or a text, not {type(value).__name__} {str(value)[:80]!r}.")
+    found = value.split("|") if isinstance(value, str) else list(value) if value is not None else []
+    wrong = [t for t in found if t is not None and not isinstance(t, str)]
+    if wrong:
+        raise ValueError(f"a topic is text, not {type(wrong[0]).__name__} {str(wrong[0])[:80]!r}.")
+    trimmed = (t.strip(WHITE_SPACE) for t in found if t is not None)
+    return tuple(t for t in trimmed if t)
+
+
+def plain_text(note: Note) -> str:
+    """Title, topics and content, a line each, untruncated; empty fields leave no line."""
+    return "\n".join(part for part in (note.title, ", ".join(note.topics), note.content) if part)

@@ -1,0 +1,154 @@
+"""Notes in Parquet as people bring them, or as the lake keeps them, read without Spark. Imports no torch.
+
+The same notes come out as the pipeline makes of the same table (`spark_jobs/clean.py`): ids and topics are trimmed,
+missing text is empty, of rows with one id the last counts, and a note without text and picture is left out.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from notellm2_core.notes.note import WHITE_SPACE, Note, PicturedNote, parse_topics
+from notellm2_core.runtime.files import naming, parquet_files
+from notellm2_core.schema import SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
+
+SOURCE_NOTES = "notes.parquet"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Where a note stands, and what it says of its picture."""
+
+    note: Note
+    image_path: str | None
+    file: Path
+    position: int
+
+
+@dataclass(frozen=True)
+class NoteTable:
+    """Notes by id. Their texts are in memory, their pictures still where they are."""
+
+    images: Path  # the folder that image_path is relative to
+    dropped: Mapping[str, int]  # rows, by the reason
+    _rows: Mapping[str, _Row]
+
+    @property
+    def note_ids(self) -> list[str]:
+        return list(self._rows)
+
+    def notes(self, note_ids: Sequence[str]) -> list[PicturedNote]:
+        """The notes with their pictures: the bytes where the table has them, else the path."""
+        rows = [self._rows[i] for i in note_ids]
+        data = _read_bytes(rows)
+        return [PicturedNote(r.note, data.get(r.note.note_id) or r.image_path) for r in rows]
+
+    def contents(self, note_ids: Sequence[str]) -> list[Any]:
+        """Of each note; changes whenever the note or the file of its picture does, without reading a picture."""
+        return [
+            [r.note.title, r.note.topics, r.note.content, r.image_path,
+             _stamp(self.images / r.image_path) if r.image_path else [*_stamp(r.file), r.position]]
+            for r in (self._rows[i] for i in note_ids)
+        ]  # fmt: skip
+
+
+def read_note_table(path: Path, images: Path | None = None, only: Collection[str] | None = None) -> NoteTable:
+    """The notes of a source folder (its notes.parquet), of a Parquet file, or of a folder of Parquet files.
+
+    images: the folder that image_path is relative to; None: the folder of the notes. only: the notes of these ids;
+    None: all. Raises ValueError where there is no Parquet, a column is missing, or no note is left.
+    """
+    rows: dict[str, _Row] = {}
+    dropped: Counter[str] = Counter()
+    for file in _files(path):
+        with naming(file), pq.ParquetFile(file) as parquet:
+            _read(parquet, file, rows, dropped, only)
+    bare = [r for r in rows.values() if not _has_text(r.note) and not r.image_path]
+    data = _read_bytes(bare)
+    for row in bare:
+        if row.note.note_id not in data:
+            del rows[row.note.note_id]
+            dropped["empty_note"] += 1
+    if not rows:
+        raise ValueError(f"{path} holds no usable note ({dropped.total()} rows).")
+    return NoteTable(images or (path if path.is_dir() else path.parent), dropped, rows)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir() and (path / SOURCE_NOTES).exists():
+        path = path / SOURCE_NOTES
+    files = [path] if path.is_file() else parquet_files(path)
+    if not files:
+        raise ValueError(f"{path} holds no notes: give a folder with {SOURCE_NOTES}, or Parquet with the notes.")
+    return files
+
+
+def _read(
+    parquet: pq.ParquetFile, file: Path, rows: dict[str, _Row], dropped: Counter[str], only: Collection[str] | None
+) -> None:
+    """Adds the notes of one file to `rows`, and what cannot be used to `dropped`."""
+    names = parquet.schema_arrow.names
+    if missing := [name for name in SOURCE_NOTE_COLUMNS if name not in names]:
+        raise ValueError(f"no column {missing[0]}; notes need {', '.join(SOURCE_NOTE_COLUMNS)}")
+    path_column = SOURCE_IMAGE_COLUMNS[0]
+    position = 0
+    for batch in parquet.iter_batches(columns=[n for n in (*SOURCE_NOTE_COLUMNS, path_column) if n in names]):
+        columns = {name: _text(batch.column(name)) for name in batch.schema.names if name != "topics"}
+        paths = columns.get(path_column) or [None] * len(batch)
+        topics = batch.column("topics").to_pylist()
+        for *fields, some, image in zip(
+            columns["note_id"], columns["title"], columns["content"], topics, paths, strict=True
+        ):
+            note_id = (fields[0] or "").strip(WHITE_SPACE)
+            if not note_id:
+                dropped["null_note_id"] += 1
+            elif only is None or note_id in only:
+                if rows.pop(note_id, None) is not None:
+                    dropped["duplicate_note_id"] += 1
+                note = Note(note_id, fields[1] or "", parse_topics(some), fields[2] or "")
+                rows[note_id] = _Row(note, (image or "").strip(WHITE_SPACE) or None, file, position)
+            position += 1
+
+
+def _read_bytes(rows: Sequence[_Row]) -> dict[str, bytes]:
+    """note_id -> the encoded bytes in column `image`, of the rows that have any; only their row groups are read."""
+    data: dict[str, bytes] = {}
+    column = SOURCE_IMAGE_COLUMNS[1]
+    for file in dict.fromkeys(r.file for r in rows):
+        wanted = {r.position: r.note.note_id for r in rows if r.file == file}
+        with naming(file), pq.ParquetFile(file) as parquet:
+            if column not in parquet.schema_arrow.names:
+                continue
+            first = 0
+            for group in range(parquet.num_row_groups):
+                last = first + parquet.metadata.row_group(group).num_rows
+                here = sorted(p for p in wanted if first <= p < last)
+                if here:
+                    values = parquet.read_row_group(group, [column])[column].take([p - first for p in here])
+                    data |= {wanted[p]: v for p, v in zip(here, values.to_pylist(), strict=True) if v}
+                first = last
+    return data
+
+
+def _text(column: pa.Array) -> list[str | None]:
+    """As text, whatever the type was: ids may be integers."""
+    return list(pc.cast(column, pa.string()).to_pylist())
+
+
+def _has_text(note: Note) -> bool:
+    return bool("".join((note.title, note.content, *note.topics)).strip(WHITE_SPACE))
+
+
+def _stamp(file: Path) -> list[Any]:
+    """Name, size and time of change; what is not there has only a name."""
+    try:
+        found = file.stat()
+    except (OSError, ValueError):  # not there, a name that no file can have: counted when it is read
+        return [str(file)]
+    return [str(file), found.st_size, found.st_mtime_ns]

@@ -1,0 +1,96 @@
+"""The tokens of notes' fields on disk: an Arrow file that is mapped into memory, so that every rank and every worker of
+a machine reads the same pages, and only those of the notes it needs.
+
+Fields are kept apart from the prompt around them: one table serves all methods and all kinds of input.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from notellm2_core import schema
+from notellm2_core.notes.lake_reader import read_notes
+from notellm2_core.notes.note import Note
+from notellm2_core.notes.note_tokenizer import FieldTokens, NoteTokenizer
+from notellm2_core.runtime.files import naming, written_whole
+
+TOKENS = "tokens.arrow"
+_BATCH_NOTES = 4096
+_MADE_WITH = b"made_with"
+
+
+class TokenTable(Mapping[str, FieldTokens]):
+    """note_id -> its tokens, in the order of the file."""
+
+    def __init__(self, path: Path, tokenizer: NoteTokenizer, note_ids: Collection[str] | None = None) -> None:
+        """`note_ids`: only these. Raises ValueError where one is missing or comes twice, the file is damaged, or
+        `tokenizer` would give other tokens.
+        """
+        with naming(path), pa.ipc.open_file(pa.memory_map(str(path))) as file:
+            batches = [file.get_batch(i) for i in range(file.num_record_batches)]
+            made_with = (file.schema.metadata or {}).get(_MADE_WITH, b"").decode()
+            if not file.schema.remove_metadata().equals(schema.NOTE_TOKENS):
+                raise ValueError("other columns than tokens have")
+        if made_with != tokenizer.tokens_id:
+            raise ValueError(
+                f"{path} was made with another tokenizer or other text settings than this model reads notes with; make "
+                "it again with python -m notellm2_core.model.tokenise"
+            )
+        self._columns = [
+            [(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[1:]] for batch in batches
+        ]
+        self._places: dict[str, tuple[int, int]] = {}  # note_id -> its batch, and its row there
+        wanted = None if note_ids is None else pa.array(sorted(set(note_ids)), pa.string())
+        for number, batch in enumerate(batches):
+            ids = batch.column("note_id")
+            rows = np.arange(len(ids)) if wanted is None else np.flatnonzero(pc.is_in(ids, value_set=wanted))
+            here = {i: (number, row) for i, row in zip(ids.take(rows).to_pylist(), rows.tolist(), strict=True)}
+            if len(here) < len(rows) or not self._places.keys().isdisjoint(here):
+                raise ValueError(f"{path} has a note twice; make it again")
+            self._places |= here
+        if absent := set(note_ids or ()) - self._places.keys():
+            raise ValueError(f"{len(absent)} notes are not in {path}, among them {min(absent)!r}.")
+
+    def __getitem__(self, note_id: str) -> FieldTokens:
+        batch, row = self._places[note_id]
+        return FieldTokens(*(values[offsets[row] : offsets[row + 1]] for offsets, values in self._columns[batch]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def write_tokens(folder: Path, tokenizer: NoteTokenizer, notes: Iterable[Note]) -> None:
+    """Tokenise `notes` into FOLDER/tokens.arrow, a few at a time; it is there whole or not at all."""
+    columns = schema.NOTE_TOKENS.with_metadata({_MADE_WITH: tokenizer.tokens_id})
+    with written_whole(folder / TOKENS) as draft, pa.ipc.new_file(draft, columns) as writer:
+        source = iter(notes)
+        while some := list(islice(source, _BATCH_NOTES)):
+            fields = zip(*tokenizer.tokenize(some), strict=True)
+            arrays = [pa.array([n.note_id for n in some], pa.string()), *(_lists(field) for field in fields)]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=columns))
+
+
+def read_tokens(
+    folder: Path, tokenizer: NoteTokenizer, note_ids: Collection[str] | None = None
+) -> Mapping[str, FieldTokens]:
+    """The tokens of the notes in `folder` (of `note_ids` only): of their texts, or those that were written there.
+
+    Raises ValueError where the folder holds neither, or a note is missing.
+    """
+    if (folder / TOKENS).exists():
+        return TokenTable(folder / TOKENS, tokenizer, note_ids)
+    notes = read_notes(folder, note_ids)
+    return dict(zip(notes, tokenizer.tokenize(list(notes.values())), strict=True))
+
+
+def _lists(values: Iterable[np.ndarray]) -> pa.LargeListArray:
+    parts = list(values)
+    offsets = np.cumsum([0, *map(len, parts)])
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(np.concatenate(parts), pa.int32()))

@@ -1,0 +1,124 @@
+"""The trained model as a Hugging Face folder that needs nothing beside it."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from notellm2_core.config.methods import get_method
+from notellm2_core.config.settings import Config
+from notellm2_core.model.card import CARD, CARD_FACTS, Architecture, card_facts, model_card
+from notellm2_core.model.lora import adapted_layers, is_adapter, merge
+from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.notes.processor import MLRMProcessor
+from notellm2_core.runtime.files import write_atomically
+from notellm2_core.training.objective.losses import MAX_TAU
+from notellm2_core.vision.encoder import VisionEncoder, saved_encoder_id
+
+DONE = "training.json"
+
+
+def save_model(
+    model: MLRMModel,
+    processor: MLRMProcessor,
+    vision: VisionEncoder | Path,
+    out: Path,
+    config: Config,
+    train_days: Sequence[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write model, processor, vision encoder and the model card into `out`; training.json comes last.
+
+    `vision`: the trained encoder, or the folder of a frozen one, which is copied. `facts`: of the training, for
+    training.json and the card; None: an untrained start. Called on all ranks; rank 0 writes. The weights are as they
+    were trained: fp32 on a CPU, bf16 on a GPU (except the encoder's: fp32). Raises ValueError where the folder
+    holds no encoder, OSError where the disk takes no more.
+    """
+    weights = plain_weights(model)
+    encoder_weights = full_weights(vision) if isinstance(vision, VisionEncoder) else None
+    if weights is not None:
+        if wrong := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+            raise ValueError(
+                f"{len(wrong)} trained weights, {wrong[0]} the first, are not finite: lower the learning rates"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        (out / DONE).unlink(missing_ok=True)
+        if isinstance(vision, Path):
+            shutil.copytree(vision, out / "vision", dirs_exist_ok=True)
+        elif encoder_weights is not None:
+            vision.with_weights(encoder_weights).save_pretrained(out / "vision")
+        model.config.encoder_id = saved_encoder_id(out / "vision")
+        processor.save_pretrained(out)
+        sizes = {name: weight.numel() for name, weight in weights.items()}
+        try:
+            model.save_pretrained(out, state_dict=weights, safe_serialization=True)
+        except SafetensorError as e:  # a full disk
+            raise OSError(f"the model could not be written into {out}: {e}") from e
+        card = card_facts(config, _architecture(model, processor), sizes, train_days, facts)
+        (out / CARD_FACTS).write_text(json.dumps(card, indent=1))
+        (out / CARD).write_text(model_card(card))
+        if facts is not None:
+            write_atomically(out / DONE, json.dumps(facts, indent=1))
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _architecture(model: MLRMModel, processor: MLRMProcessor) -> Architecture:
+    return Architecture(
+        encoder_id=model.config.encoder_id,
+        num_patches=processor.num_patches,
+        vision_width=processor.vision_width,
+        num_visual_words=processor.num_queries if get_method(model.config.method).visual_prompt else 0,
+        num_layers=model.llm.config.num_hidden_layers,
+        llm_width=model.projector.in_features,
+        projection_dim=model.projector.out_features,
+    )
+
+
+def plain_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """`full_weights` with adapters merged into the layers that they adapt: the names are those of a plain model."""
+    weights = full_weights(model)
+    for name, layer in adapted_layers(model).items():
+        with gathered([p for n, p in layer.named_parameters(prefix=name) if is_adapter(n)]):
+            if weights is not None:
+                merge(weights, name, layer)
+    return weights
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """Every parameter and buffer of `model`, frozen ones too, on rank 0's CPU; None on the other ranks.
+
+    Under ZeRO-3 one parameter at a time is gathered from the ranks.
+    """
+    keep = not dist.is_initialized() or dist.get_rank() == 0
+    saved = model.state_dict()
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with gathered([parameter]):
+            if keep:
+                weights[name] = parameter.detach().cpu().clone()
+    if "tau" in weights:
+        weights["tau"].clamp_(max=MAX_TAU)
+    buffers = {name: b.detach().cpu() for name, b in model.named_buffers() if name in saved}
+    return weights | buffers if keep else None
+
+
+def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    """Inside, these parameters are whole on every rank, whatever the ZeRO stage."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    return _gathered(parameters)
+
+
+@contextmanager
+def _gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield

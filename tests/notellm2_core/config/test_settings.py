@@ -1,0 +1,174 @@
+"""Every configuration in the repository loads; a wrong one is refused with one sentence that names the setting."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from notellm2_core.config.data import FilterSettings, PairSettings, ScoringSettings
+from notellm2_core.config.load import ConfigError, load_config
+from notellm2_core.config.methods import METHODS
+from notellm2_core.config.model import ModelSettings
+from notellm2_core.config.settings import Config
+from notellm2_core.config.training import PARTS
+from notellm2_core.config.unused import without_effect
+
+CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_configuration_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem and without_effect(config) == []
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.startswith("paper_")], ids=lambda p: p.stem)
+def test_the_defaults_are_the_papers(path: Path) -> None:
+    """Table 8 and section 2.3; what the paper does not have is off."""
+    config = load_config(path)
+    training, pairs = config.training, config.pairs
+    assert (training.learning_rate, training.weight_decay, training.betas, training.epsilon) == (
+        3e-6, 1e-3, (0.9, 0.999), 1e-8,
+    )  # fmt: skip
+    assert (training.num_steps, training.batch_pairs, training.warmup_ratio, training.max_grad_norm) == (
+        7956, 128, 0.1, 1,
+    )  # fmt: skip
+    assert (training.precision, training.zero_stage, training.alpha) == ("bf16", 3, 9)
+    assert (pairs.low, pairs.up, pairs.top_t, pairs.popularity_power) == (0.01, 30, 3, 0)
+    assert (config.text.title_words, config.text.content_words, config.text.short_tokens, config.text.long_tokens) == (
+        20, 80, 50, 165,
+    )  # fmt: skip
+    assert (config.window.train_days, config.window.test_days, config.split.validation_share) == (14, 7, 0.1)
+    assert (config.model.connector.num_queries, config.model.projection_dim, config.model.temperature) == (16, 64, 3)
+    start = config.model.start
+    assert (start.pca_projector, start.fusion_scale, start.gate_bias, start.visual_token_gain) == (False, None, 0, None)
+    assert (config.model.lora, config.model.matryoshka_dims, config.training.parts) == (None, (), None)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("training: {num_step: 3}", "training.num_step: no such setting"),
+        ("training: {num_steps: many}", "training.num_steps"),
+        ("pairs: {low: 3, up: 1}", "low = 3.0 is above up = 1.0"),
+        ("pairs: {bounds: quantile, low: 0.1, up: 30}", "shares in"),
+        ("pairs: {low: .nan}", "low = nan and up = 30.0 have to be numbers"),
+        ("pairs: {swing_alpha: .inf}", "pairs.swing_alpha: Input should be a finite number"),
+        ("window: {test_days: null}", "needs split.by = hash"),
+        ("split: {by: user}", "split.by: Input should be 'time' or 'hash'"),
+        ("training: {batch_pairs: 9, num_ranks: 2}", "not a multiple"),
+        ("training: {batch_pairs: 6, num_nodes: 4, hostfile: x}", "not a multiple of training.num_ranks = 1 x 4 nodes"),
+        ("training: {batch_pairs: 6, num_nodes: 2}", "several nodes need one of them"),
+        ("training: {rendezvous: 'a:1'}", "a single one needs none"),
+        (
+            "training: {num_nodes: 2, rendezvous: 'a:1', hostfile: x}",
+            "two ways to start several nodes: set one of them",
+        ),
+        ("training: {num_nodes: 2, rendezvous: a}", "training.rendezvous"),
+        (
+            "model: {llm: {name: tiny}, method: notelm}",
+            "method: Input should be 'basic', 'micl', 'late_fusion', 'notellm2'",
+        ),
+        ("source: {ignored_events: [share, click]}", "click is in ignored_events and in"),
+        ("evaluation: {saliency_pairs: 1}", "a single pair has no negatives"),
+        ("training: {parts: []}", "training.parts: Tuple should have at least 1 item"),
+        ("training: {parts: [llm, words]}", "training.parts.1: Input should be 'llm', 'word_embeddings', 'connector'"),
+        ("model: {llm: {name: tiny}, lora: {rank: 0}}", "model.lora.rank: Input should be greater than 0"),
+        ("model: {llm: {name: tiny}, lora: {ranks: 8}}", "model.lora.ranks: no such setting"),
+        ("model: {llm: {name: tiny}, temperature: 5}", "model.temperature: Input should be less than or equal to 4.6"),
+        ("model: {llm: {name: tiny}, temperature: .nan}", "model.temperature: Input should be"),
+        ("model: {llm: {name: tiny}, matryoshka_dims: [8, 8]}", "names a number twice"),
+        ("seed: [", "is not YAML"),
+        ("on: 1", "Keys should be strings"),  # to YAML, `on` is a truth value
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, line: str, says: str) -> None:
+    path = tmp_path / "c.yaml"
+    model = "" if line.startswith("model") else "model: {llm: {name: tiny}}\n"
+    path.write_text(f"name: c\n{model}{line}\n")
+    with pytest.raises(ConfigError, match=says) as refused:
+        load_config(path)
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_overrides_win() -> None:
+    config = load_config(CONFIGS[0], {"source.path": "/data", "training.num_steps": 3})
+    assert (config.source.path, config.training.num_steps) == ("/data", 3)
+
+
+def test_a_group_is_cut_out_of_its_section() -> None:
+    """With its values, and without the section's other settings."""
+    pairs = PairSettings(low=0.5, score="swing")
+    filters = FilterSettings.of(pairs)
+    assert type(filters) is FilterSettings and filters == FilterSettings(low=0.5)
+    assert not hasattr(filters, "score") and ScoringSettings.of(pairs) == ScoringSettings(score="swing")
+
+
+def test_the_methods_of_the_settings_are_the_rows_of_the_table() -> None:
+    assert get_args(ModelSettings.model_fields["method"].annotation) == tuple(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_does_not_read(method: str) -> None:
+    """As the switches of the table say."""
+    switches = METHODS[method]
+    config = Config(
+        name="c",
+        model={"llm": {"name": "tiny"}, "method": method, "start": {"gate_bias": -1, "visual_token_gain": 1}},
+        training={"alpha": 3},
+    )
+    idle = {sentence.split()[0] for sentence in without_effect(config)}
+    assert ("model.start.gate_bias" in idle) == (not switches.late_fusion)
+    assert ("model.start.visual_token_gain" in idle) == (not switches.visual_prompt)
+    assert ("training.alpha" in idle) == ("visual" not in switches.losses)
+
+
+def test_sizes_of_a_connector_that_is_none() -> None:
+    """`linear` reads no size of a Q-Former, `only_late_fusion` has no connector; nothing asks for a measurement."""
+    sizes = {"num_layers": 2, "hidden_size": 96, "num_heads": 4}
+    for method, cause in (("basic", "model.connector.kind = linear"), ("only_late_fusion", "model.method = only_late")):
+        connector = {"kind": "linear" if method == "basic" else "qformer", **sizes}
+        model = {"llm": {"name": "tiny"}, "method": method, "connector": connector, "start": {"num_pca_notes": 9}}
+        told = without_effect(Config(name="c", model=model))  # type: ignore[arg-type]
+        assert [t.split()[0].rpartition(".")[2] for t in told] == ["num_pca_notes", *sizes]
+        assert all(cause in t for t in told[1:])
+
+
+def test_a_setting_without_effect_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    start = "model: {llm: {name: tiny}, method: basic, start: {gate_bias: -1}}"
+    training = "training: {hard_negatives: {model: earlier}}"
+    path.write_text(f"name: c\nsplit: {{pool_share: 0.2}}\n{start}\n{training}\n")
+    assert without_effect(load_config(path)) == [
+        "split.pool_share has no effect with split.by = time",
+        "model.start.gate_bias has no effect with model.method = basic",
+        "training.hard_negatives.model has no effect with training.hard_negatives.num = 0",
+    ]
+
+
+def test_which_parts_are_trained() -> None:
+    """All; with LoRA all but the word embeddings; what is named, in one order and once."""
+    assert load_config(CONFIGS[0], {"training.parts": None}).trained_parts == PARTS
+    with_lora = load_config(CONFIGS[0], {"training.parts": None, "model.lora": {}})
+    assert with_lora.trained_parts == tuple(part for part in PARTS if part != "word_embeddings")
+    named = load_config(CONFIGS[0], {"training.parts": ["projector", "word_embeddings", "projector"], "model.lora": {}})
+    assert named.trained_parts == named.training.parts == ("word_embeddings", "projector")
+
+
+def test_parts_without_effect_are_told() -> None:
+    parts = {"training.parts": ["connector", "fusion"], "training.temperature_learning_rate": 1e-3}
+    config = load_config(CONFIGS[0], {"model.method": "basic", "model.start": {}, "model.lora": {}, **parts})
+    assert without_effect(config) == [
+        "model.lora has no effect with training.parts without llm",
+        "training.temperature_learning_rate has no effect with training.parts without temperature",
+        "fusion in training.parts has no effect with model.method = basic",
+    ]
+    rates = {"training.parts": ["llm"], "training.temperature_learning_rate": None}
+    assert without_effect(load_config(CONFIGS[0], rates)) == [
+        "training.new_module_learning_rate has no effect with training.parts without connector, fusion, projector"
+    ]

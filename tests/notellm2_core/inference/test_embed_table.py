@@ -1,0 +1,145 @@
+"""`notellm2 embed`: the bits of the five lines, resumed, and never over anything but its own result."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModel, AutoProcessor
+
+from notellm2_core.cli import main
+from notellm2_core.embeddings.table import read_embeddings
+from notellm2_core.inference import embed_table as embed
+from notellm2_core.inference.embedder import Embedder
+from notellm2_core.vision.encoder import VisionEncoder
+from tests.support.drafts import dead_process, draft_of
+from tests.support.released import Release, write_release
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    return write_release(tmp_path_factory.mktemp("release"))
+
+
+def run(release: Release, notes: Path, out: Path, *more: str) -> None:
+    main(["embed", "--model", str(release.model), "--notes", str(notes), "--out", str(out), *more])
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and said.startswith("error: ")
+    return said
+
+
+def test_the_same_bits_as_the_five_lines(release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(release, release.source, tmp_path / "out")
+    table = read_embeddings(tmp_path / "out")
+    assert list(table.note_ids) == [r["note_id"] for r in release.rows]
+    model, processor = AutoModel.from_pretrained(release.model), AutoProcessor.from_pretrained(release.model)
+    encoder = VisionEncoder.from_pretrained(release.model / "vision")
+    np.testing.assert_array_equal(table.vectors, Embedder(model, processor, encoder).embed(release.notes))
+    said = capsys.readouterr()
+    counts = json.loads(said.out)
+    assert "warning: of 13 pictures, not used: {'broken': 1}; --images names their folder\n" in said.err
+    assert (counts["notes"], counts["kept"], counts["dropped"]) == (20, 0, {})
+    assert {k: n for k, n in counts["pictures"].items() if n} == {"ok": 12, "missing": 7, "broken": 1}
+    for inputs, dim in (("text", 4), ("image", None)):
+        more = ["--inputs", inputs, "--batch-notes", "3", *(["--dim", str(dim)] if dim else [])]
+        run(release, release.source, tmp_path / "out", *more)
+        expected = Embedder.from_pretrained(release.model).embed(release.notes, inputs, 3, dim)
+        np.testing.assert_array_equal(read_embeddings(tmp_path / "out").vectors, expected)
+
+
+def test_the_lakes_form_bytes_and_single_files(release: Release, tmp_path: Path) -> None:
+    """Bytes in the table (in three row groups), '|'-separated topics, integer ids: the same notes, the same vectors.
+
+    Of two rows with id 3 the last counts; a row without id and one without text or picture are left out.
+    """
+    whole = Embedder.from_pretrained(release.model).embed(release.notes)
+    rows = [
+        {"note_id": n, "title": r["title"], "topics": " |".join(r["topics"]) or None, "content": r["content"] or None,
+         "image": (release.source / r["image_path"]).read_bytes() if r["image_path"] else None}
+        for n, r in enumerate(release.rows)
+    ]  # fmt: skip
+    odd = [{"note_id": 3, "title": "old", "topics": "", "content": "", "image": None},
+           {"note_id": None, "title": "x", "topics": "", "content": "", "image": None},
+           {"note_id": 99, "title": "", "topics": "|", "content": "", "image": None}]  # fmt: skip
+    (tmp_path / "notes").mkdir()
+    pq.write_table(pa.Table.from_pylist(odd + rows), tmp_path / "notes" / "a.parquet", row_group_size=8)
+    counts = embed.embed_notes(release.model, tmp_path / "notes", tmp_path / "out")
+    assert counts["dropped"] == {"null_note_id": 1, "duplicate_note_id": 1, "empty_note": 1}
+    table = read_embeddings(tmp_path / "out")
+    np.testing.assert_allclose(table.vectors[table.rows([str(n) for n in range(20)])], whole, atol=2e-6)
+    file = release.root / "notes" / "notes.parquet"  # the lake's: its pictures lie in the source folder
+    counts = embed.embed_notes(release.model, file, tmp_path / "two", images=release.source)
+    np.testing.assert_allclose(read_embeddings(tmp_path / "two").vectors, whole, atol=2e-6)
+
+
+def test_a_picture_in_the_table_alone_makes_a_note(release: Release, tmp_path: Path) -> None:
+    image = (release.source / "8.png").read_bytes()
+    row = {"note_id": "p", "title": None, "topics": None, "content": None, "image": image}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "n.parquet")
+    counts = embed.embed_notes(release.model, tmp_path / "n.parquet", tmp_path / "out")
+    assert (counts["notes"], counts["pictures"]["ok"]) == (1, 1)
+
+
+def test_goes_on_where_it_was_stopped(release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of 6 notes: stopped in the third, two are kept, and OUT appears only when all four are there. What a
+    killed run has left beside its shards is no obstacle.
+    """
+    out = tmp_path / "out"
+    monkeypatch.setattr(embed, "ExportSettings", lambda: type("E", (), {"shard_notes": 6}))
+    own, calls = Embedder.embed, []
+
+    def stopped(self: Embedder, *a: Any, **k: Any) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return own(self, *a, **k)
+
+    monkeypatch.setattr(Embedder, "embed", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        embed.embed_notes(release.model, release.source, out)
+    assert not out.exists()
+    draft_of(tmp_path / ".out.partial" / "part-00002.parquet", dead_process()).write_bytes(b"half a shard")
+    (tmp_path / ".out.partial" / ".former").mkdir()
+    assert embed.embed_notes(release.model, release.source, out)["kept"] == 12
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and len(list(out.iterdir())) == 4
+    assert embed.embed_notes(release.model, release.source, out)["kept"] == 20
+    assert len(calls) == 5
+
+    (release.source / "19.png").write_bytes((release.source / "19.png").read_bytes() + b" ")
+    assert embed.embed_notes(release.model, release.source, out)["kept"] == 19  # one picture changed
+
+
+def test_only_its_own_result_is_replaced(release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not a file, another folder, what it reads, nor embeddings that something else wrote."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir(), (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "lake").mkdir()
+    pq.write_table(pa.table({"note_id": ["a"], "embedding": [[1.0]]}), tmp_path / "lake" / "part-00000.parquet")
+    assert "is a file" in error(capsys, release, release.source, tmp_path / "file")
+    assert "holds mine.txt, which is no former result" in error(capsys, release, release.source, tmp_path / "full")
+    assert "holds part-00000.parquet" in error(capsys, release, release.source, tmp_path / "lake")
+    assert "holds what is to be read" in error(capsys, release, release.source, release.source)
+    assert "holds what is to be read" in error(capsys, release, release.source, release.root)
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine" and (release.model / "config.json").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full", "lake"]
+
+
+def test_user_errors_are_one_line(release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results" / "out"
+    out.parent.mkdir()
+    assert "holds no notes" in error(capsys, release, tmp_path, out)
+    pq.write_table(pa.table({"note_id": ["a"]}), tmp_path / "n.parquet")
+    assert "no column title" in error(capsys, release, tmp_path / "n.parquet", out)
+    assert "dim = 99" in error(capsys, release, release.source, out, "--dim", "99")
+    assert "batch_notes = 0" in error(capsys, release, release.source, out, "--batch-notes", "0")
+    with pytest.raises(ValueError, match="inputs = 'img'; choose one of multimodal, image, text"):
+        embed.embed_notes(release.model, release.source, out, "img")  # type: ignore[arg-type]
+    assert not list(out.parent.iterdir())  # no half-made folder either

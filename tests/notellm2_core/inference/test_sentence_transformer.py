@@ -1,0 +1,92 @@
+"""The model inside sentence-transformers: the vectors of `Embedder`, and what the library does with them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+from notellm2_core.embeddings.table import shortened
+from notellm2_core.inference.embedder import Embedder
+from notellm2_core.inference.package import package
+from notellm2_core.inference.sentence_transformer import sentence_transformer
+from tests.support.released import Release, write_release
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    return write_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="module")
+def packaged(release: Release) -> Path:
+    package(release.model, release.root / "package", layout="sentence-transformers")
+    return release.root / "package"
+
+
+@pytest.fixture(scope="module")
+def model(packaged: Path) -> SentenceTransformer:
+    return sentence_transformer(packaged, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def embedder(release: Release) -> Embedder:
+    return Embedder.from_pretrained(release.model)
+
+
+def test_notes_texts_and_pictures(release: Release, model: SentenceTransformer, embedder: Embedder) -> None:
+    """A note is a dict, a text is a content, a picture is a note without text; in any order and batch."""
+    np.testing.assert_allclose(model.encode(release.notes, batch_size=3), embedder.embed(release.notes), atol=2e-6)
+    texts = ["red ship", "tea on an old hill", "kite.jpg", ""]
+    expected = embedder.embed([{"content": t} for t in texts])
+    np.testing.assert_allclose(model.encode(texts), expected, atol=2e-6)
+    np.testing.assert_allclose(model.encode(texts[1]), expected[1], atol=2e-6)  # one alone
+    np.testing.assert_allclose(model.encode("hill", prompt="tea on an old "), expected[1], atol=2e-6)
+    picture = Image.open(release.source / "8.png")
+    np.testing.assert_allclose(model.encode([picture]), embedder.embed([{"image": picture}]), atol=2e-6)
+    with pytest.raises(ValueError, match="no field 'titel'"):
+        model.encode([{"titel": "a"}])
+
+
+def test_the_folder_itself_loads_where_the_class_is_trusted(
+    release: Release, packaged: Path, model: SentenceTransformer
+) -> None:
+    """sentence-transformers imports an installed class of another package only with trust_remote_code."""
+    loaded = SentenceTransformer(str(packaged), trust_remote_code=True, device="cpu", local_files_only=True)
+    np.testing.assert_array_equal(loaded.encode(release.notes), model.encode(release.notes))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        SentenceTransformer(str(packaged), device="cpu", local_files_only=True)
+
+
+def test_similarity_and_fewer_dimensions(
+    release: Release, packaged: Path, model: SentenceTransformer, embedder: Embedder
+) -> None:
+    vectors = embedder.embed(release.notes)
+    similarity = model.similarity(model.encode(release.notes), vectors).numpy()
+    np.testing.assert_allclose(similarity, vectors @ vectors.T, atol=1e-5)
+    assert model.get_embedding_dimension() == 16
+    short = sentence_transformer(packaged, device="cpu", truncate_dim=4)
+    assert short.get_embedding_dimension() == 4
+    np.testing.assert_allclose(short.encode(release.notes), vectors[:, :4], atol=2e-6)
+    unit = short.encode(release.notes, normalize_embeddings=True)
+    np.testing.assert_allclose(unit, shortened(vectors, 4), atol=1e-5)
+
+
+def test_an_evaluator_finds_each_text_first(model: SentenceTransformer) -> None:
+    """Queries that are their own documents are at rank 1: accuracy@1 is 1, and 1/2 where half ask for others."""
+    corpus = {str(n): f"a note of {word}" for n, word in enumerate(["tea", "ships", "hills", "kites"])}
+    own = InformationRetrievalEvaluator(corpus, corpus, {n: {n} for n in corpus}, name="own", accuracy_at_k=[1])
+    assert own(model)["own_cosine_accuracy@1"] == 1
+    half = {n: {n if int(n) < 2 else str(5 - int(n))} for n in corpus}
+    swapped = InformationRetrievalEvaluator(corpus, corpus, half, name="half", accuracy_at_k=[1])
+    assert swapped(model)["half_cosine_accuracy@1"] == 0.5
+
+
+def test_saved_by_the_library_and_loaded_again(release: Release, model: SentenceTransformer, tmp_path: Path) -> None:
+    model.save_pretrained(str(tmp_path), create_model_card=False)
+    again = sentence_transformer(tmp_path, device="cpu")
+    np.testing.assert_array_equal(again.encode(release.notes), model.encode(release.notes))
+    with pytest.raises(ValueError, match="safetensors only"):
+        model.save_pretrained(str(tmp_path), create_model_card=False, safe_serialization=False)

@@ -1,0 +1,126 @@
+"""The model card is a function of facts, and says no more than they do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as hf
+import yaml
+
+from notellm2_core.config.settings import Config
+from notellm2_core.model.build import build_model
+from notellm2_core.model.card import Architecture, card_facts, model_card, read_card_facts
+from notellm2_core.model.llm import tiny_tokenizer
+from notellm2_core.training.state.save import save_model
+from notellm2_core.vision.encoder import load_vision_encoder
+from tests.support.tiny_model import NUM_PATCHES, VISION_WIDTH, tiny_config
+
+ARCHITECTURE = Architecture(
+    encoder_id="0123456789abcdef", num_patches=196, vision_width=768, num_visual_words=16, num_layers=24,
+    llm_width=4096, projection_dim=64,
+)  # fmt: skip
+SIZES = {"llm.a.weight": 1000, "llm.b.weight": 234, "connector.queries": 5, "tau": 1}
+TRAINING = {"steps": 7956, "num_train_pairs": 12345, "num_train_notes": 678, "num_validation_pairs": 90,
+            "validation_recall_at_10": 0.31415926}  # fmt: skip
+RECALL = "| method | R@10 |\n|---|---|\n| notellm2 | 12.3 |\n"
+
+
+def facts(days: tuple[str, str] | None = ("2025-01-05", "2025-01-19"), **model: Any) -> dict[str, Any]:
+    config = Config(name="weekly", model={"llm": {"name": "Qwen/Qwen-7B-Chat"}, **model})
+    return card_facts(config, ARCHITECTURE, SIZES, days, TRAINING)
+
+
+def split(card: str) -> tuple[dict[str, Any], str]:
+    _, front, body = card.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_everything_that_is_known_is_said() -> None:
+    """1000 + 234 parameters of the LLM; 0.31415926 in four digits."""
+    front, body = split(model_card(facts(), RECALL))
+    assert front["library_name"] == "transformers" and front["pipeline_tag"] == "feature-extraction"
+    assert front["base_model"] == ["Qwen/Qwen-7B-Chat"] and front["tags"][0] == "notellm2"
+    assert body.lstrip().startswith("# weekly\n")
+    for said in (
+        "| prompt | micl |", "| late fusion | yes |", "| losses | visual, multimodal |",
+        "| LLM | Qwen/Qwen-7B-Chat, 24 layers |", "open_clip ViT-B-16 (openai), checksum 0123456789abcdef",
+        "| llm, parameters | 1,234 |", "| visual tokens | 16 |", "| content words read | 80 |",
+        "Logs from 2025-01-05 to 2025-01-19 (exclusive, UTC). 12,345 pairs of 678 notes, and 90 pairs for validation.",
+        "| validation_recall_at_10 | 0.3142 |", RECALL, "Embedder.from_pretrained", "# [1, 64], unit length",
+    ):  # fmt: skip
+        assert said in body, said
+
+
+def test_a_licence_is_never_made_up() -> None:
+    front, body = split(model_card(facts()))
+    assert (front["license"], front["license_name"]) == ("other", "not-stated")
+    assert "None is stated" in body and "licences of the LLM and of the vision encoder" in body
+    front, body = split(model_card(facts(license="apache-2.0")))
+    assert front["license"] == "apache-2.0" and "license_name" not in front
+    assert "`apache-2.0` for the trained weights. The licences of the LLM" in body
+
+
+def test_what_is_not_known_is_said_to_be_so(tmp_path: Path) -> None:
+    """A folder is no hub name; nor is a package, nor a name without owner."""
+    (tmp_path / "llm").mkdir()
+    for name in (str(tmp_path / "llm"), "package:smollm2", "tiny"):
+        assert facts(llm={"name": name})["base_model"] == []
+    hub = {"library": "open_clip", "name": "hf-hub:owner/tower"}
+    assert facts(vision=hub)["base_model"] == ["Qwen/Qwen-7B-Chat", "owner/tower"]
+    start = facts(days=None, llm={"name": "tiny"}) | {"training": None}
+    front, body = split(model_card(start))
+    assert "base_model" not in front
+    for said in ("before its first step", "days of the logs were not recorded", "Not measured here"):
+        assert said in body
+
+
+def test_the_layout_decides_library_and_example() -> None:
+    front, body = split(model_card(facts(), layout="sentence-transformers"))
+    assert front["library_name"] == "sentence-transformers" and front["pipeline_tag"] == "sentence-similarity"
+    assert "sentence_transformer(" in body and "Embedder" not in body
+    assert "notellm2_core.model.mlrm" not in model_card(facts())  # the Embedder registers the model itself
+
+
+NO_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+DECODERS = {
+    "gpt2": {"n_layer": 3, "n_embd": 32, "n_head": 4},
+    "bloom": {"n_layer": 3, "hidden_size": 32, "n_head": 4},
+    "opt": {"num_hidden_layers": 3, "hidden_size": 48, "word_embed_proj_dim": 32, "num_attention_heads": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "connector", "llm", "expected"),
+    [
+        ("notellm2", "qformer", "tiny", (4, 2, 64)),
+        ("only_late_fusion", "qformer", "tiny", (0, 2, 64)),  # its prompt has no image
+        ("notellm2", "linear", "tiny", (NUM_PATCHES, 2, 64)),  # a place for every patch
+        ("notellm2", "mlp", "tiny", (NUM_PATCHES, 2, 64)),
+        *(("notellm2", "qformer", kind, (4, 3, 32)) for kind in DECODERS),  # each with names of its own
+    ],
+)
+def test_the_numbers_are_the_models(
+    method: str, connector: str, llm: str, expected: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """expected: visual tokens, layers and width of the LLM, as its own definition above says them."""
+    name = "tiny"
+    if llm in DECODERS:
+        tokenizer, name = tiny_tokenizer(), str(tmp_path / "llm")
+        sizes = hf.AutoConfig.for_model(llm, vocab_size=len(tokenizer), **DECODERS[llm], **NO_ENDS)
+        hf.AutoModel.from_config(sizes).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    config = tiny_config(method, connector=connector, name=name, attention="eager")
+    load_vision_encoder(config.model.vision).save_pretrained(tmp_path / "vision")
+    save_model(*build_model(config, tmp_path), tmp_path / "vision", tmp_path / "out", config)
+    found = read_card_facts(tmp_path / "out")
+    shapes = found["shapes"]
+    assert (shapes["visual tokens"], found["llm"]["num_layers"], shapes["LLM width"]) == expected
+    assert (shapes["patches per image"], shapes["vision width"]) == (NUM_PATCHES, VISION_WIDTH)
+
+
+def test_facts_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no card\.json"):
+        read_card_facts(tmp_path)
+    (tmp_path / "card.json").write_text("{")
+    with pytest.raises(ValueError, match="not readable as JSON"):
+        read_card_facts(tmp_path)

@@ -1,0 +1,73 @@
+"""Which notes are no negatives of each other."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from notellm2_core.retrieval.known_pairs import read_relations
+
+
+def _write(path: Path, columns: dict[str, list[str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}), path)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """train: c -> a, a -> d; validation: y -> b, with b of the group of d; b and y are held out."""
+    _write(tmp_path / "pairs" / "train" / "0.parquet", {"query_id": ["c"], "target_id": ["a"]})
+    _write(tmp_path / "pairs" / "train" / "1.parquet", {"query_id": ["a"], "target_id": ["d"]})
+    _write(tmp_path / "pairs" / "validation" / "0.parquet", {"query_id": ["y"], "target_id": ["b"]})
+    groups = {"note_id": list("dcbayz"), "group_id": ["g", "c", "g", "a", "y", "c"]}
+    _write(tmp_path / "sides" / "0.parquet", groups)
+    return tmp_path
+
+
+def test_pairs_in_both_directions_and_groups(root: Path) -> None:
+    """Training notes a, c, d, then b, y. Pairs: c a, a d, y b. With b = d, y is related to d and a to b through them.
+
+    A note is its own near-duplicate.
+    """
+    everyone = np.tile(np.arange(5), (5, 1))
+    alone = read_relations(root / "pairs")
+    assert (alone.note_ids.to_pylist(), alone.num_train) == (["a", "c", "d", "b", "y"], 3)
+    known = np.array([[0, 1, 1, 0, 0],
+                      [1, 0, 0, 0, 0],
+                      [1, 0, 0, 0, 0],
+                      [0, 0, 0, 0, 1],
+                      [0, 0, 0, 1, 0]], dtype=bool)  # fmt: skip
+    assert (alone.known(np.arange(5), everyone) == known).all()
+    assert (alone.near(np.arange(5), everyone) == (known | np.eye(5, dtype=bool))).all()  # each its own group
+    grouped = read_relations(root / "pairs", root / "sides")
+    assert (grouped.known(np.arange(5), everyone) == known).all()
+    near = np.array([[1, 1, 1, 1, 0],
+                     [1, 1, 0, 0, 0],
+                     [1, 0, 1, 1, 1],
+                     [1, 0, 1, 1, 1],
+                     [0, 0, 1, 1, 1]], dtype=bool)  # fmt: skip
+    assert (grouped.near(np.arange(5), everyone) == near).all()
+
+
+def test_no_validation_is_fine(root: Path) -> None:
+    (root / "pairs" / "validation" / "0.parquet").unlink()
+    assert read_relations(root / "pairs").note_ids.to_pylist() == ["a", "c", "d"]
+
+
+def test_errors(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"empty/train holds no training pairs"):
+        read_relations(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"empty holds no sides"):
+        read_relations(root / "pairs", tmp_path / "empty")
+    _write(root / "sides" / "0.parquet", {"note_id": ["a", "c", "y"], "group_id": ["a", "c", "y"]})
+    with pytest.raises(ValueError, match=r"2 notes of the pairs are not in .*sides \(the first is 'd'\)"):
+        read_relations(root / "pairs", root / "sides")
+    _write(root / "pairs" / "train" / "0.parquet", {"note_id": ["a"]})
+    (root / "pairs" / "train" / "1.parquet").unlink()
+    with pytest.raises(ValueError, match=r"train lacks the columns \['query_id', 'target_id'\], it has \['note_id'\]"):
+        read_relations(root / "pairs")
+    _write(root / "pairs" / "train" / "0.parquet", {"query_id": [], "target_id": []})
+    with pytest.raises(ValueError, match="holds no training pairs"):
+        read_relations(root / "pairs")

@@ -1,0 +1,43 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+# How much memory 500 products of different shapes leave behind, in MB, after 1,000 others.
+MANY_SHAPES = """
+import notellm2_core.runtime.torch_compat
+import psutil, torch
+layer = torch.nn.Linear(256, 256)
+def product(rows):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer(torch.ones(rows, 256))
+for rows in range(1000, 2000):
+    product(rows)
+before = psutil.Process().memory_info().rss
+for rows in range(2000, 2500):
+    product(rows)
+print((psutil.Process().memory_info().rss - before) >> 20)
+"""
+
+
+def left_behind(**variables: str) -> int:
+    env = {key: value for key, value in os.environ.items() if not key.endswith("_CACHE_CAPACITY")}
+    command = [sys.executable, "-c", MANY_SHAPES]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=env | variables).stdout)
+
+
+def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
+    """As a training does, whose batches have another number of tokens each time."""
+    uncured = left_behind(ONEDNN_PRIMITIVE_CACHE_CAPACITY="4096", LRU_CACHE_CAPACITY="4096")
+    if uncured < 100:
+        pytest.skip(f"this CPU's library keeps little ({uncured} MB)")
+    assert left_behind() < uncured / 3
+
+
+def test_no_cycles_are_looked_for_at_the_end() -> None:
+    """What was registered before it is called after it."""
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))"
+    code += "; import notellm2_core.runtime.torch_compat"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100_000

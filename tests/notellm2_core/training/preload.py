@@ -1,6 +1,0 @@
-"""Imported once by the process from which ranks are forked (see ranks.py)."""
-
-from notellm2_core.training import loop  # noqa: F401
-from notellm2_core.training.engine import import_deepspeed
-
-import_deepspeed()

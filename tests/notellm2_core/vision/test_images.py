@@ -1,0 +1,270 @@
+import hashlib
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from notellm2_core.vision import images
+from notellm2_core.vision.images import check_header, decode, fetch, perceptual_hash, read_image
+
+MAX = 1_000_000
+
+
+def encode(image: Image.Image, fmt: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, fmt, **options)
+    return out.getvalue()
+
+
+def rgb(data: bytes) -> np.ndarray:
+    status, image = decode(data, MAX)
+    assert status == "ok" and image is not None and image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def noise(width: int = 20, height: int = 10) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    empty = b"IDAT" + zlib.compress(b"")
+    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (body, empty, b"IEND")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "BMP", "TIFF", "PPM", "TGA"])
+def test_lossless_rgb_comes_back_exactly(fmt):
+    assert np.array_equal(rgb(encode(noise(), fmt)), np.asarray(noise()))
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "WEBP", "GIF"])
+def test_lossy_rgb_comes_back_nearly(fmt):
+    plain = Image.new("RGB", (32, 32), (200, 100, 50))
+    assert np.abs(rgb(encode(plain, fmt)) - (200, 100, 50)).max() <= 4
+
+
+def test_palette():
+    plain = Image.new("RGB", (4, 4), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
+    assert plain.mode == "P"
+    assert (rgb(encode(plain, "PNG")) == (10, 200, 30)).all()
+
+
+def test_transparent_palette_is_white_where_transparent():
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    assert rgb(encode(image, "PNG", transparency=0))[0].tolist() == [[255, 255, 255], [0, 0, 255]]
+
+
+def test_alpha_is_composited_on_white():
+    """Half-transparent black (alpha 128 of 255) on white: 255 * (1 - 128 / 255) = 127."""
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 128))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    assert rgb(encode(image, "PNG"))[0].tolist() == [[127] * 3, [255] * 3]
+    grey = Image.new("LA", (2, 1), (0, 128))
+    grey.putpixel((1, 0), (100, 255))
+    assert rgb(encode(grey, "PNG"))[0].tolist() == [[127] * 3, [100] * 3]
+
+
+def test_rgb_with_a_transparent_colour():
+    image = Image.new("RGB", (2, 1), (1, 2, 3))
+    image.putpixel((1, 0), (9, 9, 9))
+    assert rgb(encode(image, "PNG", transparency=(1, 2, 3)))[0].tolist() == [[255] * 3, [9] * 3]
+
+
+def test_cmyk():
+    """Ink 0 is white; full black ink is black; full cyan has no red."""
+    image = Image.new("CMYK", (24, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (8, 0, 16, 8))
+    image.paste((255, 0, 0, 0), (16, 0, 24, 8))
+    for data in (encode(image, "JPEG", quality=100), encode(image, "TIFF")):
+        pixels = rgb(data)
+        assert pixels[4, 2].min() > 245 and pixels[4, 12].max() < 10
+        assert pixels[4, 20][0] < 10 and pixels[4, 20][1:].min() > 245
+
+
+def test_grey_of_1_8_and_16_bits():
+    """16 bits keep their range: 65535 -> 255, 32768 -> 127.5 -> 128, 257 -> 1, 0 -> 0."""
+    assert rgb(encode(Image.new("1", (2, 2), 1), "PNG")).min() == 255
+    assert (rgb(encode(Image.new("L", (2, 2), 77), "PNG")) == 77).all()
+    deep = Image.fromarray(np.array([[65535, 32768, 257, 0]], np.uint16))
+    for fmt in ("PNG", "TIFF"):
+        assert rgb(encode(deep, fmt))[0, :, 0].tolist() == [255, 128, 1, 0]
+
+
+def test_grey_of_32_bits_and_floats_is_stretched():
+    """Without a declared range the darkest is 0, the brightest 255; not-a-number counts as 0."""
+    floats = Image.fromarray(np.array([[-1.0, 0.0, 1.0]], np.float32))
+    assert rgb(encode(floats, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
+    ints = Image.fromarray(np.array([[0, 100_000, 200_000]], np.int32))
+    assert rgb(encode(ints, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
+    flat = Image.fromarray(np.array([[np.nan, 0.0]], np.float32))
+    assert rgb(encode(flat, "TIFF")).max() == 0
+
+
+@pytest.mark.parametrize("fmt", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_animations_give_their_first_frame(fmt):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if fmt == "WEBP" else {"quality": 100} if fmt == "MPO" else {}
+    data = encode(frames[0], fmt, save_all=True, append_images=frames[1:], **options)
+    assert np.abs(rgb(data) - (255, 0, 0)).max() <= (2 if fmt == "MPO" else 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    """A picture whose pixels were stored turned comes back upright: the red corner is top left, the size 20 x 10."""
+    upright = Image.new("RGB", (20, 10), "white")
+    upright.paste("red", (0, 0, 5, 5))
+    undo = {
+        1: [], 2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_270],
+    }  # fmt: skip
+    stored = upright
+    for step in undo[orientation]:
+        stored = stored.transpose(step)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(rgb(encode(stored, "PNG", exif=exif)), np.asarray(upright))
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_truncated_is_broken_not_half_grey(fmt):
+    data = encode(noise(64, 64), fmt)
+    for share in (0.3, 0.6, 0.9):
+        assert decode(data[: int(len(data) * share)], MAX)[0] == "broken"
+
+
+@pytest.mark.parametrize(
+    "data", [b"x", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF"]
+)
+def test_what_is_no_bitmap_is_broken(data):
+    assert read_image(Path("."), None, data, MAX) == ("broken", None, None)
+
+
+def test_a_bomb_is_never_decoded(monkeypatch):
+    """A 60-byte file that claims 30,000 x 30,000 pixels, and one pixel over the limit; the limit itself is allowed."""
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    assert decode(png_header(30_000, 30_000), MAX) == ("too_large", None)
+    assert decode(png_header(1000, 1001), MAX) == ("too_large", None)
+    assert check_header(png_header(1000, 1000), MAX) == "ok"
+    assert check_header(png_header(0, 5), MAX) == "broken"
+
+
+def test_pillows_own_bound_gives_way(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data = encode(noise(30, 30), "PNG")
+    assert decode(data, MAX)[0] == "too_large"  # 900 pixels > 2 * 100
+    images.allow_pixels(MAX)
+    assert Image.MAX_IMAGE_PIXELS == MAX
+    assert decode(data, MAX)[0] == "ok"
+
+
+def test_id_is_the_hash_of_the_bytes(tmp_path):
+    data = encode(noise(), "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    for found in (read_image(tmp_path, "a.png", None, MAX), read_image(tmp_path, None, data, MAX)):
+        assert found[:2] == ("ok", hashlib.sha256(data).hexdigest())
+    assert read_image(tmp_path, "a.png", b"", MAX)[0] == "broken"  # bytes in the table win over the path
+
+
+def test_paths(tmp_path):
+    """Where a path leads decides; a link may stay inside, and nothing outside is opened."""
+    source = tmp_path / "source"
+    (source / "images" / "deep").mkdir(parents=True)
+    data = encode(noise(), "PNG")
+    for path in (source / "images" / "a.png", tmp_path / "outside.png", source / "images" / "..odd.png"):
+        path.write_bytes(data)
+    (source / "empty.png").touch()
+    (source / "inside.png").symlink_to("images/a.png")
+    (source / "out.png").symlink_to(tmp_path / "outside.png")
+    (source / "out").symlink_to(tmp_path)
+    (source / "loop.png").symlink_to("loop.png")
+    (source / "gone.png").symlink_to("nowhere.png")
+    os.mkfifo(source / "pipe.png")
+    expected = {
+        "images/a.png": "ok",
+        "images/deep/../a.png": "ok",
+        "images/..odd.png": "ok",
+        "inside.png": "ok",
+        "../outside.png": "escapes",
+        "images/../../outside.png": "escapes",
+        "../nowhere.png": "escapes",
+        str(tmp_path / "outside.png"): "escapes",
+        str(source / "images/a.png"): "escapes",
+        "/etc/passwd": "escapes",
+        "out.png": "escapes",
+        "out/outside.png": "escapes",
+        "images/none.png": "not_found",
+        "gone.png": "not_found",
+        "images": "not_found",
+        "pipe.png": "not_found",
+        "images/a\0.png": "not_found",
+        "": "missing",
+        "empty.png": "broken",
+        "loop.png": "broken",
+        "x" * 5000: "broken",
+    }
+    for path, status in expected.items():
+        assert (path, read_image(source, path, None, MAX)[0]) == (path, status)
+    assert read_image(source, None, None, MAX) == ("missing", None, None)
+
+
+def test_a_source_behind_a_link_is_no_escape(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.png").write_bytes(encode(noise(), "PNG"))
+    (tmp_path / "link").symlink_to("real")
+    assert read_image(tmp_path / "link", "a.png", None, MAX)[0] == "ok"
+
+
+def test_a_file_too_long_for_its_pixels_is_not_read(tmp_path, monkeypatch):
+    """At most 8 bytes per allowed pixel and 1 MiB: 10 pixels allow 1,048,656 bytes."""
+    with (tmp_path / "huge.png").open("wb") as f:
+        f.truncate(1_048_657)
+    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("read"))
+    assert fetch(tmp_path, "huge.png", None, 10).status == "too_large"
+    assert fetch(tmp_path, None, b"x" * 1_048_657, 10).status == "too_large"
+    assert fetch(tmp_path, None, b"x" * 1_048_656, 10).status == "ok"
+
+
+@pytest.mark.filterwarnings("ignore")  # what Pillow says of damaged TIFFs, and of bombs
+@settings(max_examples=150, deadline=None)
+@given(fmt=st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"]), seed=st.integers(0, 10**6))
+def test_damaged_bytes_never_raise(fmt, seed):
+    """Whatever is overwritten in a file: an RGB picture or a reason."""
+    rng = np.random.default_rng(seed)
+    data = bytearray(encode(noise(16, 16), fmt))
+    for at in rng.integers(0, len(data), rng.integers(1, 20)):
+        data[at] = rng.integers(0, 256)
+    status, image = decode(bytes(data), MAX)
+    assert status in ("ok", "broken", "too_large")
+    assert (image is not None and image.mode == "RGB") == (status == "ok")
+
+
+def test_perceptual_hash():
+    """Most copies of other quality, size or format share it; other pictures do not, and a single colour has none."""
+
+    def clouds(seed: int) -> Image.Image:
+        values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        return Image.fromarray(values).resize((200, 160), Image.Resampling.BICUBIC)
+
+    def is_shared(picture: Image.Image, copy: bytes) -> bool:
+        return perceptual_hash(decode(copy, MAX)[1]) == perceptual_hash(picture)
+
+    pictures = [clouds(seed) for seed in range(20)]
+    for quality, side in ((90, 200), (60, 200), (85, 100)):
+        copies = [encode(p.resize((side, side * 4 // 5)), "JPEG", quality=quality) for p in pictures]
+        assert sum(map(is_shared, pictures, copies)) >= 10
+    assert all(is_shared(p, encode(p, "PNG")) for p in pictures)
+    assert len({perceptual_hash(p) for p in pictures}) == 20
+    assert perceptual_hash(Image.new("RGB", (64, 64), "white")) is None
+    assert perceptual_hash(Image.new("RGB", (64, 64), "red")) is None

@@ -1,0 +1,39 @@
+"""Pictures by image id, from bytes in the notes or from files beside them."""
+
+import hashlib
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from notellm2_core.notes.inputs import PictureFolders
+from notellm2_core.schema import NOTES
+from notellm2_core.vision.note_images import LakePictures
+from tests.support.world import picture
+
+
+def test_bytes_and_files(tmp_path: Path) -> None:
+    """Notes a and c share a picture, d has none, e is not asked for; of the files, one changes afterwards."""
+    first, second = picture(1), picture(2)
+    ids = {data: hashlib.sha256(data).hexdigest() for data in (first, second)}
+    (tmp_path / "b.png").write_bytes(second)
+    rows = [
+        {"note_id": "a", "image": first}, {"note_id": "b", "image_path": "b.png"}, {"note_id": "c", "image": first},
+        {"note_id": "d"}, {"note_id": "e", "image": picture(3)},
+    ]  # fmt: skip
+    texts = {"title": "t", "topics": [], "content": ""}
+    (tmp_path / "notes").mkdir()
+    pq.write_table(pa.Table.from_pylist([texts | row for row in rows], schema=NOTES), tmp_path / "notes/part-0.parquet")
+    note_images = {"a": ids[first], "b": ids[second], "c": ids[first], "d": None, "e": "0" * 64}
+    folders = PictureFolders(tmp_path / "notes", tmp_path)
+
+    pictures = LakePictures(folders, note_images, ["d", "c", "b", "a"], 10_000)
+    assert pictures.image_ids == [ids[first], ids[second]]
+    assert pictures.read([ids[second], ids[first]]) == [second, first]
+    assert pictures.decode(first).size == (40, 40)
+    assert LakePictures(folders, note_images, ["d"], 10_000).read([]) == []
+
+    (tmp_path / "b.png").write_bytes(picture(4))
+    with pytest.raises(ValueError, match="the picture of note 'b' is no longer what it was"):
+        pictures.read([ids[second]])

@@ -1,0 +1,35 @@
+"""Pictures cut once: what a step takes of them is what the encoder would make of the picture itself."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from notellm2_core.vision.encoder import load_vision_encoder, normalised
+from notellm2_core.vision.feature_store import read_note_images
+from notellm2_core.vision.note_images import LakePictures
+from notellm2_core.vision.pixel_table import PixelTable
+from tests.support.world import World, tiny_config
+
+
+def test_a_step_takes_distinct_pictures(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load_vision_encoder(tiny_config().model.vision)
+    how = encoder.architecture.preprocess
+    note_images = read_note_images(world.path("images"))
+    pictures = LakePictures(world.with_pictures.pictures, note_images, note_images, 10_000)
+    table = PixelTable.build(pictures, how, tmp_path)
+    assert len(table.rows) == sum(image is not None for image in note_images.values())
+
+    pixels, which = table.take(np.array([3, -1, 5, 3]))
+    assert len(pixels) == 2 and which.tolist() == [0, -1, 1, 0]
+    image = pictures.decode(pictures.read([pictures.image_ids[5]])[0])
+    assert torch.equal(normalised(torch.from_numpy(pixels[1]), how), encoder.preprocess(image))
+    pixels, which = table.take(np.array([-1, -1]))
+    assert not pixels.any() and len(pixels) == 1 and which.tolist() == [-1, -1]
+
+    monkeypatch.setattr(pictures, "read", None)  # it is there already
+    again = PixelTable.build(pictures, how, tmp_path)
+    assert again.rows == table.rows and np.array_equal(again.values, table.values)
+    empty = PixelTable.build(LakePictures(world.with_pictures.pictures, note_images, [], 10_000), how, tmp_path)
+    assert empty.take(np.array([-1]))[0].shape == (1, how.size_px, how.size_px, 3)

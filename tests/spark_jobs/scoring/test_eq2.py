@@ -1,0 +1,127 @@
+"""Eq. 2 in numpy, without Spark: from interactions to lists, from lists to scores."""
+
+from collections import defaultdict
+from fractions import Fraction
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spark_jobs.scoring.eq2 import pair_scores
+from spark_jobs.scoring.histories import LISTS, NEVER, Capped, user_lists
+
+Rows = list[tuple[int, int, int, int | None]]  # user, note, a view, a click
+Scores = dict[tuple[int, int], tuple[Fraction, int]]
+
+
+def scored(
+    rows: Rows, simultaneous: bool = False, max_notes: int | None = None, num_blocks: int = 1, at_a_time: int = 1 << 22
+) -> tuple[dict[tuple[int, int], tuple[float, int]], Capped]:
+    columns = [np.array([NEVER if v is None else v for v in column], np.int64) for column in zip(*rows, strict=True)]
+    lists, capped = user_lists(*columns, "not earlier" if simultaneous else "later", max_notes)
+    blocks = defaultdict(list)
+    for block, piece in lists.pieces(num_blocks):
+        blocks[block].append(piece)
+    found: dict[tuple[int, int], tuple[float, int]] = {}
+    for block, pieces in blocks.items():
+        last = (-1, -1)
+        for pairs in pair_scores(pa.Table.from_batches(pieces, LISTS), at_a_time):
+            for query, target, score, users in zip(*(c.tolist() for c in pairs), strict=True):
+                assert query % num_blocks == block and last < (query, target)  # in order, none twice
+                last = (query, target)
+                found[last] = (score, users)
+    return found, capped
+
+
+def by_definition(rows: Rows, simultaneous: bool, max_notes: int | None = None) -> Scores:
+    """User by user and note by note; a cap keeps the last notes by (time, note)."""
+    views: dict[int, dict[int, int]] = defaultdict(dict)
+    clicks: dict[int, dict[int, int]] = defaultdict(dict)
+    for user, note, view, click in rows:
+        views[user][note] = min(view, views[user].get(note, view))
+        if click is not None:
+            clicks[user][note] = max(click, clicks[user].get(note, click))
+    sums: dict[tuple[int, int], list[Fraction]] = defaultdict(list)
+    for user in views:
+        viewed, clicked = (
+            sorted((t, n) for n, t in times[user].items())[-(max_notes or 1 << 30) :] for times in (views, clicks)
+        )
+        for a_at, a in viewed:
+            for b_at, b in clicked:
+                if a != b and (a_at <= b_at if simultaneous else a_at < b_at):
+                    sums[a, b].append(Fraction(1, len(clicks[user])))
+    return {pair: (sum(of, Fraction()), len(of)) for pair, of in sums.items()}
+
+
+row = st.tuples(st.integers(0, 4), st.integers(0, 6), st.integers(0, 5), st.none() | st.integers(0, 5))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.lists(row, min_size=1, max_size=60),
+    simultaneous=st.booleans(),
+    max_notes=st.none() | st.integers(1, 4),
+    num_blocks=st.integers(1, 4),
+    at_a_time=st.integers(1, 20),
+)
+def test_equals_the_definition(
+    rows: Rows, simultaneous: bool, max_notes: int | None, num_blocks: int, at_a_time: int
+) -> None:
+    """Any rows, ties, cap, number of blocks and size of the chunks that a query may be spread over."""
+    found, _ = scored(rows, simultaneous, max_notes, num_blocks, at_a_time)
+    expected = by_definition(rows, simultaneous, max_notes)
+    assert found.keys() == expected.keys()
+    for pair, (score, users) in expected.items():
+        assert found[pair][1] == users
+        assert found[pair][0] == float(score)  # rounded once
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(row, min_size=1, max_size=60), max_notes=st.integers(1, 3))
+def test_no_score_loses_more_than_the_bound(rows: Rows, max_notes: int) -> None:
+    found, capped = scored(rows, max_notes=max_notes)
+    whole = by_definition(rows, simultaneous=False)
+    losses = [float(score) - found.get(pair, (0.0, 0))[0] for pair, (score, _) in whole.items()]
+    by_note = sum(float(capped.note_loss[capped.clicked == c].max(initial=0.0)) for c in (False, True))
+    assert max(losses, default=0.0) <= min(capped.loss, by_note) + 1e-12
+    assert (capped.users == 0) == (capped.loss == 0.0) == (len(capped.note) == 0)
+
+
+def test_worked_example_of_a_cap() -> None:
+    """One user: views 0, 1, 2 at times 0, 1, 2 and clicks 3, 4, 5 at 3, 4, 5, so N_u = 3, and it has viewed six notes.
+
+    With two notes kept, the views are those of 4 and 5, the clicks those on 4 and 5, and of the twelve pairs only
+    4 -> 5 is left, with 1/3. What every other pair has lost is 1/3, the bound. The views of 0 to 3 are lost and the
+    click on 3.
+    """
+    rows: Rows = [(0, n, n, None) for n in range(3)] + [(0, n, n, n) for n in range(3, 6)]
+    assert len(scored(rows)[0]) == 12
+    found, capped = scored(rows, max_notes=2)
+    assert found == {(4, 5): (pytest.approx(1 / 3), 1)} and (capped.users, capped.loss) == (1, pytest.approx(1 / 3))
+    assert list(zip(capped.note, capped.clicked, strict=True)) == [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1)]
+    assert capped.note_loss == pytest.approx([1 / 3] * 5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=60))
+def test_a_score_is_the_exact_sum_rounded_once(sizes: list[int]) -> None:
+    """A user for each size: it views note 0, and then clicks note 1 and as many others as make its N_u."""
+    rows: Rows = [(user, 0, 0, None) for user in range(len(sizes))]
+    rows += [(user, 1 + n, 1, 1) for user, size in enumerate(sizes) for n in range(size)]
+    exact = sum((Fraction(1, size) for size in sizes), Fraction())
+    assert scored(rows)[0][0, 1] == (float(exact), len(sizes))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_the_last_digit_does_not_depend_on_order_or_blocks(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows: Rows = [
+        (int(u), int(n), int(v), int(c))
+        for u, n, v, c in zip(*(rng.integers(0, m, 400) for m in (40, 12, 50, 50)), strict=True)
+    ]
+    names = rng.permutation(40).tolist()  # another machine numbers the users in another order
+    shuffled = [(names[u], n, v, c) for u, n, v, c in rng.permutation(np.array(rows)).tolist()]
+    assert scored(rows)[0] == scored(shuffled, num_blocks=3, at_a_time=7)[0]

@@ -1,0 +1,193 @@
+"""What each rank does in the tests with several processes (see ranks.py).
+
+`check_stages`: for every ZeRO stage, two steps on the same global batches; loss, full gradients, gradient norm and
+updated weights of the first, and those with adapters merged, go to OUT/ranks-<R>-stage-<S>.pt. Then a checkpoint after
+the first step is loaded into a fresh engine, and its second step must give the same weights to the last bit.
+"""
+
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from notellm2_core.config.load import load_config
+from notellm2_core.config.settings import Config
+from notellm2_core.config.training import PARTS, TrainingSettings
+from notellm2_core.model.build import build_model
+from notellm2_core.model.lora import is_adapter
+from notellm2_core.model.mlrm import MLRMModel
+from notellm2_core.model.open_inputs import InputReader
+from notellm2_core.model.trainable import set_trained
+from notellm2_core.training.data.dataset import TrainingData, load_training_data
+from notellm2_core.training.data.sampler import schedule
+from notellm2_core.training.engine import deepspeed as engines
+from notellm2_core.training.engine.deepspeed import deepspeed_config
+from notellm2_core.training.run import run
+from notellm2_core.training.state.checkpoints import Checkpoints
+from notellm2_core.training.state.reshard import load_moved
+from notellm2_core.training.state.save import full_weights, plain_weights
+from notellm2_core.training.step import batch_gradient, idle_step, prepare
+from notellm2_core.vision.encoder import VisionEncoder
+from tests.support.world import World, tiny_config
+
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of training, of the model
+    "notellm2": ({}, {}),
+    "gradcache": ({"micro_batch_tokens": 250}, {}),
+    "omni_gradcache": ({"micro_batch_tokens": 500}, {"method": "omni_retrieval"}),
+    "negatives_gradcache": (
+        {"micro_batch_tokens": 350, "known_positives": "count", "hard_negatives": {"num": 1}},
+        {},
+    ),
+    "omni_retrieval": ({}, {"method": "omni_retrieval", "matryoshka_dims": (4,)}),
+    "only_late_fusion": ({}, {"method": "only_late_fusion"}),
+    "adapters": (
+        {"parts": ["llm", "connector", "temperature"]},
+        {"lora": {"rank": 4}},
+    ),  # words, fusion, projector stay
+    "vision": ({"parts": [*PARTS, "vision"]}, {}),
+    "vision_gradcache": ({"parts": [*PARTS, "vision"], "micro_batch_tokens": 500}, {"method": "omni_retrieval"}),
+}
+
+
+def settings(stage: int, variant: str) -> Config:
+    """A batch of 8 pairs over notes with and without images or text, and all learning rates different."""
+    rates = {"learning_rate": 1e-3, "new_module_learning_rate": 3e-3, "temperature_learning_rate": 1e-2}
+    training = {"zero_stage": stage, "batch_pairs": 8, "weight_decay": 0.01, **rates}
+    of_training, of_model = VARIANTS[variant]
+    return tiny_config(training | of_training, **of_model)
+
+
+def build(config: Config, world: World) -> tuple[MLRMModel, TrainingData, VisionEncoder | None]:
+    """The model before its first step, its data, and its encoder where that is trained. The adapters' B is not 0: A
+    would have no gradient to compare.
+    """
+    with engines.first_on_machine() if dist.is_initialized() else nullcontext():
+        model, processor = build_model(config, world.path("models"))
+        encoder = VisionEncoder.from_pretrained(world.inputs.vision) if config.trains_vision else None
+        reader = InputReader(processor, world.with_pictures, encoder)
+        data = load_training_data(reader, world.path("pairs"), world.path("cache"))
+    set_trained(model, config, encoder)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.normal_(std=0.05)
+    return model.train(), data, encoder
+
+
+def named_parameters(model: MLRMModel, encoder: VisionEncoder | None) -> dict[str, nn.Parameter]:
+    of_encoder = {} if encoder is None else {f"encoder.{name}": p for name, p in encoder.named_parameters()}
+    return dict(model.named_parameters()) | of_encoder
+
+
+def with_negatives(data: TrainingData, rows: np.ndarray, config: Config, index: int) -> np.ndarray:
+    """The batch with its hard negatives, where the variant has some: of every note, the next three."""
+    num_notes = len(data.note_ids)
+    data.hard_negatives = [(note + np.arange(1, 4)) % num_notes for note in range(num_notes)]
+    return data.with_hard_negatives(rows, config.training.hard_negatives.num, (0, index))
+
+
+def step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, index: int, grads: bool) -> dict[str, Any]:
+    from deepspeed.utils import safe_get_full_grad
+
+    share, labels = prepare(data, with_negatives(data, rows, config, index), config, torch.device("cpu"))
+    assert (len(share.parts) > 1) == (config.training.micro_batch_tokens is not None)
+    losses = batch_gradient(engine, share, labels, config, (0, index)).losses
+    model, encoder = engine.module.model, engine.module.encoder
+    named = named_parameters(model, encoder)
+    found = {n: safe_get_full_grad(p).clone() for n, p in named.items() if p.requires_grad and grads}
+    engines.set_learning_rate(engine.optimizer, 1.0 if index == 0 else 0.5)
+    norm = engines.optimizer_step(engine)
+    weights, of_encoder = full_weights(model), {} if encoder is None else full_weights(encoder)
+    if weights is not None and of_encoder is not None:
+        weights |= {f"encoder.{name}": weight for name, weight in of_encoder.items()}
+    losses_and_weights = {"loss": losses.total.item(), "weights": weights, "plain": plain_weights(model)}
+    return {"norm": norm, "grads": found, **losses_and_weights}
+
+
+def check_stages(
+    root: Path, out: Path, stages: tuple[int, ...], variant: str, precision: engines.Precision = "fp32"
+) -> None:
+    """In bf16, as on GPUs: the weights are in bf16 too."""
+    engines.set_up_processes()
+    name = f"ranks-{dist.get_world_size()}"
+    world = World(root)
+    for stage in stages:
+        config = settings(stage, variant)
+        engine, data = _fresh(world, config, precision)
+        batches = schedule(data.train_pairs, 8, 2, config.seed)
+        first, second = (data.train_pairs[b].reshape(-1) for b in batches)
+        result = step(engine, data, first, config, 0, grads=True)
+        if dist.get_rank() == 0:
+            torch.save(result, out / f"{name}-stage-{stage}.pt")
+        if dist.get_world_size() > 2:
+            continue  # a resume with two ranks says enough
+        checkpoints = Checkpoints(out / f"{name}-checkpoints-{stage}")
+        checkpoints.save(engine, 1)
+        checkpoints.close()
+        straight = step(engine, data, second, config, 1, grads=False)["weights"]
+        engine, data = _fresh(world, config, precision)
+        checkpoints.load(engine, 1)
+        resumed = step(engine, data, second, config, 1, grads=False)["weights"]
+        if dist.get_rank() == 0:
+            assert all(torch.equal(straight[n], resumed[n]) for n in straight), f"stage {stage}: a resume differs"
+            assert any(not torch.equal(straight[n], result["weights"][n]) for n in straight)
+
+
+def check_moved(root: Path, out: Path, stages: tuple[int, ...], variant: str, saving: bool) -> None:
+    """Saving: a step, a checkpoint, and a second step. Else, on another number of ranks, the second step from it."""
+    engines.set_up_processes()
+    for stage in stages:
+        config = settings(stage, variant)
+        checkpoints = Checkpoints(out / f"checkpoints-{stage}")
+        engine, data = _fresh(World(root), config)
+        batches = schedule(data.train_pairs, 8, 2, config.seed)
+        first, second = (data.train_pairs[b].reshape(-1) for b in batches)
+        if saving:
+            step(engine, data, first, config, 0, grads=False)
+            checkpoints.save(engine, 1)
+            checkpoints.close()
+        else:
+            assert checkpoints.last_step() == 1 and checkpoints.num_ranks(1) != dist.get_world_size()
+            if stage:
+                load_moved(
+                    engine, checkpoints.folder, 1, partial(idle_step, engine, data, first, config, torch.device("cpu"))
+                )
+            else:
+                checkpoints.load(engine, 1)
+        weights = step(engine, data, second, config, 1, grads=False)["weights"]
+        if dist.get_rank() == 0:
+            torch.save(weights, out / f"{'saving' if saving else 'moved'}-{stage}.pt")
+
+
+def _fresh(world: World, config: Config, precision: engines.Precision = "fp32") -> tuple[Any, TrainingData]:
+    model, data, encoder = build(config, world)
+    engines.deepspeed_config = _as_on_gpus
+    engine = engines.make_engine(model, config, precision, encoder)
+    assert not getattr(engine.optimizer, "persistent_parameters", [])  # of ZeRO-3's optimiser
+    if precision == "bf16":
+        assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
+        assert engine.optimizer.gradient_accumulation_dtype == torch.float32
+    return engine, data
+
+
+def _as_on_gpus(
+    training: TrainingSettings, precision: engines.Precision, num_ranks: int, on_gpu: bool
+) -> dict[str, Any]:
+    """What GPUs are told, but for the small buffers. ZeRO-3 keeps small weights on every rank, and the tiny models have
+    no others: here it gives all back.
+    """
+    made = deepspeed_config(training, precision, num_ranks, on_gpu=True)
+    of_cpu = deepspeed_config(training, precision, num_ranks, on_gpu)["zero_optimization"]
+    zero = of_cpu | {"stage": made["zero_optimization"]["stage"], "stage3_param_persistence_threshold": 0}
+    return made | {"zero_optimization": zero}
+
+
+def train(config_file: Path, root: Path, folder: Path) -> None:
+    """The whole training, as the command runs it, with WORK and OUT below `folder`."""
+    run(load_config(config_file), World(root).paths(folder))
