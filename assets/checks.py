@@ -16,7 +16,7 @@ Verdict = tuple[bool, dict[str, Any]]
 def dropped_share(figures: Figures, limits: CheckSettings) -> Verdict:
     """Not more of the rows than allowed lie in quarantine.
 
-    Exact duplicates of an event are harmless; rows without a readable time are judged where the log is landed.
+    Exact duplicates of an event are harmless; rows without a readable time are judged where the log is ingested.
     """
     harmless = ("duplicate_event", "malformed_row", "bad_timestamp", "absurd_timestamp")
     dropped = sum(rows for reason, rows in figures["dropped"].items() if reason not in harmless)
@@ -85,9 +85,9 @@ def not_collapsed(figures: Figures, limits: CheckSettings) -> Verdict:
 def _check(asset: str, judge: Callable[[Figures, CheckSettings], Verdict]) -> dg.AssetChecksDefinition:
     @dg.asset_check(asset=asset, name=judge.__name__, description=judge.__doc__, blocking=True)
     def check(pipeline: Pipeline) -> dg.AssetCheckResult:
-        recipe = pipeline.recipe()
+        catalog = pipeline.catalog()
         with user_errors():
-            passed, metadata = judge(recipe.dataset(asset).manifest.metrics, recipe.config.checks)
+            passed, metadata = judge(catalog.dataset(asset).manifest.metrics, catalog.config.checks)
         return dg.AssetCheckResult(passed=bool(passed), severity=dg.AssetCheckSeverity.ERROR, metadata=metadata)
 
     return check
@@ -96,7 +96,7 @@ def _check(asset: str, judge: Callable[[Figures, CheckSettings], Verdict]) -> dg
 CHECKS = [
     _check("raw_events", undated_share),
     _check("notes", dropped_share),
-    _check("events", dropped_share),
+    _check("interactions", dropped_share),
     _check("vision_features", unusable_images),
     _check("pair_datasets", no_leakage),
     _check("pair_datasets", enough_pairs),

@@ -14,7 +14,7 @@ def saliency(step: Step) -> Metrics:
     if step.config.evaluation.saliency_pairs == 0:
         return {}
     step.command([sys.executable, "-m", "notellm2_core.training.measure_saliency",
-                  "--config", write_config(step.recipe), *note_inputs(step).arguments(),
+                  "--config", write_config(step.catalog), *note_inputs(step).arguments(),
                   "--model", step.path("checkpoint"), "--pairs", step.path("pair_datasets"),
                   "--out", step.out])  # fmt: skip
     record = read_saliency(step.out)
@@ -37,13 +37,13 @@ def eval_recall(step: Step) -> Metrics:
     # By time, the pool had no clicks before the test days: this is the best that popularity could do.
     clicks = "test_clicks" if step.config.split.by == "time" else "train_clicks"
     inputs = ReportInputs(
-        source=step.recipe.source,
+        source=step.catalog.source,
         notes=step.path("notes/notes"),
         pairs=step.path("pair_datasets"),
         clicks=step.path(f"cooccurrence/{clicks}"),
         model=step.path("checkpoint"),
         embeddings=step.path("note_embeddings"),
-        start_embeddings=step.path("start_embeddings"),
+        initial_embeddings=step.path("initial_embeddings"),
         baseline_embeddings=step.path("baseline_embeddings"),
         saliency=step.path("saliency"),
     )

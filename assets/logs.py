@@ -8,12 +8,12 @@ from typing import Any
 import dagster as dg
 
 from assets.resources.demo_source import ensure_source
-from assets.resources.incremental import Period, landings, reduced_periods
+from assets.resources.incremental import LogPartition, ingestions, reduced_partitions
 from assets.resources.partitions import require_partitions
 from assets.resources.steps import SPARK, Metrics, Step, dataset
 from notellm2_core.config.data import EventSettings
-from notellm2_core.config.unused import without_effect
-from notellm2_core.lake.catalog import Recipe
+from notellm2_core.config.unused import unused_settings
+from notellm2_core.lake.catalog import Catalog
 
 SPARK_KINDS = {"spark", "parquet"}
 
@@ -21,26 +21,26 @@ SPARK_KINDS = {"spark", "parquet"}
 def raw_events_asset(partitions: dg.TimeWindowPartitionsDefinition) -> dg.AssetsDefinition:
     """The one partitioned asset, with the partitions that the configuration asks for."""
 
-    def check(context: dg.AssetExecutionContext, recipe: Recipe) -> None:
-        require_partitions(partitions, recipe.config.source)
-        for sentence in without_effect(recipe.config):
+    def check(context: dg.AssetExecutionContext, catalog: Catalog) -> None:
+        require_partitions(partitions, catalog.config.source)
+        for sentence in (*unused_settings(catalog.config), *catalog.warnings()):
             context.log.warning(sentence)
-        ensure_source(context, recipe)
+        ensure_source(context, catalog)
 
-    after = partial(_announce_periods, partitions)
+    after = partial(_announce_partitions, partitions)
     return dataset("logs", SPARK_KINDS, on=SPARK, before=check, after=after, partitions=partitions)(raw_events)
 
 
 def raw_events(step: Step) -> Metrics:
-    """The behaviour logs as they came, placed in time: a folder per period, one for rows without a readable time."""
-    from spark_jobs.ingest import landed_figures
+    """The behaviour logs as they came, placed in time: a folder per partition, one for rows without a readable time."""
+    from spark_jobs.ingest import ingestion_metrics
 
     with step.spark() as spark:
-        parts = landings(step.context, spark, step.recipe)
+        parts = ingestions(step.context, spark, step.catalog)
     for part in parts:
         for file in part.manifest.files:
             step.draft.link(f"{Path(file).parent}/{part.manifest.fingerprint}-{Path(file).name}", part, file)
-    return landed_figures(step.recipe.source, [part.manifest.metrics for part in parts])
+    return ingestion_metrics(step.catalog.source, [part.manifest.metrics for part in parts])
 
 
 @dataset("logs", SPARK_KINDS, on=SPARK, before=ensure_source)
@@ -49,27 +49,29 @@ def notes(step: Step) -> Metrics:
     from spark_jobs.clean import prepare_notes
 
     with step.spark() as spark:
-        return prepare_notes(spark, step.recipe.source, step.out)
+        return prepare_notes(spark, step.catalog.source, step.out)
 
 
 @dataset("logs", SPARK_KINDS, on=SPARK)
-def events(step: Step) -> Metrics:
+def interactions(step: Step) -> Metrics:
     """What Eq. 2 asks of the clean events of the training and of the test days: first views and last clicks."""
-    from spark_jobs.ingest import UNDATED, periods_between
-    from spark_jobs.interactions import Window, join_periods
+    from spark_jobs.ingest import UNDATED, partitions_between
+    from spark_jobs.interactions import Window, join_partitions
 
-    raw, days, source = step.inputs["raw_events"], step.recipe.window, step.config.source
+    raw, days, source = step.inputs["raw_events"], step.catalog.window, step.config.source
     train, test = (
-        periods_between(of.start, of.end, source.partition, **raw.manifest.metrics) for of in (days.train, days.test)
+        partitions_between(of.start, of.end, source.partition, **raw.manifest.metrics) for of in (days.train, days.test)
     )
-    undated: list[Period] = [(UNDATED, None)] if (raw.path / UNDATED).exists() else []
+    undated: list[LogPartition] = [(UNDATED, None)] if (raw.path / UNDATED).exists() else []
     with step.spark() as spark:
-        periods = reduced_periods(step.context, spark, step.recipe, raw, [*train, *test, *undated], step.draft)
+        log_partitions = reduced_partitions(
+            step.context, spark, step.catalog, raw, [*train, *test, *undated], step.draft
+        )
 
-        def figures(parts: Sequence[Period]) -> dict[Path, Mapping[str, Any]]:
-            return {periods[part].path: periods[part].manifest.metrics for part in parts}
+        def figures(parts: Sequence[LogPartition]) -> dict[Path, Mapping[str, Any]]:
+            return {log_partitions[part].path: log_partitions[part].manifest.metrics for part in parts}
 
-        return join_periods(
+        return join_partitions(
             spark,
             train=Window(days.train.start, days.train.end, figures(train)),
             test=Window(days.test.start, days.test.end, figures(test)),
@@ -80,14 +82,15 @@ def events(step: Step) -> Metrics:
         )
 
 
-def _announce_periods(
-    partitions: dg.TimeWindowPartitionsDefinition, context: dg.AssetExecutionContext, recipe: Recipe
+def _announce_partitions(
+    partitions: dg.TimeWindowPartitionsDefinition, context: dg.AssetExecutionContext, catalog: Catalog
 ) -> None:
-    """One pass over the source lands all its periods: the other partitions are materialized too, unless known."""
+    """One pass over the source ingests all its log_partitions: the other partitions are materialized too, unless
+    known."""
     known = context.instance.get_materialized_partitions(context.asset_key)
     asked = set(context.partition_keys)
-    for period in recipe.dataset("raw_events").manifest.metrics["periods"]:
-        key = period["period"]
+    for log_partition in catalog.dataset("raw_events").manifest.metrics["partitions"]:
+        key = log_partition["partition"]
         if key not in known | asked and partitions.has_partition_key(key):
-            metadata = {"dagster/row_count": period["rows"]}
+            metadata = {"dagster/row_count": log_partition["rows"]}
             context.log_event(dg.AssetMaterialization(context.asset_key, metadata=metadata, partition=key))

@@ -8,54 +8,54 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets.resources.arguments import feature_store, note_inputs, picture_folders, write_config
+from assets.resources.arguments import feature_store, image_folders, note_inputs, write_config
 from assets.resources.commands import run_command
 from assets.resources.export import MULTIMODAL, export
 from assets.resources.steps import GPU, PROCESS, Metrics, Step, dataset
-from notellm2_core.lake.catalog import Recipe
+from notellm2_core.lake.catalog import Catalog
 
 PYTHON = (sys.executable, "-m")
 
 
-def _restore_features(context: dg.AssetExecutionContext, recipe: Recipe) -> None:
+def _restore_features(context: dg.AssetExecutionContext, catalog: Catalog) -> None:
     """The store outlives the dataset, and parts of it may have been removed: compute these again."""
     from notellm2_core.vision.feature_store import num_missing
 
-    features = recipe.find("vision_features")
-    if features is not None and (missing := num_missing(features.path, feature_store(recipe))):
+    features = catalog.find("vision_features")
+    if features is not None and (missing := num_missing(features.path, feature_store(catalog))):
         context.log.warning(f"the features of {missing} images are no longer in the store: computing them again")
         with tempfile.TemporaryDirectory() as scratch:
-            run_command(context, _features_command(recipe, Path(scratch)))
+            run_command(context, _features_command(catalog, Path(scratch)))
 
 
-def _features_command(recipe: Recipe, out: Path) -> Sequence[str]:
-    notes, source = picture_folders(recipe)
-    command = [*PYTHON, "notellm2_core.vision.extract", "--config", write_config(recipe), "--notes", notes,
-               "--source", source, "--store", feature_store(recipe), "--out", out]  # fmt: skip
+def _features_command(catalog: Catalog, out: Path) -> Sequence[str]:
+    notes, source = image_folders(catalog)
+    command = [*PYTHON, "notellm2_core.vision.extract", "--config", write_config(catalog), "--notes", notes,
+               "--source", source, "--store", feature_store(catalog), "--out", out]  # fmt: skip
     return [str(part) for part in command]
 
 
 @dataset("model", {"pytorch", "parquet"}, on=GPU, before=_restore_features)
 def vision_features(step: Step) -> Metrics:
     """Patch and global features of the frozen encoder, once per distinct image; the store outlives this dataset."""
-    step.command(_features_command(step.recipe, step.out))
+    step.command(_features_command(step.catalog, step.out))
     return json.loads((step.out / "counts.json").read_text())
 
 
 @dataset("model", {"huggingface"}, on=PROCESS)
 def note_tokens(step: Step) -> Metrics:
     """Every note's text as the LLM's tokens, once for all methods; trainings and exports map the file into memory."""
-    step.command([*PYTHON, "notellm2_core.model.tokenise", "--config", write_config(step.recipe),
+    step.command([*PYTHON, "notellm2_core.model.tokenise", "--config", write_config(step.catalog),
                   "--notes", step.path("notes/notes"), "--out", step.out])  # fmt: skip
     return json.loads((step.out / "counts.json").read_text())
 
 
 @dataset("model", {"pytorch", "huggingface"}, on=GPU)
-def start_model(step: Step) -> Metrics:
+def initial_model(step: Step) -> Metrics:
     """The model before its first step: what the zero-shot rows of the report measure."""
-    step.command([*PYTHON, "notellm2_core.training.initialise", "--config", write_config(step.recipe),
+    step.command([*PYTHON, "notellm2_core.training.initialise", "--config", write_config(step.catalog),
                   *note_inputs(step, pictures=False).arguments(), "--pairs", step.path("pair_datasets"),
-                  "--out", step.out, "--train-days", *step.recipe.window.train.iso()])  # fmt: skip
+                  "--out", step.out, "--train-days", *step.catalog.window.train.iso()])  # fmt: skip
     return {}
 
 
@@ -66,19 +66,19 @@ def hard_negatives(step: Step) -> Metrics:
     if not settings.num:
         return {}
     pairs = step.path("pair_datasets")
-    export(step, settings.model or step.path("start_model"), [MULTIMODAL], pairs / "train")
+    export(step, settings.model or step.path("initial_model"), [MULTIMODAL], pairs / "train")
     step.command([*PYTHON, "notellm2_core.retrieval.hard_negatives", "--embeddings", step.out / MULTIMODAL,
-                  "--pairs", pairs, "--sides", step.path("note_sides/sides"), "--out", step.out,
+                  "--pairs", pairs, "--sides", step.path("note_split/notes"), "--out", step.out,
                   "--first-rank", str(settings.first_rank), "--last-rank", str(settings.last_rank),
                   "--factory", settings.factory])  # fmt: skip
     return json.loads((step.out / "counts.json").read_text())
 
 
-def _check_index_factory(context: dg.AssetExecutionContext, recipe: Recipe) -> None:
+def _check_index_factory(context: dg.AssetExecutionContext, catalog: Catalog) -> None:
     """A wrong factory string is found before the training, not hours later."""
     from notellm2_core.retrieval.index import empty_index
 
-    empty_index(recipe.config.model.projection_dim, recipe.config.index.factory)
+    empty_index(catalog.config.model.projection_dim, catalog.config.index.factory)
 
 
 @dataset("model", {"pytorch", "deepspeed", "huggingface"}, on=GPU, before=_check_index_factory)
@@ -86,11 +86,11 @@ def checkpoint(step: Step) -> Metrics:
     """The fine-tuned model (Eq. 1, 7-9; Table 8). A killed training resumes from its last checkpoint."""
     from notellm2_core.training.launch import Paths, Reports, launch_command
 
-    training, recipe = step.config.training, step.recipe
+    training, catalog = step.config.training, step.catalog
     hard_negatives = step.path("hard_negatives") if training.hard_negatives.num else None
     inputs = note_inputs(step, pictures=step.config.trains_vision)
     paths = Paths(inputs, step.path("pair_datasets"), step.work, step.out, hard_negatives)
     reports = Reports(mlflow_uri=step.run.uri, mlflow_run_id=step.run.run_id)
-    command = launch_command(write_config(recipe), training, paths, reports, recipe.window.train.iso())
+    command = launch_command(write_config(catalog), training, paths, reports, catalog.window.train.iso())
     step.command(command, reports=True)
     return json.loads((step.out / "training.json").read_text())

@@ -1,7 +1,7 @@
 """From clean events to related pairs, split without leaks (Eq. 2, section 2.3)."""
 
 from assets.resources.steps import SPARK, Metrics, Step, dataset
-from notellm2_core.config.data import FilterSettings, ScoringSettings, SideSettings
+from notellm2_core.config.data import FilterSettings, HoldOutSettings, ScoringSettings
 
 SPARK_KINDS = {"spark", "parquet"}
 
@@ -13,22 +13,22 @@ def cooccurrence(step: Step) -> Metrics:
 
     scoring = ScoringSettings.of(step.config.pairs)
     with step.spark() as spark:
-        return score(spark, windows=step.path("events"), out=step.out, scoring=scoring)
+        return score(spark, windows=step.path("interactions"), out=step.out, scoring=scoring)
 
 
 @dataset("pairs", SPARK_KINDS, on=SPARK)
-def note_sides(step: Step) -> Metrics:
+def note_split(step: Step) -> Metrics:
     """Which notes train and which form the test pool; near-duplicates stay on one side."""
-    from spark_jobs.split import assign_sides
+    from spark_jobs.split import assign_split
 
     with step.spark() as spark:
-        return assign_sides(
+        return assign_split(
             spark,
             notes=step.path("notes/notes"),
-            events=step.path("events"),
+            events=step.path("interactions"),
             out=step.out / "sides",
             images=step.path("vision_features/note_images.parquet"),
-            settings=SideSettings.of(step.config.split),
+            settings=HoldOutSettings.of(step.config.split),
         )
 
 
@@ -41,7 +41,7 @@ def related_pairs(step: Step) -> Metrics:
         return relate(
             spark,
             scores=step.path("cooccurrence"),
-            sides=step.path("note_sides/sides"),
+            sides=step.path("note_split/notes"),
             out=step.out,
             filters=FilterSettings.of(step.config.pairs),
         )
@@ -56,7 +56,7 @@ def pair_datasets(step: Step) -> Metrics:
         return split(
             spark,
             pairs=step.path("related_pairs"),
-            sides=step.path("note_sides/sides"),
+            sides=step.path("note_split/notes"),
             out=step.out,
             validation_share=step.config.split.validation_share,
         )
@@ -67,7 +67,7 @@ def data_card(step: Step) -> Metrics:
     """The data of this release for people: Table 1, what was dropped, how scores, pairs and clicks are spread."""
     from notellm2_core.evaluation.data_card import write_data_card
 
-    window = step.recipe.window
+    window = step.catalog.window
     return write_data_card(
         notes=step.path("notes/notes"),
         pairs=step.path("pair_datasets"),

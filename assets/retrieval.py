@@ -7,9 +7,9 @@ from assets.resources.steps import GPU, PROCESS, Metrics, Step, dataset
 
 
 @dataset("retrieval", {"pytorch", "parquet"}, on=GPU)
-def start_embeddings(step: Step) -> Metrics:
+def initial_embeddings(step: Step) -> Metrics:
     """Embeddings of the pool before the first training step, for the zero-shot rows."""
-    export(step, step.path("start_model"), INPUTS, step.path("pair_datasets/pool"))
+    export(step, step.path("initial_model"), INPUTS, step.path("pair_datasets/pool"))
     return export_metrics(step.out)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from training import PAIRS, RESULTS, heading, settings, synchronize, training_data
+from training import PAIRS, RESULTS, heading, pair_dataset, settings, synchronize
 from transformers import AttentionInterface
 
 from notellm2_core.config.settings import Config
@@ -60,7 +60,7 @@ def main() -> None:
         plain, processor = contender(config, Path(folder), None)
         contenders = {"plain": plain, "compiled": contender(config, Path(folder), options.part)[0]}
     num_steps = WARM_UP + options.steps
-    data = training_data(processor, config.training.batch_pairs * num_steps, True)
+    data = pair_dataset(processor, config.training.batch_pairs * num_steps, True)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for step, rows in enumerate(data.train_pairs.reshape(num_steps, -1)):
         for name, engine in contenders.items():

@@ -51,12 +51,12 @@ from training import (
     heading,
     medians,
     notes,
+    pair_dataset,
     step_of,
     synchronize,
     texts,
     timed,
     trained_by_others,
-    training_data,
 )
 
 from notellm2_core.config.load import load_config
@@ -70,7 +70,7 @@ from notellm2_core.model.trainable import set_trained
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.processor import FieldTokens, MLRMProcessor
 from notellm2_core.training.engine.deepspeed import make_engine, set_up_processes
-from notellm2_core.training.engine.throughput import Speed
+from notellm2_core.training.engine.throughput import Throughput
 
 PAPER = Path(__file__).parents[1] / "pipelines" / "configs" / "paper_mtomato_base.yaml"
 WORDS = ["note", "one", "this", "word", "into", "content"]  # of the prompts, so that each is one token
@@ -167,7 +167,7 @@ def llm_training(model: MLRMModel, processor: MLRMProcessor, options: argparse.N
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    average = int(training_data(processor, pairs, True, WORDS).num_tokens(np.arange(2 * pairs)).mean())
+    average = int(pair_dataset(processor, pairs, True, WORDS).num_tokens(np.arange(2 * pairs)).mean())
 
     def run(_: int) -> int:
         ids = torch.randint(0, len(processor.tokenizer), (2 * pairs, average), device=DEVICE)
@@ -197,13 +197,13 @@ def steps_of(
     config = settings(options, **changed)
     model, processor = random_model(config)
     set_trained(model, config)
-    speed = Speed(model, device, 1)
+    speed = Throughput(model, device, 1)
     engine = make_engine(model.train(), config, "bf16")
     found: dict[str, dict[str, float]] = {}
     for pairs in sorted(num_pairs):
         of_size = settings(options, training__batch_pairs=pairs, **changed)
         all_pairs = pairs * (options.steps + WARM_UP)
-        data = training_data(processor, all_pairs, config.model.method != TEXT_METHOD, WORDS)
+        data = pair_dataset(processor, all_pairs, config.model.method != TEXT_METHOD, WORDS)
         row = with_memory(partial(timed, step_of(engine, data, of_size, device), options.steps, 2 * pairs))
         lengths = data.num_tokens(np.arange(2 * all_pairs))
         squares = np.square(lengths).sum() / lengths.sum() * row["tokens_per_s"]

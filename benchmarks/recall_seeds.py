@@ -20,7 +20,7 @@ import psutil
 import yaml
 
 from notellm2_core.config.load import load_config
-from notellm2_core.lake.catalog import Recipe
+from notellm2_core.lake.catalog import Catalog
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -65,9 +65,9 @@ def run(config: Path, source: str, seed: int, changes: dict[str, str]) -> dict[s
     if process.returncode:
         sys.exit(process.returncode)
     seconds = time.monotonic() - started
-    recipe = Recipe(load_config(file))
-    report = json.loads((recipe.dataset("eval_recall").path / "recall.json").read_text())
-    training = dict(recipe.dataset("checkpoint").manifest.metrics)
+    catalog = Catalog(load_config(file))
+    report = json.loads((catalog.dataset("eval_recall").path / "recall.json").read_text())
+    training = dict(catalog.dataset("checkpoint").manifest.metrics)
     return {
         "config": resolved.name, "seed": seed, "changes": changes, "seconds": round(seconds), "peak_bytes": peak,
         "training": training, "report": report,

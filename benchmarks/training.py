@@ -50,7 +50,7 @@ from notellm2_core.model.trainable import set_trained
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.processor import MLRMProcessor
 from notellm2_core.runtime.prefetch import Prefetcher
-from notellm2_core.training.data.dataset import TrainingData
+from notellm2_core.training.data.dataset import PairDataset
 from notellm2_core.training.data.micro_batches import Share
 from notellm2_core.training.engine import deepspeed as engines
 from notellm2_core.training.objective.losses import BatchLabels
@@ -80,7 +80,7 @@ def settings(batch_pairs: int, cache: Path, micro_batch_tokens: int | None = Non
             },
             "training": {
                 "batch_pairs": batch_pairs, "zero_stage": 2, "precision": "bf16", "learning_rate": 2e-4,
-                "parts": ["llm", "connector", "fusion", "projector", "temperature"],
+                "trainable": ["llm", "connector", "fusion", "projector", "temperature"],
                 "micro_batch_tokens": micro_batch_tokens,
             },
         }
@@ -99,9 +99,9 @@ def notes(num: int, words: Sequence[str] | None = None) -> list[Note]:
     return [Note(f"n{i:06d}", text(rng.integers(3, 12)), (text(2),), text(n)) for i, n in enumerate(lengths)]
 
 
-def training_data(
+def pair_dataset(
     processor: MLRMProcessor, num_pairs: int, with_images: bool, words: Sequence[str] | None = None
-) -> TrainingData:
+) -> PairDataset:
     all_notes = {note.note_id: note for note in notes(2 * num_pairs, words)}
     ids = list(all_notes)
     shape = (NUM_IMAGES, processor.num_patches + 1, processor.vision_width)
@@ -109,7 +109,7 @@ def training_data(
     table = FeatureTable(features, {f"i{i}": i for i in range(NUM_IMAGES)})
     images = {n: f"i{i % NUM_IMAGES}" if with_images else None for i, n in enumerate(ids)}
     tokens = dict(zip(ids, processor.note_tokenizer.tokenize(list(all_notes.values())), strict=True))
-    return TrainingData(processor, tokens, images, table, list(zip(ids[::2], ids[1::2], strict=True)))
+    return PairDataset(processor, tokens, images, table, list(zip(ids[::2], ids[1::2], strict=True)))
 
 
 Step = Callable[[int], int]  # does the step of this number, and says how many tokens it had
@@ -118,12 +118,12 @@ Step = Callable[[int], int]  # does the step of this number, and says how many t
 def our_step(config: Config, cache: Path, num_steps: int, with_images: bool = True) -> Step:
     device = engines.set_up_processes()
     model, processor = build_model(config, cache)
-    data = training_data(processor, config.training.batch_pairs * num_steps, with_images)
+    data = pair_dataset(processor, config.training.batch_pairs * num_steps, with_images)
     set_trained(model, config)
     return step_of(engines.make_engine(model.train(), config, "bf16"), data, config, device)
 
 
-def step_of(engine: Any, data: TrainingData, config: Config, device: torch.device) -> Step:
+def step_of(engine: Any, data: PairDataset, config: Config, device: torch.device) -> Step:
     """A step on the next of the batches that `data` has, made ahead as the loop does."""
 
     def batch_of(rows: np.ndarray) -> tuple[Share, BatchLabels]:
@@ -151,7 +151,7 @@ def llm_step(cache: Path, num_steps: int) -> Step:
     config = settings(PAIRS, cache)
     model, processor = build_model(config, cache)
     set_trained(model, config)
-    data = training_data(processor, PAIRS * num_steps, True)
+    data = pair_dataset(processor, PAIRS * num_steps, True)
     bare = model.llm.train()
     bare.set_attn_implementation("sdpa")
 
@@ -169,7 +169,7 @@ def llm_step(cache: Path, num_steps: int) -> Step:
 
 def gradcache_step(cache: Path, num_steps: int) -> Step:
     _, processor = build_model(settings(SMALL, cache), cache)
-    tokens = training_data(processor, LARGE, True).num_tokens(np.arange(2 * LARGE)).sum() / LARGE * SMALL
+    tokens = pair_dataset(processor, LARGE, True).num_tokens(np.arange(2 * LARGE)).sum() / LARGE * SMALL
     return our_step(settings(LARGE, cache, int(tokens / 2)), cache, num_steps)
 
 
@@ -211,7 +211,7 @@ def in_turns(contenders: dict[str, tuple[Step, int, int]], steps: int) -> dict[s
 
 def texts(processor: MLRMProcessor, num_pairs: int, words: Sequence[str] | None = None) -> list[str]:
     """The notes as the prompts that our model reads, to be tokenised by others."""
-    data = training_data(processor, num_pairs, False, words)
+    data = pair_dataset(processor, num_pairs, False, words)
     ids = [data.note_batch(np.array([i])).input_ids[0] for i in range(2 * num_pairs)]
     return [processor.tokenizer.decode(i) for i in ids]
 

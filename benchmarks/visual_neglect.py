@@ -34,7 +34,7 @@ from notellm2_core.config.settings import Config
 from notellm2_core.config.training import TrainingSettings
 from notellm2_core.evaluation.evaluate import evaluate
 from notellm2_core.evaluation.saliency_report import read_saliency, visual_shares
-from notellm2_core.lake.catalog import Recipe
+from notellm2_core.lake.catalog import Catalog
 from notellm2_core.model.build import load_model
 from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.runtime.files import new_folder, write_atomically
@@ -48,7 +48,7 @@ COMMON = {
     "training.checkpoint_every_steps": 1000, "training.validate_every_steps": 1000, "evaluation.baselines": ["random"],
 }  # fmt: skip
 READING = COMMON | {
-    "seed": 0, "model.llm.num_layers": 2, "model.start": {"pca_projector": True},
+    "seed": 0, "model.llm.num_layers": 2, "model.init": {"pca_projector": True},
     "training.num_steps": 300, "training.learning_rate": 5e-4,
 }  # fmt: skip
 PROMPT_OF = {"basic": "basic", "notellm2": "micl"}  # the method without fusion that has the same prompt
@@ -56,9 +56,9 @@ BUDGET = COMMON | {"training.num_steps": 80, "training.learning_rate": 2e-4}
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "method": {"basic": {"model.method": "basic"}, "notellm2": {"model.method": "notellm2"}},
     "start": {
-        "random": {"model.start": {}},
+        "random": {"model.init": {}},
         "balanced": {
-            "model.start": {
+            "model.init": {
                 "pca_projector": True,
                 "num_pca_notes": 256,
                 "fusion_scale": 0.3,
@@ -78,10 +78,10 @@ K = 10
 DATA = (
     "raw_events",
     "notes",
-    "events",
+    "interactions",
     "vision_features",
     "cooccurrence",
-    "note_sides",
+    "note_split",
     "related_pairs",
     "pair_datasets",
 )
@@ -109,7 +109,7 @@ def main() -> None:
 
 def make_data(config: Config) -> None:
     """Everything up to the pairs and the vision features, by the pipeline itself, unless it is there."""
-    if all(Recipe(config).find(name) for name in DATA[:2]) and all(Recipe(config).find(name) for name in DATA):
+    if all(Catalog(config).find(name) for name in DATA[:2]) and all(Catalog(config).find(name) for name in DATA):
         return
     file = ROOT / ".dagster" / "benchmarks" / "visual_neglect.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -141,13 +141,13 @@ def teach_reading(method: str, out: Path) -> Path:
     folder = out / f"reading-{method}"
     blind = folder / "images"
     shutil.rmtree(folder, ignore_errors=True)
-    recipe = Recipe(config)
-    notes = inputs(recipe)
+    catalog = Catalog(config)
+    notes = inputs(catalog)
     shutil.copytree(notes.images, blind)
     table = pq.read_table(notes.images / "note_images.parquet")
     hidden = pa.nulls(len(table), pa.string())
     pq.write_table(table.set_column(1, table.schema.field("image_id"), hidden), blind / "note_images.parquet")
-    train(config, folder, replace(notes, images=blind), recipe.dataset("pair_datasets").path)
+    train(config, folder, replace(notes, images=blind), catalog.dataset("pair_datasets").path)
     model, processor = load_model(folder / "model")
     with new_folder(reader) as draft:
         model.llm.save_pretrained(draft)
@@ -155,10 +155,10 @@ def teach_reading(method: str, out: Path) -> Path:
     return reader
 
 
-def inputs(recipe: Recipe) -> NoteInputs:
+def inputs(catalog: Catalog) -> NoteInputs:
     """The notes that a training reads."""
-    notes, images = recipe.dataset("notes").path / "notes", recipe.dataset("vision_features").path
-    return NoteInputs(notes, images, recipe.lake.root / "vision_store")
+    notes, images = catalog.dataset("notes").path / "notes", catalog.dataset("vision_features").path
+    return NoteInputs(notes, images, catalog.lake.root / "vision_store")
 
 
 def train(config: Config, folder: Path, notes: NoteInputs, pairs: Path) -> None:
@@ -180,8 +180,8 @@ def run(seed: int, cell: Sequence[str], reader: Path, changes: dict[str, Any], o
     for level, levels in zip(cell, FACTORS.values(), strict=True):
         overrides |= levels[level]
     config = load_config(CONFIG, overrides | changes)
-    recipe, folder = Recipe(config), out / name
-    notes, pairs = inputs(recipe), recipe.dataset("pair_datasets").path
+    catalog, folder = Catalog(config), out / name
+    notes, pairs = inputs(catalog), catalog.dataset("pair_datasets").path
     shutil.rmtree(folder, ignore_errors=True)
     train(config, folder, notes, pairs)
     common = ["--config", folder / "config.yaml", "--model", folder / "model", *notes.arguments()]

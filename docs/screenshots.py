@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from notellm2_core.config.load import config_in_force
-from notellm2_core.lake.catalog import Recipe
+from notellm2_core.lake.catalog import Catalog
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -74,7 +74,7 @@ def wait_for(url: str, seconds: float = 90) -> None:
 def main() -> None:
     os.environ.setdefault("DAGSTER_HOME", str(ROOT))
     IMAGES.mkdir(parents=True, exist_ok=True)
-    report = Recipe(config_in_force()).dataset("eval_recall")
+    report = Catalog(config_in_force()).dataset("eval_recall")
     shutil.copy(report.path / "neighbours.jpg", IMAGES / "neighbours.jpg")
     with dagster_webserver() as dagster:
         screenshot(f"{dagster}/asset-groups?expanded={GROUPS}", IMAGES / "asset_graph.png", *GRAPH_SIZE)

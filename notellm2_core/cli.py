@@ -8,7 +8,7 @@ from pathlib import Path
 from notellm2_core.config.data import DemoSettings
 from notellm2_core.config.options import add_options, settings_from
 from notellm2_core.config.settings import IndexSettings, ReportSettings
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.errors import user_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.print_help(sys.stderr)
         sys.exit(2)
     options = parser.parse_args(arguments)
-    with one_line_errors():
+    with user_errors():
         options.run(options)
 
 

@@ -58,7 +58,7 @@ NOTE_TOKENS = pa.schema(  # of each field as it is read: truncated and escaped
 )
 
 # --- lake: pairs ----------------------------------------------------------------------------------------------------
-NOTE_SIDES = pa.schema(
+NOTE_SPLIT = pa.schema(
     [
         pa.field("note_id", pa.string(), nullable=False),
         pa.field("side", pa.string(), nullable=False),  # "train" | "pool"
@@ -68,7 +68,7 @@ NOTE_SIDES = pa.schema(
         ),  # whether it has an interaction there; a cold note has not
     ]
 )
-POOL = pa.schema([NOTE_SIDES.field("note_id"), NOTE_SIDES.field("in_train_days")])
+POOL = pa.schema([NOTE_SPLIT.field("note_id"), NOTE_SPLIT.field("in_train_days")])
 SCORES = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from assets.resources.tracking import tracking_uri
 from notellm2_core.config.load import config_in_force
-from notellm2_core.lake.catalog import Recipe
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.lake.catalog import Catalog
+from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.processes import die_with_parent
 
 BIN = Path(sys.executable).parent
@@ -19,13 +19,13 @@ PATIENCE_SECONDS = 10  # for a server that was asked to end
 
 
 def main() -> int:
-    with one_line_errors():
-        recipe = Recipe(config_in_force())
-        uri = tracking_uri(recipe.config.tracking, recipe.lake.root)
+    with user_errors():
+        catalog = Catalog(config_in_force())
+        uri = tracking_uri(catalog.config.tracking, catalog.lake.root)
         dagster, mlflow = _port("DAGSTER_PORT", "3000"), _port("MLFLOW_PORT", "5000")
     commands = [["dagster", "dev", "-m", "pipelines.definitions", "--host", "127.0.0.1", "--port", dagster]]
     if not uri.startswith("http"):
-        store = recipe.lake.root / "mlflow"
+        store = catalog.lake.root / "mlflow"
         store.mkdir(parents=True, exist_ok=True)
         commands.append(["mlflow", "server", "--host", "127.0.0.1", "--port", mlflow, "--workers", "1",
                          "--backend-store-uri", uri, "--artifacts-destination", str(store / "artifacts")])  # fmt: skip

@@ -16,7 +16,7 @@ from dagster import DagsterEventType, DagsterInstance
 from assets.resources.commands import forked_commands
 from assets.resources.partitions import log_partitions
 from notellm2_core.config.load import config_in_force, week_in_force
-from notellm2_core.lake.catalog import Recipe
+from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.lake import LakeError
 from notellm2_core.runtime.files import host
 from notellm2_core.runtime.processes import die_with_parent
@@ -57,24 +57,25 @@ def _run_to_the_end() -> int:
 
 def _run() -> int:
     started = time.monotonic()
-    recipe = Recipe(config_in_force(), week_in_force())
+    catalog = Catalog(config_in_force(), week_in_force())
     from pipelines.definitions import definitions
 
-    period = log_partitions(recipe.config.source).get_last_partition_key()
-    if period is None:
+    source = catalog.config.source
+    partition = log_partitions(source).get_last_partition_key()
+    if partition is None:
         raise ValueError(
-            f"no {recipe.config.source.partition} has ended since source.first_day = {recipe.config.source.first_day}: "
-            "set it to the first day of your log"
+            f"no {source.partition} has ended since source.first_day = {source.first_day}: set it to the first day of "
+            "your log"
         )
 
-    job = definitions(recipe.config.source).resolve_job_def("weekly_retrain")
+    job = definitions(source).resolve_job_def("weekly_retrain")
     with ExitStack() as stack:
         instance = stack.enter_context(DagsterInstance.get())
         _close_runs_of_the_dead(instance)
         stack.enter_context(forked_commands())
         result = job.execute_in_process(
             instance=instance,
-            partition_key=period,
+            partition_key=partition,
             tags={_HOST: host(), _PROCESS: str(os.getpid())},
             run_config={"loggers": {"console": {"config": {"log_level": "INFO"}}}},
             raise_on_error=False,
@@ -82,7 +83,7 @@ def _run() -> int:
     if not result.success:
         print(f"\nerror: {_why(result)}", file=sys.stderr)
         return 1
-    made = Recipe(recipe.config, recipe.week, result.run_id)
+    made = Catalog(catalog.config, catalog.week, result.run_id)
     report = made.dataset("eval_recall")
     for name in ("recall.md", "saliency.md"):
         if (report.path / name).exists():

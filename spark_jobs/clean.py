@@ -90,9 +90,9 @@ def _has_image(notes: DataFrame) -> Column:
 
 
 def label_events(raw: DataFrame, settings: EventSettings, dated: bool = True) -> DataFrame:
-    """Landed events with the `reason` to drop them (null: none), the first that holds of:
+    """Ingested events with the `reason` to drop them (null: none), the first that holds of:
 
-    malformed_row, ignored_event, bad_timestamp, absurd_timestamp (all others where not `dated`: what `land` could not
+    malformed_row, ignored_event, bad_timestamp, absurd_timestamp (all others where not `dated`: what `ingest` could not
     place), null_user, null_note, unknown_event, duplicate_event (same user, note, time and event: one is kept).
     """
     event = F.coalesce("event", F.lit(""))
@@ -112,9 +112,9 @@ def label_events(raw: DataFrame, settings: EventSettings, dated: bool = True) ->
 
 
 def split_labelled(labelled: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """What `label_events` returns -> (EVENTS, QUARANTINE), each with its `period` where there is one."""
+    """What `label_events` returns -> (EVENTS, QUARANTINE), each with its `partition` where there is one."""
     faulty = F.isnotnull("reason") & (F.col("reason") != IGNORED)
-    more = [c for c in labelled.columns if c == "period"]
+    more = [c for c in labelled.columns if c == "partition"]
     events, quarantine = labelled.filter("reason IS NULL"), labelled.filter(faulty)
     return events.select(*EVENTS.names, *more), quarantine.select(*QUARANTINE.names, *more)
 

@@ -27,15 +27,22 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from notellm2_core.config.data import EventSettings, ScoringSettings
 from notellm2_core.config.options import add_options, settings_from
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import parquet_files
 from notellm2_core.schema import SCORES
 from spark_jobs.clean import label_events, split_labelled, within
 from spark_jobs.common.session import absolute_path, spark_session
 from spark_jobs.common.tables import counts_by, num_files, read_table, readable, replacing, top_counts, write_table
-from spark_jobs.ingest import land_events
+from spark_jobs.ingest import ingest_events
 from spark_jobs.interactions import interactions
-from spark_jobs.scoring.score_blocks import FIGURES, PIECES, cut_lists, merged_figures, write_note_ids, write_scores
+from spark_jobs.scoring.score_blocks import (
+    FIGURES,
+    HISTORY_CHUNKS,
+    build_histories,
+    merged_figures,
+    write_note_ids,
+    write_scores,
+)
 from spark_jobs.source import alike, event_files, read_source_events
 
 
@@ -66,12 +73,12 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -
     write_note_ids(rows.select("note_id").distinct().toArrow()["note_id"], note_ids)
 
     def cut(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return cut_lists(batches, note_ids, num_blocks, scoring)
+        return build_histories(batches, note_ids, num_blocks, scoring)
 
     def write(pieces: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         return write_scores(pieces, note_ids, out, scoring)
 
-    pieces = rows.repartition(num_blocks, "user_id").mapInArrow(cut, from_arrow_schema(PIECES))
+    pieces = rows.repartition(num_blocks, "user_id").mapInArrow(cut, from_arrow_schema(HISTORY_CHUNKS))
     written = pieces.repartitionById(num_blocks, "block").mapInArrow(write, from_arrow_schema(FIGURES))
     try:
         counts = merged_figures(written.toArrow().to_pylist())
@@ -142,15 +149,15 @@ def main() -> None:
     parser.add_argument("--start", type=date.fromisoformat, help="first day, YYYY-MM-DD")
     parser.add_argument("--end", type=date.fromisoformat, help="the day after the last one")
     args = parser.parse_args()
-    with one_line_errors(), replacing(args.out, args.events, SCORES.names) as out, readable(args.events):
+    with user_errors(), replacing(args.out, args.events, SCORES.names) as out, readable(args.events):
         if args.start and args.end and args.start >= args.end:
             raise ValueError(f"--start {args.start} is not before --end {args.end}.")
         settings = settings_from(args, EventSettings, ignored_events=None, max_events_per_day=None)
         scoring = settings_from(args, ScoringSettings)
         spark = spark_session("cooccurrence")
         groups = alike(args.events, event_files(args.events))
-        landed = (land_events(read_source_events(spark, args.events, files)) for files in groups)
-        raw = reduce(DataFrame.union, landed).persist()
+        ingested = (ingest_events(read_source_events(spark, args.events, files)) for files in groups)
+        raw = reduce(DataFrame.union, ingested).persist()
         names = top_counts(raw, "event")
         in_days = F.isnull("timestamp") | within(args.start, args.end)
         labelled = label_events(raw.filter(in_days), settings).persist()

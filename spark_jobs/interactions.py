@@ -1,7 +1,9 @@
 """Interactions: what each user did with each note. All that Eq. 2 needs of the events, and much less than they are.
 
-A period of the log is reduced once (`reduce_periods`), whatever windows it is part of later; a window is its periods
-side by side, less robots and unknown notes (`join_periods`), which no period can tell alone. So one user and note may
+A partition of the log is reduced once (`reduce_partitions`), whatever windows it is part of later; a window is its
+partitions
+side by side, less robots and unknown notes (`join_partitions`), which no partition can tell alone. So one user and
+note may
 stand in several rows: what counts is the first view and the last click of all.
 """
 
@@ -35,11 +37,11 @@ _TABLES = {
 
 @dataclass(frozen=True)
 class Window:
-    """Days [start, end), the reduced periods that lie in them, and what `reduce_periods` returned of each."""
+    """Days [start, end), the reduced partitions that lie in them, and what `reduce_partitions` returned of each."""
 
     start: date
     end: date
-    periods: Mapping[Path, Mapping[str, Any]]
+    partitions: Mapping[Path, Mapping[str, Any]]
 
 
 def interactions(events: DataFrame, settings: EventSettings) -> DataFrame:
@@ -52,31 +54,32 @@ def interactions(events: DataFrame, settings: EventSettings) -> DataFrame:
         F.when(clicked, F.col("timestamp")).alias("last_click"),
         F.lit(1).cast("bigint").alias("events"),
         clicked.cast("bigint").alias("clicks"),
-        *(c for c in events.columns if c == "period"),
+        *(c for c in events.columns if c == "partition"),
     )
 
 
-def reduce_periods(
+def reduce_partitions(
     spark: SparkSession,
-    landed: Mapping[str, Path],
+    ingested: Mapping[str, Path],
     days: Mapping[str, tuple[date, date] | None],
     out: Path,
     settings: EventSettings,
 ) -> dict[str, dict[str, Any]]:
-    """Landed periods, by name -> of each `out/NAME/interactions` (INTERACTIONS), `robots` (user_id), `quarantine`.
+    """Ingested partitions, by name -> of each `out/NAME/interactions` (INTERACTIONS), `robots` (user_id), `quarantine`.
 
-    A table without rows is not written. `days` [start, end) of a period are those that count; None: its rows are
+    A table without rows is not written. `days` [start, end) of a partition are those that count; None: its rows are
     undated, and all go to the quarantine. A user with more than `max_events_per_day` on a day is a robot; its
     interactions are still there.
     Returns of each rows (of the days), ignored_event, dropped {reason: rows}, events {name: rows}, first_day, last_day.
     """
     labelled = reduce(
-        DataFrame.union, (_labelled(spark, path, days[period], settings, period) for period, path in landed.items())
+        DataFrame.union,
+        (_labelled(spark, path, days[partition], settings, partition) for partition, path in ingested.items()),
     ).persist()
     events, quarantine = split_labelled(labelled)
     reduced = (
         interactions(events, settings)
-        .groupBy("period", "user_id", "note_id")
+        .groupBy("partition", "user_id", "note_id")
         .agg(
             F.min("first_view").alias("first_view"),
             F.max("last_click").alias("last_click"),
@@ -85,44 +88,48 @@ def reduce_periods(
         )
     )
     used = labelled.filter("reason IS NULL OR reason = 'duplicate_event'")
-    by_day = used.groupBy("period", "user_id", F.to_date("timestamp")).count()
+    by_day = used.groupBy("partition", "user_id", F.to_date("timestamp")).count()
     most_by_day = settings.max_events_per_day or 1 << 62
-    robots = by_day.filter(F.col("count") > most_by_day).select("period", "user_id").distinct()
+    robots = by_day.filter(F.col("count") > most_by_day).select("partition", "user_id").distinct()
     tables = {"interactions": (reduced, ["user_id", "note_id"]), "robots": (robots, ["user_id"]),
               "quarantine": (quarantine, ["reason", "row"])}  # fmt: skip
     for name, (table, sort) in tables.items():
-        write_partitions(table, out / f".{name}", "period", sort)
+        write_partitions(table, out / f".{name}", "partition", sort)
         for folder in sorted((out / f".{name}").iterdir()):
             (out / folder.name).mkdir(exist_ok=True)
             folder.rename(out / folder.name / name)
         (out / f".{name}").rmdir()
-    by_reason = labelled.groupBy("period", F.coalesce("reason", F.lit("")).alias("key")).count()
-    by_event = labelled.groupBy("period", F.coalesce("event", F.lit("")).alias("key")).count()
-    most = SparkWindow.partitionBy("period").orderBy(F.desc("count"), "key")  # there may be as many names as rows
+    by_reason = labelled.groupBy("partition", F.coalesce("reason", F.lit("")).alias("key")).count()
+    by_event = labelled.groupBy("partition", F.coalesce("event", F.lit("")).alias("key")).count()
+    most = SparkWindow.partitionBy("partition").orderBy(F.desc("count"), "key")  # there may be as many names as rows
     by_event = by_event.withColumn("place", F.row_number().over(most)).filter(F.col("place") <= _NUM_NAMES)
     day = F.date_format("timestamp", "yyyy-MM-dd")
-    spans = events.groupBy("period").agg(F.min(day).alias("first_day"), F.max(day).alias("last_day"))
+    spans = events.groupBy("partition").agg(F.min(day).alias("first_day"), F.max(day).alias("last_day"))
     found = by_reason.collect(), by_event.collect(), spans.collect()
-    counts = {period: _period_counts(period, *found) for period in landed}
+    counts = {partition: _partition_counts(partition, *found) for partition in ingested}
     labelled.unpersist()
     return counts
 
 
 def _labelled(
-    spark: SparkSession, path: Path, days: tuple[date, date] | None, settings: EventSettings, period: str
+    spark: SparkSession, path: Path, days: tuple[date, date] | None, settings: EventSettings, partition: str
 ) -> DataFrame:
     raw = read_table(spark, path)
     if days is not None:
         raw = raw.filter(within(*days))
-    return label_events(raw, settings, dated=days is not None).withColumn("period", F.lit(period))
+    return label_events(raw, settings, dated=days is not None).withColumn("partition", F.lit(partition))
 
 
-def _period_counts(period: str, by_reason: _Rows, by_event: _Rows, spans: _Rows) -> dict[str, Any]:
+def _partition_counts(partition: str, by_reason: _Rows, by_event: _Rows, spans: _Rows) -> dict[str, Any]:
     reasons, events = (
-        {r["key"]: r["count"] for r in sorted(rows, key=lambda r: (-r["count"], r["key"])) if r["period"] == period}
+        {
+            r["key"]: r["count"]
+            for r in sorted(rows, key=lambda r: (-r["count"], r["key"]))
+            if r["partition"] == partition
+        }
         for rows in (by_reason, by_event)
     )
-    span = next((r for r in spans if r["period"] == period), {"first_day": None, "last_day": None})
+    span = next((r for r in spans if r["partition"] == partition), {"first_day": None, "last_day": None})
     return {
         "rows": sum(reasons.values()),
         IGNORED: reasons.get(IGNORED, 0),
@@ -133,7 +140,7 @@ def _period_counts(period: str, by_reason: _Rows, by_event: _Rows, spans: _Rows)
     }
 
 
-def join_periods(
+def join_partitions(
     spark: SparkSession,
     train: Window,
     test: Window,
@@ -142,19 +149,19 @@ def join_periods(
     out: Path,
     settings: EventSettings,
 ) -> dict[str, Any]:
-    """Reduced periods -> `out/train`, `out/test` (INTERACTIONS) and `out/quarantine`. Windows may be equal.
+    """Reduced partitions -> `out/train`, `out/test` (INTERACTIONS) and `out/quarantine`. Windows may be equal.
 
     The interactions of robots (of either window) and those with unknown notes go to the quarantine, a row for each,
     and are counted by their events. Returns rows, ignored_event, dropped {reason: events}, robots (users), and for
     train and test: events, views, clicks, users, notes, first_day, last_day. Raises ValueError for a window without
     events or without clicks.
     """
-    parts = {**undated, **train.periods, **test.periods}
+    parts = {**undated, **train.partitions, **test.partitions}
     robots = _read(spark, parts, "robots").distinct().withColumn("robot", F.lit(True))
     known = read_table(spark, notes).select("note_id", F.lit(True).alias("known"))
 
-    def labelled(periods: Mapping[Path, Any]) -> DataFrame:
-        table = _read(spark, periods, "interactions").join(robots, "user_id", "left")
+    def labelled(partitions: Mapping[Path, Any]) -> DataFrame:
+        table = _read(spark, partitions, "interactions").join(robots, "user_id", "left")
         reason = F.when(F.col("robot"), "robot").when(F.isnull("known"), "unknown_note")
         return table.join(known, "note_id", "left").withColumn("reason", reason)
 
@@ -176,7 +183,7 @@ def join_periods(
             shutil.copytree(out / "train", out / "test")
             counts["test"] = counts["train"]
             break
-        kept = labelled(window.periods).filter("reason IS NULL").select(INTERACTIONS.names)
+        kept = labelled(window.partitions).filter("reason IS NULL").select(INTERACTIONS.names)
         write_table(kept, out / name, ["user_id", "note_id", "first_view"], num_files(spark))
         counts[name] = _counts(read_table(spark, out / name), window)
         _require(counts, name, window, settings, spark, notes)
@@ -190,7 +197,7 @@ def _read(spark: SparkSession, parts: Mapping[Path, Any], table: str) -> DataFra
 
 
 def _counts(table: DataFrame, window: Window) -> dict[str, Any]:
-    days = {key: [of[key] for of in window.periods.values() if of[key]] for key in ("first_day", "last_day")}
+    days = {key: [of[key] for of in window.partitions.values() if of[key]] for key in ("first_day", "last_day")}
     sums = figures(
         table,
         events=F.sum("events"),
@@ -210,10 +217,10 @@ def _require(
 ) -> None:
     """Raises ValueError naming the setting that leaves the window without events, or without clicks."""
     span = f"{window.start} to {window.end} (exclusive)"
-    found = ", ".join(added(of["events"] for of in window.periods.values()))
+    found = ", ".join(added(of["events"] for of in window.partitions.values()))
     if not counts[name]["events"]:
-        dropped = added(of["dropped"] for of in window.periods.values())
-        rows = sum(of["rows"] - of[IGNORED] for of in window.periods.values())
+        dropped = added(of["dropped"] for of in window.partitions.values())
+        rows = sum(of["rows"] - of[IGNORED] for of in window.partitions.values())
         if rows > dropped.total():  # the window took the rest
             dropped = added([{reason: counts["dropped"].get(reason, 0) for reason in ("robot", "unknown_note")}])
         most = next(iter(dict(dropped.most_common())), "")
@@ -226,7 +233,7 @@ def _require(
         if most == "robot":
             raise ValueError(f"{says} all are of robots; raise source.max_events_per_day.")
         if most == "unknown_note":
-            tables = _read(spark, window.periods, "interactions"), read_table(spark, notes)
+            tables = _read(spark, window.partitions, "interactions"), read_table(spark, notes)
             ids = (figures(table, id=F.min("note_id"))["id"] for table in tables)
             raise ValueError(
                 f"{says} the log's notes are not in notes.parquet; "

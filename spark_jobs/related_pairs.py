@@ -16,19 +16,19 @@ from pyspark.sql import functions as F
 
 from notellm2_core.config.data import FilterSettings
 from notellm2_core.config.options import add_options, settings_from
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.errors import user_errors
 from notellm2_core.schema import RELATED_PAIRS
 from spark_jobs.common.session import absolute_path, spark_session
 from spark_jobs.common.tables import figures, pair_figures, read_table, readable, replacing, write_table
 from spark_jobs.scoring.arrays import Floats, Ints
-from spark_jobs.scoring.filter_files import COUNTED, STRONGEST, VALUES, Competition, by_file, score_files
+from spark_jobs.scoring.filter_files import COUNTED, STRONGEST, VALUES, CandidateFilter, by_file, score_files
 from spark_jobs.scoring.quantiles import SHARES, quantiles
 
 
 def relate(spark: SparkSession, scores: Path, sides: Path, out: Path, filters: FilterSettings) -> dict[str, Any]:
     """`scores/{train,test}` with `scores/{train,test}_clicks` -> `out/train`, `out/test` (RELATED_PAIRS).
 
-    Training pairs have both notes on the train side of the NOTE_SIDES `sides`, test pairs both in the pool. Returns for
+    Training pairs have both notes on the train side of the NOTE_SPLIT `sides`, test pairs both in the pool. Returns for
     each what `related_pairs` returns. Workers read the folders, so all of them must see them.
     """
     counts = {}
@@ -53,7 +53,8 @@ def related_pairs(
     side: str = "",
     clicks: Path | None = None,
 ) -> dict[str, Any]:
-    """SCORES -> RELATED_PAIRS: of the pairs that compete (see `Competition`) those within the bounds, and of these the
+    """SCORES -> RELATED_PAIRS: of the pairs that compete (see `CandidateFilter`) those within the bounds, and of these
+    the
     `top_t` of each query by (score descending, target id ascending). Bounds as quantiles are exact percentiles of the
     candidates' scores.
 
@@ -62,7 +63,7 @@ def related_pairs(
     say where no pair competes.
     """
     files = score_files(scores)
-    compete = Competition(sides, side, filters.min_users, clicks, filters.popularity_power)
+    compete = CandidateFilter(sides, side, filters.min_users, clicks, filters.popularity_power)
     with readable(scores):
         counted = by_file(spark, files, compete.count, COUNTED).toArrow().to_pylist()
     num_pairs = sum(of["pairs_on_side"] for of in counted)
@@ -118,7 +119,7 @@ def main() -> None:
     add_options(parser, FilterSettings, "low", "up", "top_t", required=True)
     add_options(parser, FilterSettings, "bounds", "min_users")
     args = parser.parse_args()
-    with one_line_errors(), replacing(args.out, args.scores, RELATED_PAIRS.names) as out:
+    with user_errors(), replacing(args.out, args.scores, RELATED_PAIRS.names) as out:
         filters = settings_from(args, FilterSettings)
         spark = spark_session("related_pairs")
         print(json.dumps(related_pairs(spark, args.scores, out, filters, str(args.scores), "no pairs.")))

@@ -7,21 +7,21 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from notellm2_core.config.data import SideSettings
-from notellm2_core.schema import NOTE_SIDES, POOL, RELATED_PAIRS
+from notellm2_core.config.data import HoldOutSettings
+from notellm2_core.schema import NOTE_SPLIT, POOL, RELATED_PAIRS
 from spark_jobs.common.graph import clusters, components, computed, near_duplicates, position
 from spark_jobs.common.tables import counts_by, figures, pair_figures, read_table, write_table
 
 
-def assign_sides(
+def assign_split(
     spark: SparkSession,
     notes: Path,
     events: Path,
     out: Path,
-    settings: SideSettings,
+    settings: HoldOutSettings,
     images: Path | None = None,
 ) -> dict[str, Any]:
-    """Notes and `events/{train,test}` -> `out/*.parquet` (NOTE_SIDES).
+    """Notes and `events/{train,test}` -> `out/*.parquet` (NOTE_SPLIT).
 
     Returns notes, notes_in_train_days, notes_in_test_days, train, pool, near_duplicate_groups (of two notes or more on
     a side), the notes of the largest_near_duplicate_group (many: a placeholder for a picture or a text) and unassigned
@@ -29,7 +29,7 @@ def assign_sides(
     """
     all_notes, train, test = (read_table(spark, p) for p in (notes, events / "train", events / "test"))
     pictures = read_table(spark, images) if images is not None else None
-    write_table(note_sides(all_notes, train, test, settings, pictures), out, ["note_id"])
+    write_table(note_split(all_notes, train, test, settings, pictures), out, ["note_id"])
     sides = read_table(spark, out)
     counts = {"train": 0, "pool": 0, **counts_by(sides, "side")}
     in_train, in_test = (t.select("note_id").distinct() for t in (train, test))
@@ -62,14 +62,14 @@ def assign_sides(
     }
 
 
-def note_sides(
+def note_split(
     notes: DataFrame,
     train_events: DataFrame,
     test_events: DataFrame,
-    settings: SideSettings,
+    settings: HoldOutSettings,
     images: DataFrame | None = None,
 ) -> DataFrame:
-    """NOTES, INTERACTIONS, INTERACTIONS -> NOTE_SIDES. Near-duplicates never stand on both sides.
+    """NOTES, INTERACTIONS, INTERACTIONS -> NOTE_SPLIT. Near-duplicates never stand on both sides.
 
     time: the train side is what has events in the training days, the pool what has events in the test days and not in
     the training days; a note of the pool with a near-duplicate on the train side is on neither.
@@ -89,7 +89,7 @@ def note_sides(
         in_pool = position(F.col("group_id"), "side ") < settings.pool_share
         is_train, is_pool = F.col("in_train_days") & ~in_pool, F.col("in_test") & in_pool
     side = F.when(is_train, "train").when(is_pool, "pool")
-    sides = seen.withColumn("side", side).filter("side IS NOT NULL").select(NOTE_SIDES.names)
+    sides = seen.withColumn("side", side).filter("side IS NOT NULL").select(NOTE_SPLIT.names)
     if settings.max_pool_notes is None:
         return sides
     by_hash = position(F.col("note_id"), "pool "), F.col("note_id")

@@ -5,32 +5,32 @@ from pathlib import Path
 import yaml
 
 from assets.resources.steps import Step
-from notellm2_core.lake.catalog import Recipe
-from notellm2_core.notes.inputs import NoteInputs, PictureFolders
+from notellm2_core.lake.catalog import Catalog
+from notellm2_core.notes.inputs import ImageFolders, NoteInputs
 from notellm2_core.runtime.files import write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
 
 
 def note_inputs(step: Step, pictures: bool = True) -> NoteInputs:
     """The notes and their images; with `pictures` where the model's vision encoder is, or may have been, trained."""
-    folders = picture_folders(step.recipe) if pictures else None
-    return NoteInputs(step.path("note_tokens"), step.path("vision_features"), feature_store(step.recipe), folders)
+    folders = image_folders(step.catalog) if pictures else None
+    return NoteInputs(step.path("note_tokens"), step.path("vision_features"), feature_store(step.catalog), folders)
 
 
-def picture_folders(recipe: Recipe) -> PictureFolders:
+def image_folders(catalog: Catalog) -> ImageFolders:
     """The notes that the vision features were made of, and where their pictures are."""
-    return PictureFolders(recipe.dataset("notes").path / "notes", recipe.source)
+    return ImageFolders(catalog.dataset("notes").path / "notes", catalog.source)
 
 
-def feature_store(recipe: Recipe) -> Path:
+def feature_store(catalog: Catalog) -> Path:
     """One folder per encoder; every source and every week of this lake shares it."""
-    return recipe.lake.root / "vision_store"
+    return catalog.lake.root / "vision_store"
 
 
-def write_config(recipe: Recipe) -> Path:
+def write_config(catalog: Catalog) -> Path:
     """The resolved configuration as a file, so that the logged command can be pasted later."""
-    text = yaml.safe_dump(recipe.config.model_dump(mode="json"), sort_keys=False)
-    path = recipe.work / "configs" / f"{recipe.config.name}-{fingerprint(text)}.yaml"
+    text = yaml.safe_dump(catalog.config.model_dump(mode="json"), sort_keys=False)
+    path = catalog.work / "configs" / f"{catalog.config.name}-{fingerprint(text)}.yaml"
     if not path.exists():
         write_atomically(path, text)
     return path

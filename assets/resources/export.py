@@ -19,11 +19,11 @@ def export(step: Step, model: Path, kinds: Sequence[str], note_ids: Path | None 
     Earlier datasets of this asset lend the vectors of notes that have not changed since; which datasets these are is
     settled before the export starts.
     """
-    config, recipe = step.config, step.recipe
-    earlier = [dataset.path for dataset in recipe.lake.datasets(step.name)]
+    config, catalog = step.config, step.catalog
+    earlier = [dataset.path for dataset in catalog.lake.datasets(step.name)]
     launcher = torchrun("notellm2_core.inference.export", config.export.num_ranks or config.training.num_ranks)
     only: list[str | Path] = ["--note-ids", note_ids] if note_ids else []
-    step.command([*launcher, "--config", write_config(recipe), *note_inputs(step).arguments(), "--model", model,
+    step.command([*launcher, "--config", write_config(catalog), *note_inputs(step).arguments(), "--model", model,
                   "--inputs", ",".join(kinds), "--out", step.work, "--reuse", *earlier, *only])  # fmt: skip
     for kind in kinds:
         (step.out / kind).mkdir()

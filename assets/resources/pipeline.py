@@ -10,7 +10,7 @@ from pydantic import PrivateAttr
 from assets.resources.commands import end_with_run
 from notellm2_core.config.load import config_in_force, week_in_force
 from notellm2_core.config.settings import SparkSettings
-from notellm2_core.lake.catalog import Recipe
+from notellm2_core.lake.catalog import Catalog
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -35,10 +35,10 @@ class Pipeline(dg.ConfigurableResource):
         self._run_id = context.run_id
         end_with_run()
 
-    def recipe(self) -> Recipe:
+    def catalog(self) -> Catalog:
         """The addresses of this run's datasets: with the source as this run first saw it."""
         with user_errors():
-            return Recipe(config_in_force(self.config_path, self.source), week_in_force(self.week), self._run_id)
+            return Catalog(config_in_force(self.config_path, self.source), week_in_force(self.week), self._run_id)
 
 
 @contextmanager

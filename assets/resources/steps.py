@@ -4,7 +4,7 @@
     def cooccurrence(step: Step) -> Metrics:
         \"\"\"Eq. 2: ...\"\"\"
         with step.spark() as spark:
-            return score(spark, windows=step.path("events"), out=step.out, ...)
+            return score(spark, windows=step.path("interactions"), out=step.out, ...)
 
 What it is made from, and the version of its code, come from the stage table (`notellm2_core.lake.lineage`). The
 function runs only where the dataset is not there yet; it writes into `step.out` and returns the manifest's metrics.
@@ -26,7 +26,7 @@ from assets.resources.pipeline import Pipeline, spark_session, user_errors
 from assets.resources.tracking import TrackedRun, tracked_names, tracked_run
 from notellm2_core import __version__
 from notellm2_core.config.settings import Config
-from notellm2_core.lake.catalog import Recipe
+from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.lake import Dataset, Draft
 from notellm2_core.lake.lineage import STAGES
 
@@ -52,7 +52,7 @@ class Step:
     """One dataset in the making: its settings, what it is made from, and where it goes."""
 
     context: dg.AssetExecutionContext
-    recipe: Recipe
+    catalog: Catalog
     inputs: Mapping[str, Dataset]
     draft: Draft
     run: TrackedRun
@@ -63,7 +63,7 @@ class Step:
 
     @property
     def config(self) -> Config:
-        return self.recipe.config
+        return self.catalog.config
 
     @property
     def out(self) -> Path:
@@ -78,7 +78,7 @@ class Step:
     @property
     def work(self) -> Path:
         """A folder that outlives a kill: the next run resumes from it. It is removed when the dataset is there."""
-        return _work(self.recipe, self.name)
+        return _work(self.catalog, self.name)
 
     def spark(self) -> AbstractContextManager["SparkSession"]:
         return spark_session(self.config.spark, self.name)
@@ -89,7 +89,7 @@ class Step:
 
 
 Make = Callable[[Step], Metrics]
-Hook = Callable[[dg.AssetExecutionContext, Recipe], None]
+Hook = Callable[[dg.AssetExecutionContext, Catalog], None]
 
 
 def dataset(
@@ -124,13 +124,13 @@ def dataset(
             **partitioned,
         )
         def asset(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
-            recipe = pipeline.recipe()
+            catalog = pipeline.catalog()
             if before is not None:
                 with user_errors():
-                    before(context, recipe)
-            made, metadata = _publish(context, recipe, make)
+                    before(context, catalog)
+            made, metadata = _publish(context, catalog, make)
             if after is not None:
-                after(context, recipe)
+                after(context, catalog)
             pictures = shown(made.path, show or {})
             return dg.MaterializeResult(
                 metadata={**pictures, **metadata}, data_version=dg.DataVersion(made.manifest.fingerprint)
@@ -141,30 +141,30 @@ def dataset(
     return decorate
 
 
-def _publish(context: dg.AssetExecutionContext, recipe: Recipe, make: Make) -> tuple[Dataset, dict[str, Any]]:
+def _publish(context: dg.AssetExecutionContext, catalog: Catalog, make: Make) -> tuple[Dataset, dict[str, Any]]:
     """The asset's dataset, made and tracked unless it is there, and the metadata that say whether it is good.
 
     What the user can correct ends the step with one sentence and no retry.
     """
     name = context.asset_key.path[-1]
     with user_errors():
-        inputs, fingerprint, existing = recipe.inputs(name), recipe.fingerprint(name), recipe.find(name)
+        inputs, fingerprint, existing = catalog.inputs(name), catalog.fingerprint(name), catalog.find(name)
     tags = {
         "dagster_run_id": context.run_id,
         "asset_key": name,
         "partition": context.partition_key_range.start if context.has_partition_key_range else "",
         "code_version": code_version(),
-        "config": recipe.config.name,
+        "config": catalog.config.name,
         "fingerprint": fingerprint,
     }
-    with tracked_run(context, recipe.config.tracking, recipe.lake.root, tags) as run, user_errors():
+    with tracked_run(context, catalog.config.tracking, catalog.lake.root, tags) as run, user_errors():
         if existing is None:
             upstream = {n: d.manifest.fingerprint for n, d in inputs.items()}
-            with recipe.lake.publish(name, fingerprint, upstream, recipe.settings(name)) as draft:
-                draft.metrics |= make(Step(context, recipe, inputs, draft, run))
-        made = recipe.dataset(name)
+            with catalog.lake.publish(name, fingerprint, upstream, catalog.settings(name)) as draft:
+                draft.metrics |= make(Step(context, catalog, inputs, draft, run))
+        made = catalog.dataset(name)
         run.log_dataset(made)
-    shutil.rmtree(_work(recipe, name), ignore_errors=True)  # there is nothing to resume
+    shutil.rmtree(_work(catalog, name), ignore_errors=True)  # there is nothing to resume
     context.log.info(f"{name}: {'made' if existing is None else 'already there'} at {made.path}")
     metrics = {k: v for k, v in tracked_names(made.manifest.metrics).items() if isinstance(v, int | float | str)}
     return made, {
@@ -177,8 +177,8 @@ def _publish(context: dg.AssetExecutionContext, recipe: Recipe, make: Make) -> t
     }
 
 
-def _work(recipe: Recipe, name: str) -> Path:
-    return recipe.work / name / recipe.fingerprint(name)
+def _work(catalog: Catalog, name: str) -> Path:
+    return catalog.work / name / catalog.fingerprint(name)
 
 
 def _deps(inputs: Sequence[str]) -> list[dg.AssetDep]:

@@ -17,7 +17,7 @@ from notellm2_core.embeddings.shards import EmbeddingKey, plan_shards, write_sha
 from notellm2_core.embeddings.table import read_note_ids
 from notellm2_core.notes.lake_reader import read_notes
 from notellm2_core.notes.note import Note, plain_text
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import sha256_of
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.packaged_weights import PACKAGES, package_path
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--note-ids", type=Path, help="Parquet with a note_id column; default: all notes")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    with one_line_errors():
+    with user_errors():
         ids = read_note_ids(args.note_ids) if args.note_ids else None
         export_encoder(args.encoder, read_notes(args.notes, ids), args.out)
 

@@ -57,7 +57,7 @@ class SourceSettings(EventSettings):
 
     path: Annotated[str | None, BeforeValidator(no_address)] = Field(
         None,
-        description="Folder of your data ([what it holds](bring_your_own_data.md)). `make recall SOURCE=...` replaces "
+        description="Folder of your data ([what it holds](own_data.md)). `make recall SOURCE=...` replaces "
         "it. null: the demo world.",
     )
     demo: DemoSettings | None = Field(
@@ -159,7 +159,7 @@ class PairSettings(FilterSettings, ScoringSettings):  # (pydantic takes the fiel
     """Which notes are related: Eq. 2 and section 2.3."""
 
 
-class SideSettings(Section):
+class HoldOutSettings(Section):
     """Which notes train, and which form the test pool. No note, and no near-duplicate, is on both sides."""
 
     by: Literal["time", "hash"] = Field(
@@ -175,7 +175,7 @@ class SideSettings(Section):
     )
 
 
-class SplitSettings(SideSettings):
+class SplitSettings(HoldOutSettings):
     """How notes and pairs are kept apart."""
 
     validation_share: float = Field(

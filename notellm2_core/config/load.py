@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from notellm2_core.config.section import problems
 from notellm2_core.config.settings import Config
 
+RENAMED = {"model.start": "model.init", "training.parts": "training.trainable"}  # earlier names of settings
 DEFAULT_CONFIG = "pipelines/configs/demo.yaml"  # relative to the repository root
 
 
@@ -36,7 +37,15 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as e:
-        raise ConfigError(f"{path}: {problems(e)}") from e
+        raise ConfigError(f"{path}: {'; '.join(map(_problem, e.errors()))}") from e
+
+
+def _problem(error: ErrorDetails) -> str:
+    """The dotted name of a setting, and what is wrong with it."""
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{name or 'settings'}: {error['msg']}"
+    return f"{name}: no such setting" + (f"; it is called {RENAMED[name]} now" if name in RENAMED else "")
 
 
 def config_in_force(path: str = "", source: str = "") -> Config:

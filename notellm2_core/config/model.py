@@ -11,7 +11,7 @@ VisionLibrary = Literal["open_clip", "timm", "transformers", "tiny"]
 
 
 class VisionSettings(Section):
-    """The vision encoder V_theta, frozen unless `training.parts` names vision."""
+    """The vision encoder V_theta, frozen unless `training.trainable` names vision."""
 
     library: VisionLibrary = Field(
         "open_clip", description="Library that provides the encoder. `tiny`: random weights, for tests."
@@ -87,7 +87,7 @@ class ConnectorSettings(Section):
         return self
 
 
-class StartSettings(Section):
+class InitSettings(Section):
     """How the new modules start. All is off in the paper; small models in short runs need it ([why](paper_map.md))."""
 
     pca_projector: bool = Field(
@@ -144,7 +144,7 @@ class ModelSettings(Section):
         allow_inf_nan=False,
         description="Initial tau, which is learned; cosines are multiplied by e^tau (paper: section 2.3).",
     )
-    start: StartSettings = StartSettings()
+    init: InitSettings = InitSettings()
     lora: LoRASettings | None = Field(
         None,
         description="Train adapters in place of the LLM's weights; a saved model has them merged. null: train the "

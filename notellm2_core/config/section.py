@@ -2,7 +2,7 @@
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
@@ -25,12 +25,3 @@ def no_address(value: Any) -> Any:
     if "://" in str(value):
         raise ValueError(f"{value} is an address: name a folder, where the storage is mounted")
     return value
-
-
-def problems(error: ValidationError) -> str:
-    """What is wrong, in one line, each problem after the dotted name of its setting."""
-    return "; ".join(
-        f"{'.'.join(map(str, p['loc'])) or 'settings'}: "
-        + ("no such setting" if p["type"] == "extra_forbidden" else p["msg"])
-        for p in error.errors()
-    )

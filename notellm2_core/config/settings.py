@@ -145,15 +145,15 @@ class Config(Section):
         return self
 
     @property
-    def trained_parts(self) -> tuple[Part, ...]:
-        """What `training.parts` stands for; a part that the method lacks may be among them."""
-        if self.training.parts is not None:
-            return self.training.parts
+    def trainable_parts(self) -> tuple[Part, ...]:
+        """What `training.trainable` stands for; a part that the method lacks may be among them."""
+        if self.training.trainable is not None:
+            return self.training.trainable
         return tuple(part for part in PARTS if part != "word_embeddings" or self.model.lora is None)
 
     @property
     def trains_vision(self) -> bool:
-        return "vision" in self.trained_parts
+        return "vision" in self.trainable_parts
 
 
 # What a user looks at first, in this order (docs/settings.md).

@@ -102,7 +102,7 @@ class TrainingSettings(RunSettings):
     temperature_learning_rate: float | None = Field(
         None, gt=0, description="Peak learning rate of tau. null: learning_rate (paper)."
     )
-    parts: Annotated[tuple[Part, ...], Field(min_length=1), AfterValidator(_in_order)] | None = Field(
+    trainable: Annotated[tuple[Part, ...], Field(min_length=1), AfterValidator(_in_order)] | None = Field(
         None,
         description="Parts that are trained; the others keep their initial weights. With vision, images are encoded "
         "at every step and stored features are not read. null: all but vision (paper), and with LoRA all but vision "

@@ -7,16 +7,16 @@ from notellm2_core.config.settings import Config
 from notellm2_core.config.training import Part
 
 
-def without_effect(config: Config) -> list[str]:
+def unused_settings(config: Config) -> list[str]:
     """What was changed from its default and nothing reads, one sentence each."""
     model, method, kind = config.model, get_method(config.model.method), config.model.connector.kind
     by_method, by_score = f"model.method = {model.method}", f"pairs.score = {config.pairs.score}"
-    measured = (model.start.pca_projector, model.start.fusion_scale, model.start.visual_token_gain)
+    measured = (model.init.pca_projector, model.init.fusion_scale, model.init.visual_token_gain)
     negatives = config.training.hard_negatives
 
     def untrained(*parts: Part) -> str:
-        named = not {*parts}.isdisjoint(config.trained_parts)
-        return "" if named else f"training.parts without {', '.join(parts)}"
+        named = not {*parts}.isdisjoint(config.trainable_parts)
+        return "" if named else f"training.trainable without {', '.join(parts)}"
 
     # What keeps a setting from being read; nothing: "".
     no_fusion = "" if method.late_fusion else by_method
@@ -29,10 +29,10 @@ def without_effect(config: Config) -> list[str]:
         "pairs.swing_max_users": no_swing,
         "pairs.simultaneous": "" if no_swing else by_score,
         "split.pool_share": "" if config.split.by == "hash" else f"split.by = {config.split.by}",
-        "model.start.fusion_scale": no_fusion,
-        "model.start.gate_bias": no_fusion,
-        "model.start.visual_token_gain": no_connector,
-        "model.start.num_pca_notes": "" if any(measured) else "model.start without anything that is measured",
+        "model.init.fusion_scale": no_fusion,
+        "model.init.gate_bias": no_fusion,
+        "model.init.visual_token_gain": no_connector,
+        "model.init.num_pca_notes": "" if any(measured) else "model.init without anything that is measured",
         **{f"model.connector.{n}": no_qformer for n in type(model.connector).model_fields if n != "kind"},
         "model.connector.kind": no_connector,
         "training.alpha": "" if "visual" in method.losses else by_method,
@@ -42,14 +42,18 @@ def without_effect(config: Config) -> list[str]:
         "training.temperature_learning_rate": untrained("temperature"),
     }
     lacking: dict[Part, str] = {"fusion": no_fusion, "connector": no_connector}
-    named = config.training.parts or ()
+    named = config.training.trainable or ()
     return [
         *(
             f"{name} has no effect with {cause}"
             for name, cause in causes.items()
             if cause and _is_changed(config, name)
         ),
-        *(f"{p} in training.parts has no effect with {cause}" for p, cause in lacking.items() if cause and p in named),
+        *(
+            f"{p} in training.trainable has no effect with {cause}"
+            for p, cause in lacking.items()
+            if cause and p in named
+        ),
     ]
 
 

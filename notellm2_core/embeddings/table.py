@@ -81,7 +81,7 @@ def mean_cosine(vectors: np.ndarray, num_pairs: int = 10_000, seed: int = 0) -> 
     return float(np.einsum("nd,nd->n", vectors[left], vectors[right], dtype=np.float64).mean())
 
 
-def shortened(vectors: np.ndarray, dim: int | None) -> np.ndarray:
+def truncate_dims(vectors: np.ndarray, dim: int | None) -> np.ndarray:
     """The first `dim` numbers of unit vectors [N, d], made unit again (Matryoshka); None: as they are.
 
     Raises ValueError where there are not so many.

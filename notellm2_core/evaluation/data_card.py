@@ -103,7 +103,9 @@ def _markdown(
     manifests: Mapping[str, Figures],
     window: Mapping[str, Sequence[str]],
 ) -> str:
-    raw, events, scores, related = (manifests[n] for n in ("raw_events", "events", "cooccurrence", "related_pairs"))
+    raw, interactions, scores, related = (
+        manifests[n] for n in ("raw_events", "interactions", "cooccurrence", "related_pairs")
+    )
     days = {name: f"{start} to {end} (exclusive)" for name, (start, end) in window.items()}
     lines = [
         f"# Data card: training days {days['train']}, test days {days['test']}",
@@ -123,7 +125,7 @@ def _markdown(
         "## From events to pairs",
         "",
         *_table(["", "training", "test"], [
-            *([name, *(f"{events[s][name]:,}" for s in ("train", "test"))]
+            *([name, *(f"{interactions[s][name]:,}" for s in ("train", "test"))]
               for name in ("events", "views", "clicks", "users", "notes")),
             ["scored pairs", *(f"{scores[s]['pairs']:,}" for s in ("train", "test"))],
             *([title, *(f"{related[s][key]:,}" for s in ("train", "test"))] for title, key in (
@@ -137,8 +139,8 @@ def _markdown(
         "## Dropped",
         "",
         *_table(["", "reason", "rows"], [
-            [name, reason, f"{rows:,}"]
-            for name in ("notes", "events") for reason, rows in manifests[name]["dropped"].items()
+            [of, reason, f"{rows:,}"]
+            for of, name in (("notes", "notes"), ("events", "interactions")) for reason, rows in manifests[name]["dropped"].items()
         ] or [["–", "nothing", "0"]]),
         "",
         "## Spread",

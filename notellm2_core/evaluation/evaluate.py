@@ -17,7 +17,7 @@ from PIL import Image
 from notellm2_core.baselines.bm25 import BM25
 from notellm2_core.baselines.popularity import popularity_rows, random_rows, read_clicks
 from notellm2_core.config.settings import Config
-from notellm2_core.embeddings.table import Embeddings, mean_cosine, read_embeddings, read_note_ids, shortened
+from notellm2_core.embeddings.table import Embeddings, mean_cosine, read_embeddings, read_note_ids, truncate_dims
 from notellm2_core.evaluation.contact_sheet import Neighbour, Picture, SheetRow, contact_sheet
 from notellm2_core.evaluation.oracle import KEYS, Oracle
 from notellm2_core.evaluation.recall import Pairs, Ranks, cosine_rows, count_ranks, recall_at, target_ranks
@@ -83,7 +83,7 @@ def evaluate(
         cosines[f"{method} {inputs}"] = mean_cosine(pool.vectors)
         if (method, inputs) == (config.model.method, "multimodal"):
             for dim in config.model.matryoshka_dims:
-                short, short_pool = (replace(e, vectors=shortened(e.vectors, dim)) for e in (table, pool))
+                short, short_pool = (replace(e, vectors=truncate_dims(e.vectors, dim)) for e in (table, pool))
                 name = f"{method}, {dim} of {table.vectors.shape[1]} numbers"
                 ranks[name, inputs] = target_ranks(short, short_pool, test)
     baselines = config.evaluation.baselines

@@ -23,7 +23,7 @@ class ReportInputs:
     clicks: Path  # clicks per note, for the popularity baseline
     model: Path  # the trained model
     embeddings: Path  # with a folder for each input
-    start_embeddings: Path  # of the model before training, likewise
+    initial_embeddings: Path  # of the model before training, likewise
     baseline_embeddings: Path
     saliency: Path
 
@@ -37,7 +37,7 @@ def write_report(config: Config, inputs: ReportInputs, out: Path) -> dict[str, A
         (config.model.method, folder.name): folder for folder in _inputs(inputs.embeddings)
     }
     if "zero_shot" in config.evaluation.baselines:
-        folders |= {("zero_shot", folder.name): folder for folder in _inputs(inputs.start_embeddings)}
+        folders |= {("zero_shot", folder.name): folder for folder in _inputs(inputs.initial_embeddings)}
     if "minilm" in config.evaluation.baselines:
         folders["minilm", "text"] = inputs.baseline_embeddings / "minilm"
     oracle = inputs.source / ORACLE if (inputs.source / ORACLE).exists() else None

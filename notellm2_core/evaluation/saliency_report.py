@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.errors import user_errors
 
 # Score in saliency.json -> the paper's name, its sign in the text bar, its colour in the plot.
 SCORES = {
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("models", nargs="+", metavar="LABEL=DIR", help="folders with a saliency.json")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     options = parser.parse_args(arguments)
-    with one_line_errors():
+    with user_errors():
         records = {}
         for model in options.models:
             label, _, folder = model.partition("=")

@@ -19,7 +19,7 @@ from notellm2_core.config.settings import ExportSettings
 from notellm2_core.embeddings.shards import FORMER, EmbeddingKey, plan_shards, write_shards
 from notellm2_core.inference.batch_embedder import VECTORS_VERSION, WINDOW_BATCHES
 from notellm2_core.inference.embedder import BATCH_NOTES, Embedder
-from notellm2_core.inference.export import deciding_files
+from notellm2_core.inference.export import weight_files
 from notellm2_core.model.hub import model_folder
 from notellm2_core.notes.processor import InputKind
 from notellm2_core.notes.source_reader import read_note_table
@@ -93,7 +93,7 @@ def _decides(embedder: Embedder, folder: Path) -> list[Any]:
     """What of the model, and of this machine, changes its vectors."""
     return [
         VECTORS_VERSION,
-        deciding_files(folder),
+        weight_files(folder),
         embedder.encoder.encoder_id,
         str(embedder.dtype),
         *(["fused"] if embedder.is_fused else []),

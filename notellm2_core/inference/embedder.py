@@ -21,17 +21,17 @@ from tqdm import tqdm
 from notellm2_core.config.data import SourceSettings
 from notellm2_core.config.model import VisionSettings
 from notellm2_core.config.settings import ExportSettings
-from notellm2_core.embeddings.table import shortened
+from notellm2_core.embeddings.table import truncate_dims
 from notellm2_core.inference.batch_embedder import WINDOW_BATCHES, BatchEmbedder
 from notellm2_core.model.build import load_encoder, load_model, require_its_encoder, require_its_processor
 from notellm2_core.model.hub import model_folder
 from notellm2_core.model.kernels import fuse_kernels
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
-from notellm2_core.notes.note import NoteLike, PicturedNote, pictured
+from notellm2_core.notes.note import NoteLike, NoteWithImage, as_note
 from notellm2_core.notes.processor import InputKind, MLRMProcessor, require_input_kind
 from notellm2_core.vision.encoder import VisionEncoder
 from notellm2_core.vision.images import Status
-from notellm2_core.vision.on_demand import PictureFeatures
+from notellm2_core.vision.on_demand import ImageFeatures
 
 BATCH_NOTES = ExportSettings().batch_notes
 
@@ -88,24 +88,24 @@ class Embedder:
         Raises ValueError for a note with an unknown or wrong field, and as `require_options` does.
         """
         self.require_options(inputs, batch_notes, dim)
-        known = [pictured(note) for note in notes]
+        known = [as_note(note) for note in notes]
         vectors = np.empty((len(known), self.model.config.projection_dim), dtype=np.float32)
         window = WINDOW_BATCHES * batch_notes  # pictures are held for so many notes at a time
         for first in range(0, len(known), window):
             part = known[first : first + window]
             vectors[first : first + len(part)] = self._embed(part, inputs, batch_notes, folder, progress)
-        return shortened(vectors, dim)
+        return truncate_dims(vectors, dim)
 
     def require_options(self, inputs: str, batch_notes: int, dim: int | None) -> None:
         """Raises ValueError for an unknown kind of input, empty batches, and a `dim` that the model has not got."""
         require_input_kind(inputs)
         if batch_notes < 1:
             raise ValueError(f"batch_notes = {batch_notes} must be 1 or more.")
-        shortened(np.empty((0, self.model.config.projection_dim), dtype=np.float32), dim)  # refuses a wrong dim
+        truncate_dims(np.empty((0, self.model.config.projection_dim), dtype=np.float32), dim)  # refuses a wrong dim
 
     def _embed(
         self,
-        notes: Sequence[PicturedNote],
+        notes: Sequence[NoteWithImage],
         inputs: InputKind,
         batch_notes: int,
         folder: Path | None,
@@ -119,10 +119,10 @@ class Embedder:
         return core.embed(names, inputs, progress)
 
     def read_pictures(
-        self, notes: Sequence[PicturedNote], inputs: InputKind, folder: Path | None = None
-    ) -> tuple[PictureFeatures, list[str | None]]:
+        self, notes: Sequence[NoteWithImage], inputs: InputKind, folder: Path | None = None
+    ) -> tuple[ImageFeatures, list[str | None]]:
         """The features of the notes' pictures, and each note's image id in them (None: no usable picture)."""
-        features = PictureFeatures(self.encoder, SourceSettings().max_image_pixels, VisionSettings().batch_size)
+        features = ImageFeatures(self.encoder, SourceSettings().max_image_pixels, VisionSettings().batch_size)
         if inputs == "text":
             return features, [None] * len(notes)
         found = features.read([n.image for n in notes], folder)

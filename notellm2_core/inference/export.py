@@ -40,15 +40,15 @@ from notellm2_core.model.kernels import fuse_kernels
 from notellm2_core.model.open_inputs import InputReader, OpenInputs, load_model_and_reader
 from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.notes.processor import InputKind
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import sha256_of
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.processes import die_with_parent, is_of_torchrun
 from notellm2_core.vision.feature_store import FeatureStore
-from notellm2_core.vision.on_demand import EncodedWhenAsked
+from notellm2_core.vision.on_demand import OnDemandFeatures
 
 
-def deciding_files(model_dir: Path) -> dict[str, str]:
+def weight_files(model_dir: Path) -> dict[str, str]:
     """Name -> checksum of the files of a model that decide its vectors: weights, configuration, tokens; no records."""
     records = ("training.json", "card.json", lake.MANIFEST)
     files = (p for p in sorted(model_dir.iterdir()) if p.suffix in (".safetensors", ".json") and p.name not in records)
@@ -79,7 +79,7 @@ def export(
     embedder = BatchEmbedder(
         model, reader.processor, notes.tokens, notes.image_ids, features, config.export.batch_notes, device
     )
-    weights = deciding_files(model_dir)
+    weights = weight_files(model_dir)
     counts: dict[str, Any] = {
         "notes": len(notes.tokens),
         "notes_without_picture": sum(notes.image_ids[note_id] is None for note_id in notes.tokens),
@@ -103,7 +103,7 @@ def _feature_source(notes: OpenInputs, reader: InputReader, config: Config, devi
     if isinstance(notes.images, FeatureStore):
         return notes.images
     assert reader.encoder is not None
-    return EncodedWhenAsked(reader.encoder.to(device), notes.images, config.model.vision.batch_size)
+    return OnDemandFeatures(reader.encoder.to(device), notes.images, config.model.vision.batch_size)
 
 
 def _content_ids(notes: OpenInputs, kind: InputKind, note_ids: Sequence[str]) -> list[str]:
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--reuse", type=Path, nargs="*", default=[], help="former exports: what is unchanged is taken")
     args = parser.parse_args(argv)
-    with one_line_errors():
+    with user_errors():
         counts = export(
             load_config(args.config), args.model, NoteInputs.of(args), parse_inputs(args.inputs), args.out,
             read_note_ids(args.note_ids) if args.note_ids else None, args.reuse,

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from notellm2_core.inference.embedder import Embedder
 from notellm2_core.model.hub import model_folder
-from notellm2_core.notes.note import Note, NoteLike, PicturedNote, pictured
+from notellm2_core.notes.note import Note, NoteLike, NoteWithImage, as_note
 from notellm2_core.notes.processor import NoteBatch
 
 
@@ -122,9 +122,9 @@ class NoteModule(InputModule):
         return cls(Embedder.from_pretrained(folder / subfolder, device="cpu"))
 
 
-def _as_note(value: str | Image.Image | NoteLike, prompt: str) -> PicturedNote:
+def _as_note(value: str | Image.Image | NoteLike, prompt: str) -> NoteWithImage:
     if isinstance(value, str):
-        return PicturedNote(Note("", "", (), prompt + value))
+        return NoteWithImage(Note("", "", (), prompt + value))
     if isinstance(value, Image.Image):
-        return PicturedNote(Note("", "", (), ""), value)
-    return pictured(value)
+        return NoteWithImage(Note("", "", (), ""), value)
+    return as_note(value)

@@ -14,7 +14,7 @@ from typing import Any
 
 from notellm2_core.config.settings import Config
 from notellm2_core.lake.lake import Dataset, Lake, LakeError
-from notellm2_core.lake.lineage import STAGES, WORLD_VERSION
+from notellm2_core.lake.lineage import RENAMED, STAGES, WORLD_VERSION
 from notellm2_core.lake.window import Days, ResolvedWindow, first_day_of_week, last_complete_week_end
 from notellm2_core.runtime.files import listing, write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
@@ -31,19 +31,27 @@ class MissingDataset(LakeError):
         self.name = name
 
 
-class Recipe:
+class Catalog:
     """The addresses of one configuration's datasets in its lake."""
 
     def __init__(self, config: Config, week: date | None = None, run_id: str | None = None) -> None:
         """`week`: any day of the week the window shall end with; None: the configured end, else the last complete.
 
-        `run_id`: all recipes of one run see the source as its first one did, whatever arrives there meanwhile.
+        `run_id`: all catalogs of one run see the source as its first one did, whatever arrives there meanwhile.
         """
         self.config = config
         self.lake = Lake(config.lake.resolve())
         self.week = week
         self._pin = self.work / "runs" / f"{run_id}.json" if run_id else None
         self._fingerprints: dict[str, str] = {}
+
+    def warnings(self) -> list[str]:
+        """What whoever starts a run should know of the lake: datasets of earlier names that it holds."""
+        earlier = [name for name in RENAMED if (self.lake.root / name).is_dir()]
+        if not earlier:
+            return []
+        names = ", ".join(f"{name} ({RENAMED[name]} now)" for name in earlier)
+        return [f"{self.lake.root} holds datasets under earlier names, which are made again and not read: {names}"]
 
     @cached_property
     def source(self) -> Path:
@@ -78,15 +86,15 @@ class Recipe:
 
     @cached_property
     def window(self) -> ResolvedWindow:
-        """Training and test days. Raises MissingDataset where the end depends on raw events that are not landed."""
+        """Training and test days. Raises MissingDataset where the end depends on raw events that are not ingested."""
         window = self.config.window
         if self.week is not None:
             end = first_day_of_week(self.week) + timedelta(days=7)
         elif window.end is not None:
             end = window.end
         else:
-            landed = self.dataset("raw_events").manifest.metrics
-            end = last_complete_week_end(date.fromisoformat(landed["covered_until"]))
+            ingested = self.dataset("raw_events").manifest.metrics
+            end = last_complete_week_end(date.fromisoformat(ingested["covered_until"]))
         if window.test_days is None:
             days = Days(end - timedelta(days=window.train_days), end)
             return ResolvedWindow(days, days)
@@ -103,7 +111,7 @@ class Recipe:
             settings["weights"] = weights
         if name in ("raw_events", "notes"):
             settings["source"] = self.source_fingerprints[name]
-        if name == "events":
+        if name == "interactions":
             settings["window"] = [
                 str(d) for days in (self.window.train, self.window.test) for d in (days.start, days.end)
             ]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from notellm2_core.config.data import (
     EventSettings,
     FilterSettings,
+    HoldOutSettings,
     LengthSettings,
     ScoringSettings,
-    SideSettings,
     WordSettings,
 )
 from notellm2_core.config.model import ModelSettings
@@ -49,22 +49,22 @@ _TRAINING = (
 
 
 STAGES: Mapping[str, Stage] = {
-    "raw_events": Stage((), ("source.partition",), version=7),
+    "raw_events": Stage((), ("source.partition",), version=8),
     "notes": Stage((), ()),
-    "events": Stage(("raw_events", "notes"), (*settings_of("source", EventSettings), "window"), version=4),
+    "interactions": Stage(("raw_events", "notes"), (*settings_of("source", EventSettings), "window"), version=4),
     "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=3),
-    "cooccurrence": Stage(("events",), settings_of("pairs", ScoringSettings), version=4),
-    "note_sides": Stage(("notes", "events", "vision_features"), settings_of("split", SideSettings), version=3),
-    "related_pairs": Stage(("cooccurrence", "note_sides"), settings_of("pairs", FilterSettings), version=2),
-    "pair_datasets": Stage(("related_pairs", "note_sides"), ("split.validation_share",), version=2),
+    "cooccurrence": Stage(("interactions",), settings_of("pairs", ScoringSettings), version=4),
+    "note_split": Stage(("notes", "interactions", "vision_features"), settings_of("split", HoldOutSettings), version=3),
+    "related_pairs": Stage(("cooccurrence", "note_split"), settings_of("pairs", FilterSettings), version=2),
+    "pair_datasets": Stage(("related_pairs", "note_split"), ("split.validation_share",), version=2),
     "data_card": Stage(
-        ("raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",),
+        ("raw_events", "notes", "interactions", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",),
         version=2,
     ),
     "note_tokens": Stage(("notes",), (*_WORDS, "model.llm.name"), version=2),
-    "start_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
+    "initial_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
     "hard_negatives": Stage(
-        ("start_model", "note_tokens", "vision_features", "pair_datasets", "note_sides"),
+        ("initial_model", "note_tokens", "vision_features", "pair_datasets", "note_split"),
         ("training.hard_negatives", "training.precision", *_EXPORT),
     ),
     "checkpoint": Stage(
@@ -72,8 +72,8 @@ STAGES: Mapping[str, Stage] = {
         (*_MODEL, "model.lora", *_TRAINING),
         version=7,
     ),
-    "start_embeddings": Stage(
-        ("start_model", "note_tokens", "vision_features", "pair_datasets"), (*_EXPORT, "training.precision")
+    "initial_embeddings": Stage(
+        ("initial_model", "note_tokens", "vision_features", "pair_datasets"), (*_EXPORT, "training.precision")
     ),
     "baseline_embeddings": Stage(("notes", "pair_datasets"), ("evaluation.baselines",)),
     "note_embeddings": Stage(("checkpoint", "note_tokens", "vision_features", "pair_datasets"), _EXPORT),
@@ -83,7 +83,7 @@ STAGES: Mapping[str, Stage] = {
         settings_of("evaluation", SaliencySettings), version=2,
     ),
     "eval_recall": Stage(
-        ("note_embeddings", "faiss_index", "start_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
+        ("note_embeddings", "faiss_index", "initial_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
          "checkpoint", "notes", "saliency"),
         (*settings_of("evaluation", ReportSettings), *settings_of("text", LengthSettings), "seed", "model.license"),
         version=2,
@@ -91,4 +91,12 @@ STAGES: Mapping[str, Stage] = {
 }  # fmt: skip
 
 
+RENAMED = {  # earlier names of datasets; nothing reads those in a lake any more
+    "events": "interactions",
+    "note_sides": "note_split",
+    "start_model": "initial_model",
+    "start_embeddings": "initial_embeddings",
+    "landing": "ingestion",
+    "period": "log_partition",
+}
 WORLD_VERSION = 1  # of the demo world's generator

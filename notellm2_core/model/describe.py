@@ -10,7 +10,7 @@ from torch import nn
 
 from notellm2_core.config.methods import get_method
 from notellm2_core.config.settings import Config
-from notellm2_core.config.unused import without_effect
+from notellm2_core.config.unused import unused_settings
 from notellm2_core.model.build import mlrm_config, num_visual_words
 from notellm2_core.model.llm import llm_architecture, load_tokenizer
 from notellm2_core.model.mlrm import MLRMModel
@@ -66,7 +66,7 @@ def describe(config: Config) -> dict[str, Any]:
             "matryoshka": list(config.model.matryoshka_dims),
         },
         "prompt": prompt_layout(config, num_patches, vision_width),
-        "without_effect": without_effect(config),
+        "unused_settings": unused_settings(config),
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from notellm2_core.notes.processor import FieldTokens, MLRMProcessor
 from notellm2_core.notes.token_store import read_tokens
 from notellm2_core.vision.encoder import VisionEncoder
 from notellm2_core.vision.feature_store import FeatureStore, encoder_id, read_note_images
-from notellm2_core.vision.note_images import LakePictures
+from notellm2_core.vision.note_images import NoteImages
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class OpenInputs:
 
     tokens: Mapping[str, FieldTokens]  # by note id
     image_ids: Mapping[str, str | None]  # by note id; None: no usable picture
-    images: FeatureStore | LakePictures  # features by image id, or the pictures where an encoder is to read them
+    images: FeatureStore | NoteImages  # features by image id, or the pictures where an encoder is to read them
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class InputReader:
                 "the vision encoder is trained, or was: say where the pictures are (--pictures NOTES SOURCE)"
             )
         return OpenInputs(
-            tokens, image_ids, LakePictures(self.inputs.pictures, image_ids, tokens.keys(), self.max_pixels)
+            tokens, image_ids, NoteImages(self.inputs.pictures, image_ids, tokens.keys(), self.max_pixels)
         )
 
 

@@ -19,7 +19,7 @@ from notellm2_core.notes.lake_reader import iter_notes, num_notes
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.note_tokenizer import NoteTokenizer
 from notellm2_core.notes.token_store import TOKENS, TokenTable, write_tokens
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.errors import user_errors
 
 
 def tokenise(tokenizer: NoteTokenizer, notes: Path, out: Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    with one_line_errors():
+    with user_errors():
         from notellm2_core.model.llm import load_tokenizer
 
         config = load_config(args.config)

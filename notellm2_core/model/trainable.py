@@ -1,4 +1,4 @@
-"""Which parts of the model are trained: `training.parts`, and `model.lora` for the LLM."""
+"""Which parts of the model are trained: `training.trainable`, and `model.lora` for the LLM."""
 
 from torch import nn
 
@@ -24,7 +24,7 @@ def parts_of(model: MLRMModel) -> dict[Part, list[tuple[str, nn.Parameter]]]:
 
 
 def set_trained(model: MLRMModel, config: Config, encoder: VisionEncoder | None = None) -> None:
-    """Add the adapters of `model.lora`, and let the parts of `training.parts` alone ask for gradients.
+    """Add the adapters of `model.lora`, and let the parts of `training.trainable` alone ask for gradients.
 
     `encoder`: the vision encoder where it is one of them.
 
@@ -33,7 +33,7 @@ def set_trained(model: MLRMModel, config: Config, encoder: VisionEncoder | None 
 
     Raises ValueError where nothing is left to train, or the adapters name layers that the LLM lacks.
     """
-    trained = config.trained_parts
+    trained = config.trainable_parts
     adapted = config.model.lora is not None and "llm" in trained
     if config.model.lora is not None and adapted:
         add_adapters(model.llm, config.model.lora, config.seed)
@@ -47,6 +47,6 @@ def set_trained(model: MLRMModel, config: Config, encoder: VisionEncoder | None 
     elif not any(p.requires_grad for p in model.parameters()):
         there = [part for part, parameters in parts_of(model).items() if parameters]
         raise ValueError(
-            f"training.parts = {', '.join(trained)} leaves nothing to train with model.method = {config.model.method}; "
-            f"name some of {', '.join(there)}."
+            f"training.trainable = {', '.join(trained)} leaves nothing to train with model.method = "
+            f"{config.model.method}; name some of {', '.join(there)}."
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class PictureFolders(NamedTuple):
+class ImageFolders(NamedTuple):
     """Where the pictures of a lake's notes are."""
 
     notes: Path  # the notes dataset
@@ -23,7 +23,7 @@ class NoteInputs:
     notes: Path  # the notes dataset, or its tokens
     images: Path  # what the features command wrote: note_images.parquet and vision/
     store: Path  # parent of the feature stores, one per vision encoder
-    pictures: PictureFolders | None = None  # needed where the vision encoder is, or was, trained
+    pictures: ImageFolders | None = None  # needed where the vision encoder is, or was, trained
 
     @property
     def vision(self) -> Path:
@@ -44,7 +44,7 @@ class NoteInputs:
     @classmethod
     def of(cls, args: Namespace) -> "NoteInputs":
         """From what a parser with these options has read."""
-        return cls(args.notes, args.images, args.store, PictureFolders(*args.pictures) if args.pictures else None)
+        return cls(args.notes, args.images, args.store, ImageFolders(*args.pictures) if args.pictures else None)
 
     def arguments(self) -> list[str]:
         """These options of a command line."""

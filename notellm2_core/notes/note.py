@@ -23,25 +23,25 @@ class Note:
 
 
 @dataclass(frozen=True)
-class PicturedNote:
+class NoteWithImage:
     """A note's text and picture."""
 
     note: Note
     image: Picture | None = None
 
 
-NoteLike = Mapping[str, Any] | Note | PicturedNote
+NoteLike = Mapping[str, Any] | Note | NoteWithImage
 
 
-def pictured(value: NoteLike) -> PicturedNote:
-    """A dict with some of the FIELDS, or a Note without picture, as a PicturedNote. What is left out is empty.
+def as_note(value: NoteLike) -> NoteWithImage:
+    """A dict with some of the FIELDS, or a Note without picture, as a NoteWithImage. What is left out is empty.
 
     Raises ValueError for a field that is unknown or of a wrong type.
     """
-    if isinstance(value, PicturedNote):
+    if isinstance(value, NoteWithImage):
         return value
     if isinstance(value, Note):
-        return PicturedNote(value)
+        return NoteWithImage(value)
     if not isinstance(value, Mapping):
         raise ValueError(f"a note is a dict with {', '.join(FIELDS)}, not {type(value).__name__} {str(value)[:80]!r}.")
     if unknown := sorted(str(key) for key in value if key not in FIELDS):
@@ -56,7 +56,7 @@ def pictured(value: NoteLike) -> PicturedNote:
     if image is not None and not isinstance(image, Picture):
         raise ValueError(f"the image of a note is a path, bytes, a PIL image or None, not {type(image).__name__}.")
     note = Note(texts["note_id"], texts["title"], parse_topics(value.get("topics")), texts["content"])
-    return PicturedNote(note, None if image == "" else image)
+    return NoteWithImage(note, None if image == "" else image)
 
 
 def parse_topics(value: Iterable[Any] | str | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from notellm2_core.notes.note import WHITE_SPACE, Note, PicturedNote, parse_topics
+from notellm2_core.notes.note import WHITE_SPACE, Note, NoteWithImage, parse_topics
 from notellm2_core.runtime.files import naming, parquet_files
 from notellm2_core.schema import SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
 
@@ -43,11 +43,11 @@ class NoteTable:
     def note_ids(self) -> list[str]:
         return list(self._rows)
 
-    def notes(self, note_ids: Sequence[str]) -> list[PicturedNote]:
+    def notes(self, note_ids: Sequence[str]) -> list[NoteWithImage]:
         """The notes with their pictures: the bytes where the table has them, else the path."""
         rows = [self._rows[i] for i in note_ids]
         data = _read_bytes(rows)
-        return [PicturedNote(r.note, data.get(r.note.note_id) or r.image_path) for r in rows]
+        return [NoteWithImage(r.note, data.get(r.note.note_id) or r.image_path) for r in rows]
 
     def contents(self, note_ids: Sequence[str]) -> list[Any]:
         """Of each note; changes whenever the note or the file of its picture does, without reading a picture."""

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from notellm2_core.config.options import add_options
 from notellm2_core.config.training import HardNegativeSettings
 from notellm2_core.embeddings.table import Embeddings, read_embeddings
-from notellm2_core.retrieval.known_pairs import Relations, read_columns, read_relations
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.retrieval.known_pairs import KnownPairs, read_columns, read_known_pairs
+from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import write_atomically, written_whole
 from notellm2_core.schema import HARD_NEGATIVES
 
@@ -54,7 +54,7 @@ def mine(
 
     if not 1 <= first_rank <= last_rank:
         raise ValueError(f"the ranks {first_rank} to {last_rank} are no window: it needs 1 <= first_rank <= last_rank.")
-    relations = read_relations(pairs, sides)
+    relations = read_known_pairs(pairs, sides)
     note_ids = relations.note_ids[: relations.num_train]
     last_rank = min(last_rank, len(note_ids) - 1)
     if first_rank > last_rank:
@@ -102,7 +102,7 @@ class _Neighbours:
     is_near: np.ndarray  # [B, R] bool, others that are near-duplicates, or related through one
 
     @classmethod
-    def of(cls, relations: Relations, queries: np.ndarray, rows: np.ndarray, cosines: np.ndarray) -> "_Neighbours":
+    def of(cls, relations: KnownPairs, queries: np.ndarray, rows: np.ndarray, cosines: np.ndarray) -> "_Neighbours":
         exists = np.isfinite(cosines)
         is_positive = exists & relations.known(queries, rows)
         return cls(rows, cosines, is_positive, exists & ~is_positive & relations.near(queries, rows))
@@ -210,11 +210,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Mine hard negatives for the training pairs.")
     parser.add_argument("--embeddings", type=Path, required=True, help="folder of the notes' embeddings")
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
-    parser.add_argument("--sides", type=Path, help="folder of the note_sides dataset: which notes are near-duplicates")
+    parser.add_argument("--sides", type=Path, help="folder of the note_split dataset: which notes are near-duplicates")
     add_options(parser, HardNegativeSettings, "first_rank", "last_rank", "factory")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    with one_line_errors():
+    with user_errors():
         if args.sides is None:
             print("warning: near-duplicates are not known without --sides; some may be mined.", file=sys.stderr)
         mine(args.embeddings, args.pairs, args.out, args.sides, args.first_rank, args.last_rank, args.factory)

@@ -16,7 +16,7 @@ from notellm2_core.runtime.files import parquet_files
 
 
 @dataclass(frozen=True)
-class Relations:
+class KnownPairs:
     """The notes of the pairs by number, those of the training pairs first, and which of them belong together."""
 
     note_ids: pa.StringArray  # [M]: the training notes, then those of the validation pairs alone; each part sorted
@@ -44,8 +44,8 @@ class Relations:
         return among
 
 
-def read_relations(pairs: Path, sides: Path | None = None) -> Relations:
-    """The pairs `pairs`/{train,validation} (schema.RELATED_PAIRS) with the groups of `sides` (schema.NOTE_SIDES).
+def read_known_pairs(pairs: Path, sides: Path | None = None) -> KnownPairs:
+    """The pairs `pairs`/{train,validation} (schema.RELATED_PAIRS) with the groups of `sides` (schema.NOTE_SPLIT).
 
     Without `sides` no notes are near-duplicates. Raises ValueError where there are no training pairs, or a note of the
     pairs is not in `sides`.
@@ -63,7 +63,7 @@ def read_relations(pairs: Path, sides: Path | None = None) -> Relations:
         np.unique(np.concatenate([a * len(note_ids) + b, b * len(note_ids) + a]))
         for a, b in ((query, target), (group[query], group[target]))
     )
-    return Relations(note_ids, len(train_ids), group, related, related_groups)
+    return KnownPairs(note_ids, len(train_ids), group, related, related_groups)
 
 
 def read_columns(

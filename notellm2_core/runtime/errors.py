@@ -12,7 +12,7 @@ ERROR_FILE = "NOTELLM2_ERROR_FILE"
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Turn a ValueError or OSError into `error: <one line>` and exit code 2. Bugs keep their traceback."""
     try:
         yield

@@ -9,7 +9,9 @@ from numpy.typing import DTypeLike
 from notellm2_core.runtime.files import written_whole
 
 
-def mapped(path: Path, shape: tuple[int, ...], dtype: DTypeLike, fill: Callable[[np.ndarray], None]) -> np.ndarray:
+def memory_mapped(
+    path: Path, shape: tuple[int, ...], dtype: DTypeLike, fill: Callable[[np.ndarray], None]
+) -> np.ndarray:
     """The array of `path`, read-only. Where it is not there yet, `fill` writes it, and it is moved in whole.
 
     Raises ValueError where the file is damaged, and whatever `fill` does.

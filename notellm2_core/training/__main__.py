@@ -14,7 +14,7 @@ from pathlib import Path
 
 from notellm2_core.config.load import load_config
 from notellm2_core.notes.inputs import NoteInputs
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.processes import die_with_parent, is_of_torchrun
 from notellm2_core.training.launch import TRAIN_DAYS_HELP, Paths, Reports
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--mlflow-uri", help="tracking server for the curves")
     parser.add_argument("--mlflow-run-id")
     args = parser.parse_args()
-    with one_line_errors(), _pipes_log() as log:
+    with user_errors(), _pipes_log() as log:
         config = load_config(args.config)
         from notellm2_core.training.run import run  # torch, once there is something to do
 

@@ -33,8 +33,8 @@ from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.notes.processor import NoteBatch
-from notellm2_core.runtime.errors import one_line_errors
-from notellm2_core.training.data.dataset import TrainingData, load_training_data, model_cache
+from notellm2_core.runtime.errors import user_errors
+from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset, model_cache
 from notellm2_core.training.launch import TRAIN_DAYS_HELP
 from notellm2_core.training.state.save import save_model
 from notellm2_core.vision.encoder import VisionEncoder
@@ -42,13 +42,13 @@ from notellm2_core.vision.encoder import VisionEncoder
 _BATCH_NOTES = 32
 
 
-def apply_start(model: MLRMModel, data: TrainingData, config: Config, encoder: VisionEncoder | None = None) -> None:
-    """Set the new modules of `model` as `config.model.start` says. Deterministic by config.seed.
+def initialise(model: MLRMModel, data: PairDataset, config: Config, encoder: VisionEncoder | None = None) -> None:
+    """Set the new modules of `model` as `config.model.init` says. Deterministic by config.seed.
 
     `encoder`: what reads the pictures of `data`, where it has pixels. Measured on a GPU where there is one; the models
     then stay there. Raises ValueError where there are too few notes to measure on.
     """
-    start = config.model.start
+    start = config.model.init
     if model.fusion is not None:
         with torch.no_grad():
             model.fusion.gate.bias.fill_(start.gate_bias)
@@ -57,7 +57,7 @@ def apply_start(model: MLRMModel, data: TrainingData, config: Config, encoder: V
     notes = data.train_notes
     chosen = np.random.default_rng([config.seed, 1]).permutation(notes)[: start.num_pca_notes]
     if len(chosen) < 2:
-        raise ValueError(f"model.start needs at least 2 training notes to measure on, there are {len(chosen)}")
+        raise ValueError(f"model.init needs at least 2 training notes to measure on, there are {len(chosen)}")
     was_training = model.training
     device = "cuda" if torch.cuda.is_available() else "cpu"
     nn.Module.to(model, device)
@@ -176,14 +176,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train-days", nargs=2, metavar=("START", "END"), help=TRAIN_DAYS_HELP)
     args = parser.parse_args()
-    with one_line_errors():
+    with user_errors():
         config, inputs = load_config(args.config), NoteInputs.of(args)
         torch.manual_seed(config.seed)
         model, processor = build_model(config, model_cache(config))
         args.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=args.out) as cache:  # not in /tmp: it may be large
-            data = load_training_data(InputReader(processor, inputs), args.pairs, Path(cache))
-            apply_start(model, data, config)
+            data = load_pair_dataset(InputReader(processor, inputs), args.pairs, Path(cache))
+            initialise(model, data, config)
         save_model(model, processor, inputs.vision, args.out, config, args.train_days)
 
 

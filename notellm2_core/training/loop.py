@@ -20,11 +20,11 @@ from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.processor import MLRMProcessor
 from notellm2_core.runtime.files import write_atomically
 from notellm2_core.runtime.prefetch import Prefetcher
-from notellm2_core.training.data.dataset import TrainingData
+from notellm2_core.training.data.dataset import PairDataset
 from notellm2_core.training.data.micro_batches import Share
 from notellm2_core.training.engine import deepspeed as engines
 from notellm2_core.training.engine.deepspeed import Precision
-from notellm2_core.training.engine.throughput import Speed
+from notellm2_core.training.engine.throughput import Throughput
 from notellm2_core.training.launch import Paths
 from notellm2_core.training.objective.gradcache import Step
 from notellm2_core.training.objective.losses import BatchLabels
@@ -50,14 +50,14 @@ class Run:
     processor: MLRMProcessor
     model: MLRMModel
     encoder: VisionEncoder | None  # where it is trained with the model
-    data: TrainingData
+    data: PairDataset
     batches: np.ndarray  # [steps, B] rows of `data.train_pairs`: the pairs that each step sees
     precision: Precision
     engine: Any  # DeepSpeed's, around the TrainingStep of model and encoder
     first_step: int  # steps that the checkpoint has behind it
     checkpoints: Checkpoints
     progress: Progress
-    speed: Speed
+    speed: Throughput
 
 
 def train(run: Run) -> None:

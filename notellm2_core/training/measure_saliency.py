@@ -23,9 +23,9 @@ from notellm2_core.model.open_inputs import load_model_and_reader
 from notellm2_core.model.saliency import Loss, Measurement, measure
 from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.notes.processor import NoteBatch
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import write_atomically
-from notellm2_core.training.data.dataset import TrainingData, load_training_data
+from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset
 from notellm2_core.training.data.sampler import schedule
 from notellm2_core.training.objective.losses import BatchLabels, capped_tau
 from notellm2_core.training.objective.views import method_losses
@@ -33,7 +33,7 @@ from notellm2_core.vision.encoder import VisionEncoder
 
 
 def measure_on_training_pairs(
-    model: MLRMModel, data: TrainingData, config: Config, encoder: VisionEncoder | None = None
+    model: MLRMModel, data: PairDataset, config: Config, encoder: VisionEncoder | None = None
 ) -> Measurement:
     """`config.evaluation.saliency_pairs` training pairs, chosen by the seed, in batches of one size.
 
@@ -88,12 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
-    with one_line_errors():
+    with user_errors():
         config = load_config(args.config)
         model, reader = load_model_and_reader(args.model, NoteInputs.of(args), config.source.max_image_pixels)
         args.out.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".", dir=args.out) as cache:  # not in /tmp: it may be large
-            data = load_training_data(reader, args.pairs, Path(cache))
+            data = load_pair_dataset(reader, args.pairs, Path(cache))
             measurement = measure_on_training_pairs(model, data, config, reader.encoder)
         record = {"method": model.config.method, **asdict(measurement)}
         write_atomically(args.out / "saliency.json", json.dumps(record, indent=1))

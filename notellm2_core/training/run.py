@@ -22,19 +22,19 @@ from notellm2_core.notes.processor import MLRMProcessor
 from notellm2_core.runtime.files import write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.nested import flatten, get_setting
-from notellm2_core.training.data.dataset import TrainingData, load_training_data, model_cache
+from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset, model_cache
 from notellm2_core.training.data.sampler import schedule
 from notellm2_core.training.engine import deepspeed as engines
 from notellm2_core.training.engine.deepspeed import Precision
 from notellm2_core.training.engine.precision import choose_precision
-from notellm2_core.training.engine.throughput import Speed
-from notellm2_core.training.initialise import apply_start
+from notellm2_core.training.engine.throughput import Throughput
+from notellm2_core.training.initialise import initialise
 from notellm2_core.training.launch import NO_REPORTS, Paths, Reports
 from notellm2_core.training.loop import Run, TrainingError, train
 from notellm2_core.training.state.checkpoints import Checkpoints
 from notellm2_core.training.state.metrics import MlflowCurves, Progress
-from notellm2_core.training.state.reshard import load_moved
-from notellm2_core.training.state.run_folder import held, open_work
+from notellm2_core.training.state.reshard import load_resharded
+from notellm2_core.training.state.run_folder import held, open_run
 from notellm2_core.training.state.save import DONE, save_model
 from notellm2_core.training.step import idle_step
 from notellm2_core.vision.encoder import VisionEncoder
@@ -79,7 +79,7 @@ class Prepared:
     processor: MLRMProcessor
     model: MLRMModel
     encoder: VisionEncoder | None  # where it is trained
-    data: TrainingData
+    data: PairDataset
     settings: dict[str, Any]
     begun: dict[str, Any]  # run.json of the work folder; {} for a new run
 
@@ -92,14 +92,14 @@ def prepare(config: Config, paths: Paths, reports: Reports) -> Prepared | None:
         encoder = VisionEncoder.from_pretrained(paths.inputs.vision) if config.trains_vision else None
         reader = InputReader(processor, paths.inputs, encoder, config.source.max_image_pixels)
         hard_negatives = paths.hard_negatives if training.hard_negatives.num else None
-        data = load_training_data(reader, paths.pairs, paths.work, hard_negatives)
+        data = load_pair_dataset(reader, paths.pairs, paths.work, hard_negatives)
     if encoder is not None and dist.get_rank() == 0:
         text = "the vision encoder is trained: every step encodes its pictures, and their stored features are not read"
         print(text, file=sys.stderr)
         if reports.log is not None:
             reports.log(text)
     settings = run_settings(config, data)
-    begun = open_work(paths.work, settings)
+    begun = open_run(paths.work, settings)
     if _is_finished(paths.out, settings, begun):
         if dist.get_rank() == 0:
             print(f"{paths.out} holds the model of this training already", file=sys.stderr)
@@ -135,16 +135,16 @@ def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, d
     other_ranks = first_step > 0 and checkpoints.num_ranks(first_step) != num_ranks
     set_trained(model, config, encoder)
     if first_step == 0 or other_ranks:
-        apply_start(model, data, config, encoder)
+        initialise(model, data, config, encoder)
     model.train()
     engines.broadcast_new_modules(model, device)
     batches = schedule(data.contents(data.train_pairs), training.batch_pairs, training.num_steps, config.seed)
     precision = _precision(config, paths, prepared, batches[0], device)
-    speed = Speed(model, device, num_ranks)
+    speed = Throughput(model, device, num_ranks)
     engine = engines.make_engine(model, config, precision, encoder)
     if other_ranks and engine.zero_optimization_stage():
         rows = data.train_pairs[batches[0]].reshape(-1)
-        load_moved(engine, checkpoints.folder, first_step, partial(idle_step, engine, data, rows, config, device))
+        load_resharded(engine, checkpoints.folder, first_step, partial(idle_step, engine, data, rows, config, device))
     elif first_step:
         checkpoints.load(engine, first_step)
     metrics, curves = paths.work / "metrics.jsonl", _curves(config, reports)
@@ -187,7 +187,7 @@ def finish(run: Run, train_days: Sequence[str] | None) -> None:
     save_model(run.model, run.processor, vision, run.paths.out, run.config, train_days, _summary(run))
 
 
-def run_settings(config: Config, data: TrainingData) -> dict[str, Any]:
+def run_settings(config: Config, data: PairDataset) -> dict[str, Any]:
     """All that changes the weights by more than rounding: settings by their dotted names, and the pairs."""
     tree = config.model_dump(mode="json")
     settings = {key: get_setting(tree, key) for key in STAGES["checkpoint"].settings}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from notellm2_core.config.methods import get_method
 from notellm2_core.config.settings import Config
-from notellm2_core.training.data.dataset import TrainingData
+from notellm2_core.training.data.dataset import PairDataset
 from notellm2_core.training.data.micro_batches import Share, share_out
 from notellm2_core.training.engine import deepspeed as engines
 from notellm2_core.training.objective.gradcache import Step, backward
@@ -18,7 +18,7 @@ from notellm2_core.training.objective.losses import BatchLabels, Losses
 from notellm2_core.training.objective.views import batch_losses, compared_kinds
 
 
-def prepare(data: TrainingData, rows: np.ndarray, config: Config, device: torch.device) -> tuple[Share, BatchLabels]:
+def prepare(data: PairDataset, rows: np.ndarray, config: Config, device: torch.device) -> tuple[Share, BatchLabels]:
     """What this rank embeds of the global batch `rows`, and the labels of all of it."""
     training, method = config.training, get_method(config.model.method)
     labels = data.labels(rows, training.known_positives, 2 * training.batch_pairs, compared_kinds(method))
@@ -38,7 +38,7 @@ def batch_gradient(engine: Any, share: Share, labels: BatchLabels, config: Confi
     return backward(engine, share.micro_batches, loss_of, seeds)
 
 
-def idle_step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, device: torch.device) -> None:
+def idle_step(engine: Any, data: PairDataset, rows: np.ndarray, config: Config, device: torch.device) -> None:
     """A step on the notes `rows` [2B] that changes no weight."""
     batch_gradient(engine, *prepare(data, rows, config, device), config, seed=(config.seed,))
     engines.set_learning_rate(engine.optimizer, 0.0)

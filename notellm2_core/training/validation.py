@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from notellm2_core.config.methods import get_method
 from notellm2_core.config.settings import Config
-from notellm2_core.training.data.dataset import TrainingData
+from notellm2_core.training.data.dataset import PairDataset
 from notellm2_core.training.data.micro_batches import share_out
 from notellm2_core.training.objective.gather import gather
 from notellm2_core.training.objective.gradcache import embed
@@ -26,7 +26,7 @@ MAX_PAIRS = 1024  # enough for 2 points of recall, and quick
 RECALL_K = 10
 
 
-def validation_sample(data: TrainingData, seed: int) -> np.ndarray:
+def validation_sample(data: PairDataset, seed: int) -> np.ndarray:
     """The validation pairs [V, 2] that are looked at: all, or a fixed sample of MAX_PAIRS."""
     pairs = data.validation_pairs
     return pairs[np.sort(np.random.default_rng([seed, 2]).permutation(len(pairs))[:MAX_PAIRS])]
@@ -34,7 +34,7 @@ def validation_sample(data: TrainingData, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def validate(
-    engine: Any, data: TrainingData, pairs: np.ndarray, config: Config, device: torch.device
+    engine: Any, data: PairDataset, pairs: np.ndarray, config: Config, device: torch.device
 ) -> dict[str, float]:
     """`validation_loss` and `validation_recall_at_10` on `pairs` [V, 2]; the notes are shared out over the ranks."""
     notes, places = np.unique(pairs, return_inverse=True)  # [n], [V, 2]
@@ -75,7 +75,7 @@ def _tau(engine: Any) -> Tensor:
         return capped_tau(engine.module.model.tau.detach().float().cpu().clone())
 
 
-def _embed(engine: Any, data: TrainingData, notes: np.ndarray, config: Config, device: torch.device) -> Tensor:
+def _embed(engine: Any, data: PairDataset, notes: np.ndarray, config: Config, device: torch.device) -> Tensor:
     """`notes` embedded, [n, V D], on the CPU of every rank. The last batch is filled up with notes of its own."""
     num_ranks, inputs = dist.get_world_size(), get_method(config.model.method).inputs
     batch_notes = 2 * config.training.batch_pairs

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from notellm2_core import schema
 from notellm2_core.config.load import load_config
 from notellm2_core.config.settings import Config
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import naming, parquet_files
 from notellm2_core.vision import images
 from notellm2_core.vision.feature_store import Features, FeatureStore
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="note_images.parquet, counts.json, vision/")
     parser.add_argument("--part-images", type=int, default=_PART_IMAGES, help="pictures per part: what a kill costs")
     args = parser.parse_args(argv)
-    with one_line_errors():
+    with user_errors():
         config = load_config(args.config)
         _note_files(args.notes)
         if not args.source.is_dir():

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from notellm2_core.runtime.fingerprint import fingerprint
-from notellm2_core.runtime.memory_map import mapped
+from notellm2_core.runtime.memory_map import memory_mapped
 from notellm2_core.vision.feature_store import FeatureStore
 
 _CHUNK_IMAGES = 512
@@ -41,7 +41,7 @@ class FeatureTable:
                 values[i : i + _CHUNK_IMAGES, :-1] = part.patches
                 values[i : i + _CHUNK_IMAGES, -1] = part.global_feature
 
-        table = mapped(path, shape, np.float16, fill)
+        table = memory_mapped(path, shape, np.float16, fill)
         return cls(table, {image_id: row for row, image_id in enumerate(image_ids)})
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

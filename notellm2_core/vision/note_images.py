@@ -6,16 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 
 from PIL import Image
 
-from notellm2_core.notes.inputs import PictureFolders
+from notellm2_core.notes.inputs import ImageFolders
 from notellm2_core.notes.source_reader import read_note_table
 from notellm2_core.vision import images
 
 
-class LakePictures:
+class NoteImages:
     """The encoded pictures of some notes, by image id."""
 
     def __init__(
-        self, folders: PictureFolders, note_images: Mapping[str, str | None], notes: Collection[str], max_pixels: int
+        self, folders: ImageFolders, note_images: Mapping[str, str | None], notes: Collection[str], max_pixels: int
     ) -> None:
         """`note_images`: note_id -> image_id, as the features command told them; `notes`: those that are wanted.
 

@@ -20,7 +20,7 @@ from notellm2_core.notes.note import Picture
 from notellm2_core.vision import images
 from notellm2_core.vision.encoder import VisionEncoder
 from notellm2_core.vision.feature_store import Features
-from notellm2_core.vision.note_images import LakePictures
+from notellm2_core.vision.note_images import NoteImages
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Prepared:
     pixels: Tensor | None = None  # [3, S, S]; None where the features are known already
 
 
-class PictureFeatures:
+class ImageFeatures:
     """A source of features like the feature store, for the pictures that `read` has seen; kept in memory, as fp16."""
 
     def __init__(self, encoder: VisionEncoder, max_pixels: int, batch_pictures: int) -> None:
@@ -99,16 +99,16 @@ class PictureFeatures:
 
 
 @dataclass(frozen=True)
-class EncodedWhenAsked:
+class OnDemandFeatures:
     """A source of features like the feature store, for an encoder that no store knows; it keeps nothing."""
 
     encoder: VisionEncoder
-    pictures: LakePictures
+    pictures: NoteImages
     batch_pictures: int
 
     def load(self, image_ids: Sequence[str]) -> Features:
         """The features of these pictures, in this order. Raises ValueError where one is no longer what it was."""
-        features = PictureFeatures(self.encoder, self.pictures.max_pixels, self.batch_pictures)
+        features = ImageFeatures(self.encoder, self.pictures.max_pixels, self.batch_pictures)
         found = features.read(self.pictures.read(image_ids), None)
         if broken := [status for status, image_id in found if image_id is None]:
             raise ValueError(f"{len(broken)} pictures can no longer be decoded ({broken[0]}): run everything again.")

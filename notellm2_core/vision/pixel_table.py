@@ -14,10 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from notellm2_core.runtime.fingerprint import fingerprint
-from notellm2_core.runtime.memory_map import mapped
+from notellm2_core.runtime.memory_map import memory_mapped
 from notellm2_core.vision.architecture import Preprocess
 from notellm2_core.vision.encoder import cut_out
-from notellm2_core.vision.note_images import LakePictures
+from notellm2_core.vision.note_images import NoteImages
 
 _CHUNK_IMAGES = 256
 
@@ -30,7 +30,7 @@ class PixelTable:
     rows: dict[str, int]  # image_id -> row
 
     @classmethod
-    def build(cls, pictures: LakePictures, how: Preprocess, folder: Path) -> "PixelTable":
+    def build(cls, pictures: NoteImages, how: Preprocess, folder: Path) -> "PixelTable":
         """The table of all of `pictures`, made in `folder` unless it is there already.
 
         Raises ValueError where one of them is no longer what it was, or the file is damaged.
@@ -49,7 +49,7 @@ class PixelTable:
                     part = pool.map(cut, pictures.read(image_ids[i : i + _CHUNK_IMAGES]))
                     values[i : i + _CHUNK_IMAGES] = np.stack(list(part))
 
-        table = mapped(path, shape, np.uint8, fill)
+        table = memory_mapped(path, shape, np.uint8, fill)
         return cls(table, {image_id: row for row, image_id in enumerate(image_ids)})
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -37,7 +37,7 @@ class _Runs(NamedTuple):
 
 
 def pair_scores(lists: pa.Table, pairs_at_a_time: int = PAIRS_AT_A_TIME) -> Iterator[Pairs]:
-    """LISTS of a block -> its pairs in pieces: s(A -> B) = sum over u in U(A -> B) of 1 / N_u."""
+    """HISTORIES of a block -> its pairs in pieces: s(A -> B) = sum over u in U(A -> B) of 1 / N_u."""
     if not lists.num_rows:
         return
     table = lists.combine_chunks()

@@ -40,10 +40,10 @@ _NUMBERS = {"score": pa.float64(), "num_users": pa.int64()}
 
 
 @dataclass(frozen=True)
-class Competition:
+class CandidateFilter:
     """Which pairs of a table of scores compete, and with which score.
 
-    Both notes have the side `side` in the NOTE_SIDES of the folder `sides` (None: any note will do). A candidate has
+    Both notes have the side `side` in the NOTE_SPLIT of the folder `sides` (None: any note will do). A candidate has
     `min_users` users; its score is divided by (users who clicked the target) ** `popularity_power`, by the
     TARGET_CLICKS of the folder `clicks`. Files that tell nothing of sense raise BadInput.
     """

@@ -19,7 +19,7 @@ from spark_jobs.scoring.arrays import Floats, Ints, ragged, run_starts
 Follows = Literal["later", "not earlier", "any"]
 
 NEVER = np.iinfo(np.int64).min  # the last click on a note that was not clicked
-LISTS = pa.schema(
+HISTORIES = pa.schema(
     [
         pa.field("num_clicked", pa.int32()),  # N_u: the distinct notes that the user clicked, before any cap
         pa.field("views", pa.list_(pa.int32())),  # notes
@@ -45,7 +45,7 @@ NOTHING_CAPPED = Capped(0, 0.0, np.empty(0, np.int64), np.empty(0, bool), np.emp
 
 
 @dataclass(frozen=True)
-class UserLists:
+class Histories:
     """All users' lists, one after the other; users are numbered from 0."""
 
     user: Ints  # of each view, ascending
@@ -56,7 +56,8 @@ class UserLists:
     num_clicked: Ints  # of each user: N_u
 
     def pieces(self, num_blocks: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """(block, LISTS), by block: note mod `num_blocks`. A user has a row in every block with a note it viewed."""
+        """(block, HISTORIES), by block: note mod `num_blocks`. A user has a row in every block with a note it
+        viewed."""
         block = self.view % num_blocks
         size = np.diff(self.end, prepend=0)
         group = block + num_blocks * (np.cumsum(size) // _CLICKS_AT_A_TIME)[self.user]
@@ -67,7 +68,7 @@ class UserLists:
             yield int(block[views[0]]), self._rows(views)
 
     def _rows(self, views: Ints) -> pa.RecordBatch:
-        """LISTS of some views, whose users ascend."""
+        """HISTORIES of some views, whose users ascend."""
         user, start = self.user[views], self.start[views]
         first = run_starts(user)
         users, num_views = user[first], np.diff(np.append(first, len(user)))
@@ -79,12 +80,12 @@ class UserLists:
             _ragged(start - np.repeat(begin, num_views), num_views),
             _ragged(self.click[ragged(begin, num_clicks)], num_clicks),
         ]
-        return pa.record_batch(columns, schema=LISTS)
+        return pa.record_batch(columns, schema=HISTORIES)
 
 
-def user_lists(
+def histories(
     user: Ints, note: Ints, first_view: Ints, last_click: Ints, follows: Follows, max_notes: int | None
-) -> tuple[UserLists, Capped]:
+) -> tuple[Histories, Capped]:
     """Interactions (at least one; several of one user and note add up) -> lists, and what the cap has cut.
 
     `user` and `note` are numbers below 2**31, times have any unit, `last_click` may be NEVER. `follows` says which
@@ -117,7 +118,7 @@ def user_lists(
         cut = (num_clicked > 0) & (num_viewed > max_notes)
         capped = _capped(num_clicked, cut, user[~kept], note[~kept], clicker[lost], click[lost])
     kept &= start < end[user]
-    return UserLists(user[kept], note[kept], start[kept], click, end, num_clicked), capped
+    return Histories(user[kept], note[kept], start[kept], click, end, num_clicked), capped
 
 
 def _capped(

@@ -1,6 +1,7 @@
 """Eq. 2 inside a Spark task: Arrow rows in, Arrow rows out, and the files of scores.
 
-`cut_lists` turns whole users' interactions into lists (`histories.py`), `write_scores` turns the lists of one block of
+`build_histories` turns whole users' interactions into lists (`histories.py`), `write_scores` turns the lists of one
+block of
 queries into a file of scores (`eq2.py`). Notes are numbers in between: their places among the ids that `write_note_ids`
 has put into a file, which every worker maps into its memory.
 """
@@ -20,7 +21,7 @@ from notellm2_core.config.data import ScoringSettings
 from notellm2_core.runtime.files import written_whole
 from notellm2_core.schema import SCORES
 from spark_jobs.scoring.eq2 import Pairs, pair_scores
-from spark_jobs.scoring.histories import LISTS, NEVER, summed, user_lists
+from spark_jobs.scoring.histories import HISTORIES, NEVER, histories, summed
 from spark_jobs.scoring.quantiles import SHARES, bin_counts, lower_ends
 from spark_jobs.scoring.swing import swing_scores
 
@@ -32,10 +33,10 @@ _ROWS = pa.schema(
         pa.field("last_click", pa.int64()),  # null: not clicked
     ]
 )
-PIECES = pa.schema(
+HISTORY_CHUNKS = pa.schema(
     [
         pa.field("block", pa.int32()),
-        pa.field("lists", pa.binary()),  # LISTS as bytes: Spark would take a list apart, number by number
+        pa.field("lists", pa.binary()),  # HISTORIES as bytes: Spark would take a list apart, number by number
         pa.field("losses", pa.binary()),  # _LOSSES, likewise
         pa.field("capped_users", pa.int64()),
         pa.field("users_loss", pa.float64()),
@@ -73,10 +74,11 @@ def _read_note_ids(file: Path) -> pa.StringArray:
     return pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)["note_id"]
 
 
-def cut_lists(
+def build_histories(
     batches: Iterator[pa.RecordBatch], note_ids: Path, num_blocks: int, scoring: ScoringSettings
 ) -> Iterator[pa.RecordBatch]:
-    """_ROWS of whole users -> PIECES: their lists by block, and by block what the cap has cut from its notes."""
+    """_ROWS of whole users -> HISTORY_CHUNKS: their lists by block, and by block what the cap has cut from its
+    notes."""
     rows = pa.Table.from_batches([b.cast(_ROWS) for b in batches], _ROWS)
     if scoring.score == "swing":
         rows = rows.filter(pc.is_valid(rows["last_click"]))
@@ -84,7 +86,7 @@ def cut_lists(
         return
     users, notes = (_numbered(rows[name]) for name in ("user_id", "note_id"))
     numbers = pc.index_in(notes.dictionary, _read_note_ids(note_ids)).to_numpy()
-    lists, capped = user_lists(
+    lists, capped = histories(
         users.indices.to_numpy().astype(np.int64),
         numbers[notes.indices.to_numpy()].astype(np.int64),
         rows["first_view"].to_numpy(),
@@ -93,12 +95,12 @@ def cut_lists(
         scoring.max_user_notes,
     )
     for block, piece in lists.pieces(num_blocks):
-        yield _row(PIECES, block, _bytes(piece), None, 0, 0.0)
+        yield _row(HISTORY_CHUNKS, block, _bytes(piece), None, 0, 0.0)
     for block in np.unique(capped.note % num_blocks).tolist():
         here = capped.note % num_blocks == block
         losses = [pa.array((capped.note << 1 | capped.clicked)[here]), pa.array(capped.note_loss[here])]
-        yield _row(PIECES, block, None, _bytes(pa.record_batch(losses, schema=_LOSSES)), 0, 0.0)
-    yield _row(PIECES, 0, None, None, capped.users, capped.loss)
+        yield _row(HISTORY_CHUNKS, block, None, _bytes(pa.record_batch(losses, schema=_LOSSES)), 0, 0.0)
+    yield _row(HISTORY_CHUNKS, 0, None, None, capped.users, capped.loss)
 
 
 def _numbered(ids: pa.ChunkedArray) -> pa.DictionaryArray:
@@ -109,14 +111,14 @@ def _numbered(ids: pa.ChunkedArray) -> pa.DictionaryArray:
 def write_scores(
     pieces: Iterator[pa.RecordBatch], note_ids: Path, out: Path, scoring: ScoringSettings
 ) -> Iterator[pa.RecordBatch]:
-    """PIECES of one block -> its file of SCORES in `out`, by query and target, and one row of FIGURES.
+    """HISTORY_CHUNKS of one block -> its file of SCORES in `out`, by query and target, and one row of FIGURES.
 
     The file appears whole. A task that is tried again, or runs twice at once, writes the same bytes.
     """
     rows = [row for batch in pieces for row in batch.to_pylist()]
     if not rows:
         return
-    table = _table(LISTS, (row["lists"] for row in rows))
+    table = _table(HISTORIES, (row["lists"] for row in rows))
     ids = _read_note_ids(note_ids)
     file = out / f"part-{rows[0]['block']:05d}.parquet"
     figures = _Figures()

@@ -20,7 +20,7 @@ _CELLS_AT_A_TIME = 1 << 24  # of a table of users and targets: 128 MB
 
 
 def swing_scores(lists: pa.Table, alpha: float, max_users: int) -> Iterator[Pairs]:
-    """LISTS of a block whose views are clicks and followed by all clicks -> its pairs in pieces.
+    """HISTORIES of a block whose views are clicks and followed by all clicks -> its pairs in pieces.
 
     Of a query's users the `max_users` that clicked the fewest notes count: their weights are the largest. The order of
     users in `lists` does not matter, to the last digit.

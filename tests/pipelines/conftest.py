@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from notellm2_core.config.load import load_config
-from notellm2_core.lake.catalog import Recipe
+from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.lineage import STAGES
 from notellm2_core.runtime.files import sha256_of
 from tests.support.jvm import UNCOMPILED, quick_jvm
@@ -35,8 +35,8 @@ class Workplace:
         return self.home / "tiny.yaml"
 
     @property
-    def recipe(self) -> Recipe:
-        return Recipe(load_config(self.config))
+    def catalog(self) -> Catalog:
+        return Catalog(load_config(self.config))
 
     def environment(self, **more: str) -> dict[str, str]:
         env = {k: v for k, v in os.environ.items() if k not in ("SOURCE", "MLFLOW_TRACKING_URI")}
@@ -76,7 +76,7 @@ class Workplace:
         """
         found = {}
         for name in STAGES:
-            dataset = self.recipe.dataset(name)
+            dataset = self.catalog.dataset(name)
             for file in dataset.manifest.files:
                 if file.endswith(".parquet"):
                     found[f"{name}/{file}"] = _content(dataset.path / file)
@@ -86,7 +86,7 @@ class Workplace:
 
     def forget(self, *names: str) -> None:
         for name in names:
-            shutil.rmtree(self.recipe.lake.root / name, ignore_errors=True)
+            shutil.rmtree(self.catalog.lake.root / name, ignore_errors=True)
 
     def processes(self) -> list[psutil.Process]:
         """Everything alive whose command line or environment belongs to this workplace."""

@@ -8,11 +8,11 @@ from notellm2_core.lake.lineage import STAGES
 from tests.pipelines.conftest import Workplace
 from tests.support.cluster import standalone_cluster
 
-BY_SPARK = {"raw_events", "notes", "events", "cooccurrence", "note_sides", "related_pairs", "pair_datasets"}
+BY_SPARK = {"raw_events", "notes", "interactions", "cooccurrence", "note_split", "related_pairs", "pair_datasets"}
 
 
 def contents(workplace: Workplace) -> dict[str, str]:
-    """Landed files have the name of their landing, which depends on when the source was written: left out."""
+    """Ingested files have the name of their ingestion, which depends on when the source was written: left out."""
     return {file: content for file, content in workplace.files().items() if not file.startswith("raw_events/")}
 
 
@@ -20,7 +20,7 @@ def contents(workplace: Workplace) -> dict[str, str]:
 def test_the_same_datasets_through_spark_connect(
     finished: Workplace, copy_of_finished: Workplace, tmp_path: Path
 ) -> None:
-    copy_of_finished.forget("landing", "period", *BY_SPARK)
+    copy_of_finished.forget("ingestion", "period", *BY_SPARK)
     with standalone_cluster(tmp_path / "cluster") as cluster, cluster.connect_server() as remote:
         code, output = copy_of_finished.recall(SPARK_REMOTE=remote)
         assert min(cluster.tasks()) > 0

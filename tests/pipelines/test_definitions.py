@@ -19,24 +19,24 @@ from pipelines.definitions import defs
 GRAPH = {
     "raw_events": set(),
     "notes": set(),
-    "events": {"raw_events", "notes"},
-    "cooccurrence": {"events"},
-    "note_sides": {"notes", "events", "vision_features"},
-    "related_pairs": {"cooccurrence", "note_sides"},
-    "pair_datasets": {"related_pairs", "note_sides"},
-    "data_card": {"raw_events", "notes", "events", "cooccurrence", "related_pairs", "pair_datasets"},
+    "interactions": {"raw_events", "notes"},
+    "cooccurrence": {"interactions"},
+    "note_split": {"notes", "interactions", "vision_features"},
+    "related_pairs": {"cooccurrence", "note_split"},
+    "pair_datasets": {"related_pairs", "note_split"},
+    "data_card": {"raw_events", "notes", "interactions", "cooccurrence", "related_pairs", "pair_datasets"},
     "vision_features": {"notes"},
     "note_tokens": {"notes"},
-    "start_model": {"note_tokens", "vision_features", "pair_datasets"},
-    "hard_negatives": {"start_model", "note_tokens", "vision_features", "pair_datasets", "note_sides"},
+    "initial_model": {"note_tokens", "vision_features", "pair_datasets"},
+    "hard_negatives": {"initial_model", "note_tokens", "vision_features", "pair_datasets", "note_split"},
     "checkpoint": {"note_tokens", "vision_features", "pair_datasets", "hard_negatives"},
-    "start_embeddings": {"start_model", "note_tokens", "vision_features", "pair_datasets"},
+    "initial_embeddings": {"initial_model", "note_tokens", "vision_features", "pair_datasets"},
     "baseline_embeddings": {"notes", "pair_datasets"},
     "note_embeddings": {"checkpoint", "note_tokens", "vision_features", "pair_datasets"},
     "faiss_index": {"note_embeddings"},
     "saliency": {"checkpoint", "note_tokens", "vision_features", "pair_datasets"},
     "eval_recall": {
-        "note_embeddings", "faiss_index", "start_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
+        "note_embeddings", "faiss_index", "initial_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
         "checkpoint", "notes", "saliency",
     },
 }  # fmt: skip
@@ -68,7 +68,7 @@ def test_checks_block() -> None:
     assert checks == {
         ("raw_events", "undated_share"),
         ("notes", "dropped_share"),
-        ("events", "dropped_share"),
+        ("interactions", "dropped_share"),
         ("vision_features", "unusable_images"),
         ("pair_datasets", "no_leakage"),
         ("pair_datasets", "enough_pairs"),
@@ -108,7 +108,7 @@ def test_a_wrong_configuration_lets_the_graph_load_and_every_asset_says_what_is_
     loaded = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     assert f"warning: {config}: " in loaded.stderr and "nonsense: no such setting" in loaded.stderr
     with pytest.raises(dg.Failure) as caught:
-        Pipeline(config_path=str(config)).recipe()
+        Pipeline(config_path=str(config)).catalog()
     assert str(config) in str(caught.value.description) and "nonsense" in str(caught.value.description)
     assert caught.value.allow_retries is False
 
@@ -139,9 +139,9 @@ def test_a_run_names_its_week_alone_and_keeps_configuration_and_source(
     dg.validate_run_config(job, {"resources": {"pipeline": {"config": {"week": "2025-01-19"}}}})
     monkeypatch.setenv("NOTELLM2_CONFIG", "pipelines/configs/tiny.yaml")
     monkeypatch.setenv("SOURCE", str(tmp_path))
-    recipe = Pipeline(week="2025-01-19").recipe()
-    assert (recipe.config.name, recipe.source, recipe.window.test.end) == ("tiny", tmp_path, date(2025, 1, 26))
-    assert recipe.command().endswith(f"SOURCE={tmp_path} WEEK=2025-01-19")
+    catalog = Pipeline(week="2025-01-19").catalog()
+    assert (catalog.config.name, catalog.source, catalog.window.test.end) == ("tiny", tmp_path, date(2025, 1, 26))
+    assert catalog.command().endswith(f"SOURCE={tmp_path} WEEK=2025-01-19")
     monkeypatch.setenv("WEEK", "last week")
     with pytest.raises(dg.Failure, match="week = last week is not a day"):
-        Pipeline().recipe()
+        Pipeline().catalog()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 FREE = ("name", "lake", "spark", "tracking", "source.path", "export.num_ranks",
         *settings_of("training", RunSettings))  # fmt: skip
 ONLY_LOOKED_AT = {
-    ("start_model", "model.license"),  # for a card that eval_recall and `notellm2 package` write again
+    ("initial_model", "model.license"),  # for a card that eval_recall and `notellm2 package` write again
     ("checkpoint", "model.license"),
 }
 

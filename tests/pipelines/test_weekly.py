@@ -103,7 +103,7 @@ def test_a_killed_rank_is_tried_again_and_a_killed_run_leaves_no_process_and_the
     wait_for(lambda: set(_training_ranks(copy_of_finished)) - set(ranks))
     run.kill()
     wait_for(lambda: not copy_of_finished.processes(), 20)
-    assert copy_of_finished.recipe.find("checkpoint") is None
+    assert copy_of_finished.catalog.find("checkpoint") is None
     code, output = copy_of_finished.recall()
     assert code == 0, output[-5000:]
     _same_as(finished, copy_of_finished)
@@ -123,7 +123,7 @@ def test_no_step_outlives_its_killed_run_and_a_killed_step_is_tried_again(
     run.kill()
     run.wait()
     wait_for(lambda: not copy_of_finished.processes(), 20)
-    assert copy_of_finished.recipe.find("checkpoint") is None
+    assert copy_of_finished.catalog.find("checkpoint") is None
     run = copy_of_finished.start(*command)
     wait_for(lambda: _training_ranks(copy_of_finished))
     (step,) = [p for p in psutil.Process(run.pid).children() if "--multiprocessing-fork" in p.cmdline()]
@@ -136,7 +136,7 @@ def test_no_step_outlives_its_killed_run_and_a_killed_step_is_tried_again(
 def test_a_run_killed_while_spark_writes_is_made_good_and_a_killed_jvm_is_tried_again(
     finished: Workplace, copy_of_finished: Workplace
 ) -> None:
-    copy_of_finished.forget("events", "cooccurrence", "note_sides", "related_pairs", "pair_datasets")
+    copy_of_finished.forget("interactions", "cooccurrence", "note_split", "related_pairs", "pair_datasets")
     lake = copy_of_finished.home / "lake"
     run = Recall(copy_of_finished)
     wait_for(lambda: list((lake / "cooccurrence").glob(".*")))

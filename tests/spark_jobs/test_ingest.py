@@ -10,7 +10,7 @@ from pyspark.sql import SparkSession
 
 from notellm2_core.config.data import EventSettings
 from spark_jobs.clean import label_events
-from spark_jobs.ingest import UNDATED, covered_until, land, landed_figures, periods_between
+from spark_jobs.ingest import UNDATED, covered_until, ingest, ingestion_metrics, partitions_between
 from spark_jobs.source import event_files
 from tests.spark_jobs.test_source import write_csv
 
@@ -25,13 +25,14 @@ def test_land_makes_one_folder_per_period(spark: SparkSession, tmp_path: Path) -
     ]
     write_csv(tmp_path / "events.csv.gz", lines)
     out = tmp_path / "raw"
-    landing = land(spark, tmp_path, out, "week")
-    assert landed_figures(tmp_path, [landing]) == {
+    ingestion = ingest(spark, tmp_path, out, "week")
+    assert ingestion_metrics(tmp_path, [ingestion]) == {
         "rows": 5, "undated": 2, "most_undated": {"file": "events.csv.gz", "share": 0.4},
         "first_day": "2024-01-01", "last_day": "2024-01-07", "covered_until": "2024-01-07",
         "events": {"view": 3, "": 1, "click": 1},
-        "periods": [
-            {"period": "2023-12-31", "rows": 2}, {"period": "2024-01-07", "rows": 1}, {"period": "undated", "rows": 2},
+        "partitions": [
+            {"partition": "2023-12-31", "rows": 2}, {"partition": "2024-01-07", "rows": 1},
+            {"partition": "undated", "rows": 2},
         ],
     }  # fmt: skip
     assert sorted(str(p.relative_to(out)) for p in out.rglob("*.parquet")) == [
@@ -41,7 +42,7 @@ def test_land_makes_one_folder_per_period(spark: SparkSession, tmp_path: Path) -
     assert week.column_names == ["user_id", "note_id", "event", "timestamp", "malformed", "row"]
     assert week.schema.field("timestamp").type == pa.timestamp("us", tz="UTC")
     assert week["user_id"].to_pylist() == ['u "x"', "u"]
-    assert land(spark, tmp_path, tmp_path / "years", "year")["rows"] == {"2024-01-01": 3, UNDATED: 2}
+    assert ingest(spark, tmp_path, tmp_path / "years", "year")["rows"] == {"2024-01-01": 3, UNDATED: 2}
 
 
 def test_files_are_landed_by_themselves_and_add_up(spark: SparkSession, tmp_path: Path) -> None:
@@ -57,12 +58,12 @@ def test_files_are_landed_by_themselves_and_add_up(spark: SparkSession, tmp_path
     (tmp_path / "events" / "b").symlink_to(tmp_path / "elsewhere")
     files = event_files(tmp_path)
     assert files == ["events/a.parquet", "events/b/week[1].parquet", "events/day=3/c.parquet"]
-    whole = land(spark, tmp_path, tmp_path / "whole", "week")
+    whole = ingest(spark, tmp_path, tmp_path / "whole", "week")
     parts = [
-        land(spark, tmp_path, tmp_path / f"part{n}", "week", some) for n, some in enumerate((files[:2], files[2:]))
+        ingest(spark, tmp_path, tmp_path / f"part{n}", "week", some) for n, some in enumerate((files[:2], files[2:]))
     ]
     worst = {"file": "events/a.parquet", "share": 0.5}
-    assert landed_figures(tmp_path, parts) == landed_figures(tmp_path, [whole]) | {"most_undated": worst}
+    assert ingestion_metrics(tmp_path, parts) == ingestion_metrics(tmp_path, [whole]) | {"most_undated": worst}
     assert [part["rows"] for part in parts] == [
         {UNDATED: 2, "2023-12-31": 1, "2024-01-07": 1},
         {UNDATED: 1, "2024-01-07": 1},
@@ -74,7 +75,7 @@ def test_folders_name_columns_that_files_lack(spark: SparkSession, tmp_path: Pat
     (tmp_path / "events" / "note_id=007").mkdir(parents=True)
     columns = {"user_id": ["u"], "timestamp": ["2024-01-01"], "event": ["view"]}
     pq.write_table(pa.table(columns), tmp_path / "events" / "note_id=007" / "a.parquet")
-    land(spark, tmp_path, tmp_path / "raw", "week")
+    ingest(spark, tmp_path, tmp_path / "raw", "week")
     assert pq.read_table(tmp_path / "raw" / "2023-12-31")["note_id"].to_pylist() == ["007"]
 
 
@@ -83,7 +84,7 @@ def test_a_line_with_other_fields_than_the_header_is_malformed(spark: SparkSessi
     lines = ["u,n,2024-01-01,view,phone", "Doe, J,n,2024-01-01,view,phone", "u,n,2024-01-01", "u,n,,view,tv"]
     log = write_csv(tmp_path / "events.csv", lines, header="user_id,note_id,timestamp,event,device")
     log.write_bytes(log.read_bytes() + "u,café,2024-01-01,view,tv\n".encode("latin-1"))
-    assert land(spark, tmp_path, tmp_path / "raw", "week")["rows"] == {UNDATED: 4, "2023-12-31": 1}
+    assert ingest(spark, tmp_path, tmp_path / "raw", "week")["rows"] == {UNDATED: 4, "2023-12-31": 1}
     settings = EventSettings(view_events=["view"], click_events=[])
     labelled = label_events(spark.read.parquet(str(tmp_path / "raw" / UNDATED)), settings, False)
     found = {(r.reason, tuple(json.loads(r.row).items())) for r in labelled.collect()}
@@ -98,18 +99,18 @@ def test_a_line_with_other_fields_than_the_header_is_malformed(spark: SparkSessi
 def test_a_broken_file_does_not_hide_behind_good_ones() -> None:
     """One row of two is undated in b, of six in all; c is too small to be looked at."""
 
-    def landing(file: str, placed: int, undated: int) -> dict[str, Any]:
+    def ingestion(file: str, placed: int, undated: int) -> dict[str, Any]:
         rows = {"2024-01-07": placed, UNDATED: undated}
         return {"files": [file], "rows": rows, "days": {"2024-01-07": placed}, "events": {"view": placed + undated}}
 
-    landings = [landing("a", 400, 0), landing("b", 100, 100), landing("c", 0, 1)]
-    assert landed_figures(Path(), landings)["most_undated"] == {"file": "b", "share": 0.5}
+    ingestions = [ingestion("a", 400, 0), ingestion("b", 100, 100), ingestion("c", 0, 1)]
+    assert ingestion_metrics(Path(), ingestions)["most_undated"] == {"file": "b", "share": 0.5}
 
 
 def test_absurd_times_are_not_placed(spark: SparkSession, tmp_path: Path) -> None:
     """A clock that was never set, and one far ahead."""
     write_csv(tmp_path / "events.csv", [f"u,n,{time},view" for time in (0, 86399, 86400, "2099-12-31", "2100-01-01")])
-    assert land(spark, tmp_path, tmp_path / "raw", "year")["rows"] == {UNDATED: 3, "1970-01-01": 1, "2099-01-01": 1}
+    assert ingest(spark, tmp_path, tmp_path / "raw", "year")["rows"] == {UNDATED: 3, "1970-01-01": 1, "2099-01-01": 1}
 
 
 def test_a_few_wrong_clocks_do_not_move_the_end_of_the_log() -> None:
@@ -126,20 +127,24 @@ def test_a_few_wrong_clocks_do_not_move_the_end_of_the_log() -> None:
 def test_periods_of_a_window() -> None:
     """Those with one of its days, and which of theirs; a window beside the log is named with its days."""
     names = ["2025-01-05", "2025-01-12", "2025-01-26", UNDATED]  # the week of the 19th has no event
-    landed = {"periods": [{"period": n, "rows": 1} for n in names], "first_day": "2025-01-06", "last_day": "2025-01-30"}
+    ingested = {
+        "partitions": [{"partition": n, "rows": 1} for n in names],
+        "first_day": "2025-01-06",
+        "last_day": "2025-01-30",
+    }
 
     def chosen(start: int, end: int) -> list[tuple[str, int, int]]:
-        found = periods_between(date(2025, 1, start), date(2025, 1, end), "week", **landed, rows=4)  # type: ignore[arg-type]
-        return [(period[-2:], *(day.day for day in days)) for period, days in found]
+        found = partitions_between(date(2025, 1, start), date(2025, 1, end), "week", **ingested, rows=4)  # type: ignore[arg-type]
+        return [(partition[-2:], *(day.day for day in days)) for partition, days in found]
 
     assert chosen(12, 26) == [("12", 12, 19)]
     assert chosen(11, 27) == [("05", 11, 12), ("12", 12, 19), ("26", 26, 27)]
     assert chosen(20, 21) == []
-    whole = {**landed, "periods": [{"period": "2025-01-01", "rows": 1}]}
-    assert periods_between(date(2024, 6, 1), date(2026, 1, 1), "year", **whole) == [  # type: ignore[arg-type]
+    whole = {**ingested, "partitions": [{"partition": "2025-01-01", "rows": 1}]}
+    assert partitions_between(date(2024, 6, 1), date(2026, 1, 1), "year", **whole) == [  # type: ignore[arg-type]
         ("2025-01-01", (date(2025, 1, 1), date(2026, 1, 1)))
     ]
     for start, end in ((1, 5), (31, 32)):
         days = date(2025, 1, start), date(2025, 1, 1) + timedelta(days=end - 1)
         with pytest.raises(ValueError, match=f"from 2025-01-06 to 2025-01-30, not into the window from {days[0]} to"):
-            periods_between(*days, "week", **landed)  # type: ignore[arg-type]
+            partitions_between(*days, "week", **ingested)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Landed periods -> interactions -> windows: every row kept or counted, and parts reused without a difference."""
+"""Ingested partitions -> interactions -> windows: every row kept or counted, and parts reused without a difference."""
 
 import json
 from collections import Counter
@@ -14,8 +14,8 @@ from pyspark.sql import SparkSession
 
 from notellm2_core import schema
 from notellm2_core.config.data import EventSettings
-from spark_jobs.ingest import UNDATED, Span, land, landed_figures, periods_between
-from spark_jobs.interactions import Window, join_periods, reduce_periods
+from spark_jobs.ingest import UNDATED, Span, ingest, ingestion_metrics, partitions_between
+from spark_jobs.interactions import Window, join_partitions, reduce_partitions
 from tests.spark_jobs.test_source import write_csv
 
 NAMES = {"view_events": ["view"], "click_events": ["click"], "ignored_events": ["share"], "max_events_per_day": None}
@@ -30,25 +30,25 @@ def prepared(
     test: Span = TEST,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Land `lines`, reduce their periods and join them to windows, with the notes n1 and n2, in `folder`/out."""
+    """Land `lines`, reduce their partitions and join them to windows, with the notes n1 and n2, in `folder`/out."""
     settings = EventSettings(**NAMES | changes)
     folder.mkdir(exist_ok=True)
     write_csv(folder / "events.csv", lines)
-    landed = landed_figures(folder, [land(spark, folder, folder / "raw", "week")])
+    ingested = ingestion_metrics(folder, [ingest(spark, folder, folder / "raw", "week")])
     (folder / "notes").mkdir()
     pq.write_table(pa.table({"note_id": ["n1", "n2"]}), folder / "notes" / "part.parquet")
 
     def reduced(parts: Sequence[tuple[str, Span | None]]) -> dict[Path, dict[str, Any]]:
-        days = {f"{period} {of}": of for period, of in parts}
-        paths = {f"{period} {of}": folder / "raw" / period for period, of in parts}
-        figures = reduce_periods(spark, paths, days, folder / "periods", settings) if parts else {}
-        return {folder / "periods" / name: of for name, of in figures.items()}
+        days = {f"{partition} {of}": of for partition, of in parts}
+        paths = {f"{partition} {of}": folder / "raw" / partition for partition, of in parts}
+        figures = reduce_partitions(spark, paths, days, folder / "partitions", settings) if parts else {}
+        return {folder / "partitions" / name: of for name, of in figures.items()}
 
     windows = [
-        Window(*days, reduced(periods_between(*days, "week", **landed))) for days in dict.fromkeys((train, test))
+        Window(*days, reduced(partitions_between(*days, "week", **ingested))) for days in dict.fromkeys((train, test))
     ]
     undated = reduced([(UNDATED, None)]) if (folder / "raw" / UNDATED).exists() else {}
-    return join_periods(spark, windows[0], windows[-1], undated, folder / "notes", folder / "out", settings)
+    return join_partitions(spark, windows[0], windows[-1], undated, folder / "notes", folder / "out", settings)
 
 
 LINES = [

@@ -84,7 +84,7 @@ def scored(tmp_path: Path) -> Path:
 
 def write_sides(folder: Path, train: str, pool: str) -> None:
     rows = [(n, side, n, side == "train") for side, notes in (("train", train), ("pool", pool)) for n in notes]
-    write_rows(folder / "part-00000.parquet", schema.NOTE_SIDES, rows)
+    write_rows(folder / "part-00000.parquet", schema.NOTE_SPLIT, rows)
 
 
 def test_relate_counts_every_filter(spark: SparkSession, scored: Path) -> None:

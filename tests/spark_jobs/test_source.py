@@ -9,7 +9,7 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from spark_jobs.ingest import land, land_events, landed_figures
+from spark_jobs.ingest import ingest, ingest_events, ingestion_metrics
 from spark_jobs.source import alike, event_files, find_events, read_source_events, read_source_notes
 from tests.spark_jobs.conftest import Frame
 
@@ -47,11 +47,11 @@ def test_times_in_every_form(frame: Frame) -> None:
              "20240-01-01", "2024-01-03T25:00:00", None]
         ),
     }  # fmt: skip
-    landed = land_events(frame(TEXT, [("u", "n", t, "view") for t in expected]))
-    found = landed.select(F.get_json_object("row", "$.timestamp").alias("raw"), *_shown(), "period").collect()
+    ingested = ingest_events(frame(TEXT, [("u", "n", t, "view") for t in expected]))
+    found = ingested.select(F.get_json_object("row", "$.timestamp").alias("raw"), *_shown(), "partition").collect()
     assert {r.raw: r.shown for r in found} == expected
-    periods = {r.raw: r.period for r in found}
-    assert (periods["1704283200"], periods["0"], periods["soon"]) == ("2023-12-31", "1969-12-28", "undated")
+    partitions = {r.raw: r.partition for r in found}
+    assert (partitions["1704283200"], partitions["0"], partitions["soon"]) == ("2023-12-31", "1969-12-28", "undated")
 
 
 def _shown() -> list[Any]:
@@ -74,8 +74,8 @@ def test_times_of_parquet(spark: SparkSession, tmp_path: Path, times: pa.Array) 
     (tmp_path / "events").mkdir()
     columns = {"user_id": pa.array([1, 2]), "note_id": ["a", "b"], "timestamp": times, "event": ["view", "click"]}
     pq.write_table(pa.table(columns), tmp_path / "events" / "x.parquet")
-    landed = land_events(read_source_events(spark, tmp_path)).orderBy("user_id").select("user_id", *_shown())
-    rows = [tuple(r) for r in landed.collect()]
+    ingested = ingest_events(read_source_events(spark, tmp_path)).orderBy("user_id").select("user_id", *_shown())
+    rows = [tuple(r) for r in ingested.collect()]
     assert rows[0] == ("1", "2024-01-03 12:00:00.000000")
     assert rows[1][1] is None or rows[1][1].startswith("2116")  # 2**62 is a time in nanoseconds
 
@@ -91,18 +91,18 @@ def test_nanoseconds_of_any_year_in_either_form(spark: SparkSession, tmp_path: P
     groups = alike(tmp_path, event_files(tmp_path))
     assert groups == [["events/a.parquet"], ["events/b.parquet"]]
     for files in groups:
-        landed = land_events(read_source_events(spark, tmp_path, files)).orderBy("user_id").select(*_shown())
-        assert [r.shown for r in landed.collect()] == ["1972-05-01 00:00:00.000003", "1969-12-31 00:00:00.000000"]
+        ingested = ingest_events(read_source_events(spark, tmp_path, files)).orderBy("user_id").select(*_shown())
+        assert [r.shown for r in ingested.collect()] == ["1972-05-01 00:00:00.000003", "1969-12-31 00:00:00.000000"]
 
 
 def test_events_that_cannot_be_used_are_named(spark: SparkSession, tmp_path: Path) -> None:
     def raises(message: str) -> None:
         with pytest.raises(ValueError, match=message) as caught:
-            landed_figures(tmp_path, [land(spark, tmp_path, tmp_path / "out", "week")])
+            ingestion_metrics(tmp_path, [ingest(spark, tmp_path, tmp_path / "out", "week")])
         assert "\n" not in str(caught.value)
 
     with pytest.raises(ValueError, match="does not exist; set source.path"):
-        land(spark, tmp_path / "nowhere", tmp_path / "out", "week")
+        ingest(spark, tmp_path / "nowhere", tmp_path / "out", "week")
     raises("holds no events.csv.gz, events.csv or events/")
     path = tmp_path / "events.csv"
     path.touch()

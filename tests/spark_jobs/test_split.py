@@ -9,9 +9,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from notellm2_core import schema
-from notellm2_core.config.data import SideSettings
+from notellm2_core.config.data import HoldOutSettings
 from spark_jobs.common.tables import write_table
-from spark_jobs.split import assign_sides, leakage, note_sides, split, split_pairs
+from spark_jobs.split import assign_split, leakage, note_split, split, split_pairs
 from tests.spark_jobs.conftest import EVENTS, NOTES, SCORES, SIDES, Frame, at, rows_of
 
 PAIRS = SCORES + ", rank int"
@@ -39,7 +39,7 @@ def test_by_time_a_near_duplicate_of_a_train_note_is_in_neither(frame: Frame) ->
     """old, both: training days. both, new, twin: test days. twin has old's text, so it is dropped. idle: no events."""
     notes = notes_of(frame, ["old", "both", "new", "twin", "idle"], {"old": "Same  TEXT", "twin": " same text"})
     days = seen(frame, ["old", "both"]), seen(frame, ["both", "new", "twin"])
-    assert sides_of(note_sides(notes, *days, SideSettings(by="time"))) == {
+    assert sides_of(note_split(notes, *days, HoldOutSettings(by="time"))) == {
         "old": "train",
         "both": "train",
         "new": "pool",
@@ -50,22 +50,22 @@ def test_by_hash_whole_groups_take_sides(frame: Frame) -> None:
     names = [f"n{i:03d}" for i in range(200)]
     twins = {n: f"text {i // 2}" for i, n in enumerate(names[:60])}  # pairs of near-duplicates
     notes, events = notes_of(frame, names, twins), seen(frame, names)
-    by_hash = SideSettings(by="hash", pool_share=0.3)
-    sides = note_sides(notes, events, events, by_hash).persist()
+    by_hash = HoldOutSettings(by="hash", pool_share=0.3)
+    sides = note_split(notes, events, events, by_hash).persist()
     group = {n: names[i // 2 * 2] if i < 60 else n for i, n in enumerate(names)}
     assert dict(rows_of(sides, "note_id", "group_id")) == group
     expected = {n: "pool" if place(group[n], "side") < 0.3 else "train" for n in names}
     assert sides_of(sides) == expected
     assert 0.2 < sum(s == "pool" for s in expected.values()) / 200 < 0.4
     # The pool's lowest hashes are kept, the train side stays; notes without events in their side's days are left out.
-    five = SideSettings(by="hash", pool_share=0.3, max_pool_notes=5)
-    cut = sides_of(note_sides(notes, events, events, five))
+    five = HoldOutSettings(by="hash", pool_share=0.3, max_pool_notes=5)
+    cut = sides_of(note_split(notes, events, events, five))
     pool = sorted((n for n, s in expected.items() if s == "pool"), key=lambda n: place(n, "pool"))
     assert sorted(n for n, s in cut.items() if s == "pool") == sorted(pool[:5])
     assert sum(s == "train" for s in cut.values()) == sum(s == "train" for s in expected.values())
-    halves = sides_of(note_sides(notes, seen(frame, names[:100]), seen(frame, names[100:]), by_hash))
+    halves = sides_of(note_split(notes, seen(frame, names[:100]), seen(frame, names[100:]), by_hash))
     assert halves == {n: s for n, s in expected.items() if (s == "train") == (n < "n100")}
-    cold = note_sides(notes, seen(frame, names[:150]), seen(frame, names[100:]), by_hash)
+    cold = note_split(notes, seen(frame, names[:150]), seen(frame, names[100:]), by_hash)
     assert dict(rows_of(cold, "note_id", "in_train_days")) == {
         n: n < "n150" for n, s in expected.items() if (n < "n150" and s == "train") or (n >= "n100" and s == "pool")
     }
@@ -75,24 +75,24 @@ def test_assign_sides_counts_and_names_the_setting(spark: SparkSession, frame: F
     write_table(notes_of(frame, ["a", "b", "c", "d"], {"a": "x", "b": "x", "c": "x"}), tmp_path / "notes", ["note_id"])
     write_table(seen(frame, ["a", "b"]), tmp_path / "events" / "train", ["user_id"])
     write_table(seen(frame, ["c", "d"]), tmp_path / "events" / "test", ["user_id"])
-    by_time = SideSettings(by="time")
-    counts = assign_sides(spark, tmp_path / "notes", tmp_path / "events", tmp_path / "sides", by_time)
+    by_time = HoldOutSettings(by="time")
+    counts = assign_split(spark, tmp_path / "notes", tmp_path / "events", tmp_path / "sides", by_time)
     assert counts == {
         "notes": 4, "notes_in_train_days": 2, "notes_in_test_days": 2, "train": 2, "pool": 1,
         "near_duplicate_groups": 1, "largest_near_duplicate_group": 2, "unassigned": 1,
     }  # fmt: skip
     table = pq.read_table(tmp_path / "sides")
-    assert [(f.name, f.type) for f in table.schema] == [(f.name, f.type) for f in schema.NOTE_SIDES]
+    assert [(f.name, f.type) for f in table.schema] == [(f.name, f.type) for f in schema.NOTE_SPLIT]
     # All four show the same picture, so all belong to the train side.
     columns = "note_id string, image_id string, perceptual_hash string, status string"
     images = frame(columns, [(n, "i", None, "ok") for n in "abcd"])
     write_table(images, tmp_path / "images", ["note_id"])
     with pytest.raises(ValueError, match=r"no note is left for the pool side: 2 of the 2 notes .* same picture"):
-        assign_sides(spark, tmp_path / "notes", tmp_path / "events", tmp_path / "s2", by_time, tmp_path / "images")
+        assign_split(spark, tmp_path / "notes", tmp_path / "events", tmp_path / "s2", by_time, tmp_path / "images")
     write_table(seen(frame, ["a", "d"]), tmp_path / "known" / "train", ["user_id"])
     write_table(seen(frame, ["d"]), tmp_path / "known" / "test", ["user_id"])
     with pytest.raises(ValueError, match=r"no note is left for the pool side of 2 notes.*split.by = time.*test_days"):
-        assign_sides(spark, tmp_path / "notes", tmp_path / "known", tmp_path / "s3", by_time)
+        assign_split(spark, tmp_path / "notes", tmp_path / "known", tmp_path / "s3", by_time)
 
 
 def pairs_and_sides(frame: Frame, edges: list[tuple[int, int]]) -> tuple[DataFrame, DataFrame]:

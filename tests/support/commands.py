@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from notellm2_core.runtime.errors import one_line_errors
+from notellm2_core.runtime.errors import user_errors
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     Path(out).write_text(json.dumps(facts))
     if how == "crash":
         raise RuntimeError("a bug")
-    with one_line_errors():
+    with user_errors():
         if how == "refuse":
             raise ValueError("set x")
     if how == "sleep":

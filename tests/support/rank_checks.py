@@ -23,13 +23,13 @@ from notellm2_core.model.lora import is_adapter
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.model.trainable import set_trained
-from notellm2_core.training.data.dataset import TrainingData, load_training_data
+from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset
 from notellm2_core.training.data.sampler import schedule
 from notellm2_core.training.engine import deepspeed as engines
 from notellm2_core.training.engine.deepspeed import deepspeed_config
 from notellm2_core.training.run import run
 from notellm2_core.training.state.checkpoints import Checkpoints
-from notellm2_core.training.state.reshard import load_moved
+from notellm2_core.training.state.reshard import load_resharded
 from notellm2_core.training.state.save import full_weights, plain_weights
 from notellm2_core.training.step import batch_gradient, idle_step, prepare
 from notellm2_core.vision.encoder import VisionEncoder
@@ -46,11 +46,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of tr
     "omni_retrieval": ({}, {"method": "omni_retrieval", "matryoshka_dims": (4,)}),
     "only_late_fusion": ({}, {"method": "only_late_fusion"}),
     "adapters": (
-        {"parts": ["llm", "connector", "temperature"]},
+        {"trainable": ["llm", "connector", "temperature"]},
         {"lora": {"rank": 4}},
     ),  # words, fusion, projector stay
-    "vision": ({"parts": [*PARTS, "vision"]}, {}),
-    "vision_gradcache": ({"parts": [*PARTS, "vision"], "micro_batch_tokens": 500}, {"method": "omni_retrieval"}),
+    "vision": ({"trainable": [*PARTS, "vision"]}, {}),
+    "vision_gradcache": ({"trainable": [*PARTS, "vision"], "micro_batch_tokens": 500}, {"method": "omni_retrieval"}),
 }
 
 
@@ -62,7 +62,7 @@ def settings(stage: int, variant: str) -> Config:
     return tiny_config(training | of_training, **of_model)
 
 
-def build(config: Config, world: World) -> tuple[MLRMModel, TrainingData, VisionEncoder | None]:
+def build(config: Config, world: World) -> tuple[MLRMModel, PairDataset, VisionEncoder | None]:
     """The model before its first step, its data, and its encoder where that is trained. The adapters' B is not 0: A
     would have no gradient to compare.
     """
@@ -70,7 +70,7 @@ def build(config: Config, world: World) -> tuple[MLRMModel, TrainingData, Vision
         model, processor = build_model(config, world.path("models"))
         encoder = VisionEncoder.from_pretrained(world.inputs.vision) if config.trains_vision else None
         reader = InputReader(processor, world.with_pictures, encoder)
-        data = load_training_data(reader, world.path("pairs"), world.path("cache"))
+        data = load_pair_dataset(reader, world.path("pairs"), world.path("cache"))
     set_trained(model, config, encoder)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -85,14 +85,14 @@ def named_parameters(model: MLRMModel, encoder: VisionEncoder | None) -> dict[st
     return dict(model.named_parameters()) | of_encoder
 
 
-def with_negatives(data: TrainingData, rows: np.ndarray, config: Config, index: int) -> np.ndarray:
+def with_negatives(data: PairDataset, rows: np.ndarray, config: Config, index: int) -> np.ndarray:
     """The batch with its hard negatives, where the variant has some: of every note, the next three."""
     num_notes = len(data.note_ids)
     data.hard_negatives = [(note + np.arange(1, 4)) % num_notes for note in range(num_notes)]
     return data.with_hard_negatives(rows, config.training.hard_negatives.num, (0, index))
 
 
-def step(engine: Any, data: TrainingData, rows: np.ndarray, config: Config, index: int, grads: bool) -> dict[str, Any]:
+def step(engine: Any, data: PairDataset, rows: np.ndarray, config: Config, index: int, grads: bool) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
     share, labels = prepare(data, with_negatives(data, rows, config, index), config, torch.device("cpu"))
@@ -139,7 +139,7 @@ def check_stages(
             assert any(not torch.equal(straight[n], result["weights"][n]) for n in straight)
 
 
-def check_moved(root: Path, out: Path, stages: tuple[int, ...], variant: str, saving: bool) -> None:
+def check_resharded(root: Path, out: Path, stages: tuple[int, ...], variant: str, saving: bool) -> None:
     """Saving: a step, a checkpoint, and a second step. Else, on another number of ranks, the second step from it."""
     engines.set_up_processes()
     for stage in stages:
@@ -155,7 +155,7 @@ def check_moved(root: Path, out: Path, stages: tuple[int, ...], variant: str, sa
         else:
             assert checkpoints.last_step() == 1 and checkpoints.num_ranks(1) != dist.get_world_size()
             if stage:
-                load_moved(
+                load_resharded(
                     engine, checkpoints.folder, 1, partial(idle_step, engine, data, first, config, torch.device("cpu"))
                 )
             else:
@@ -165,7 +165,7 @@ def check_moved(root: Path, out: Path, stages: tuple[int, ...], variant: str, sa
             torch.save(weights, out / f"{'saving' if saving else 'moved'}-{stage}.pt")
 
 
-def _fresh(world: World, config: Config, precision: engines.Precision = "fp32") -> tuple[Any, TrainingData]:
+def _fresh(world: World, config: Config, precision: engines.Precision = "fp32") -> tuple[Any, PairDataset]:
     model, data, encoder = build(config, world)
     engines.deepspeed_config = _as_on_gpus
     engine = engines.make_engine(model, config, precision, encoder)

@@ -14,10 +14,10 @@ from PIL import Image
 
 from notellm2_core.config.settings import Config
 from notellm2_core.model.open_inputs import InputReader
-from notellm2_core.notes.inputs import NoteInputs, PictureFolders
+from notellm2_core.notes.inputs import ImageFolders, NoteInputs
 from notellm2_core.notes.processor import MLRMProcessor
 from notellm2_core.schema import NOTE_IMAGES, NOTES, RELATED_PAIRS
-from notellm2_core.training.data.dataset import TrainingData, load_training_data
+from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset
 from notellm2_core.training.launch import Paths
 from notellm2_core.training.run import run
 from notellm2_core.vision.encoder import load_vision_encoder
@@ -42,7 +42,7 @@ class World:
 
     @property
     def with_pictures(self) -> NoteInputs:
-        return replace(self.inputs, pictures=PictureFolders(self.path("notes"), self.root))
+        return replace(self.inputs, pictures=ImageFolders(self.path("notes"), self.root))
 
     def paths(self, folder: Path) -> Paths:
         """Of a training run, with WORK and OUT below `folder`."""
@@ -108,9 +108,9 @@ def train(world: World, config: Config, folder: Path) -> Path:
     return folder / "out"
 
 
-def training_data(world: World, processor: MLRMProcessor, cache: Path) -> TrainingData:
+def pair_dataset(world: World, processor: MLRMProcessor, cache: Path) -> PairDataset:
     """Notes, pairs and stored features."""
-    return load_training_data(InputReader(processor, world.inputs), world.path("pairs"), cache)
+    return load_pair_dataset(InputReader(processor, world.inputs), world.path("pairs"), cache)
 
 
 def tiny_config(training: dict[str, Any] | None = None, **model: Any) -> Config:

@@ -22,14 +22,14 @@ from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.notes.processor import FieldTokens, MLRMProcessor, NoteBatch
 from notellm2_core.retrieval.hard_negatives import read_hard_negatives
 from notellm2_core.runtime.files import parquet_files
-from notellm2_core.training.data.positives import SameNotes, _codes, _digest, _or_itself
+from notellm2_core.training.data.positives import PositiveIndex, _codes, _digest, _or_itself
 from notellm2_core.training.objective.losses import BatchLabels
 from notellm2_core.vision.feature_store import FeatureStore
 from notellm2_core.vision.feature_table import FeatureTable
 from notellm2_core.vision.pixel_table import PixelTable
 
 
-class TrainingData:
+class PairDataset:
     """The notes of the training and validation pairs, ready to be batched."""
 
     def __init__(
@@ -63,9 +63,9 @@ class TrainingData:
         pairs = np.concatenate([self.train_pairs, self.validation_pairs])
         whole = texts * (len(pictures.rows) + 1) + self._picture_rows + 1
         self._same = {
-            "multimodal": SameNotes(whole, pairs),
-            "image": SameNotes(_or_itself(self._picture_rows, self._picture_rows >= 0), pairs),
-            "text": SameNotes(_or_itself(texts, self._has_text), pairs),
+            "multimodal": PositiveIndex(whole, pairs),
+            "image": PositiveIndex(_or_itself(self._picture_rows, self._picture_rows >= 0), pairs),
+            "text": PositiveIndex(_or_itself(texts, self._has_text), pairs),
         }
 
         self.hard_negatives = None if hard_negatives is None else read_hard_negatives(hard_negatives, self.note_ids)
@@ -149,9 +149,7 @@ class TrainingData:
         return np.array([(number[a], number[b]) for a, b in pairs], dtype=np.int64).reshape(-1, 2)
 
 
-def load_training_data(
-    reader: InputReader, pairs: Path, cache: Path, hard_negatives: Path | None = None
-) -> TrainingData:
+def load_pair_dataset(reader: InputReader, pairs: Path, cache: Path, hard_negatives: Path | None = None) -> PairDataset:
     """Read everything that `pairs`/{train,validation} name, and nothing else.
 
     `cache`: where the table of features, or of pixels, is kept. `hard_negatives`: what was mined for these pairs.
@@ -169,7 +167,7 @@ def load_training_data(
     else:
         assert reader.encoder is not None
         table = PixelTable.build(notes.images, reader.encoder.architecture.preprocess, cache)
-    return TrainingData(reader.processor, notes.tokens, notes.image_ids, table, train, validation, hard_negatives)
+    return PairDataset(reader.processor, notes.tokens, notes.image_ids, table, train, validation, hard_negatives)
 
 
 def model_cache(config: Config) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor
 from notellm2_core.config.methods import InputKind
 from notellm2_core.notes.processor import NoteBatch
 from notellm2_core.runtime.prefetch import Prefetcher
-from notellm2_core.training.data.dataset import TrainingData
+from notellm2_core.training.data.dataset import PairDataset
 
 
 def plan(num_tokens: np.ndarray, num_ranks: int, max_tokens: int | None = None) -> list[list[np.ndarray]]:
@@ -85,7 +85,7 @@ class Share:
 
 
 def share_out(
-    data: TrainingData,
+    data: PairDataset,
     rows: np.ndarray,
     inputs: Sequence[InputKind],
     max_tokens: int | None,

@@ -8,7 +8,7 @@ import numpy as np
 from notellm2_core.notes.processor import FieldTokens
 
 
-class SameNotes:
+class PositiveIndex:
     """Notes that cannot be told apart by what is read of them are one; relations are those of all of them."""
 
     def __init__(self, content: np.ndarray, pairs: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from notellm2_core.config.methods import get_method
 from notellm2_core.config.settings import Config
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.training.data.dataset import TrainingData
+from notellm2_core.training.data.dataset import PairDataset
 from notellm2_core.training.data.micro_batches import plan
 from notellm2_core.training.engine.deepspeed import Precision
 from notellm2_core.training.objective.views import TrainingStep
@@ -21,7 +21,7 @@ _WORTH_IT = 0.9  # bf16 must take less than this share of fp32's time, so that a
 
 def choose_precision(
     model: MLRMModel,
-    data: TrainingData,
+    data: PairDataset,
     pairs: np.ndarray,
     config: Config,
     device: torch.device,

@@ -17,7 +17,7 @@ _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, 
                "L40S": 362e12, "L4": 121e12, "A10": 125e12, "V100": 125e12}  # fmt: skip
 
 
-class Speed:
+class Throughput:
     """Figures of the steps on one kind of device."""
 
     def __init__(self, model: MLRMModel, device: torch.device, num_ranks: int) -> None:

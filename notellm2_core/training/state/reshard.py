@@ -18,7 +18,7 @@ from torch.nn import functional
 from notellm2_core.runtime.processes import die_with_parent
 
 
-def load_moved(engine: Any, checkpoints: Path, step: int, idle_step: Callable[[], None]) -> None:
+def load_resharded(engine: Any, checkpoints: Path, step: int, idle_step: Callable[[], None]) -> None:
     """Trained weights and the optimiser's state of `checkpoints`/step-N into `engine`; frozen weights stay.
 
     `idle_step`: a whole step with learning rates of 0. It makes the optimiser's state, and then carries the fp32

@@ -48,7 +48,7 @@ def _locked(file: TextIO) -> bool:
     return True
 
 
-def open_work(work: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def open_run(work: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The run.json of this work folder; {} for a new one.
 
     Raises ValueError, naming the first difference, where the folder holds a training with other settings: its

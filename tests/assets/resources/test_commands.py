@@ -34,7 +34,7 @@ def test_a_users_error_is_its_sentence(tmp_path: Path, launcher: list[str]) -> N
     """Through a launcher too, which ends with other words and another exit code."""
     script = tmp_path / "command.py"
     script.write_text(
-        "from notellm2_core.runtime.errors import one_line_errors\nwith one_line_errors(): raise ValueError('set x')"
+        "from notellm2_core.runtime.errors import user_errors\nwith user_errors(): raise ValueError('set x')"
     )
     failure = _failure(_step(tmp_path, [sys.executable, *launcher, str(script)]))
     assert failure is not None and failure.description == "set x"

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from assets.logs import events, notes, raw_events_asset
+from assets.logs import interactions, notes, raw_events_asset
 from assets.pairs import cooccurrence
 from assets.resources.incremental import _groups
 from assets.resources.partitions import log_partitions
@@ -42,21 +42,21 @@ def write_week(source: Path, week: int) -> None:
 
 def materialize(workplace: Workplace) -> None:
     """The steps up to the scores, in this process and its Spark session."""
-    partitions = log_partitions(workplace.recipe.config.source)
+    partitions = log_partitions(workplace.catalog.config.source)
     dg.materialize(
-        [raw_events_asset(partitions), notes, events, cooccurrence],
+        [raw_events_asset(partitions), notes, interactions, cooccurrence],
         resources={"pipeline": Pipeline(config_path=str(workplace.config))},
         partition_key=partitions.get_first_partition_key(),
     )
 
 
 def parts(lake: Lake) -> dict[str, int]:
-    return {name: len(lake.datasets(name)) for name in ("landing", "period")}
+    return {name: len(lake.datasets(name)) for name in ("ingestion", "partition")}
 
 
 def scores(workplace: Workplace) -> dict[str, str]:
     """The bytes of every file of scores. (Spark's own files may name their encodings in another order.)"""
-    dataset = workplace.recipe.dataset("cooccurrence")
+    dataset = workplace.catalog.dataset("cooccurrence")
     return {file: sha256_of(dataset.path / file) for file in dataset.manifest.files if "clicks" not in file}
 
 
@@ -70,31 +70,31 @@ def test_a_new_week_alone_is_read(spark: SparkSession, tmp_path: Path) -> None:
     for week in range(3):
         write_week(source, week)
     sliding = make_workplace(tmp_path / "sliding", CHANGES | {"source.path": str(source)})
-    lake = sliding.recipe.lake
+    lake = sliding.catalog.lake
     materialize(sliding)
-    assert parts(lake) == {"landing": 3, "period": 3}
+    assert parts(lake) == {"ingestion": 3, "partition": 3}
     before = scores(sliding)
 
     write_week(source, 3)
-    (source / "events" / "week0.parquet").unlink()  # its companions stay landed
+    (source / "events" / "week0.parquet").unlink()  # its companions stay ingested
     materialize(sliding)
-    assert parts(lake) == {"landing": 4, "period": 4}
-    assert list(lake.datasets("landing")[-1].manifest.settings["files"]) == ["events/week3.parquet"]
-    figures = sliding.recipe.dataset("events").manifest.metrics
+    assert parts(lake) == {"ingestion": 4, "partition": 4}
+    assert list(lake.datasets("ingestion")[-1].manifest.settings["files"]) == ["events/week3.parquet"]
+    figures = sliding.catalog.dataset("interactions").manifest.metrics
     assert figures["robots"] == 2 and figures["dropped"]["unknown_note"] > 0
     after = scores(sliding)
     assert before != after
 
     fresh = make_workplace(tmp_path / "fresh", CHANGES | {"source.path": str(source)})
     materialize(fresh)
-    assert parts(fresh.recipe.lake) == {"landing": 3, "period": 3}
+    assert parts(fresh.catalog.lake) == {"ingestion": 3, "partition": 3}
     assert scores(fresh) == after
-    assert fresh.recipe.dataset("events").manifest.metrics == figures
+    assert fresh.catalog.dataset("interactions").manifest.metrics == figures
 
 
 @pytest.mark.parametrize(("num_files", "sizes"), [(0, []), (3, [1, 1, 1]), (64, [1] * 64), (65, [2] * 32 + [1])])
 def test_groups(num_files: int, sizes: list[int]) -> None:
-    """One file is a landing by itself, unless that would make more than 64."""
+    """One file is a ingestion by itself, unless that would make more than 64."""
     files = [f"events/{i:02d}.parquet" for i in range(num_files)]
     groups = _groups([files] if files else [])
     assert [len(g) for g in groups] == sizes and [f for g in groups for f in g] == files

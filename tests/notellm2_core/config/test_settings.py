@@ -11,7 +11,7 @@ from notellm2_core.config.methods import METHODS
 from notellm2_core.config.model import ModelSettings
 from notellm2_core.config.settings import Config
 from notellm2_core.config.training import PARTS
-from notellm2_core.config.unused import without_effect
+from notellm2_core.config.unused import unused_settings
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
 
@@ -19,7 +19,7 @@ CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_configuration_loads(path: Path) -> None:
     config = load_config(path)
-    assert config.name == path.stem and without_effect(config) == []
+    assert config.name == path.stem and unused_settings(config) == []
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.startswith("paper_")], ids=lambda p: p.stem)
@@ -40,15 +40,20 @@ def test_the_defaults_are_the_papers(path: Path) -> None:
     )  # fmt: skip
     assert (config.window.train_days, config.window.test_days, config.split.validation_share) == (14, 7, 0.1)
     assert (config.model.connector.num_queries, config.model.projection_dim, config.model.temperature) == (16, 64, 3)
-    start = config.model.start
+    start = config.model.init
     assert (start.pca_projector, start.fusion_scale, start.gate_bias, start.visual_token_gain) == (False, None, 0, None)
-    assert (config.model.lora, config.model.matryoshka_dims, config.training.parts) == (None, (), None)
+    assert (config.model.lora, config.model.matryoshka_dims, config.training.trainable) == (None, (), None)
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("training: {num_step: 3}", "training.num_step: no such setting"),
+        ("training: {num_step: 3}", "training.num_step: no such setting$"),
+        ("training: {parts: [llm]}", "training.parts: no such setting; it is called training.trainable now"),
+        (
+            "model: {llm: {name: tiny}, start: {gate_bias: 1}}",
+            "model.start: no such setting; it is called model.init now",
+        ),
         ("training: {num_steps: many}", "training.num_steps"),
         ("pairs: {low: 3, up: 1}", "low = 3.0 is above up = 1.0"),
         ("pairs: {bounds: quantile, low: 0.1, up: 30}", "shares in"),
@@ -71,8 +76,11 @@ def test_the_defaults_are_the_papers(path: Path) -> None:
         ),
         ("source: {ignored_events: [share, click]}", "click is in ignored_events and in"),
         ("evaluation: {saliency_pairs: 1}", "a single pair has no negatives"),
-        ("training: {parts: []}", "training.parts: Tuple should have at least 1 item"),
-        ("training: {parts: [llm, words]}", "training.parts.1: Input should be 'llm', 'word_embeddings', 'connector'"),
+        ("training: {trainable: []}", "training.trainable: Tuple should have at least 1 item"),
+        (
+            "training: {trainable: [llm, words]}",
+            "training.trainable.1: Input should be 'llm', 'word_embeddings', 'connector'",
+        ),
         ("model: {llm: {name: tiny}, lora: {rank: 0}}", "model.lora.rank: Input should be greater than 0"),
         ("model: {llm: {name: tiny}, lora: {ranks: 8}}", "model.lora.ranks: no such setting"),
         ("model: {llm: {name: tiny}, temperature: 5}", "model.temperature: Input should be less than or equal to 4.6"),
@@ -119,12 +127,12 @@ def test_what_a_method_does_not_read(method: str) -> None:
     switches = METHODS[method]
     config = Config(
         name="c",
-        model={"llm": {"name": "tiny"}, "method": method, "start": {"gate_bias": -1, "visual_token_gain": 1}},
+        model={"llm": {"name": "tiny"}, "method": method, "init": {"gate_bias": -1, "visual_token_gain": 1}},
         training={"alpha": 3},
     )
-    idle = {sentence.split()[0] for sentence in without_effect(config)}
-    assert ("model.start.gate_bias" in idle) == (not switches.late_fusion)
-    assert ("model.start.visual_token_gain" in idle) == (not switches.visual_prompt)
+    idle = {sentence.split()[0] for sentence in unused_settings(config)}
+    assert ("model.init.gate_bias" in idle) == (not switches.late_fusion)
+    assert ("model.init.visual_token_gain" in idle) == (not switches.visual_prompt)
     assert ("training.alpha" in idle) == ("visual" not in switches.losses)
 
 
@@ -133,42 +141,44 @@ def test_sizes_of_a_connector_that_is_none() -> None:
     sizes = {"num_layers": 2, "hidden_size": 96, "num_heads": 4}
     for method, cause in (("basic", "model.connector.kind = linear"), ("only_late_fusion", "model.method = only_late")):
         connector = {"kind": "linear" if method == "basic" else "qformer", **sizes}
-        model = {"llm": {"name": "tiny"}, "method": method, "connector": connector, "start": {"num_pca_notes": 9}}
-        told = without_effect(Config(name="c", model=model))  # type: ignore[arg-type]
+        model = {"llm": {"name": "tiny"}, "method": method, "connector": connector, "init": {"num_pca_notes": 9}}
+        told = unused_settings(Config(name="c", model=model))  # type: ignore[arg-type]
         assert [t.split()[0].rpartition(".")[2] for t in told] == ["num_pca_notes", *sizes]
         assert all(cause in t for t in told[1:])
 
 
 def test_a_setting_without_effect_is_told(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    start = "model: {llm: {name: tiny}, method: basic, start: {gate_bias: -1}}"
+    start = "model: {llm: {name: tiny}, method: basic, init: {gate_bias: -1}}"
     training = "training: {hard_negatives: {model: earlier}}"
     path.write_text(f"name: c\nsplit: {{pool_share: 0.2}}\n{start}\n{training}\n")
-    assert without_effect(load_config(path)) == [
+    assert unused_settings(load_config(path)) == [
         "split.pool_share has no effect with split.by = time",
-        "model.start.gate_bias has no effect with model.method = basic",
+        "model.init.gate_bias has no effect with model.method = basic",
         "training.hard_negatives.model has no effect with training.hard_negatives.num = 0",
     ]
 
 
 def test_which_parts_are_trained() -> None:
     """All; with LoRA all but the word embeddings; what is named, in one order and once."""
-    assert load_config(CONFIGS[0], {"training.parts": None}).trained_parts == PARTS
-    with_lora = load_config(CONFIGS[0], {"training.parts": None, "model.lora": {}})
-    assert with_lora.trained_parts == tuple(part for part in PARTS if part != "word_embeddings")
-    named = load_config(CONFIGS[0], {"training.parts": ["projector", "word_embeddings", "projector"], "model.lora": {}})
-    assert named.trained_parts == named.training.parts == ("word_embeddings", "projector")
+    assert load_config(CONFIGS[0], {"training.trainable": None}).trainable_parts == PARTS
+    with_lora = load_config(CONFIGS[0], {"training.trainable": None, "model.lora": {}})
+    assert with_lora.trainable_parts == tuple(part for part in PARTS if part != "word_embeddings")
+    named = load_config(
+        CONFIGS[0], {"training.trainable": ["projector", "word_embeddings", "projector"], "model.lora": {}}
+    )
+    assert named.trainable_parts == named.training.trainable == ("word_embeddings", "projector")
 
 
 def test_parts_without_effect_are_told() -> None:
-    parts = {"training.parts": ["connector", "fusion"], "training.temperature_learning_rate": 1e-3}
-    config = load_config(CONFIGS[0], {"model.method": "basic", "model.start": {}, "model.lora": {}, **parts})
-    assert without_effect(config) == [
-        "model.lora has no effect with training.parts without llm",
-        "training.temperature_learning_rate has no effect with training.parts without temperature",
-        "fusion in training.parts has no effect with model.method = basic",
+    parts = {"training.trainable": ["connector", "fusion"], "training.temperature_learning_rate": 1e-3}
+    config = load_config(CONFIGS[0], {"model.method": "basic", "model.init": {}, "model.lora": {}, **parts})
+    assert unused_settings(config) == [
+        "model.lora has no effect with training.trainable without llm",
+        "training.temperature_learning_rate has no effect with training.trainable without temperature",
+        "fusion in training.trainable has no effect with model.method = basic",
     ]
-    rates = {"training.parts": ["llm"], "training.temperature_learning_rate": None}
-    assert without_effect(load_config(CONFIGS[0], rates)) == [
-        "training.new_module_learning_rate has no effect with training.parts without connector, fusion, projector"
+    rates = {"training.trainable": ["llm"], "training.temperature_learning_rate": None}
+    assert unused_settings(load_config(CONFIGS[0], rates)) == [
+        "training.new_module_learning_rate has no effect with training.trainable without connector, fusion, projector"
     ]

@@ -11,7 +11,7 @@ import pytest
 
 from notellm2_core import schema
 from notellm2_core.embeddings.shards import EmbeddingKey, plan_shards, write_shard, write_shards
-from notellm2_core.embeddings.table import mean_cosine, read_embeddings, read_note_ids, shortened
+from notellm2_core.embeddings.table import mean_cosine, read_embeddings, read_note_ids, truncate_dims
 
 
 def unit(n: int, d: int = 4, seed: int = 0) -> np.ndarray:
@@ -145,7 +145,7 @@ def test_mean_cosine_of_opposite_halves() -> None:
 def test_shortened_vectors_are_of_unit_length_again() -> None:
     """The first two numbers of (0.6, 0.48, 0.64) have the direction of (5, 4)."""
     vectors = np.array([[0.6, 0.48, 0.64]], dtype=np.float32)
-    np.testing.assert_allclose(shortened(vectors, 2), np.array([[5, 4]]) / np.sqrt(41), rtol=1e-6)
-    assert shortened(vectors, None) is vectors
+    np.testing.assert_allclose(truncate_dims(vectors, 2), np.array([[5, 4]]) / np.sqrt(41), rtol=1e-6)
+    assert truncate_dims(vectors, None) is vectors
     with pytest.raises(ValueError, match="dim = 4 must be between 1 and the model's 3"):
-        shortened(vectors, 4)
+        truncate_dims(vectors, 4)

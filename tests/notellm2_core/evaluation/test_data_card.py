@@ -19,7 +19,7 @@ NOTES = [
 MANIFESTS = {
     "raw_events": {"first_day": "2024-01-01", "covered_until": "2024-01-21", "rows": 1234},
     "notes": {"dropped": {"empty_note": 2}},
-    "events": {
+    "interactions": {
         "dropped": {"robot": 3},
         **{s: {"events": 40, "views": 30, "clicks": 10, "users": 5, "notes": 4} for s in ("train", "test")},
     },

@@ -8,7 +8,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from notellm2_core.embeddings.table import shortened
+from notellm2_core.embeddings.table import truncate_dims
 from notellm2_core.inference.embedder import Embedder
 from notellm2_core.inference.package import package
 from notellm2_core.inference.sentence_transformer import sentence_transformer
@@ -71,7 +71,7 @@ def test_similarity_and_fewer_dimensions(
     assert short.get_embedding_dimension() == 4
     np.testing.assert_allclose(short.encode(release.notes), vectors[:, :4], atol=2e-6)
     unit = short.encode(release.notes, normalize_embeddings=True)
-    np.testing.assert_allclose(unit, shortened(vectors, 4), atol=1e-5)
+    np.testing.assert_allclose(unit, truncate_dims(vectors, 4), atol=1e-5)
 
 
 def test_an_evaluator_finds_each_text_first(model: SentenceTransformer) -> None:

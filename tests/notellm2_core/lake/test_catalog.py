@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 
 from notellm2_core.config.load import load_config
-from notellm2_core.lake.catalog import MissingDataset, Recipe
+from notellm2_core.lake.catalog import Catalog, MissingDataset
 from notellm2_core.lake.lineage import STAGES
 from notellm2_core.lake.window import first_day_of_week, last_complete_week_end
 
 TINY = Path("pipelines/configs/tiny.yaml")
 
 
-def _recipe(lake: Path, **overrides: object) -> Recipe:
+def _catalog(lake: Path, **overrides: object) -> Catalog:
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
-    return Recipe(load_config(TINY, {"lake": str(lake), "window.end": "2025-01-26", **changes}))
+    return Catalog(load_config(TINY, {"lake": str(lake), "window.end": "2025-01-26", **changes}))
 
 
-def _changed(a: Recipe, b: Recipe) -> set[str]:
+def _changed(a: Catalog, b: Catalog) -> set[str]:
     return {name for name in STAGES if a.fingerprint(name) != b.fingerprint(name)}
 
 
@@ -31,33 +31,33 @@ def _downstream(*names: str) -> set[str]:
 
 
 def test_a_setting_changes_its_stage_and_all_after_it_and_nothing_else(tmp_path: Path) -> None:
-    base = _recipe(tmp_path)
-    assert _changed(base, _recipe(tmp_path)) == set()
-    assert _changed(base, _recipe(tmp_path, pairs__top_t=5)) == _downstream("related_pairs")
-    assert _changed(base, _recipe(tmp_path, training__alpha=3)) == _downstream("checkpoint")
-    assert _changed(base, _recipe(tmp_path, training__parts=["llm"])) == _downstream("checkpoint")
-    assert _changed(base, _recipe(tmp_path, model__lora={"rank": 4})) == _downstream("checkpoint")  # not the start
+    base = _catalog(tmp_path)
+    assert _changed(base, _catalog(tmp_path)) == set()
+    assert _changed(base, _catalog(tmp_path, pairs__top_t=5)) == _downstream("related_pairs")
+    assert _changed(base, _catalog(tmp_path, training__alpha=3)) == _downstream("checkpoint")
+    assert _changed(base, _catalog(tmp_path, training__trainable=["llm"])) == _downstream("checkpoint")
+    assert _changed(base, _catalog(tmp_path, model__lora={"rank": 4})) == _downstream("checkpoint")  # not the start
     less_memory = {"training__micro_batch_tokens": 99, "training__gradient_checkpointing": True}
-    assert _changed(base, _recipe(tmp_path, **less_memory)) == set()  # a training goes on with them
-    assert _changed(base, _recipe(tmp_path, index__factory="HNSW8")) == _downstream("faiss_index")
-    assert _changed(base, _recipe(tmp_path, window__end="2025-01-19")) == _downstream("events")
-    assert _changed(base, _recipe(tmp_path, spark__driver_memory="3g")) == set()
+    assert _changed(base, _catalog(tmp_path, **less_memory)) == set()  # a training goes on with them
+    assert _changed(base, _catalog(tmp_path, index__factory="HNSW8")) == _downstream("faiss_index")
+    assert _changed(base, _catalog(tmp_path, window__end="2025-01-19")) == _downstream("interactions")
+    assert _changed(base, _catalog(tmp_path, spark__driver_memory="3g")) == set()
 
 
 def test_without_hard_negatives_a_training_does_not_hang_on_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def known(num: int) -> dict[str, str]:
-        recipe = _recipe(tmp_path, training__hard_negatives__num=num)
-        return {name: recipe.fingerprint(name) for name in STAGES}
+        catalog = _catalog(tmp_path, training__hard_negatives__num=num)
+        return {name: catalog.fingerprint(name) for name in STAGES}
 
     before, before_with_some = known(0), known(1)
-    monkeypatch.setitem(STAGES, "start_model", replace(STAGES["start_model"], version=99))  # type: ignore[arg-type]
+    monkeypatch.setitem(STAGES, "initial_model", replace(STAGES["initial_model"], version=99))  # type: ignore[arg-type]
     assert {name for name, of in known(0).items() if of != before[name]} == {
-        "start_model", "start_embeddings", "eval_recall"
+        "initial_model", "initial_embeddings", "eval_recall"
     }  # fmt: skip
-    assert {name for name, of in known(1).items() if of != before_with_some[name]} == _downstream("start_model")
-    assert _recipe(tmp_path, training__hard_negatives__num=0).inputs("hard_negatives") == {}
+    assert {name for name, of in known(1).items() if of != before_with_some[name]} == _downstream("initial_model")
+    assert _catalog(tmp_path, training__hard_negatives__num=0).inputs("hard_negatives") == {}
 
 
 def test_another_source_changes_everything(tmp_path: Path) -> None:
@@ -65,11 +65,11 @@ def test_another_source_changes_everything(tmp_path: Path) -> None:
     source.mkdir()
     (source / "notes.parquet").write_text("a")
     (source / "events.csv").write_text("a")
-    before = _recipe(tmp_path, source__path=str(source))
+    before = _catalog(tmp_path, source__path=str(source))
     before_all = {name: before.fingerprint(name) for name in STAGES}
     (source / "notes.parquet").write_text("ab")
     (source / "events.csv").write_text("ab")
-    after = _recipe(tmp_path, source__path=str(source))
+    after = _catalog(tmp_path, source__path=str(source))
     assert all(after.fingerprint(name) != before_all[name] for name in STAGES)
 
 
@@ -79,22 +79,22 @@ def test_new_events_leave_the_notes_as_they_are_and_a_run_sees_what_it_saw_first
     (source / "notes.parquet").write_text("a")
     (source / "gone.jpg").symlink_to("nowhere")
 
-    def recipe(run_id: str | None = None) -> Recipe:
-        config = _recipe(tmp_path / "lake", source__path=str(source)).config
-        return Recipe(config, run_id=run_id)
+    def catalog(run_id: str | None = None) -> Catalog:
+        config = _catalog(tmp_path / "lake", source__path=str(source)).config
+        return Catalog(config, run_id=run_id)
 
-    before, in_run = recipe(), recipe("run-1")
+    before, in_run = catalog(), catalog("run-1")
     assert before.fingerprint("raw_events") == in_run.fingerprint("raw_events")
     assert _changed(before, in_run) == set()
     (source / "events" / "part-1.parquet").write_text("new")
-    assert _changed(before, recipe()) == _downstream("raw_events")
-    assert _changed(before, recipe("run-1")) == set()
-    assert _changed(before, recipe("run-2")) == _downstream("raw_events")
+    assert _changed(before, catalog()) == _downstream("raw_events")
+    assert _changed(before, catalog("run-1")) == set()
+    assert _changed(before, catalog("run-2")) == _downstream("raw_events")
 
 
 def test_a_configuration_without_any_source_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the configuration tiny has no source: set source.path, or SOURCE="):
-        _recipe(tmp_path, source__demo=None).fingerprint("notes")
+        _catalog(tmp_path, source__demo=None).fingerprint("notes")
 
 
 def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> None:
@@ -104,10 +104,10 @@ def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> No
     (llm / "model.safetensors").write_text("a")
     vision.write_text("a")
     changes = {"model__llm__name": str(llm), "model__vision__pretrained": str(vision)}
-    before = {name: _recipe(tmp_path, **changes).fingerprint(name) for name in STAGES}
+    before = {name: _catalog(tmp_path, **changes).fingerprint(name) for name in STAGES}
 
     def changed() -> set[str]:
-        return {n for n in STAGES if _recipe(tmp_path, **changes).fingerprint(n) != before[n]}
+        return {n for n in STAGES if _catalog(tmp_path, **changes).fingerprint(n) != before[n]}
 
     assert changed() == set()
     (llm / "model.safetensors").write_text("ab")
@@ -115,18 +115,18 @@ def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> No
     vision.write_text("ab")
     assert changed() == _downstream("vision_features", "note_tokens")
     by_name = {"model__vision__library": "transformers", "model__vision__name": str(llm)}  # its folder is its name
-    before = {name: _recipe(tmp_path, **(changes := by_name)).fingerprint(name) for name in STAGES}
+    before = {name: _catalog(tmp_path, **(changes := by_name)).fingerprint(name) for name in STAGES}
     (llm / "model.safetensors").write_text("abc")
     assert changed() == _downstream("vision_features")
-    assert "weights" not in _recipe(tmp_path, model__llm__name="org/name").settings("checkpoint")
-    assert _recipe(tmp_path, model__llm__name="package:smollm2").settings("checkpoint")["weights"]["model.llm"]
+    assert "weights" not in _catalog(tmp_path, model__llm__name="org/name").settings("checkpoint")
+    assert _catalog(tmp_path, model__llm__name="package:smollm2").settings("checkpoint")["weights"]["model.llm"]
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(MissingDataset, match="^note_embeddings has not been made yet .* run: make recall"):
-        _recipe(tmp_path).inputs("eval_recall")
+        _catalog(tmp_path).inputs("eval_recall")
     with pytest.raises(ValueError, match=r"source.path .*/nowhere is not a folder"):
-        _recipe(tmp_path, source__path=str(tmp_path / "nowhere")).fingerprint("notes")
+        _catalog(tmp_path, source__path=str(tmp_path / "nowhere")).fingerprint("notes")
 
 
 def test_weeks_run_from_sunday_and_only_a_covered_week_is_complete() -> None:
@@ -140,10 +140,19 @@ def test_weeks_run_from_sunday_and_only_a_covered_week_is_complete() -> None:
 
 def test_windows(tmp_path: Path) -> None:
     """Test days last, training days before them; a named week ends the window with its Saturday."""
-    window = _recipe(tmp_path).window
+    window = _catalog(tmp_path).window
     assert (window.test.start, window.test.end) == (date(2025, 1, 19), date(2025, 1, 26))
     assert (window.train.start, window.train.end) == (date(2025, 1, 5), date(2025, 1, 19))
-    named = Recipe(load_config(TINY, {"lake": str(tmp_path)}), week=date(2025, 1, 15)).window
+    named = Catalog(load_config(TINY, {"lake": str(tmp_path)}), week=date(2025, 1, 15)).window
     assert named.test.end == date(2025, 1, 19)
-    one = Recipe(load_config(TINY, {"window.end": "2025-01-26", "window.test_days": None, "split.by": "hash"})).window
+    one = Catalog(load_config(TINY, {"window.end": "2025-01-26", "window.test_days": None, "split.by": "hash"})).window
     assert one.train == one.test
+
+
+def test_datasets_of_earlier_names_in_a_lake_are_named_in_one_sentence(tmp_path: Path) -> None:
+    assert _catalog(tmp_path).warnings() == []
+    (tmp_path / "events" / "0123").mkdir(parents=True)
+    (tmp_path / "start_model").mkdir()
+    (sentence,) = _catalog(tmp_path).warnings()
+    assert sentence.endswith("not read: events (interactions now), start_model (initial_model now)")
+    assert str(tmp_path) in sentence and "\n" not in sentence

@@ -46,7 +46,7 @@ def test_what_is_trained() -> None:
     config = Config(
         name="t",
         model=config.model.model_dump() | {"lora": {"rank": 2}},
-        training={"parts": ["llm", "connector", "projector"]},
+        training={"trainable": ["llm", "connector", "projector"]},
     )
     parameters = describe(config)["parameters"]
     adapters = 2 * 2 * (2 * 128 + 2 * 96 + 3 * 192)

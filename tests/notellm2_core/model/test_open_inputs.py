@@ -15,7 +15,7 @@ from notellm2_core.notes.token_store import TOKENS, read_tokens
 from notellm2_core.training.state.save import save_model
 from notellm2_core.vision.encoder import VisionEncoder
 from notellm2_core.vision.feature_store import FeatureStore
-from notellm2_core.vision.note_images import LakePictures
+from notellm2_core.vision.note_images import NoteImages
 from tests.support.world import World, tiny_config, write_world
 
 NOTES = ["n004", "n005", "n006"]  # the second has no picture
@@ -53,7 +53,7 @@ def test_pictures_on_demand(world: World, processor: MLRMProcessor) -> None:
     encoder = VisionEncoder.from_pretrained(world.inputs.vision)
     inputs = replace(world.with_pictures, store=world.path("nowhere"))
     notes = InputReader(processor, inputs, encoder).open(NOTES)
-    assert isinstance(notes.images, LakePictures)
+    assert isinstance(notes.images, NoteImages)
     assert notes.images.image_ids == [notes.image_ids["n004"], notes.image_ids["n006"]]
     assert all(notes.images.read(notes.images.image_ids))
     with pytest.raises(ValueError, match=r"say where the pictures are \(--pictures NOTES SOURCE\)"):

@@ -1,4 +1,4 @@
-"""What `training.parts` and `model.lora` leave trainable."""
+"""What `training.trainable` and `model.lora` leave trainable."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tests.support.tiny_model import tiny_config
 
 def made(parts: list[str] | None = None, lora: dict[str, Any] | None = None, method: str = "notellm2") -> MLRMModel:
     tree = tiny_config(method).model_dump()
-    tree["model"]["lora"], tree["training"]["parts"] = lora, parts
+    tree["model"]["lora"], tree["training"]["trainable"] = lora, parts
     config = Config(**tree)
     model, _ = build_model(config, Path("unused"))
     set_trained(model, config)
@@ -65,7 +65,9 @@ def test_lora_and_parts_together() -> None:
 
 
 def test_training_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match="training.parts = fusion leaves nothing to train with model.method = basic"):
+    with pytest.raises(
+        ValueError, match="training.trainable = fusion leaves nothing to train with model.method = basic"
+    ):
         made(["fusion"], method="basic")
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from notellm2_core.notes.inputs import NoteInputs, PictureFolders
+from notellm2_core.notes.inputs import ImageFolders, NoteInputs
 
-PICTURES = PictureFolders(Path("lake/notes"), Path("source"))
+PICTURES = ImageFolders(Path("lake/notes"), Path("source"))
 
 
 @pytest.mark.parametrize("pictures", [None, PICTURES])
-def test_options_and_back(pictures: PictureFolders | None) -> None:
+def test_options_and_back(pictures: ImageFolders | None) -> None:
     parser = ArgumentParser()
     NoteInputs.add_arguments(parser)
     inputs = NoteInputs(Path("a notes folder"), Path("images"), Path("store"), pictures)

@@ -38,7 +38,7 @@ def write_world(
     if groups is not None:
         (root / "sides").mkdir()
         sides = [{"note_id": n, "side": "train", "group_id": g, "in_train_days": True} for n, g in groups.items()]
-        pq.write_table(pa.Table.from_pylist(sides, schema=schema.NOTE_SIDES), root / "sides" / "0.parquet")
+        pq.write_table(pa.Table.from_pylist(sides, schema=schema.NOTE_SPLIT), root / "sides" / "0.parquet")
 
 
 def rows_of(out: Path) -> list[tuple[str, str, int]]:

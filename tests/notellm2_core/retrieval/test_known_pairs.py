@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from notellm2_core.retrieval.known_pairs import read_relations
+from notellm2_core.retrieval.known_pairs import read_known_pairs
 
 
 def _write(path: Path, columns: dict[str, list[str]]) -> None:
@@ -32,7 +32,7 @@ def test_pairs_in_both_directions_and_groups(root: Path) -> None:
     A note is its own near-duplicate.
     """
     everyone = np.tile(np.arange(5), (5, 1))
-    alone = read_relations(root / "pairs")
+    alone = read_known_pairs(root / "pairs")
     assert (alone.note_ids.to_pylist(), alone.num_train) == (["a", "c", "d", "b", "y"], 3)
     known = np.array([[0, 1, 1, 0, 0],
                       [1, 0, 0, 0, 0],
@@ -41,7 +41,7 @@ def test_pairs_in_both_directions_and_groups(root: Path) -> None:
                       [0, 0, 0, 1, 0]], dtype=bool)  # fmt: skip
     assert (alone.known(np.arange(5), everyone) == known).all()
     assert (alone.near(np.arange(5), everyone) == (known | np.eye(5, dtype=bool))).all()  # each its own group
-    grouped = read_relations(root / "pairs", root / "sides")
+    grouped = read_known_pairs(root / "pairs", root / "sides")
     assert (grouped.known(np.arange(5), everyone) == known).all()
     near = np.array([[1, 1, 1, 1, 0],
                      [1, 1, 0, 0, 0],
@@ -53,21 +53,21 @@ def test_pairs_in_both_directions_and_groups(root: Path) -> None:
 
 def test_no_validation_is_fine(root: Path) -> None:
     (root / "pairs" / "validation" / "0.parquet").unlink()
-    assert read_relations(root / "pairs").note_ids.to_pylist() == ["a", "c", "d"]
+    assert read_known_pairs(root / "pairs").note_ids.to_pylist() == ["a", "c", "d"]
 
 
 def test_errors(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"empty/train holds no training pairs"):
-        read_relations(tmp_path / "empty")
+        read_known_pairs(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"empty holds no sides"):
-        read_relations(root / "pairs", tmp_path / "empty")
+        read_known_pairs(root / "pairs", tmp_path / "empty")
     _write(root / "sides" / "0.parquet", {"note_id": ["a", "c", "y"], "group_id": ["a", "c", "y"]})
     with pytest.raises(ValueError, match=r"2 notes of the pairs are not in .*sides \(the first is 'd'\)"):
-        read_relations(root / "pairs", root / "sides")
+        read_known_pairs(root / "pairs", root / "sides")
     _write(root / "pairs" / "train" / "0.parquet", {"note_id": ["a"]})
     (root / "pairs" / "train" / "1.parquet").unlink()
     with pytest.raises(ValueError, match=r"train lacks the columns \['query_id', 'target_id'\], it has \['note_id'\]"):
-        read_relations(root / "pairs")
+        read_known_pairs(root / "pairs")
     _write(root / "pairs" / "train" / "0.parquet", {"query_id": [], "target_id": []})
     with pytest.raises(ValueError, match="holds no training pairs"):
-        read_relations(root / "pairs")
+        read_known_pairs(root / "pairs")

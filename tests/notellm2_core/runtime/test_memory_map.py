@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from notellm2_core.runtime.memory_map import mapped
+from notellm2_core.runtime.memory_map import memory_mapped
 
 
 def test_made_once_and_read_only(tmp_path: Path) -> None:
@@ -12,8 +12,8 @@ def test_made_once_and_read_only(tmp_path: Path) -> None:
     def fill(values: np.ndarray) -> None:
         values[:] = np.arange(6).reshape(3, 2)
 
-    first = mapped(path, (3, 2), np.float16, fill)
-    again = mapped(path, (3, 2), np.float16, lambda _: pytest.fail("it is there already"))
+    first = memory_mapped(path, (3, 2), np.float16, fill)
+    again = memory_mapped(path, (3, 2), np.float16, lambda _: pytest.fail("it is there already"))
     assert np.array_equal(first, again) and first.tolist() == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(ValueError, match="read-only"):
         again[0] = 1
@@ -24,12 +24,12 @@ def test_what_failed_leaves_nothing(tmp_path: Path) -> None:
         raise ValueError("a picture is gone")
 
     with pytest.raises(ValueError, match="a picture is gone"):
-        mapped(tmp_path / "table.npy", (3, 2), np.uint8, fill)
+        memory_mapped(tmp_path / "table.npy", (3, 2), np.uint8, fill)
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_to_map(tmp_path: Path) -> None:
-    assert mapped(tmp_path / "table.npy", (0, 2), np.uint8, lambda _: None).shape == (0, 2)
+    assert memory_mapped(tmp_path / "table.npy", (0, 2), np.uint8, lambda _: None).shape == (0, 2)
 
 
 @pytest.mark.parametrize("content", [b"", b"no array", None])
@@ -39,4 +39,4 @@ def test_damaged_or_of_another_shape(content: bytes | None, tmp_path: Path) -> N
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"table.npy is damaged .*delete it"):
-        mapped(path, (3, 2), np.uint8, lambda _: None)
+        memory_mapped(path, (3, 2), np.uint8, lambda _: None)

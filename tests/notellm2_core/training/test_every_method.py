@@ -26,7 +26,7 @@ def test_trained_measured_exported_packaged(method: str, connector: str, world: 
     """
     switches, training = METHODS[method], {"num_steps": 2, "validate_every_steps": 2}
     sizes = {"kind": connector, "num_queries": 2, "num_layers": 1, "hidden_size": 16, "num_heads": 2}
-    config = tiny_config(training, method=method, connector=sizes, start=START, matryoshka_dims=(4,))
+    config = tiny_config(training, method=method, connector=sizes, init=START, matryoshka_dims=(4,))
     out = train(world, config, tmp_path)
     facts = json.loads((out / "training.json").read_text())
     assert np.isfinite([facts["loss_last"], facts["validation_loss"]]).all()

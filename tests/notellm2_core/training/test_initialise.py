@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.training.data.dataset import TrainingData
-from notellm2_core.training.initialise import apply_start, set_pca, spread
-from tests.support.world import World, tiny_config, training_data, write_config
+from notellm2_core.training.data.dataset import PairDataset
+from notellm2_core.training.initialise import initialise, set_pca, spread
+from tests.support.world import World, pair_dataset, tiny_config, write_config
 
 
 def mean_cosine(x: torch.Tensor) -> float:
@@ -59,11 +59,11 @@ def test_directions_that_are_noise_are_not_blown_up() -> None:
     assert projector.weight.norm(dim=1).sort(descending=True).values[:3].tolist() == pytest.approx([2, 1, 0], abs=0.3)
 
 
-def make(world: World, cache: Path, **start: object) -> tuple[MLRMModel, TrainingData]:
-    config = tiny_config(start=start)
+def make(world: World, cache: Path, **start: object) -> tuple[MLRMModel, PairDataset]:
+    config = tiny_config(init=start)
     model, processor = build_model(config, cache)
-    data = training_data(world, processor, cache)
-    apply_start(model, data, config)
+    data = pair_dataset(world, processor, cache)
+    initialise(model, data, config)
     return model, data
 
 
@@ -102,8 +102,8 @@ def test_visual_words_get_their_share_of_a_words_length(gain: float, world: Worl
 
 @pytest.mark.slow
 def test_the_command_saves_the_start(world: World, tmp_path: Path) -> None:
-    """The zero-shot row: a complete folder, the same weights as apply_start."""
-    config = write_config(tmp_path / "c.yaml", tiny_config(start={"pca_projector": True}))
+    """The zero-shot row: a complete folder, the same weights as initialise."""
+    config = write_config(tmp_path / "c.yaml", tiny_config(init={"pca_projector": True}))
     folders = [*world.inputs.arguments(), "--pairs", str(world.path("pairs"))]
     command = [sys.executable, "-m", "notellm2_core.training.initialise", "--config", str(config), *folders]
     command += ["--out", str(tmp_path / "out"), "--train-days", "2025-01-05", "2025-01-19"]

@@ -15,12 +15,12 @@ from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.saliency import Loss, Measurement
 from notellm2_core.notes.processor import MLRMProcessor, NoteBatch
 from notellm2_core.training import measure_saliency as saliency
-from notellm2_core.training.data.dataset import TrainingData
+from notellm2_core.training.data.dataset import PairDataset
 from notellm2_core.training.data.sampler import schedule
 from notellm2_core.training.measure_saliency import main, measure_on_training_pairs
 from notellm2_core.training.objective.losses import BatchLabels
 from notellm2_core.training.objective.views import TrainingStep, batch_losses
-from tests.support.world import World, tiny_config, training_data, write_config
+from tests.support.world import World, pair_dataset, tiny_config, write_config
 
 
 def config_with(num_pairs: int, method: str = "notellm2", alpha: float = 9.0) -> Config:
@@ -29,12 +29,12 @@ def config_with(num_pairs: int, method: str = "notellm2", alpha: float = 9.0) ->
     return config.model_copy(update={"evaluation": evaluation})
 
 
-def make(world: World, config: Config, cache: Path) -> tuple[MLRMModel, MLRMProcessor, TrainingData]:
+def make(world: World, config: Config, cache: Path) -> tuple[MLRMModel, MLRMProcessor, PairDataset]:
     model, processor = build_model(config, cache)
-    return model, processor, training_data(world, processor, cache)
+    return model, processor, pair_dataset(world, processor, cache)
 
 
-def seen_by(monkeypatch: pytest.MonkeyPatch, model: MLRMModel, data: TrainingData, config: Config) -> list:
+def seen_by(monkeypatch: pytest.MonkeyPatch, model: MLRMModel, data: PairDataset, config: Config) -> list:
     """The batches that `measure` is given, with the value of their loss."""
     seen: list[tuple[NoteBatch, float]] = []
 

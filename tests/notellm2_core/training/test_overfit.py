@@ -12,7 +12,7 @@ from torch.nn import functional
 from notellm2_core.config.methods import METHODS
 from notellm2_core.config.settings import Config
 from notellm2_core.model.build import load_model
-from tests.support.world import World, tiny_config, train, training_data, write_world
+from tests.support.world import World, pair_dataset, tiny_config, train, write_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
 SHORT = {"title_words": 3, "content_words": 1, "topic_words": 1}  # enough to be told apart by
@@ -36,7 +36,7 @@ def test_overfits_32_random_pairs(case: str, complete_world: World, tmp_path: Pa
     config = Config(**tiny_config(settings, **CASES[case]).model_dump() | {"text": SHORT})
     out = train(complete_world, config, tmp_path)
     model, processor = load_model(out)
-    data = training_data(complete_world, processor, tmp_path)
+    data = pair_dataset(complete_world, processor, tmp_path)
     with torch.no_grad():
         unit = functional.normalize(model(data.note_batch(data.train_notes)).multimodal, dim=-1)  # [64, d]
     query, target = torch.from_numpy(np.searchsorted(data.train_notes, data.train_pairs)).T

@@ -18,7 +18,7 @@ from notellm2_core.training.state.checkpoints import Checkpoints
 from notellm2_core.training.state.save import full_weights, plain_weights, save_model
 from notellm2_core.vision.encoder import VisionEncoder
 from notellm2_core.vision.feature_store import encoder_id
-from tests.support.world import World, tiny_config, train, training_data
+from tests.support.world import World, pair_dataset, tiny_config, train
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 # Large rates and a large decay: a frozen weight that took part in either would show it.
@@ -36,7 +36,7 @@ def start_of(config: Config, cache: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("frozen", PARTS)
 def test_a_frozen_part_stays_and_the_others_move(frozen: str, world: World, tmp_path: Path) -> None:
     """After three steps of the optimiser; the vision encoder beside the model is the one that there was."""
-    config = settings(parts=[part for part in PARTS if part != frozen])
+    config = settings(trainable=[part for part in PARTS if part != frozen])
     out = train(world, config, tmp_path)
     before, (model, _) = start_of(config, tmp_path), load_model(out)
     for part, parameters in parts_of(model).items():
@@ -49,7 +49,7 @@ def test_a_frozen_part_stays_and_the_others_move(frozen: str, world: World, tmp_
 
 def test_the_temperature_alone(world: World, tmp_path: Path) -> None:
     """No embedding asks for a gradient, also where the precision is measured first."""
-    config = settings(parts=["temperature"], precision="auto", zero_stage=3)
+    config = settings(trainable=["temperature"], precision="auto", zero_stage=3)
     before, (after, _) = start_of(config, tmp_path), load_model(train(world, config, tmp_path))
     assert [n for n, w in after.state_dict().items() if not torch.equal(w, before[n])] == ["tau"]
 
@@ -77,7 +77,7 @@ def test_merged_and_adapted_models_embed_alike(world: World, tmp_path: Path) -> 
             if is_adapter(name):
                 parameter.normal_(std=0.1)
     save_model(model, processor, world.inputs.vision, tmp_path / "out", config)
-    data = training_data(world, processor, tmp_path)
+    data = pair_dataset(world, processor, tmp_path)
     batch = data.note_batch(data.train_notes[:8])
     with torch.no_grad():
         adapted, merged = model(batch), load_model(tmp_path / "out")[0](batch)
@@ -116,8 +116,8 @@ def test_another_choice_of_parts_is_another_training(world: World, tmp_path: Pat
     (tmp_path / "out" / "training.json").unlink()
     with pytest.raises(ValueError, match="holds a training with model.lora.rank = 4, not 2"):
         train(world, settings({"rank": 2}, num_steps=1), tmp_path)
-    with pytest.raises(ValueError, match=r"training.parts = None, not \['llm', 'projector'\]"):
-        train(world, settings({"rank": 4}, num_steps=1, parts=["projector", "llm"]), tmp_path)
+    with pytest.raises(ValueError, match=r"training.trainable = None, not \['llm', 'projector'\]"):
+        train(world, settings({"rank": 4}, num_steps=1, trainable=["projector", "llm"]), tmp_path)
 
 
 def test_plain_weights_of_a_plain_model_are_its_weights(tmp_path: Path) -> None:

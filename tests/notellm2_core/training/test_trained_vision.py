@@ -25,8 +25,8 @@ def test_from_pictures_to_embeddings(world: World, tmp_path: Path, capfd: pytest
     """The saved encoder is another one, the export encodes with it what the Embedder does, saliency too; a frozen one
     stays what it was, and features of another are refused."""
     config = tiny_config(
-        {"num_steps": 3, "learning_rate": 1e-2, "parts": [*PARTS, "vision"], "precision": "auto"},
-        start={"pca_projector": True},
+        {"num_steps": 3, "learning_rate": 1e-2, "trainable": [*PARTS, "vision"], "precision": "auto"},
+        init={"pca_projector": True},
     )
     out = train(world, config, tmp_path)
     assert "every step encodes its pictures" in capfd.readouterr().err
@@ -64,7 +64,7 @@ def test_from_pictures_to_embeddings(world: World, tmp_path: Path, capfd: pytest
 
 def test_it_learns_what_only_the_picture_tells(world: World, tmp_path: Path) -> None:
     """Nothing but the encoder is trained, on notes that are told apart by their pictures: the loss falls."""
-    config = tiny_config({"num_steps": 40, "learning_rate": 3e-2, "parts": ["vision"]}, method="only_late_fusion")
+    config = tiny_config({"num_steps": 40, "learning_rate": 3e-2, "trainable": ["vision"]}, method="only_late_fusion")
     out = train(world, config, tmp_path)
     facts = json.loads((out / "training.json").read_text())
     assert facts["loss_last"] < 0.9 * facts["loss_first"]
@@ -72,4 +72,4 @@ def test_it_learns_what_only_the_picture_tells(world: World, tmp_path: Path) -> 
 
 def test_without_pictures_it_is_refused(world: World, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--pictures"):
-        run(tiny_config({"parts": ["vision"]}), replace(world.paths(tmp_path), inputs=world.inputs))
+        run(tiny_config({"trainable": ["vision"]}), replace(world.paths(tmp_path), inputs=world.inputs))

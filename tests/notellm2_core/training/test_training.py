@@ -28,11 +28,11 @@ from notellm2_core.training.engine.precision import choose_precision
 from notellm2_core.training.launch import launch_command
 from notellm2_core.training.loop import TrainingError
 from notellm2_core.training.state.metrics import MlflowCurves, Progress, read_metrics
-from notellm2_core.training.state.run_folder import held, open_work
+from notellm2_core.training.state.run_folder import held, open_run
 from notellm2_core.training.validation import recall_at
 from tests.support import rank_checks
 from tests.support.ranks import run_ranks
-from tests.support.world import World, tiny_config, train, training_data, write_config
+from tests.support.world import World, pair_dataset, tiny_config, train, write_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0}
@@ -57,7 +57,7 @@ def test_frozen_word_embeddings_and_bf16_and_a_finished_folder(world: World, tmp
     """Not trained, yet saved; the forward under autocast, the weights in fp32. The same again finds its model, as a
     run that was killed while it exited must; another training into OUT is refused."""
     parts = [part for part in PARTS if part != "word_embeddings"]
-    config = tiny_config({"num_steps": 2, "parts": parts, "precision": "bf16", "zero_stage": 3})
+    config = tiny_config({"num_steps": 2, "trainable": parts, "precision": "bf16", "zero_stage": 3})
     out = train(world, config, tmp_path)
     before, (after, _) = build_model(config, tmp_path)[0].state_dict(), load_model(out)
     changed = {n for n, w in after.state_dict().items() if not torch.equal(w, before[n])}
@@ -127,7 +127,7 @@ def test_a_model_that_the_disk_does_not_take(world: World, tmp_path: Path, monke
 def test_a_damaged_run_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"run.json is damaged .*: give --work a new folder, or delete this one"):
-        open_work(tmp_path, {})
+        open_run(tmp_path, {})
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_precision_auto_is_one_of_two(world: World, tmp_path: Path) -> None:
     device = set_up_processes()
     config = tiny_config({"precision": "auto"})
     model, processor = build_model(config, tmp_path)
-    data = training_data(world, processor, tmp_path)
+    data = pair_dataset(world, processor, tmp_path)
     assert choose_precision(model, data, np.arange(8), config, device) in ("bf16", "fp32")
     assert all(p.grad is None for p in model.parameters())
 
@@ -242,7 +242,7 @@ def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode != 0
     line = f"{tmp_path}/train holds no pairs: nothing to train on"
-    assert done.stderr.splitlines().count(f"error: {line}") == 1 and "in load_training_data" not in done.stderr
+    assert done.stderr.splitlines().count(f"error: {line}") == 1 and "in load_pair_dataset" not in done.stderr
 
 
 def test_two_trainings_do_not_share_a_work_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

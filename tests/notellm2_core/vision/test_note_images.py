@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from notellm2_core.notes.inputs import PictureFolders
+from notellm2_core.notes.inputs import ImageFolders
 from notellm2_core.schema import NOTES
-from notellm2_core.vision.note_images import LakePictures
+from notellm2_core.vision.note_images import NoteImages
 from tests.support.world import picture
 
 
@@ -26,13 +26,13 @@ def test_bytes_and_files(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     pq.write_table(pa.Table.from_pylist([texts | row for row in rows], schema=NOTES), tmp_path / "notes/part-0.parquet")
     note_images = {"a": ids[first], "b": ids[second], "c": ids[first], "d": None, "e": "0" * 64}
-    folders = PictureFolders(tmp_path / "notes", tmp_path)
+    folders = ImageFolders(tmp_path / "notes", tmp_path)
 
-    pictures = LakePictures(folders, note_images, ["d", "c", "b", "a"], 10_000)
+    pictures = NoteImages(folders, note_images, ["d", "c", "b", "a"], 10_000)
     assert pictures.image_ids == [ids[first], ids[second]]
     assert pictures.read([ids[second], ids[first]]) == [second, first]
     assert pictures.decode(first).size == (40, 40)
-    assert LakePictures(folders, note_images, ["d"], 10_000).read([]) == []
+    assert NoteImages(folders, note_images, ["d"], 10_000).read([]) == []
 
     (tmp_path / "b.png").write_bytes(picture(4))
     with pytest.raises(ValueError, match="the picture of note 'b' is no longer what it was"):

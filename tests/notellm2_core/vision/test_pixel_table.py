@@ -8,7 +8,7 @@ import torch
 
 from notellm2_core.vision.encoder import load_vision_encoder, normalised
 from notellm2_core.vision.feature_store import read_note_images
-from notellm2_core.vision.note_images import LakePictures
+from notellm2_core.vision.note_images import NoteImages
 from notellm2_core.vision.pixel_table import PixelTable
 from tests.support.world import World, tiny_config
 
@@ -17,7 +17,7 @@ def test_a_step_takes_distinct_pictures(world: World, tmp_path: Path, monkeypatc
     encoder = load_vision_encoder(tiny_config().model.vision)
     how = encoder.architecture.preprocess
     note_images = read_note_images(world.path("images"))
-    pictures = LakePictures(world.with_pictures.pictures, note_images, note_images, 10_000)
+    pictures = NoteImages(world.with_pictures.pictures, note_images, note_images, 10_000)
     table = PixelTable.build(pictures, how, tmp_path)
     assert len(table.rows) == sum(image is not None for image in note_images.values())
 
@@ -31,5 +31,5 @@ def test_a_step_takes_distinct_pictures(world: World, tmp_path: Path, monkeypatc
     monkeypatch.setattr(pictures, "read", None)  # it is there already
     again = PixelTable.build(pictures, how, tmp_path)
     assert again.rows == table.rows and np.array_equal(again.values, table.values)
-    empty = PixelTable.build(LakePictures(world.with_pictures.pictures, note_images, [], 10_000), how, tmp_path)
+    empty = PixelTable.build(NoteImages(world.with_pictures.pictures, note_images, [], 10_000), how, tmp_path)
     assert empty.take(np.array([-1]))[0].shape == (1, how.size_px, how.size_px, 3)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_jobs.scoring.eq2 import pair_scores
-from spark_jobs.scoring.histories import LISTS, NEVER, Capped, user_lists
+from spark_jobs.scoring.histories import HISTORIES, NEVER, Capped, histories
 
 Rows = list[tuple[int, int, int, int | None]]  # user, note, a view, a click
 Scores = dict[tuple[int, int], tuple[Fraction, int]]
@@ -20,14 +20,14 @@ def scored(
     rows: Rows, simultaneous: bool = False, max_notes: int | None = None, num_blocks: int = 1, at_a_time: int = 1 << 22
 ) -> tuple[dict[tuple[int, int], tuple[float, int]], Capped]:
     columns = [np.array([NEVER if v is None else v for v in column], np.int64) for column in zip(*rows, strict=True)]
-    lists, capped = user_lists(*columns, "not earlier" if simultaneous else "later", max_notes)
+    lists, capped = histories(*columns, "not earlier" if simultaneous else "later", max_notes)
     blocks = defaultdict(list)
     for block, piece in lists.pieces(num_blocks):
         blocks[block].append(piece)
     found: dict[tuple[int, int], tuple[float, int]] = {}
     for block, pieces in blocks.items():
         last = (-1, -1)
-        for pairs in pair_scores(pa.Table.from_batches(pieces, LISTS), at_a_time):
+        for pairs in pair_scores(pa.Table.from_batches(pieces, HISTORIES), at_a_time):
             for query, target, score, users in zip(*(c.tolist() for c in pairs), strict=True):
                 assert query % num_blocks == block and last < (query, target)  # in order, none twice
                 last = (query, target)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notellm2_core.schema import NOTE_SIDES, SCORES, TARGET_CLICKS
+from notellm2_core.schema import NOTE_SPLIT, SCORES, TARGET_CLICKS
 from spark_jobs.common.tables import BadInput
-from spark_jobs.scoring.filter_files import Competition, score_files
+from spark_jobs.scoring.filter_files import CandidateFilter, score_files
 from spark_jobs.scoring.quantiles import bins
 
 PAIRS = [("q", "a", 4.0, 4), ("q", "b", 2.0, 3), ("q", "c", 2.0, 2), ("r", "a", 1.0, 1)]
@@ -35,8 +35,8 @@ def test_counts(tmp_path: Path) -> None:
     """r is in the pool; of the three pairs left two have more than two users."""
     file = write_scores(tmp_path / "scores.parquet", PAIRS)
     sides = [("q", "train", "q", True), *((n, "train", n, True) for n in "abc"), ("r", "pool", "r", True)]
-    write_rows(tmp_path / "sides" / "x.parquet", NOTE_SIDES, sides)
-    of = Competition(tmp_path / "sides", "train", min_users=3)
+    write_rows(tmp_path / "sides" / "x.parquet", NOTE_SPLIT, sides)
+    of = CandidateFilter(tmp_path / "sides", "train", min_users=3)
     [counted] = [batch.to_pylist() for batch in of.count(file)]
     wanted = bins(np.array([2.0, 4.0])).tolist()
     assert counted == [{"pairs_on_side": 3, "most_users": 4, "bins": wanted, "counts": [1, 1]}]
@@ -48,8 +48,8 @@ def test_a_target_that_nobody_clicked_is_no_candidate(tmp_path: Path) -> None:
     file = write_scores(tmp_path / "scores.parquet", PAIRS)
     write_rows(tmp_path / "clicks" / "x.parquet", TARGET_CLICKS, [("b", 4), ("c", 2)])
     with pytest.raises(ValueError, match=r"popularity_power = 1.0 needs the clicks"):
-        Competition(popularity_power=1.0)
-    of = Competition(clicks=tmp_path / "clicks", popularity_power=1.0)
+        CandidateFilter(popularity_power=1.0)
+    of = CandidateFilter(clicks=tmp_path / "clicks", popularity_power=1.0)
     rows = [row for batch in of.strongest(file, 0.0, 9.0, 9) for row in batch.to_pylist()]
     assert [(r["target_id"], r["score"]) for r in rows] == [("b", 0.5), ("c", 1.0)]
 
@@ -69,7 +69,7 @@ def test_strongest_of_each_row_group(
     table = [(*pair, float(score), users) for pair, (score, users) in pairs.items()]
     with TemporaryDirectory() as folder:
         file = write_scores(Path(folder) / "scores.parquet", table, row_group_size)
-        found = [b.to_pylist() for b in Competition(min_users=2).strongest(file, low, low + more, top_t)]
+        found = [b.to_pylist() for b in CandidateFilter(min_users=2).strongest(file, low, low + more, top_t)]
     expected, within = [], []
     for start in range(0, len(table), row_group_size):
         group = [r for r in table[start : start + row_group_size] if r[3] >= 2 and low <= r[2] <= low + more]
@@ -117,7 +117,7 @@ def test_other_types_of_the_same_columns_are_read(tmp_path: Path) -> None:
     table = pa.table([pa.array(c, k) for c, k in zip(columns, kinds, strict=True)], SCORES.names)
     pq.write_table(table.append_column("more", pa.array([1, 2])), file := tmp_path / "scores.parquet")
     assert score_files(file) == [file]
-    [batch] = Competition().strongest(file, 0.0, 9.0, 9)
+    [batch] = CandidateFilter().strongest(file, 0.0, 9.0, 9)
     assert [tuple(row.values()) for row in batch.to_pylist()] == [("q", "ä", 2.0, 1, 2), ("q", "b", 1.0, 2, 0)]
 
 
@@ -135,7 +135,7 @@ NULLABLE = pa.schema([field.with_nullable(True) for field in SCORES])
 def test_what_is_no_score_is_refused(tmp_path: Path, row: tuple[Any, ...], message: str) -> None:
     file = write_rows(tmp_path / "scores.parquet", NULLABLE, [*PAIRS, row])
     with pytest.raises(BadInput, match=message):
-        list(Competition().count(file))
+        list(CandidateFilter().count(file))
 
 
 def test_one_row_group_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_one_row_group_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytes
         return whole(self, i, *more, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", spy)
-    found = Competition().strongest(file, 0.0, 9.0, 9)
+    found = CandidateFilter().strongest(file, 0.0, 9.0, 9)
     for number in range(len(PAIRS)):
         assert next(found).num_rows == 1 and read == list(range(number + 1))
 
@@ -157,10 +157,10 @@ def test_a_damaged_page_and_a_file_that_is_gone(tmp_path: Path) -> None:
     file = damage(write_scores(tmp_path / "scores.parquet", PAIRS * 500, row_group_size=3000))
     assert score_files(file) == [file]  # its footer is whole
     with pytest.raises(BadInput, match=r"scores.parquet is damaged; replace it"):
-        list(Competition().count(file))
+        list(CandidateFilter().count(file))
     file.unlink()
     with pytest.raises(BadInput, match=r"not all workers see .*scores.parquet; name a folder that they share"):
-        list(Competition().count(file))
+        list(CandidateFilter().count(file))
 
 
 def damage(file: Path) -> Path:

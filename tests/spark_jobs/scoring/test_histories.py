@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spark_jobs.scoring.histories import LISTS, NEVER, Capped, Follows, UserLists, summed, user_lists
+from spark_jobs.scoring.histories import HISTORIES, NEVER, Capped, Follows, Histories, histories, summed
 
 ROWS = [  # user, note, first view, last click
     (0, 5, 1, None),
@@ -18,10 +18,10 @@ ROWS = [  # user, note, first view, last click
 
 def lists_of(
     rows: list[tuple[int, int, int, int | None]], follows: Follows, max_notes: int | None = None
-) -> tuple[UserLists, Capped]:
+) -> tuple[Histories, Capped]:
     columns = (np.array([NEVER if v is None else v for v in column], np.int64) for column in zip(*rows, strict=True))
     user, note, view, click = columns
-    return user_lists(user, note, view, click, follows, max_notes)
+    return histories(user, note, view, click, follows, max_notes)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_lists_of_one_user(follows: Follows, views: list[int], skips: list[int],
     lists, _ = lists_of(rows, follows)
     [(block, piece)] = lists.pieces(1)
     expected = {"num_clicked": 2, "views": views, "skips": skips, "clicks": clicks}
-    assert block == 0 and piece.schema == LISTS and piece.to_pylist() == [expected]
+    assert block == 0 and piece.schema == HISTORIES and piece.to_pylist() == [expected]
 
 
 def test_a_block_has_its_views_and_the_clicks_that_follow_them() -> None:

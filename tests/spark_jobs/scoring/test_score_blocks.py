@@ -14,9 +14,9 @@ from notellm2_core.schema import SCORES
 from spark_jobs.scoring.eq2 import Pairs
 from spark_jobs.scoring.score_blocks import (
     FIGURES,
-    PIECES,
+    HISTORY_CHUNKS,
     _Figures,
-    cut_lists,
+    build_histories,
     merged_figures,
     write_note_ids,
     write_scores,
@@ -50,7 +50,7 @@ def written(
     pieces: list[pa.RecordBatch], note_ids: Path, out: Path, scoring: ScoringSettings
 ) -> list[dict[str, object]]:
     """The pieces brought together by block, as Spark does it, and each block written."""
-    rows = pa.Table.from_batches(pieces, PIECES)
+    rows = pa.Table.from_batches(pieces, HISTORY_CHUNKS)
     blocks = sorted(set(rows["block"].to_pylist()))
     out.mkdir(exist_ok=True)
     figures = []
@@ -64,8 +64,8 @@ def written(
 def test_from_rows_to_files(note_ids: Path, tmp_path: Path, num_blocks: int) -> None:
     """u clicked one note (N = 1), v two (N = 2); C is seen before B is clicked, and nothing is clicked after B."""
     scoring = ScoringSettings()
-    pieces = [*cut_lists(iter([batch(ROWS[:2])]), note_ids, num_blocks, scoring)]
-    pieces += cut_lists(iter([batch(ROWS[2:3]), batch(ROWS[3:])]), note_ids, num_blocks, scoring)
+    pieces = [*build_histories(iter([batch(ROWS[:2])]), note_ids, num_blocks, scoring)]
+    pieces += build_histories(iter([batch(ROWS[2:3]), batch(ROWS[3:])]), note_ids, num_blocks, scoring)
     figures = merged_figures(written(pieces, note_ids, tmp_path / "out", scoring))
     files = sorted((tmp_path / "out").iterdir())
     rows = [tuple(r.values()) for file in files for r in pq.read_table(file).to_pylist()]
@@ -81,11 +81,11 @@ def test_from_rows_to_files(note_ids: Path, tmp_path: Path, num_blocks: int) -> 
 
 
 def test_no_rows_make_no_file(note_ids: Path, tmp_path: Path) -> None:
-    assert not [*cut_lists(iter([]), note_ids, 2, ScoringSettings())]
+    assert not [*build_histories(iter([]), note_ids, 2, ScoringSettings())]
     assert not [*write_scores(iter([]), note_ids, tmp_path, ScoringSettings())]
     views = [batch([("u", "A", 1, None), ("u", "B", 2, None)])]
     for scoring in (ScoringSettings(), ScoringSettings(score="swing")):
-        figures = written([*cut_lists(iter(views), note_ids, 2, scoring)], note_ids, tmp_path / "out", scoring)
+        figures = written([*build_histories(iter(views), note_ids, 2, scoring)], note_ids, tmp_path / "out", scoring)
         assert not [*(tmp_path / "out").iterdir()]
         assert merged_figures(figures)["pairs"] == 0 and merged_figures(figures)["score"]["max"] is None
 
@@ -95,7 +95,7 @@ def test_a_cap_is_counted(note_ids: Path, tmp_path: Path) -> None:
     (N = 2) the view of C and the click on it: no score loses more than 1 (A's) + 1/2 (C's), whatever the users are."""
     scoring = ScoringSettings(max_user_notes=1)
     figures = merged_figures(
-        written([*cut_lists(iter([batch(ROWS)]), note_ids, 1, scoring)], note_ids, tmp_path / "out", scoring)
+        written([*build_histories(iter([batch(ROWS)]), note_ids, 1, scoring)], note_ids, tmp_path / "out", scoring)
     )
     assert figures["capped_users"] == 2 and figures["max_loss"] == pytest.approx(1.5)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_jobs.scoring.histories import LISTS, user_lists
+from spark_jobs.scoring.histories import HISTORIES, histories
 from spark_jobs.scoring.swing import swing_scores
 
 Clicks = list[tuple[int, int]]  # user, note
@@ -20,11 +20,11 @@ Scores = dict[tuple[int, int], tuple[float, int]]
 def scored(clicks: Clicks, alpha: float, max_users: int = 1000, num_blocks: int = 1) -> Scores:
     user, note = (np.array(column, np.int64) for column in zip(*clicks, strict=True))
     time = np.zeros(len(user), np.int64)
-    lists, _ = user_lists(user, note, time, time, "any", None)
+    lists, _ = histories(user, note, time, time, "any", None)
     found: Scores = {}
     pieces = list(lists.pieces(num_blocks))
     for block in range(num_blocks):
-        table = pa.Table.from_batches([piece for b, piece in pieces if b == block], LISTS)
+        table = pa.Table.from_batches([piece for b, piece in pieces if b == block], HISTORIES)
         for pairs in swing_scores(table, alpha, max_users):
             for query, target, score, users in zip(*(c.tolist() for c in pairs), strict=True):
                 assert query % num_blocks == block and (query, target) not in found
@@ -83,8 +83,8 @@ def test_a_cap_keeps_the_notes_clicked_last_however_the_log_was_cut() -> None:
     found = []
     for of in (rows, merged):
         columns = [np.array(column, np.int64) for column in zip(*of, strict=True)]
-        lists, _ = user_lists(*columns, "any", 2)
-        [pairs] = swing_scores(pa.Table.from_batches([piece for _, piece in lists.pieces(1)], LISTS), 1.0, 10)
+        lists, _ = histories(*columns, "any", 2)
+        [pairs] = swing_scores(pa.Table.from_batches([piece for _, piece in lists.pieces(1)], HISTORIES), 1.0, 10)
         found.append(list(zip(pairs.query.tolist(), pairs.target.tolist(), strict=True)))
     assert found == [[(0, 2), (2, 0)]] * 2
 

@@ -19,7 +19,7 @@ def _install() -> None:
 
     from notellm2_core.config import load as config_file
     from notellm2_core.config.section import Section
-    from notellm2_core.lake.catalog import Recipe
+    from notellm2_core.lake.catalog import Catalog
     from notellm2_core.lake.lake import Lake
 
     names: dict[int, str] = {}  # of the sections of loaded configurations, by their id
@@ -53,9 +53,9 @@ def _install() -> None:
         register(config, "")
         return config
 
-    address = Recipe.settings
+    address = Catalog.settings
 
-    def unrecorded(self: Recipe, name: str) -> Any:
+    def unrecorded(self: Catalog, name: str) -> Any:
         """An address is made of the table's settings, not of what code reads."""
         stage = os.environ.pop(STAGE, None)
         try:
@@ -80,7 +80,7 @@ def _install() -> None:
 
     Section.__getattribute__ = read  # type: ignore[method-assign]
     config_file.load_config = load_config
-    Recipe.settings = unrecorded  # type: ignore[method-assign]
+    Catalog.settings = unrecorded  # type: ignore[method-assign]
     Lake.publish = recorded  # type: ignore[method-assign]
 
 

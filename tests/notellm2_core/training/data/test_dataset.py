@@ -16,10 +16,10 @@ from notellm2_core.model.tokenise import tokenise
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.processor import FieldTokens
 from notellm2_core.training.data import sampler
-from notellm2_core.training.data.dataset import TrainingData, load_training_data
+from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset
 from notellm2_core.training.data.sampler import schedule
 from notellm2_core.vision.feature_table import FeatureTable
-from tests.support.world import World, tiny_config, training_data
+from tests.support.world import World, pair_dataset, tiny_config
 
 
 def some_pairs(num_pairs: int, num_notes: int, seed: int) -> np.ndarray:
@@ -76,7 +76,7 @@ def test_a_schedule_needs_pairs() -> None:
 
 
 @pytest.fixture
-def small() -> TrainingData:
+def small() -> PairDataset:
     """a-b and b-c are pairs; d has c's image; e has a's text and image; f has a's text and no image, as has g."""
     text = {"a": "x", "b": "y", "c": "z", "d": "w", "e": "x", "f": "x", "g": "x", "h": ""}
     images = {"a": "i1", "b": "i2", "c": "i3", "d": "i3", "e": "i1", "f": None, "g": None, "h": None}
@@ -85,10 +85,10 @@ def small() -> TrainingData:
     pairs = [("a", "b"), ("b", "c"), ("d", "h"), ("e", "h"), ("f", "h"), ("g", "h")]
     _, processor = build_model(tiny_config(), Path())
     tokens = dict(zip(notes, processor.note_tokenizer.tokenize(list(notes.values())), strict=True))
-    return TrainingData(processor, tokens, images, table, pairs)
+    return PairDataset(processor, tokens, images, table, pairs)
 
 
-def test_known_positives(small: TrainingData) -> None:
+def test_known_positives(small: PairDataset) -> None:
     """Each expected pair of rows is there for one reason, in both directions; everything else is a negative."""
     rows = np.array([small.note_ids.index(n) for n in "abcdefga"])
     known = small.labels(rows).known_positives
@@ -103,7 +103,7 @@ def test_known_positives(small: TrainingData) -> None:
                     m[i, j] = m[j, i] = True
         return m
 
-    # Relations are of what is read: e, which shows what a shows, is related to b as a is.
+    # KnownPairs are of what is read: e, which shows what a shows, is related to b as a is.
     assert (known["multimodal"] == matrix(["ab", "bc", "aa", "ae", "be", "fg"])).all()  # text and image equal, or none
     image = ["ab", "bc", "aa", "ae", "be", "cd", "bd"]  # the image alone; no image is no image
     assert (known["image"] == matrix(image)).all()
@@ -115,7 +115,7 @@ def test_known_positives(small: TrainingData) -> None:
     assert (has["image"].tolist(), has["text"].tolist()) == ([True, False, False], [True, True, False])
 
 
-def test_hard_negatives_of_a_batch(small: TrainingData) -> None:
+def test_hard_negatives_of_a_batch(small: PairDataset) -> None:
     """Of those of the query, without what the batch shows already: a has c and d left, as b is there and e shows what a
     does. f has only h.
     """
@@ -137,7 +137,7 @@ def test_hard_negatives_of_a_batch(small: TrainingData) -> None:
         small.with_hard_negatives(pair, 1, (0, 0))
 
 
-def test_a_batch_of_several_inputs(small: TrainingData) -> None:
+def test_a_batch_of_several_inputs(small: PairDataset) -> None:
     """Notes a and f as a whole, then by their image, then by their text: f has no image, the text hides a's."""
     rows = np.array([small.note_ids.index(n) for n in "af"])
     batch = small.note_batch(rows, ("multimodal", "image", "text"))
@@ -154,7 +154,7 @@ def test_related_in_either_direction_equals_a_loop(num_pairs: int, seed: int) ->
     pairs = [(str(a), str(b)) for a, b in some_pairs(num_pairs, 9, seed)]
     tokens = {str(i): FieldTokens(*(np.array([i], np.int32),) * 3) for i in range(9)}
     table = FeatureTable(np.zeros((0, 2, 4), np.float16), {})
-    data = TrainingData(None, tokens, {}, table, pairs)  # type: ignore[arg-type]
+    data = PairDataset(None, tokens, {}, table, pairs)  # type: ignore[arg-type]
     rows = np.arange(len(data.note_ids))
     known = data.labels(rows).known_positives["multimodal"]
     for i, a in enumerate(data.note_ids):
@@ -165,7 +165,7 @@ def test_related_in_either_direction_equals_a_loop(num_pairs: int, seed: int) ->
 def test_what_is_read_from_disk(world: World, tmp_path: Path) -> None:
     """64 + 12 notes, the features of their images row by row, zeros where there is none, padding to the longest."""
     _, processor = build_model(tiny_config(), tmp_path)
-    data = training_data(world, processor, tmp_path)
+    data = pair_dataset(world, processor, tmp_path)
     assert (len(data.train_pairs), len(data.validation_pairs), len(data.note_ids)) == (32, 6, 76)
     assert len(data.train_notes) == 64
     rows = np.array([4, 5, 6])
@@ -176,7 +176,7 @@ def test_what_is_read_from_disk(world: World, tmp_path: Path) -> None:
     assert batch.attention_mask.sum(dim=1).max() == batch.input_ids.shape[1]
     tokenise(processor.note_tokenizer, world.path("notes"), tmp_path / "tokens")
     of_tokens = InputReader(processor, replace(world.inputs, notes=tmp_path / "tokens"))
-    again = load_training_data(of_tokens, world.path("pairs"), tmp_path)  # and from the table made before
+    again = load_pair_dataset(of_tokens, world.path("pairs"), tmp_path)  # and from the table made before
     assert (again.note_batch(rows).input_ids == batch.input_ids).all()
     assert (again.num_tokens(rows) == batch.attention_mask.sum(dim=1).numpy()).all()
     assert (again.note_batch(rows).patches == batch.patches).all()
@@ -186,20 +186,20 @@ def test_what_is_read_from_disk(world: World, tmp_path: Path) -> None:
 def test_wrong_inputs_are_named(world: World, tmp_path: Path) -> None:
     _, processor = build_model(tiny_config(), tmp_path)
     with pytest.raises(ValueError, match=r"nowhere/train holds no pairs"):
-        load_training_data(InputReader(processor, world.inputs), tmp_path / "nowhere", tmp_path)
+        load_pair_dataset(InputReader(processor, world.inputs), tmp_path / "nowhere", tmp_path)
     with pytest.raises(ValueError, match="not among the notes, the first is 'a'"):
-        TrainingData(None, {}, {}, FeatureTable(np.zeros((0, 2, 4)), {}), [("a", "b")])  # type: ignore[arg-type]
+        PairDataset(None, {}, {}, FeatureTable(np.zeros((0, 2, 4)), {}), [("a", "b")])  # type: ignore[arg-type]
     (tmp_path / "note_images.parquet").write_bytes((world.path("images") / "note_images.parquet").read_bytes())
     with pytest.raises(ValueError, match=r"vision/config.json is not there"):
         without_encoder = InputReader(processor, replace(world.inputs, images=tmp_path))
-        load_training_data(without_encoder, world.path("pairs"), tmp_path)
+        load_pair_dataset(without_encoder, world.path("pairs"), tmp_path)
 
 
 def test_a_damaged_feature_table_is_named(world: World, tmp_path: Path) -> None:
     _, processor = build_model(tiny_config(), tmp_path)
-    training_data(world, processor, tmp_path)
+    pair_dataset(world, processor, tmp_path)
     (table,) = tmp_path.glob("features-*.npy")
     for size in (500, 0):
         os.truncate(table, size)
         with pytest.raises(ValueError, match=r"features-.*.npy is damaged .*: delete it and run again"):
-            training_data(world, processor, tmp_path)
+            pair_dataset(world, processor, tmp_path)

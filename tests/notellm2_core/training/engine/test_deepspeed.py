@@ -8,7 +8,7 @@ import pytest
 from notellm2_core.config.training import PARTS, TrainingSettings
 from notellm2_core.model.build import build_model
 from notellm2_core.model.trainable import set_trained
-from notellm2_core.notes.inputs import NoteInputs, PictureFolders
+from notellm2_core.notes.inputs import ImageFolders, NoteInputs
 from notellm2_core.training.engine.deepspeed import deepspeed_config, learning_rate_factor, optimizer_groups
 from notellm2_core.training.launch import Paths, Reports, launch_command
 from tests.support.world import tiny_config
@@ -49,7 +49,7 @@ def test_the_paper_as_a_deepspeed_dictionary() -> None:
 
 def test_groups_have_their_rates_and_decay() -> None:
     """LLM and new modules with and without decay, tau without; every trained weight in exactly one group."""
-    config = tiny_config({"parts": [part for part in PARTS if part != "word_embeddings"]})
+    config = tiny_config({"trainable": [part for part in PARTS if part != "word_embeddings"]})
     model, _ = build_model(config, Path())
     set_trained(model, config)
     training = TrainingSettings(learning_rate=1.0, new_module_learning_rate=2.0, temperature_learning_rate=3.0)
@@ -72,7 +72,7 @@ def test_groups_have_their_rates_and_decay() -> None:
 
 
 def test_adapters_go_with_the_llm() -> None:
-    config = tiny_config({"parts": ["llm", "temperature"]}, lora={"rank": 2})
+    config = tiny_config({"trainable": ["llm", "temperature"]}, lora={"rank": 2})
     model, _ = build_model(config, Path())
     set_trained(model, config)
     groups = optimizer_groups(
@@ -100,7 +100,7 @@ def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
         " --work /data/work --out /data/out --train-days 2025-01-05 2025-01-19"
         " --mlflow-uri sqlite:///m.db --mlflow-run-id r1"
     )
-    everything = Paths(replace(inputs, pictures=PictureFolders(data / "n", data / "s")), *[data] * 3, data / "hard")
+    everything = Paths(replace(inputs, pictures=ImageFolders(data / "n", data / "s")), *[data] * 3, data / "hard")
     assert " ".join(launch_command(Path("c.yaml"), TrainingSettings(), everything)).endswith(
         "--pictures /data/n /data/s --pairs /data --work /data --out /data --hard-negatives /data/hard"
     )

@@ -10,8 +10,8 @@ from notellm2_core.model.build import build_model
 from notellm2_core.training.data.micro_batches import share_out
 from notellm2_core.training.engine import throughput as module
 from notellm2_core.training.engine.deepspeed import set_up_processes
-from notellm2_core.training.engine.throughput import Speed
-from tests.support.world import World, tiny_config, training_data
+from notellm2_core.training.engine.throughput import Throughput
+from tests.support.world import World, pair_dataset, tiny_config
 
 
 def test_operations_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,23 +20,27 @@ def test_operations_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     squares of ten notes' 100 tokens."""
     model, _ = build_model(tiny_config(), tmp_path)
     weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64) + 64
-    speed = Speed(model, torch.device("cpu"), 1)
+    speed = Throughput(model, torch.device("cpu"), 1)
     squares = 10 * 100**2
     figures = speed.figures(num_tokens=1000, num_squares=squares, seconds=2)
     assert figures["tokens_per_s"] == 500
     assert figures["tflops"] == pytest.approx(1000 * (6 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
     model.llm.requires_grad_(False)  # 4 of the 6 operations are left
-    frozen = Speed(model, torch.device("cpu"), 1).figures(num_tokens=1000, num_squares=squares, seconds=2)["tflops"]
+    frozen = Throughput(model, torch.device("cpu"), 1).figures(num_tokens=1000, num_squares=squares, seconds=2)[
+        "tflops"
+    ]
     assert frozen == pytest.approx(1000 * (4 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
     assert model.connector is not None
     model.connector.requires_grad_(False)  # and nothing is sent back through the LLM: 2
-    forward = Speed(model, torch.device("cpu"), 1).figures(num_tokens=1000, num_squares=squares, seconds=2)["tflops"]
+    forward = Throughput(model, torch.device("cpu"), 1).figures(num_tokens=1000, num_squares=squares, seconds=2)[
+        "tflops"
+    ]
     assert forward == pytest.approx(1000 * (2 * weights + 2 * 2 * 64 * 100) / 2 / 1e12)
     model.requires_grad_(True)
     assert "mfu" not in figures and figures["memory_gb"] > 0.1
     monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(module.torch.cuda, "max_memory_allocated", lambda device: 7e9)
-    on_gpu = Speed(model, torch.device("cuda", 0), 2).figures(num_tokens=1000, num_squares=squares, seconds=2)
+    on_gpu = Throughput(model, torch.device("cuda", 0), 2).figures(num_tokens=1000, num_squares=squares, seconds=2)
     assert on_gpu["mfu"] == pytest.approx(figures["tflops"] / (2 * 312)) and on_gpu["memory_gb"] == 7
 
 
@@ -47,7 +51,7 @@ def test_heads_wider_than_the_model(tmp_path: Path) -> None:
     flops = []
     for width in (16, 32):
         model.llm.config.head_dim = width
-        speed = Speed(model, torch.device("cpu"), 1)
+        speed = Throughput(model, torch.device("cpu"), 1)
         flops.append(1e12 * speed.figures(num_tokens=0, num_squares=1000, seconds=1)["tflops"])
     assert flops == pytest.approx([1000 * 6 * 2 * 4 * 16, 1000 * 6 * 2 * 4 * 32])
 
@@ -60,7 +64,7 @@ def test_padding(method: Literal["notellm2", "omni_retrieval"], world: World, tm
     for attention in ("sdpa", "eager"):
         llm = {"name": "tiny", "attention": attention}
         model, processor = build_model(tiny_config(llm=llm, method=method), tmp_path)
-        data = training_data(world, processor, tmp_path)
+        data = pair_dataset(world, processor, tmp_path)
         share = share_out(data, np.arange(8), inputs, 200 * len(inputs), device)
         batches = list(share.micro_batches())
         lengths = torch.cat([batch.attention_mask.sum(dim=1) for batch in batches])
@@ -70,4 +74,4 @@ def test_padding(method: Literal["notellm2", "omni_retrieval"], world: World, tm
         wasted = 1 - real / sum(batch.attention_mask.numel() for batch in batches)
         assert share.num_tokens == real and 0 < wasted < 1
         expected = 0 if attention == "sdpa" else wasted
-        assert Speed(model, device, 1).padding(share) == pytest.approx(expected)
+        assert Throughput(model, device, 1).padding(share) == pytest.approx(expected)

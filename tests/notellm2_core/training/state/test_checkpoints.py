@@ -216,8 +216,8 @@ def test_going_on_with_another_number_of_ranks(
     before: int, after: int, stages: tuple[int, ...], variant: str, world: World, tmp_path: Path
 ) -> None:
     """The second step from the checkpoint of the first: the weights of the ranks that did both, but for rounding."""
-    run_ranks(before, rank_checks.check_moved, world.root, tmp_path, stages, variant, True)
-    run_ranks(after, rank_checks.check_moved, world.root, tmp_path, stages, variant, False)
+    run_ranks(before, rank_checks.check_resharded, world.root, tmp_path, stages, variant, True)
+    run_ranks(after, rank_checks.check_resharded, world.root, tmp_path, stages, variant, False)
     for stage in stages:
         expected, found = (torch.load(tmp_path / f"{kind}-{stage}.pt") for kind in ("saving", "moved"))
         for name, weight in expected.items():
