@@ -1,9 +1,9 @@
 """The training loop.
 
-One step (all ranks):  notes of the batch -> micro-batches               (data.py, micro_batches.py)
-  embed, no graph -> gather -> loss -> gradient at the embeddings        (gradcache.py 1, 2; gather.py, losses.py)
-  embed again, with graph -> backward                                    (gradcache.py 3)
-  clip, AdamW                                                            (engine.py: DeepSpeed)
+One step (all ranks):  notes of the batch -> micro-batches             (data/dataset, data/micro_batches)
+  embed, no graph -> gather -> loss -> gradient at the embeddings      (objective/gradcache 1, 2)
+  embed again, with graph -> backward                                  (objective/gradcache 3)
+  clip, AdamW                                                          (engine/deepspeed)
 """
 
 import json

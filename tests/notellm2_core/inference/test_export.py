@@ -144,10 +144,10 @@ def test_a_complete_export_computes_nothing(
 def test_killed_and_started_again(world: Path, whole: Path, tmp_path: Path) -> None:
     """kill -9 after the second of five shards: the next run keeps those two and ends with the same bytes."""
     slow = (
-        "import time; from notellm2_core import embeddings; from notellm2_core.retrieval import export\n"
-        "write = embeddings.write_shard\n"
+        "import time; from notellm2_core.embeddings import shards; from notellm2_core.inference import export\n"
+        "write = shards.write_shard\n"
         "def slowly(*a):\n    write(*a)\n    time.sleep(0 if a[0].name < 'part-00001' else 60)\n"
-        "embeddings.write_shard = slowly\n"
+        "shards.write_shard = slowly\n"
         "export.main()"
     )
     arguments_ = arguments(world, tmp_path)
