@@ -43,7 +43,7 @@ class BatchLabels:
     has: Mapping[str, Tensor]  # [N] bool, the notes that have this input; all have a kind that is not listed
     known_positives: Mapping[str, Tensor] | None = None  # [N, N] bool, the same or related notes; None: ignored
     num_paired: int | None = None  # 2B, the notes after them are hard negatives; None: all notes are in pairs
-    count_known: bool = False  # known positives are positives; False: they are only no negatives
+    count_known: bool = False  # known positives count as positives; False: they are false negatives
 
     def to(self, device: torch.device) -> "BatchLabels":
         known = None if self.known_positives is None else {k: v.to(device) for k, v in self.known_positives.items()}
