@@ -140,7 +140,8 @@ def _markdown(
         "",
         *_table(["", "reason", "rows"], [
             [of, reason, f"{rows:,}"]
-            for of, name in (("notes", "notes"), ("events", "interactions")) for reason, rows in manifests[name]["dropped"].items()
+            for of, name in (("notes", "notes"), ("events", "interactions"))
+            for reason, rows in manifests[name]["dropped"].items()
         ] or [["–", "nothing", "0"]]),
         "",
         "## Spread",

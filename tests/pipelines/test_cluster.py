@@ -20,7 +20,7 @@ def contents(workplace: Workplace) -> dict[str, str]:
 def test_the_same_datasets_through_spark_connect(
     finished: Workplace, copy_of_finished: Workplace, tmp_path: Path
 ) -> None:
-    copy_of_finished.forget("ingestion", "period", *BY_SPARK)
+    copy_of_finished.forget("ingestion", "log_partition", *BY_SPARK)
     with standalone_cluster(tmp_path / "cluster") as cluster, cluster.connect_server() as remote:
         code, output = copy_of_finished.recall(SPARK_REMOTE=remote)
         assert min(cluster.tasks()) > 0

@@ -51,7 +51,7 @@ def materialize(workplace: Workplace) -> None:
 
 
 def parts(lake: Lake) -> dict[str, int]:
-    return {name: len(lake.datasets(name)) for name in ("ingestion", "partition")}
+    return {name: len(lake.datasets(name)) for name in ("ingestion", "log_partition")}
 
 
 def scores(workplace: Workplace) -> dict[str, str]:
@@ -72,13 +72,13 @@ def test_a_new_week_alone_is_read(spark: SparkSession, tmp_path: Path) -> None:
     sliding = make_workplace(tmp_path / "sliding", CHANGES | {"source.path": str(source)})
     lake = sliding.catalog.lake
     materialize(sliding)
-    assert parts(lake) == {"ingestion": 3, "partition": 3}
+    assert parts(lake) == {"ingestion": 3, "log_partition": 3}
     before = scores(sliding)
 
     write_week(source, 3)
     (source / "events" / "week0.parquet").unlink()  # its companions stay ingested
     materialize(sliding)
-    assert parts(lake) == {"ingestion": 4, "partition": 4}
+    assert parts(lake) == {"ingestion": 4, "log_partition": 4}
     assert list(lake.datasets("ingestion")[-1].manifest.settings["files"]) == ["events/week3.parquet"]
     figures = sliding.catalog.dataset("interactions").manifest.metrics
     assert figures["robots"] == 2 and figures["dropped"]["unknown_note"] > 0
@@ -87,7 +87,7 @@ def test_a_new_week_alone_is_read(spark: SparkSession, tmp_path: Path) -> None:
 
     fresh = make_workplace(tmp_path / "fresh", CHANGES | {"source.path": str(source)})
     materialize(fresh)
-    assert parts(fresh.catalog.lake) == {"ingestion": 3, "partition": 3}
+    assert parts(fresh.catalog.lake) == {"ingestion": 3, "log_partition": 3}
     assert scores(fresh) == after
     assert fresh.catalog.dataset("interactions").manifest.metrics == figures
 
