@@ -4,6 +4,7 @@ import sys
 
 from assets.resources.arguments import note_inputs, write_config
 from assets.resources.steps import GPU, Metrics, Step, dataset
+from notellm2_core.schema import NOTES_TABLE, TEST_CLICKS, TRAIN_CLICKS
 
 
 @dataset("evaluation", {"pytorch"}, on=GPU)
@@ -35,12 +36,12 @@ def eval_recall(step: Step) -> Metrics:
     from notellm2_core.model.card import write_card
 
     # By time, the pool had no clicks before the test days: this is the best that popularity could do.
-    clicks = "test_clicks" if step.config.split.by == "time" else "train_clicks"
+    clicks = TEST_CLICKS if step.config.split.by == "time" else TRAIN_CLICKS
     inputs = ReportInputs(
         source=step.catalog.source,
-        notes=step.path("notes/notes"),
+        notes=step.path("notes", NOTES_TABLE),
         pairs=step.path("pair_datasets"),
-        clicks=step.path(f"cooccurrence/{clicks}"),
+        clicks=step.path("cooccurrence", clicks),
         model=step.path("checkpoint"),
         embeddings=step.path("note_embeddings"),
         initial_embeddings=step.path("initial_embeddings"),

@@ -14,6 +14,7 @@ from assets.resources.steps import SPARK, Metrics, Step, dataset
 from notellm2_core.config.data import EventSettings
 from notellm2_core.config.unused import unused_settings
 from notellm2_core.lake.catalog import Catalog
+from notellm2_core.schema import NOTES_TABLE
 
 SPARK_KINDS = {"spark", "parquet"}
 
@@ -76,7 +77,7 @@ def interactions(step: Step) -> Metrics:
             train=Window(days.train.start, days.train.end, figures(train)),
             test=Window(days.test.start, days.test.end, figures(test)),
             undated=figures(undated),
-            notes=step.path("notes/notes"),
+            notes=step.path("notes", NOTES_TABLE),
             out=step.out,
             settings=EventSettings.of(source),
         )

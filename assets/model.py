@@ -13,6 +13,7 @@ from assets.resources.commands import run_command
 from assets.resources.export import MULTIMODAL, export
 from assets.resources.steps import GPU, PROCESS, Metrics, Step, dataset
 from notellm2_core.lake.catalog import Catalog
+from notellm2_core.schema import COUNTS_FILE, NOTES_TABLE, SPLIT_TABLE, TRAIN
 
 PYTHON = (sys.executable, "-m")
 
@@ -39,15 +40,15 @@ def _features_command(catalog: Catalog, out: Path) -> Sequence[str]:
 def vision_features(step: Step) -> Metrics:
     """Patch and global features of the frozen encoder, once per distinct image; the store outlives this dataset."""
     step.command(_features_command(step.catalog, step.out))
-    return json.loads((step.out / "counts.json").read_text())
+    return json.loads((step.out / COUNTS_FILE).read_text())
 
 
 @dataset("model", {"huggingface"}, on=PROCESS)
 def note_tokens(step: Step) -> Metrics:
     """Every note's text as the LLM's tokens, once for all methods; trainings and exports map the file into memory."""
     step.command([*PYTHON, "notellm2_core.model.tokenise", "--config", write_config(step.catalog),
-                  "--notes", step.path("notes/notes"), "--out", step.out])  # fmt: skip
-    return json.loads((step.out / "counts.json").read_text())
+                  "--notes", step.path("notes", NOTES_TABLE), "--out", step.out])  # fmt: skip
+    return json.loads((step.out / COUNTS_FILE).read_text())
 
 
 @dataset("model", {"pytorch", "huggingface"}, on=GPU)
@@ -66,12 +67,12 @@ def hard_negatives(step: Step) -> Metrics:
     if not settings.num:
         return {}
     pairs = step.path("pair_datasets")
-    export(step, settings.model or step.path("initial_model"), [MULTIMODAL], pairs / "train")
+    export(step, settings.model or step.path("initial_model"), [MULTIMODAL], pairs / TRAIN)
     step.command([*PYTHON, "notellm2_core.retrieval.hard_negatives", "--embeddings", step.out / MULTIMODAL,
-                  "--pairs", pairs, "--sides", step.path("note_split/notes"), "--out", step.out,
+                  "--pairs", pairs, "--sides", step.path("note_split", SPLIT_TABLE), "--out", step.out,
                   "--first-rank", str(settings.first_rank), "--last-rank", str(settings.last_rank),
                   "--factory", settings.factory])  # fmt: skip
-    return json.loads((step.out / "counts.json").read_text())
+    return json.loads((step.out / COUNTS_FILE).read_text())
 
 
 def _check_index_factory(context: dg.AssetExecutionContext, catalog: Catalog) -> None:

@@ -2,6 +2,7 @@
 
 from assets.resources.steps import SPARK, Metrics, Step, dataset
 from notellm2_core.config.data import FilterSettings, HoldOutSettings, ScoringSettings
+from notellm2_core.schema import NOTE_IMAGES_FILE, NOTES_TABLE, SPLIT_TABLE
 
 SPARK_KINDS = {"spark", "parquet"}
 
@@ -24,10 +25,10 @@ def note_split(step: Step) -> Metrics:
     with step.spark() as spark:
         return assign_split(
             spark,
-            notes=step.path("notes/notes"),
+            notes=step.path("notes", NOTES_TABLE),
             events=step.path("interactions"),
-            out=step.out / "sides",
-            images=step.path("vision_features/note_images.parquet"),
+            out=step.out / SPLIT_TABLE,
+            images=step.path("vision_features", NOTE_IMAGES_FILE),
             settings=HoldOutSettings.of(step.config.split),
         )
 
@@ -41,7 +42,7 @@ def related_pairs(step: Step) -> Metrics:
         return relate(
             spark,
             scores=step.path("cooccurrence"),
-            sides=step.path("note_split/notes"),
+            sides=step.path("note_split", SPLIT_TABLE),
             out=step.out,
             filters=FilterSettings.of(step.config.pairs),
         )
@@ -56,7 +57,7 @@ def pair_datasets(step: Step) -> Metrics:
         return split(
             spark,
             pairs=step.path("related_pairs"),
-            sides=step.path("note_split/notes"),
+            sides=step.path("note_split", SPLIT_TABLE),
             out=step.out,
             validation_share=step.config.split.validation_share,
         )
@@ -69,7 +70,7 @@ def data_card(step: Step) -> Metrics:
 
     window = step.catalog.window
     return write_data_card(
-        notes=step.path("notes/notes"),
+        notes=step.path("notes", NOTES_TABLE),
         pairs=step.path("pair_datasets"),
         clicks=step.path("cooccurrence"),
         out=step.out,

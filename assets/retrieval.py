@@ -4,12 +4,13 @@ import sys
 
 from assets.resources.export import INPUTS, MULTIMODAL, export, export_metrics
 from assets.resources.steps import GPU, PROCESS, Metrics, Step, dataset
+from notellm2_core.schema import INDEX_FOLDER, NOTES_TABLE, POOL_TABLE
 
 
 @dataset("retrieval", {"pytorch", "parquet"}, on=GPU)
 def initial_embeddings(step: Step) -> Metrics:
     """Embeddings of the pool before the first training step, for the zero-shot rows."""
-    export(step, step.path("initial_model"), INPUTS, step.path("pair_datasets/pool"))
+    export(step, step.path("initial_model"), INPUTS, step.path("pair_datasets", POOL_TABLE))
     return export_metrics(step.out)
 
 
@@ -18,7 +19,7 @@ def note_embeddings(step: Step) -> Metrics:
     """Embeddings of all notes by the fine-tuned model; of the test pool with image-only and text-only input too."""
     model = step.path("checkpoint")
     export(step, model, [MULTIMODAL])
-    export(step, model, [kind for kind in INPUTS if kind != MULTIMODAL], step.path("pair_datasets/pool"))
+    export(step, model, [kind for kind in INPUTS if kind != MULTIMODAL], step.path("pair_datasets", POOL_TABLE))
     return export_metrics(step.out)
 
 
@@ -27,7 +28,7 @@ def baseline_embeddings(step: Step) -> Metrics:
     """Embeddings of the pool by a plain sentence encoder, where the configuration asks for that row."""
     if "minilm" in step.config.evaluation.baselines:
         step.command([sys.executable, "-m", "notellm2_core.baselines.encoders", "--encoder", "minilm",
-                      "--notes", step.path("notes/notes"), "--note-ids", step.path("pair_datasets/pool"),
+                      "--notes", step.path("notes", NOTES_TABLE), "--note-ids", step.path("pair_datasets", POOL_TABLE),
                       "--out", step.out / "minilm"])  # fmt: skip
     return {}
 
@@ -38,7 +39,7 @@ def faiss_index(step: Step) -> Metrics:
     from notellm2_core.embeddings.table import read_embeddings
     from notellm2_core.retrieval.index import Index, ann_recall, build_index
 
-    settings, folder = step.config.index, step.path(f"note_embeddings/{MULTIMODAL}")
-    built = build_index(folder, step.out / "index", settings.factory)
-    recall = ann_recall(Index.load(step.out / "index"), read_embeddings(folder), settings.search_k)
+    settings, folder = step.config.index, step.path("note_embeddings", MULTIMODAL)
+    built = build_index(folder, step.out / INDEX_FOLDER, settings.factory)
+    recall = ann_recall(Index.load(step.out / INDEX_FOLDER), read_embeddings(folder), settings.search_k)
     return {**built, f"ann_recall_at_{settings.search_k}": recall}

@@ -1,4 +1,4 @@
-"""The columns of every dataset, in the order the data flows. The one place that names them.
+"""The columns of every dataset, in the order the data flows, and the names of its files. The one place that names them.
 
 Imports pyarrow only, so that `spark_jobs` and the asset processes can read it without loading torch.
 Raise `SCHEMA_VERSION` whenever a column changes its name, type or meaning: lakes written before are then refused
@@ -126,3 +126,17 @@ def embeddings(dim: int) -> pa.Schema:
             pa.field("embedding", pa.list_(pa.float32(), dim), nullable=False),
         ]
     )
+
+
+# --- the files of each dataset; a table is a folder of Parquet ------------------------------------------------------
+NOTES_TABLE = "notes"  # in notes: NOTES
+QUARANTINE_TABLE = "quarantine"  # in notes and interactions: QUARANTINE
+TRAIN, VALIDATION, TEST = "train", "validation", "test"  # tables in all that comes in windows or in splits
+TRAIN_CLICKS, TEST_CLICKS = "train_clicks", "test_clicks"  # in cooccurrence: TARGET_CLICKS
+SPLIT_TABLE = "sides"  # in note_split: NOTE_SPLIT
+POOL_TABLE = "pool"  # in pair_datasets: POOL
+NOTE_IMAGES_FILE = "note_images.parquet"  # in vision_features: NOTE_IMAGES
+VISION_FOLDER = "vision"  # in vision_features and in every model: the vision encoder
+TOKENS_FILE = "tokens.arrow"  # in note_tokens: NOTE_TOKENS
+COUNTS_FILE = "counts.json"  # what a command has counted
+INDEX_FOLDER = "index"  # in faiss_index

@@ -13,7 +13,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from notellm2_core.config.data import EventSettings
-from notellm2_core.schema import EVENTS, NOTES, QUARANTINE, SOURCE_NOTE_COLUMNS
+from notellm2_core.schema import EVENTS, NOTES, NOTES_TABLE, QUARANTINE, QUARANTINE_TABLE, SOURCE_NOTE_COLUMNS
 from spark_jobs.common.tables import counts_by, figures, read_table, readable, write_table
 from spark_jobs.source import read_source_notes, trimmed
 
@@ -29,15 +29,15 @@ def prepare_notes(spark: SparkSession, source: Path, out: Path) -> dict[str, Any
         raw = read_source_notes(spark, source)
         rows = raw.count()
         notes, quarantine = clean_notes(raw)
-        write_table(notes, out / "notes", ["note_id"])
-        write_table(quarantine, out / "quarantine", ["reason", "row"])
-    written = read_table(spark, out / "notes")
+        write_table(notes, out / NOTES_TABLE, ["note_id"])
+        write_table(quarantine, out / QUARANTINE_TABLE, ["reason", "row"])
+    written = read_table(spark, out / NOTES_TABLE)
     counts = figures(
         written, notes=F.count("*"), with_text=F.count_if(_has_text()), with_image=F.count_if(_has_image(written))
     )
     if not counts["notes"]:
         raise ValueError(f"{source / 'notes.parquet'} holds no usable note ({rows} rows).")
-    return {"rows": rows, **counts, "dropped": counts_by(read_table(spark, out / "quarantine"), "reason")}
+    return {"rows": rows, **counts, "dropped": counts_by(read_table(spark, out / QUARANTINE_TABLE), "reason")}
 
 
 def clean_notes(raw: DataFrame) -> tuple[DataFrame, DataFrame]:

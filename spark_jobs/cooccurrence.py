@@ -29,7 +29,7 @@ from notellm2_core.config.data import EventSettings, ScoringSettings
 from notellm2_core.config.options import add_options, settings_from
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import parquet_files
-from notellm2_core.schema import SCORES
+from notellm2_core.schema import SCORES, TEST, TEST_CLICKS, TRAIN, TRAIN_CLICKS
 from spark_jobs.clean import label_events, split_labelled, within
 from spark_jobs.common.session import absolute_path, spark_session
 from spark_jobs.common.tables import counts_by, num_files, read_table, readable, replacing, top_counts, write_table
@@ -110,9 +110,9 @@ def score(spark: SparkSession, windows: Path, out: Path, scoring: ScoringSetting
     """
     counts: dict[str, Any] = {}
     for window in ("train", "test"):
-        if window == "test" and _same_files(windows / "train", windows / "test"):
-            shutil.copytree(out / "train", out / "test")
-            shutil.copytree(out / "train_clicks", out / "test_clicks")
+        if window == "test" and _same_files(windows / TRAIN, windows / TEST):
+            shutil.copytree(out / TRAIN, out / TEST)
+            shutil.copytree(out / TRAIN_CLICKS, out / TEST_CLICKS)
             counts["test"] = counts["train"]
             break
         table = read_table(spark, windows / window)

@@ -22,7 +22,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from notellm2_core.config.data import EventSettings
-from notellm2_core.schema import INTERACTIONS, QUARANTINE
+from notellm2_core.schema import INTERACTIONS, QUARANTINE, QUARANTINE_TABLE, TEST, TRAIN
 from spark_jobs.clean import IGNORED, label_events, split_labelled, within
 from spark_jobs.common.tables import added, figures, num_files, read_table, write_partitions, write_table
 
@@ -168,7 +168,7 @@ def join_partitions(
     faulty = labelled(parts).filter("reason IS NOT NULL").persist()
     row = F.to_json(F.struct(*INTERACTIONS.names), {"ignoreNullFields": "false"}).alias("row")
     before = _read(spark, parts, "quarantine").select(QUARANTINE.names)
-    write_table(before.union(faulty.select("reason", row)), out / "quarantine", ["row", "reason"], num_files(spark))
+    write_table(before.union(faulty.select("reason", row)), out / QUARANTINE_TABLE, ["row", "reason"], num_files(spark))
     dropped = added(of["dropped"] for of in parts.values())
     dropped.update({r["reason"]: r["sum(events)"] for r in faulty.groupBy("reason").sum("events").collect()})
     faulty.unpersist()
@@ -180,7 +180,7 @@ def join_partitions(
     }
     for name, window in (("train", train), ("test", test)):
         if name == "test" and test == train:
-            shutil.copytree(out / "train", out / "test")
+            shutil.copytree(out / TRAIN, out / TEST)
             counts["test"] = counts["train"]
             break
         kept = labelled(window.partitions).filter("reason IS NULL").select(INTERACTIONS.names)

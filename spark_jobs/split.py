@@ -8,7 +8,7 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from notellm2_core.config.data import HoldOutSettings
-from notellm2_core.schema import NOTE_SPLIT, POOL, RELATED_PAIRS
+from notellm2_core.schema import NOTE_SPLIT, POOL, POOL_TABLE, RELATED_PAIRS, TEST, TRAIN
 from spark_jobs.common.graph import clusters, components, computed, near_duplicates, position
 from spark_jobs.common.tables import counts_by, figures, pair_figures, read_table, write_table
 
@@ -27,7 +27,7 @@ def assign_split(
     a side), the notes of the largest_near_duplicate_group (many: a placeholder for a picture or a text) and unassigned
     (notes in the windows that are on neither side). Raises ValueError for an empty side.
     """
-    all_notes, train, test = (read_table(spark, p) for p in (notes, events / "train", events / "test"))
+    all_notes, train, test = (read_table(spark, p) for p in (notes, events / TRAIN, events / TEST))
     pictures = read_table(spark, images) if images is not None else None
     write_table(note_split(all_notes, train, test, settings, pictures), out, ["note_id"])
     sides = read_table(spark, out)
@@ -185,9 +185,9 @@ def split(spark: SparkSession, pairs: Path, sides: Path, out: Path, validation_s
     Returns pairs, queries and notes of each, dropped_straddling, pool, and `leakage` (all zero). Raises ValueError
     where training or validation would be left without pairs.
     """
-    note_side, all_train = read_table(spark, sides), read_table(spark, pairs / "train")
+    note_side, all_train = read_table(spark, sides), read_table(spark, pairs / TRAIN)
     train, validation = split_pairs(all_train, note_side, validation_share)
-    tables = {"train": train, "validation": validation, "test": read_table(spark, pairs / "test")}
+    tables = {"train": train, "validation": validation, "test": read_table(spark, pairs / TEST)}
     counts: dict[str, Any] = {}
     for name, table in tables.items():
         write_table(table, out / name, ["query_id", "rank", "target_id"])
@@ -200,7 +200,7 @@ def split(spark: SparkSession, pairs: Path, sides: Path, out: Path, validation_s
             f"training and {counts['validation']['pairs']} for validation; change it, or keep more pairs (pairs.low)."
         )
     pool = note_side.filter("side = 'pool'").select(POOL.names)
-    write_table(pool, out / "pool", ["note_id"])
+    write_table(pool, out / POOL_TABLE, ["note_id"])
     straddling = num_pairs - counts["train"]["pairs"] - counts["validation"]["pairs"]
     leaks = leakage(**tables, sides=note_side)
     return {**counts, "dropped_straddling": straddling, "pool": pool.count(), "leakage": leaks}

@@ -9,6 +9,7 @@ from notellm2_core.lake.catalog import Catalog
 from notellm2_core.notes.inputs import ImageFolders, NoteInputs
 from notellm2_core.runtime.files import write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
+from notellm2_core.schema import NOTES_TABLE
 
 
 def note_inputs(step: Step, pictures: bool = True) -> NoteInputs:
@@ -19,7 +20,7 @@ def note_inputs(step: Step, pictures: bool = True) -> NoteInputs:
 
 def image_folders(catalog: Catalog) -> ImageFolders:
     """The notes that the vision features were made of, and where their pictures are."""
-    return ImageFolders(catalog.dataset("notes").path / "notes", catalog.source)
+    return ImageFolders(catalog.dataset("notes").path / NOTES_TABLE, catalog.source)
 
 
 def feature_store(catalog: Catalog) -> Path:

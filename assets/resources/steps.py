@@ -70,10 +70,9 @@ class Step:
         """The folder that becomes the dataset."""
         return self.draft.path
 
-    def path(self, file: str) -> Path:
-        """A file of an input, by DATASET/FILE."""
-        name, _, file = file.partition("/")
-        return self.inputs[name].path / file
+    def path(self, name: str, *file: str) -> Path:
+        """The folder of the input `name`, or a file in it (`notellm2_core.schema` names the files)."""
+        return self.inputs[name].path.joinpath(*file)
 
     @property
     def work(self) -> Path:

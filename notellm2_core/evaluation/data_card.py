@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from notellm2_core.config.data import WordUnit
 from notellm2_core.notes.prompts import count_words
 from notellm2_core.runtime.files import parquet_files
+from notellm2_core.schema import POOL_TABLE
 
 Figures = Mapping[str, Any]
 _TEXTS = {
@@ -46,7 +47,7 @@ def write_data_card(
     train, test = (_pairs(pairs, *names) for names in (("train", "validation"), ("test",)))
     members = {
         "train": pc.unique(pa.chunked_array([*train["query_id"].chunks, *train["target_id"].chunks], pa.string())),
-        "test": pq.read_table(pairs / "pool", columns=["note_id"])["note_id"].combine_chunks(),
+        "test": pq.read_table(pairs / POOL_TABLE, columns=["note_id"])["note_id"].combine_chunks(),
     }
     table = {
         side: {"notes": len(ids), "pairs": len(of), **_texts(notes, ids, unit)}

@@ -25,6 +25,7 @@ from notellm2_core.evaluation.report import Report, build_report
 from notellm2_core.evaluation.slices import load_tokenizer, slice_masks, token_lengths
 from notellm2_core.notes.lake_reader import read_notes
 from notellm2_core.notes.note import Note
+from notellm2_core.schema import POOL_TABLE, TEST
 from notellm2_core.vision.images import allow_pixels, read_image
 
 NEIGHBOURS = 5  # per row of the contact sheet
@@ -35,7 +36,7 @@ def read_pairs(path: Path) -> Pairs:
 
     Raises ValueError where there are no such columns.
     """
-    path = path / "test" if (path / "test").is_dir() else path
+    path = path / TEST if (path / TEST).is_dir() else path
     if not path.exists():
         raise ValueError(f"{path} does not exist; the pairs are Parquet with the columns query_id and target_id.")
     names = pq.ParquetDataset(path).schema.names
@@ -70,7 +71,7 @@ def evaluate(
     tokenizer: folder or hub name that the notes' lengths are counted with where text.length_tokenizer is not set.
     clicks: the notes' clicks that the popularity row ranks by. oracle: oracle.parquet, where there is one.
     """
-    test, pool_ids = read_pairs(pairs), sorted(read_note_ids(pairs / "pool"))
+    test, pool_ids = read_pairs(pairs), sorted(read_note_ids(pairs / POOL_TABLE))
     wanted = {*pool_ids, *test.query_ids, *test.target_ids}
     texts = read_notes(notes, wanted)
 
@@ -101,7 +102,7 @@ def evaluate(
             ranks["oracle", inputs] = count_ranks(known.rows(inputs, pool_ids), pool_ids, test)
 
     lengths = token_lengths(texts, load_tokenizer(config.text.length_tokenizer or tokenizer))
-    masks = slice_masks(test, lengths, config.text.short_tokens, config.text.long_tokens, read_cold(pairs / "pool"))
+    masks = slice_masks(test, lengths, config.text.short_tokens, config.text.long_tokens, read_cold(pairs / POOL_TABLE))
     ks = config.evaluation.ks
     candidates = next(iter(ranks.values())).candidates if ranks else np.zeros(0, dtype=np.int64)
     chance = {str(k): 100 * float(np.minimum(1, k / candidates).mean()) if len(candidates) else None for k in ks}
@@ -115,8 +116,8 @@ def evaluate_embeddings(embeddings: Path, pairs: Path, ks: Sequence[int]) -> dic
     """
     table, test = read_embeddings(embeddings), read_pairs(pairs)
     pool = table
-    if (pairs / "pool").is_dir():
-        ids = sorted(read_note_ids(pairs / "pool"))
+    if (pairs / POOL_TABLE).is_dir():
+        ids = sorted(read_note_ids(pairs / POOL_TABLE))
         pool = Embeddings(tuple(ids), table.vectors[table.rows(ids)])
     recalls = recall_at(target_ranks(table, pool, test), ks)
     return {
@@ -135,7 +136,7 @@ def neighbour_sheet(
 
     The queries are drawn, not picked: the seed decides.
     """
-    test, pool_ids = read_pairs(pairs), sorted(read_note_ids(pairs / "pool"))
+    test, pool_ids = read_pairs(pairs), sorted(read_note_ids(pairs / POOL_TABLE))
     table = read_embeddings(embeddings, {*pool_ids, *test.query_ids})
     pool = Embeddings(tuple(pool_ids), table.vectors[table.rows(pool_ids)])
     distinct = sorted(set(test.query_ids))

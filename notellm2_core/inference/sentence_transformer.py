@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers
+from notellm2_core.schema import VISION_FOLDER
 
 # isort: split
 import numpy as np
@@ -97,7 +98,7 @@ class NoteModule(InputModule):
             )
         self.model.save_pretrained(output_path)
         self._embedder.processor.save_pretrained(output_path)
-        self.encoder.save_pretrained(Path(output_path) / "vision")
+        self.encoder.save_pretrained(Path(output_path) / VISION_FOLDER)
 
     @classmethod
     def load(  # the parameters are those of sentence-transformers' Module

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from notellm2_core.config.settings import Config
-from notellm2_core.lake.lake import Dataset, Lake, LakeError
+from notellm2_core.lake.lake import WORK_FOLDER, Dataset, Lake, LakeError
 from notellm2_core.lake.lineage import RENAMED, STAGES, WORLD_VERSION
 from notellm2_core.lake.window import Days, ResolvedWindow, first_day_of_week, last_complete_week_end
 from notellm2_core.runtime.files import listing, write_atomically
@@ -165,4 +165,4 @@ class Catalog:
     @property
     def work(self) -> Path:
         """Where unfinished work waits to be resumed: training checkpoints and the like. No dataset lies there."""
-        return self.lake.root / ".work"
+        return self.lake.root / WORK_FOLDER

@@ -22,6 +22,7 @@ from notellm2_core.runtime.files import is_hidden, link_or_copy, new_folder, sha
 from notellm2_core.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
+WORK_FOLDER = ".work"  # in a lake: what killed runs resume from, converted weights; no dataset
 _FULL_BYTES = 16 << 20  # with less than this free, a disk is full: writers ask for pieces of this order
 
 

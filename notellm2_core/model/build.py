@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers
+from notellm2_core.schema import VISION_FOLDER
 
 # isort: split
 import torch
@@ -71,7 +72,7 @@ def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
     except (OSError, SafetensorError, TypeError, KeyError) as e:  # the last two: settings that are no settings
         raise ValueError(f"the model in {folder} cannot be read: {e}") from e
     if model.config.encoder_id:  # a bare save_pretrained names none
-        require_its_encoder(model.config, saved_encoder_id(folder / "vision"))
+        require_its_encoder(model.config, saved_encoder_id(folder / VISION_FOLDER))
     processor = MLRMProcessor.from_pretrained(folder)
     require_its_processor(model.config, processor)
     return model.eval(), processor
@@ -79,7 +80,7 @@ def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
 
 def load_encoder(folder: Path) -> VisionEncoder:
     """The vision encoder beside the model in `folder`. Raises ValueError where it is missing, damaged or another."""
-    encoder = VisionEncoder.from_pretrained(folder / "vision")
+    encoder = VisionEncoder.from_pretrained(folder / VISION_FOLDER)
     require_its_encoder(MLRMConfig.from_pretrained(folder), encoder.encoder_id)
     return encoder
 

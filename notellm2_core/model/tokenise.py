@@ -18,8 +18,9 @@ from notellm2_core.config.load import load_config
 from notellm2_core.notes.lake_reader import iter_notes, num_notes
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.note_tokenizer import NoteTokenizer
-from notellm2_core.notes.token_store import TOKENS, TokenTable, write_tokens
+from notellm2_core.notes.token_store import TokenTable, write_tokens
 from notellm2_core.runtime.errors import user_errors
+from notellm2_core.schema import COUNTS_FILE, TOKENS_FILE
 
 
 def tokenise(tokenizer: NoteTokenizer, notes: Path, out: Path) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def tokenise(tokenizer: NoteTokenizer, notes: Path, out: Path) -> dict[str, Any]
         yield from tqdm(iter_notes(notes), total=num_notes(notes), desc="tokens", unit="note", mininterval=1)
 
     write_tokens(out, tokenizer, shown())
-    table = TokenTable(out / TOKENS, tokenizer)
+    table = TokenTable(out / TOKENS_FILE, tokenizer)
     lengths = np.array([sum(map(len, fields)) for fields in table.values()])
     counts: dict[str, Any] = {
         "notes": len(table),
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         config = load_config(args.config)
         counts = tokenise(NoteTokenizer(load_tokenizer(config.model.llm), config.text), args.notes, args.out)
-        (args.out / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
+        (args.out / COUNTS_FILE).write_text(json.dumps(counts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

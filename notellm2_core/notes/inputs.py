@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from notellm2_core.schema import VISION_FOLDER
+
 
 class ImageFolders(NamedTuple):
     """Where the pictures of a lake's notes are."""
@@ -28,7 +30,7 @@ class NoteInputs:
     @property
     def vision(self) -> Path:
         """The folder of the vision encoder that made the features."""
-        return self.images / "vision"
+        return self.images / VISION_FOLDER
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:

@@ -17,8 +17,8 @@ from notellm2_core.notes.lake_reader import read_notes
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.note_tokenizer import FieldTokens, NoteTokenizer
 from notellm2_core.runtime.files import naming, written_whole
+from notellm2_core.schema import TOKENS_FILE
 
-TOKENS = "tokens.arrow"
 _BATCH_NOTES = 4096
 _MADE_WITH = b"made_with"
 
@@ -69,7 +69,7 @@ class TokenTable(Mapping[str, FieldTokens]):
 def write_tokens(folder: Path, tokenizer: NoteTokenizer, notes: Iterable[Note]) -> None:
     """Tokenise `notes` into FOLDER/tokens.arrow, a few at a time; it is there whole or not at all."""
     columns = schema.NOTE_TOKENS.with_metadata({_MADE_WITH: tokenizer.tokens_id})
-    with written_whole(folder / TOKENS) as draft, pa.ipc.new_file(draft, columns) as writer:
+    with written_whole(folder / TOKENS_FILE) as draft, pa.ipc.new_file(draft, columns) as writer:
         source = iter(notes)
         while some := list(islice(source, _BATCH_NOTES)):
             fields = zip(*tokenizer.tokenize(some), strict=True)
@@ -84,8 +84,8 @@ def read_tokens(
 
     Raises ValueError where the folder holds neither, or a note is missing.
     """
-    if (folder / TOKENS).exists():
-        return TokenTable(folder / TOKENS, tokenizer, note_ids)
+    if (folder / TOKENS_FILE).exists():
+        return TokenTable(folder / TOKENS_FILE, tokenizer, note_ids)
     notes = read_notes(folder, note_ids)
     return dict(zip(notes, tokenizer.tokenize(list(notes.values())), strict=True))
 

@@ -31,7 +31,7 @@ from notellm2_core.embeddings.table import Embeddings, read_embeddings
 from notellm2_core.retrieval.known_pairs import KnownPairs, read_columns, read_known_pairs
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import write_atomically, written_whole
-from notellm2_core.schema import HARD_NEGATIVES
+from notellm2_core.schema import COUNTS_FILE, HARD_NEGATIVES
 
 BLOCK_QUERIES = 4096  # searched at a time
 _GATHERED = 1 << 22  # numbers of candidates' vectors in fp64 at a time: 32 MB
@@ -88,7 +88,7 @@ def mine(
     counts = totals.counts(first_rank, last_rank) | {
         "index_recall": index_recall
     }  # percent of the exact up to last_rank
-    write_atomically(out / "counts.json", json.dumps(counts, indent=1) + "\n")
+    write_atomically(out / COUNTS_FILE, json.dumps(counts, indent=1) + "\n")
     return counts
 
 

@@ -25,6 +25,7 @@ from notellm2_core.config.load import load_config
 from notellm2_core.config.settings import Config
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import naming, parquet_files
+from notellm2_core.schema import COUNTS_FILE, NOTE_IMAGES_FILE, VISION_FOLDER
 from notellm2_core.vision import images
 from notellm2_core.vision.feature_store import Features, FeatureStore
 
@@ -215,9 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         table, counts = compute(encoder, store, args.notes, args.source, config, args.part_images)
         seconds = time.monotonic() - start
         args.out.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, args.out / "note_images.parquet")
-        encoder.save_pretrained(args.out / "vision")
-        (args.out / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
+        pq.write_table(table, args.out / NOTE_IMAGES_FILE)
+        encoder.save_pretrained(args.out / VISION_FOLDER)
+        (args.out / COUNTS_FILE).write_text(json.dumps(counts, indent=1) + "\n")
         print(json.dumps(counts), file=sys.stderr)
         print(f"{counts['computed'] / seconds:.1f} new images per second", file=sys.stderr)
 

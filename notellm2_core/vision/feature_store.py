@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from notellm2_core import schema
 from notellm2_core.runtime.files import naming, parquet_files, sweep, written_whole
+from notellm2_core.schema import NOTE_IMAGES_FILE, VISION_FOLDER
 
 STORE_FACTS = "store.json"
 _ROW_GROUP_BYTES = 4 << 20  # small, so that a few pictures can be read without the whole part
@@ -148,7 +149,7 @@ class FeatureStore:
 
 def read_note_images(path: Path) -> dict[str, str | None]:
     """note_id -> image_id, None where the note has no usable picture. `path`: the file, or the folder it is in."""
-    path = Path(path) / "note_images.parquet" if Path(path).is_dir() else Path(path)
+    path = Path(path) / NOTE_IMAGES_FILE if Path(path).is_dir() else Path(path)
     with naming(path):
         table = pq.read_table(path, columns=["note_id", "image_id"])
     return dict(zip(table["note_id"].to_pylist(), table["image_id"].to_pylist(), strict=True))
@@ -156,7 +157,7 @@ def read_note_images(path: Path) -> dict[str, str | None]:
 
 def encoder_id(images: Path) -> str:
     """Which vision encoder made the features. Raises ValueError where `images` is not the features command's output."""
-    file = images / "vision" / "config.json"
+    file = images / VISION_FOLDER / "config.json"
     if not file.exists():
         raise ValueError(f"{file} is not there: give --images the folder that the features command wrote")
     return str(json.loads(file.read_text())["encoder_id"])

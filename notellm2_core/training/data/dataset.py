@@ -18,10 +18,12 @@ import torch
 from notellm2_core.config.methods import InputKind
 from notellm2_core.config.settings import Config
 from notellm2_core.config.training import KnownPositives
+from notellm2_core.lake.lake import WORK_FOLDER
 from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.notes.processor import FieldTokens, MLRMProcessor, NoteBatch
 from notellm2_core.retrieval.hard_negatives import read_hard_negatives
 from notellm2_core.runtime.files import parquet_files
+from notellm2_core.schema import TRAIN, VALIDATION
 from notellm2_core.training.data.positives import PositiveIndex, _codes, _digest, _or_itself
 from notellm2_core.training.objective.losses import BatchLabels
 from notellm2_core.vision.feature_store import FeatureStore
@@ -156,7 +158,7 @@ def load_pair_dataset(reader: InputReader, pairs: Path, cache: Path, hard_negati
 
     Raises ValueError where there are no training pairs, or a note, a feature or a picture is missing.
     """
-    train, validation = read_pairs(pairs / "train"), read_pairs(pairs / "validation")
+    train, validation = read_pairs(pairs / TRAIN), read_pairs(pairs / VALIDATION)
     if not train:
         raise ValueError(f"{pairs / 'train'} holds no pairs: nothing to train on")
     notes = reader.open({note_id for pair in (*train, *validation) for note_id in pair})
@@ -172,7 +174,7 @@ def load_pair_dataset(reader: InputReader, pairs: Path, cache: Path, hard_negati
 
 def model_cache(config: Config) -> Path:
     """Where converted LLM weights are kept between runs."""
-    return config.lake / ".work" / "models"
+    return config.lake / WORK_FOLDER / "models"
 
 
 def read_pairs(folder: Path) -> list[tuple[str, str]]:

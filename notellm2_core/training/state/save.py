@@ -18,6 +18,7 @@ from notellm2_core.model.lora import adapted_layers, is_adapter, merge
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.processor import MLRMProcessor
 from notellm2_core.runtime.files import write_atomically
+from notellm2_core.schema import VISION_FOLDER
 from notellm2_core.training.objective.losses import MAX_TAU
 from notellm2_core.vision.encoder import VisionEncoder, saved_encoder_id
 
@@ -50,10 +51,10 @@ def save_model(
         out.mkdir(parents=True, exist_ok=True)
         (out / DONE).unlink(missing_ok=True)
         if isinstance(vision, Path):
-            shutil.copytree(vision, out / "vision", dirs_exist_ok=True)
+            shutil.copytree(vision, out / VISION_FOLDER, dirs_exist_ok=True)
         elif encoder_weights is not None:
-            vision.with_weights(encoder_weights).save_pretrained(out / "vision")
-        model.config.encoder_id = saved_encoder_id(out / "vision")
+            vision.with_weights(encoder_weights).save_pretrained(out / VISION_FOLDER)
+        model.config.encoder_id = saved_encoder_id(out / VISION_FOLDER)
         processor.save_pretrained(out)
         sizes = {name: weight.numel() for name, weight in weights.items()}
         try:

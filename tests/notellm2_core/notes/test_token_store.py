@@ -17,7 +17,8 @@ from notellm2_core.notes import token_store as token_table
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.note_tokenizer import NoteTokenizer
 from notellm2_core.notes.processor import MLRMProcessor
-from notellm2_core.notes.token_store import TOKENS, TokenTable, read_tokens, write_tokens
+from notellm2_core.notes.token_store import TokenTable, read_tokens, write_tokens
+from notellm2_core.schema import TOKENS_FILE
 
 KINDS = ("multimodal", "image", "text")
 texts = st.text(max_size=30)
@@ -70,12 +71,12 @@ def test_only_the_named_notes(tmp_path: Path) -> None:
 def test_of_another_tokenizer_or_other_settings(tmp_path: Path) -> None:
     """What changes no token (the prompt, the bounds of short and long) may differ."""
     write_tokens(tmp_path, tokenizer(), notes_of([("a", [], "")]))
-    TokenTable(tmp_path / TOKENS, processor("basic", short_tokens=7).note_tokenizer)
+    TokenTable(tmp_path / TOKENS_FILE, processor("basic", short_tokens=7).note_tokenizer)
     larger = tiny_tokenizer()
     larger.add_tokens(["zebra"])
     for other in (tokenizer(title_words=3), NoteTokenizer(larger, TextSettings())):
         with pytest.raises(ValueError, match="made with another tokenizer or other text settings"):
-            TokenTable(tmp_path / TOKENS, other)
+            TokenTable(tmp_path / TOKENS_FILE, other)
 
 
 def test_a_saved_processor_reads_them(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_a_saved_processor_reads_them(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / TOKENS).write_bytes(b"ARROW1 and no more")
+    (tmp_path / TOKENS_FILE).write_bytes(b"ARROW1 and no more")
     with pytest.raises(ValueError, match=r"tokens.arrow cannot be read .*; if it is damaged, delete it"):
         read_tokens(tmp_path, tokenizer())
     write_tokens(tmp_path, tokenizer(), [Note("n", "a", (), ""), Note("n", "b", (), "")])
