@@ -1,6 +1,9 @@
 # `make` alone lists the targets. Everything runs from .venv, which `setup` builds once from requirements.lock.
 SHELL := /bin/bash
-PYTHON ?= python3
+# The newest Python that fits and can make virtual environments.
+FITS := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 CONFIG ?= pipelines/configs/demo.yaml
 SOURCE ?=
 WEEK ?=
@@ -18,7 +21,7 @@ export WEEK
 endif
 unexport PYTHONDONTWRITEBYTECODE  # it is not written at the set-up
 
-.PHONY: help recall test check dev clean setup lock
+.PHONY: help recall test quick check pythons docs settings dev clean setup lock
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -31,26 +34,40 @@ test: $(READY)  ## run the tests, with coverage
 	$(BIN)/python -m coverage combine -q && $(BIN)/python -m coverage report > .pytest_cache/coverage.txt; covered=$$?; \
 	tail -n 3 .pytest_cache/coverage.txt; exit $$(( code != 0 ? code : covered ))
 
-check: $(READY)  ## lint, format, types, import contracts, Dagster definitions
+quick: $(READY)  ## run the tests that need no process and no Spark
+	@env -u SOURCE -u WEEK NOTELLM2_CONFIG=pipelines/configs/tiny.yaml \
+	$(BIN)/python -m pytest -q -m "not slow and not spark and not gpu and not browser"
+
+check: $(READY)  ## lint, format, types, import contracts, Dagster definitions, docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	PATH="$(BIN):$$PATH" NOTELLM2_CONFIG=pipelines/configs/tiny.yaml $(BIN)/dg check defs
+	@$(MAKE) --no-print-directory docs
+
+pythons: $(READY)  ## check that code and lock fit the other supported versions of Python, without installing
+	@$(BIN)/python .ci/pythons.py
+
+docs: $(READY)  ## build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+settings: $(READY)  ## write docs/settings.md from the declarations
+	$(BIN)/python -m notellm2_core.config.docs > docs/settings.md
 
 dev: $(READY)  ## Dagster UI on :3000 and MLflow UI on :5000
 	@PATH="$(BIN):$$PATH" $(BIN)/python -W ignore -m pipelines.dev
 
 clean:  ## remove the lake, Dagster's storage and MLflow's (not the virtual environment)
-	rm -rf .dagster .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .dagster site .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 setup: $(READY)  ## build the virtual environment
 
 # Nothing is installed again unless the lock changes. pip retries a slow registry by itself. Of the packages' byte code a
 # quarter is ever needed, and is written where it is first imported.
 $(READY): requirements.lock requirements-weights.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-	{ echo "error: Python 3.11 is needed, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..." >&2; exit 1; }
+	@[ -n "$(PYTHON)" ] && $(PYTHON) -c '$(FITS)' || { echo "error: Python 3.11, 3.12 or 3.13 with its venv module is" \
+	"needed; there is $$($(or $(PYTHON),python3) --version 2>&1); set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) pip==26.3
 	$(PIP) --no-compile -r requirements.lock
@@ -60,4 +77,4 @@ $(READY): requirements.lock requirements-weights.lock pyproject.toml
 	@touch $@
 
 lock: $(READY)  ## pin what is installed now
-	$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+cpu//' | grep -vE '^($(shell sed -E 's/==.*//' requirements-weights.lock | paste -sd'|'))==' > requirements.lock
+	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed -E 's/\+cpu//' | grep -vE '^($(shell sed -E 's/==.*//' requirements-weights.lock | paste -sd'|'))==' > requirements.lock
