@@ -64,6 +64,8 @@ def _install() -> None:
             if stage is not None:
                 os.environ[STAGE] = stage
 
+    Catalog.window = property(Catalog.window.func)  # type: ignore[assignment,attr-defined]  # each stage reads it anew
+
     publish = Lake.publish
 
     @contextmanager
