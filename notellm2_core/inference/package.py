@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from notellm2_core.lake.lake import MANIFEST
 from notellm2_core.model.build import load_encoder, load_model
-from notellm2_core.model.card import CARD, CARD_FACTS, Layout, model_card, read_card_facts
+from notellm2_core.model.card import CARD, CARD_FIELDS, Layout, model_card, read_card_fields
 from notellm2_core.runtime.files import link_or_copy, replaced_folder, write_atomically
 
 _MODULES = [{"idx": 0, "name": "0", "path": "", "type": "notellm2_core.inference.sentence_transformer.NoteModule"}]
@@ -38,10 +38,10 @@ def package(
     if not (model / "config.json").exists():
         raise ValueError(f"{model} holds no model (no config.json); give the folder of a trained model.")
     load_model(model), load_encoder(model)  # a copy that cannot be loaded is not given away
-    facts = read_card_facts(model)
-    facts["license"] = license or facts["license"]
-    facts["checkpoint"] = _manifest(model).get("fingerprint", facts.get("checkpoint"))
-    recall = None if report is None else _recall_of(report, model, facts["checkpoint"])
+    fields = read_card_fields(model)
+    fields["license"] = license or fields["license"]
+    fields["checkpoint"] = _manifest(model).get("fingerprint", fields.get("checkpoint"))
+    recall = None if report is None else _recall_of(report, model, fields["checkpoint"])
 
     with replaced_folder(out) as new:
         for source in sorted(p for p in model.rglob("*") if p.is_file()):
@@ -50,8 +50,8 @@ def package(
                 continue
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             (link_or_copy if source.suffix == ".safetensors" else shutil.copyfile)(source, new / name)
-        write_atomically(new / CARD_FACTS, json.dumps(facts, indent=1))
-        write_atomically(new / CARD, model_card(facts, recall, layout))
+        write_atomically(new / CARD_FIELDS, json.dumps(fields, indent=1))
+        write_atomically(new / CARD, model_card(fields, recall, layout))
         if layout == "sentence-transformers":
             for name_, content in _SENTENCE_FILES.items():
                 write_atomically(new / name_, json.dumps(content, indent=1))

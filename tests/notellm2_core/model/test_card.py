@@ -9,7 +9,7 @@ import yaml
 
 from notellm2_core.config.settings import Config
 from notellm2_core.model.build import build_model
-from notellm2_core.model.card import Architecture, card_facts, model_card, read_card_facts
+from notellm2_core.model.card import Architecture, card_fields, model_card, read_card_fields
 from notellm2_core.model.llm import tiny_tokenizer
 from notellm2_core.training.state.save import save_model
 from notellm2_core.vision.encoder import load_vision_encoder
@@ -27,7 +27,7 @@ RECALL = "| method | R@10 |\n|---|---|\n| notellm2 | 12.3 |\n"
 
 def facts(days: tuple[str, str] | None = ("2025-01-05", "2025-01-19"), **model: Any) -> dict[str, Any]:
     config = Config(name="weekly", model={"llm": {"name": "Qwen/Qwen-7B-Chat"}, **model})
-    return card_facts(config, ARCHITECTURE, SIZES, days, TRAINING)
+    return card_fields(config, ARCHITECTURE, SIZES, days, TRAINING)
 
 
 def split(card: str) -> tuple[dict[str, Any], str]:
@@ -112,7 +112,7 @@ def test_the_numbers_are_the_models(
     config = tiny_config(method, connector=connector, name=name, attention="eager")
     load_vision_encoder(config.model.vision).save_pretrained(tmp_path / "vision")
     save_model(*build_model(config, tmp_path), tmp_path / "vision", tmp_path / "out", config)
-    found = read_card_facts(tmp_path / "out")
+    found = read_card_fields(tmp_path / "out")
     shapes = found["shapes"]
     assert (shapes["visual tokens"], found["llm"]["num_layers"], shapes["LLM width"]) == expected
     assert (shapes["patches per image"], shapes["vision width"]) == (NUM_PATCHES, VISION_WIDTH)
@@ -120,7 +120,7 @@ def test_the_numbers_are_the_models(
 
 def test_facts_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no card\.json"):
-        read_card_facts(tmp_path)
+        read_card_fields(tmp_path)
     (tmp_path / "card.json").write_text("{")
     with pytest.raises(ValueError, match="not readable as JSON"):
-        read_card_facts(tmp_path)
+        read_card_fields(tmp_path)

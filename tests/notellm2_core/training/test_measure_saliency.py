@@ -16,7 +16,7 @@ from notellm2_core.model.saliency import Loss, Measurement
 from notellm2_core.notes.processor import MLRMProcessor, NoteBatch
 from notellm2_core.training import measure_saliency as saliency
 from notellm2_core.training.data.dataset import PairDataset
-from notellm2_core.training.data.sampler import schedule
+from notellm2_core.training.data.sampler import batch_schedule
 from notellm2_core.training.measure_saliency import main, measure_on_training_pairs
 from notellm2_core.training.objective.losses import BatchLabels
 from notellm2_core.training.objective.views import TrainingStep, batch_losses
@@ -60,7 +60,7 @@ def test_the_loss_is_that_of_the_training_step(
     with torch.no_grad():
         model.tau.fill_(6.0)  # above its cap
         ((batch, found),) = seen_by(monkeypatch, model, data, config)
-        rows = data.train_pairs[schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
+        rows = data.train_pairs[batch_schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
         embedded = TrainingStep(model, METHODS[method])(data.note_batch(rows, METHODS[method].inputs))
         losses = batch_losses(config, embedded.rows, embedded.tau, labels)
     expected = losses.multimodal if method == "omni_retrieval" else losses.total  # of omni, what whole notes are for

@@ -114,7 +114,7 @@ def test_a_stopped_lora_training_goes_on(world: World, tmp_path: Path, monkeypat
 def test_another_choice_of_parts_is_another_training(world: World, tmp_path: Path) -> None:
     train(world, settings({"rank": 4}, num_steps=1), tmp_path)
     (tmp_path / "out" / "training.json").unlink()
-    with pytest.raises(ValueError, match="holds a training with model.lora.rank = 4, not 2"):
+    with pytest.raises(ValueError, match="holds a training run with model.lora.rank = 4, not 2"):
         train(world, settings({"rank": 2}, num_steps=1), tmp_path)
     with pytest.raises(ValueError, match=r"training.trainable = None, not \['llm', 'projector'\]"):
         train(world, settings({"rank": 4}, num_steps=1, trainable=["projector", "llm"]), tmp_path)

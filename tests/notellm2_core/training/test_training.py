@@ -28,7 +28,7 @@ from notellm2_core.training.engine.precision import choose_precision
 from notellm2_core.training.launch import launch_command
 from notellm2_core.training.loop import TrainingError
 from notellm2_core.training.state.metrics import MlflowCurves, Progress, read_metrics
-from notellm2_core.training.state.run_folder import held, open_run
+from notellm2_core.training.state.run_folder import locked, open_run
 from notellm2_core.training.validation import recall_at
 from tests.support import rank_checks
 from tests.support.ranks import run_ranks
@@ -126,7 +126,7 @@ def test_a_model_that_the_disk_does_not_take(world: World, tmp_path: Path, monke
 @pytest.mark.parametrize("content", [b"", b'{"settings', b"[1]", b"{}", b"null", b'{"settings": {}}', b"\xff\xfe"])
 def test_a_damaged_run_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"run.json is damaged .*: give --work a new folder, or delete this one"):
+    with pytest.raises(ValueError, match=r"run.json is damaged .*: give --work a new folder, or move this one away"):
         open_run(tmp_path, {})
 
 
@@ -247,17 +247,17 @@ def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
 
 def test_two_trainings_do_not_share_a_work_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A second one is refused while the first lives, and welcome when that was killed, though it takes its time."""
-    code = "import sys, time, pathlib; from notellm2_core.training.state.run_folder import held\n"
-    code += f"with held(pathlib.Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
+    code = "import sys, time, pathlib; from notellm2_core.training.state.run_folder import locked\n"
+    code += f"with locked(pathlib.Path({str(tmp_path)!r})): print('locked', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None and first.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"another training is at work in {tmp_path}"), held(tmp_path, 0.5):
+        assert first.stdout is not None and first.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"another training run uses {tmp_path}"), locked(tmp_path, 0.5):
             pass
         killer = threading.Timer(1, first.kill)
         killer.start()
-        with held(tmp_path):
+        with locked(tmp_path):
             assert not killer.is_alive()
-    said = f"another training is at work in {tmp_path}: waiting"
+    said = f"another training run uses {tmp_path}: waiting"
     assert [line.startswith(said) for line in capfd.readouterr().err.splitlines()] == [True, True]
 
 
@@ -344,7 +344,7 @@ def test_lines_that_are_none_of_a_training(tmp_path: Path, capsys: pytest.Captur
     good = b'{"step": 1, "loss": 9.0, "seconds": 1.0}\n'
     path.write_bytes(good + b'{"step": 2, "lo{"step": 2, "seconds": 1}\n\0\0\n[]\n\xff\n{"step": 2}\n' + good + b'{"st')
     assert [line["step"] for line in read_metrics(path)] == [1, 1]
-    assert capsys.readouterr().err.count("has a line that is none of a training's") == 5
+    assert capsys.readouterr().err.count("has a line that is no step's metrics") == 5
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 
 from notellm2_core.config.methods import get_method
 from notellm2_core.model.encode_pictures import with_features
-from notellm2_core.training.data.sampler import schedule
+from notellm2_core.training.data.sampler import batch_schedule
 from notellm2_core.training.engine.deepspeed import optimizer_groups
 from notellm2_core.training.objective.views import method_losses
 from tests.support import rank_checks
@@ -20,7 +20,7 @@ def reference(world: World, variant: str) -> dict[str, Any]:
     """The first step of rank_checks.py, without ranks and without DeepSpeed."""
     config = rank_checks.settings(0, variant)
     model, data, encoder = rank_checks.build(config, world)
-    rows = data.train_pairs[schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
+    rows = data.train_pairs[batch_schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
     labels = data.labels(rows := rank_checks.with_negatives(data, rows, config, 0), config.training.known_positives, 16)
     method = get_method(config.model.method)
     assert 0 < labels.has["image"].sum() < len(rows)

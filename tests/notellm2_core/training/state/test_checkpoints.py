@@ -59,7 +59,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_the_last_ones_are_kept_and_hold_what_was_there(engine: Engine, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "c", num_kept=3)
+    checkpoints = Checkpoints(tmp_path / "c", num_checkpoints=3)
     assert checkpoints.last_step() == 0
     for step in (2, 4, 6, 10):
         saved(engine, checkpoints, step)
@@ -110,8 +110,8 @@ def test_a_damaged_checkpoint_is_passed_over(
         listed = tmp_path / "step-2" / "rank-0.json"
         listed.write_text(listed.read_text().replace('"num_ranks": 1', '"num_ranks": 2'))
     assert checkpoints.last_step() == 1
-    assert f"{tmp_path / 'step-2'} is damaged: going on from the one before" in capsys.readouterr().err
-    one = Checkpoints(tmp_path, num_kept=1)  # what was passed over is not the last one any more
+    assert f"{tmp_path / 'step-2'} is damaged: using the one before" in capsys.readouterr().err
+    one = Checkpoints(tmp_path, num_checkpoints=1)  # what was passed over is not the last one any more
     saved(engine, one, 2)
     assert names(tmp_path) == ["step-2"] and one.last_step() == 2
 
@@ -157,7 +157,7 @@ def test_a_disk_that_refuses_a_name_or_a_removal_stops_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(f"{module.__name__}.{where}", full)
         saved(engine, checkpoints, 3)
-    assert re.search(r"after (that of )?step 3 \(\[Errno 28\] .*\); the training goes on", capsys.readouterr().err)
+    assert re.search(r"after (that of )?step 3 \(\[Errno 28\] .*\); training continues", capsys.readouterr().err)
     assert checkpoints.last_step() == kept[-1]
     assert [step for step in (1, 2, 3) if (tmp_path / f"step-{step}").exists()] == kept
     saved(engine, checkpoints, 4)
