@@ -29,7 +29,7 @@ from tqdm import tqdm
 from notellm2_core.config.load import load_config
 from notellm2_core.config.settings import Config
 from notellm2_core.model.build import build_model
-from notellm2_core.model.encode_pictures import with_features
+from notellm2_core.model.encode_images import with_features
 from notellm2_core.model.fusion import LateFusion
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.open_inputs import InputReader

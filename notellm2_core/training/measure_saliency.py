@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from notellm2_core.config.load import load_config
 from notellm2_core.config.methods import get_method
 from notellm2_core.config.settings import Config
-from notellm2_core.model.encode_pictures import with_features
+from notellm2_core.model.encode_images import with_features
 from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
 from notellm2_core.model.open_inputs import load_model_and_reader
 from notellm2_core.model.saliency import Loss, Measurement, measure

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from notellm2_core.config.methods import InputKind, Method, get_method
 from notellm2_core.config.settings import Config
-from notellm2_core.model.encode_pictures import with_features
+from notellm2_core.model.encode_images import with_features
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.processor import NoteBatch
 from notellm2_core.training.objective.losses import BatchLabels, Losses, capped_tau, note_losses, omni_losses

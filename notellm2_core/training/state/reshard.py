@@ -30,9 +30,7 @@ def load_resharded(engine: Any, checkpoints: Path, step: int, idle_step: Callabl
         _convert(checkpoints / f"step-{step}", universal)
     dist.barrier()
     idle_step()
-    if hasattr(
-        engine.optimizer, "_hp_optimizer_states_linked"
-    ):  # the first link, when only the first group had state, is outdated
+    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):  # linked too early: only the first group had state
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     _set_all(engine, universal, "fp32")

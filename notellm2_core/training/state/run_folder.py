@@ -31,9 +31,7 @@ def locked(work: Path, patience_seconds: float = 120) -> Iterator[None]:
     work.mkdir(parents=True, exist_ok=True)
     with (work / ".lock").open("w") as lock:
         if not _try_lock(lock):
-            print(
-                f"another training run uses {work}: waiting up to {patience_seconds:g} s for its end", file=sys.stderr
-            )
+            print(f"another training run uses {work}: waiting up to {patience_seconds:g} s", file=sys.stderr)
             end = time.monotonic() + patience_seconds
             while not _try_lock(lock):
                 if time.monotonic() >= end:

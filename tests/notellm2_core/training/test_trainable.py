@@ -1,4 +1,4 @@
-"""Trainings of some parts: what is frozen stays as it was to the last bit, and adapters end in plain weights."""
+"""Training of single parts: frozen parts stay identical to the last bit, and adapters are merged into plain weights."""
 
 from functools import partialmethod
 from pathlib import Path
@@ -84,13 +84,13 @@ def test_merged_and_adapted_models_embed_alike(world: World, tmp_path: Path) -> 
         for layer in adapted_layers(model).values():
             layer.enable_adapters(False)
         without = model(batch)
-    for found, expected, plain in zip(merged[:2], adapted[:2], without[:2], strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    for actual, expected, plain in zip(merged[:2], adapted[:2], without[:2], strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
         assert (expected - plain).abs().max() > 1e-2
 
 
 def test_a_stopped_lora_training_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped in its sixth step, it goes on from the checkpoint of the fourth; the weights are the same."""
+    """Stopped in its sixth step, it resumes from the checkpoint of the fourth; the weights are the same."""
     config = settings({"rank": 4, "dropout": 0.1}, num_steps=6, checkpoint_every_steps=2)
     straight = train(world, config, tmp_path / "straight")
     steps, step = [], engines.optimizer_step

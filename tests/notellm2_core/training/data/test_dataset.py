@@ -62,8 +62,8 @@ def test_a_hub_does_not_stop_the_batches() -> None:
 
 
 def test_a_pair_that_waited_too_long_brings_its_contents_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of 3, pairs in their order. After 0-10, the twelve pairs 0-11 to 0-22 wait, as many as may; so 0-11 is
-    taken, and 11-30 must not follow it: it waits, and 0-12 is taken.
+    """Batches of 3, pairs in their order. After 0-10, the twelve pairs 0-11 to 0-22 wait, which is the limit; so 0-11
+    is taken, and 11-30 must not follow it: it waits, and 0-12 is taken.
     """
     monkeypatch.setattr(sampler, "_permutations", lambda num_pairs, seed: iter(range(num_pairs)))
     pairs = np.array([*((0, n) for n in range(10, 23)), (11, 30)])
@@ -119,9 +119,9 @@ def test_hard_negatives_of_a_batch(small: PairDataset) -> None:
     """Of those of the query, without what the batch shows already: a has c and d left, as b is there and e shows what a
     does. f has only h.
     """
-    of = {"a": "bced", "f": "h"}
-    places = [[small.note_ids.index(n) for n in of.get(note, "")] for note in small.note_ids]
-    small.hard_negatives = [np.array(some, dtype=np.int64) for some in places]
+    negatives = {"a": "bced", "f": "h"}
+    places = [[small.note_ids.index(n) for n in negatives.get(note, "")] for note in small.note_ids]
+    small.hard_negatives = [np.array(notes, dtype=np.int64) for notes in places]
     pair = np.array([small.note_ids.index(n) for n in "ab"])
     drawn = [small.with_hard_negatives(pair, 2, (0, step)) for step in range(20)]
     names = {"".join(small.note_ids[n] for n in rows) for rows in drawn}
@@ -130,7 +130,7 @@ def test_hard_negatives_of_a_batch(small: PairDataset) -> None:
     other = np.array([small.note_ids.index(n) for n in "fg"])
     first = small.with_hard_negatives(other, 1, (0, 0))
     assert first.tolist() == [*other, small.note_ids.index("h")]
-    assert len(small.with_hard_negatives(np.arange(8), 3, (0, 0))) == 8 + 3 * 4  # nothing is left: some come twice
+    assert len(small.with_hard_negatives(np.arange(8), 3, (0, 0))) == 8 + 3 * 4  # no other notes: some are repeated
     assert np.array_equal(small.with_hard_negatives(pair, 0, (0, 0)), pair)
     small.hard_negatives = None
     with pytest.raises(ValueError, match="num = 1 needs --hard-negatives: give it, or set num to 0"):

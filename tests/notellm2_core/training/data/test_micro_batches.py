@@ -1,4 +1,4 @@
-"""Who embeds what: every note once, as many notes on every rank, and few tokens at a time."""
+"""The division of a batch: every note once, equally many on every rank, and a limit on tokens."""
 
 import time
 

@@ -22,9 +22,9 @@ def test_operations_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64) + 64
     speed = Throughput(model, torch.device("cpu"), 1)
     squares = 10 * 100**2
-    figures = speed.metrics(num_tokens=1000, num_squares=squares, seconds=2)
-    assert figures["tokens_per_s"] == 500
-    assert figures["tflops"] == pytest.approx(1000 * (6 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
+    metrics = speed.metrics(num_tokens=1000, num_squares=squares, seconds=2)
+    assert metrics["tokens_per_s"] == 500
+    assert metrics["tflops"] == pytest.approx(1000 * (6 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
     model.llm.requires_grad_(False)  # 4 of the 6 operations are left
     frozen = Throughput(model, torch.device("cpu"), 1).metrics(num_tokens=1000, num_squares=squares, seconds=2)[
         "tflops"
@@ -37,11 +37,11 @@ def test_operations_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     assert forward == pytest.approx(1000 * (2 * weights + 2 * 2 * 64 * 100) / 2 / 1e12)
     model.requires_grad_(True)
-    assert "mfu" not in figures and figures["memory_gb"] > 0.1
+    assert "mfu" not in metrics and metrics["memory_gb"] > 0.1
     monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(module.torch.cuda, "max_memory_allocated", lambda device: 7e9)
     on_gpu = Throughput(model, torch.device("cuda", 0), 2).metrics(num_tokens=1000, num_squares=squares, seconds=2)
-    assert on_gpu["mfu"] == pytest.approx(figures["tflops"] / (2 * 312)) and on_gpu["memory_gb"] == 7
+    assert on_gpu["mfu"] == pytest.approx(metrics["tflops"] / (2 * 312)) and on_gpu["memory_gb"] == 7
 
 
 def test_heads_wider_than_the_model(tmp_path: Path) -> None:
