@@ -207,8 +207,8 @@ def steps_of(
         row = with_memory(partial(timed, step_of(engine, data, of_size, device), options.steps, 2 * pairs))
         lengths = data.num_tokens(np.arange(2 * all_pairs))
         squares = np.square(lengths).sum() / lengths.sum() * row["tokens_per_s"]
-        figures = speed.figures(row["tokens_per_s"], squares, 1.0)
-        share = {"tflops": figures["tflops"], "mfu": figures.get("mfu", 0.0)}
+        metrics = speed.metrics(row["tokens_per_s"], squares, 1.0)
+        share = {"tflops": metrics["tflops"], "mfu": metrics.get("mfu", 0.0)}
         found[name.format(pairs)] = row | share | {"seconds_per_1000_steps": 2000 * pairs / row["notes_per_s"]}
     return found
 

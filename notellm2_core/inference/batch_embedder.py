@@ -1,4 +1,4 @@
-"""Tokens of notes and the features of their pictures -> unit vectors: the one place where inference makes its batches.
+"""Batched inference: tokens of notes and features of their images -> unit vectors.
 
 Shapes: N notes of a batch, d embedding width.
 """
@@ -17,13 +17,13 @@ from notellm2_core.notes.processor import FieldTokens, InputKind, MLRMProcessor,
 from notellm2_core.runtime.prefetch import Prefetcher
 from notellm2_core.vision.feature_store import Features
 
-VECTORS_VERSION = 1  # raise it when code computes other vectors from the same weights: old ones are not taken over then
-WINDOW_BATCHES = 8  # batches whose notes are sorted by length together, and whose features are held at a time
-_CPU_TOKENS = 2048  # of a batch on a CPU: the memory for larger ones is new each time, and slower than the sums in it
+VECTORS_VERSION = 1  # raise it when code changes the vectors of the same weights: old vectors are then not reused
+WINDOW_BATCHES = 8  # batches whose notes are sorted by length together, and whose features are in memory together
+_CPU_TOKENS = 2048  # per batch on a CPU: allocating memory for larger ones takes longer than computing them
 
 
 class FeatureSource(Protocol):
-    """The feature store, or whatever else knows the features of pictures."""
+    """Provides image features: the feature store, or an encoder that computes them."""
 
     def load(self, image_ids: Sequence[str]) -> Features:
         """The features of `image_ids`, in that order."""
@@ -31,12 +31,12 @@ class FeatureSource(Protocol):
 
 @dataclass(frozen=True)
 class BatchEmbedder:
-    """A model, and everything that it reads of the notes."""
+    """A model with its input: the tokens and images of all notes."""
 
     model: MLRMModel
     processor: MLRMProcessor
     notes: Mapping[str, FieldTokens]
-    images: Mapping[str, str | None]  # note_id -> image_id; None: no usable picture
+    images: Mapping[str, str | None]  # note_id -> image_id; None: no usable image
     features: FeatureSource
     batch_notes: int
     device: torch.device
@@ -44,28 +44,28 @@ class BatchEmbedder:
     def embed(self, note_ids: Sequence[str], inputs: InputKind, progress: "tqdm[Any] | None" = None) -> np.ndarray:
         """Unit vectors [len(note_ids), d] in fp32, in the order given.
 
-        Notes of like length share a batch, so that little is computed on padding; padding is masked, so what a note
-        gets does not depend on its company (up to rounding). What every prompt begins with is computed once for all
-        notes of a batch.
+        Notes of similar length share a batch, so that little is computed on padding. Padding is masked, so a vector
+        does not depend on the other notes of its batch (up to rounding). The prefix that all prompts share is computed
+        once per batch.
         """
         vectors = np.empty((len(note_ids), self.model.config.projection_dim), dtype=np.float32)
-        for places, batch in Prefetcher(self._batches(note_ids, inputs)):
+        for positions, batch in Prefetcher(self._batches(note_ids, inputs)):
             with torch.inference_mode():
                 output = self.model(batch.to(self.device), self.processor.num_shared).multimodal  # [N, d]
-            vectors[places] = functional.normalize(output.float(), dim=-1).cpu().numpy()
+            vectors[positions] = functional.normalize(output.float(), dim=-1).cpu().numpy()
             if progress is not None:
-                progress.update(len(places))
+                progress.update(len(positions))
         return vectors
 
     def _batches(self, note_ids: Sequence[str], inputs: InputKind) -> Iterator[tuple[np.ndarray, NoteBatch]]:
-        """Every batch, and the places of its notes in `note_ids`."""
+        """All batches, each with the positions of its notes in `note_ids`."""
         window = WINDOW_BATCHES * self.batch_notes
         for first in range(0, len(note_ids), window):
             ids = note_ids[first : first + window]
             encoded = [self.processor.lay_out(self.notes[i], inputs) for i in ids]
             rows, patches, pooled = self._features(ids, inputs)
             for batch in self._cut(np.array([len(e) for e in encoded])):
-                shown = rows[batch]  # -1: no picture; reads any row, which collate blanks
+                shown = rows[batch]  # -1 (no image) reads the last row, which collate sets to zero
                 yield (
                     first + batch,
                     self.processor.collate(
@@ -77,19 +77,19 @@ class BatchEmbedder:
                 )
 
     def _cut(self, num_tokens: np.ndarray) -> Iterator[np.ndarray]:
-        """Notes of `num_tokens` each, the shortest first, in batches that are not too large."""
-        most = _CPU_TOKENS if self.device.type == "cpu" else None
+        """Batches of note indices, the shortest notes first: at most `batch_notes` and, on a CPU, _CPU_TOKENS each."""
+        max_tokens = _CPU_TOKENS if self.device.type == "cpu" else None
         order = np.argsort(num_tokens, kind="stable")
         first = 0
         while first < len(order):
-            some = order[first : first + self.batch_notes]
-            if most is not None:
-                some = some[: max(1, int(np.searchsorted(num_tokens[some].cumsum(), most, "right")))]
-            yield some
-            first += len(some)
+            batch = order[first : first + self.batch_notes]
+            if max_tokens is not None:
+                batch = batch[: max(1, int(np.searchsorted(num_tokens[batch].cumsum(), max_tokens, "right")))]
+            yield batch
+            first += len(batch)
 
     def _features(self, ids: Sequence[str], inputs: InputKind) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows [n] of the notes in the features, -1 without picture, and the features of the distinct pictures."""
+        """Row [n] of each note in the features (-1: no image), patches and global features of the distinct images."""
         image_ids = [None if inputs == "text" else self.images[i] for i in ids]
         distinct = list(dict.fromkeys(i for i in image_ids if i is not None))
         features = self.features.load(distinct)

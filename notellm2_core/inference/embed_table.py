@@ -1,7 +1,7 @@
-"""`notellm2 embed`: a trained model's folder and a table of notes in, shards of unit vectors out. No configuration.
+"""`notellm2 embed`: a trained model and a table of notes in, shards of unit vectors out. Needs no configuration.
 
-The shards are made in a hidden folder beside OUT, which takes OUT's place when it is complete: OUT is a whole result
-or not there, and a killed run goes on with the shards that it had not finished.
+The shards are written into a hidden folder beside OUT, which replaces OUT when it is complete. OUT is therefore either
+complete or missing, and a killed run resumes with the shards that it had not finished.
 """
 
 import re
@@ -28,7 +28,7 @@ from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.vision.images import STATUSES
 
 _SHARD = re.compile(r"part-\d{5,}\.parquet")
-_MARK = "notellm2-embed-"  # of a shard's fingerprint: this command wrote it
+_MARK = "notellm2-embed-"  # prefix of the fingerprint in a shard that this command wrote
 
 
 def embed_notes(
@@ -42,19 +42,19 @@ def embed_notes(
 ) -> dict[str, Any]:
     """Embed the notes of `notes` (see `read_note_table`) into shards of schema.embeddings, sorted by note id.
 
-    Returns counts: notes, kept (of them, vectors that a former run had made), dropped by reason, pictures by status and
-    notes_per_second (both of the notes embedded now). Raises ValueError where the model or the notes cannot be used,
-    or `out` holds anything but this command's result.
+    Returns counts: notes, kept (vectors reused from an earlier run), dropped notes by reason, pictures by status and
+    notes_per_second (both of the notes embedded now). Raises ValueError if the model or the notes cannot be used, or
+    `out` holds anything but a result of this command.
     """
     table = read_note_table(notes, images)
     folder = model_folder(model)
     work = out.with_name(f".{out.name}.partial")
-    for made_from in (notes, table.images, folder):
-        _require_own(out, made_from)
+    for source in (notes, table.images, folder):
+        _require_own(out, source)
     _require_own(work, notes)
     embedder = Embedder.from_pretrained(folder)
     embedder.require_options(inputs, batch_notes, dim)  # before anything is written
-    decides = [*_decides(embedder, folder), inputs, dim, batch_notes]
+    version = [*_vector_version(embedder, folder), inputs, dim, batch_notes]
     work.mkdir(parents=True, exist_ok=True)
     for shard in parquet_files(out):
         if not (work / shard.name).exists():
@@ -63,34 +63,34 @@ def embed_notes(
     def content_ids(ids: Sequence[str]) -> list[str]:
         return [fingerprint(content) for content in table.contents(ids)]
 
-    window = WINDOW_BATCHES * batch_notes  # so many encoded pictures in memory; the batches are those of one call
+    window = WINDOW_BATCHES * batch_notes  # limits the encoded images in memory; the batches are those of a single call
 
     def embed(ids: Sequence[str]) -> np.ndarray:
-        parts = (table.notes(ids[i : i + window]) for i in range(0, len(ids), window))
-        vectors = [embedder.embed(p, inputs, batch_notes, dim, folder=table.images, progress=progress) for p in parts]
+        chunks = (table.notes(ids[i : i + window]) for i in range(0, len(ids), window))
+        vectors = [embedder.embed(c, inputs, batch_notes, dim, folder=table.images, progress=progress) for c in chunks]
         return np.concatenate(vectors)
 
     with tqdm(total=len(table.note_ids), desc=f"embed {inputs}", unit="notes") as progress:
-        began = time.monotonic()
-        key = EmbeddingKey(_MARK + fingerprint(decides), content_ids)
+        start = time.monotonic()
+        key = EmbeddingKey(_MARK + fingerprint(version), content_ids)
         plan = plan_shards(work, table.note_ids, key, ExportSettings().shard_notes)
-        kept = write_shards(plan, embed, progress=progress)
-        seconds = max(time.monotonic() - began, 1e-6)
+        num_reused = write_shards(plan, embed, progress=progress)
+        seconds = max(time.monotonic() - start, 1e-6)
     swap_in(work, out)
     return {
         "notes": len(table.note_ids),
-        "kept": kept,
+        "kept": num_reused,
         "dropped": dict(table.dropped),
-        "pictures": {status: embedder.pictures[status] for status in STATUSES},
-        "notes_per_second": round((len(table.note_ids) - kept) / seconds, 1),
+        "pictures": {status: embedder.image_statuses[status] for status in STATUSES},
+        "notes_per_second": round((len(table.note_ids) - num_reused) / seconds, 1),
         "dim": dim or embedder.model.config.projection_dim,
         "device": str(embedder.device),
         "precision": str(embedder.dtype).removeprefix("torch."),
     }
 
 
-def _decides(embedder: Embedder, folder: Path) -> list[Any]:
-    """What of the model, and of this machine, changes its vectors."""
+def _vector_version(embedder: Embedder, folder: Path) -> list[Any]:
+    """Everything about the model and this machine that changes the vectors."""
     return [
         VECTORS_VERSION,
         weight_files(folder),
@@ -100,19 +100,19 @@ def _decides(embedder: Embedder, folder: Path) -> list[Any]:
     ]
 
 
-def _require_own(out: Path, made_from: Path) -> None:
-    """Raises ValueError where `out` is anything but a folder of this command's shards, or holds what is to be read."""
+def _require_own(out: Path, source: Path) -> None:
+    """Raises ValueError if `out` is anything but a folder of this command's shards, or holds the input `source`."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder.")
-    if made_from.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"--out {out} holds what is to be read, {made_from}; name another folder.")
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--out {out} holds {source}, an input of this command; name another folder.")
     foreign = sorted(f.name for f in out.iterdir() if not _is_own(f)) if out.exists() else []
     if foreign:
-        raise ValueError(f"--out {out} holds {foreign[0]}, which is no former result; name another folder.")
+        raise ValueError(f"--out {out} holds {foreign[0]}, which this command did not write; name another folder.")
 
 
 def _is_own(file: Path) -> bool:
-    if file.name == FORMER or is_draft(file):  # a killed run's
+    if file.name == FORMER or is_draft(file):  # left by a killed run
         return True
     if not _SHARD.fullmatch(file.name) or not file.is_file():
         return False

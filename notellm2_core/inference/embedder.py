@@ -1,4 +1,4 @@
-"""A trained model as one object: notes with pictures in, unit vectors out. Needs the model's folder and nothing else.
+"""A trained model as one object: notes with images in, unit vectors out. Needs the model's folder and nothing else.
 
     from notellm2_core.inference.embedder import Embedder
 
@@ -46,10 +46,10 @@ class Embedder:
         encoder: VisionEncoder,
         device: torch.device | str | None = None,
     ) -> None:
-        """Moves the model to `device` (None: the GPU where there is one) in fp32 on a CPU and bf16 on a GPU, for good:
-        there its kernels are fused ones, which a CPU has not got.
+        """Moves the model to `device` (None: a GPU if there is one), in fp32 on a CPU and bf16 on a GPU.
 
-        Raises ValueError where `encoder` is not the one that the model was trained with, or `processor` of another one.
+        On a GPU its kernels are replaced by fused ones, so it cannot move back to a CPU. Raises ValueError if `encoder`
+        is not the one that the model was trained with, or `processor` is another model's.
         """
         assert isinstance(model.config, MLRMConfig)
         require_its_encoder(model.config, encoder.encoder_id)
@@ -59,13 +59,13 @@ class Embedder:
         nn.Module.to(model.eval(), self.device, self.dtype)
         self.is_fused = fuse_kernels(model.llm, self.device)
         self.model, self.processor, self.encoder = model, processor, encoder.to(self.device)
-        self.pictures: Counter[Status] = Counter()  # of all notes embedded so far, by status
+        self.image_statuses: Counter[Status] = Counter()  # of all notes embedded so far
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None, **hub: Any) -> "Embedder":
-        """The model of a folder, or of a hub name. hub: which of its copies, see `model_folder`.
+        """The model of a folder, or of a hub name. hub: options of the download, see `model_folder`.
 
-        Raises ValueError where it cannot be had, is incomplete, or `vision/` is damaged or another encoder.
+        Raises ValueError if it is missing or incomplete, or `vision/` is damaged or another encoder.
         """
         folder = model_folder(name, **hub)
         model, processor = load_model(folder)
@@ -81,27 +81,27 @@ class Embedder:
         folder: Path | None = None,
         progress: "tqdm[Any] | None" = None,
     ) -> np.ndarray:
-        """Unit vectors [N, d] in fp32; with `dim` their first `dim` numbers, made unit again.
+        """Unit vectors [N, d] in fp32; with `dim`, their first `dim` dimensions, normalised again.
 
-        A picture that cannot be used counts as none, and under its status in `pictures`. folder: what the paths of
-        pictures are relative to, and nothing outside it is read; None: paths are taken as they are.
-        Raises ValueError for a note with an unknown or wrong field, and as `require_options` does.
+        A note whose image cannot be used is embedded without one; `image_statuses` counts it. folder: image paths are
+        relative to it, and nothing outside it is read; None: image paths are used unchanged.
+        Raises ValueError for a note with an unknown or invalid field, and as `require_options` does.
         """
         self.require_options(inputs, batch_notes, dim)
-        known = [as_note(note) for note in notes]
-        vectors = np.empty((len(known), self.model.config.projection_dim), dtype=np.float32)
-        window = WINDOW_BATCHES * batch_notes  # pictures are held for so many notes at a time
-        for first in range(0, len(known), window):
-            part = known[first : first + window]
-            vectors[first : first + len(part)] = self._embed(part, inputs, batch_notes, folder, progress)
+        with_images = [as_note(note) for note in notes]
+        vectors = np.empty((len(with_images), self.model.config.projection_dim), dtype=np.float32)
+        window = WINDOW_BATCHES * batch_notes  # notes whose images are in memory together
+        for first in range(0, len(with_images), window):
+            chunk = with_images[first : first + window]
+            vectors[first : first + len(chunk)] = self._embed(chunk, inputs, batch_notes, folder, progress)
         return truncate_dims(vectors, dim)
 
     def require_options(self, inputs: str, batch_notes: int, dim: int | None) -> None:
-        """Raises ValueError for an unknown kind of input, empty batches, and a `dim` that the model has not got."""
+        """Raises ValueError for an unknown kind of input, empty batches, or a `dim` out of the model's range."""
         require_input_kind(inputs)
         if batch_notes < 1:
             raise ValueError(f"batch_notes = {batch_notes} must be 1 or more.")
-        truncate_dims(np.empty((0, self.model.config.projection_dim), dtype=np.float32), dim)  # refuses a wrong dim
+        truncate_dims(np.empty((0, self.model.config.projection_dim), dtype=np.float32), dim)  # checks `dim`
 
     def _embed(
         self,
@@ -111,20 +111,20 @@ class Embedder:
         folder: Path | None,
         progress: "tqdm[Any] | None",
     ) -> np.ndarray:
-        features, image_ids = self.read_pictures(notes, inputs, folder)
-        names = [str(n) for n in range(len(notes))]  # two of the notes may have the same id, or none
+        features, image_ids = self.read_images(notes, inputs, folder)
+        names = [str(n) for n in range(len(notes))]  # notes may lack ids, or share them
         tokens = dict(zip(names, self.processor.note_tokenizer.tokenize([n.note for n in notes]), strict=True))
         images = dict(zip(names, image_ids, strict=True))
-        core = BatchEmbedder(self.model, self.processor, tokens, images, features, batch_notes, self.device)
-        return core.embed(names, inputs, progress)
+        embedder = BatchEmbedder(self.model, self.processor, tokens, images, features, batch_notes, self.device)
+        return embedder.embed(names, inputs, progress)
 
-    def read_pictures(
+    def read_images(
         self, notes: Sequence[NoteWithImage], inputs: InputKind, folder: Path | None = None
     ) -> tuple[ImageFeatures, list[str | None]]:
-        """The features of the notes' pictures, and each note's image id in them (None: no usable picture)."""
+        """The features of the notes' images, and each note's image id in them (None: no usable image)."""
         features = ImageFeatures(self.encoder, SourceSettings().max_image_pixels, VisionSettings().batch_size)
         if inputs == "text":
             return features, [None] * len(notes)
-        found = features.read([n.image for n in notes], folder)
-        self.pictures.update(status for status, _ in found)
-        return features, [image_id for _, image_id in found]
+        images = features.read([n.image for n in notes], folder)
+        self.image_statuses.update(status for status, _ in images)
+        return features, [image_id for _, image_id in images]

@@ -1,18 +1,18 @@
-"""Notes -> embeddings: sharded, resumable, with multimodal, image-only or text-only inputs.
+"""Exports the embeddings of notes: sharded, resumable, of multimodal, image-only or text-only inputs.
 
     python -m notellm2_core.inference.export --config FILE --model DIR --notes DIR --images DIR --store DIR
         [--note-ids PARQUET] --inputs multimodal,image,text --out DIR [--reuse DIR ...] [--pictures NOTES SOURCE]
 
-writes OUT/<inputs>/part-00000.parquet (schema.embeddings: unit vectors, fp32). Started by torchrun, each rank does
-every WORLD_SIZE-th shard on its own device, on as many machines as share OUT.
+writes OUT/<inputs>/part-00000.parquet (schema.embeddings: unit vectors, fp32). Under torchrun, each rank writes every
+WORLD_SIZE-th shard on its own device, on one machine or on several that share OUT.
 
-A shard is written whole; a killed export goes on with the shards that it had not finished, and gives the same files
-as one that was not killed, because batches never reach over a shard.
+A shard is written whole. A killed export resumes with the shards that it had not finished, and writes the same files
+as an uninterrupted one, because no batch spans two shards.
 
-A model whose vision encoder was trained has one that the store knows nothing of: its pictures are encoded anew.
+If the model's vision encoder was trained, the store has no features of it, and the images are encoded during export.
 
-Precision: fp32 on a CPU; on a GPU the weights are bf16 unless training.precision is fp32 (what training's forward
-computes in), with the normalisation in fp32 either way.
+Precision: fp32 on a CPU; on a GPU the weights are bf16, or fp32 if training.precision is fp32, as in training. The
+normalisation is always in fp32.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from notellm2_core.vision.on_demand import OnDemandFeatures
 
 
 def weight_files(model_dir: Path) -> dict[str, str]:
-    """Name -> checksum of the files of a model that decide its vectors: weights, configuration, tokens; no records."""
+    """Name -> checksum of the files of a model that determine its vectors: weights, configuration, tokenizer."""
     records = ("training.json", "card.json", lake.MANIFEST)
     files = (p for p in sorted(model_dir.iterdir()) if p.suffix in (".safetensors", ".json") and p.name not in records)
     return {p.name: sha256_of(p) for p in files}
@@ -59,12 +59,11 @@ def export(
     config: Config, model_dir: Path, inputs: NoteInputs, kinds: Sequence[InputKind], out: Path,
     note_ids: Sequence[str] | None = None, reuse: Sequence[Path] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Embed the notes (or those of `note_ids`) for each kind of input into OUT/<kind>. Returns counts and speed.
+    """Embed the notes (or only `note_ids`) for each kind of input into OUT/<kind>. Returns counts and speed.
 
-    Vectors are reused where OUT, or one of the earlier exports `reuse`, has them by the same model and of the same
-    content.
+    Vectors are reused if OUT, or one of the earlier exports `reuse`, has them from the same model and content.
 
-    Raises ValueError where model, notes and images do not belong together.
+    Raises ValueError if model, notes and images do not belong together.
     """
     model, reader = load_model_and_reader(model_dir, inputs, config.source.max_image_pixels)
     notes = reader.open(note_ids)
@@ -107,7 +106,7 @@ def _feature_source(notes: OpenInputs, reader: InputReader, config: Config, devi
 
 
 def _content_ids(notes: OpenInputs, kind: InputKind, note_ids: Sequence[str]) -> list[str]:
-    """Of what this kind of input reads of each note: its tokens, its picture."""
+    """A fingerprint for each note of what this kind of input reads: its tokens, its image."""
     content_ids = []
     for note_id in note_ids:
         fields = [] if kind == "image" else [field.tolist() for field in notes.tokens[note_id]]
@@ -118,7 +117,7 @@ def _content_ids(notes: OpenInputs, kind: InputKind, note_ids: Sequence[str]) ->
 def _export_kind(
     embedder: BatchEmbedder, kind: InputKind, key: EmbeddingKey, out: Path, shard_notes: int, reuse: Sequence[Path]
 ) -> tuple[int, float]:
-    """Write this rank's shards. Returns how many of their notes were not embedded, and all ranks' notes per second."""
+    """Write this rank's shards. Returns how many of their vectors were reused, and all ranks' notes per second."""
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     total = -(-len(embedder.notes) // num_ranks)
     with tqdm(total=total, desc=f"embed {kind}", unit="notes", disable=rank != 0) as progress:
@@ -126,25 +125,25 @@ def _export_kind(
         def embed(note_ids: Sequence[str]) -> np.ndarray:
             return embedder.embed(note_ids, kind, progress)
 
-        began = time.monotonic()
+        start = time.monotonic()
         plan = plan_shards(out, list(embedder.notes), key, shard_notes)
         num_reused = write_shards(plan, embed, rank, num_ranks, progress, reuse)
-        seconds = max(time.monotonic() - began, 1e-6)
+        seconds = max(time.monotonic() - start, 1e-6)
     num_embedded = sum(len(shard.note_ids) for shard in plan.shards[rank::num_ranks]) - num_reused
     return num_reused, round(num_embedded / seconds * num_ranks, 1)
 
 
 def parse_inputs(text: str) -> list[InputKind]:
-    """ "multimodal,image" -> its kinds of input. Raises ValueError listing the choices."""
+    """ "multimodal,image" -> the kinds of input. Raises ValueError, listing the choices, for anything else."""
     kinds = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     wrong = [k for k in kinds if k not in get_args(InputKind)]
     if wrong or not kinds:
-        raise ValueError(f"--inputs {text!r} must be a list out of {', '.join(get_args(InputKind))}.")
+        raise ValueError(f"--inputs {text!r} must be a comma-separated list of {', '.join(get_args(InputKind))}.")
     return kinds  # type: ignore[return-value]  # checked above
 
 
 def _device(config: Config) -> tuple[torch.device, torch.dtype]:
-    """Raises ValueError where this machine has fewer GPUs than ranks."""
+    """This rank's device, and the precision of the weights. Raises ValueError if there are fewer GPUs than ranks."""
     on_gpu = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
@@ -157,15 +156,17 @@ def _device(config: Config) -> tuple[torch.device, torch.dtype]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     if is_of_torchrun():
-        die_with_parent("torch")  # a rank left behind would write into the shards of the next run
+        die_with_parent("torch")  # an orphaned rank would write into the shards of the next run
     parser = argparse.ArgumentParser(description="Embed notes with a trained model.")
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a trained (or start) model")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a trained (or initial) model")
     NoteInputs.add_arguments(parser)
     parser.add_argument("--note-ids", type=Path, help="Parquet with a note_id column, or pairs; default: all notes")
-    parser.add_argument("--inputs", default="multimodal", help="list out of multimodal, image, text")
+    parser.add_argument("--inputs", default="multimodal", help="comma-separated list of multimodal, image, text")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--reuse", type=Path, nargs="*", default=[], help="former exports: what is unchanged is taken")
+    parser.add_argument(
+        "--reuse", type=Path, nargs="*", default=[], help="earlier exports, whose vectors of unchanged notes are reused"
+    )
     args = parser.parse_args(argv)
     with user_errors():
         counts = export(

@@ -1,14 +1,14 @@
 """The model as a sentence-transformers module, so that `encode`, `similarity` and its evaluators work on it.
 
-An input is a text, which is read as a note's content; a PIL image, which is a note with nothing but that picture; or a
-dict with title, topics, content and image. The vectors are those of `Embedder`.
+An input is a text, which is read as a note's content; a PIL image, which is a note with that image alone; or a dict
+with title, topics, content and image. The vectors are those of `Embedder`.
 
     model = sentence_transformer("FOLDER")
     vectors = model.encode([{"title": "Red kite", "image": "kite.jpg"}, "flies well"])
 
-Since its version 6, `SentenceTransformer(FOLDER)` imports no class from outside its own package unless it is called
-with trust_remote_code=True, even where the class is installed and the folder holds no code. `sentence_transformer`
-hands it the module instead, and needs no such trust.
+Since version 6, `SentenceTransformer(FOLDER)` imports classes from outside its own package only with
+trust_remote_code=True, even if the class is installed and the folder holds no code. `sentence_transformer` passes it
+the module instead, which needs no such trust.
 """
 
 from collections.abc import Sequence
@@ -64,19 +64,19 @@ class NoteModule(InputModule):
         return ["text", "image"]
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:
-        """Notes -> the fields of a NoteBatch. `prompt` stands before a text's content.
+        """Notes -> the fields of a NoteBatch. `prompt` comes before a text's content.
 
-        Raises ValueError for a note with an unknown or wrong field.
+        Raises ValueError for a note with an unknown or invalid field.
         """
         notes = [_as_note(i, prompt or "") for i in inputs]
-        features, image_ids = self._embedder.read_pictures(notes, "multimodal")
+        features, image_ids = self._embedder.read_images(notes, "multimodal")
         distinct = list(dict.fromkeys(i for i in image_ids if i is not None))
-        rows = np.array([-1 if i is None else distinct.index(i) for i in image_ids])  # -1: blanked by collate
-        known = features.load(distinct)
+        rows = np.array([-1 if i is None else distinct.index(i) for i in image_ids])  # -1: set to zero by collate
+        loaded = features.load(distinct)
         batch = self._embedder.processor.collate(
             [self._embedder.processor.encode(n.note) for n in notes],
-            known.patches[rows] if distinct else None,
-            known.global_feature[rows] if distinct else None,
+            loaded.patches[rows] if distinct else None,
+            loaded.global_feature[rows] if distinct else None,
             rows >= 0,
         )
         return {f.name: getattr(batch, f.name) for f in fields(batch)}
@@ -112,7 +112,7 @@ class NoteModule(InputModule):
         init_defaults: dict[str, Any] | None = None,
         **_: Any,
     ) -> "NoteModule":
-        """The model of a folder or hub name, in fp32 on the CPU; SentenceTransformer moves it where it is wanted."""
+        """The model of a folder or hub name, in fp32 on the CPU; SentenceTransformer moves it to its device."""
         folder = model_folder(
             model_name_or_path,
             revision=revision,

@@ -1,4 +1,4 @@
-"""From a configuration, or a checkpoint's folder, to a model and its processor."""
+"""Builds a model and its processor: new ones from a configuration, trained ones from a folder."""
 
 from pathlib import Path
 
@@ -21,25 +21,25 @@ from notellm2_core.vision.encoder import VisionEncoder, saved_encoder_id, vision
 
 
 def build_model(config: Config, cache_dir: Path) -> tuple[MLRMModel, MLRMProcessor]:
-    """The pretrained LLM with new, random modules around it: the same for the same configuration and seed.
+    """The pretrained LLM with new modules around it, random but the same for the same configuration and seed.
 
-    fp32, on the CPU. `cache_dir` takes converted weights. Raises ValueError where the LLM cannot be loaded.
+    fp32, on the CPU. `cache_dir`: folder for converted LLM weights. Raises ValueError if the LLM cannot be loaded.
     """
     decoder, tokenizer = load_llm(config.model.llm, cache_dir)
     require_its_tokenizer(decoder, tokenizer, config.model.llm.name)
-    num_known_tokens = len(tokenizer)
+    num_old_tokens = len(tokenizer)
     processor = build_processor(config, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        add_word_embeddings(decoder, processor.note_tokenizer.new_token_ids, num_known_tokens)
+        add_word_embeddings(decoder, processor.note_tokenizer.new_token_ids, num_old_tokens)
         model = MLRMModel(mlrm_config(config, decoder.config, processor.num_patches, processor.vision_width), decoder)
     return model.eval(), processor
 
 
 def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> MLRMProcessor:
-    """What reads notes for the model of `config`. `tokenizer`: the LLM's; None: loaded, without its weights.
+    """The processor for the model of `config`. `tokenizer`: the LLM's; None: it is loaded, without the LLM's weights.
 
-    Raises ValueError where it cannot be had.
+    Raises ValueError if the tokenizer cannot be loaded.
     """
     num_patches, vision_width = vision_dims(config.model.vision)
     return MLRMProcessor(
@@ -53,14 +53,14 @@ def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase | None = 
 
 
 def num_visual_words(connector: ConnectorSettings, num_patches: int) -> int:
-    """L_c: the Q-Former's queries; the other connectors give every patch a place."""
+    """L_c: the Q-Former's queries; for the other connectors, the patches."""
     return connector.num_queries if connector.kind == "qformer" else num_patches
 
 
 def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
-    """What both wrote into `folder` (`save_pretrained`), in fp32, on the CPU.
+    """Load what both have saved into `folder` (`save_pretrained`), in fp32, on the CPU.
 
-    Raises ValueError if it is incomplete, or `vision/` beside it says that it is another encoder than the model's.
+    Raises ValueError if it is incomplete or damaged, or if `vision/` in it is another encoder than the model's.
     """
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no model (no config.json); give the folder of a trained model.")
@@ -69,7 +69,7 @@ def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
         if kind != MLRMConfig.model_type:
             raise ValueError(f"{folder} holds a {kind}, not a trained model of this project; give the folder of one.")
         model = MLRMModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    except (OSError, SafetensorError, TypeError, KeyError) as e:  # the last two: settings that are no settings
+    except (OSError, SafetensorError, TypeError, KeyError) as e:  # the last two: invalid settings
         raise ValueError(f"the model in {folder} cannot be read: {e}") from e
     if model.config.encoder_id:  # a bare save_pretrained names none
         require_its_encoder(model.config, saved_encoder_id(folder / VISION_FOLDER))
@@ -79,25 +79,25 @@ def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
 
 
 def load_encoder(folder: Path) -> VisionEncoder:
-    """The vision encoder beside the model in `folder`. Raises ValueError where it is missing, damaged or another."""
+    """The vision encoder of the model in `folder`. Raises ValueError if it is missing, damaged or another one."""
     encoder = VisionEncoder.from_pretrained(folder / VISION_FOLDER)
     require_its_encoder(MLRMConfig.from_pretrained(folder), encoder.encoder_id)
     return encoder
 
 
 def require_its_encoder(config: PreTrainedConfig, encoder_id: str) -> None:
-    """Raises ValueError where the model was trained with another vision encoder than `encoder_id`."""
+    """Raises ValueError if the model was trained with another vision encoder than `encoder_id`."""
     assert isinstance(config, MLRMConfig)
     if config.encoder_id != encoder_id:
         trained = config.encoder_id or "one that its config.json does not name (encoder_id)"
         raise ValueError(
-            f"the model was trained with vision encoder {trained}, and this one is {encoder_id}: use features of the "
-            "model's own, which was saved in its folder as vision/."
+            f"the model was trained with vision encoder {trained}, and this one is {encoder_id}: use the model's own "
+            "encoder, saved as vision/ in its folder, or features of it."
         )
 
 
 def require_its_processor(config: PreTrainedConfig, processor: MLRMProcessor) -> None:
-    """Raises ValueError where `processor` lays out other batches than the model reads."""
+    """Raises ValueError if `processor` makes batches of another layout than the model reads."""
     assert isinstance(config, MLRMConfig)
     connector, vision_width = config.connector_settings()
     reads = {
@@ -115,7 +115,7 @@ def require_its_processor(config: PreTrainedConfig, processor: MLRMProcessor) ->
 
 
 def require_its_tokenizer(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises ValueError where words of the tokenizer have no embedding. Tokens that were added to it may have none."""
+    """Raises ValueError if words of the tokenizer have no embedding. Tokens that were added to it may have none."""
     num_rows = len(_word_embeddings(decoder))
     if tokenizer.vocab_size > num_rows:
         raise ValueError(
@@ -125,15 +125,15 @@ def require_its_tokenizer(decoder: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 @torch.no_grad()
-def add_word_embeddings(decoder: PreTrainedModel, token_ids: list[int], num_known_tokens: int) -> None:
-    """Word embeddings of new tokens start as the mean of the known ones.
+def add_word_embeddings(decoder: PreTrainedModel, token_ids: list[int], num_old_tokens: int) -> None:
+    """Initialise the word embeddings of new tokens as the mean of the old ones.
 
-    The table grows only where the ids do not fit (Qwen's has spare rows already, and keeps them), and rows that it
-    gains are all of new tokens. Tokens that the tokenizer knew before (ids below `num_known_tokens`) keep their row.
+    The table grows only if the ids do not fit (Qwen's has spare rows already, and keeps them), and all rows that it
+    gains belong to new tokens. Tokens that the tokenizer had before (ids below `num_old_tokens`) keep their row.
     """
-    new = [i for i in token_ids if i >= num_known_tokens]
+    new = [i for i in token_ids if i >= num_old_tokens]
     num_rows = len(_word_embeddings(decoder))
-    mean = _word_embeddings(decoder)[:num_known_tokens].mean(0)
+    mean = _word_embeddings(decoder)[:num_old_tokens].mean(0)
     if new and max(new) >= num_rows:
         decoder.resize_token_embeddings(max(new) + 1, mean_resizing=False)
     _word_embeddings(decoder)[num_rows:] = mean
@@ -148,7 +148,7 @@ def _word_embeddings(decoder: PreTrainedModel) -> Tensor:
 
 def mlrm_config(config: Config, llm: PreTrainedConfig, num_patches: int, vision_width: int) -> MLRMConfig:
     """The model's config, from ours and the decoder's."""
-    private = ("_name_or_path", "transformers_version")  # where and by what it was read is not part of the model
+    private = ("_name_or_path", "transformers_version")  # the source of the LLM is not part of the model
     return MLRMConfig(
         llm={key: value for key, value in llm.to_dict().items() if key not in private},
         connector=config.model.connector.model_dump() | {"vision_width": vision_width},

@@ -1,7 +1,7 @@
-"""The model card: what stands in the README.md beside the weights. Pure text from facts. Imports no torch.
+"""The model card, the README.md beside the weights: plain text, rendered from its fields. Imports no torch.
 
-The facts lie in the model's folder (card.json), so that the card can be written again when more is known: the recall on
-held-out notes comes after the training, and a package may have another layout.
+The fields are saved in the model's folder (card.json), so that the card can be rendered again later: the recall on
+held-out notes comes after training, and a package may have another layout.
 """
 
 import json
@@ -18,7 +18,7 @@ from notellm2_core import __version__
 from notellm2_core.config.methods import get_method
 from notellm2_core.config.settings import Config
 
-CARD, CARD_FACTS = "README.md", "card.json"
+CARD, CARD_FIELDS = "README.md", "card.json"
 Layout = Literal["huggingface", "sentence-transformers"]
 PAPER = "https://doi.org/10.1145/3690624.3709440"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/model; no ./model and no ../model
@@ -45,27 +45,28 @@ _LIBRARY: dict[Layout, tuple[str, str]] = {  # library_name and pipeline_tag of 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers of a built model. They are asked of its parts: every decoder's config.json has names of its own."""
+    """The sizes of a built model, read from its modules, because every decoder's config.json has names of its own."""
 
     encoder_id: str  # of the vision encoder
     num_patches: int  # L
     vision_width: int  # h_v
-    num_visual_words: int  # L_c; 0 where the prompt has no image
+    num_visual_words: int  # L_c; 0 if the prompt has no image
     num_layers: int  # of the LLM
     llm_width: int  # h_t, of its last states
     projection_dim: int  # d
 
 
-def card_facts(
+def card_fields(
     config: Config,
     architecture: Architecture,
     sizes: Mapping[str, int],
     train_days: Sequence[str] | None,
     training: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What the card says, JSON-able. sizes: how many numbers each parameter has, by name.
+    """The fields of the card, as JSON-able values. sizes: how many numbers each parameter has, by name.
 
-    train_days: first day and (exclusive) end of the log; None: not known. training: None for an untrained start.
+    train_days: first day and (exclusive) end of the log; None: unknown. training: the metrics of the run; None for an
+    untrained, initial model.
     """
     model, vision = config.model, config.model.vision
     parts: Counter[str] = Counter()
@@ -98,64 +99,66 @@ def card_facts(
     }
 
 
-def read_card_facts(model: Path) -> dict[str, Any]:
-    """The facts in a model's folder. Raises ValueError where there are none."""
+def read_card_fields(model: Path) -> dict[str, Any]:
+    """The card's fields from a model's folder. Raises ValueError if card.json is missing or damaged."""
     try:
-        facts: dict[str, Any] = json.loads((model / CARD_FACTS).read_text())
+        fields: dict[str, Any] = json.loads((model / CARD_FIELDS).read_text())
     except OSError as e:
-        raise ValueError(f"{model} holds no {CARD_FACTS}; give the folder that the training command wrote.") from e
+        raise ValueError(f"{model} holds no {CARD_FIELDS}; give the folder that the training command wrote.") from e
     except ValueError as e:
-        raise ValueError(f"{model / CARD_FACTS} is not readable as JSON ({e}); copy the model again.") from e
-    return facts
+        raise ValueError(f"{model / CARD_FIELDS} is not readable as JSON ({e}); copy the model again.") from e
+    return fields
 
 
-def model_card(facts: Mapping[str, Any], recall: str | None = None, layout: Layout = "huggingface") -> str:
-    """The card in the form of the hub. `facts`: of `card_facts`; `recall`: the table of the report, in Markdown."""
-    training = facts["training"]
+def model_card(fields: Mapping[str, Any], recall: str | None = None, layout: Layout = "huggingface") -> str:
+    """The card in the format of the hub. `fields`: see `card_fields`; `recall`: the report's table, in Markdown."""
+    training = fields["training"]
     sections = {
-        "Use": _use(facts, layout),
-        "Method": _method(facts),
-        "Sizes": _table({**facts["shapes"], **{f"{k}, parameters": f"{v:,}" for k, v in facts["parameters"].items()}}),
-        "Training data": _data(facts),
+        "Use": _use(fields, layout),
+        "Method": _method(fields),
+        "Sizes": _table(
+            {**fields["shapes"], **{f"{k}, parameters": f"{v:,}" for k, v in fields["parameters"].items()}}
+        ),
+        "Training data": _data(fields),
         "Training": _table(training) if training else "None: this is the model before its first step.",
         "Recall on held-out notes": recall
         or "Not measured here; `eval_recall` and `notellm2 package --report` add it.",
-        "Licence": _licence(facts["license"]),
+        "Licence": _licence(fields["license"]),
     }
     text = "\n\n".join(f"## {title}\n\n{body.strip()}" for title, body in sections.items())
-    return f"---\n{_front_matter(facts, layout)}---\n\n# {facts['name']}\n\n{_summary(facts)}\n\n{text}\n"
+    return f"---\n{_front_matter(fields, layout)}---\n\n# {fields['name']}\n\n{_summary(fields)}\n\n{text}\n"
 
 
 def write_card(model: Path, license: str | None, recall: Path, out: Path) -> None:
-    """Write the card of the model in `model` to `out`, with this license and the recall table in the file `recall`."""
-    out.write_text(model_card(read_card_facts(model) | {"license": license}, recall.read_text()))
+    """Write the card of the model in the folder `model` to `out`, with `license` and the table in the file `recall`."""
+    out.write_text(model_card(read_card_fields(model) | {"license": license}, recall.read_text()))
 
 
-def _front_matter(facts: Mapping[str, Any], layout: Layout) -> str:
+def _front_matter(fields: Mapping[str, Any], layout: Layout) -> str:
     library, pipeline = _LIBRARY[layout]
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline}
-    front |= {"license": facts["license"]} if facts["license"] else {"license": "other", "license_name": "not-stated"}
-    if facts["base_model"]:
-        front["base_model"] = facts["base_model"]
-    front["tags"] = ["notellm2", facts["method"]["name"], "multimodal", "item-to-item", "retrieval", "recommendation"]
+    front |= {"license": fields["license"]} if fields["license"] else {"license": "other", "license_name": "not-stated"}
+    if fields["base_model"]:
+        front["base_model"] = fields["base_model"]
+    front["tags"] = ["notellm2", fields["method"]["name"], "multimodal", "item-to-item", "retrieval", "recommendation"]
     return yaml.safe_dump({**front, "tags": list(dict.fromkeys(front["tags"]))}, sort_keys=False)
 
 
-def _summary(facts: Mapping[str, Any]) -> str:
+def _summary(fields: Mapping[str, Any]) -> str:
     return (
         f"Embeddings of multimodal notes (title, topics, content, image) for item-to-item recall, after "
-        f"[NoteLLM-2]({PAPER}). {facts['shapes']['embedding']} numbers, compared by cosine."
+        f"[NoteLLM-2]({PAPER}). {fields['shapes']['embedding']} numbers, compared by cosine."
     )
 
 
-def _use(facts: Mapping[str, Any], layout: Layout) -> str:
-    code = _USE[layout].replace("{dim}", str(facts["shapes"]["embedding"]))
+def _use(fields: Mapping[str, Any], layout: Layout) -> str:
+    code = _USE[layout].replace("{dim}", str(fields["shapes"]["embedding"]))
     what = "`pip install` notellm2-pipeline first. An image is a path, bytes, a PIL image or None."
     return f"```python\n{code}\n```\n\n{what} `notellm2 embed --model FOLDER --notes PATH --out DIR` embeds tables."
 
 
-def _method(facts: Mapping[str, Any]) -> str:
-    method, vision = facts["method"], facts["vision"]
+def _method(fields: Mapping[str, Any]) -> str:
+    method, vision = fields["method"], fields["vision"]
     switches = {k: ", ".join(v) if isinstance(v, list | tuple) else v for k, v in method.items() if k != "name"}
     state = "trained" if vision.get("trained") else "frozen"
     encoder = f"{vision['library']} {vision['name']}" + (f" ({vision['pretrained']})" if vision["pretrained"] else "")
@@ -163,19 +166,19 @@ def _method(facts: Mapping[str, Any]) -> str:
         {
             "method": method["name"],
             **{k.replace("_", " "): v for k, v in switches.items()},
-            "LLM": f"{facts['llm']['name']}, {facts['llm']['num_layers']} layers",
+            "LLM": f"{fields['llm']['name']}, {fields['llm']['num_layers']} layers",
             f"vision encoder ({state})": f"{encoder}, checksum {vision['encoder_id']}",
-            **{f"{k.replace('_', ' ')} read": v for k, v in facts["text"].items()},
+            **{f"{k.replace('_', ' ')} read": v for k, v in fields["text"].items()},
         }
     )
 
 
-def _data(facts: Mapping[str, Any]) -> str:
-    days = facts["train_days"]
+def _data(fields: Mapping[str, Any]) -> str:
+    days = fields["train_days"]
     window = (
         f"Logs from {days[0]} to {days[1]} (exclusive, UTC)." if days else "The days of the logs were not recorded."
     )
-    pairs = facts["training"] or {}
+    pairs = fields["training"] or {}
     if "num_train_pairs" not in pairs:
         return window
     return (

@@ -90,7 +90,7 @@ class QFormer(nn.Module):
             QFormerLayer(settings, vision_width, has_cross_attention=i % settings.cross_attention_every == 0)
             for i in range(settings.num_layers)
         )
-        # Not zeros: equal queries would stay equal for ever.
+        # Not zeros: equal queries would stay equal.
         nn.init.normal_(self.queries, std=0.02)
 
     def forward(self, patches: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How big a configuration's model is and how its prompt is laid out, without reading any weights."""
+"""The parameters, sizes and prompt layout of a configuration's model, without reading any weights."""
 
 from typing import Any
 
@@ -24,11 +24,12 @@ from notellm2_core.vision.towers import build_tower, dropped_projection_paramete
 def describe(config: Config) -> dict[str, Any]:
     """Parameters of each part, the main sizes and the prompt, as JSON-able values; built on the meta device.
 
-    `vision` is the tower as it is used. Its final projection is dropped, but Table 7's totals count it, so it is a part
-    of its own here. `trainable` counts adapters (`model.lora`), `total` does not: a saved model has them merged. The
-    word embeddings of the new tokens are not counted: whether they need new rows depends on the tokenizer.
+    `vision` is the tower without its final projection, which the model does not use. Table 7's totals count the
+    projection, so it is listed as a part of its own. `trainable` counts adapters (`model.lora`), `total` does not,
+    because a saved model has them merged. The word embeddings of the new tokens are not counted: whether they need new
+    rows depends on the tokenizer.
 
-    Raises ValueError where the LLM's architecture is neither in `model.llm.config` nor to be had.
+    Raises ValueError if the LLM's architecture is not in `model.llm.config` and cannot be loaded.
     """
     architecture = llm_architecture(config.model.llm)
     num_patches, vision_width = vision_dims(config.model.vision)
@@ -71,10 +72,10 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def prompt_layout(config: Config, num_patches: int, vision_width: int) -> dict[str, Any]:
-    """The tokens of a note without text, and where the representations are read.
+    """The tokens of a note without text, and the positions at which its representations are read.
 
-    Where the tokenizer is not on this machine and `model.llm.config` spares asking a hub for it, the pieces stand
-    without their tokens.
+    With `model.llm.config` no hub is asked for the tokenizer. If it is not on this machine either, the pieces are
+    listed without their tokens.
     """
     method, num_words = get_method(config.model.method), num_visual_words(config.model.connector, num_patches)
     try:
@@ -88,17 +89,17 @@ def prompt_layout(config: Config, num_patches: int, vision_width: int) -> dict[s
         return {"tokens": None, "why": why, "pieces": pieces}
     processor = MLRMProcessor(tokenizer, config.text, method.prompt, num_words, num_patches, vision_width)
     layout = processor.layout()
-    places = {name: first for name, first, _ in layout}
+    positions = {name: first for name, first, _ in layout}
     length = sum(num for *_, num in layout)
     return {
         "tokens": length,
         "pieces": [{"piece": name, "first": first, "tokens": num} for name, first, num in layout],
-        "image": [places[IMAGE_TOKEN], places[IMAGE_TOKEN] + num_words] if IMAGE_TOKEN in places else None,
-        "n_v": places[VISUAL_WORD_TOKEN] - 1 if VISUAL_WORD_TOKEN in places else None,
+        "image": [positions[IMAGE_TOKEN], positions[IMAGE_TOKEN] + num_words] if IMAGE_TOKEN in positions else None,
+        "n_v": positions[VISUAL_WORD_TOKEN] - 1 if VISUAL_WORD_TOKEN in positions else None,
         "n_m": length - 1,
     }
 
 
 def count(module: nn.Module | None) -> int:
-    """Parameters of `module`; a shared one counts once."""
+    """The number of parameters of `module`; a shared one counts once. 0 for None."""
     return 0 if module is None else sum(p.numel() for p in module.parameters())

@@ -1,4 +1,4 @@
-"""Late fusion (Eq. 7): the global image feature is mixed into a compressed word, dimension by dimension."""
+"""Late fusion (Eq. 7): a gate mixes the global image feature into a compressed word, dimension by dimension."""
 
 import torch
 from torch import Tensor, nn

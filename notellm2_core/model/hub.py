@@ -1,4 +1,4 @@
-"""Where a trained model comes from: a folder, or the hub. Imports no torch."""
+"""Finds a trained model: in a folder, or on the hub. Imports no torch."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ def model_folder(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder `name`, or the local copy of the hub's model. Raises ValueError where neither can be had.
+    """The folder `name`, or a local copy of the hub's model `name`. Raises ValueError if there is neither.
 
-    The options say which of the hub's copies, and mean what they mean to the hub's client; a folder is taken as it is.
+    The options are those of `huggingface_hub.snapshot_download`; they do not apply to a folder.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -33,5 +33,5 @@ def model_folder(
         )
     except Exception as e:  # the hub client raises its own kinds, without a common base
         raise ValueError(
-            f"{name} is no folder, and the hub has not given it ({one_line(e)}); pass the folder of a trained model."
+            f"{name} is no folder, and the hub does not provide it ({one_line(e)}); give the folder of a trained model."
         ) from e

@@ -1,9 +1,9 @@
-"""Fused kernels for the parts of a decoder that only move numbers: norms, rotary positions, the gates of MLPs.
+"""Fused kernels for the memory-bound parts of a decoder: norms, rotary positions, the gates of MLPs.
 
-On a GPU these take more than a quarter of a forward's time as torch computes them, a kernel for each sign of their
-formulas (LLaMA-2's 7B in bf16, 9,100 tokens, H200). The kernels are Liger's (Hsu et al. 2024), put in by transformers,
-and used where `liger-kernel` is installed, which the extra `gpu` does, beside a C compiler, which Triton starts them
-with. Without them, and on a CPU, nothing changes.
+On a GPU these take more than a quarter of a forward's time when torch launches one kernel per operator (LLaMA-2's 7B in
+bf16, 9,100 tokens, H200). The kernels are Liger's (Hsu et al. 2024), patched in by transformers. They need
+`liger-kernel`, which the extra `gpu` installs, and a C compiler, which Triton needs to launch them. Without the two,
+and on a CPU, the decoder is not changed.
 """
 
 import logging
@@ -27,20 +27,20 @@ KINDS = {"llama", "mistral", "qwen2", "qwen3"}
 
 
 def fuse_kernels(llm: PreTrainedModel, device: torch.device) -> bool:
-    """Put fused kernels into `llm`, which is used on `device` alone from now on; whether that was possible."""
+    """Patch fused kernels into `llm`, which then works on `device` only. Returns whether that was possible."""
     config = llm.config
     if device.type != "cuda" or config.model_type not in KINDS or getattr(config, "hidden_act", "") != "silu":
         return False
     if lacking := _lacking():
-        warnings.warn(f"without {lacking} this GPU computes more slowly than it could", stacklevel=2)
+        warnings.warn(f"without {lacking} this GPU computes more slowly than it can", stacklevel=2)
         return False
-    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it tells which of its kernels are for other devices
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it reports which of its kernels are for other devices
     code = vars(sys.modules[type(llm).__module__])
     before = dict(code)
     try:
         apply_liger_kernel(llm, {"fused_linear_cross_entropy": False})  # there is no head
     finally:
-        # It also replaces the names in transformers' file, for all models of the process, those on a CPU too.
+        # Liger also replaces names in transformers' module, for all models of the process, including those on a CPU.
         for name, old in before.items():
             if (new := code[name]) is not old:
                 is_plain = isinstance(old, FunctionType) and old.__module__ != __name__
@@ -57,12 +57,12 @@ def _lacking() -> str:
 
 
 def _by_device(fused: Any, plain: Any) -> Any:
-    """The rotation of query and key, `fused` on a GPU."""
+    """The rotary positions of query and key: by `fused` on a GPU, by `plain` on a CPU."""
 
     def apply_rotary_pos_emb(query: torch.Tensor, *args: Any, **options: Any) -> Any:
         if not query.is_cuda:
             return plain(query, *args, **options)
-        with torch.cuda.device(query.device):  # Liger starts it on the process's own
+        with torch.cuda.device(query.device):  # else Liger launches on the current device
             return fused(query, *args, **options)
 
     return apply_rotary_pos_emb

@@ -46,8 +46,8 @@ _HAS_ATTENTION = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flas
 def load_llm(settings: LLMSettings, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The pretrained decoder without LM head, cut to its first `num_layers` layers, in fp32, and its tokenizer.
 
-    A GGUF is converted to safetensors once, below `cache_dir`. Of a model that reads pictures too, the text decoder is
-    taken. Raises ValueError where the weights cannot be had, are incomplete, or have fewer layers than asked for.
+    A GGUF is converted to safetensors once, below `cache_dir`. From a vision-language model, the text decoder is taken.
+    Raises ValueError if the weights cannot be loaded, are incomplete, or have fewer layers than requested.
     """
     tokenizer: PreTrainedTokenizerBase
     if settings.name == "tiny":
@@ -72,7 +72,7 @@ def load_llm(settings: LLMSettings, cache_dir: Path) -> tuple[PreTrainedModel, P
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # into the report
+            ignore_mismatched_sizes=True,  # they are listed in the report
         )
     require_complete(report, settings.name)
     decoder = model if part is whole else model.get_decoder()
@@ -82,9 +82,9 @@ def load_llm(settings: LLMSettings, cache_dir: Path) -> tuple[PreTrainedModel, P
 
 
 def llm_architecture(settings: LLMSettings) -> PreTrainedConfig:
-    """The decoder's architecture, cut to `num_layers`, without reading weights: from `settings.config` where given.
+    """The decoder's architecture, cut to `num_layers`, without reading weights; from `settings.config` if given.
 
-    Raises ValueError where it is not given and cannot be read.
+    Raises ValueError if it is invalid or cannot be read.
     """
     if settings.config is not None:
         fields = dict(settings.config)
@@ -101,16 +101,16 @@ def llm_architecture(settings: LLMSettings) -> PreTrainedConfig:
     gguf = _gguf(settings.name)
     with _errors_of(settings.name), quiet():
         if gguf is None:
-            found = AutoConfig.from_pretrained(settings.name, trust_remote_code=False)
+            architecture = AutoConfig.from_pretrained(settings.name, trust_remote_code=False)
         else:
-            found = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    return _decoder_part(found, settings)
+            architecture = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    return _decoder_part(architecture, settings)
 
 
 def load_tokenizer(settings: LLMSettings, local_only: bool = False) -> PreTrainedTokenizerBase:
-    """The LLM's tokenizer, without its weights. Raises ValueError where it cannot be had.
+    """The LLM's tokenizer, without the LLM's weights. Raises ValueError if it cannot be loaded.
 
-    local_only: a hub name is looked up in the cache of this machine, no server is asked.
+    local_only: a hub name is looked up in this machine's cache only.
     """
     if settings.name == "tiny":
         return tiny_tokenizer()
@@ -122,7 +122,7 @@ def load_tokenizer(settings: LLMSettings, local_only: bool = False) -> PreTraine
 
 
 def _gguf(name: str) -> Path | None:
-    """The GGUF file that `name` is or, for a package, has. Raises ValueError if there is none where one is named."""
+    """The GGUF file `name`, or that of the package `name`; None for other names. Raises ValueError if it is missing."""
     if name.startswith("package:") and (name not in PACKAGES or not PACKAGES[name].path.endswith(".gguf")):
         raise ValueError(f"{name} is no package with an LLM; set model.llm.name to {_DECODER_MODES}.")
     path = package_path(name) if name in PACKAGES else Path(name)
@@ -134,13 +134,13 @@ def _gguf(name: str) -> Path | None:
 
 
 def _converted(gguf: Path, name: str, cache_dir: Path) -> Path:
-    """The GGUF's weights as a Hugging Face folder, made on the first call (about 20 s), whole or not at all."""
+    """The GGUF's weights as a Hugging Face folder, converted on the first call (about 20 s), whole or not at all."""
     target = cache_dir / f"{gguf.stem}-{sha256_of(gguf)[:16]}"
     if target.exists():
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
     with (cache_dir / f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process converts, the others wait for it; a kill releases it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process converts, the others wait; a kill releases the lock
         if target.exists():
             return target
         with _errors_of(name), quiet():
@@ -149,7 +149,7 @@ def _converted(gguf: Path, name: str, cache_dir: Path) -> Path:
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
             )
         require_complete(report, name)
-        # The weights are plain fp32 now, but transformers would not save what was once quantized.
+        # The weights are fp32 now, but transformers refuses to save a model that was quantized.
         del decoder.config.quantization_config, decoder.hf_quantizer
         with new_folder(target) as draft:
             decoder.save_pretrained(draft)
@@ -158,15 +158,15 @@ def _converted(gguf: Path, name: str, cache_dir: Path) -> Path:
 
 
 def _decoder_part(whole: PreTrainedConfig, settings: LLMSettings) -> PreTrainedConfig:
-    """The part of `whole` that describes the text decoder (mostly all of it), cut in place to `num_layers` layers.
+    """The part of `whole` that describes the text decoder (usually all of it), cut in place to `num_layers` layers.
 
-    Raises ValueError if there is no causal decoder, or none with as many layers and the attention asked for.
+    Raises ValueError if it is no causal decoder, has fewer layers, or lacks the attention of `settings`.
     """
     kind = type(whole)
     generates = kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING  # BERT and its like, which transformers lists as causal too
+    is_bidirectional = kind in MODEL_FOR_MASKED_LM_MAPPING  # BERT and similar ones, which transformers lists as causal
     decoder = whole.get_text_config(decoder=True)
-    if whole.is_encoder_decoder or decoder.is_encoder_decoder or not generates or both_ways:
+    if whole.is_encoder_decoder or decoder.is_encoder_decoder or not generates or is_bidirectional:
         raise ValueError(
             f"model.llm.name = {settings.name!r} is a {whole.model_type}, not a decoder-only LLM; "
             "name a causal language model."
@@ -182,11 +182,11 @@ def _decoder_part(whole: PreTrainedConfig, settings: LLMSettings) -> PreTrainedC
     available = decoder.num_hidden_layers
     if settings.num_layers > available:
         raise ValueError(
-            f"model.llm.num_layers = {settings.num_layers}, but {settings.name} has {available}; ask for fewer."
+            f"model.llm.num_layers = {settings.num_layers}, but {settings.name} has {available}; lower it."
         )
     decoder.num_hidden_layers = settings.num_layers
     kinds = getattr(decoder, "layer_types", None)
-    if kinds is not None and len(kinds) > settings.num_layers:  # where it is not derived from num_hidden_layers
+    if kinds is not None and len(kinds) > settings.num_layers:  # if it is not derived from num_hidden_layers
         decoder.layer_types = kinds[: settings.num_layers]
     return decoder
 
@@ -206,7 +206,7 @@ def _tiny_architecture(vocab_size: int) -> LlamaConfig:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE learned from the prompts alone: the prompts are short, and any Unicode text has tokens."""
+    """A byte-level BPE learned from the prompts alone: prompts have few tokens, and any Unicode text can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -219,11 +219,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @contextmanager
-def _errors_of(name: str, cure: str = f"set model.llm.name to {_DECODER_MODES}") -> Iterator[None]:
-    """Whatever transformers says about weights that cannot be had becomes one sentence."""
+def _errors_of(name: str, remedy: str = f"set model.llm.name to {_DECODER_MODES}") -> Iterator[None]:
+    """Turn transformers' errors about a model that cannot be loaded into a ValueError of one sentence."""
     try:
         yield
     except (OSError, ImportError, ValueError, KeyError, SafetensorError, StrictDataclassError) as e:
         missing = name.startswith(("/", ".", "~")) and not Path(name).exists()
         reason = "there is no such folder" if missing else one_line(e)
-        raise ValueError(f"the LLM {name!r} cannot be loaded ({reason[:300]}); {cure}.") from e
+        raise ValueError(f"the LLM {name!r} cannot be loaded ({reason[:300]}); {remedy}.") from e

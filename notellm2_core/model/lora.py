@@ -1,7 +1,6 @@
 """LoRA (Hu et al. 2021): a linear layer computes W x + (alpha / rank) B A x, and only A and B are trained.
 
-peft makes the adapters, and is asked what they add up to. They exist while a model is trained; a saved model has the
-sum as its W and knows nothing of them.
+peft makes and merges the adapters. They exist during training only: a saved model has the sum as its W.
 """
 
 import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers, which peft imports
@@ -19,9 +18,10 @@ _ADAPTER = "default"  # peft can hold several under different names
 
 
 def add_adapters(llm: nn.Module, lora: LoRASettings, seed: int) -> None:
-    """Give linear layers of `llm` adapters, in place: A random, the same for the same seed, and B = 0.
+    """Add adapters to linear layers of `llm`, in place: A is random, the same for the same seed, and B = 0.
 
-    So nothing changes before the first step. Raises ValueError where `target_modules` names no linear layer.
+    The output is therefore unchanged before the first step. Raises ValueError if `target_modules` names no linear layer
+    of the LLM.
     """
     names = {name.rpartition(".")[2] for name, layer in llm.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
     targets = names if lora.target_modules == "all-linear" else {*lora.target_modules}
@@ -39,7 +39,7 @@ def add_adapters(llm: nn.Module, lora: LoRASettings, seed: int) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether this is the name of a parameter of an adapter."""
+    """Whether `name` is that of an adapter's parameter."""
     return ".lora_" in name
 
 
@@ -49,10 +49,10 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def merge(weights: dict[str, Tensor], name: str, layer: AdaptedLinear) -> None:
-    """Turn what `weights` holds of the adapted `layer` called `name` into the one layer W + (alpha / rank) B A.
+    """Replace the weights of the adapted `layer` called `name` by the one matrix W + (alpha / rank) B A.
 
-    `weights`: the model's parameters by name, changed in place; `layer` must be whole (ZeRO-3 shares weights out). The
-    sum is made in fp32 and takes the precision of W; B A has that of the adapters.
+    `weights`: the model's parameters by name, changed in place. `layer` must be complete (ZeRO-3 partitions weights).
+    B A is computed in the adapters' precision, the sum in fp32; the result has the precision of W.
 
     Worked example (rank 1, alpha 2): W = [[1, 0], [0, 1]], B = [[1], [3]], A = [[1, 2]] make [[3, 4], [6, 13]].
     """

@@ -1,6 +1,6 @@
 """The multimodal large representation model (Fig. 2): the whole forward on one page.
 
-The vision encoder is not inside: it is frozen, and its features are computed once per image.
+The vision encoder is outside: usually it is frozen, and its features are computed once per image.
 
 Shapes: N notes, T tokens, L patches of width h_v, L_c visual embeddings, h_t the LLM's width, d = 64.
 """
@@ -30,7 +30,7 @@ from notellm2_core.runtime.pretrained import require_complete
 
 
 class MLRMConfig(PreTrainedConfig):
-    """What the model is made of. `llm` and `connector` are plain dicts: a config.json names everything."""
+    """The model's architecture. `llm` and `connector` are plain dicts, so that config.json is complete."""
 
     model_type = "mlrm"
 
@@ -59,8 +59,8 @@ class MLRMConfig(PreTrainedConfig):
 class States(NamedTuple):
     """The representations before the projector."""
 
-    multimodal: Tensor  # [N, h_t] n_m, fused where the method fuses
-    visual: Tensor | None  # [N, h_t] n_v, likewise; None where the prompt has no visual word
+    multimodal: Tensor  # [N, h_t] n_m, fused if the method fuses
+    visual: Tensor | None  # [N, h_t] n_v, likewise; None if the prompt has no visual word
     llm_multimodal: Tensor  # [N, h_t] n_m before the fusion
     global_branch: Tensor | None  # [N, h_t] v of Eq. 7
     gate_mean: Tensor | None  # [1] mean of z over the multimodal gate
@@ -93,7 +93,7 @@ class MLRMModel(PreTrainedModel):
         self.llm = llm if llm is not None else _random_llm(config)
         words = self.llm.get_input_embeddings()
         assert isinstance(words, nn.Embedding)
-        width = words.embedding_dim  # an OPT's hidden_size may be another one
+        width = words.embedding_dim  # an OPT's hidden_size can differ
         self._takes_positions = "position_ids" in inspect.signature(self.llm.forward).parameters  # ALiBi has none
         if can_be_packed(self.llm):
             self.llm.set_attn_implementation(PACKED_SDPA)
@@ -105,9 +105,9 @@ class MLRMModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, batch: NoteBatch, num_shared: int = 0) -> MLRMOutput:
-        """Notes -> embeddings after the 64-d projector; whoever compares them normalises them, in fp32.
+        """Notes -> embeddings after the projector. The caller normalises them, in fp32, before comparing.
 
-        num_shared: first tokens of every note, the same in all and without the image, that need computing only once.
+        num_shared: length of the prefix that all notes share, before the image; packed notes compute it only once.
         """
         states = self.states(batch, num_shared)
         with _without_autocast(states.multimodal):
@@ -120,7 +120,7 @@ class MLRMModel(PreTrainedModel):
     def states(self, batch: NoteBatch, num_shared: int = 0) -> States:
         """Sections 2.2 and 3 up to the projector."""
         dtype = self.projector.weight.dtype  # features are fp32, the weights may be bf16
-        shown = batch.has_image.to(dtype)[:, None]  # [N, 1]; without image, zeros, but every module runs
+        shown = batch.has_image.to(dtype)[:, None]  # [N, 1]; zero without an image, but every module runs
 
         words = self.llm.get_input_embeddings()(batch.input_ids)  # [N, T, h_t]
         if self.connector is not None:
@@ -143,7 +143,7 @@ class MLRMModel(PreTrainedModel):
 
     @property
     def packs_notes(self) -> bool:
-        """Whether the LLM gets the notes of a batch as one row without padding, as its attention now is."""
+        """Whether the LLM gets the notes of a batch as one row without padding; depends on its current attention."""
         return bool(self.llm.config._attn_implementation == PACKED_SDPA)
 
     def _hidden_states(
@@ -175,10 +175,10 @@ class MLRMModel(PreTrainedModel):
         return self.llm.get_input_embeddings()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What `.to(device, dtype)` does, but the frequencies of the rotary positions stay in fp32.
+        """Apply `fn`, as `.to(device, dtype)` does, except that the frequencies of the rotary positions stay in fp32.
 
-        In bf16's 8 bits, a position of 200 would be off by up to a quarter of a radian, and vectors by several times
-        what bf16 weights alone cost. Training keeps them too (DeepSpeed casts weights alone).
+        In bf16's 8 bits, position 200 would be off by up to a quarter of a radian, and vectors by several times the
+        error of bf16 weights. In training they stay in fp32 too: DeepSpeed casts weights only.
         """
         exact = {
             (module, name): buffer
@@ -195,13 +195,13 @@ class MLRMModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but from safetensors alone, and a weight that is missing, damaged or of another shape is
-        a ValueError, not a random one.
+        """As in transformers, from safetensors only. Raises ValueError for a weight that is missing, damaged or of
+        another shape, where transformers would take a random one.
         """
         wants_report = kwargs.pop("output_loading_info", False)
         kwargs |= {"use_safetensors": True}
         try:
-            # Weights of another shape go into the report.
+            # Weights of another shape are listed in the report.
             loaded: Any = super().from_pretrained(
                 *args, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -211,19 +211,19 @@ class MLRMModel(PreTrainedModel):
         require_complete(report, str(args[0]))
         if report["unexpected_keys"]:
             raise ValueError(
-                f"{args[0]} has weights that its config.json does not know: {min(report['unexpected_keys'])}"
+                f"{args[0]} has weights that its config.json does not describe: {min(report['unexpected_keys'])}"
             )
         return (model, report) if wants_report else model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: each part initialises itself, and a checkpoint is complete or refused."""
+        """Does nothing: each part initialises itself, and an incomplete checkpoint is refused."""
 
 
 def _without_autocast(states: Tensor) -> AbstractContextManager[None]:
     """Inside, modules compute in the precision of their weights.
 
-    The states of all notes are nearly the same vector (cosines of 0.94 to 0.999), and what tells notes apart is in the
-    rest. Rounding the whole to bf16 before the gate and the projector costs a third of the demo's recall.
+    The states of all notes are nearly the same vector (cosines of 0.94 to 0.999); what distinguishes notes is the small
+    rest. Rounding the states to bf16 before the gate and the projector costs a third of the demo's recall.
     """
     context: AbstractContextManager[None] = torch.autocast(states.device.type, enabled=False)
     return context
@@ -234,7 +234,9 @@ def _random_llm(config: MLRMConfig) -> PreTrainedModel:
     llm_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     attention = config.attention
     if attention == "flash_attention_2" and not is_flash_attn_2_available():  # trained on another machine
-        warnings.warn("flash-attn is not installed here: the model computes the same with sdpa", stacklevel=2)
+        warnings.warn(
+            "flash-attn is not installed: the model uses sdpa, with the same result up to rounding", stacklevel=2
+        )
         attention = "sdpa"
     return AutoModel.from_config(llm_config, attn_implementation=attention)
 

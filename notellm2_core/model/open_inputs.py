@@ -1,4 +1,4 @@
-"""From the folders of `NoteInputs` to what a model reads of the notes: tokens, image ids, and features or pictures."""
+"""Opens the folders of `NoteInputs` as a model reads them: tokens, image ids, and features or images."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,31 +17,31 @@ from notellm2_core.vision.note_images import NoteImages
 
 @dataclass(frozen=True)
 class OpenInputs:
-    """What a model reads of some notes."""
+    """A model's input for a set of notes."""
 
     tokens: Mapping[str, FieldTokens]  # by note id
-    image_ids: Mapping[str, str | None]  # by note id; None: no usable picture
-    images: FeatureStore | NoteImages  # features by image id, or the pictures where an encoder is to read them
+    image_ids: Mapping[str, str | None]  # by note id; None: no usable image
+    images: FeatureStore | NoteImages  # features by image id, or the images if an encoder reads them
 
 
 @dataclass(frozen=True)
 class InputReader:
-    """How one model reads note inputs."""
+    """Reads note inputs for one model."""
 
     processor: MLRMProcessor
     inputs: NoteInputs
-    encoder: VisionEncoder | None = None  # is to read the pictures; None: their features are in the store
-    max_pixels: int = SourceSettings().max_image_pixels  # of a picture
+    encoder: VisionEncoder | None = None  # reads the images; None: the store has their features
+    max_pixels: int = SourceSettings().max_image_pixels  # of an image
 
     @property
     def encoder_id(self) -> str:
-        """Of the vision encoder whose features the model reads."""
+        """The id of the vision encoder whose features the model reads."""
         return encoder_id(self.inputs.images) if self.encoder is None else self.encoder.encoder_id
 
     def open(self, note_ids: Collection[str] | None = None) -> OpenInputs:
         """Open the inputs of these notes (None: of all).
 
-        Raises ValueError where a note is missing, there is no store, or there are no pictures for `encoder`.
+        Raises ValueError if a note or the store is missing, or there are no images for `encoder` to read.
         """
         tokens = read_tokens(self.inputs.notes, self.processor.note_tokenizer, note_ids)
         image_ids = {n: i for n, i in read_note_images(self.inputs.images).items() if n in tokens}
@@ -49,7 +49,7 @@ class InputReader:
             return OpenInputs(tokens, image_ids, FeatureStore(self.inputs.store / self.encoder_id))
         if self.inputs.pictures is None:
             raise ValueError(
-                "the vision encoder is trained, or was: say where the pictures are (--pictures NOTES SOURCE)"
+                "the vision encoder is trained, or was: give the folders of the images (--pictures NOTES SOURCE)"
             )
         return OpenInputs(
             tokens, image_ids, NoteImages(self.inputs.pictures, image_ids, tokens.keys(), self.max_pixels)
@@ -57,10 +57,11 @@ class InputReader:
 
 
 def load_model_and_reader(folder: Path, inputs: NoteInputs, max_pixels: int) -> tuple[MLRMModel, InputReader]:
-    """The saved model in `folder`, and how it reads `inputs`: with its own vision encoder where the store has features
-    of another one, as it has when the encoder was trained.
+    """The saved model in `folder`, and its reader of `inputs`.
 
-    Raises ValueError where the model cannot be loaded, or it has another encoder and there are no pictures to read.
+    If the model has another vision encoder than that of the stored features, as it has when the encoder was trained,
+    the reader encodes the images with the model's own. Raises ValueError if the model cannot be loaded, or it has
+    another encoder and `inputs` gives no images.
     """
     model, processor = load_model(folder)
     encoder = None

@@ -1,13 +1,13 @@
-"""No work on padding: the tokens of all notes in one row, in which each attends to its own note alone.
+"""Packing: the tokens of all notes in one row without padding, in which each attends to its own note alone.
 
-Every matrix product then sees real tokens only. (On a CPU in 16 bits the row ends in up to 63 empty places, so that
-rows have few lengths.) Attention runs in flash attention's kernel for rows of notes (a GPU in 16 bits), or in torch's
-on groups of notes of similar length (everywhere else).
+Every matrix product then sees real tokens only. (On a CPU in 16 bits the row ends in up to 63 empty positions, so that
+rows have few different lengths.) Attention runs in flash attention's variable-length kernel (a GPU in 16 bits), or in
+torch's attention on groups of notes of similar length (everywhere else).
 
-The prefix that all prompts share can be in the row once, because no token depends on later ones. Attention alone, the
-smallest part of the work on short notes, sees it in front of every note.
+The prefix that all prompts share can be in the row once, because no token depends on later ones. Only attention, the
+smallest part of the work on short notes, sees it before every note.
 
-Shapes: N notes, T tokens of the longest, S tokens of all of them, R tokens in the row (without empty places),
+Shapes: N notes, T tokens of the longest, S tokens of all of them, R tokens in the row (without empty positions),
 H heads of width d_h.
 """
 
@@ -31,48 +31,49 @@ from transformers.masking_utils import sdpa_mask
 PACKED_SDPA = "packed_sdpa"
 _PROBE = "packing_probe"
 _KINDS = {"full_attention", "sliding_attention"}
-_SHORT = 160  # tokens, up to which _by_products is the fastest
-_LITTLE, _MUCH = 8, 1.25  # tokens, or times, by which a note may be shorter than the longest of its group
-_STEP = 64  # tokens; rows of few lengths: oneDNN prepares its products for each anew, and keeps them in memory
+_SHORT = 160  # tokens, up to which _matrix_attention is the fastest
+_MAX_PADDING, _MAX_RATIO = 8, 1.25  # tokens, or times, by which the longest note of a group may exceed the shortest
+_STEP = 64  # tokens; row lengths are its multiples: oneDNN prepares, and caches, its kernels per shape
 
 
 @dataclass(frozen=True)
 class Group:
-    """Notes of similar length that follow each other in the row."""
+    """Consecutive notes of the row, of similar length."""
 
-    first: int  # of their tokens in the row
-    last: int  # the one after
-    places: Tensor  # [last - first] in these notes padded at their end: note * T + position
+    first: int  # the first of their tokens in the row
+    last: int  # the token after their last one
+    places: Tensor  # [last - first] where each token is in these notes, padded at their ends: note * T + position
     num_notes: int
     max_length: int  # T, of the longest of them
 
     def padded(self, row: Tensor) -> Tensor:
-        """[S, ...] of the row -> [num_notes, T, ...] of these notes, zeros after their ends."""
+        """The whole row [S, ...] -> these notes [num_notes, T, ...], zeros after their ends."""
         empty = row.new_zeros(self.num_notes * self.max_length, *row.shape[1:])
         filled = empty.index_copy(0, self.places, row[self.first : self.last])
         return filled.unflatten(0, (self.num_notes, self.max_length))
 
     def packed(self, padded: Tensor) -> Tensor:
-        """[num_notes, T, ...] -> [last - first, ...], the inverse."""
+        """The inverse for these notes: [num_notes, T, ...] -> [last - first, ...]."""
         return padded.flatten(0, 1).index_select(0, self.places)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of N notes are in their one row. The shortest note comes first."""
+    """The positions of the tokens of N notes in their one row. The shortest note comes first."""
 
     index: Tensor  # [R] of each token in the padded notes: note * T + position
     positions: Tensor  # [R] of each token in its note
     ends: Tensor  # [N + 1] int32: 0, and where each note ends among the S tokens
     groups: tuple[Group, ...]
     spread: Tensor | None  # [S] where each token of all notes is in the row; None: the row has every token
-    first_copies: Tensor | None  # [R] where each token of the row comes first among the tokens of all notes
-    num_empty: int = 0  # places after the R, of no note
+    first_copies: Tensor | None  # [R] where each token of the row is first among the tokens of all notes
+    num_empty: int = 0  # positions after the R, of no note
 
     @classmethod
     def of(cls, attention_mask: Tensor, num_shared: int = 0) -> "Packing":
-        """`attention_mask`: [N, T], 0 on padding, which may be on either side. `num_shared`: length of the prefix that
-        all notes share.
+        """The packing of notes with this `attention_mask` [N, T]: 0 on padding, which may be on either side.
+
+        `num_shared`: length of the prefix that all notes share.
         """
         num_notes, width = attention_mask.shape
         lengths, order = attention_mask.sum(1).sort(stable=True)  # [N]
@@ -91,22 +92,22 @@ class Packing:
         return cls(index[first_copies], positions[first_copies], ends.to(torch.int32), groups, spread, first_copies)
 
     def with_empty(self, row: Tensor) -> Tensor:
-        """[R, ...] -> [R + num_empty, ...], zeros in the empty places."""
+        """[R, ...] -> [R + num_empty, ...], zeros in the empty positions."""
         return torch.cat([row, row.new_zeros(self.num_empty, *row.shape[1:])]) if self.num_empty else row
 
-    def rows(self, places: Tensor, width: int) -> Tensor:
-        """[N n] where in the row the tokens at `places` [N, n] of the padded notes, `width` tokens each, are."""
-        row = self.index.new_zeros(len(places) * width)
+    def rows(self, positions: Tensor, width: int) -> Tensor:
+        """[N n] places in the row of the tokens at `positions` [N, n] of the padded notes, `width` tokens each."""
+        row = self.index.new_zeros(len(positions) * width)
         row[self.index] = torch.arange(len(self.index), device=row.device)
-        first = torch.arange(len(places), device=row.device)[:, None] * width
-        return row[(first + places).flatten()]
+        first = torch.arange(len(positions), device=row.device)[:, None] * width
+        return row[(first + positions).flatten()]
 
 
 @contextmanager
 def _last_mlp_on(llm: PreTrainedModel, rows: Tensor | None, num_rows: int) -> Iterator[None]:
-    """Inside, the last layer's MLP is computed on these of `num_rows` rows alone, because its other outputs are unused.
+    """Inside, the last layer's MLP runs on `rows` alone, out of `num_rows`, because its other outputs are unused.
 
-    The MLP is most of a layer's work. Does nothing for None, and for decoders that name their parts otherwise.
+    The MLP is most of a layer's work. Does nothing for None, and for decoders with other module names.
     """
     layers = getattr(llm, "layers", None)
     mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, torch.nn.ModuleList) and len(layers) else None
@@ -118,7 +119,7 @@ def _last_mlp_on(llm: PreTrainedModel, rows: Tensor | None, num_rows: int) -> It
         return inputs[0].index_select(1, rows), *inputs[1:]
 
     def after(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
-        states, *others = output if isinstance(output, tuple) else (output,)  # the tokens' experts, say
+        states, *others = output if isinstance(output, tuple) else (output,)  # such as a mixture's router logits
         states = states.new_zeros(1, num_rows, states.shape[-1]).index_copy(1, rows, states)
         return (states, *others) if isinstance(output, tuple) else states
 
@@ -131,11 +132,11 @@ def _last_mlp_on(llm: PreTrainedModel, rows: Tensor | None, num_rows: int) -> It
 
 
 def _groups(lengths: Sequence[int], positions: Tensor) -> tuple[Group, ...]:
-    """Notes in the order of their lengths, cut so that none is padded by much."""
+    """Notes, sorted by length, cut into groups in which none is padded by much."""
     groups = []
     start = first = 0
     while start < len(lengths):
-        longest = max(lengths[start] + _LITTLE, int(lengths[start] * _MUCH))
+        longest = max(lengths[start] + _MAX_PADDING, int(lengths[start] * _MAX_RATIO))
         end = bisect_right(lengths, longest, start)
         last = first + sum(lengths[start:end])
         notes = torch.tensor(lengths[start:end], device=positions.device)
@@ -149,8 +150,8 @@ def _groups(lengths: Sequence[int], positions: Tensor) -> tuple[Group, ...]:
 def can_be_packed(llm: PreTrainedModel) -> bool:
     """Whether the notes of a batch can share a row in `llm`.
 
-    They can where only attention passes from token to token (no recurrence, no convolution), only to later tokens, and
-    in torch's sdpa, which transformers exchanges for `PACKED_SDPA`; and where the layers hand the packing on to it.
+    They can if tokens see each other by attention alone (no recurrence, no convolution), see earlier tokens alone
+    (causal), and use torch's sdpa, which `PACKED_SDPA` can replace; and if the layers pass the packing on to it.
     """
     layers = set(getattr(llm.config, "layer_types", None) or ())
     parameters = inspect.signature(llm.forward).parameters
@@ -160,7 +161,7 @@ def can_be_packed(llm: PreTrainedModel) -> bool:
         and layers <= _KINDS
         and {"position_ids", "kwargs"} <= set(parameters)
         and all(getattr(module, "is_causal", True) for module in llm.modules())
-        and _hands_packing_on(llm)
+        and _passes_packing_on(llm)
     )
 
 
@@ -171,16 +172,16 @@ class _FirstAttention(Exception):
         self.has_packing = has_packing
 
 
-def _hands_packing_on(llm: PreTrainedModel) -> bool:
-    """Whether the argument `packing` of the forward reaches the attention function. `llm` has sdpa.
+def _passes_packing_on(llm: PreTrainedModel) -> bool:
+    """Whether the forward passes its argument `packing` on to the attention function. `llm` has sdpa.
 
-    One token is sent through the decoder, up to its first attention. In place of the weights there are zeros that take
-    no memory. So the probe costs about as much as one layer, on the CPU, also for a decoder that has no weights yet
-    (on the meta device).
+    A probe sends one token through the decoder, up to its first attention, with zeros that take no memory in place of
+    the weights. It costs about as much as one layer, on the CPU, also for a decoder without weights (on the meta
+    device).
     """
     llm.set_attn_implementation(_PROBE)
     try:
-        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):  # (dropout draws)
+        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout draws random numbers
             tensors = chain(llm.named_parameters(), llm.named_buffers())
             zeros = {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in tensors}
             token = torch.zeros(1, 1, dtype=torch.int64)
@@ -194,7 +195,7 @@ def _hands_packing_on(llm: PreTrainedModel) -> bool:
 
 
 def _probe(*_: Any, packing: Packing | None = None, **options: Any) -> NoReturn:
-    """Takes the place of the attention function."""
+    """The attention function during the probe."""
     raise _FirstAttention(packing is not None)
 
 
@@ -218,7 +219,7 @@ def packed_states(
     """
     assert llm.config._attn_implementation == PACKED_SDPA, "without it, notes would attend to each other"
     packing = Packing.of(attention_mask, num_shared)
-    if _multiplied_by_onednn(words):
+    if _uses_onednn(words):
         packing = replace(packing, num_empty=-len(packing.index) % _STEP)
     row = packing.with_empty(words.flatten(0, 1).index_select(0, packing.index))
     positions = packing.with_empty(packing.positions)[None]
@@ -241,10 +242,10 @@ def _packed_sdpa(
     packing: Packing | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' interface: query [1, H, R, d_h], fewer heads of key and value -> [1, R, H, d_h].
+    """An attention function of transformers: query [1, H, R, d_h], fewer heads of key and value -> [1, R, H, d_h].
 
-    Without a packing, it is torch's own for rows of one length, padded where `attention_mask` says so.
-    `options`: transformers' dropout, scaling, sliding_window and others.
+    Without a packing, it is torch's own on padded rows, masked by `attention_mask`. `options`: transformers' dropout,
+    scaling, sliding_window and others.
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -262,8 +263,8 @@ def _packed_sdpa(
 def _attended(
     module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: dict[str, Any]
 ) -> Tensor:
-    """[S, H, d_h] of the tokens of all notes, each of which sees its own note alone, and of it no more than a window
-    of `sliding_window` tokens.
+    """Attention [S, H, d_h] of the tokens of all notes. Each sees the tokens of its own note, at most the last
+    `sliding_window` of them.
     """
     dropout, scaling, window = (options.get(name) for name in ("dropout", "scaling", "sliding_window"))
     if not dropout and _has_kernel(q, v):
@@ -274,20 +275,20 @@ def _attended(
         )
         assert isinstance(out, Tensor)
         return out
-    parts = []
+    outputs = []
     for group in packing.groups:
         qs, ks, vs = (group.padded(x).transpose(1, 2) for x in (q, k, v))  # [n, H, T, d_h] each; padding comes last
         band = _band(group.max_length, window, q.device)
         if q.dtype == torch.bfloat16 and group.max_length <= _SHORT and not dropout:
-            padded = _by_products(qs, ks, vs, band, scaling)
+            padded = _matrix_attention(qs, ks, vs, band, scaling)
         else:
             padded, _ = sdpa_attention_forward(module, qs, ks, vs, band, **options)
-        parts.append(group.packed(padded))
-    return torch.cat(parts)
+        outputs.append(group.packed(padded))
+    return torch.cat(outputs)
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether flash attention's kernel for rows of notes does heads of this kind on this device."""
+    """Whether flash attention's variable-length kernel supports these heads on this device."""
     width = query.shape[-1]
     return (
         query.is_cuda
@@ -299,11 +300,11 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
     )
 
 
-def _by_products(query: Tensor, key: Tensor, value: Tensor, band: Tensor | None, scaling: float | None) -> Tensor:
-    """Attention [n, T, H, d_h] of short notes, with the whole matrix of scores in memory.
+def _matrix_attention(query: Tensor, key: Tensor, value: Tensor, band: Tensor | None, scaling: float | None) -> Tensor:
+    """Attention [n, T, H, d_h] of short notes by plain matrix products, with all scores in memory.
 
-    On a CPU in bf16 torch's flash attention takes three times as long, forward and backward, for 100 tokens, and as
-    long for 200 (16 notes of 9 heads, two cores).
+    On a CPU in bf16, torch's flash attention takes three times as long, forward and backward, for 100 tokens, and the
+    same time for 200 (16 notes of 9 heads, two cores).
     """
     times = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
@@ -314,8 +315,8 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor, band: Tensor | None,
     return (weights.to(value.dtype) @ value).transpose(1, 2)
 
 
-def _multiplied_by_onednn(x: Tensor) -> bool:
-    """Where it is left to oneDNN to multiply in 16 bits."""
+def _uses_onednn(x: Tensor) -> bool:
+    """Whether oneDNN computes the matrix products of `x`: on a CPU, in 16 bits."""
     in_16_bits = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")
     return x.device.type == "cpu" and in_16_bits
 
@@ -324,14 +325,14 @@ def _band(length: int, window: int | None, device: torch.device) -> Tensor | Non
     """[1, 1, T, T] of a window that is shorter than the notes; None: torch's own causal mask."""
     if window is None or window >= length:
         return None
-    places = torch.arange(length, device=device)
-    distance = places[:, None] - places
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions
     return ((distance >= 0) & (distance < window))[None, None]
 
 
 def _mask(attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
     """The mask of padded rows; packed notes, which come without an `attention_mask`, need none."""
-    packed = attention_mask is None and not options["allow_is_causal_skip"]  # transformers sees it in the positions
+    packed = attention_mask is None and not options["allow_is_causal_skip"]  # transformers infers it from the positions
     return None if packed else sdpa_mask(attention_mask=attention_mask, **options)
 
 

@@ -1,6 +1,6 @@
-"""Saliency (Eq. 3-6): how much of what the final compressed word reads comes to it straight from the image.
+"""Saliency (Eq. 3-6): how much of what the final compressed word reads comes directly from the image.
 
-Shapes: N notes, H heads, T tokens, c the place of the final compressed word.
+Shapes: N notes, H heads, T tokens, c the position of the final compressed word.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,7 @@ Loss = Callable[[MLRMOutput], Tensor]  # the contrastive loss of one batch, a sc
 
 
 class Scores(NamedTuple):
-    """S_v, S_t and S_o of each note; NaN where the set that is averaged over is empty."""
+    """S_v, S_t and S_o of each note; NaN if the set to average over is empty."""
 
     visual: Tensor  # [N]
     text: Tensor  # [N]
@@ -27,12 +27,12 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `measure` found."""
+    """The result of `measure`."""
 
     layers: tuple[dict[str, float | None], ...]  # first layer first: mean over the notes; None: undefined for all
     num_defined: dict[str, int]  # by score, the notes that have it
-    num_notes: int  # measured
-    num_without_image: int  # notes of the batches that were left out
+    num_notes: int  # that were measured
+    num_without_image: int  # notes of the batches that were not
 
 
 def saliency_scores(
@@ -43,17 +43,17 @@ def saliency_scores(
         I_l(i, j) = sum_h |A_h(i, j) dL/dA_h(i, j)|                     Eq. 3, element-wise; from token j to token i
         P_v = (c, j), j in E_v    P_t = (c, j), j < c, not in E_v    P_o = (i, j), j < i, neither of the two
 
-    Padding is in none of them, nor is the diagonal.
+    None of them contains padding or the diagonal.
 
     Args:
         attention, gradient: [N, H, T, T], A after the softmax, and dL/dA.
         visual_mask: [N, T] bool, E_v. attention_mask: [N, T], 0 on padding. last_index: [N], c.
     """
     flow = (attention * gradient).abs().sum(dim=1)  # [N, T, T] I_l
-    places = torch.arange(flow.shape[1], device=flow.device)
+    positions = torch.arange(flow.shape[1], device=flow.device)
     real = attention_mask.bool()  # [N, T]
-    causal = (places[:, None] > places) & real[:, :, None] & real[:, None, :]  # [N, T, T]
-    into_last = (places == last_index[:, None])[:, :, None]  # [N, T, 1]
+    causal = (positions[:, None] > positions) & real[:, :, None] & real[:, None, :]  # [N, T, T]
+    into_last = (positions == last_index[:, None])[:, :, None]  # [N, T, 1]
     visual = visual_mask[:, None, :]  # [N, 1, T]
     return Scores(
         visual=_mean(flow, causal & into_last & visual),
@@ -62,19 +62,19 @@ def saliency_scores(
     )
 
 
-def visual_places(batch: NoteBatch) -> Tensor:
+def visual_positions(batch: NoteBatch) -> Tensor:
     """E_v as [N, T] bool: the visual embeddings, and with mICL the visual compressed word (section 4.2)."""
-    places = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-    return batch.image_mask | (places == batch.visual_index[:, None])
+    positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    return batch.image_mask | (positions == batch.visual_index[:, None])
 
 
 def measure(model: MLRMModel, batches: Iterable[tuple[NoteBatch, Loss]]) -> Measurement:
     """Eq. 3-6 in every layer of `model`: the mean over the notes of all `batches`, each with its loss.
 
-    A note without an image takes part in the loss, as it did in training, but is not measured: its visual embeddings
-    are zeros, and S_v beside S_t and S_o means something only over the same notes. Where the LLM sees no image
-    embeddings, S_v is None. Dropout is off; weights, gradients and settings of the model stay as they are. One batch
-    is in memory at a time. Raises ValueError where a gradient is not finite.
+    A note without an image takes part in the loss, as in training, but is not measured: its visual embeddings are
+    zeros, and S_v can be compared with S_t and S_o only over the same notes. S_v is None if the LLM sees no image
+    embeddings. Dropout is off; the model's weights, gradients and settings do not change. One batch is in memory at a
+    time. Raises ValueError if a gradient is not finite.
     """
     sums: Tensor | None = None  # [layers, 3]
     defined = torch.zeros(len(Scores._fields), dtype=torch.int64)
@@ -88,12 +88,12 @@ def measure(model: MLRMModel, batches: Iterable[tuple[NoteBatch, Loss]]) -> Meas
             for attention, gradient in attention_gradients(model, batch, loss):
                 if not gradient.isfinite().all():
                     raise ValueError("the gradient of the attention is not finite: train with lower learning rates.")
-                sets = visual_places(batch), batch.attention_mask, batch.last_index
+                sets = visual_positions(batch), batch.attention_mask, batch.last_index
                 scores = saliency_scores(attention, gradient, *sets)
                 layers.append(torch.stack([score[shown].double().cpu() for score in scores]))  # [3, n]
-            found = torch.stack(layers)  # [layers, 3, n]
-            sums = found.nansum(dim=2) + (0 if sums is None else sums)
-            defined += (~found[0].isnan()).sum(dim=1)  # which sets are empty is the same in every layer
+            values = torch.stack(layers)  # [layers, 3, n]
+            sums = values.nansum(dim=2) + (0 if sums is None else sums)
+            defined += (~values[0].isnan()).sum(dim=1)  # which sets are empty is the same in every layer
     assert sums is not None, "no batch to measure"
     counts = dict(zip(Scores._fields, defined.tolist(), strict=True))
     means = (sums / defined).tolist()
@@ -111,38 +111,38 @@ def measure(model: MLRMModel, batches: Iterable[tuple[NoteBatch, Loss]]) -> Meas
 def attention_gradients(model: MLRMModel, batch: NoteBatch, loss: Loss) -> list[tuple[Tensor, Tensor]]:
     """(A, dL/dA) of each layer of the LLM, first layer first, [N, H, T, T] each. The LLM's attention must be eager.
 
-    The LLM is asked for its attention by hooks, so the model's forward knows nothing of it. Raises ValueError for an
-    LLM that has layers without attention.
+    Hooks collect the attention, so the model's forward needs no code for it. Raises ValueError for an LLM that has
+    layers without attention.
     """
-    caught: list[Tensor] = []
+    attentions: list[Tensor] = []
 
-    def ask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kwargs["inputs_embeds"].requires_grad_()  # there is a gradient even where every weight is frozen
+    def request(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs["inputs_embeds"].requires_grad_()  # so there is a gradient even if every weight is frozen
         return args, {**kwargs, "output_attentions": True}
 
-    def catch(module: Any, args: Any, output: Any) -> None:
+    def collect(module: Any, args: Any, output: Any) -> None:
         maps = getattr(output, "attentions", None) or ()
         if not maps or any(attention is None for attention in maps):
             raise ValueError(
                 f"this LLM, a {model.llm.config.model_type}, has layers without attention, so there is no saliency to "
                 "measure; set evaluation.saliency_pairs to 0."
             )
-        caught.extend(maps)
+        attentions.extend(maps)
 
-    handles = [model.llm.register_forward_pre_hook(ask, with_kwargs=True), model.llm.register_forward_hook(catch)]
+    handles = [model.llm.register_forward_pre_hook(request, with_kwargs=True), model.llm.register_forward_hook(collect)]
     try:
         with torch.enable_grad():
             value = loss(model(batch))
-            gradients = torch.autograd.grad(value, caught)  # not backward(): no weight's gradient is touched
+            gradients = torch.autograd.grad(value, attentions)  # not backward(): no weight's gradient changes
     finally:
         for handle in handles:
             handle.remove()
-    return [(attention.detach(), gradient) for attention, gradient in zip(caught, gradients, strict=True)]
+    return [(attention.detach(), gradient) for attention, gradient in zip(attentions, gradients, strict=True)]
 
 
 @contextmanager
 def _prepared(model: MLRMModel) -> Iterator[None]:
-    """Inside, dropout is off, the LLM's attention is eager, and no weight wants a gradient (a graph half the size)."""
+    """Inside, dropout is off, the LLM's attention is eager, and no weight requires a gradient (half the graph)."""
     was_training, attention = model.training, model.llm.config._attn_implementation
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -159,5 +159,5 @@ def _prepared(model: MLRMModel) -> Iterator[None]:
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """The mean of values [N, T, T] over `where`, [N]; NaN where it is empty."""
+    """[N]: the mean of `values` [N, T, T] over `where`; NaN if that is empty."""
     return values.masked_fill(~where, 0).sum(dim=(1, 2)) / where.sum(dim=(1, 2))

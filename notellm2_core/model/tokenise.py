@@ -1,4 +1,4 @@
-"""Tokenise notes once, for every training and export that reads them with the same tokenizer and text settings.
+"""Tokenises notes once, for all training runs and exports with the same tokenizer and text settings.
 
     python -m notellm2_core.model.tokenise --config FILE --notes DIR --out DIR
 
@@ -24,15 +24,15 @@ from notellm2_core.schema import COUNTS_FILE, TOKENS_FILE
 
 
 def tokenise(tokenizer: NoteTokenizer, notes: Path, out: Path) -> dict[str, Any]:
-    """Write the tokens of the notes dataset `notes` into `out`. Returns how many there are, without the prompts'.
+    """Write the tokens of the notes dataset `notes` into `out`. Returns counts; tokens of the prompt are not counted.
 
-    Raises ValueError where it holds no notes, or one comes twice.
+    Raises ValueError if the dataset holds no notes, or a note twice.
     """
 
-    def shown() -> Iterator[Note]:
+    def with_progress() -> Iterator[Note]:
         yield from tqdm(iter_notes(notes), total=num_notes(notes), desc="tokens", unit="note", mininterval=1)
 
-    write_tokens(out, tokenizer, shown())
+    write_tokens(out, tokenizer, with_progress())
     table = TokenTable(out / TOKENS_FILE, tokenizer)
     lengths = np.array([sum(map(len, fields)) for fields in table.values()])
     counts: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Which parts of the model are trained: `training.trainable`, and `model.lora` for the LLM."""
+"""The trainable parts of the model: `training.trainable`, and `model.lora` for the LLM."""
 
 from torch import nn
 
@@ -10,28 +10,28 @@ from notellm2_core.vision.encoder import VisionEncoder
 
 
 def parts_of(model: MLRMModel) -> dict[Part, list[tuple[str, nn.Parameter]]]:
-    """Every parameter, by part and with its name; a part that the method lacks is empty.
+    """All parameters, by part and with their names; a part that the method lacks is empty.
 
     "llm" is the decoder without its word embeddings, adapters included.
     """
     word_embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
     parts: dict[Part, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
-    of_module: dict[str, Part] = {**{part: part for part in PARTS}, "tau": "temperature"}
+    part_of_module: dict[str, Part] = {**{part: part for part in PARTS}, "tau": "temperature"}
     for name, parameter in model.named_parameters():
-        part = "word_embeddings" if id(parameter) in word_embeddings else of_module[name.partition(".")[0]]
+        part = "word_embeddings" if id(parameter) in word_embeddings else part_of_module[name.partition(".")[0]]
         parts[part].append((name, parameter))
     return parts
 
 
 def set_trained(model: MLRMModel, config: Config, encoder: VisionEncoder | None = None) -> None:
-    """Add the adapters of `model.lora`, and let the parts of `training.trainable` alone ask for gradients.
+    """Add the adapters of `model.lora`, and make the parts of `training.trainable`, and no others, require gradients.
 
-    `encoder`: the vision encoder where it is one of them.
+    `encoder`: the vision encoder, if it is one of them.
 
-    With adapters, the LLM's own weights are frozen. A frozen part is saved as it starts: the word embeddings of the new
-    tokens then stay at the mean of the known ones, which says where an image or a compressed word is as well as any.
+    With adapters, the LLM's own weights are frozen. A frozen part keeps its initial values: the word embeddings of the
+    new tokens then stay at the mean of the old ones, which marks an image or a compressed word as well as any vector.
 
-    Raises ValueError where nothing is left to train, or the adapters name layers that the LLM lacks.
+    Raises ValueError if nothing is left to train, or the adapters name layers that the LLM lacks.
     """
     trained = config.trainable_parts
     adapted = config.model.lora is not None and "llm" in trained
@@ -43,10 +43,10 @@ def set_trained(model: MLRMModel, config: Config, encoder: VisionEncoder | None 
     if encoder is not None:
         encoder.requires_grad_(True)
         for weight in encoder.parameters():
-            weight.data = weight.data.contiguous()  # DeepSpeed sends weights as they lie
+            weight.data = weight.data.contiguous()  # DeepSpeed broadcasts the storage of a weight
     elif not any(p.requires_grad for p in model.parameters()):
-        there = [part for part, parameters in parts_of(model).items() if parameters]
+        parts = [part for part, parameters in parts_of(model).items() if parameters]
         raise ValueError(
             f"training.trainable = {', '.join(trained)} leaves nothing to train with model.method = "
-            f"{config.model.method}; name some of {', '.join(there)}."
+            f"{config.model.method}; name some of {', '.join(parts)}."
         )

@@ -1,13 +1,13 @@
-"""Hard negatives: what the index finds near a training note that is neither related to it nor its duplicate. No torch.
+"""Hard negatives: a training note's nearest notes that are neither related to it nor its duplicates. No torch.
 
     python -m notellm2_core.retrieval.hard_negatives --embeddings DIR --pairs DIR --out DIR [--sides DIR]
         [--first-rank N] [--last-rank N] [--factory STRING]
 
 writes OUT/part-00000.parquet (schema.HARD_NEGATIVES, sorted by note_id and rank) and OUT/counts.json.
 
-Queries and candidates are the notes of the training pairs alone: nothing that is held out may teach.
+Queries and candidates are the notes of the training pairs alone: held-out notes must not influence training.
 
-N: notes of the training pairs, d: embedding width, B: queries of a block, K: candidates asked for, R: ranks kept.
+N: notes of the training pairs, d: embedding width, B: queries of a block, K: their candidates, R: ranks in the window.
 """
 
 import argparse
@@ -34,28 +34,28 @@ from notellm2_core.runtime.files import write_atomically, written_whole
 from notellm2_core.schema import COUNTS_FILE, HARD_NEGATIVES
 
 BLOCK_QUERIES = 4096  # searched at a time
-_GATHERED = 1 << 22  # numbers of candidates' vectors in fp64 at a time: 32 MB
+_MAX_NUMBERS = 1 << 22  # of candidates' vectors in memory at once: 32 MB in fp64
 
 
 def mine(
-    embeddings: Path, pairs: Path, out: Path, sides: Path | None, first_rank: int, last_rank: int, factory: str
+    embeddings: Path, pairs: Path, out: Path, note_split: Path | None, first_rank: int, last_rank: int, factory: str
 ) -> dict[str, Any]:
     """Write the hard negatives of the pairs `pairs`/{train,validation} into `out`. Returns what counts.json says.
 
     The negatives of a note are its neighbours with first_rank <= rank <= last_rank, except known positives,
-    near-duplicates (of `sides`; None: not known) and notes that are related through a near-duplicate. Ties are broken
-    by note id. If more notes tie at the end of the window than the index returns, FAISS decides which; the choice is
-    deterministic.
+    near-duplicates (by `note_split`; None: unknown) and notes that are related through a near-duplicate. Ties are
+    broken by note id. If more notes tie at the end of the window than the index returns, FAISS decides which; the
+    choice is deterministic.
 
-    Raises ValueError for an empty window, no training pairs, a note without embedding or side, or a factory that
-    cannot be built from so many notes.
+    Raises ValueError for an empty window, no training pairs, a note without an embedding or a row in `note_split`, or a
+    factory that cannot be built from so few notes.
     """
-    from notellm2_core.retrieval.index import ann_recall, make_index  # a training that reads negatives needs no FAISS
+    from notellm2_core.retrieval.index import ann_recall, make_index  # training reads hard negatives without FAISS
 
     if not 1 <= first_rank <= last_rank:
         raise ValueError(f"the ranks {first_rank} to {last_rank} are no window: it needs 1 <= first_rank <= last_rank.")
-    relations = read_known_pairs(pairs, sides)
-    note_ids = relations.note_ids[: relations.num_train]
+    known_pairs = read_known_pairs(pairs, note_split)
+    note_ids = known_pairs.note_ids[: known_pairs.num_train]
     last_rank = min(last_rank, len(note_ids) - 1)
     if first_rank > last_rank:
         raise ValueError(f"first_rank = {first_rank}, but a note has {last_rank} others in {pairs / 'train'}.")
@@ -76,7 +76,7 @@ def mine(
             _, candidates = index.faiss_index.search(table.vectors[queries], num_candidates)  # [B, K]
             rows, cosines = nearest_first(table.vectors, queries, candidates)
             window = slice(first_rank - 1, last_rank)
-            block = _Neighbours.of(relations, queries, rows[:, window], cosines[:, window])
+            block = _Neighbours.of(known_pairs, queries, rows[:, window], cosines[:, window])
             query, column = np.nonzero(block.is_negative)
             negatives = [pa.array(queries[query]), pa.array(block.rows[query, column])]
             ranks = pa.array(first_rank + column, pa.int32())
@@ -84,28 +84,27 @@ def mine(
             writer.write_table(pa.Table.from_arrays(columns, schema=HARD_NEGATIVES))
             totals.add(block)
             progress.update(len(queries))
-    index_recall = ann_recall(index, table, last_rank, num_queries=200)
-    counts = totals.counts(first_rank, last_rank) | {
-        "index_recall": index_recall
-    }  # percent of the exact up to last_rank
+    index_recall = ann_recall(index, table, last_rank, num_queries=200)  # percent of the exact last_rank nearest
+    counts = totals.counts(first_rank, last_rank) | {"index_recall": index_recall}
     write_atomically(out / COUNTS_FILE, json.dumps(counts, indent=1) + "\n")
     return counts
 
 
 @dataclass(frozen=True)
 class _Neighbours:
-    """The notes at the ranks of the window, of a block of queries, and why some are no negatives."""
+    """The notes at the ranks of the window, for a block of queries, and which of them are no negatives."""
 
     rows: np.ndarray  # [B, R]
-    cosines: np.ndarray  # [B, R], -inf where a query has fewer neighbours
+    cosines: np.ndarray  # [B, R], -inf if a query has fewer neighbours
     is_positive: np.ndarray  # [B, R] bool, known positives
     is_near: np.ndarray  # [B, R] bool, others that are near-duplicates, or related through one
 
     @classmethod
-    def of(cls, relations: KnownPairs, queries: np.ndarray, rows: np.ndarray, cosines: np.ndarray) -> "_Neighbours":
+    def of(cls, known_pairs: KnownPairs, queries: np.ndarray, rows: np.ndarray, cosines: np.ndarray) -> "_Neighbours":
         exists = np.isfinite(cosines)
-        is_positive = exists & relations.known(queries, rows)
-        return cls(rows, cosines, is_positive, exists & ~is_positive & relations.near(queries, rows))
+        is_positive = exists & known_pairs.is_positive(queries, rows)
+        is_near = exists & ~is_positive & known_pairs.is_near(queries, rows)
+        return cls(rows, cosines, is_positive, is_near)
 
     @property
     def exists(self) -> np.ndarray:
@@ -123,9 +122,9 @@ class _Totals:
     """The sums over all blocks, for counts.json."""
 
     def __init__(self) -> None:
-        self._negatives: list[np.ndarray] = []  # of each query, block by block
+        self._negatives: list[np.ndarray] = []  # per query, in one array for each block
         self._num_positives = self._num_near = 0
-        self._edges = np.zeros((2, 2))  # at the first and the last rank: the sum of the cosines, and how many
+        self._edges = np.zeros((2, 2))  # at the first and the last rank: the sum of the cosines, and their number
 
     def add(self, block: _Neighbours) -> None:
         self._negatives.append(block.is_negative.sum(axis=1))
@@ -145,59 +144,59 @@ class _Totals:
             "excluded_known_positives": self._num_positives,
             "excluded_near_duplicates": self._num_near,  # also near-duplicates of known positives
             "first_rank": first_rank,
-            "last_rank": last_rank,  # cut to the notes there are
+            "last_rank": last_rank,  # limited to the number of notes
             "mean_cosine_at_first_rank": at_first,  # of negatives and excluded notes
             "mean_cosine_at_last_rank": at_last,
         }
 
 
 def nearest_first(vectors: np.ndarray, queries: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates [B, K] of the `queries` [B] (both rows of `vectors` [N, d]; -1: none) by cosine, equal ones by row.
+    """Sort the candidates [B, K] of the `queries` [B] (rows of `vectors` [N, d]; -1: none) by cosine, ties by row.
 
     Returns rows and cosines (fp32), both [B, K]; the query itself and -1 come last, with the cosine -inf. The index's
-    own scores may be those of compressed vectors; these are summed in fp64, so that equal vectors tie exactly.
+    own scores may be those of compressed vectors; these cosines are summed in fp64, so that equal vectors tie exactly.
     """
     cosines = np.empty(candidates.shape, dtype=np.float32)
-    step = max(1, _GATHERED // (candidates.shape[1] * vectors.shape[1]))
+    step = max(1, _MAX_NUMBERS // (candidates.shape[1] * vectors.shape[1]))
     for i in range(0, len(queries), step):
-        there = vectors[candidates[i : i + step]].astype(np.float64)  # [b, K, d]; -1 reads the last, blanked below
-        cosines[i : i + step] = np.einsum("bkd,bd->bk", there, vectors[queries[i : i + step]].astype(np.float64))
+        neighbours = vectors[candidates[i : i + step]].astype(np.float64)  # [b, K, d]; -1 reads the last, masked below
+        cosines[i : i + step] = np.einsum("bkd,bd->bk", neighbours, vectors[queries[i : i + step]].astype(np.float64))
     cosines[(candidates < 0) | (candidates == queries[:, None])] = -np.inf
     order = np.lexsort((candidates, -cosines))
     return np.take_along_axis(candidates, order, axis=1), np.take_along_axis(cosines, order, axis=1)
 
 
 def read_hard_negatives(folder: Path, note_ids: Sequence[str]) -> list[np.ndarray]:
-    """Of each of `note_ids`, the places in `note_ids` of its negatives, by rank: int64, empty where it has none.
+    """For each of `note_ids`, the indices in `note_ids` of its negatives, by rank: int64, empty if it has none.
 
-    Raises ValueError where the folder holds none, or names a note that is not in `note_ids`.
+    Raises ValueError if the folder holds no negatives, or names a note that is not in `note_ids`.
     """
     table = read_columns(folder, HARD_NEGATIVES.names, dictionary=HARD_NEGATIVES.names[:2])
     if table is None or not len(table):
         raise ValueError(f"{folder} holds no hard negatives: run python -m notellm2_core.retrieval.hard_negatives.")
     value_set = pa.array(list(note_ids), pa.string())
-    places = []
+    indices = []
     for name in HARD_NEGATIVES.names[:2]:
         column = table[name].unify_dictionaries()
-        place = pc.index_in(column.chunk(0).dictionary, value_set=value_set)
-        if place.null_count:
-            unknown = column.chunk(0).dictionary.filter(pc.is_null(place))
+        index = pc.index_in(column.chunk(0).dictionary, value_set=value_set)
+        if index.null_count:
+            unknown = column.chunk(0).dictionary.filter(pc.is_null(index))
             raise ValueError(
                 f"{folder} names {len(unknown)} notes that the training pairs lack (the first is "
                 f"{unknown[0].as_py()!r}): mine again from these pairs."
             )
         codes = np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])
-        places.append(place.to_numpy().astype(np.int64)[codes])
-    note, negative = places
+        indices.append(index.to_numpy().astype(np.int64)[codes])
+    note, negative = indices
     order = np.lexsort((table["rank"].to_numpy(), note))
     return np.split(negative[order], np.cumsum(np.bincount(note, minlength=len(note_ids)))[:-1])
 
 
 def _widen(index: Any, factory: str, last_rank: int, num_notes: int) -> int:
-    """How many candidates to ask for so that `last_rank` others are found, which a graph is set to search as widely.
+    """Returns how many candidates to search for so that `last_rank` others are found, and widens HNSW's search to it.
 
-    Twice as many, for the notes that tie at the window's end; and HNSW, whose search keeps 16 by itself whatever it
-    is asked for, finds 98 % of clustered notes' first 100 so, instead of 77 %.
+    They are twice as many, because notes may tie at the end of the window. HNSW keeps 16 candidates by default,
+    however many are searched for; with this width it finds 98 % of clustered notes' first 100 instead of 77 %.
     """
     if re.search(r"(^|,)HNSW", factory):  # not the coarse quantiser of IVF256_HNSW32
         import faiss
@@ -216,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with user_errors():
         if args.sides is None:
-            print("warning: near-duplicates are not known without --sides; some may be mined.", file=sys.stderr)
+            print("warning: near-duplicates are unknown without --sides: some may be mined.", file=sys.stderr)
         mine(args.embeddings, args.pairs, args.out, args.sides, args.first_rank, args.last_rank, args.factory)
 
 

@@ -1,6 +1,6 @@
-"""What is related to what: the pairs in both directions, and near-duplicates, which share their relations. No torch.
+"""The known positives of each note: its pairs in both directions, and those of its near-duplicates. No torch.
 
-M: notes of the training and validation pairs, B: queries, R: notes found for each.
+M: notes of the training and validation pairs, B: queries, R: candidates of each.
 """
 
 from collections.abc import Sequence
@@ -17,38 +17,38 @@ from notellm2_core.runtime.files import parquet_files
 
 @dataclass(frozen=True)
 class KnownPairs:
-    """The notes of the pairs by number, those of the training pairs first, and which of them belong together."""
+    """The notes of the pairs by number, those of the training pairs first, and which of them are related."""
 
     note_ids: pa.StringArray  # [M]: the training notes, then those of the validation pairs alone; each part sorted
     num_train: int
     group: np.ndarray  # [M] int64: the same number for near-duplicates
     related: np.ndarray  # sorted numbers a * M + b of the related notes a and b, in both directions
-    related_groups: np.ndarray  # the same of their groups
+    related_groups: np.ndarray  # likewise for their groups
 
-    def known(self, queries: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """[B, R] bool: whether `found` [B, R] are in a pair with the `queries` [B], in either direction."""
-        return self._among(self.related, queries, found)
+    def is_positive(self, queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """[B, R] bool: whether `candidates` [B, R] are in a pair with the `queries` [B], in either direction."""
+        return self._contains(self.related, queries, candidates)
 
-    def near(self, queries: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """[B, R] bool: whether `found` [B, R] are near-duplicates of the `queries` [B], or related through some.
+    def is_near(self, queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """[B, R] bool: whether `candidates` [B, R] are near-duplicates of the `queries` [B], or related through one.
 
-        A relation of a note is one of all its near-duplicates, on both of its ends, as in the masks of training.
+        A pair relates all near-duplicates of its two notes, as in the false-negative masks of training.
         """
-        left, right = self.group[queries], self.group[found]
-        near: np.ndarray = (left[:, None] == right) | self._among(self.related_groups, left, right)
-        return near
+        left, right = self.group[queries], self.group[candidates]
+        is_near: np.ndarray = (left[:, None] == right) | self._contains(self.related_groups, left, right)
+        return is_near
 
-    def _among(self, numbers: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        wanted = left[:, None] * len(self.note_ids) + right
-        among: np.ndarray = numbers[np.searchsorted(numbers, wanted).clip(max=len(numbers) - 1)] == wanted
-        return among
+    def _contains(self, numbers: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        keys = left[:, None] * len(self.note_ids) + right
+        contained: np.ndarray = numbers[np.searchsorted(numbers, keys).clip(max=len(numbers) - 1)] == keys
+        return contained
 
 
-def read_known_pairs(pairs: Path, sides: Path | None = None) -> KnownPairs:
-    """The pairs `pairs`/{train,validation} (schema.RELATED_PAIRS) with the groups of `sides` (schema.NOTE_SPLIT).
+def read_known_pairs(pairs: Path, note_split: Path | None = None) -> KnownPairs:
+    """The pairs `pairs`/{train,validation} (schema.RELATED_PAIRS) with the groups of `note_split` (schema.NOTE_SPLIT).
 
-    Without `sides` no notes are near-duplicates. Raises ValueError where there are no training pairs, or a note of the
-    pairs is not in `sides`.
+    Without `note_split`, no notes are near-duplicates. Raises ValueError if there are no training pairs, or a note of
+    the pairs is not in `note_split`.
     """
     train, validation = (read_columns(pairs / name, ["query_id", "target_id"]) for name in ("train", "validation"))
     if train is None or not len(train):
@@ -57,7 +57,7 @@ def read_known_pairs(pairs: Path, sides: Path | None = None) -> KnownPairs:
     train_ids, all_ids = _notes(train), _notes(both)
     held_out = all_ids.filter(pc.invert(pc.is_in(all_ids, value_set=train_ids)))
     note_ids = pa.concat_arrays([train_ids, held_out])
-    group = np.arange(len(note_ids)) if sides is None else _groups(sides, note_ids)
+    group = np.arange(len(note_ids)) if note_split is None else _groups(note_split, note_ids)
     query, target = (pc.index_in(both[n], value_set=note_ids).to_numpy().astype(np.int64) for n in both.column_names)
     related, related_groups = (
         np.unique(np.concatenate([a * len(note_ids) + b, b * len(note_ids) + a]))
@@ -69,17 +69,17 @@ def read_known_pairs(pairs: Path, sides: Path | None = None) -> KnownPairs:
 def read_columns(
     folder: Path, columns: Sequence[str], only: pads.Expression | None = None, dictionary: Sequence[str] = ()
 ) -> pa.Table | None:
-    """These columns of the folder's Parquet files, of the rows `only`; those of `dictionary` as codes of their values.
+    """These columns of the folder's Parquet files, filtered by `only`; the columns `dictionary` dictionary-encoded.
 
-    None where there are no files. Raises ValueError where they lack a column.
+    None if there are no files. Raises ValueError if they lack a column.
     """
     files = parquet_files(folder)
     if not files:
         return None
     options = pads.ParquetReadOptions(dictionary_columns=list(dictionary))
     dataset = pads.dataset(files, format=pads.ParquetFileFormat(read_options=options))
-    if lacking := [name for name in columns if name not in dataset.schema.names]:
-        raise ValueError(f"{folder} lacks the columns {lacking}, it has {dataset.schema.names}.")
+    if missing := [name for name in columns if name not in dataset.schema.names]:
+        raise ValueError(f"{folder} lacks the columns {missing}, it has {dataset.schema.names}.")
     return dataset.to_table(columns=list(columns), filter=only)
 
 
@@ -89,14 +89,14 @@ def _notes(pairs: pa.Table) -> pa.StringArray:
     return ids.take(pc.array_sort_indices(ids))
 
 
-def _groups(sides: Path, note_ids: pa.StringArray) -> np.ndarray:
-    """[M] int64: a number for the near-duplicate group of each note. Raises ValueError where a note has none."""
-    table = read_columns(sides, ["note_id", "group_id"], pads.field("note_id").isin(note_ids))
+def _groups(note_split: Path, note_ids: pa.StringArray) -> np.ndarray:
+    """[M] int64: a number for the near-duplicate group of each note. Raises ValueError if a note has none."""
+    table = read_columns(note_split, ["note_id", "group_id"], pads.field("note_id").isin(note_ids))
     if table is None:
-        raise ValueError(f"{sides} holds no sides of notes (no *.parquet).")
-    place = pc.index_in(note_ids, value_set=table["note_id"].combine_chunks())
-    if place.null_count:
-        first = note_ids.filter(pc.is_null(place))[0].as_py()
-        raise ValueError(f"{place.null_count} notes of the pairs are not in {sides} (the first is {first!r}).")
-    group: np.ndarray = table["group_id"].combine_chunks().take(place).dictionary_encode().indices.to_numpy()
+        raise ValueError(f"{note_split} holds no note split (no *.parquet): give the folder of the note_split dataset.")
+    index = pc.index_in(note_ids, value_set=table["note_id"].combine_chunks())
+    if index.null_count:
+        first = note_ids.filter(pc.is_null(index))[0].as_py()
+        raise ValueError(f"{index.null_count} notes of the pairs are not in {note_split} (the first is {first!r}).")
+    group: np.ndarray = table["group_id"].combine_chunks().take(index).dictionary_encode().indices.to_numpy()
     return group.astype(np.int64)

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 -m notellm2_core.training --config pipelines/configs/demo.yaml \
         --notes DIR --images DIR --store DIR --pairs DIR --work DIR --out DIR
 
-The same command with the same --work goes on where a killed one stopped.
+The same command with the same --work resumes a killed run.
 """
 
 import argparse
@@ -27,14 +27,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and curves; the same again to resume")
     parser.add_argument("--out", type=Path, required=True, help="empty folder for the trained model")
-    parser.add_argument("--hard-negatives", type=Path, help="what notellm2_core.retrieval.hard_negatives wrote")
+    parser.add_argument("--hard-negatives", type=Path, help="folder that notellm2_core.retrieval.hard_negatives wrote")
     parser.add_argument("--train-days", nargs=2, metavar=("START", "END"), help=TRAIN_DAYS_HELP)
     parser.add_argument("--mlflow-uri", help="tracking server for the curves")
     parser.add_argument("--mlflow-run-id")
     args = parser.parse_args()
     with user_errors(), _pipes_log() as log:
         config = load_config(args.config)
-        from notellm2_core.training.run import run  # torch, once there is something to do
+        from notellm2_core.training.run import run  # imports torch: only once the configuration is valid
 
         paths = Paths(NoteInputs.of(args), args.pairs, args.work, args.out, args.hard_negatives)
         run(config, paths, Reports(log, args.mlflow_uri, args.mlflow_run_id), args.train_days)
@@ -42,7 +42,7 @@ def main() -> None:
 
 @contextmanager
 def _pipes_log() -> Iterator[Callable[[str], None] | None]:
-    """Writes into the log of the Dagster step that started this command; None where there is none."""
+    """Yields what writes a line into the log of the Dagster step that started this command; None without a step."""
     if "DAGSTER_PIPES_CONTEXT" not in os.environ or not _is_first_rank():
         yield None
         return

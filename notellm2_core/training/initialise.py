@@ -1,16 +1,18 @@
-"""How the new modules start, measured on a few hundred training notes. None of it is in the paper, whose batches and
-step counts can afford a random start; a short run of a small model cannot (docs/paper_map.md). All of it is a setting.
+"""The initialisation of the new modules, measured on a few hundred training notes.
+
+The paper has none of it: its batches and step counts can afford a random initialisation, a short run of a small model
+cannot (docs/paper_map.md). Each part is a setting of `model.init`.
 
 1. gate bias: below zero, the gate of Eq. 7 starts nearer to the LLM's state.
-2. visual-token gain: the visual embeddings E_v start with this multiple of the word embeddings' length; a random
-   connector's are shorter or longer by chance, and the LLM's first layer reads them accordingly.
+2. visual-token gain: the visual embeddings E_v start at this multiple of the word embeddings' length. Those of a random
+   connector are shorter or longer by chance, and the LLM's first layer weighs them accordingly.
 3. PCA projector: raw last-token states are collapsed (mean cosine 0.94 to 0.999). The projector starts as the principal
-   directions of the LLM's states with the common part taken out, so that embeddings start spread out.
-4. fusion scale: behind the projector, the late-fusion branch v gets this share of the spread of the LLM's state, so
-   neither drowns the other. Before it the two cannot be compared: the LLM's spread lies in a few of its dimensions,
-   the branch's in all of them.
+   directions of the LLM's states, their mean taken out, so that embeddings start spread out.
+4. fusion scale: after the projector, the late-fusion branch v has this share of the spread of the LLM's state, so
+   neither drowns the other. Before the projector the two cannot be compared: the LLM's spread lies in a few of its
+   dimensions, the branch's in all of them.
 
-    python -m notellm2_core.training.initialise ... --out DIR     saves the model as it starts: the zero-shot row
+    python -m notellm2_core.training.initialise ... --out DIR     saves the initial model: the zero-shot row
 """
 
 import argparse
@@ -27,7 +29,7 @@ from tqdm import tqdm
 from notellm2_core.config.load import load_config
 from notellm2_core.config.settings import Config
 from notellm2_core.model.build import build_model
-from notellm2_core.model.encode_pictures import with_features
+from notellm2_core.model.encode_images import with_features
 from notellm2_core.model.fusion import LateFusion
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.open_inputs import InputReader
@@ -43,19 +45,18 @@ _BATCH_NOTES = 32
 
 
 def initialise(model: MLRMModel, data: PairDataset, config: Config, encoder: VisionEncoder | None = None) -> None:
-    """Set the new modules of `model` as `config.model.init` says. Deterministic by config.seed.
+    """Initialise the new modules of `model` by the settings `config.model.init`. Deterministic in `config.seed`.
 
-    `encoder`: what reads the pictures of `data`, where it has pixels. Measured on a GPU where there is one; the models
-    then stay there. Raises ValueError where there are too few notes to measure on.
+    `encoder`: encodes the images of `data` if that has pixels. Runs on a GPU if there is one; model and encoder stay
+    there. Raises ValueError for fewer than 2 training notes to measure on.
     """
-    start = config.model.init
+    init = config.model.init
     if model.fusion is not None:
         with torch.no_grad():
-            model.fusion.gate.bias.fill_(start.gate_bias)
-    if start.fusion_scale is None and start.visual_token_gain is None and not start.pca_projector:
+            model.fusion.gate.bias.fill_(init.gate_bias)
+    if init.fusion_scale is None and init.visual_token_gain is None and not init.pca_projector:
         return
-    notes = data.train_notes
-    chosen = np.random.default_rng([config.seed, 1]).permutation(notes)[: start.num_pca_notes]
+    chosen = np.random.default_rng([config.seed, 1]).permutation(data.train_notes)[: init.num_pca_notes]
     if len(chosen) < 2:
         raise ValueError(f"model.init needs at least 2 training notes to measure on, there are {len(chosen)}")
     was_training = model.training
@@ -66,27 +67,25 @@ def initialise(model: MLRMModel, data: PairDataset, config: Config, encoder: Vis
     model.eval()
 
     @torch.no_grad()
-    def batch_of(rows: np.ndarray) -> NoteBatch:
-        return with_features(data.note_batch(rows).to(device), encoder)
+    def batch_of(notes: np.ndarray) -> NoteBatch:
+        return with_features(data.note_batch(notes).to(device), encoder)
 
     batches = [chosen[i : i + _BATCH_NOTES] for i in range(0, len(chosen), _BATCH_NOTES)]
-    if start.visual_token_gain is not None:
-        scale_visual_words(model, map(batch_of, batches), start.visual_token_gain)
+    if init.visual_token_gain is not None:
+        scale_visual_words(model, map(batch_of, batches), init.visual_token_gain)
     silent = dist.is_initialized() and dist.get_rank() > 0
-    states, branch = _states(
-        model, map(batch_of, tqdm(batches, desc="measuring the start", unit="batch", disable=silent))
-    )
-    if start.pca_projector:
+    states, branch = _states(model, map(batch_of, tqdm(batches, desc="initial states", unit="batch", disable=silent)))
+    if init.pca_projector:
         set_pca(model.projector, states)
     if model.fusion is not None and branch is not None:
         with_image = torch.from_numpy(data.has_image(chosen)).to(states.device)
-        if start.fusion_scale is not None and with_image.sum() > 1:
+        if init.fusion_scale is not None and with_image.sum() > 1:
             with torch.no_grad():
-                of_llm, of_branch = (spread(model.projector(x[with_image])) for x in (states, branch))
-            branch = scale_branch(model.fusion, branch, start.fusion_scale * of_llm / of_branch.clamp(min=1e-12))
+                llm_spread, branch_spread = (spread(model.projector(x[with_image])) for x in (states, branch))
+            branch = scale_branch(model.fusion, branch, init.fusion_scale * llm_spread / branch_spread.clamp(min=1e-12))
         with torch.no_grad():
             states, _ = model.fusion(branch, states)
-    if start.pca_projector:
+    if init.pca_projector:
         centre(model.projector, states)
     model.train(was_training)
 
@@ -98,14 +97,14 @@ def spread(states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_pca(projector: nn.Linear, states: Tensor) -> None:
-    """projector := the principal directions of `states` [n, h], whitened: outputs have mean 0, and each one spread 1.
+    """projector := the principal directions of `states` [n, h], whitened: each output has mean 0 and spread 1.
 
-    Whitened, because in plain PCA the first two or three directions are the whole cosine. Measured on a demo world of
-    700 notes with SmolLM2's first 3 layers, recall@10 of validation pairs: 0.09 plain and 0.18 whitened before the
-    first step, 0.35 and 0.65 after 8 steps, 0.49 and 0.73 after 16 (one seed). A spread of 1 also keeps the first
-    steps of Adam, which move every weight by the learning rate, from bringing the common part of the states back.
+    Without whitening, the first two or three directions dominate the cosine. Measured on a demo world of 700 notes with
+    SmolLM2's first 3 layers, recall@10 of validation pairs: 0.09 plain and 0.18 whitened before the first step, 0.35
+    and 0.65 after 8 steps, 0.49 and 0.73 after 16 (one seed). A spread of 1 also keeps the first steps of Adam, which
+    move every weight by the learning rate, from bringing the mean of the states back.
 
-    Rows for which there is no direction left keep a small random start.
+    Rows of the projector beyond the rank of `states` keep small random values.
     """
     x = states.double().cpu()
     _, singular, directions = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)  # [k], [k, h]
@@ -122,17 +121,17 @@ def set_pca(projector: nn.Linear, states: Tensor) -> None:
 
 @torch.no_grad()
 def centre(projector: nn.Linear, states: Tensor) -> None:
-    """Set the bias so that the mean of `states` [n, h] is mapped to 0."""
+    """Set the projector's bias so that it maps the mean of `states` [n, h] to 0."""
     mean = states.double().cpu().mean(dim=0)
     projector.bias.copy_(-projector.weight.double().cpu() @ mean)
 
 
 @torch.no_grad()
 def scale_visual_words(model: MLRMModel, batches: Iterable[NoteBatch], gain: float) -> None:
-    """Scale the connector's last layer: the visual embeddings of these notes get `gain` times the length of a word's.
+    """Scale the connector's last layer: these notes' visual embeddings get `gain` times a word embedding's length.
 
-    Lengths are root mean squares, over the pictures' visual embeddings and over the notes' tokens. Does nothing where
-    no note has a picture, or the prompt has no place for one.
+    Lengths are root mean squares, over the images' visual embeddings and over the notes' tokens. Does nothing if no
+    note has an image, or the prompt has no place for one.
     """
     if model.connector is None:
         return
@@ -141,16 +140,16 @@ def scale_visual_words(model: MLRMModel, batches: Iterable[NoteBatch], gain: flo
         visual.append(model.connector(batch.patches[batch.has_image]).square().sum(-1).flatten())
         text = batch.attention_mask.bool() & ~batch.image_mask
         words.append(model.get_input_embeddings()(batch.input_ids[text]).square().sum(-1))
-    if not len(of_visual := torch.cat(visual)):
+    if not len(visual_squares := torch.cat(visual)):
         return
-    factor = gain * (torch.cat(words).mean() / of_visual.mean()).sqrt()
+    factor = gain * (torch.cat(words).mean() / visual_squares.mean()).sqrt()
     for weight in model.connector.last.parameters():
         weight.mul_(factor)
 
 
 @torch.no_grad()
 def scale_branch(fusion: LateFusion, branch: Tensor, factor: Tensor) -> Tensor:
-    """Multiply the linear layer that makes v by `factor`. Returns what it makes of the notes of `branch` [n, h] now."""
+    """Multiply the linear layer that computes v by `factor`. Returns the new v [n, h] of notes whose v was `branch`."""
     for weight in fusion.visual.parameters():
         weight.mul_(factor.to(weight.dtype))
     return branch * factor.to(branch.dtype)
@@ -158,7 +157,7 @@ def scale_branch(fusion: LateFusion, branch: Tensor, factor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _states(model: MLRMModel, batches: Iterable[NoteBatch]) -> tuple[Tensor, Tensor | None]:
-    """The LLM's n_m before the fusion [n, h], and v [n, h] where the method fuses."""
+    """The LLM's n_m before the fusion [n, h], and v [n, h] if the method fuses."""
     llm, branch = [], []
     for batch in batches:
         states = model.states(batch)

@@ -1,4 +1,4 @@
-"""What the training command is given, and how it is started. Imports no torch."""
+"""The arguments of the training command, and how it is launched. Imports no torch."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 from notellm2_core.config.training import TrainingSettings
 from notellm2_core.notes.inputs import NoteInputs
 
-TRAIN_DAYS_HELP = "the days of the log that the pairs are of, the second exclusive; for the model card alone"
+TRAIN_DAYS_HELP = "first day and (exclusive) end of the log behind the pairs; for the model card alone"
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Paths:
     pairs: Path  # with train/ and validation/
     work: Path  # checkpoints and curves; the same again to resume
     out: Path  # empty; for the trained model
-    hard_negatives: Path | None = None  # where training.hard_negatives.num asks for some
+    hard_negatives: Path | None = None  # needed if training.hard_negatives.num is above 0
 
     def arguments(self) -> list[str]:
-        """As options of the command."""
+        """These paths as options of the command."""
         options = ["--pairs", str(self.pairs), "--work", str(self.work), "--out", str(self.out)]
         if self.hard_negatives is not None:
             options += ["--hard-negatives", str(self.hard_negatives)]
@@ -34,12 +34,12 @@ class Paths:
 class Reports:
     """Where the metrics go besides the terminal and metrics.jsonl."""
 
-    log: Callable[[str], None] | None = None  # Dagster Pipes; the command finds it in its environment
+    log: Callable[[str], None] | None = None  # Dagster Pipes; the command finds it through its environment
     mlflow_uri: str | None = None
     mlflow_run_id: str | None = None
 
     def arguments(self) -> list[str]:
-        """As options of the command."""
+        """These reports as options of the command."""
         if not self.mlflow_uri or not self.mlflow_run_id:
             return []
         return ["--mlflow-uri", self.mlflow_uri, "--mlflow-run-id", self.mlflow_run_id]
@@ -55,8 +55,10 @@ def launch_command(
     reports: Reports = NO_REPORTS,
     train_days: tuple[str, str] | None = None,
 ) -> list[str]:
-    """The command that trains, ready for `subprocess` or a shell: torchrun, to be run on each of several nodes; or,
-    with a hostfile, DeepSpeed's launcher, which reaches the nodes by ssh.
+    """The training command, ready for `subprocess` or a shell.
+
+    It is torchrun, to be started on each node; or, with a hostfile, DeepSpeed's launcher, which reaches the nodes by
+    ssh.
     """
     module, num_ranks = "notellm2_core.training", training.num_ranks
     if training.hostfile is not None:
@@ -65,8 +67,8 @@ def launch_command(
         command += ["--no_local_rank", "--module", module]  # the rank comes in the environment, as torchrun gives it
         command = _with_threads(command, num_ranks)
     elif training.rendezvous is not None:
-        where = ["--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d", "--rdzv-id", paths.work.name]
-        command = torchrun(module, num_ranks, [*where, "--rdzv-endpoint", training.rendezvous])
+        rendezvous = ["--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d", "--rdzv-id", paths.work.name]
+        command = torchrun(module, num_ranks, [*rendezvous, "--rdzv-endpoint", training.rendezvous])
     else:
         command = torchrun(module, num_ranks)
     command += ["--config", str(config_file), *paths.arguments()]
@@ -75,14 +77,23 @@ def launch_command(
     return command + reports.arguments()
 
 
-def torchrun(module: str, num_ranks: int, where: Sequence[str] = ("--standalone",)) -> list[str]:
-    """The start of a command that runs `module` in `num_ranks` processes of this machine; one needs no launcher.
+def torchrun(module: str, num_ranks: int, rendezvous: Sequence[str] = ("--standalone",)) -> list[str]:
+    """The beginning of a command that runs `module` in `num_ranks` processes on this machine; one needs no launcher.
 
-    Cores are shared out over them unless OMP_NUM_THREADS is set (torchrun would give each one thread).
+    The ranks divide the cores among them unless OMP_NUM_THREADS is set (torchrun would give each rank one thread).
     """
-    if num_ranks == 1 and tuple(where) == ("--standalone",):
+    if num_ranks == 1 and tuple(rendezvous) == ("--standalone",):
         return [sys.executable, "-m", module]
-    command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(num_ranks), "-m", module]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *rendezvous,
+        "--nproc-per-node",
+        str(num_ranks),
+        "-m",
+        module,
+    ]
     return _with_threads(command, num_ranks)
 
 
@@ -93,5 +104,5 @@ def _with_threads(command: list[str], num_ranks: int) -> list[str]:
 
 
 def num_threads(num_ranks: int) -> int:
-    """Threads of each rank, so that all ranks of a machine together have as many as it has cores."""
+    """Threads per rank: the cores of this machine, divided among its ranks."""
     return max(1, len(os.sched_getaffinity(0)) // num_ranks)

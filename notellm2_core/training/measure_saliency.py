@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from notellm2_core.config.load import load_config
 from notellm2_core.config.methods import get_method
 from notellm2_core.config.settings import Config
-from notellm2_core.model.encode_pictures import with_features
+from notellm2_core.model.encode_images import with_features
 from notellm2_core.model.mlrm import MLRMModel, MLRMOutput
 from notellm2_core.model.open_inputs import load_model_and_reader
 from notellm2_core.model.saliency import Loss, Measurement, measure
@@ -26,7 +26,7 @@ from notellm2_core.notes.processor import NoteBatch
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import write_atomically
 from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset
-from notellm2_core.training.data.sampler import schedule
+from notellm2_core.training.data.sampler import batch_schedule
 from notellm2_core.training.objective.losses import BatchLabels, capped_tau
 from notellm2_core.training.objective.views import method_losses
 from notellm2_core.vision.encoder import VisionEncoder
@@ -35,36 +35,37 @@ from notellm2_core.vision.encoder import VisionEncoder
 def measure_on_training_pairs(
     model: MLRMModel, data: PairDataset, config: Config, encoder: VisionEncoder | None = None
 ) -> Measurement:
-    """`config.evaluation.saliency_pairs` training pairs, chosen by the seed, in batches of one size.
+    """Measure on `config.evaluation.saliency_pairs` training pairs, chosen by the seed, in batches of one size.
 
-    `encoder`: what reads the pictures of `data`, where it has pixels.
+    The number is rounded up to whole batches, and limited to the training pairs. `encoder`: encodes the images of
+    `data` if that has pixels. Runs on a GPU if there is one; model and encoder stay there.
 
-    The number is rounded up to whole batches, and cut to the pairs that there are. On a GPU where there is one; the
-    model then stays there. Raises ValueError where there are fewer than 2 pairs: nothing is contrasted then.
+    Raises ValueError for fewer than 2 pairs: a single one has no in-batch negatives.
     """
     num_pairs = min(config.evaluation.saliency_pairs, len(data.train_pairs))
     if num_pairs < 2:
         raise ValueError(f"saliency needs at least 2 training pairs, got {num_pairs}; set saliency_pairs: 0")
     num_batches = math.ceil(num_pairs / config.evaluation.saliency_batch_pairs)
-    batches = schedule(data.contents(data.train_pairs), math.ceil(num_pairs / num_batches), num_batches, config.seed)
+    batch_pairs, contents = math.ceil(num_pairs / num_batches), data.content_ids(data.train_pairs)
+    batches = batch_schedule(contents, batch_pairs, num_batches, config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(model, device)
     if encoder is not None:
         encoder.to(device)
 
-    def prepared() -> Iterator[tuple[NoteBatch, Loss]]:
+    def batches_with_losses() -> Iterator[tuple[NoteBatch, Loss]]:
         for pairs in batches:
-            rows = data.train_pairs[pairs].reshape(-1)  # [2B], pair k in rows 2k and 2k + 1
-            labels = data.labels(rows, config.training.known_positives).to(device)
-            yield with_features(data.note_batch(rows).to(device), encoder), _loss(model, config, labels)
+            notes = data.train_pairs[pairs].reshape(-1)  # [2B], pair k: 2k and 2k + 1
+            labels = data.labels(notes, config.training.known_positives).to(device)
+            yield with_features(data.note_batch(notes).to(device), encoder), _loss(model, config, labels)
 
-    return measure(model, prepared())
+    return measure(model, batches_with_losses())
 
 
 def _loss(model: MLRMModel, config: Config, labels: BatchLabels) -> Loss:
-    """What this model's method was trained with on whole notes, for one batch of pairs: Eq. 9, or Eq. 1.
+    """The training loss of this model's method on whole notes, for one batch of pairs: Eq. 9, or Eq. 1.
 
-    Of Omni-Retrieval, its multimodal term: the others look at other inputs.
+    For Omni-Retrieval it is the multimodal term alone: the others use other inputs.
     """
     method = get_method(model.config.method)
     if "omni" in method.losses:

@@ -23,7 +23,7 @@ from notellm2_core.runtime.files import write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.nested import flatten, get_setting
 from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset, model_cache
-from notellm2_core.training.data.sampler import schedule
+from notellm2_core.training.data.sampler import batch_schedule
 from notellm2_core.training.engine import deepspeed as engines
 from notellm2_core.training.engine.deepspeed import Precision
 from notellm2_core.training.engine.precision import choose_precision
@@ -34,29 +34,29 @@ from notellm2_core.training.loop import Run, TrainingError, train
 from notellm2_core.training.state.checkpoints import Checkpoints
 from notellm2_core.training.state.metrics import MlflowCurves, Progress
 from notellm2_core.training.state.reshard import load_resharded
-from notellm2_core.training.state.run_folder import held, open_run
+from notellm2_core.training.state.run_folder import locked, open_run
 from notellm2_core.training.state.save import DONE, save_model
 from notellm2_core.training.step import idle_step
 from notellm2_core.vision.encoder import VisionEncoder
 
 
 def run(config: Config, paths: Paths, reports: Reports = NO_REPORTS, train_days: Sequence[str] | None = None) -> None:
-    """Train as `config` says and save the model into `paths.out`. Called on every rank, which it joins to the others.
+    """Train the model of `config` and save it into `paths.out`. Called on every rank; it starts the process group.
 
-    Resumes from the last checkpoint of `paths.work`. The weights are those of an uninterrupted run:
+    Resumes from the last checkpoint in `paths.work`. The weights are those of an uninterrupted run:
     - same machine, on a CPU: identical bits;
     - on a GPU: up to summation order;
     - other machine, number of ranks or size of micro-batches: up to rounding and dropout draws.
 
-    Does nothing where `paths.out` holds this run's model already.
+    Does nothing if `paths.out` holds this run's model already.
 
     Args:
-        train_days: first day and (exclusive) end of the log that the pairs are of, for the model card.
+        train_days: first day and (exclusive) end of the log behind the pairs, for the model card.
 
-    Raises ValueError for inputs and settings that do not fit, TrainingError where a loss is not finite.
+    Raises ValueError for inputs and settings that do not fit, TrainingError if a loss or a gradient is not finite.
     """
     device = engines.set_up_processes()
-    with held(paths.work):
+    with locked(paths.work):
         prepared = prepare(config, paths, reports)
         if prepared is None:
             return
@@ -64,7 +64,7 @@ def run(config: Config, paths: Paths, reports: Reports = NO_REPORTS, train_days:
         try:
             train(this_run)
             finish(this_run, train_days)
-        except TrainingError:  # on every rank: what is being written is not lost
+        except TrainingError:  # on every rank at once, so they can still finish the checkpoint that is being written
             this_run.checkpoints.close()
             raise
         finally:
@@ -78,14 +78,14 @@ class Prepared:
 
     processor: MLRMProcessor
     model: MLRMModel
-    encoder: VisionEncoder | None  # where it is trained
+    encoder: VisionEncoder | None  # if it is trained
     data: PairDataset
     settings: dict[str, Any]
-    begun: dict[str, Any]  # run.json of the work folder; {} for a new run
+    saved_run: dict[str, Any]  # run.json of the work folder; {} for a new run
 
 
 def prepare(config: Config, paths: Paths, reports: Reports) -> Prepared | None:
-    """Load model and data, and check that the folders are this run's. None where its model is saved already."""
+    """Load model and data, and check that the folders are this run's. None if its model is saved already."""
     training = config.training
     with engines.first_on_machine():
         model, processor = build_model(config, model_cache(config))
@@ -94,35 +94,35 @@ def prepare(config: Config, paths: Paths, reports: Reports) -> Prepared | None:
         hard_negatives = paths.hard_negatives if training.hard_negatives.num else None
         data = load_pair_dataset(reader, paths.pairs, paths.work, hard_negatives)
     if encoder is not None and dist.get_rank() == 0:
-        text = "the vision encoder is trained: every step encodes its pictures, and their stored features are not read"
+        text = "the vision encoder is trained: every step encodes its images, and their stored features are not read"
         print(text, file=sys.stderr)
         if reports.log is not None:
             reports.log(text)
     settings = run_settings(config, data)
-    begun = open_run(paths.work, settings)
-    if _is_finished(paths.out, settings, begun):
+    saved_run = open_run(paths.work, settings)
+    if _is_finished(paths.out, settings, saved_run):
         if dist.get_rank() == 0:
-            print(f"{paths.out} holds the model of this training already", file=sys.stderr)
+            print(f"{paths.out} holds the model of this training run already", file=sys.stderr)
         return None
     dist.barrier()  # all ranks have looked before rank 0 writes
-    return Prepared(processor, model, encoder, data, settings, begun)
+    return Prepared(processor, model, encoder, data, settings, saved_run)
 
 
-def _is_finished(out: Path, settings: Mapping[str, Any], begun: Mapping[str, Any]) -> bool:
-    """Whether `out` holds this run's model. Raises ValueError where it holds anything else."""
+def _is_finished(out: Path, settings: Mapping[str, Any], saved_run: Mapping[str, Any]) -> bool:
+    """Whether `out` holds this run's model. Raises ValueError if it holds anything else."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give --out an empty folder")
     if (done := out / DONE).exists():  # perhaps this run's, killed before it could exit
-        if not begun or json.loads(done.read_text()).get("settings") != fingerprint(settings):
+        if not saved_run or json.loads(done.read_text()).get("settings") != fingerprint(settings):
             raise ValueError(f"{out} holds a trained model already: give --out an empty folder")
         return True
-    if not begun and out.exists() and (files := sorted(out.iterdir())):
+    if not saved_run and out.exists() and (files := sorted(out.iterdir())):
         raise ValueError(f"{out} holds {files[0].name}: give --out an empty folder")
     return False
 
 
 def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, device: torch.device) -> Run:
-    """The run as its last checkpoint left it; without one, before its first step."""
+    """The run at its last checkpoint; without one, before its first step."""
     training, rank, num_ranks = config.training, dist.get_rank(), dist.get_world_size()
     model, encoder, data = prepared.model, prepared.encoder, prepared.data
     checkpoints = Checkpoints(
@@ -138,17 +138,17 @@ def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, d
         initialise(model, data, config, encoder)
     model.train()
     engines.broadcast_new_modules(model, device)
-    batches = schedule(data.contents(data.train_pairs), training.batch_pairs, training.num_steps, config.seed)
+    batches = batch_schedule(data.content_ids(data.train_pairs), training.batch_pairs, training.num_steps, config.seed)
     precision = _precision(config, paths, prepared, batches[0], device)
     speed = Throughput(model, device, num_ranks)
     engine = engines.make_engine(model, config, precision, encoder)
     if other_ranks and engine.zero_optimization_stage():
-        rows = data.train_pairs[batches[0]].reshape(-1)
-        load_resharded(engine, checkpoints.folder, first_step, partial(idle_step, engine, data, rows, config, device))
+        notes = data.train_pairs[batches[0]].reshape(-1)
+        load_resharded(engine, checkpoints.folder, first_step, partial(idle_step, engine, data, notes, config, device))
     elif first_step:
         checkpoints.load(engine, first_step)
-    metrics, curves = paths.work / "metrics.jsonl", _curves(config, reports)
-    progress = Progress(metrics, first_step, training.num_steps, rank == 0, reports.log, curves, speed.figures)
+    metrics_file, curves = paths.work / "metrics.jsonl", _curves(config, reports)
+    progress = Progress(metrics_file, first_step, training.num_steps, rank == 0, reports.log, curves, speed.metrics)
     return Run(
         config=config,
         paths=paths,
@@ -171,30 +171,30 @@ def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, d
 def _precision(
     config: Config, paths: Paths, prepared: Prepared, first_pairs: np.ndarray, device: torch.device
 ) -> Precision:
-    """That of run.json; a new run chooses one and begins the file."""
-    if prepared.begun:
-        return prepared.begun["precision"]
+    """The precision in run.json. A new run chooses one and writes run.json."""
+    if prepared.saved_run:
+        return prepared.saved_run["precision"]
     precision = choose_precision(prepared.model, prepared.data, first_pairs, config, device, prepared.encoder)
     if dist.get_rank() == 0:
-        begun = {"settings": prepared.settings, "precision": precision}
-        write_atomically(paths.work / "run.json", json.dumps(begun, indent=1))
+        run_json = {"settings": prepared.settings, "precision": precision}
+        write_atomically(paths.work / "run.json", json.dumps(run_json, indent=1))
     return precision
 
 
 def finish(run: Run, train_days: Sequence[str] | None) -> None:
     """Save the trained model, its card and training.json."""
     vision = run.paths.inputs.vision if run.encoder is None else run.encoder
-    save_model(run.model, run.processor, vision, run.paths.out, run.config, train_days, _summary(run))
+    save_model(run.model, run.processor, vision, run.paths.out, run.config, train_days, _training_summary(run))
 
 
 def run_settings(config: Config, data: PairDataset) -> dict[str, Any]:
-    """All that changes the weights by more than rounding: settings by their dotted names, and the pairs."""
+    """Everything that changes the weights by more than rounding: settings by their dotted names, and the pairs."""
     tree = config.model_dump(mode="json")
     settings = {key: get_setting(tree, key) for key in STAGES["checkpoint"].settings}
-    of_data = {"training pairs": fingerprint([data.train_pairs.tolist(), data.note_ids])}
+    fingerprints = {"training pairs": fingerprint([data.train_pairs.tolist(), data.note_ids])}
     if data.hard_negatives is not None:
-        of_data["hard negatives"] = fingerprint([negatives.tolist() for negatives in data.hard_negatives])
-    return {**flatten(settings), **of_data}
+        fingerprints["hard negatives"] = fingerprint([negatives.tolist() for negatives in data.hard_negatives])
+    return {**flatten(settings), **fingerprints}
 
 
 def _curves(config: Config, reports: Reports) -> MlflowCurves | None:
@@ -203,8 +203,8 @@ def _curves(config: Config, reports: Reports) -> MlflowCurves | None:
     return MlflowCurves(reports.mlflow_uri, reports.mlflow_run_id, config.tracking.timeout_seconds)
 
 
-def _summary(run: Run) -> dict[str, Any]:
-    """training.json: was it good?"""
+def _training_summary(run: Run) -> dict[str, Any]:
+    """The main metrics of the run, for training.json and the model card; {} for a run that has reported no step."""
     losses, speed = run.progress.series("loss"), run.progress.series("notes_per_s")
     if not losses:
         return {}

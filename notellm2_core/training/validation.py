@@ -1,4 +1,4 @@
-"""How good the model is on the validation pairs: the loss and recall@10 among the validation notes.
+"""Validation during training: the loss, and recall@10 of the validation pairs among their notes.
 
 Shapes: V pairs over n notes, D width of an embedding.
 """
@@ -27,7 +27,7 @@ RECALL_K = 10
 
 
 def validation_sample(data: PairDataset, seed: int) -> np.ndarray:
-    """The validation pairs [V, 2] that are looked at: all, or a fixed sample of MAX_PAIRS."""
+    """The validation pairs [V, 2] to evaluate: all, or a fixed sample of MAX_PAIRS."""
     pairs = data.validation_pairs
     return pairs[np.sort(np.random.default_rng([seed, 2]).permutation(len(pairs))[:MAX_PAIRS])]
 
@@ -36,28 +36,28 @@ def validation_sample(data: PairDataset, seed: int) -> np.ndarray:
 def validate(
     engine: Any, data: PairDataset, pairs: np.ndarray, config: Config, device: torch.device
 ) -> dict[str, float]:
-    """`validation_loss` and `validation_recall_at_10` on `pairs` [V, 2]; the notes are shared out over the ranks."""
-    notes, places = np.unique(pairs, return_inverse=True)  # [n], [V, 2]
+    """`validation_loss` and `validation_recall_at_10` on `pairs` [V, 2]; the ranks divide the notes among them."""
+    notes, note_index = np.unique(pairs, return_inverse=True)  # [n], [V, 2]
     engine.eval()
     rows = _embed(engine, data, notes, config, device)  # [n, V D]
     tau = _tau(engine)
     engine.train()
     total = 0.0
     for i in range(0, len(pairs), config.training.batch_pairs):
-        batch = places[i : i + config.training.batch_pairs].reshape(-1)
+        batch = note_index[i : i + config.training.batch_pairs].reshape(-1)
         labels = data.labels(notes[batch], config.training.known_positives)
         total += batch_losses(config, rows[batch], tau, labels).total.item() * len(batch)
     multimodal = views_of(get_method(config.model.method), rows)["multimodal"]
     return {
-        "validation_loss": total / places.size,
-        f"validation_recall_at_{RECALL_K}": recall_at(multimodal, torch.from_numpy(places), RECALL_K),
+        "validation_loss": total / note_index.size,
+        f"validation_recall_at_{RECALL_K}": recall_at(multimodal, torch.from_numpy(note_index), RECALL_K),
     }
 
 
 def recall_at(embeddings: Tensor, pairs: Tensor, k: int) -> float:
     """Share of pairs [V, 2] whose target is among the k rows of `embeddings` [n, D] nearest to the query by cosine.
 
-    The query itself is no candidate. Ties count as `evaluation.recall` counts them: by their expected place.
+    The query itself is no candidate. Ties count as `evaluation.recall` counts them: by their expected rank.
     """
     unit = functional.normalize(embeddings.float(), dim=1)
     queries, targets = pairs.unbind(dim=1)
@@ -70,20 +70,20 @@ def recall_at(embeddings: Tensor, pairs: Tensor, k: int) -> float:
 
 
 def _tau(engine: Any) -> Tensor:
-    """tau on every rank; under ZeRO-3 a weight is whole only while it is gathered."""
+    """tau on every rank; under ZeRO-3 a weight is complete only while it is gathered."""
     with gathered([engine.module.model.tau]):
         return capped_tau(engine.module.model.tau.detach().float().cpu().clone())
 
 
 def _embed(engine: Any, data: PairDataset, notes: np.ndarray, config: Config, device: torch.device) -> Tensor:
-    """`notes` embedded, [n, V D], on the CPU of every rank. The last batch is filled up with notes of its own."""
+    """The embeddings [n, V D] of `notes`, on every rank's CPU. The last batch repeats notes to give equal shares."""
     num_ranks, inputs = dist.get_world_size(), get_method(config.model.method).inputs
     batch_notes = 2 * config.training.batch_pairs
-    parts = []
+    chunks = []
     for i in range(0, len(notes), batch_notes):
-        part = notes[i : i + batch_notes]
-        filled = np.resize(part, math.ceil(len(part) / num_ranks) * num_ranks)
+        chunk = notes[i : i + batch_notes]
+        filled = np.resize(chunk, math.ceil(len(chunk) / num_ranks) * num_ranks)
         share = share_out(data, filled, inputs, config.training.micro_batch_tokens, device)
         embedded = torch.cat([micro.rows for micro in embed(engine, share.micro_batches())])
-        parts.append(gather(embedded)[share.places][: len(part)].cpu())
-    return torch.cat(parts)
+        chunks.append(gather(embedded)[share.batch_order][: len(chunk)].cpu())
+    return torch.cat(chunks)

@@ -24,7 +24,7 @@ from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.model.trainable import set_trained
 from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset
-from notellm2_core.training.data.sampler import schedule
+from notellm2_core.training.data.sampler import batch_schedule
 from notellm2_core.training.engine import deepspeed as engines
 from notellm2_core.training.engine.deepspeed import deepspeed_config
 from notellm2_core.training.run import run
@@ -96,7 +96,7 @@ def step(engine: Any, data: PairDataset, rows: np.ndarray, config: Config, index
     from deepspeed.utils import safe_get_full_grad
 
     share, labels = prepare(data, with_negatives(data, rows, config, index), config, torch.device("cpu"))
-    assert (len(share.parts) > 1) == (config.training.micro_batch_tokens is not None)
+    assert (len(share.micro_batch_notes) > 1) == (config.training.micro_batch_tokens is not None)
     losses = batch_gradient(engine, share, labels, config, (0, index)).losses
     model, encoder = engine.module.model, engine.module.encoder
     named = named_parameters(model, encoder)
@@ -120,7 +120,7 @@ def check_stages(
     for stage in stages:
         config = settings(stage, variant)
         engine, data = _fresh(world, config, precision)
-        batches = schedule(data.train_pairs, 8, 2, config.seed)
+        batches = batch_schedule(data.train_pairs, 8, 2, config.seed)
         first, second = (data.train_pairs[b].reshape(-1) for b in batches)
         result = step(engine, data, first, config, 0, grads=True)
         if dist.get_rank() == 0:
@@ -146,7 +146,7 @@ def check_resharded(root: Path, out: Path, stages: tuple[int, ...], variant: str
         config = settings(stage, variant)
         checkpoints = Checkpoints(out / f"checkpoints-{stage}")
         engine, data = _fresh(World(root), config)
-        batches = schedule(data.train_pairs, 8, 2, config.seed)
+        batches = batch_schedule(data.train_pairs, 8, 2, config.seed)
         first, second = (data.train_pairs[b].reshape(-1) for b in batches)
         if saving:
             step(engine, data, first, config, 0, grads=False)

@@ -8,13 +8,15 @@ import numpy as np
 _LOOKAHEAD_BATCHES = 4  # how long a pair may wait for a batch that has neither of its notes
 
 
-def schedule(pairs: np.ndarray, batch_pairs: int, num_steps: int, seed: int) -> np.ndarray:
-    """Which pairs each step sees: [num_steps, B] indices into `pairs` [P, 2], whose notes are given by their contents.
+def batch_schedule(pairs: np.ndarray, batch_pairs: int, num_steps: int, seed: int) -> np.ndarray:
+    """Which pairs each step sees: [num_steps, B] indices into `pairs` [P, 2] of content ids.
 
     The pairs come in random permutations, one after the other. A pair that shares a content with the batch being filled
-    waits for the next one, so no content is twice in a batch, unless waiting does not help (few pairs, or a content
-    that is in very many): then the pair that waited longest is taken, and the masks of known positives do the rest.
-    The first steps do not depend on how many follow.
+    waits for the next batch, so no content is twice in a batch. If waiting does not help (few pairs, or a content of
+    very many pairs), the pair that waited longest is taken, and false-negative masking does the rest. The first steps
+    do not depend on how many follow.
+
+    Raises ValueError if there are no pairs.
     """
     if not len(pairs):
         raise ValueError("there are no pairs to make batches of")

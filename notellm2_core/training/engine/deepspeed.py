@@ -1,9 +1,9 @@
-"""DeepSpeed from our configuration: its dictionary, its cures for a CPU, parameter groups and the learning rate.
+"""The DeepSpeed engine of a configuration: its config, workarounds for a CPU, parameter groups and learning rate.
 
 Precision. On a GPU, bf16 is DeepSpeed's: bf16 weights, fp32 master weights in the optimiser. On a CPU the weights stay
 fp32 and only the forward runs under torch's bf16 autocast: the optimiser has no second copy to keep, and small updates
-are not lost. Gradients of several micro-batches are added up in fp32 on both: in bf16's 8 bits, the last of many parts
-would hardly change their sum. (What GPUs tell each other of a gradient is bf16: it is rounded once.)
+are not lost. On both, gradients of several micro-batches are summed in fp32: in bf16's 8 bits, the last of many terms
+would hardly change the sum. (GPUs exchange gradients in bf16, which rounds them once.)
 """
 
 import logging
@@ -35,17 +35,17 @@ _CPU_BUCKET = 10_000_000
 
 
 def set_up_processes() -> torch.device:
-    """Join the other ranks (torchrun's environment, or DeepSpeed's; alone without it); the device of this rank.
+    """Join the process group of torchrun's or DeepSpeed's environment (none: one rank). Returns this rank's device.
 
-    On a CPU: deterministic algorithms, and without DeepSpeed's compiled extensions, whose first start needs a C++
-    compiler and two minutes.
+    On a CPU, algorithms are deterministic, and DeepSpeed's compiled extensions are off: their first start needs a C++
+    compiler and two minutes. Raises ValueError if this machine has fewer GPUs than ranks.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(alone)
         os.environ.setdefault("MASTER_PORT", "0")
     elif "LOCAL_WORLD_SIZE" not in os.environ:
-        os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]  # as DeepSpeed's launcher calls it
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]  # DeepSpeed's launcher has this name for it
     on_gpu = torch.cuda.is_available()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_threads(int(os.environ["LOCAL_WORLD_SIZE"])))
@@ -62,7 +62,7 @@ def set_up_processes() -> torch.device:
     else:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # always written
-        deepspeed.ops.__compatible_ops__ = {}  # none, unasked: asking runs the compiler
+        deepspeed.ops.__compatible_ops__ = {}  # set to none without a check, which would run the compiler
     if not dist.is_initialized():
         # Long: the other ranks wait while the first converts weights and writes the feature table.
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=4))
@@ -71,7 +71,7 @@ def set_up_processes() -> torch.device:
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed without its chatter; a late import, because it takes seconds."""
+    """DeepSpeed with its log messages off. Imported late, because the import takes seconds."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -85,7 +85,7 @@ def import_deepspeed() -> Any:
 
 @contextmanager
 def first_on_machine() -> Iterator[None]:
-    """The block runs on the first rank of each machine, then on its others: for what one writes and all read."""
+    """Run the block on the first rank of each machine, then on the others: for files that one writes and all read."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if not first:
         dist.barrier()
@@ -95,17 +95,18 @@ def first_on_machine() -> Iterator[None]:
 
 
 def deepspeed_config(training: TrainingSettings, precision: Precision, num_ranks: int, on_gpu: bool) -> dict[str, Any]:
-    """The DeepSpeed dictionary of a configuration (Table 8).
+    """The DeepSpeed config of our settings (Table 8).
 
-    Raises ValueError where the batch cannot be shared out evenly.
+    Raises ValueError if the ranks cannot divide the batch evenly.
     """
     if training.batch_pairs % num_ranks:
         raise ValueError(
-            f"training.batch_pairs = {training.batch_pairs} cannot be shared by {num_ranks} ranks: use a multiple of it"
+            f"training.batch_pairs = {training.batch_pairs} cannot be divided among {num_ranks} ranks: "
+            "use a multiple of their number"
         )
     in_bf16 = precision == "bf16" and on_gpu
-    # With bf16 weights DeepSpeed's ZeRO-0 takes a step of Adam before the first (so its state is made), and ZeRO-0 and
-    # 1 add gradients up in bf16. ZeRO-2 is the same training, in less memory.
+    # With bf16 weights, DeepSpeed's ZeRO-0 takes an extra step of Adam before the first (to allocate its state), and
+    # ZeRO-0 and 1 sum gradients in bf16. ZeRO-2 computes the same, in less memory.
     stage = max(2, training.zero_stage) if in_bf16 else training.zero_stage
     return {
         "train_micro_batch_size_per_gpu": training.batch_pairs // num_ranks,
@@ -116,7 +117,7 @@ def deepspeed_config(training: TrainingSettings, precision: Precision, num_ranks
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": on_gpu,
-            # Numbers in the buffer through which gradients are reduced; DeepSpeed's default would take 2 GB of memory.
+            # Numbers in the buffer of a gradient reduction; DeepSpeed's default would take 2 GB of memory.
             **({} if on_gpu else {"reduce_bucket_size": _CPU_BUCKET, "allgather_bucket_size": _CPU_BUCKET}),
         },
         "optimizer": {
@@ -137,9 +138,9 @@ def deepspeed_config(training: TrainingSettings, precision: Precision, num_ranks
 def optimizer_groups(
     named: dict[str, list[tuple[str, nn.Parameter]]], training: TrainingSettings
 ) -> list[dict[str, Any]]:
-    """Parameter groups with their peak learning rates, from `MLRMModel.parameter_groups()`; frozen ones are left out.
+    """Parameter groups with their peak learning rates, from `MLRMModel.parameter_groups()`; without frozen ones.
 
-    Weight decay is for matrices: not for tau, biases and norms, nor for the query tokens.
+    Weight decay applies to matrices: not to tau, biases, norms or the Q-Former's queries.
     """
     peaks = {
         "llm": training.learning_rate,
@@ -172,15 +173,15 @@ def learning_rate_factor(step: int, num_steps: int, warmup_ratio: float) -> floa
 
 
 def set_learning_rate(optimizer: Any, factor: float) -> None:
-    """Every group's rate := its peak times `factor`. A function of the step alone, so a resume restores nothing."""
+    """Set the rate of every group to its peak times `factor`: a function of the step, so a resume restores nothing."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
 
 def broadcast_new_modules(model: MLRMModel, device: torch.device) -> None:
-    """All ranks take rank 0's new modules: a start that was computed must be the same everywhere to the last bit.
+    """Broadcast rank 0's new modules, tau and adapters: initial values that were computed may differ in the last bit.
 
-    Its adapters too. The rest of the LLM comes from the same file everywhere.
+    The rest of the LLM comes from the same file on all ranks.
     """
     if dist.get_world_size() > 1:
         groups = model.parameter_groups()
@@ -192,29 +193,29 @@ def broadcast_new_modules(model: MLRMModel, device: torch.device) -> None:
 
 
 def make_engine(model: MLRMModel, config: Config, precision: Precision, encoder: VisionEncoder | None = None) -> Any:
-    """The DeepSpeed engine around `model`, and the vision encoder where it is trained, on this rank's device."""
+    """The DeepSpeed engine around `model`, and the vision encoder if it is trained, on this rank's device."""
     training, on_gpu = config.training, torch.cuda.is_available()
-    made = deepspeed_config(training, precision, dist.get_world_size(), on_gpu)
+    settings = deepspeed_config(training, precision, dist.get_world_size(), on_gpu)
     fuse_kernels(model.llm, torch.device("cuda" if on_gpu else "cpu"))
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    autocast = precision == "bf16" and not made["bf16"]["enabled"]
+    autocast = precision == "bf16" and not settings["bf16"]["enabled"]
     step = TrainingStep(model, get_method(config.model.method), autocast, encoder)
     groups = model.parameter_groups()
-    if encoder is not None:  # pretrained, as the LLM is
+    if encoder is not None:  # pretrained, like the LLM
         groups["llm"] += encoder.named_parameters()
     engine, *_ = import_deepspeed().initialize(
         model=step,
         model_parameters=optimizer_groups(groups, training),
-        config=made,
+        config=settings,
     )
     return engine
 
 
 def optimizer_step(engine: Any) -> float:
-    """Clip, update every weight, forget the gradients. Returns the norm of the gradient before it was clipped."""
+    """Clip the gradient, update the weights, zero the gradient. Returns the gradient's norm before clipping."""
     norm = None
-    if engine.zero_optimization_stage() == 0:  # there DeepSpeed clips in fp32, and does not say what it saw
+    if engine.zero_optimization_stage() == 0:  # there DeepSpeed clips in fp32 and reports no norm
         norm = torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
     engine.step()
     return float(engine.get_global_grad_norm() if norm is None else norm)

@@ -1,12 +1,12 @@
 """The one differentiable gather: every rank's embeddings to every rank.
 
-Each rank computes the whole loss of the global batch from the gathered rows: N^2 products of 64 numbers, nothing next
-to one layer of the LLM. The loss, tau's gradient, and so the decision to stop at a NaN, are then the same on every
-rank without another word between them.
+Each rank computes the whole loss of the global batch from the gathered rows: N^2 products of 64 numbers, negligible
+beside one layer of the LLM. The loss, tau's gradient, and so the decision to stop at a NaN, are then the same on every
+rank without further communication.
 
-What DeepSpeed makes of it: it averages every gradient over the R ranks.
+DeepSpeed averages every gradient over the R ranks:
 - tau: each rank holds the whole dL/dtau; the mean is dL/dtau.
-- other weights: rank r holds (dL/dX_r)(dX_r/dw), as its rows X_r are all that its weights made. The true gradient is
+- other weights: rank r holds (dL/dX_r)(dX_r/dw), as its weights computed the rows X_r only. The true gradient is
   the *sum* of these over the ranks, and the mean is 1/R of it. So the backward of the gather multiplies by R; a factor
   on the loss would do the same for the weights, but multiply tau's gradient too.
 """

@@ -4,12 +4,12 @@ In-batch negatives need all embeddings of the batch at once, but not all activat
   1. every micro-batch is embedded without a graph;
   2. the loss of the whole batch gives the gradient at its embeddings (and at tau);
   3. every micro-batch is embedded again, with a graph, and that gradient is sent back through it.
-Gradients add up to those of the plain step. (Gradient accumulation alone would not do: each of its parts has only its
-own negatives.) One micro-batch needs neither 1 nor 3: it is embedded once, with its graph.
+Gradients add up to those of the plain step. (Gradient accumulation would not do: each micro-batch would have only its
+own negatives.) A single micro-batch needs neither 1 nor 3: it is embedded once, with its graph.
 
-The three ways out that DeepSpeed leaves open are used: weights stay gathered by its hooks in every forward, gradients
-are reduced after each backward and added to those before (ZeRO-2 and 3 could not hold them otherwise), and clipping and
-the update wait for the last (`set_gradient_accumulation_boundary`).
+Under DeepSpeed, its hooks gather the weights in every forward, gradients are reduced after each backward and added to
+the earlier ones (ZeRO-2 and 3 could not hold them otherwise), and clipping and the update wait for the last micro-batch
+(`set_gradient_accumulation_boundary`).
 
 Shapes: N notes of the global batch, n of this rank, V D numbers of each.
 """
@@ -30,7 +30,7 @@ BatchLoss = Callable[[Tensor, Tensor], Losses]  # of the rows [N, V D] of all ra
 
 
 class Step(NamedTuple):
-    """What is told of a step."""
+    """The losses of one step, and what is reported beside them."""
 
     losses: Losses
     tau: Tensor  # [1]
@@ -38,10 +38,11 @@ class Step(NamedTuple):
 
 
 def backward(engine: Any, micro_batches: MicroBatches, loss_of: BatchLoss, seeds: Sequence[int]) -> Step:
-    """The gradient of the global batch's loss in the weights' gradients, ready for `engine.step()`.
+    """Compute the gradient of the global batch's loss, left in the weights' `.grad` for `engine.step()`.
 
     Args:
-        micro_batches: makes this rank's, each time it is called; as many on every rank.
+        micro_batches: yields this rank's micro-batches each time it is called; their number is the same on every rank.
+        loss_of: the losses of the whole batch, from the gathered rows [N, V D] and tau.
         seeds: one for each micro-batch, so that dropout is the same when it is embedded again.
     """
     if len(seeds) == 1:
@@ -53,36 +54,36 @@ def backward(engine: Any, micro_batches: MicroBatches, loss_of: BatchLoss, seeds
         engine.backward(losses.total)
         return Step(losses, embedded.tau.detach(), embedded.gate_mean)
 
-    parts = embed(engine, micro_batches(), seeds)
-    rows = torch.cat([part.rows for part in parts]).requires_grad_()  # [n, V D]
-    tau = parts[0].tau.requires_grad_()
+    outputs = embed(engine, micro_batches(), seeds)
+    rows = torch.cat([output.rows for output in outputs]).requires_grad_()  # [n, V D]
+    tau = outputs[0].tau.requires_grad_()
     losses = loss_of(gather(rows), tau)
-    of_rows, of_tau = torch.autograd.grad(losses.total, (rows, tau))
+    rows_gradient, tau_gradient = torch.autograd.grad(losses.total, (rows, tau))
 
-    upstream = of_rows.split([len(part.rows) for part in parts])
+    upstream = rows_gradient.split([len(output.rows) for output in outputs])
     for number, (batch, seed) in enumerate(zip(micro_batches(), seeds, strict=True), start=1):
         torch.manual_seed(seed)
         embedded = engine(batch)
         engine.set_gradient_accumulation_boundary(number == len(seeds))
-        # Its gradient is that of the loss; tau's comes with the first, and 0 with the others: every weight has one
-        # every time, and in 16 bits nothing is lost on the way.
-        of_tau_here = of_tau if number == 1 else torch.zeros_like(of_tau)
-        engine.backward((embedded.rows * upstream[number - 1]).sum() + (embedded.tau * of_tau_here).sum())
-    return Step(losses, tau.detach(), _mean_gate(parts))
+        # The gradient of this sum is that of the loss. tau's comes whole with the first micro-batch and as 0 with the
+        # others: so every weight has a gradient in every backward, and 16 bits round tau's only once.
+        tau_upstream = tau_gradient if number == 1 else torch.zeros_like(tau_gradient)
+        engine.backward((embedded.rows * upstream[number - 1]).sum() + (embedded.tau * tau_upstream).sum())
+    return Step(losses, tau.detach(), _mean_gate(outputs))
 
 
 @torch.no_grad()
 def embed(engine: Any, micro_batches: Iterable[NoteBatch], seeds: Sequence[int] = ()) -> list[Embedded]:
-    """Every micro-batch, without a graph."""
-    parts = []
+    """Embed every micro-batch without a graph; `seeds`: one for each, for dropout."""
+    outputs = []
     for number, batch in enumerate(micro_batches):
         if seeds:
             torch.manual_seed(seeds[number])
-        parts.append(engine(batch))
-    return parts
+        outputs.append(engine(batch))
+    return outputs
 
 
-def _mean_gate(parts: Sequence[Embedded]) -> Tensor | None:
-    """Over the notes of all micro-batches."""
-    sums = [part.gate_mean * len(part.rows) for part in parts if part.gate_mean is not None]
-    return torch.stack(sums).sum(dim=0) / sum(len(part.rows) for part in parts) if sums else None
+def _mean_gate(outputs: Sequence[Embedded]) -> Tensor | None:
+    """[1] `gate_mean` over the notes of all micro-batches; None if the method has no gate."""
+    sums = [output.gate_mean * len(output.rows) for output in outputs if output.gate_mean is not None]
+    return torch.stack(sums).sum(dim=0) / sum(len(output.rows) for output in outputs) if sums else None

@@ -18,12 +18,12 @@ MAX_TAU = math.log(100)  # the logit scale e^tau never exceeds 100
 
 @dataclass(frozen=True)
 class Losses:
-    """What is minimised and its parts, scalars in fp32."""
+    """The loss that is minimised and its terms, scalars in fp32."""
 
     total: Tensor
     multimodal: Tensor  # L^m
-    visual: Tensor | None = None  # L^v (Eq. 8); None where the method has no visual embedding
-    cross: Tensor | None = None  # the other eight terms of Omni-Retrieval
+    visual: Tensor | None = None  # L^v (Eq. 8); None if the method has no visual embedding
+    cross: Tensor | None = None  # mean of the other eight terms of Omni-Retrieval
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PairMasks:
 
 @dataclass(frozen=True)
 class BatchLabels:
-    """What is known of the N notes of a global batch, by kind of input: "multimodal", "image", "text"."""
+    """Inputs and known positives of the N notes of a global batch, by kind of input: "multimodal", "image", "text"."""
 
     has: Mapping[str, Tensor]  # [N] bool, the notes that have this input; all have a kind that is not listed
     known_positives: Mapping[str, Tensor] | None = None  # [N, N] bool, the same or related notes; None: ignored
@@ -46,18 +46,18 @@ class BatchLabels:
     count_known: bool = False  # known positives count as positives; False: they are false negatives
 
     def to(self, device: torch.device) -> "BatchLabels":
-        known = None if self.known_positives is None else {k: v.to(device) for k, v in self.known_positives.items()}
-        return replace(self, has={k: v.to(device) for k, v in self.has.items()}, known_positives=known)
+        positives = None if self.known_positives is None else {k: v.to(device) for k, v in self.known_positives.items()}
+        return replace(self, has={k: v.to(device) for k, v in self.has.items()}, known_positives=positives)
 
     def masks(self, query: str, candidate: str | None = None) -> PairMasks:
         """The masks of the loss that searches with one kind of input for another (None: the same).
 
         Known positives within a kind are those of that kind. Across two kinds they are those of the whole note: the
-        same picture with another text is a false negative of a picture, but a negative of a text.
+        same image with another text is a false negative of an image, but a negative of a text.
         """
         candidate = query if candidate is None else candidate
-        known = (self.known_positives or {}).get(query if query == candidate else "multimodal")
-        false_negatives, also_positive = (None, known) if self.count_known else (known, None)
+        positives = (self.known_positives or {}).get(query if query == candidate else "multimodal")
+        false_negatives, also_positive = (None, positives) if self.count_known else (positives, None)
         return PairMasks(self.has.get(query), self.has.get(candidate), false_negatives, also_positive)
 
 
@@ -120,10 +120,10 @@ def contrastive_loss(
         tau: [1], the logarithm of the logit scale (one over the temperature).
         masks: a note without a query embedding, or whose positive has no candidate embedding, is no query. A note is
             never a candidate of its own, and row i ^ 1 stays the positive of row i.
-        candidates: [N, D], other embeddings of the same notes, to be found by `embeddings`. None: `embeddings`.
+        candidates: [N, D], the embeddings of the same notes that `embeddings` search. None: `embeddings`.
         num_paired: 2B; the rows after them are hard negatives of all queries. None: all rows are in pairs.
 
-    Returns a scalar; 0 (with a gradient of 0) where no row is a query. Raises ValueError for an odd number in pairs.
+    Returns a scalar; 0 (with a gradient of 0) if no row is a query. Raises ValueError if 2B is odd.
     """
     num_queries = embeddings.shape[0] if num_paired is None else num_paired
     if num_queries % 2:
@@ -176,7 +176,7 @@ def omni_losses(
     labels: BatchLabels,
 ) -> Losses:
     """Omni-Retrieval (Yu et al. 2022, "nine cross-modal and cross-pair retrieval tasks"): the mean of Eq. 1 over all
-    ordered pairs (a, b) of inputs, where the related note's b is to be found by a note's a.
+    ordered pairs (a, b) of inputs, where a note's a searches for its related note's b.
 
     Worked example: with one-hot views that are equal for related notes and the same for all inputs, each of the nine
     terms is Eq. 1 of one view, and so is their mean.

@@ -1,4 +1,4 @@
-"""What one training step computes: the module that DeepSpeed wraps, and the losses of what it gives."""
+"""The views of the notes in a step: the module that embeds them, which DeepSpeed wraps, and the losses on them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from notellm2_core.config.methods import InputKind, Method, get_method
 from notellm2_core.config.settings import Config
-from notellm2_core.model.encode_pictures import with_features
+from notellm2_core.model.encode_images import with_features
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.processor import NoteBatch
 from notellm2_core.training.objective.losses import BatchLabels, Losses, capped_tau, note_losses, omni_losses
@@ -19,7 +19,7 @@ Views = Mapping[str, Tensor]  # [N, D] each: "multimodal", and "visual" (n_v) or
 
 
 class Embedded(NamedTuple):
-    """What the model makes of a batch of n notes."""
+    """The model's output for a batch of n notes."""
 
     rows: Tensor  # [n, V D] fp32, not normalised: the V views of each note, one after the other
     tau: Tensor  # [1] fp32, at most ln 100
@@ -32,7 +32,7 @@ class TrainingStep(nn.Module):
     def __init__(
         self, model: MLRMModel, method: Method, autocast: bool = False, encoder: VisionEncoder | None = None
     ) -> None:
-        """`autocast`: the forward runs under torch's bf16 autocast. `encoder`: where it is trained with the model."""
+        """`autocast`: the forward runs under torch's bf16 autocast. `encoder`: if it is trained with the model."""
         super().__init__()
         self.model = model
         self.method = method
@@ -40,7 +40,7 @@ class TrainingStep(nn.Module):
         self.encoder = encoder
 
     def forward(self, batch: NoteBatch) -> Embedded:
-        """`batch` holds n notes, once for each of the method's inputs."""
+        """`batch` holds the n notes once for each of the method's inputs, one after the other."""
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
             output = self.model(with_features(batch, self.encoder))
         views = [*output.multimodal.chunk(len(self.method.inputs))]
@@ -74,8 +74,10 @@ def views_of(method: Method, rows: Tensor) -> Views:
 def method_losses(
     method: Method, views: Views, tau: Tensor, alpha: float, labels: BatchLabels, dims: Sequence[int] = ()
 ) -> Losses:
-    """The method's loss on `views`; with `dims` (Matryoshka, Kusupati et al. 2022) the mean over it and over that of
-    the first d numbers of each embedding, for each d. The parts are those of the whole embeddings.
+    """The method's losses on `views`.
+
+    With `dims` (Matryoshka, Kusupati et al. 2022), `total` is the mean of the loss of the whole embeddings and of the
+    losses of their first d dimensions, for each d. The other terms are those of the whole embeddings.
     """
     losses = _losses(method, views, tau, alpha, labels)
     shorter = [_losses(method, {k: v[:, :d] for k, v in views.items()}, tau, alpha, labels).total for d in dims]

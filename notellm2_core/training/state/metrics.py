@@ -1,6 +1,6 @@
-"""Where the figures of a training go: a bar in the terminal, WORK/metrics.jsonl, Dagster's log, MLflow's curves.
+"""Reports the metrics of a training run: a bar in the terminal, WORK/metrics.jsonl, Dagster's log, MLflow's curves.
 
-The file is the record; the others are views of it and never stop or delay the training.
+The file is the record; the others are views of it and never stop or delay the run.
 """
 
 import json
@@ -23,7 +23,7 @@ _MLFLOW_CLOSE_SECONDS = 15
 
 
 class Progress:
-    """Gathers the figures of the steps and reports their means. On ranks other than 0 it does nothing."""
+    """Collects the metrics of the steps and reports their means. On ranks other than 0 it does nothing."""
 
     def __init__(
         self,
@@ -35,9 +35,9 @@ class Progress:
         curves: "MlflowCurves | None" = None,
         speed: Callable[[float, float, float], Metrics] | None = None,
     ) -> None:
-        """`path`: metrics.jsonl; what an earlier, killed run wrote after `first_step` is taken back. `log`: Pipes.
+        """`path`: metrics.jsonl; lines that a killed run wrote after `first_step` are removed. `log`: Dagster Pipes.
 
-        `speed`: figures of some tokens, their notes' squared lengths, and seconds (speed.py).
+        `speed`: metrics of a number of tokens, a sum of squared lengths, and seconds (`Throughput.metrics`).
         """
         self.enabled = enabled
         self._path = path
@@ -53,30 +53,30 @@ class Progress:
             self._lines = [line for line in read_metrics(path) if line["step"] <= first_step]
         self._num_written = self._num_bytes = 0  # of these lines in the file
         if enabled:
-            self._take_back()
+            self._rewrite()
         self._seconds_before = max((line["seconds"] for line in self._lines), default=0.0)
 
     @property
     def seconds(self) -> float:
-        """Training time so far, over all runs that led here (of killed ones up to their last report)."""
+        """Training time so far, including the earlier, killed runs up to their last report."""
         return self._seconds_before + time.monotonic() - self._start
 
     def add(
         self, num_notes: int, num_tokens: int, num_squares: int, metrics: Metrics, seconds_waited: float = 0.0
     ) -> None:
-        """The figures of one step, over all ranks, and the seconds that this rank waited for the step's notes."""
+        """Add one step: its metrics, over all ranks, and the seconds that this rank waited for its batches."""
         counts = {"notes": num_notes, "tokens": num_tokens, "squares": num_squares, "waited": seconds_waited}
         self._window.append({**counts, **metrics})
         self._bar.update()
 
     def report_steps(self, step: int) -> None:
-        """The means over the steps since the last report, their speed, and what share of it this rank waited."""
+        """Report the means over the steps since the last report, their throughput, and the share of time in waiting."""
         if not self._window:
             return
         elapsed = time.monotonic() - self._window_start
         sums = {key: sum(m[key] for m in self._window) for key in self._window[0]}
         notes, tokens, squares, waited = (sums.pop(key) for key in ("notes", "tokens", "squares", "waited"))
-        means = {key: of / len(self._window) for key, of in sums.items()}
+        means = {key: total / len(self._window) for key, total in sums.items()}
         means |= {"steps_per_s": len(self._window) / elapsed, "notes_per_s": notes / elapsed}
         means["data_wait"] = waited / elapsed
         self.restart_clock()
@@ -84,46 +84,46 @@ class Progress:
         self.report(step, {**means, **speed})
 
     def restart_clock(self) -> None:
-        """Time spent on other things than steps is not counted in notes per second."""
+        """Start a new window: time between the steps (validation, saves) does not count in the throughput."""
         self._window, self._window_start = [], time.monotonic()
 
     def report(self, step: int, metrics: Metrics) -> None:
-        """`metrics` after `step` steps."""
+        """Report `metrics` after `step` steps."""
         if not self.enabled:
             return
         eta = (time.monotonic() - self._start) / max(step - self._first_step, 1) * (self._num_steps - step)
         line = {"step": step, **metrics, "seconds": round(self.seconds, 2), "eta_s": round(eta, 1)}
         self._lines.append(line)
         self._write()
-        figures = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-        text = f"step {step}/{self._num_steps}, {eta:.0f} s to go: {figures}"
+        values = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+        text = f"step {step}/{self._num_steps}, {eta:.0f} s to go: {values}"
         tqdm.write(text, file=sys.stderr)
         if self._log is not None:
             self._log(text)
         if self._curves is not None:
             self._curves.send(step, metrics)
 
-    def _take_back(self) -> None:
-        """The file has these lines alone. On a full disk the others go with the next report."""
+    def _rewrite(self) -> None:
+        """Reduce the file to these lines. If the disk is full, the next report removes the others."""
         text = "".join(json.dumps(line) + "\n" for line in self._lines)
         try:
             write_atomically(self._path, text)
         except OSError as e:
-            _warn(f"the figures of the training could not be written ({e}); trying again with the next")
+            _warn(f"{self._path} could not be written ({e}); trying again with the next report")
             if not self._path.exists() or not self._path.read_text(errors="replace").startswith(text):
-                return  # all of it is written anew
+                return  # the next report writes all of it
         self._num_written, self._num_bytes = len(self._lines), len(text.encode())
 
     def _write(self) -> None:
-        """Add the lines that the file has not got yet. A full disk stops no training."""
+        """Append the lines that the file lacks. A full disk does not stop the run."""
         try:
             with self._path.open("a") as file:
-                if file.tell() > self._num_bytes:  # a disk that was full has kept the beginning of a line
+                if file.tell() > self._num_bytes:  # the beginning of a line, from when the disk was full
                     file.truncate(self._num_bytes)
                 file.write("".join(json.dumps(line) + "\n" for line in self._lines[self._num_written :]))
             self._num_written, self._num_bytes = len(self._lines), self._path.stat().st_size
         except OSError as e:
-            _warn(f"the figures of the training could not be written ({e}); trying again with the next")
+            _warn(f"{self._path} could not be written ({e}); trying again with the next report")
 
     def series(self, key: str) -> list[float]:
         """All values of one metric so far, in order."""
@@ -150,7 +150,7 @@ class MlflowCurves:
         self._queue.put((step, int(time.time() * 1000), dict(metrics)))
 
     def close(self) -> None:
-        """Wait for what is still unsent, but not for long."""
+        """Wait up to 15 seconds for what is still unsent."""
         self._queue.put(None)
         self._thread.join(_MLFLOW_CLOSE_SECONDS)
         if self._thread.is_alive():
@@ -173,23 +173,24 @@ class MlflowCurves:
                 metrics = [
                     mlflow.entities.Metric(key, value, at, step) for step, at, m in unsent for key, value in m.items()
                 ]
-                for i in range(0, len(metrics), 1000):  # the most that one request may hold
+                for i in range(0, len(metrics), 1000):  # the limit of one request
                     client.log_batch(self._run_id, metrics[i : i + 1000])
                 unsent = []
-            except Exception as e:  # whatever the server does, the training goes on; the next line tries again
+            except Exception as e:  # no error of the server stops the run; the next line tries again
                 if not warned:
-                    _warn(f"no curves in MLflow at {self._uri} ({' '.join(str(e).split())[:200]}); training goes on")
+                    _warn(f"no curves in MLflow at {self._uri} ({' '.join(str(e).split())[:200]}); training continues")
                 warned = True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. What is none, as a line that a kill cut short, is left out: no training ends for
-    its curves.
+    """The lines of a metrics.jsonl; [] without the file.
+
+    Invalid lines, such as one that a kill cut short, are skipped with a warning: no run fails because of its curves.
     """
     if not path.exists():
         return []
     lines = []
-    for text in path.read_bytes().split(b"\n")[:-1]:  # after the last line end: nothing, or what a kill cut short
+    for text in path.read_bytes().split(b"\n")[:-1]:  # the last: empty, or cut short by a kill
         try:
             line = json.loads(text)
         except ValueError:
@@ -197,7 +198,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and {"step", "seconds"} <= line.keys():
             lines.append(line)
         else:
-            _warn(f"{path} has a line that is none of a training's; it is left out")
+            _warn(f"{path} has a line that is no step's metrics; it is skipped")
     return lines
 
 

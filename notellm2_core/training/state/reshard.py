@@ -1,7 +1,8 @@
-"""A checkpoint of another number of ranks into an engine whose optimiser is partitioned (ZeRO).
+"""Checkpoint resharding: loads a checkpoint of another number of ranks if the optimiser is partitioned (ZeRO).
 
-By way of DeepSpeed's universal checkpoint, every weight by itself, and its functions for the parts of a rank. (Its own
-loader gives all groups the settings of the first, or fails where a rank has no share of a group.)
+The checkpoint is converted to DeepSpeed's universal format, one file per weight, and each weight is set through
+DeepSpeed's functions for a rank's partition. (DeepSpeed's own loader gives all groups the settings of the first, or
+fails if a rank has no share of a group.)
 """
 
 import shutil
@@ -19,17 +20,17 @@ from notellm2_core.runtime.processes import die_with_parent
 
 
 def load_resharded(engine: Any, checkpoints: Path, step: int, idle_step: Callable[[], None]) -> None:
-    """Trained weights and the optimiser's state of `checkpoints`/step-N into `engine`; frozen weights stay.
+    """Load the trained weights and the optimiser's state of `checkpoints`/step-N into `engine`; frozen weights stay.
 
-    `idle_step`: a whole step with learning rates of 0. It makes the optimiser's state, and then carries the fp32
-    weights over to those that the forward uses. Called on all ranks.
+    `idle_step`: a whole step with learning rates of 0. Called first so that the optimiser allocates its state, then to
+    copy the fp32 master weights into the model. Called on all ranks. Raises RuntimeError if the conversion fails.
     """
     universal = checkpoints / f"universal-{step}"
     if dist.get_rank() == 0:
         _convert(checkpoints / f"step-{step}", universal)
     dist.barrier()
     idle_step()
-    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):  # which it was, when only the first group had any
+    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):  # linked too early: only the first group had state
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     _set_all(engine, universal, "fp32")
@@ -44,16 +45,16 @@ def load_resharded(engine: Any, checkpoints: Path, step: int, idle_step: Callabl
 
 
 def _convert(checkpoint: Path, universal: Path) -> None:
-    shutil.rmtree(universal, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(universal, ignore_errors=True)  # left by a killed run
     folders = ["--input_folder", str(checkpoint), "--output_folder", str(universal)]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=die_with_parent)
-    if done.returncode:
-        raise RuntimeError(f"{checkpoint} could not be converted for another number of ranks:\n{done.stderr[-3000:]}")
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=die_with_parent)
+    if result.returncode:
+        raise RuntimeError(f"{checkpoint} could not be converted for another number of ranks:\n{result.stderr[-3000:]}")
 
 
 def _set_all(engine: Any, universal: Path, key: str) -> None:
-    """Every trained weight, or its state of the optimiser."""
+    """Set every trained weight (`key` "fp32"), or its optimiser state of the name `key`."""
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
@@ -67,7 +68,7 @@ def _set_all(engine: Any, universal: Path, key: str) -> None:
         value = torch.load(universal / "zero" / name / f"{key}.pt", weights_only=False)
         value = (value["param"] if isinstance(value, dict) else value).float()
         whole = not hasattr(parameter, "ds_id")
-        if not whole:  # ZeRO-3: the function for whole weights fails where their numbers cannot be shared evenly
+        if not whole:  # ZeRO-3: the function for whole weights fails if their numbers cannot be divided evenly
             size = -(-value.numel() // dist.get_world_size())
             padded = functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
             value = padded[dist.get_rank() * size :][:size]

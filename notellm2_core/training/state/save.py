@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face folder that needs nothing beside it."""
+"""Saves the trained model as a self-contained Hugging Face folder."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from notellm2_core.config.methods import get_method
 from notellm2_core.config.settings import Config
-from notellm2_core.model.card import CARD, CARD_FACTS, Architecture, card_facts, model_card
+from notellm2_core.model.card import CARD, CARD_FIELDS, Architecture, card_fields, model_card
 from notellm2_core.model.lora import adapted_layers, is_adapter, merge
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.processor import MLRMProcessor
@@ -32,14 +32,15 @@ def save_model(
     out: Path,
     config: Config,
     train_days: Sequence[str] | None = None,
-    facts: Mapping[str, Any] | None = None,
+    summary: Mapping[str, Any] | None = None,
 ) -> None:
     """Write model, processor, vision encoder and the model card into `out`; training.json comes last.
 
-    `vision`: the trained encoder, or the folder of a frozen one, which is copied. `facts`: of the training, for
-    training.json and the card; None: an untrained start. Called on all ranks; rank 0 writes. The weights are as they
-    were trained: fp32 on a CPU, bf16 on a GPU (except the encoder's: fp32). Raises ValueError where the folder
-    holds no encoder, OSError where the disk takes no more.
+    `vision`: the trained encoder, or the folder of a frozen one, which is copied. `summary`: the metrics of the run,
+    for training.json and the card; None: an untrained, initial model. Called on all ranks; rank 0 writes. The weights
+    have the precision of their training: fp32 on a CPU, bf16 on a GPU (except the encoder's: fp32).
+
+    Raises ValueError if a weight is not finite or the folder `vision` holds no encoder, OSError if the disk is full.
     """
     weights = plain_weights(model)
     encoder_weights = full_weights(vision) if isinstance(vision, VisionEncoder) else None
@@ -61,11 +62,11 @@ def save_model(
             model.save_pretrained(out, state_dict=weights, safe_serialization=True)
         except SafetensorError as e:  # a full disk
             raise OSError(f"the model could not be written into {out}: {e}") from e
-        card = card_facts(config, _architecture(model, processor), sizes, train_days, facts)
-        (out / CARD_FACTS).write_text(json.dumps(card, indent=1))
+        card = card_fields(config, _architecture(model, processor), sizes, train_days, summary)
+        (out / CARD_FIELDS).write_text(json.dumps(card, indent=1))
         (out / CARD).write_text(model_card(card))
-        if facts is not None:
-            write_atomically(out / DONE, json.dumps(facts, indent=1))
+        if summary is not None:
+            write_atomically(out / DONE, json.dumps(summary, indent=1))
     if dist.is_initialized():
         dist.barrier()
 
@@ -83,7 +84,7 @@ def _architecture(model: MLRMModel, processor: MLRMProcessor) -> Architecture:
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor] | None:
-    """`full_weights` with adapters merged into the layers that they adapt: the names are those of a plain model."""
+    """`full_weights` with the adapters merged into their layers: the names are those of a model without adapters."""
     weights = full_weights(model)
     for name, layer in adapted_layers(model).items():
         with gathered([p for n, p in layer.named_parameters(prefix=name) if is_adapter(n)]):
@@ -97,21 +98,21 @@ def full_weights(model: nn.Module) -> dict[str, Tensor] | None:
 
     Under ZeRO-3 one parameter at a time is gathered from the ranks.
     """
-    keep = not dist.is_initialized() or dist.get_rank() == 0
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
     saved = model.state_dict()
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         with gathered([parameter]):
-            if keep:
+            if is_first:
                 weights[name] = parameter.detach().cpu().clone()
     if "tau" in weights:
         weights["tau"].clamp_(max=MAX_TAU)
     buffers = {name: b.detach().cpu() for name, b in model.named_buffers() if name in saved}
-    return weights | buffers if keep else None
+    return weights | buffers if is_first else None
 
 
 def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-    """Inside, these parameters are whole on every rank, whatever the ZeRO stage."""
+    """Inside, these parameters are complete on every rank, at every ZeRO stage."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
     return _gathered(parameters)

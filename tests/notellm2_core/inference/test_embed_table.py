@@ -58,7 +58,7 @@ def test_the_same_bits_as_the_five_lines(release: Release, tmp_path: Path, capsy
 def test_the_lakes_form_bytes_and_single_files(release: Release, tmp_path: Path) -> None:
     """Bytes in the table (in three row groups), '|'-separated topics, integer ids: the same notes, the same vectors.
 
-    Of two rows with id 3 the last counts; a row without id and one without text or picture are left out.
+    The last of two rows with id 3 counts; a row without id and one without text or image are dropped.
     """
     whole = Embedder.from_pretrained(release.model).embed(release.notes)
     rows = [
@@ -75,12 +75,12 @@ def test_the_lakes_form_bytes_and_single_files(release: Release, tmp_path: Path)
     assert counts["dropped"] == {"null_note_id": 1, "duplicate_note_id": 1, "empty_note": 1}
     table = read_embeddings(tmp_path / "out")
     np.testing.assert_allclose(table.vectors[table.rows([str(n) for n in range(20)])], whole, atol=2e-6)
-    file = release.root / "notes" / "notes.parquet"  # the lake's: its pictures lie in the source folder
+    file = release.root / "notes" / "notes.parquet"  # the lake's: its images are in the source folder
     counts = embed.embed_notes(release.model, file, tmp_path / "two", images=release.source)
     np.testing.assert_allclose(read_embeddings(tmp_path / "two").vectors, whole, atol=2e-6)
 
 
-def test_a_picture_in_the_table_alone_makes_a_note(release: Release, tmp_path: Path) -> None:
+def test_an_image_in_the_table_alone_makes_a_note(release: Release, tmp_path: Path) -> None:
     image = (release.source / "8.png").read_bytes()
     row = {"note_id": "p", "title": None, "topics": None, "content": None, "image": image}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "n.parquet")
@@ -89,7 +89,7 @@ def test_a_picture_in_the_table_alone_makes_a_note(release: Release, tmp_path: P
 
 
 def test_goes_on_where_it_was_stopped(release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of 6 notes: stopped in the third, two are kept, and OUT appears only when all four are there. What a
+    """Shards of 6 notes: stopped in the third, two are reused, and OUT appears only when all four are complete. What a
     killed run has left beside its shards is no obstacle.
     """
     out = tmp_path / "out"
@@ -114,7 +114,7 @@ def test_goes_on_where_it_was_stopped(release: Release, tmp_path: Path, monkeypa
     assert len(calls) == 5
 
     (release.source / "19.png").write_bytes((release.source / "19.png").read_bytes() + b" ")
-    assert embed.embed_notes(release.model, release.source, out)["kept"] == 19  # one picture changed
+    assert embed.embed_notes(release.model, release.source, out)["kept"] == 19  # one image changed
 
 
 def test_only_its_own_result_is_replaced(release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,10 +124,12 @@ def test_only_its_own_result_is_replaced(release: Release, tmp_path: Path, capsy
     (tmp_path / "lake").mkdir()
     pq.write_table(pa.table({"note_id": ["a"], "embedding": [[1.0]]}), tmp_path / "lake" / "part-00000.parquet")
     assert "is a file" in error(capsys, release, release.source, tmp_path / "file")
-    assert "holds mine.txt, which is no former result" in error(capsys, release, release.source, tmp_path / "full")
+    assert "holds mine.txt, which this command did not write" in error(
+        capsys, release, release.source, tmp_path / "full"
+    )
     assert "holds part-00000.parquet" in error(capsys, release, release.source, tmp_path / "lake")
-    assert "holds what is to be read" in error(capsys, release, release.source, release.source)
-    assert "holds what is to be read" in error(capsys, release, release.source, release.root)
+    assert "an input of this command" in error(capsys, release, release.source, release.source)
+    assert "an input of this command" in error(capsys, release, release.source, release.root)
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine" and (release.model / "config.json").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full", "lake"]
 

@@ -67,7 +67,7 @@ def test_a_fresh_process_gives_the_same_bits(release: Release, embedder: Embedde
 
 
 def test_the_five_lines_of_the_readme(release: Release, embedder: Embedder) -> None:
-    """They run as they stand (their picture is not there), and what they embed is embedded without it."""
+    """They run unchanged; their image file does not exist, so the note is embedded without it."""
     text = (Path(__file__).parents[3] / "README.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {"DIR": str(release.model)}
@@ -77,8 +77,8 @@ def test_the_five_lines_of_the_readme(release: Release, embedder: Embedder) -> N
     np.testing.assert_array_equal(names["vectors"], embedder.embed([note]))
 
 
-def test_pictures_come_as_path_bytes_or_image(release: Release, embedder: Embedder) -> None:
-    """One picture, four ways, and as pixels of a palette image: the same vector."""
+def test_images_come_as_path_bytes_or_image(release: Release, embedder: Embedder) -> None:
+    """One image, four ways, and as pixels of a palette image: the same vector."""
     path = release.source / "8.png"
     ways = [str(path), path, path.read_bytes(), Image.open(path)]
     vectors = embedder.embed([{"title": "a", "image": way} for way in ways])
@@ -86,15 +86,15 @@ def test_pictures_come_as_path_bytes_or_image(release: Release, embedder: Embedd
     assert np.abs(vectors[0] - embedder.embed([Note("", "a", (), "")])[0]).max() > 1e-4
 
 
-def test_broken_pictures_are_counted_and_count_as_none(release: Release) -> None:
-    """Of 20 notes, 7 name no picture (0, 3, ..., 18) and one's file holds none."""
+def test_broken_images_are_counted_and_count_as_none(release: Release) -> None:
+    """7 of 20 notes name no image (0, 3, ..., 18), and the file of one holds none."""
     embedder = Embedder.from_pretrained(release.model)
     embedder.embed(release.notes)
-    assert embedder.pictures == {"ok": 12, "missing": 7, "broken": 1}
+    assert embedder.image_statuses == {"ok": 12, "missing": 7, "broken": 1}
     wrong = [b"", b"no picture", "not/there.png", "a\0b", Image.new("RGB", (0, 4))]
     vectors = embedder.embed([{"title": "a", "image": i} for i in (None, *wrong)])
     np.testing.assert_allclose(vectors, vectors[[0] * 6], atol=2e-6)
-    assert embedder.pictures == {"ok": 12, "missing": 8, "broken": 4, "not_found": 2}
+    assert embedder.image_statuses == {"ok": 12, "missing": 8, "broken": 4, "not_found": 2}
 
 
 def test_below_a_folder_nothing_outside_is_read(release: Release, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_below_a_folder_nothing_outside_is_read(release: Release, tmp_path: Path
     (tmp_path / "secret.png").write_bytes(png(1))
     (tmp_path / "inside").mkdir()
     embedder.embed([{"image": "../secret.png"}, {"image": str(tmp_path / "secret.png")}], folder=tmp_path / "inside")
-    assert embedder.pictures == {"escapes": 2}
+    assert embedder.image_statuses == {"escapes": 2}
 
 
 def test_windows_batches_and_order_change_nothing(
@@ -123,7 +123,7 @@ def test_fewer_dimensions_are_made_unit_again(release: Release, embedder: Embedd
 
 
 def test_wrong_options_are_said_before_any_work(release: Release) -> None:
-    """No picture is read, and notes need not even be there."""
+    """No image is read, and there need not even be notes."""
     embedder = Embedder.from_pretrained(release.model)
     for notes in ([], release.notes):
         with pytest.raises(ValueError, match=r"dim = 17 must be between 1 and the model's 16"):
@@ -132,7 +132,7 @@ def test_wrong_options_are_said_before_any_work(release: Release) -> None:
             embedder.embed(notes, batch_notes=0)
         with pytest.raises(ValueError, match="inputs = 'img'; choose one of multimodal, image, text"):
             embedder.embed(notes, "img")  # type: ignore[arg-type]
-    assert not embedder.pictures
+    assert not embedder.image_statuses
 
 
 @pytest.mark.parametrize(
@@ -193,5 +193,7 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="no folder; give the folder of a trained model"):
         Embedder.from_pretrained(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"nobody/nothing is no folder, and the hub has not given it \(.*; pass the"):
+    with pytest.raises(
+        ValueError, match=r"nobody/nothing is no folder, and the hub does not provide it \(.*; give the"
+    ):
         Embedder.from_pretrained("nobody/nothing")

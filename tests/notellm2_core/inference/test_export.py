@@ -1,4 +1,4 @@
-"""Exported embeddings: equal whatever the batches, resumed after a kill, refused where model and features differ."""
+"""Exported embeddings: equal for all batch sizes, resumed after a kill, refused if model and features differ."""
 
 import json
 import os
@@ -35,7 +35,7 @@ NUM_NOTES = 30
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Notes of many lengths, every third without a picture; two share one. A tiny untrained model and its features."""
+    """Notes of many lengths, every third without an image; two share one. A tiny untrained model and its features."""
     root = tmp_path_factory.mktemp("world")
     rng = np.random.default_rng(0)
     config = {
@@ -110,7 +110,7 @@ def test_vectors_do_not_depend_on_their_batch(world: Path, whole: Path) -> None:
 
 
 def test_each_kind_of_input_reads_only_its_own(world: Path, whole: Path) -> None:
-    """Image-only vectors of notes without picture are all alike; text-only vectors do not change with the pictures."""
+    """Image-only vectors of notes without an image are all equal; text-only vectors do not change with the images."""
     image = read_embeddings(whole / "image").vectors
     np.testing.assert_allclose(image[::3], image[[0] * 10], atol=2e-6)
     assert np.abs(image[1] - image[4]).max() > 1e-4
@@ -162,11 +162,11 @@ def test_killed_and_started_again(world: Path, whole: Path, tmp_path: Path) -> N
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
-    kept = {p: p.stat().st_mtime_ns for p in second.parent.glob("part-*.parquet")}
-    assert len(kept) == 2
+    written = {p: p.stat().st_mtime_ns for p in second.parent.glob("part-*.parquet")}
+    assert len(written) == 2
     draft_of(second.with_name("part-00002.parquet"), child.pid).write_bytes(b"half a shard")
     export.main(arguments_)
-    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert {p: p.stat().st_mtime_ns for p in written} == written
     assert sorted(p.name for p in second.parent.iterdir()) == [f"part-0000{n}.parquet" for n in range(5)]
     for shard in second.parent.iterdir():
         assert shard.read_bytes() == (whole / "multimodal" / shard.name).read_bytes()
@@ -178,7 +178,7 @@ def test_no_rank_outlives_its_launcher(world: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "notellm2_core.inference.export", *arguments(world, tmp_path / "out")]
     launcher = psutil.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    ranks: list[psutil.Process] = wait_for(lambda: len(found := launcher.children()) == 2 and found)  # type: ignore[assignment]
+    ranks: list[psutil.Process] = wait_for(lambda: len(children := launcher.children()) == 2 and children)  # type: ignore[assignment]
     launcher.kill()
     launcher.wait()
     wait_for(lambda: not any(rank.is_running() for rank in ranks), 60)
@@ -194,7 +194,9 @@ def test_user_errors_are_one_line(world: Path, tmp_path: Path, capsys: pytest.Ca
         assert text.strip().splitlines()[-1].startswith("error: ")
         return text
 
-    assert "must be a list out of multimodal, image, text" in error(*arguments(world, tmp_path, "--inputs", "sound"))
+    assert "must be a comma-separated list of multimodal, image, text" in error(
+        *arguments(world, tmp_path, "--inputs", "sound")
+    )
     assert "is not there: give --images" in error(*arguments(world, tmp_path, "--images", str(tmp_path)))
     assert "holds no model" in error(*arguments(world, tmp_path, "--model", str(tmp_path)))
 

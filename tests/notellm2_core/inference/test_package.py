@@ -43,7 +43,7 @@ def test_a_package_is_the_model_with_its_table(
     card, library = (out / "README.md").read_text(), layout.replace("huggingface", "transformers")
     assert "| notellm2 | 12.3 |" in card and "license: mit" in card and f"library_name: {library}\n" in card
     assert (out / "model.safetensors").samefile(model / "model.safetensors")  # no second copy of the weights
-    assert not (out / "config.json").samefile(model / "config.json")  # whoever edits the package edits no dataset
+    assert not (out / "config.json").samefile(model / "config.json")  # editing the package edits no dataset
     vectors = Embedder.from_pretrained(out).embed(release.notes)
     np.testing.assert_array_equal(vectors, Embedder.from_pretrained(model).embed(release.notes))
     (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)

@@ -36,16 +36,16 @@ def embedder(release: Release) -> Embedder:
     return Embedder.from_pretrained(release.model)
 
 
-def test_notes_texts_and_pictures(release: Release, model: SentenceTransformer, embedder: Embedder) -> None:
-    """A note is a dict, a text is a content, a picture is a note without text; in any order and batch."""
+def test_notes_texts_and_images(release: Release, model: SentenceTransformer, embedder: Embedder) -> None:
+    """A note is a dict, a text is a content, an image is a note without text; in any order and batch."""
     np.testing.assert_allclose(model.encode(release.notes, batch_size=3), embedder.embed(release.notes), atol=2e-6)
     texts = ["red ship", "tea on an old hill", "kite.jpg", ""]
     expected = embedder.embed([{"content": t} for t in texts])
     np.testing.assert_allclose(model.encode(texts), expected, atol=2e-6)
     np.testing.assert_allclose(model.encode(texts[1]), expected[1], atol=2e-6)  # one alone
     np.testing.assert_allclose(model.encode("hill", prompt="tea on an old "), expected[1], atol=2e-6)
-    picture = Image.open(release.source / "8.png")
-    np.testing.assert_allclose(model.encode([picture]), embedder.embed([{"image": picture}]), atol=2e-6)
+    image = Image.open(release.source / "8.png")
+    np.testing.assert_allclose(model.encode([image]), embedder.embed([{"image": image}]), atol=2e-6)
     with pytest.raises(ValueError, match="no field 'titel'"):
         model.encode([{"titel": "a"}])
 

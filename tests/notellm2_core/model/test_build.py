@@ -95,9 +95,9 @@ def test_a_fresh_process_computes_the_same_bits(tmp_path: Path) -> None:
     code = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(tmp_path), *METHODS]
     subprocess.run(code, check=True, capture_output=True)
     for method, output in here.items():
-        there = torch.load(tmp_path / f"{method}.pt", weights_only=True)
-        assert torch.equal(there[0], output.multimodal), method
-        assert output.visual is None or torch.equal(there[1], output.visual), method
+        saved = torch.load(tmp_path / f"{method}.pt", weights_only=True)
+        assert torch.equal(saved[0], output.multimodal), method
+        assert output.visual is None or torch.equal(saved[1], output.visual), method
 
 
 def test_transformers_auto_classes_know_it(saved: Path) -> None:

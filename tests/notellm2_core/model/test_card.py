@@ -1,4 +1,4 @@
-"""The model card is a function of facts, and says no more than they do."""
+"""The model card is a function of its fields, and says no more than they do."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import yaml
 
 from notellm2_core.config.settings import Config
 from notellm2_core.model.build import build_model
-from notellm2_core.model.card import Architecture, card_facts, model_card, read_card_facts
+from notellm2_core.model.card import Architecture, card_fields, model_card, read_card_fields
 from notellm2_core.model.llm import tiny_tokenizer
 from notellm2_core.training.state.save import save_model
 from notellm2_core.vision.encoder import load_vision_encoder
@@ -25,9 +25,9 @@ TRAINING = {"steps": 7956, "num_train_pairs": 12345, "num_train_notes": 678, "nu
 RECALL = "| method | R@10 |\n|---|---|\n| notellm2 | 12.3 |\n"
 
 
-def facts(days: tuple[str, str] | None = ("2025-01-05", "2025-01-19"), **model: Any) -> dict[str, Any]:
+def fields(days: tuple[str, str] | None = ("2025-01-05", "2025-01-19"), **model: Any) -> dict[str, Any]:
     config = Config(name="weekly", model={"llm": {"name": "Qwen/Qwen-7B-Chat"}, **model})
-    return card_facts(config, ARCHITECTURE, SIZES, days, TRAINING)
+    return card_fields(config, ARCHITECTURE, SIZES, days, TRAINING)
 
 
 def split(card: str) -> tuple[dict[str, Any], str]:
@@ -37,7 +37,7 @@ def split(card: str) -> tuple[dict[str, Any], str]:
 
 def test_everything_that_is_known_is_said() -> None:
     """1000 + 234 parameters of the LLM; 0.31415926 in four digits."""
-    front, body = split(model_card(facts(), RECALL))
+    front, body = split(model_card(fields(), RECALL))
     assert front["library_name"] == "transformers" and front["pipeline_tag"] == "feature-extraction"
     assert front["base_model"] == ["Qwen/Qwen-7B-Chat"] and front["tags"][0] == "notellm2"
     assert body.lstrip().startswith("# weekly\n")
@@ -52,10 +52,10 @@ def test_everything_that_is_known_is_said() -> None:
 
 
 def test_a_licence_is_never_made_up() -> None:
-    front, body = split(model_card(facts()))
+    front, body = split(model_card(fields()))
     assert (front["license"], front["license_name"]) == ("other", "not-stated")
     assert "None is stated" in body and "licences of the LLM and of the vision encoder" in body
-    front, body = split(model_card(facts(license="apache-2.0")))
+    front, body = split(model_card(fields(license="apache-2.0")))
     assert front["license"] == "apache-2.0" and "license_name" not in front
     assert "`apache-2.0` for the trained weights. The licences of the LLM" in body
 
@@ -64,10 +64,10 @@ def test_what_is_not_known_is_said_to_be_so(tmp_path: Path) -> None:
     """A folder is no hub name; nor is a package, nor a name without owner."""
     (tmp_path / "llm").mkdir()
     for name in (str(tmp_path / "llm"), "package:smollm2", "tiny"):
-        assert facts(llm={"name": name})["base_model"] == []
+        assert fields(llm={"name": name})["base_model"] == []
     hub = {"library": "open_clip", "name": "hf-hub:owner/tower"}
-    assert facts(vision=hub)["base_model"] == ["Qwen/Qwen-7B-Chat", "owner/tower"]
-    start = facts(days=None, llm={"name": "tiny"}) | {"training": None}
+    assert fields(vision=hub)["base_model"] == ["Qwen/Qwen-7B-Chat", "owner/tower"]
+    start = fields(days=None, llm={"name": "tiny"}) | {"training": None}
     front, body = split(model_card(start))
     assert "base_model" not in front
     for said in ("before its first step", "days of the logs were not recorded", "Not measured here"):
@@ -75,10 +75,10 @@ def test_what_is_not_known_is_said_to_be_so(tmp_path: Path) -> None:
 
 
 def test_the_layout_decides_library_and_example() -> None:
-    front, body = split(model_card(facts(), layout="sentence-transformers"))
+    front, body = split(model_card(fields(), layout="sentence-transformers"))
     assert front["library_name"] == "sentence-transformers" and front["pipeline_tag"] == "sentence-similarity"
     assert "sentence_transformer(" in body and "Embedder" not in body
-    assert "notellm2_core.model.mlrm" not in model_card(facts())  # the Embedder registers the model itself
+    assert "notellm2_core.model.mlrm" not in model_card(fields())  # the Embedder registers the model itself
 
 
 NO_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -112,15 +112,15 @@ def test_the_numbers_are_the_models(
     config = tiny_config(method, connector=connector, name=name, attention="eager")
     load_vision_encoder(config.model.vision).save_pretrained(tmp_path / "vision")
     save_model(*build_model(config, tmp_path), tmp_path / "vision", tmp_path / "out", config)
-    found = read_card_facts(tmp_path / "out")
-    shapes = found["shapes"]
-    assert (shapes["visual tokens"], found["llm"]["num_layers"], shapes["LLM width"]) == expected
+    actual = read_card_fields(tmp_path / "out")
+    shapes = actual["shapes"]
+    assert (shapes["visual tokens"], actual["llm"]["num_layers"], shapes["LLM width"]) == expected
     assert (shapes["patches per image"], shapes["vision width"]) == (NUM_PATCHES, VISION_WIDTH)
 
 
 def test_facts_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no card\.json"):
-        read_card_facts(tmp_path)
+        read_card_fields(tmp_path)
     (tmp_path / "card.json").write_text("{")
     with pytest.raises(ValueError, match="not readable as JSON"):
-        read_card_facts(tmp_path)
+        read_card_fields(tmp_path)

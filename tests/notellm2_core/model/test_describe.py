@@ -14,12 +14,12 @@ VIT_B_PROJECTION, BIGG_PROJECTION = 768 * 512, 1664 * 1280
 
 def test_tiny_counts_what_is_there() -> None:
     """Against the real model; its LLM has two more rows of 64 word embeddings, for the two new tokens."""
-    facts = describe(tiny_config())
+    description = describe(tiny_config())
     model, _ = tiny_model()
     real = sum(p.numel() for p in model.parameters())
-    parameters = facts["parameters"]
+    parameters = description["parameters"]
     assert parameters["total"] - parameters["vision"] == parameters["trainable"] == real - 2 * 64
-    assert facts["shapes"] == {
+    assert description["shapes"] == {
         "L": 16, "h_v": 32, "L_c": 4, "h_q": 32, "h_t": 64, "llm_layers": 2, "embedding": 64, "matryoshka": [],
     }  # fmt: skip
 
@@ -71,7 +71,7 @@ def test_totals_of_table_7(
     totals: tuple[float, float],
     printed: tuple[str, str],
 ) -> None:
-    """basic and NoteLLM-2, in billions. The paper's figures (one digit) count the tower's projection, as `total` does.
+    """basic and NoteLLM-2, in billions. The paper's numbers (one digit) count the tower's projection, as `total` does.
 
     Beside the LLM, the tower and the Q-Former: queries 16 h_q, the MLP h_q x 4,096 + 4,096 + 4,096^2 + 4,096, the
     projector 4,096 x 64 + 64, tau 1; with late fusion, 8,192 x 4,096 + 4,096 and h_v x 4,096 + 4,096.
@@ -87,9 +87,9 @@ def test_totals_of_table_7(
     assert (parameters["projector"], parameters["tau"]) == (4096 * 64 + 64, 1)
     assert (parameters["fusion"], fused["parameters"]["fusion"]) == (0, 8192 * 4096 + 4096 + h_v * 4096 + 4096)
     assert parameters["vision_projection"] == projection
-    for facts, total, digit in zip((basic, fused), totals, printed, strict=True):
-        assert (facts["parameters"]["total"] - projection) / 1e9 == pytest.approx(total, abs=1e-3)
-        assert f"{facts['parameters']['total'] / 1e9:.1f}" == digit
+    for description, total, digit in zip((basic, fused), totals, printed, strict=True):
+        assert (description["parameters"]["total"] - projection) / 1e9 == pytest.approx(total, abs=1e-3)
+        assert f"{description['parameters']['total'] / 1e9:.1f}" == digit
 
 
 def test_without_the_tokenizer_the_pieces_are_still_told() -> None:

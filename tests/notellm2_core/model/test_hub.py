@@ -46,8 +46,8 @@ def test_the_revision_that_was_asked_for(root: Path) -> None:
     assert np.abs(v1 - v2).max() > 1e-3
     for revision, expected in ((None, v1), ("v2", v2)):
         options: dict[str, Any] = {"revision": revision, "local_files_only": True}
-        found = Embedder.from_pretrained(NAME, cache_dir=root / "cache", **options).embed(NOTES)
-        np.testing.assert_array_equal(found, expected)
+        actual = Embedder.from_pretrained(NAME, cache_dir=root / "cache", **options).embed(NOTES)
+        np.testing.assert_array_equal(actual, expected)
         sentence = sentence_transformer(NAME, device="cpu", cache_folder=str(root / "cache"), **options)
         np.testing.assert_allclose(sentence.encode(NOTES), expected, atol=2e-6)
         words = AutoProcessor.from_pretrained(
@@ -75,7 +75,7 @@ def test_every_option_reaches_the_client(root: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_the_hub_has_not_got_is_one_sentence(root: Path) -> None:
     for load in (model_folder, Embedder.from_pretrained):
-        with pytest.raises(ValueError, match=rf"^{NAME} is no folder, and the hub has not given it \(.*model\.$"):
+        with pytest.raises(ValueError, match=rf"^{NAME} is no folder, and the hub does not provide it \(.*model\.$"):
             load(NAME, cache_dir=root / "cache", revision="v3")
     with pytest.raises(ValueError, match=rf"^{NAME} gives no processor \(.*model\.$"):
         MLRMProcessor.from_pretrained(NAME, cache_dir=root / "cache", revision="v3")

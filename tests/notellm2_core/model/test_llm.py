@@ -77,8 +77,8 @@ def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_architecture_from_the_settings() -> None:
     sizes = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2}
-    found = llm_architecture(LLMSettings(name="nobody/nothing", num_layers=5, config=sizes))
-    assert (found.model_type, found.hidden_size, found.num_hidden_layers) == ("llama", 32, 5)
+    actual = llm_architecture(LLMSettings(name="nobody/nothing", num_layers=5, config=sizes))
+    assert (actual.model_type, actual.hidden_size, actual.num_hidden_layers) == ("llama", 32, 5)
     with pytest.raises(ValueError, match="no model_type"):
         llm_architecture(LLMSettings(name="x", config={"hidden_size": 3}))
     with pytest.raises(ValueError, match="a llama has no setting 'hidden_sizes'"):

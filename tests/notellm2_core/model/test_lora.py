@@ -100,7 +100,7 @@ def test_chosen_layers() -> None:
 
 def test_gradient_checkpointing_gives_adapters_the_same_gradients() -> None:
     """With frozen word embeddings no input of the LLM's layers need ask for a gradient; A and B get theirs."""
-    found = []
+    actual = []
     for checkpointing in (False, True):
         model, processor = tiny_model("basic")
         model.requires_grad_(False)  # the connector too
@@ -110,7 +110,7 @@ def test_gradient_checkpointing_gives_adapters_the_same_gradients() -> None:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         model(batch_of(processor, [SHORT, LONG])).multimodal.square().sum().backward()
-        found.append({n: p.grad for n, p in adapters(model).items()})
-    assert all(g is not None and g.abs().sum() > 0 for g in found[1].values())
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient)
+        actual.append({n: p.grad for n, p in adapters(model).items()})
+    assert all(g is not None and g.abs().sum() > 0 for g in actual[1].values())
+    for name, gradient in actual[0].items():
+        torch.testing.assert_close(actual[1][name], gradient)

@@ -177,7 +177,7 @@ def test_bf16_weights_take_fp32_features(notellm2: tuple[MLRMModel, MLRMProcesso
 
 
 def test_rotary_frequencies_stay_exact_in_bf16(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
-    """Not of 8 bits, by whatever way the model comes to bf16; and weights and everything else do."""
+    """They stay in fp32 by every way that casts the model to bf16; weights and everything else are cast."""
     for cast in (lambda m: nn.Module.to(m, "cpu", torch.bfloat16), lambda m: nn.Sequential(m).bfloat16()[0]):
         model = copy.deepcopy(notellm2[0])
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -1,4 +1,4 @@
-"""What a model reads of the notes: stored features, or the pictures where its own vision encoder reads them."""
+"""The input of a model: stored features, or images for its own vision encoder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +11,15 @@ from notellm2_core.model.open_inputs import InputReader, load_model_and_reader
 from notellm2_core.model.tokenise import tokenise
 from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.notes.processor import MLRMProcessor
-from notellm2_core.notes.token_store import TOKENS, read_tokens
+from notellm2_core.notes.token_store import read_tokens
+from notellm2_core.schema import TOKENS_FILE
 from notellm2_core.training.state.save import save_model
 from notellm2_core.vision.encoder import VisionEncoder
 from notellm2_core.vision.feature_store import FeatureStore
 from notellm2_core.vision.note_images import NoteImages
 from tests.support.world import World, tiny_config, write_world
 
-NOTES = ["n004", "n005", "n006"]  # the second has no picture
+NOTES = ["n004", "n005", "n006"]  # the second has no image
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +43,28 @@ def test_stored_features(world: World, processor: MLRMProcessor, tmp_path: Path)
     assert len(reader.open().tokens) == len(reader.open().image_ids) == 8
 
     tokenise(processor.note_tokenizer, world.path("notes"), tmp_path)
-    assert (tmp_path / TOKENS).exists()
+    assert (tmp_path / TOKENS_FILE).exists()
     tokens = replace(reader, inputs=replace(world.inputs, notes=tmp_path)).open(NOTES).tokens
     for note_id, fields in read_tokens(world.path("notes"), processor.note_tokenizer, NOTES).items():
         assert all(map(np.array_equal, tokens[note_id], fields))
 
 
-def test_pictures_on_demand(world: World, processor: MLRMProcessor) -> None:
-    """Where there is an encoder, its pictures are needed, and the store is not: here there is none."""
+def test_images_on_demand(world: World, processor: MLRMProcessor) -> None:
+    """With an encoder, the images are needed, and the store, which is missing, is not."""
     encoder = VisionEncoder.from_pretrained(world.inputs.vision)
     inputs = replace(world.with_pictures, store=world.path("nowhere"))
     notes = InputReader(processor, inputs, encoder).open(NOTES)
     assert isinstance(notes.images, NoteImages)
     assert notes.images.image_ids == [notes.image_ids["n004"], notes.image_ids["n006"]]
     assert all(notes.images.read(notes.images.image_ids))
-    with pytest.raises(ValueError, match=r"say where the pictures are \(--pictures NOTES SOURCE\)"):
+    with pytest.raises(ValueError, match=r"give the folders of the images \(--pictures NOTES SOURCE\)"):
         InputReader(processor, replace(inputs, pictures=None), encoder).open(NOTES)
     with pytest.raises(ValueError, match="holds no vision features"):
         InputReader(processor, inputs).open(NOTES)
 
 
 def test_a_saved_model_reads_with_its_own_encoder(world: World, tmp_path: Path) -> None:
-    """One that was trained is in no store; the frozen one is. Without pictures, the first is refused."""
+    """A trained encoder has no stored features, a frozen one has. Without images, the first is refused."""
 
     def read(name: str, inputs: NoteInputs) -> InputReader:
         return load_model_and_reader(tmp_path / name, inputs, 10_000)[1]

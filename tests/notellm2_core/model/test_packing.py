@@ -1,4 +1,4 @@
-"""Notes in one row: each attends to itself alone, forward and backward, whatever its neighbours, on any kernel."""
+"""Notes in one row: each attends to itself alone, forward and backward, with any neighbours, on every kernel."""
 
 import resource
 
@@ -75,7 +75,7 @@ def test_every_note_as_if_alone(kind: str, bf16: bool) -> None:
                 ]
                 states = torch.cat(each)
         loss = states.float() * torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
-        loss.sum().backward()  # (the squares of normalised states would add up to the same whatever the weights)
+        loss.sum().backward()  # (the squares of normalised states would have the same sum with any weights)
         assert words.grad is not None and not words.grad[mask == 0].any()
         weights = {name: p.grad for name, p in llm.named_parameters() if p.grad is not None}
         gradients.append({"states": states.detach().float(), "words": words.grad, **weights})
@@ -99,9 +99,9 @@ def test_what_all_begin_with_is_computed_once(kind: str, left: bool) -> None:
     of_own = mask * (mask.cumsum(1) > 3)
     for row in range(1, len(lengths)):
         words[row, (mask * (of_own == 0))[row].bool()] = words[0, (mask * (of_own == 0))[0].bool()]
-    expected, found = packed_states(llm, words, mask), packed_states(llm, words, mask, num_shared=3)
-    torch.testing.assert_close(found[of_own.bool()], expected[of_own.bool()])
-    assert int((found.abs().sum(-1) > 0).sum()) == len(Packing.of(mask, 3).index) == 3 + sum(n - 3 for n in lengths)
+    expected, actual = packed_states(llm, words, mask), packed_states(llm, words, mask, num_shared=3)
+    torch.testing.assert_close(actual[of_own.bool()], expected[of_own.bool()])
+    assert int((actual.abs().sum(-1) > 0).sum()) == len(Packing.of(mask, 3).index) == 3 + sum(n - 3 for n in lengths)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (_, has) in DECODERS.items() if "sdpa" in has and kind not in PADDED])
@@ -116,8 +116,8 @@ def test_needed_states_are_the_same_where_the_last_mlp_sees_nothing_else(kind: s
         if name.endswith(".mlp"):
             module.register_forward_hook(lambda _, given, made: seen.append(given[0].shape[1]))
     with torch.no_grad():
-        expected, found = packed_states(llm, words, mask), packed_states(llm, words, mask, needed_positions=needed)
-    torch.testing.assert_close(found[rows, needed], expected[rows, needed])
+        expected, actual = packed_states(llm, words, mask), packed_states(llm, words, mask, needed_positions=needed)
+    torch.testing.assert_close(actual[rows, needed], expected[rows, needed])
     if kind not in ("gpt2", "opt"):  # they name their parts otherwise
         assert seen[-2:] == [sum(LENGTHS), needed.numel()]
     with_gradient = packed_states(llm, words, mask, needed_positions=needed)
@@ -219,8 +219,8 @@ def test_flash_attention_of_a_gpu(kind: str) -> None:
     for parameter in llm.parameters():  # not llm.bfloat16(), which rounds the rotary frequencies
         parameter.data = parameter.data.bfloat16()
     for num_shared in (0, 3):
-        found = made(words.bfloat16(), num_shared)
-        assert found.keys() == expected.keys()
+        actual = made(words.bfloat16(), num_shared)
+        assert actual.keys() == expected.keys()
         for name, values in expected.items():
-            error = (found[name].float() - values).norm() / values.norm()
+            error = (actual[name].float() - values).norm() / values.norm()
             assert error < 5e-2, f"{name}, {num_shared}: {error}"

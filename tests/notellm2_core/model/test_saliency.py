@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 from notellm2_core.model.build import build_model
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel, MLRMOutput
 from notellm2_core.model.packing import PACKED_SDPA
-from notellm2_core.model.saliency import Measurement, attention_gradients, measure, saliency_scores, visual_places
+from notellm2_core.model.saliency import Measurement, attention_gradients, measure, saliency_scores, visual_positions
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.processor import MLRMProcessor, NoteBatch
 from tests.support.tiny_model import EMPTY, LONG, SHORT, batch_of, features, tiny_config, tiny_model
@@ -53,8 +53,8 @@ def test_worked_example() -> None:
 
     def scores(*visual: int) -> tuple[float, ...]:
         mask = torch.tensor([[i in visual for i in range(4)]])
-        found = saliency_scores(attention, gradient, mask, torch.ones(1, 4, dtype=torch.int64), torch.tensor([3]))
-        return tuple(score.item() for score in found)
+        actual = saliency_scores(attention, gradient, mask, torch.ones(1, 4, dtype=torch.int64), torch.tensor([3]))
+        return tuple(score.item() for score in actual)
 
     assert scores(0) == pytest.approx((3, 3.5, 2))
     assert scores(0, 1) == pytest.approx((2.5, 5, 2))
@@ -64,7 +64,7 @@ def test_worked_example() -> None:
 
 
 def loop_scores(attention: np.ndarray, gradient: np.ndarray, visual: set[int], real: list[int]) -> list[float]:
-    """Eq. 3-6 for one note as they are printed, pair by pair; `real`: the places that are no padding, in order."""
+    """Eq. 3-6 for one note as they are printed, pair by pair; `real`: the positions that are no padding, in order."""
     c, sets = real[-1], {name: [] for name in SCORES}
     for i in real:
         for j in real:
@@ -81,7 +81,7 @@ def loop_scores(attention: np.ndarray, gradient: np.ndarray, visual: set[int], r
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_equals_the_loop(lengths: list[int], left: bool, num_heads: int, visual_share: float, seed: int) -> None:
-    """Any lengths and places; what stands on padding or above the diagonal is never read, even where it is NaN."""
+    """Any lengths and positions; values on padding or above the diagonal are never read, even if they are NaN."""
     rng = np.random.default_rng(seed)
     n, t = len(lengths), max(lengths)
     starts = [t - length if left else 0 for length in lengths]
@@ -90,13 +90,13 @@ def test_equals_the_loop(lengths: list[int], left: bool, num_heads: int, visual_
     visual = rng.random((n, t)) < visual_share
     mask = np.array([[i in places for i in range(t)] for places in real])
     attention[:, :, *np.triu_indices(t, 1)] = np.nan
-    found = saliency_scores(
+    actual = saliency_scores(
         *(torch.tensor(x) for x in (attention, gradient, visual)),
         torch.tensor(mask.astype(int)),
         torch.tensor([places[-1] for places in real]),
     )
     expected = [loop_scores(attention[i], gradient[i], set(np.flatnonzero(visual[i])), real[i]) for i in range(n)]
-    np.testing.assert_allclose(torch.stack(found).numpy().T, expected, rtol=1e-10)
+    np.testing.assert_allclose(torch.stack(actual).numpy().T, expected, rtol=1e-10)
 
 
 def squares(output: MLRMOutput) -> Tensor:
@@ -185,10 +185,10 @@ def test_places(method: str) -> None:
     """The L_c = 4 visual embeddings, and with mICL the token before <IMG_EMB>."""
     _, processor = tiny_model(method)
     batch = batch_of(processor, [SHORT, LONG])
-    for i, places in enumerate(visual_places(batch)):
-        found = batch.input_ids[i][places].tolist()
-        assert found[:4] == [processor.note_tokenizer.new_token_ids[0]] * 4
-        assert len(found) == (5 if method == "notellm2" else 4)
+    for i, places in enumerate(visual_positions(batch)):
+        actual = batch.input_ids[i][places].tolist()
+        assert actual[:4] == [processor.note_tokenizer.new_token_ids[0]] * 4
+        assert len(actual) == (5 if method == "notellm2" else 4)
         if method == "notellm2":
             assert batch.input_ids[i, batch.visual_index[i] + 1] == processor.note_tokenizer.new_token_ids[1]
 
@@ -207,22 +207,22 @@ def same(a: Measurement, b: Measurement) -> None:
 def test_padding_and_batches_do_not_matter(method: str) -> None:
     """Left, right, none: the same. Notes in other batches or in another order too, where the loss is each note's."""
     model, processor = tiny_model(method)
-    notes, found = [SHORT, LONG, EMPTY], []
+    notes, actual = [SHORT, LONG, EMPTY], []
     for side in ("right", "left"):
         processor.padding_side = side
-        found.append(measure(model, [(batch_of(processor, notes), squares)]))
+        actual.append(measure(model, [(batch_of(processor, notes), squares)]))
     patches, pooled = features(3)
     alone = [
         (processor.collate([processor.encode(n)], patches[i : i + 1], pooled[i : i + 1], np.array([True])), squares)
         for i, n in enumerate(notes)
     ]
-    same(found[0], found[1])
-    same(found[0], measure(model, alone))
+    same(actual[0], actual[1])
+    same(actual[0], measure(model, alone))
     assert measure(model, alone[::-1]).layers[0] == pytest.approx(measure(model, alone).layers[0], rel=1e-9)
-    assert len(found[0].layers) == 2 and found[0].num_defined == dict.fromkeys(SCORES, 3)
-    assert all(score > 0 for score in found[0].layers[0].values())
+    assert len(actual[0].layers) == 2 and actual[0].num_defined == dict.fromkeys(SCORES, 3)
+    assert all(score > 0 for score in actual[0].layers[0].values())
     # In the last layer the loss reads the rows of the compressed words alone: nothing else flows where there is one.
-    assert (found[0].layers[1]["other"] == 0) == (method == "basic")
+    assert (actual[0].layers[1]["other"] == 0) == (method == "basic")
 
 
 def notes_of(batch: NoteBatch, rows: Tensor) -> NoteBatch:
@@ -241,10 +241,10 @@ def test_notes_without_an_image_are_left_out_and_counted() -> None:
     """Their own loss apart, the others' means do not know of them; with no image at all there is no score."""
     model, processor = tiny_model("notellm2")
     mixed = without_images(processor, [SHORT, LONG, EMPTY], [True, False, True])
-    found = measure(model, [(mixed, squares)])
-    assert (found.num_notes, found.num_without_image) == (2, 1)
+    actual = measure(model, [(mixed, squares)])
+    assert (actual.num_notes, actual.num_without_image) == (2, 1)
     rows = torch.tensor([0, 2])
-    for a, b in zip(found.layers, measure(model, [(notes_of(mixed, rows), squares)]).layers, strict=True):
+    for a, b in zip(actual.layers, measure(model, [(notes_of(mixed, rows), squares)]).layers, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     nothing = measure(model, [(without_images(processor, [SHORT, LONG], [False, False]), squares)])
     assert nothing.layers == (dict.fromkeys(SCORES),) * 2
@@ -254,9 +254,9 @@ def test_notes_without_an_image_are_left_out_and_counted() -> None:
 def test_no_image_embeddings_in_the_llm() -> None:
     """A prompt without an image: E_v is empty, S_v is None and counted as such, not 0."""
     model, processor = tiny_model("only_late_fusion")
-    found = measure(model, [(batch_of(processor, [LONG]), squares)])
-    assert found.num_defined == {"visual": 0, "text": 1, "other": 1}
-    assert found.layers[0]["visual"] is None and (found.layers[0]["text"] or 0) > 0
+    actual = measure(model, [(batch_of(processor, [LONG]), squares)])
+    assert actual.num_defined == {"visual": 0, "text": 1, "other": 1}
+    assert actual.layers[0]["visual"] is None and (actual.layers[0]["text"] or 0) > 0
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -283,9 +283,9 @@ def test_measuring_leaves_the_model_as_it_was(frozen: bool) -> None:
         assert model.training and model.llm.config._attn_implementation == PACKED_SDPA
         assert not model.llm._forward_hooks and not model.llm._forward_pre_hooks
 
-    found = measure(model, batches)
+    actual = measure(model, batches)
     unchanged()
-    same(found, measure(model, batches))
+    same(actual, measure(model, batches))
 
     def fails(output: MLRMOutput) -> Tensor:
         raise RuntimeError("no loss")

@@ -50,16 +50,16 @@ def test_one_part_alone(part: str) -> None:
 def test_all_by_default_and_with_lora_all_but_the_llms_own_weights() -> None:
     assert all(p.requires_grad for p in made().parameters())
     model = made(lora={"rank": 2})
-    found = trained(model)
-    assert found["llm"] == {n for n, _ in model.named_parameters() if is_adapter(n)} != set()
-    assert found["word_embeddings"] == set()
-    assert all(found[part] == {n for n, _ in parts_of(model)[part]} for part in PARTS[2:])
+    actual = trained(model)
+    assert actual["llm"] == {n for n, _ in model.named_parameters() if is_adapter(n)} != set()
+    assert actual["word_embeddings"] == set()
+    assert all(actual[part] == {n for n, _ in parts_of(model)[part]} for part in PARTS[2:])
 
 
 def test_lora_and_parts_together() -> None:
     """Word embeddings are trained beside adapters where they are named; without the part llm there are no adapters."""
-    found = trained(made(["llm", "word_embeddings"], {"rank": 2}))
-    assert found["word_embeddings"] and all(is_adapter(n) for n in found["llm"])
+    actual = trained(made(["llm", "word_embeddings"], {"rank": 2}))
+    assert actual["word_embeddings"] and all(is_adapter(n) for n in actual["llm"])
     model = made(["connector"], {"rank": 2})
     assert not any(is_adapter(n) for n, _ in model.named_parameters())
 
@@ -72,7 +72,7 @@ def test_training_nothing_is_an_error() -> None:
 
 
 def test_it_works_without_weights() -> None:
-    """On the meta device, for whoever counts: 2 x 7 layers with 8 (in + out) numbers each; the tiny LLM is 64 wide,
+    """On the meta device, for `describe`: 2 x 7 layers with 8 (in + out) numbers each; the tiny LLM is 64 wide,
     with 32 key-value and 128 inner dimensions: 8 x 2 (128 + 96 + 96 + 128 + 3 x 192)."""
     tree = tiny_config().model_dump()
     tree["model"]["lora"] = {"rank": 8}

@@ -94,14 +94,14 @@ def test_by_hand(world: Path) -> None:
 
 
 def test_without_sides_only_pairs_are_excluded(world: Path) -> None:
-    """Of a's neighbours c, d, e all are kept: b alone is related, and at rank 1. Ranks end at 5, the other notes."""
+    """a's neighbours from rank 2 are negatives: only b, at rank 1, is related. Ranks end at 5: there are 5 others."""
     counts = mine(world / "embeddings", world / "pairs", world / "out", None, 2, 1000, "Flat")
     assert [row for row in rows_of(world / "out") if row[0] == "a"] == [("a", n, i + 2) for i, n in enumerate("cdef")]
     assert (counts["last_rank"], counts["excluded_near_duplicates"]) == (5, 0)
 
 
 def test_equal_cosines_rank_by_note_id(tmp_path: Path) -> None:
-    """a is nearest to itself, then e (not in the window), then the three at 90 degrees to it, whatever their order."""
+    """a is nearest to itself, then e (not in the window), then the three at 90 degrees to it, in any order."""
     across = dict.fromkeys("dbc", (0.0, 1.0))
     write_world(tmp_path, across | {"a": (1.0, 0.0), "e": (0.6, 0.8)}, [("a", "e"), ("b", "c"), ("d", "e")])
     mine(tmp_path / "embeddings", tmp_path / "pairs", tmp_path / "out", None, 2, 3, "Flat")
@@ -155,8 +155,8 @@ def test_equals_a_loop_over_all_notes(
         note_ids = sorted(vectors, reverse=True)
         if expected:
             places = read_hard_negatives(root / "out", note_ids)
-            found = [[note_ids[p] for p in row] for row in places]
-            assert found == [[other for query, other, _ in expected if query == n] for n in note_ids]
+            actual = [[note_ids[p] for p in row] for row in places]
+            assert actual == [[other for query, other, _ in expected if query == n] for n in note_ids]
 
 
 @pytest.mark.parametrize("factory", ["HNSW32", "IVF8,Flat", "PCA8,SQ8"])
@@ -221,7 +221,7 @@ def test_the_command_needs_no_torch_and_warns_once(world: Path) -> None:
             "assert 'faiss' not in sys.modules; main(sys.argv[1:]); assert 'torch' not in sys.modules")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("near-duplicates are not known without --sides") == 1
+    assert done.stderr.count("near-duplicates are unknown without --sides") == 1
     assert rows_of(world / "out")[0] == ("a", "c", 2)
 
 

@@ -26,8 +26,8 @@ def folder(embeddings: Embeddings, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF8,Flat", "PCA8,IVF4,SQ8"])
 def test_what_is_saved_finds_the_notes(embeddings: Embeddings, folder: Path, tmp_path: Path, factory: str) -> None:
-    facts = build_index(folder, tmp_path / "index", factory)
-    assert (facts["num_notes"], facts["dim"], facts["factory"]) == (600, 16, factory)
+    metadata = build_index(folder, tmp_path / "index", factory)
+    assert (metadata["num_notes"], metadata["dim"], metadata["factory"]) == (600, 16, factory)
     index = Index.load(tmp_path / "index")
     ids, scores = index.search(embeddings.vectors[:50], 3)
     assert ids.shape == scores.shape == (50, 3)
@@ -43,13 +43,13 @@ def test_ann_recall_is_the_share_of_the_exact_neighbours(embeddings: Embeddings)
     """Flat finds all. IVF with one probe finds what lies in the query's cell; brute force counts the same."""
     assert ann_recall(make_index(embeddings, "Flat"), embeddings, 10) == 100
     index = make_index(embeddings, "IVF16,Flat")
-    found, _ = index.search(embeddings.vectors, 6)
+    actual, _ = index.search(embeddings.vectors, 6)
     exact = embeddings.vectors @ embeddings.vectors.T
     np.fill_diagonal(exact, -2)
     hits = 0
     for q in range(600):
         nearest = {f"note{i}" for i in np.argsort(-exact[q])[:5]}
-        hits += len(nearest & set([i for i in found[q] if i != f"note{q}"][:5]))
+        hits += len(nearest & set([i for i in actual[q] if i != f"note{q}"][:5]))
     assert ann_recall(index, embeddings, 5) == pytest.approx(100 * hits / (600 * 5))
     assert 20 < ann_recall(index, embeddings, 5) < 100
 
@@ -108,6 +108,6 @@ def test_nothing_foreign_is_overwritten(folder: Path, tmp_path: Path) -> None:
     (site / "index.json").touch()
     (site / "thesis.tex").touch()
     for out in (site, site / "thesis.tex"):
-        with pytest.raises(ValueError, match="holds something else than an index"):
+        with pytest.raises(ValueError, match="holds files that are no index"):
             build_index(folder, out, "Flat")
     assert sorted(f.name for f in site.iterdir()) == ["index.json", "thesis.tex"]

@@ -39,16 +39,16 @@ def test_pairs_in_both_directions_and_groups(root: Path) -> None:
                       [1, 0, 0, 0, 0],
                       [0, 0, 0, 0, 1],
                       [0, 0, 0, 1, 0]], dtype=bool)  # fmt: skip
-    assert (alone.known(np.arange(5), everyone) == known).all()
-    assert (alone.near(np.arange(5), everyone) == (known | np.eye(5, dtype=bool))).all()  # each its own group
+    assert (alone.is_positive(np.arange(5), everyone) == known).all()
+    assert (alone.is_near(np.arange(5), everyone) == (known | np.eye(5, dtype=bool))).all()  # each its own group
     grouped = read_known_pairs(root / "pairs", root / "sides")
-    assert (grouped.known(np.arange(5), everyone) == known).all()
+    assert (grouped.is_positive(np.arange(5), everyone) == known).all()
     near = np.array([[1, 1, 1, 1, 0],
                      [1, 1, 0, 0, 0],
                      [1, 0, 1, 1, 1],
                      [1, 0, 1, 1, 1],
                      [0, 0, 1, 1, 1]], dtype=bool)  # fmt: skip
-    assert (grouped.near(np.arange(5), everyone) == near).all()
+    assert (grouped.is_near(np.arange(5), everyone) == near).all()
 
 
 def test_no_validation_is_fine(root: Path) -> None:
@@ -59,7 +59,7 @@ def test_no_validation_is_fine(root: Path) -> None:
 def test_errors(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"empty/train holds no training pairs"):
         read_known_pairs(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"empty holds no sides"):
+    with pytest.raises(ValueError, match=r"empty holds no note split"):
         read_known_pairs(root / "pairs", tmp_path / "empty")
     _write(root / "sides" / "0.parquet", {"note_id": ["a", "c", "y"], "group_id": ["a", "c", "y"]})
     with pytest.raises(ValueError, match=r"2 notes of the pairs are not in .*sides \(the first is 'd'\)"):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 @pytest.fixture(scope="session")
 def _process_group() -> Iterator[None]:
-    """The one of the first training lives until the end: DeepSpeed would go on using it after it was destroyed."""
+    """The group of the first run lives until the end: DeepSpeed would continue to use it after it was destroyed."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -16,7 +16,7 @@ def _process_group() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_rank(_process_group: None) -> Iterator[None]:
-    """Trainings of this process are alone in their group; afterwards other tests find everything as it was."""
+    """Training runs of this process have a group of one rank; afterwards everything is restored for other tests."""
     before, num_threads = dict(os.environ), torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -28,11 +28,11 @@ def test_trained_measured_exported_packaged(method: str, connector: str, world: 
     sizes = {"kind": connector, "num_queries": 2, "num_layers": 1, "hidden_size": 16, "num_heads": 2}
     config = tiny_config(training, method=method, connector=sizes, init=START, matryoshka_dims=(4,))
     out = train(world, config, tmp_path)
-    facts = json.loads((out / "training.json").read_text())
-    assert np.isfinite([facts["loss_last"], facts["validation_loss"]]).all()
-    assert ("gate_mean" in facts) == switches.late_fusion
-    assert ("loss_v" in facts) == ("visual" in switches.losses)
-    assert ("loss_cross" in facts) == ("omni" in switches.losses)
+    summary = json.loads((out / "training.json").read_text())
+    assert np.isfinite([summary["loss_last"], summary["validation_loss"]]).all()
+    assert ("gate_mean" in summary) == switches.late_fusion
+    assert ("loss_v" in summary) == ("visual" in switches.losses)
+    assert ("loss_cross" in summary) == ("omni" in switches.losses)
 
     given = ["--config", str(write_config(tmp_path / "c.yaml", config)), "--model", str(out), *world.inputs.arguments()]
     saliency.main([*given, "--pairs", str(world.path("pairs")), "--out", str(tmp_path / "saliency")])

@@ -40,8 +40,8 @@ def test_training_in_bf16_learns_and_its_model_embeds_as_on_a_cpu(
     config = write_config(tmp_path / "bf16.yaml", tiny_config(settings, start=start))
     out = tmp_path / "out"
     subprocess.run(launch_command(config, TrainingSettings(), world.paths(tmp_path)), check=True, timeout=300)
-    facts = json.loads((out / "training.json").read_text())
-    assert facts["precision"] == "bf16" and facts["loss_last"] < 0.8 * facts["loss_first"]
+    summary = json.loads((out / "training.json").read_text())
+    assert summary["precision"] == "bf16" and summary["loss_last"] < 0.8 * summary["loss_first"]
 
     full = write_config(tmp_path / "fp32.yaml", tiny_config({**settings, "precision": "fp32"}, start=start))
     on_cpu = export(world, full, out, tmp_path / "cpu", CUDA_VISIBLE_DEVICES="")

@@ -16,7 +16,7 @@ from notellm2_core.model.saliency import Loss, Measurement
 from notellm2_core.notes.processor import MLRMProcessor, NoteBatch
 from notellm2_core.training import measure_saliency as saliency
 from notellm2_core.training.data.dataset import PairDataset
-from notellm2_core.training.data.sampler import schedule
+from notellm2_core.training.data.sampler import batch_schedule
 from notellm2_core.training.measure_saliency import main, measure_on_training_pairs
 from notellm2_core.training.objective.losses import BatchLabels
 from notellm2_core.training.objective.views import TrainingStep, batch_losses
@@ -59,12 +59,12 @@ def test_the_loss_is_that_of_the_training_step(
     monkeypatch.setattr(data, "labels", lambda rows, masked: labels)  # the pairs of this world are strangers
     with torch.no_grad():
         model.tau.fill_(6.0)  # above its cap
-        ((batch, found),) = seen_by(monkeypatch, model, data, config)
-        rows = data.train_pairs[schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
+        ((batch, actual),) = seen_by(monkeypatch, model, data, config)
+        rows = data.train_pairs[batch_schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
         embedded = TrainingStep(model, METHODS[method])(data.note_batch(rows, METHODS[method].inputs))
         losses = batch_losses(config, embedded.rows, embedded.tau, labels)
     expected = losses.multimodal if method == "omni_retrieval" else losses.total  # of omni, what whole notes are for
-    assert len(batch) == 16 and found == pytest.approx(expected.item(), rel=1e-5)
+    assert len(batch) == 16 and actual == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("asked", "sizes"), [(2, [4]), (16, [32]), (17, [18, 18]), (1000, [32, 32])])
@@ -100,6 +100,8 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out" / "saliency.json").read_text())
     assert (record["method"], record["num_notes"], record["num_without_image"]) == ("notellm2", 56, 8)
     expected = measure_on_training_pairs(model, data, config)
-    found, wanted = ([list(layer.values()) for layer in layers] for layers in (record["layers"], expected.layers))
-    np.testing.assert_allclose(np.array(found), np.array(wanted), rtol=1e-4)
+    actual, expected_scores = (
+        [list(layer.values()) for layer in layers] for layers in (record["layers"], expected.layers)
+    )
+    np.testing.assert_allclose(np.array(actual), np.array(expected_scores), rtol=1e-4)
     assert list(record["layers"][0]) == ["visual", "text", "other"] and len(record["layers"]) == 2

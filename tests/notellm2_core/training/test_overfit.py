@@ -1,4 +1,4 @@
-"""A model that is trained right learns 32 random pairs by heart, whatever the method and whatever is trained."""
+"""Training memorises 32 random pairs, with every method and every set of trainable parts."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from notellm2_core.model.build import load_model
 from tests.support.world import World, pair_dataset, tiny_config, train, write_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
-SHORT = {"title_words": 3, "content_words": 1, "topic_words": 1}  # enough to be told apart by
+SHORT = {"title_words": 3, "content_words": 1, "topic_words": 1}  # enough to distinguish the notes
 CASES: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},
     "basic, LoRA": {"method": "basic", "lora": {"rank": 8, "alpha": 8}},
@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def complete_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Every note has a picture and a text, so that there is something to tell it by whichever of them is read."""
+    """Every note has an image and a text, so that each of them alone distinguishes it."""
     return write_world(Path(tmp_path_factory.mktemp("complete")), num_validation=0, complete=True)
 
 
@@ -44,5 +44,5 @@ def test_overfits_32_random_pairs(case: str, complete_world: World, tmp_path: Pa
     own = scores[query, target]
     best_other = scores[query].scatter(1, target[:, None], -1).amax(1)
     assert (own > best_other + 0.02).all()  # Recall@1 = 1
-    facts = json.loads((out / "training.json").read_text())
-    assert facts["loss_last"] < 0.25 * facts["loss_first"]
+    summary = json.loads((out / "training.json").read_text())
+    assert summary["loss_last"] < 0.25 * summary["loss_first"]

@@ -1,4 +1,4 @@
-"""Trainings of some parts: what is frozen stays as it was to the last bit, and adapters end in plain weights."""
+"""Training of single parts: frozen parts stay identical to the last bit, and adapters are merged into plain weights."""
 
 from functools import partialmethod
 from pathlib import Path
@@ -84,13 +84,13 @@ def test_merged_and_adapted_models_embed_alike(world: World, tmp_path: Path) -> 
         for layer in adapted_layers(model).values():
             layer.enable_adapters(False)
         without = model(batch)
-    for found, expected, plain in zip(merged[:2], adapted[:2], without[:2], strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    for actual, expected, plain in zip(merged[:2], adapted[:2], without[:2], strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
         assert (expected - plain).abs().max() > 1e-2
 
 
 def test_a_stopped_lora_training_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped in its sixth step, it goes on from the checkpoint of the fourth; the weights are the same."""
+    """Stopped in its sixth step, it resumes from the checkpoint of the fourth; the weights are the same."""
     config = settings({"rank": 4, "dropout": 0.1}, num_steps=6, checkpoint_every_steps=2)
     straight = train(world, config, tmp_path / "straight")
     steps, step = [], engines.optimizer_step
@@ -114,7 +114,7 @@ def test_a_stopped_lora_training_goes_on(world: World, tmp_path: Path, monkeypat
 def test_another_choice_of_parts_is_another_training(world: World, tmp_path: Path) -> None:
     train(world, settings({"rank": 4}, num_steps=1), tmp_path)
     (tmp_path / "out" / "training.json").unlink()
-    with pytest.raises(ValueError, match="holds a training with model.lora.rank = 4, not 2"):
+    with pytest.raises(ValueError, match="holds a training run with model.lora.rank = 4, not 2"):
         train(world, settings({"rank": 2}, num_steps=1), tmp_path)
     with pytest.raises(ValueError, match=r"training.trainable = None, not \['llm', 'projector'\]"):
         train(world, settings({"rank": 4}, num_steps=1, trainable=["projector", "llm"]), tmp_path)

@@ -1,4 +1,4 @@
-"""A vision encoder that is trained: from pictures, saved under its new name, and read by whatever embeds afterwards."""
+"""A trained vision encoder: from images, saved under its new id, and used by all that embed afterwards."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.support.world import World, tiny_config, train, write_config
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
 
 
-def test_from_pictures_to_embeddings(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_from_images_to_embeddings(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The saved encoder is another one, the export encodes with it what the Embedder does, saliency too; a frozen one
     stays what it was, and features of another are refused."""
     config = tiny_config(
@@ -29,7 +29,7 @@ def test_from_pictures_to_embeddings(world: World, tmp_path: Path, capfd: pytest
         init={"pca_projector": True},
     )
     out = train(world, config, tmp_path)
-    assert "every step encodes its pictures" in capfd.readouterr().err
+    assert "every step encodes its images" in capfd.readouterr().err
     before, after = (VisionEncoder.from_pretrained(f) for f in (world.path("images") / "vision", out / "vision"))
     assert (
         after.encoder_id
@@ -49,9 +49,9 @@ def test_from_pictures_to_embeddings(world: World, tmp_path: Path, capfd: pytest
     rows = pq.read_table(world.path("notes")).to_pylist()
     notes = [{k: row[k] for k in ("title", "topics", "content", "image")} for row in rows]
     for kind in ("image", "multimodal"):
-        found = read_embeddings(tmp_path / "embeddings" / kind)
-        assert found.note_ids == tuple(row["note_id"] for row in rows)
-        np.testing.assert_allclose(found.vectors, Embedder.from_pretrained(out).embed(notes, kind), atol=1e-5)
+        actual = read_embeddings(tmp_path / "embeddings" / kind)
+        assert actual.note_ids == tuple(row["note_id"] for row in rows)
+        np.testing.assert_allclose(actual.vectors, Embedder.from_pretrained(out).embed(notes, kind), atol=1e-5)
 
     config_file = write_config(tmp_path / "config.yaml", config)
     arguments = ["--config", str(config_file), "--model", str(out), "--out", str(tmp_path / "saliency")]
@@ -62,14 +62,14 @@ def test_from_pictures_to_embeddings(world: World, tmp_path: Path, capfd: pytest
     assert json.loads((tmp_path / "saliency" / "saliency.json").read_text())["num_notes"] > 0
 
 
-def test_it_learns_what_only_the_picture_tells(world: World, tmp_path: Path) -> None:
-    """Nothing but the encoder is trained, on notes that are told apart by their pictures: the loss falls."""
+def test_it_learns_what_only_the_image_shows(world: World, tmp_path: Path) -> None:
+    """Only the encoder is trained, on notes that differ in their images alone: the loss falls."""
     config = tiny_config({"num_steps": 40, "learning_rate": 3e-2, "trainable": ["vision"]}, method="only_late_fusion")
     out = train(world, config, tmp_path)
-    facts = json.loads((out / "training.json").read_text())
-    assert facts["loss_last"] < 0.9 * facts["loss_first"]
+    summary = json.loads((out / "training.json").read_text())
+    assert summary["loss_last"] < 0.9 * summary["loss_first"]
 
 
-def test_without_pictures_it_is_refused(world: World, tmp_path: Path) -> None:
+def test_without_images_it_is_refused(world: World, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--pictures"):
         run(tiny_config({"trainable": ["vision"]}), replace(world.paths(tmp_path), inputs=world.inputs))

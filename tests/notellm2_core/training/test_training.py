@@ -1,4 +1,4 @@
-"""Whole trainings with the tiny models: it learns, it stops when it must, it resumes, it leaves nothing behind."""
+"""Whole training runs of tiny models: they learn, stop when they must, resume, and leave nothing behind."""
 
 import base64
 import json
@@ -28,7 +28,7 @@ from notellm2_core.training.engine.precision import choose_precision
 from notellm2_core.training.launch import launch_command
 from notellm2_core.training.loop import TrainingError
 from notellm2_core.training.state.metrics import MlflowCurves, Progress, read_metrics
-from notellm2_core.training.state.run_folder import held, open_run
+from notellm2_core.training.state.run_folder import locked, open_run
 from notellm2_core.training.validation import recall_at
 from tests.support import rank_checks
 from tests.support.ranks import run_ranks
@@ -40,13 +40,13 @@ START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0}
 
 @pytest.mark.slow
 def test_the_figures_of_a_training(world: World, tmp_path: Path) -> None:
-    """training.json and metrics.jsonl. What stops the clock (here validation after 3 and 6 steps) loses no figures."""
+    """training.json and metrics.jsonl. What restarts the clock (validation after 3 and 6 steps) loses no metrics."""
     settings = {"num_steps": 7, "learning_rate": 3e-3, "log_every_steps": 5, "validate_every_steps": 3}
     out = train(world, tiny_config(settings, start=START), tmp_path)
-    facts = json.loads((out / "training.json").read_text())
-    assert facts["loss_last"] < facts["loss_first"]
-    assert (facts["steps"], facts["num_train_pairs"], facts["precision"]) == (7, 32, "fp32")
-    assert 0 <= facts["validation_recall_at_10"] <= 1 and "loss_v" in facts
+    summary = json.loads((out / "training.json").read_text())
+    assert summary["loss_last"] < summary["loss_first"]
+    assert (summary["steps"], summary["num_train_pairs"], summary["precision"]) == (7, 32, "fp32")
+    assert 0 <= summary["validation_recall_at_10"] <= 1 and "loss_v" in summary
     lines = read_metrics(tmp_path / "work" / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 3, 5, 6, 7]
     assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6, 7]
@@ -126,7 +126,7 @@ def test_a_model_that_the_disk_does_not_take(world: World, tmp_path: Path, monke
 @pytest.mark.parametrize("content", [b"", b'{"settings', b"[1]", b"{}", b"null", b'{"settings": {}}', b"\xff\xfe"])
 def test_a_damaged_run_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"run.json is damaged .*: give --work a new folder, or delete this one"):
+    with pytest.raises(ValueError, match=r"run.json is damaged .*: give --work a new folder, or move this one away"):
         open_run(tmp_path, {})
 
 
@@ -230,8 +230,8 @@ def test_by_deepspeeds_launcher(world: World, tmp_path: Path) -> None:
         env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    facts = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert (facts["steps"], facts["num_ranks"]) == (2, 2)
+    summary = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert (summary["steps"], summary["num_ranks"]) == (2, 2)
 
 
 @pytest.mark.slow
@@ -247,22 +247,22 @@ def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
 
 def test_two_trainings_do_not_share_a_work_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A second one is refused while the first lives, and welcome when that was killed, though it takes its time."""
-    code = "import sys, time, pathlib; from notellm2_core.training.state.run_folder import held\n"
-    code += f"with held(pathlib.Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
+    code = "import sys, time, pathlib; from notellm2_core.training.state.run_folder import locked\n"
+    code += f"with locked(pathlib.Path({str(tmp_path)!r})): print('locked', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None and first.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"another training is at work in {tmp_path}"), held(tmp_path, 0.5):
+        assert first.stdout is not None and first.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"another training run uses {tmp_path}"), locked(tmp_path, 0.5):
             pass
         killer = threading.Timer(1, first.kill)
         killer.start()
-        with held(tmp_path):
+        with locked(tmp_path):
             assert not killer.is_alive()
-    said = f"another training is at work in {tmp_path}: waiting"
+    said = f"another training run uses {tmp_path}: waiting"
     assert [line.startswith(said) for line in capfd.readouterr().err.splitlines()] == [True, True]
 
 
 def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:
-    """Lines after the checkpoint, and a line cut short, go; seconds go on; means are over the steps since the last."""
+    """Lines after the checkpoint, and a line cut short, are removed; seconds continue; means are over the new steps."""
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": s, "loss": 9.0, "seconds": 10.0 * s, "eta_s": 1.0} for s in (1, 2, 3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
@@ -283,7 +283,7 @@ def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_within_a_line_costs_no_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the second line 10 bytes fit (a limit on the size of files stands for the disk); the third brings both."""
+    """10 bytes of the second line fit (a limit on file sizes in place of a full disk); the third report writes both."""
     path = tmp_path / "metrics.jsonl"
     progress = Progress(path, 0, 3)
     progress.report(1, {"loss": 1.0})
@@ -338,13 +338,13 @@ def test_data_wait(slow: bool, tmp_path: Path) -> None:
     assert next_share == 0  # waits count once
 
 
-def test_lines_that_are_none_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever a disk has made of the curves, a training goes on."""
+def test_lines_that_are_no_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Invalid lines in the curves do not stop a training run."""
     path = tmp_path / "metrics.jsonl"
     good = b'{"step": 1, "loss": 9.0, "seconds": 1.0}\n'
     path.write_bytes(good + b'{"step": 2, "lo{"step": 2, "seconds": 1}\n\0\0\n[]\n\xff\n{"step": 2}\n' + good + b'{"st')
     assert [line["step"] for line in read_metrics(path)] == [1, 1]
-    assert capsys.readouterr().err.count("has a line that is none of a training's") == 5
+    assert capsys.readouterr().err.count("has a line that is no step's metrics") == 5
 
 
 @pytest.mark.slow

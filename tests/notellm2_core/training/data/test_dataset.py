@@ -17,7 +17,7 @@ from notellm2_core.notes.note import Note
 from notellm2_core.notes.processor import FieldTokens
 from notellm2_core.training.data import sampler
 from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset
-from notellm2_core.training.data.sampler import schedule
+from notellm2_core.training.data.sampler import batch_schedule
 from notellm2_core.vision.feature_table import FeatureTable
 from tests.support.world import World, pair_dataset, tiny_config
 
@@ -30,7 +30,7 @@ def some_pairs(num_pairs: int, num_notes: int, seed: int) -> np.ndarray:
 
 def test_epochs_are_permutations_where_no_notes_are_shared() -> None:
     """12 disjoint pairs, batches of 4: steps 0-2 are one permutation, steps 3-5 another."""
-    batches = schedule(np.arange(24).reshape(12, 2), 4, 6, seed=1)
+    batches = batch_schedule(np.arange(24).reshape(12, 2), 4, 6, seed=1)
     for epoch in (batches[:3], batches[3:]):
         assert sorted(epoch.reshape(-1).tolist()) == list(range(12))
     assert batches[:3].tolist() != batches[3:].tolist()
@@ -40,8 +40,8 @@ def test_epochs_are_permutations_where_no_notes_are_shared() -> None:
 @settings(max_examples=60, deadline=None)
 def test_schedule_is_fair_and_a_prefix_of_itself(num_pairs: int, num_notes: int, batch: int, seed: int) -> None:
     pairs = some_pairs(num_pairs, num_notes, seed)
-    long = schedule(pairs, batch, 12, seed)
-    assert (schedule(pairs, batch, 5, seed) == long[:5]).all()
+    long = batch_schedule(pairs, batch, 12, seed)
+    assert (batch_schedule(pairs, batch, 5, seed) == long[:5]).all()
     # At most min(4 batches, one epoch) wait, so no pair is ahead of another by more than those.
     counts = np.bincount(long.reshape(-1), minlength=num_pairs)
     assert counts.max() - counts.min() <= 1 + min(4 * batch, num_pairs)
@@ -50,29 +50,29 @@ def test_schedule_is_fair_and_a_prefix_of_itself(num_pairs: int, num_notes: int,
 def test_no_note_is_twice_in_a_batch_where_waiting_helps() -> None:
     """200 pairs over 100 notes, batches of 8: a batch drawn blindly would repeat a note nearly always."""
     pairs = some_pairs(200, 100, 0)
-    for batch in schedule(pairs, 8, 50, seed=0):
+    for batch in batch_schedule(pairs, 8, 50, seed=0):
         assert len(set(pairs[batch].reshape(-1).tolist())) == 16
 
 
 def test_a_hub_does_not_stop_the_batches() -> None:
     """One note in every pair: batches fill up all the same, with the pairs in their order."""
     pairs = np.stack([np.zeros(20, dtype=np.int64), np.arange(1, 21)], axis=1)
-    batches = schedule(pairs, 4, 5, seed=0)
+    batches = batch_schedule(pairs, 4, 5, seed=0)
     assert sorted(batches.reshape(-1).tolist()) == list(range(20))
 
 
 def test_a_pair_that_waited_too_long_brings_its_contents_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of 3, pairs in their order. After 0-10, the twelve pairs 0-11 to 0-22 wait, as many as may; so 0-11 is
-    taken, and 11-30 must not follow it: it waits, and 0-12 is taken.
+    """Batches of 3, pairs in their order. After 0-10, the twelve pairs 0-11 to 0-22 wait, which is the limit; so 0-11
+    is taken, and 11-30 must not follow it: it waits, and 0-12 is taken.
     """
     monkeypatch.setattr(sampler, "_permutations", lambda num_pairs, seed: iter(range(num_pairs)))
     pairs = np.array([*((0, n) for n in range(10, 23)), (11, 30)])
-    assert pairs[schedule(pairs, 3, 1, seed=0)[0]].tolist() == [[0, 10], [0, 11], [0, 12]]
+    assert pairs[batch_schedule(pairs, 3, 1, seed=0)[0]].tolist() == [[0, 10], [0, 11], [0, 12]]
 
 
 def test_a_schedule_needs_pairs() -> None:
     with pytest.raises(ValueError, match="no pairs"):
-        schedule(np.empty((0, 2), dtype=np.int64), 4, 1, 0)
+        batch_schedule(np.empty((0, 2), dtype=np.int64), 4, 1, 0)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_known_positives(small: PairDataset) -> None:
     assert (known["image"] == matrix(image)).all()
     text = ["ab", "bc", "aa", "ae", "af", "ag", "ef", "eg", "fg", "be", "bf", "bg"]
     assert (known["text"] == matrix(text)).all()
-    codes = small.contents(rows).tolist()
+    codes = small.content_ids(rows).tolist()
     assert codes[0] == codes[4] == codes[7] and codes[5] == codes[6] and len(set(codes)) == 5
     has = small.labels(np.array([small.note_ids.index(n) for n in "afh"])).has
     assert (has["image"].tolist(), has["text"].tolist()) == ([True, False, False], [True, True, False])
@@ -119,9 +119,9 @@ def test_hard_negatives_of_a_batch(small: PairDataset) -> None:
     """Of those of the query, without what the batch shows already: a has c and d left, as b is there and e shows what a
     does. f has only h.
     """
-    of = {"a": "bced", "f": "h"}
-    places = [[small.note_ids.index(n) for n in of.get(note, "")] for note in small.note_ids]
-    small.hard_negatives = [np.array(some, dtype=np.int64) for some in places]
+    negatives = {"a": "bced", "f": "h"}
+    places = [[small.note_ids.index(n) for n in negatives.get(note, "")] for note in small.note_ids]
+    small.hard_negatives = [np.array(notes, dtype=np.int64) for notes in places]
     pair = np.array([small.note_ids.index(n) for n in "ab"])
     drawn = [small.with_hard_negatives(pair, 2, (0, step)) for step in range(20)]
     names = {"".join(small.note_ids[n] for n in rows) for rows in drawn}
@@ -130,10 +130,10 @@ def test_hard_negatives_of_a_batch(small: PairDataset) -> None:
     other = np.array([small.note_ids.index(n) for n in "fg"])
     first = small.with_hard_negatives(other, 1, (0, 0))
     assert first.tolist() == [*other, small.note_ids.index("h")]
-    assert len(small.with_hard_negatives(np.arange(8), 3, (0, 0))) == 8 + 3 * 4  # nothing is left: some come twice
+    assert len(small.with_hard_negatives(np.arange(8), 3, (0, 0))) == 8 + 3 * 4  # no other notes: some are repeated
     assert np.array_equal(small.with_hard_negatives(pair, 0, (0, 0)), pair)
     small.hard_negatives = None
-    with pytest.raises(ValueError, match="asks for some: give --hard-negatives, or set it to 0"):
+    with pytest.raises(ValueError, match="num = 1 needs --hard-negatives: give it, or set num to 0"):
         small.with_hard_negatives(pair, 1, (0, 0))
 
 

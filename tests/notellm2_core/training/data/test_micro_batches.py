@@ -1,4 +1,4 @@
-"""Who embeds what: every note once, as many notes on every rank, and few tokens at a time."""
+"""The division of a batch: every note once, equally many on every rank, and a limit on tokens."""
 
 import time
 
@@ -19,7 +19,7 @@ def test_worked_example() -> None:
     assert [[part.tolist() for part in share] for share in shares] == [[[0, 1]], [[2, 3]]]
     shares = plan(np.array([5, 1, 4, 2]), 2, max_tokens=5)
     assert [[part.tolist() for part in share] for share in shares] == [[[0], [1]], [[2], [3]]]
-    with pytest.raises(ValueError, match="3 notes cannot be shared out evenly over 2 ranks"):
+    with pytest.raises(ValueError, match="3 notes cannot be divided evenly among 2 ranks"):
         plan(np.ones(3), 2)
 
 

@@ -43,7 +43,7 @@ def test_the_paper_as_a_deepspeed_dictionary() -> None:
     assert added_up["data_types"] == {"grad_accum_dtype": "fp32"} and added_up["zero_optimization"]["stage"] == 2
     on_cpu = deepspeed_config(TrainingSettings(), "bf16", 2, on_gpu=False)
     assert on_cpu["bf16"] == {"enabled": False}  # fp32 weights; the forward runs under autocast
-    with pytest.raises(ValueError, match=r"batch_pairs = 128 cannot be shared by 3 ranks"):
+    with pytest.raises(ValueError, match=r"batch_pairs = 128 cannot be divided among 3 ranks"):
         deepspeed_config(TrainingSettings(), "bf16", 3, on_gpu=True)
 
 

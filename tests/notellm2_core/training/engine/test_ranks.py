@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from notellm2_core.config.methods import get_method
-from notellm2_core.model.encode_pictures import with_features
-from notellm2_core.training.data.sampler import schedule
+from notellm2_core.model.encode_images import with_features
+from notellm2_core.training.data.sampler import batch_schedule
 from notellm2_core.training.engine.deepspeed import optimizer_groups
 from notellm2_core.training.objective.views import method_losses
 from tests.support import rank_checks
@@ -20,7 +20,7 @@ def reference(world: World, variant: str) -> dict[str, Any]:
     """The first step of rank_checks.py, without ranks and without DeepSpeed."""
     config = rank_checks.settings(0, variant)
     model, data, encoder = rank_checks.build(config, world)
-    rows = data.train_pairs[schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
+    rows = data.train_pairs[batch_schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
     labels = data.labels(rows := rank_checks.with_negatives(data, rows, config, 0), config.training.known_positives, 16)
     method = get_method(config.model.method)
     assert 0 < labels.has["image"].sum() < len(rows)
@@ -72,9 +72,9 @@ def test_ranks_agree_with_one_process(
         assert result["norm"] == pytest.approx(one["norm"], rel=1e-4)
         assert result["grads"].keys() == one["grads"].keys()
         for name, expected in one["grads"].items():
-            found = result["grads"][name].reshape(expected.shape)
+            actual = result["grads"][name].reshape(expected.shape)
             size = expected.norm().item()
-            off, allowed = (found - expected).norm().item(), (1e-4 if name == "tau" else 1e-5) * size + 1e-9
+            off, allowed = (actual - expected).norm().item(), (1e-4 if name == "tau" else 1e-5) * size + 1e-9
             assert off <= allowed, f"{name}: off by {off} of {size}"
             # Half a gradient would not pass for all of it. (A bias of keys has none: softmax does not see it.)
             assert allowed < size / 4 or name.endswith("key.bias"), f"{name}: {size} is nothing to compare"
@@ -86,15 +86,15 @@ def test_ranks_agree_with_one_process(
             # Where a gradient is nearly 0, Adam's first step is its sign: rounding decides. Elsewhere they agree.
             gradient = one["grads"][name]
             firm = gradient.abs() > 1e-2 * gradient.square().mean().sqrt()
-            found = result["weights"][name][firm]  # a step is 1e-3 or more
-            torch.testing.assert_close(found, expected[firm], rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            actual = result["weights"][name][firm]  # a step is 1e-3 or more
+            torch.testing.assert_close(actual, expected[firm], rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
         check_merged(result["weights"], result["plain"], variant == "adapters")
 
 
 @pytest.mark.slow
 def test_the_precision_of_gpus(world: World, tmp_path: Path) -> None:
-    """Weights in bf16, gradients of micro-batches added up in fp32: all are fp32's but for the 8 bits of every product,
-    and a resume is exact. ZeRO-2 takes the place of 0 and 1.
+    """Weights in bf16, gradients of micro-batches added up in fp32: equal to fp32 except for the 8 bits of every
+    product, and a resume is exact. ZeRO-2 takes the place of 0 and 1.
     """
     one = reference(world, "gradcache")
     run_ranks(2, rank_checks.check_stages, world.root, tmp_path, (0, 3), "gradcache", "bf16")
@@ -102,10 +102,10 @@ def test_the_precision_of_gpus(world: World, tmp_path: Path) -> None:
         result = torch.load(tmp_path / f"ranks-2-stage-{stage}.pt")
         assert result["loss"] == pytest.approx(one["loss"], rel=0.02)
         assert result["norm"] == pytest.approx(one["norm"], rel=0.05)
-        found, expected = (
-            torch.cat([of["grads"][name].float().flatten() for name in one["grads"]]) for of in (result, one)
+        actual, expected = (
+            torch.cat([run["grads"][name].float().flatten() for name in one["grads"]]) for run in (result, one)
         )
-        assert (found - expected).norm() < 0.1 * expected.norm()
+        assert (actual - expected).norm() < 0.1 * expected.norm()
 
 
 def check_merged(weights: dict[str, Any], plain: dict[str, Any], adapted: bool) -> None:

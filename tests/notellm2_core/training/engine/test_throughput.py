@@ -22,26 +22,26 @@ def test_operations_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64) + 64
     speed = Throughput(model, torch.device("cpu"), 1)
     squares = 10 * 100**2
-    figures = speed.figures(num_tokens=1000, num_squares=squares, seconds=2)
-    assert figures["tokens_per_s"] == 500
-    assert figures["tflops"] == pytest.approx(1000 * (6 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
+    metrics = speed.metrics(num_tokens=1000, num_squares=squares, seconds=2)
+    assert metrics["tokens_per_s"] == 500
+    assert metrics["tflops"] == pytest.approx(1000 * (6 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
     model.llm.requires_grad_(False)  # 4 of the 6 operations are left
-    frozen = Throughput(model, torch.device("cpu"), 1).figures(num_tokens=1000, num_squares=squares, seconds=2)[
+    frozen = Throughput(model, torch.device("cpu"), 1).metrics(num_tokens=1000, num_squares=squares, seconds=2)[
         "tflops"
     ]
     assert frozen == pytest.approx(1000 * (4 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
     assert model.connector is not None
     model.connector.requires_grad_(False)  # and nothing is sent back through the LLM: 2
-    forward = Throughput(model, torch.device("cpu"), 1).figures(num_tokens=1000, num_squares=squares, seconds=2)[
+    forward = Throughput(model, torch.device("cpu"), 1).metrics(num_tokens=1000, num_squares=squares, seconds=2)[
         "tflops"
     ]
     assert forward == pytest.approx(1000 * (2 * weights + 2 * 2 * 64 * 100) / 2 / 1e12)
     model.requires_grad_(True)
-    assert "mfu" not in figures and figures["memory_gb"] > 0.1
+    assert "mfu" not in metrics and metrics["memory_gb"] > 0.1
     monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(module.torch.cuda, "max_memory_allocated", lambda device: 7e9)
-    on_gpu = Throughput(model, torch.device("cuda", 0), 2).figures(num_tokens=1000, num_squares=squares, seconds=2)
-    assert on_gpu["mfu"] == pytest.approx(figures["tflops"] / (2 * 312)) and on_gpu["memory_gb"] == 7
+    on_gpu = Throughput(model, torch.device("cuda", 0), 2).metrics(num_tokens=1000, num_squares=squares, seconds=2)
+    assert on_gpu["mfu"] == pytest.approx(metrics["tflops"] / (2 * 312)) and on_gpu["memory_gb"] == 7
 
 
 def test_heads_wider_than_the_model(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_heads_wider_than_the_model(tmp_path: Path) -> None:
     for width in (16, 32):
         model.llm.config.head_dim = width
         speed = Throughput(model, torch.device("cpu"), 1)
-        flops.append(1e12 * speed.figures(num_tokens=0, num_squares=1000, seconds=1)["tflops"])
+        flops.append(1e12 * speed.metrics(num_tokens=0, num_squares=1000, seconds=1)["tflops"])
     assert flops == pytest.approx([1000 * 6 * 2 * 4 * 16, 1000 * 6 * 2 * 4 * 32])
 
 
@@ -69,7 +69,7 @@ def test_padding(method: Literal["notellm2", "omni_retrieval"], world: World, tm
         batches = list(share.micro_batches())
         lengths = torch.cat([batch.attention_mask.sum(dim=1) for batch in batches])
         assert len(lengths) == 8 * len(inputs) and share.num_squares == lengths.square().sum()
-        assert len(batches) == len(share.parts) > 1
+        assert len(batches) == len(share.micro_batch_notes) > 1
         real = sum(int(batch.attention_mask.sum()) for batch in batches)
         wasted = 1 - real / sum(batch.attention_mask.numel() for batch in batches)
         assert share.num_tokens == real and 0 < wasted < 1

@@ -111,8 +111,8 @@ def test_equals_the_loop(
     known = torch.rand(n, n, generator=generator) < known_share
     valid, valid_y = torch.rand(2, n, generator=generator) < valid_share
     masks = PairMasks(valid, valid_y if other else valid, *((None, known) if count else (known, None)))
-    found, expected = ([t.clone().requires_grad_() for t in (x, y, torch.tensor([tau]))] for _ in range(2))
-    loss = contrastive_loss(found[0], found[2], masks, found[1] if other else None, 2 * num_pairs)
+    actual, expected = ([t.clone().requires_grad_() for t in (x, y, torch.tensor([tau]))] for _ in range(2))
+    loss = contrastive_loss(actual[0], actual[2], masks, actual[1] if other else None, 2 * num_pairs)
     loop = loop_loss(
         expected[0], expected[2], known, valid, *((expected[1], valid_y) if other else ()),
         num_paired=2 * num_pairs, count=count,
@@ -120,7 +120,7 @@ def test_equals_the_loop(
     assert loss.item() == pytest.approx(loop.item(), rel=1e-4, abs=1e-5)
     ours, theirs = (
         torch.autograd.grad(value, inputs, materialize_grads=True)
-        for value, inputs in ((loss, found), (loop, expected))
+        for value, inputs in ((loss, actual), (loop, expected))
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert other or not ours[0][~valid].any()  # a note without an image is not moved by L_v
@@ -237,8 +237,8 @@ def test_omni_retrieval_worked_example() -> None:
     """Two pairs, all inputs alike: (1,0), (1,0), (0,1), (0,1) at scale 2, so each of the nine terms is log(1 + 2/e^2).
 
     Without row 3's image: where images are looked for, rows 0 and 1 have one wrong note less, log(1 + 1/e^2), row 2
-    has nothing to find, and row 3 finds row 2 among as many as before; where images look, row 3 does not. So image to
-    image is log(1 + 1/e^2); text or whole to image (2 log(1 + 1/e^2) + log(1 + 2/e^2)) / 3; all others
+    has no candidate, and row 3 finds row 2 among the same number as before; where images look, row 3 does not. So
+    image to image is log(1 + 1/e^2); text or whole to image (2 log(1 + 1/e^2) + log(1 + 2/e^2)) / 3; all others
     log(1 + 2/e^2).
     """
     x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
@@ -258,8 +258,8 @@ def test_the_order_of_the_pairs_does_not_matter(num_pairs: int, seed: int, metho
     generator = torch.Generator().manual_seed(seed)
     n = 2 * num_pairs
     views = {k: torch.randn(n, 4, generator=generator) for k in ("multimodal", "visual", "image", "text")}
-    wanted = {*get_method(method).inputs, *(name for name in METHODS[method].losses if name == "visual")}
-    views = {k: v for k, v in views.items() if k in wanted}
+    compared = {*get_method(method).inputs, *(name for name in METHODS[method].losses if name == "visual")}
+    views = {k: v for k, v in views.items() if k in compared}
     known = {k: torch.rand(n, n, generator=generator) < 0.2 for k in ("multimodal", "image", "text")}
     has = {k: torch.rand(n, generator=generator) < 0.8 for k in ("image", "text")}
     order = torch.randperm(num_pairs, generator=generator)

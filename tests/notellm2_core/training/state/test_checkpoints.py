@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, whole or not there, for any number of ranks."""
+"""Checkpoints: written in the background, complete or missing, for any number of ranks."""
 
 import errno
 import os
@@ -47,7 +47,7 @@ def engine() -> Engine:
 
 
 def saved(engine: Engine, checkpoints: Checkpoints, step: int) -> None:
-    """With weights of `step`; they go on changing while they are written."""
+    """With weights of `step`; they change while the copies are written."""
     engine.weight += step - engine.weight
     checkpoints.save(engine, step)
     engine.weight -= 99
@@ -59,7 +59,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_the_last_ones_are_kept_and_hold_what_was_there(engine: Engine, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "c", num_kept=3)
+    checkpoints = Checkpoints(tmp_path / "c", num_checkpoints=3)
     assert checkpoints.last_step() == 0
     for step in (2, 4, 6, 10):
         saved(engine, checkpoints, step)
@@ -110,8 +110,8 @@ def test_a_damaged_checkpoint_is_passed_over(
         listed = tmp_path / "step-2" / "rank-0.json"
         listed.write_text(listed.read_text().replace('"num_ranks": 1', '"num_ranks": 2'))
     assert checkpoints.last_step() == 1
-    assert f"{tmp_path / 'step-2'} is damaged: going on from the one before" in capsys.readouterr().err
-    one = Checkpoints(tmp_path, num_kept=1)  # what was passed over is not the last one any more
+    assert f"{tmp_path / 'step-2'} is damaged: using the one before" in capsys.readouterr().err
+    one = Checkpoints(tmp_path, num_checkpoints=1)  # what was passed over is not the last one any more
     saved(engine, one, 2)
     assert names(tmp_path) == ["step-2"] and one.last_step() == 2
 
@@ -128,7 +128,9 @@ def test_a_full_disk_stops_nothing(
     assert names(tmp_path) == ["step-1"] and checkpoints.last_step() == 1
     assert "the checkpoint after step 2 could not be written ([Errno 28] No space left" in capsys.readouterr().err
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # torch.save finds the disk full, and tells it its way
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (500, limits[1])
+    )  # torch.save finds the disk full, and raises an error of its own
     try:
         saved(engine, checkpoints, 2)
     finally:
@@ -144,11 +146,11 @@ def test_a_full_disk_stops_nothing(
 
 
 @pytest.mark.parametrize(
-    ("where", "kept"),
+    ("where", "remaining"),
     [("sync", [1, 2]), ("os.rename", [1, 2]), ("shutil.rmtree", [1, 2, 3])],
 )
 def test_a_disk_that_refuses_a_name_or_a_removal_stops_nothing(
-    where: str, kept: list[int], engine: Engine, tmp_path: Path,
+    where: str, remaining: list[int], engine: Engine, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     checkpoints = Checkpoints(tmp_path)
@@ -157,11 +159,11 @@ def test_a_disk_that_refuses_a_name_or_a_removal_stops_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(f"{module.__name__}.{where}", full)
         saved(engine, checkpoints, 3)
-    assert re.search(r"after (that of )?step 3 \(\[Errno 28\] .*\); the training goes on", capsys.readouterr().err)
-    assert checkpoints.last_step() == kept[-1]
-    assert [step for step in (1, 2, 3) if (tmp_path / f"step-{step}").exists()] == kept
+    assert re.search(r"after (that of )?step 3 \(\[Errno 28\] .*\); training continues", capsys.readouterr().err)
+    assert checkpoints.last_step() == remaining[-1]
+    assert [step for step in (1, 2, 3) if (tmp_path / f"step-{step}").exists()] == remaining
     saved(engine, checkpoints, 4)
-    assert names(tmp_path) == [f"step-{kept[-1]}", "step-4"]
+    assert names(tmp_path) == [f"step-{remaining[-1]}", "step-4"]
 
 
 def full(*arguments: Any, **options: Any) -> None:
@@ -215,13 +217,13 @@ def test_due_by_steps_or_by_the_clock(engine: Engine, tmp_path: Path, monkeypatc
 def test_going_on_with_another_number_of_ranks(
     before: int, after: int, stages: tuple[int, ...], variant: str, world: World, tmp_path: Path
 ) -> None:
-    """The second step from the checkpoint of the first: the weights of the ranks that did both, but for rounding."""
+    """The second step from the checkpoint of the first: the weights of the ranks that did both, up to rounding."""
     run_ranks(before, rank_checks.check_resharded, world.root, tmp_path, stages, variant, True)
     run_ranks(after, rank_checks.check_resharded, world.root, tmp_path, stages, variant, False)
     for stage in stages:
-        expected, found = (torch.load(tmp_path / f"{kind}-{stage}.pt") for kind in ("saving", "moved"))
+        expected, actual = (torch.load(tmp_path / f"{kind}-{stage}.pt") for kind in ("saving", "moved"))
         for name, weight in expected.items():
             # Where a gradient is nearly 0, Adam's steps are its sign: rounding decides, by a step of at most 2e-2.
-            near = (found[name] - weight).abs() <= 1e-5 + 1e-4 * weight.abs()
+            near = (actual[name] - weight).abs() <= 1e-5 + 1e-4 * weight.abs()
             assert near.float().mean() > 0.99, f"{stage}: {name}"
-            torch.testing.assert_close(found[name], weight, atol=2e-2, rtol=0)
+            torch.testing.assert_close(actual[name], weight, atol=2e-2, rtol=0)

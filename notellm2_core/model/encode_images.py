@@ -1,4 +1,4 @@
-"""The vision encoder in front of the model, where it is trained: pixels of a batch -> features."""
+"""A trained vision encoder in front of the model: the pixels of a batch -> features."""
 
 from dataclasses import replace
 
@@ -9,13 +9,13 @@ from notellm2_core.vision.encoder import VisionEncoder, normalised
 
 
 def with_features(batch: NoteBatch, encoder: VisionEncoder | None) -> NoteBatch:
-    """`batch` with the features of its pictures, by `encoder`, in place of their pixels. None: it has features."""
+    """`batch` with its images encoded by `encoder`: features in place of pixels. None: `batch` has features already."""
     if encoder is None:
         return batch
     assert batch.pixels is not None and batch.picture is not None
     dtype = next(encoder.parameters()).dtype
     pixels = normalised(batch.pixels, encoder.architecture.preprocess).to(dtype)
     features = encoder(pixels)  # [M, L, h_v], [M, h_v]
-    # The last row, that of notes without picture (-1), is zeros.
-    patches, pooled = (torch.cat([of, torch.zeros_like(of[:1])])[batch.picture] for of in features)
+    # The last row, for notes without an image (-1), is zeros.
+    patches, pooled = (torch.cat([x, torch.zeros_like(x[:1])])[batch.picture] for x in features)
     return replace(batch, patches=patches, global_feature=pooled, pixels=None, picture=None)
