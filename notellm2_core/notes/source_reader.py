@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from notellm2_core.notes.note import WHITE_SPACE, Note, NoteWithImage, parse_topics
-from notellm2_core.runtime.files import naming, parquet_files
+from notellm2_core.runtime.files import parquet_files, read_errors
 from notellm2_core.schema import SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
 
 SOURCE_NOTES = "notes.parquet"
@@ -67,7 +67,7 @@ def read_note_table(path: Path, images: Path | None = None, only: Collection[str
     rows: dict[str, _Row] = {}
     dropped: Counter[str] = Counter()
     for file in _files(path):
-        with naming(file), pq.ParquetFile(file) as parquet:
+        with read_errors(file), pq.ParquetFile(file) as parquet:
             _read(parquet, file, rows, dropped, only)
     bare = [r for r in rows.values() if not _has_text(r.note) and not r.image_path]
     data = _read_bytes(bare)
@@ -122,7 +122,7 @@ def _read_bytes(rows: Sequence[_Row]) -> dict[str, bytes]:
     column = SOURCE_IMAGE_COLUMNS[1]
     for file in dict.fromkeys(r.file for r in rows):
         wanted = {r.position: r.note.note_id for r in rows if r.file == file}
-        with naming(file), pq.ParquetFile(file) as parquet:
+        with read_errors(file), pq.ParquetFile(file) as parquet:
             if column not in parquet.schema_arrow.names:
                 continue
             first = 0

@@ -16,7 +16,7 @@ from notellm2_core import schema
 from notellm2_core.notes.lake_reader import read_notes
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.note_tokenizer import FieldTokens, NoteTokenizer
-from notellm2_core.runtime.files import naming, written_whole
+from notellm2_core.runtime.files import read_errors, written_whole
 from notellm2_core.schema import TOKENS_FILE
 
 _BATCH_NOTES = 4096
@@ -30,7 +30,7 @@ class TokenTable(Mapping[str, FieldTokens]):
         """`note_ids`: only these. Raises ValueError where one is missing or comes twice, the file is damaged, or
         `tokenizer` would give other tokens.
         """
-        with naming(path), pa.ipc.open_file(pa.memory_map(str(path))) as file:
+        with read_errors(path), pa.ipc.open_file(pa.memory_map(str(path))) as file:
             batches = [file.get_batch(i) for i in range(file.num_record_batches)]
             made_with = (file.schema.metadata or {}).get(_MADE_WITH, b"").decode()
             if not file.schema.remove_metadata().equals(schema.NOTE_TOKENS):

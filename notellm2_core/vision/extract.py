@@ -24,7 +24,7 @@ from notellm2_core import schema
 from notellm2_core.config.load import load_config
 from notellm2_core.config.settings import Config
 from notellm2_core.runtime.errors import user_errors
-from notellm2_core.runtime.files import naming, parquet_files
+from notellm2_core.runtime.files import parquet_files, read_errors
 from notellm2_core.schema import COUNTS_FILE, NOTE_IMAGES_FILE, VISION_FOLDER
 from notellm2_core.vision import images
 from notellm2_core.vision.feature_store import Features, FeatureStore
@@ -187,7 +187,7 @@ def _read_notes(notes: Path) -> Iterator[NoteRow]:
     """The rows of all notes, read a few at a time, because images may be in the table."""
     columns = ["note_id", "image_path", "image"]
     for path in _note_files(notes):
-        with naming(path), pq.ParquetFile(path) as file:
+        with read_errors(path), pq.ParquetFile(path) as file:
             if absent := [c for c in columns if c not in file.schema_arrow.names]:
                 raise ValueError(f"no column {', '.join(absent)}")
             for batch in file.iter_batches(batch_size=64, columns=columns):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from notellm2_core import schema
-from notellm2_core.runtime.files import naming, parquet_files, sweep, written_whole
+from notellm2_core.runtime.files import parquet_files, read_errors, sweep, written_whole
 from notellm2_core.schema import NOTE_IMAGES_FILE, VISION_FOLDER
 
 STORE_FACTS = "store.json"
@@ -70,7 +70,7 @@ class FeatureStore:
         """The image ids whose features are here, as of now. Raises ValueError naming a damaged part."""
         for part in parquet_files(self.root):
             if part not in self._read:
-                with naming(part), pq.ParquetFile(part, page_checksum_verification=True) as file:
+                with read_errors(part), pq.ParquetFile(part, page_checksum_verification=True) as file:
                     expected = schema.vision_features(self.num_patches, self.width)
                     if not file.schema_arrow.equals(expected):
                         raise ValueError("other columns than this store has")
@@ -132,7 +132,7 @@ class FeatureStore:
             wanted.setdefault(part, []).append((row, i))
         for part, pairs in wanted.items():
             rows, targets = np.array(sorted(pairs)).T
-            with naming(part), pq.ParquetFile(part, memory_map=True, page_checksum_verification=True) as file:
+            with read_errors(part), pq.ParquetFile(part, memory_map=True, page_checksum_verification=True) as file:
                 first = 0
                 for group in range(file.num_row_groups):
                     last = first + file.metadata.row_group(group).num_rows
@@ -150,7 +150,7 @@ class FeatureStore:
 def read_note_images(path: Path) -> dict[str, str | None]:
     """note_id -> image_id, None where the note has no usable picture. `path`: the file, or the folder it is in."""
     path = Path(path) / NOTE_IMAGES_FILE if Path(path).is_dir() else Path(path)
-    with naming(path):
+    with read_errors(path):
         table = pq.read_table(path, columns=["note_id", "image_id"])
     return dict(zip(table["note_id"].to_pylist(), table["image_id"].to_pylist(), strict=True))
 

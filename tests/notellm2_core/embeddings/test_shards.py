@@ -120,7 +120,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 of 3 notes have no embedding .the first is 'x'"):
         read_embeddings(tmp_path).rows(["x", "a", "y"])
     write_shard(tmp_path / "b.parquet", ["a"], unit(1), {})
-    with pytest.raises(ValueError, match="1 notes come twice"):
+    with pytest.raises(ValueError, match="1 notes occur twice"):
         read_embeddings(tmp_path)
     write_shard(tmp_path / "b.parquet", ["b"], unit(1, 5), {})
     with pytest.raises(ValueError, match="width 5"):

@@ -23,9 +23,9 @@ from notellm2_core.runtime.files import (
     is_hidden,
     link_or_copy,
     listing,
-    naming,
     new_folder,
     parquet_files,
+    read_errors,
     replaced_folder,
     swap_in,
     sweep,
@@ -340,10 +340,10 @@ def test_a_listing_tells_any_change(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no Parquet")
-    message = r"x\.parquet cannot be read \(.*\); if it is damaged, delete it"
-    with pytest.raises(ValueError, match=message), naming(tmp_path / "x.parquet"):
+    message = r"x\.parquet cannot be read \(.*\); if it is damaged, move it away"
+    with pytest.raises(ValueError, match=message), read_errors(tmp_path / "x.parquet"):
         pq.read_table(tmp_path / "x.parquet")
-    with pytest.raises(KeyError), naming(tmp_path):
+    with pytest.raises(KeyError), read_errors(tmp_path):
         {}["nothing else is touched"]
 
 

@@ -142,7 +142,7 @@ def test_a_damaged_part_is_refused_by_name(store):
     needle = values(4)[0].astype(np.float16)[2].tobytes()
     at = good.index(needle)  # so small a page is stored as it is
     part.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-    with pytest.raises(ValueError, match=rf"{part.name} cannot be read .*delete it and run again"):
+    with pytest.raises(ValueError, match=rf"{part.name} cannot be read .*move it away and run again"):
         FeatureStore(store.root).load(["a"])
     part.write_bytes(good[:-9])
     with pytest.raises(ValueError, match=rf"{part.name} cannot be read"):
