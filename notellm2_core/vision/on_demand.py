@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from notellm2_core.notes.note import Picture
+from notellm2_core.notes.note import ImageLike
 from notellm2_core.vision import images
 from notellm2_core.vision.encoder import VisionEncoder
 from notellm2_core.vision.feature_store import Features
@@ -38,7 +38,7 @@ class ImageFeatures:
         self._encoder, self._max_pixels, self._batch_pictures = encoder, max_pixels, batch_pictures
         self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # patches [L, h_v] and global feature [h_v]
 
-    def read(self, pictures: Sequence[Picture | None], folder: Path | None) -> list[tuple[images.Status, str | None]]:
+    def read(self, pictures: Sequence[ImageLike | None], folder: Path | None) -> list[tuple[images.Status, str | None]]:
         """Status and image id of each picture; the id is None unless the status is "ok".
 
         folder: what paths are relative to, and nothing outside it is read; None: paths are taken as they are.
@@ -62,7 +62,7 @@ class ImageFeatures:
             patches[row], pooled[row] = self._known[image_id]
         return Features(tuple(image_ids), patches, pooled)
 
-    def _prepare(self, folder: Path | None, picture: Picture | None) -> _Prepared:
+    def _prepare(self, folder: Path | None, picture: ImageLike | None) -> _Prepared:
         if isinstance(picture, Image.Image):
             status, image = images.to_rgb(picture, self._max_pixels)
             if image is None:

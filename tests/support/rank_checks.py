@@ -69,7 +69,7 @@ def build(config: Config, world: World) -> tuple[MLRMModel, PairDataset, VisionE
     with engines.first_on_machine() if dist.is_initialized() else nullcontext():
         model, processor = build_model(config, world.path("models"))
         encoder = VisionEncoder.from_pretrained(world.inputs.vision) if config.trains_vision else None
-        reader = InputReader(processor, world.with_pictures, encoder)
+        reader = InputReader(processor, world.with_image_folders, encoder)
         data = load_pair_dataset(reader, world.path("pairs"), world.path("cache"))
     set_trained(model, config, encoder)
     torch.manual_seed(0)

@@ -37,16 +37,16 @@ class World:
 
     @property
     def inputs(self) -> NoteInputs:
-        """Without pictures: features are read."""
+        """Without image folders: stored features are read."""
         return NoteInputs(*map(self.path, ("notes", "images", "store")))
 
     @property
-    def with_pictures(self) -> NoteInputs:
-        return replace(self.inputs, pictures=ImageFolders(self.path("notes"), self.root))
+    def with_image_folders(self) -> NoteInputs:
+        return replace(self.inputs, image_folders=ImageFolders(self.path("notes"), self.root))
 
     def paths(self, folder: Path) -> Paths:
         """Of a training run, with WORK and OUT below `folder`."""
-        return Paths(self.with_pictures, self.path("pairs"), folder / "work", folder / "out")
+        return Paths(self.with_image_folders, self.path("pairs"), folder / "work", folder / "out")
 
 
 def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6, complete: bool = False) -> World:

@@ -17,7 +17,7 @@ def test_a_step_takes_distinct_pictures(world: World, tmp_path: Path, monkeypatc
     encoder = load_vision_encoder(tiny_config().model.vision)
     how = encoder.architecture.preprocess
     note_images = read_note_images(world.path("images"))
-    pictures = NoteImages(world.with_pictures.pictures, note_images, note_images, 10_000)
+    pictures = NoteImages(world.with_image_folders.image_folders, note_images, note_images, 10_000)
     table = PixelTable.build(pictures, how, tmp_path)
     assert len(table.rows) == sum(image is not None for image in note_images.values())
 
@@ -31,5 +31,5 @@ def test_a_step_takes_distinct_pictures(world: World, tmp_path: Path, monkeypatc
     monkeypatch.setattr(pictures, "read", None)  # it is there already
     again = PixelTable.build(pictures, how, tmp_path)
     assert again.rows == table.rows and np.array_equal(again.values, table.values)
-    empty = PixelTable.build(NoteImages(world.with_pictures.pictures, note_images, [], 10_000), how, tmp_path)
+    empty = PixelTable.build(NoteImages(world.with_image_folders.image_folders, note_images, [], 10_000), how, tmp_path)
     assert empty.take(np.array([-1]))[0].shape == (1, how.size_px, how.size_px, 3)
