@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from notellm2_core.notes.processor import NoteBatch
-from notellm2_core.vision.encoder import VisionEncoder, normalised
+from notellm2_core.vision.encoder import VisionEncoder, normalise
 
 
 def with_features(batch: NoteBatch, encoder: VisionEncoder | None) -> NoteBatch:
@@ -14,7 +14,7 @@ def with_features(batch: NoteBatch, encoder: VisionEncoder | None) -> NoteBatch:
         return batch
     assert batch.pixels is not None and batch.image_index is not None
     dtype = next(encoder.parameters()).dtype
-    pixels = normalised(batch.pixels, encoder.architecture.preprocess).to(dtype)
+    pixels = normalise(batch.pixels, encoder.architecture.preprocess).to(dtype)
     features = encoder(pixels)  # [M, L, h_v], [M, h_v]
     # The last row, that of notes without picture (-1), is zeros.
     patches, pooled = (torch.cat([of, torch.zeros_like(of[:1])])[batch.image_index] for of in features)

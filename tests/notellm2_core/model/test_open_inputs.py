@@ -11,7 +11,8 @@ from notellm2_core.model.open_inputs import InputReader, load_model_and_reader
 from notellm2_core.model.tokenise import tokenise
 from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.notes.processor import MLRMProcessor
-from notellm2_core.notes.token_store import TOKENS, read_tokens
+from notellm2_core.notes.token_store import read_tokens
+from notellm2_core.schema import TOKENS_FILE
 from notellm2_core.training.state.save import save_model
 from notellm2_core.vision.encoder import VisionEncoder
 from notellm2_core.vision.feature_store import FeatureStore
@@ -42,7 +43,7 @@ def test_stored_features(world: World, processor: MLRMProcessor, tmp_path: Path)
     assert len(reader.open().tokens) == len(reader.open().image_ids) == 8
 
     tokenise(processor.note_tokenizer, world.path("notes"), tmp_path)
-    assert (tmp_path / TOKENS).exists()
+    assert (tmp_path / TOKENS_FILE).exists()
     tokens = replace(reader, inputs=replace(world.inputs, notes=tmp_path)).open(NOTES).tokens
     for note_id, fields in read_tokens(world.path("notes"), processor.note_tokenizer, NOTES).items():
         assert all(map(np.array_equal, tokens[note_id], fields))

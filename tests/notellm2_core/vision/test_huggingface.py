@@ -67,7 +67,7 @@ def architecture_files(folder: Path, settings: Any, processor: Any) -> Path:
     return folder
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -102,8 +102,8 @@ def test_saved_encoder_gives_the_same_bits(kind: str, tmp_path: Path) -> None:
     encoder.save_pretrained(tmp_path / "copy")
     loaded = VisionEncoder.from_pretrained(tmp_path / "copy")
     assert loaded.encoder_id == encoder.encoder_id and loaded.architecture == encoder.architecture
-    pixels = encoder.preprocess(picture(70, 51))[None]
-    assert torch.equal(loaded.preprocess(picture(70, 51))[None], pixels)
+    pixels = encoder.preprocess(random_image(70, 51))[None]
+    assert torch.equal(loaded.preprocess(random_image(70, 51))[None], pixels)
     for a, b in zip(encoder(pixels), loaded(pixels), strict=True):
         assert torch.equal(a, b)
     by_setting = VisionSettings(library="transformers", name="x", pretrained=str(tmp_path / "copy"))
@@ -220,7 +220,7 @@ def test_pixels_are_those_of_the_library(width: int, height: int, resized: int, 
     """
     if max(width, height) > 8 * min(width, height):
         width = height
-    image = picture(width, height, seed=width * height)
+    image = random_image(width, height, seed=width * height)
     crop = {"size": {"shortest_edge": resized}, "crop_size": {"height": 32, "width": 32}, "resample": resample}
     square = {"size": {"height": resized, "width": resized}, "resample": resample}
     dinov3 = square | {"resample": 2}
@@ -246,11 +246,11 @@ def test_pixels_are_those_of_the_library(width: int, height: int, resized: int, 
         ({"do_normalize": False}, "do_normalize = False"),
         ({"do_pad": True}, "do_pad = True"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
-        ({"size": {"shortest_edge": 30}}, "a centre crop that the picture has room for"),
-        ({"do_center_crop": False}, "a centre crop that the picture has room for"),
+        ({"size": {"shortest_edge": 30}}, "a centre crop inside of the resized image"),
+        ({"do_center_crop": False}, "a centre crop inside of the resized image"),
         ({"size": {"shortest_edge": 40, "longest_edge": 80}}, "shortest_edge, or height and width"),
         ({"crop_size": {"height": 32, "width": 16}}, "not square"),
-        ({"crop_size": {"height": 24, "width": 24}}, "reads pictures of 32 pixels, .* makes them 24"),
+        ({"crop_size": {"height": 24, "width": 24}}, "reads images of 32 pixels, .* makes them 24"),
         ({"image_processor_type": "Siglip2ImageProcessor"}, "image_processor_type = Siglip2ImageProcessor"),
     ],
 )
@@ -270,8 +270,8 @@ def test_a_kernel_that_overshoots_is_not_dinov3s() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (hf.Siglip2VisionConfig(), "siglip2_vision_model, which takes pictures of any shape .*naflex"),
-        (hf.Siglip2Config(), "siglip2_vision_model, which takes pictures of any shape .*naflex"),
+        (hf.Siglip2VisionConfig(), "siglip2_vision_model, which takes images of any shape .*naflex"),
+        (hf.Siglip2Config(), "siglip2_vision_model, which takes images of any shape .*naflex"),
         (hf.ResNetConfig(), "is a resnet, which gives no patch features .*; supported: open_clip ViTs.* DINOv3 ViT"),
         (hf.BertConfig(), "is a bert, which gives no patch features .*; supported"),
         (hf.SiglipVisionConfig(**WITH_MLP, vision_use_head=False), "no pooling head, so no global feature"),
