@@ -46,12 +46,12 @@ def test_only_what_is_new_is_embedded(tmp_path: Path) -> None:
     def run(out: str = "out", model: str = "m", **options: Any) -> int:
         calls.clear()
         key = EmbeddingKey(model, lambda ids: [texts[i] for i in ids])
-        kept = write_shards(plan_shards(tmp_path / out, list(texts), key, 2), embed, **options)
+        num_reused = write_shards(plan_shards(tmp_path / out, list(texts), key, 2), embed, **options)
         if not options.get("num_ranks"):
-            found = read_embeddings(tmp_path / out)
-            assert found.note_ids == tuple(sorted(texts))
-            np.testing.assert_array_equal(found.vectors, [vector(texts[i]) for i in found.note_ids])
-        return kept
+            table = read_embeddings(tmp_path / out)
+            assert table.note_ids == tuple(sorted(texts))
+            np.testing.assert_array_equal(table.vectors, [vector(texts[i]) for i in table.note_ids])
+        return num_reused
 
     assert run() == 0 and calls == [["a", "b"], ["c", "d"], ["e"]]
     (tmp_path / "out" / "part-00009.parquet").write_bytes(b"of an older, larger export")
@@ -86,7 +86,7 @@ def test_a_killed_export_is_as_one_that_was_not(tmp_path: Path) -> None:
 
 
 def test_what_is_taken_over_depends_on_no_kill_and_no_rank(tmp_path: Path) -> None:
-    """A note in front of four moves each into another shard: b, c and d are taken over, whoever writes first."""
+    """A note in front of four moves each into another shard: b, c and d are reused in any order of writing."""
     key = EmbeddingKey("m", list)
 
     def embed(ids: Sequence[str]) -> np.ndarray:

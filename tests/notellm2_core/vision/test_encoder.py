@@ -211,7 +211,7 @@ def test_saved_encoder_gives_the_same_bits(tmp_path, small_clip):
         for a, b in zip(encoder(pixels), loaded(pixels), strict=True):
             assert torch.equal(a, b)
         assert (loaded.encoder_id, loaded.num_patches, loaded.width) == (encoder.encoder_id, 16, encoder.width)
-        by_setting = VisionSettings(name="whatever", pretrained=str(tmp_path / str(number)))
+        by_setting = VisionSettings(name="any", pretrained=str(tmp_path / str(number)))
         assert load_vision_encoder(by_setting).encoder_id == encoder.encoder_id
         assert vision_dims(by_setting) == (16, encoder.width)
         assert vision_architecture(by_setting) == encoder.architecture
@@ -230,9 +230,9 @@ def test_a_saved_encoder_that_was_changed_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="cannot be loaded"):
         VisionEncoder.from_pretrained(tmp_path)
-    facts = json.loads((tmp_path / "config.json").read_text())
-    facts["architecture"]["library"] = "zzz"
-    (tmp_path / "config.json").write_text(json.dumps(facts))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architecture"]["library"] = "zzz"
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="is not the configuration of a saved vision encoder .KeyError.'zzz'"):
         VisionEncoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")

@@ -140,7 +140,7 @@ def test_a_damaged_part_is_refused_by_name(store):
     part = next(store.root.glob("part-*"))
     good = part.read_bytes()
     needle = values(4)[0].astype(np.float16)[2].tobytes()
-    at = good.index(needle)  # so small a page is stored as it is
+    at = good.index(needle)  # so small a page is not compressed
     part.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
     with pytest.raises(ValueError, match=rf"{part.name} cannot be read .*move it away and run again"):
         FeatureStore(store.root).load(["a"])

@@ -89,7 +89,7 @@ def test_features_are_the_models_own(kind: str, tmp_path: Path) -> None:
     assert patches.shape == (3, 16, 16)
     torch.testing.assert_close(patches, tokens[:, tokens.shape[1] - 16 :], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(pooled, expected.pooler_output, rtol=1e-5, atol=1e-6)
-    if "siglip" not in kind:  # the class token after the norm stands first
+    if "siglip" not in kind:  # the class token after the norm is the first
         torch.testing.assert_close(pooled, tokens[:, 0], rtol=1e-5, atol=1e-6)
     (folder / "model.safetensors").unlink()
     assert vision_dims(vision(folder)) == (16, 16)
@@ -146,8 +146,8 @@ def test_clip_is_the_same_through_open_clip(quick_gelu: bool, tmp_path: Path) ->
     CLIP.save_pretrained(tmp_path)
     ours = load_vision_encoder(vision(tmp_path))
     vit = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8, "mlp_ratio": 2}
-    facts = {"embed_dim": 8, "vision_cfg": vit, "quick_gelu": quick_gelu}
-    architecture = Architecture("open_clip", facts, ours.architecture.preprocess)
+    open_clip_model = {"embed_dim": 8, "vision_cfg": vit, "quick_gelu": quick_gelu}
+    architecture = Architecture("open_clip", open_clip_model, ours.architecture.preprocess)
     tower: Any = build_tower(architecture)
     tower.visual.load_state_dict(open_clip_weights(model.state_dict()), strict=True)
     theirs = VisionEncoder(architecture, tower)
