@@ -1,7 +1,7 @@
-"""Whether code and lock fit the supported versions of Python beside the one that runs this, without installing anything.
+"""Whether code and lock fit the supported versions of Python beside the one that runs this; nothing is installed.
 
-For each version: the code compiles to byte code (where such an interpreter is at hand), every pinned package has a wheel
-or a source archive for it, and what the packages require under that version is in the lock.
+For each version: the code compiles to byte code (where such an interpreter is at hand), every pinned package has a
+wheel or a source archive for it, and what the packages require under that version is in the lock.
 """
 
 import os

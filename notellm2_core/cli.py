@@ -1,4 +1,4 @@
-"""`notellm2 ...`: stages that are useful by themselves, as commands. Each imports what it needs when it runs."""
+"""The command `notellm2`: stages that are useful by themselves. Each subcommand imports its libraries when it runs."""
 
 import argparse
 import json
@@ -15,48 +15,48 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="notellm2", description="Multimodal item-to-item recall (NoteLLM-2).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="write the demo world: notes, pictures and behaviour logs")
+    demo = commands.add_parser("demo", help="write the demo world: notes, images and behaviour logs")
     demo.add_argument("--out", type=Path, required=True)
     add_options(demo, DemoSettings, *DemoSettings.model_fields)
     demo.set_defaults(run=_demo)
 
-    describe = commands.add_parser("describe", help="parameters of each part, as JSON; reads no weights")
+    describe = commands.add_parser("describe", help="print the parameter counts of a model, as JSON; reads no weights")
     describe.add_argument("--config", type=Path, required=True)
     describe.set_defaults(run=_describe)
 
     embed = commands.add_parser("embed", help="embed notes with a trained model")
     embed.add_argument("--model", required=True, help="folder of a trained model, or its hub name")
     embed.add_argument("--notes", type=Path, required=True, help="source folder, Parquet file or folder of Parquet")
-    embed.add_argument("--images", type=Path, help="folder that image_path is relative to; default: that of the notes")
+    embed.add_argument("--images", type=Path, help="folder that image_path is relative to; default: the notes' folder")
     embed.add_argument("--out", type=Path, required=True)
     embed.add_argument("--inputs", choices=["multimodal", "image", "text"], default="multimodal")
-    embed.add_argument("--dim", type=int, help="keep the first DIM numbers of a vector, made unit again; default: all")
-    embed.add_argument("--batch-notes", type=int, help="notes per batch; default: that of export.batch_notes")
+    embed.add_argument("--dim", type=int, help="truncate vectors to DIM dimensions and normalise them; default: all")
+    embed.add_argument("--batch-notes", type=int, help="notes per batch; default: the default of export.batch_notes")
     embed.set_defaults(run=_embed)
 
-    package = commands.add_parser("package", help="a folder to give away: weights, vision encoder, processor, card")
+    package = commands.add_parser("package", help="write a folder to share: weights, vision encoder, processor, card")
     package.add_argument("--model", type=Path, required=True, help="folder of a trained model")
     package.add_argument("--out", type=Path, required=True, help="a new folder")
-    package.add_argument("--report", type=Path, help="dataset of eval_recall; its table goes into the card")
+    package.add_argument("--report", type=Path, help="dataset eval_recall, whose table goes into the card")
     package.add_argument("--layout", choices=["huggingface", "sentence-transformers"], default="huggingface")
-    package.add_argument("--license", help="of the trained weights, as the hub writes it; default: the configuration's")
+    package.add_argument("--license", help="licence of the weights, in the hub's spelling; default: model.license")
     package.set_defaults(run=_package)
 
     index = commands.add_parser("index", help="build or search a FAISS index")
     index_commands = index.add_subparsers(required=True, metavar="build|search")
-    build = index_commands.add_parser("build")
+    build = index_commands.add_parser("build", help="build an index of embeddings")
     build.add_argument("--embeddings", type=Path, required=True)
     build.add_argument("--out", type=Path, required=True)
     add_options(build, IndexSettings, "factory")
     build.set_defaults(run=_index_build)
-    search = index_commands.add_parser("search")
+    search = index_commands.add_parser("search", help="print the nearest notes of one note, as JSON")
     search.add_argument("--index", type=Path, required=True)
     search.add_argument("--embeddings", type=Path, required=True, help="the queries' embeddings")
     search.add_argument("--note-id", required=True, help="the query note")
     search.add_argument("--k", type=int, default=10)
     search.set_defaults(run=_index_search)
 
-    evaluate = commands.add_parser("evaluate", help="exact recall of pairs, as JSON")
+    evaluate = commands.add_parser("evaluate", help="print the exact recall of pairs, as JSON")
     evaluate.add_argument("--embeddings", type=Path, required=True)
     evaluate.add_argument("--pairs", type=Path, required=True)
     add_options(evaluate, ReportSettings, "ks")
@@ -90,10 +90,10 @@ def _embed(options: argparse.Namespace) -> None:
     counts = embed_notes(
         options.model, options.notes, options.out, options.inputs, options.dim, batch_notes, options.images
     )
-    pictures = counts["pictures"]
-    if lost := {status: n for status, n in pictures.items() if n and status not in ("ok", "missing")}:
-        named = sum(lost.values()) + pictures["ok"]
-        print(f"warning: of {named} pictures, not used: {lost}; --images names their folder", file=sys.stderr)
+    statuses = counts["pictures"]
+    if unusable := {status: n for status, n in statuses.items() if n and status not in ("ok", "missing")}:
+        total = sum(unusable.values()) + statuses["ok"]
+        print(f"warning: of {total} images, not used: {unusable}; --images names their folder", file=sys.stderr)
     print(json.dumps(counts))
 
 
@@ -115,9 +115,9 @@ def _index_search(options: argparse.Namespace) -> None:
     from notellm2_core.retrieval.index import Index
 
     table = read_embeddings(options.embeddings)
-    found, scores = Index.load(options.index).search(table.vectors[table.rows([options.note_id])], options.k)
-    hits = [(n, s) for n, s in zip(found[0], scores[0], strict=True) if n is not None]  # a small index has fewer than k
-    print(json.dumps([{"note_id": n, "score": round(float(s), 6)} for n, s in hits]))
+    note_ids, scores = Index.load(options.index).search(table.vectors[table.rows([options.note_id])], options.k)
+    hits = zip(note_ids[0], scores[0], strict=True)  # a small index has fewer than k: the others are None
+    print(json.dumps([{"note_id": n, "score": round(float(s), 6)} for n, s in hits if n is not None]))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

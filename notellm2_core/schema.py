@@ -1,15 +1,14 @@
-"""The columns of every dataset, in the order the data flows, and the names of its files. The one place that names them.
+"""The columns and file names of every dataset, in the order of the data flow. All code takes them from here.
 
-Imports pyarrow only, so that `spark_jobs` and the asset processes can read it without loading torch.
-Raise `SCHEMA_VERSION` whenever a column changes its name, type or meaning: lakes written before are then refused
-with one sentence instead of being misread.
+Imports only pyarrow, so that `spark_jobs` and the asset processes need no torch. Raise `SCHEMA_VERSION` whenever a
+column changes its name, type or meaning: older lakes are then refused with one sentence instead of being misread.
 """
 
 import pyarrow as pa
 
 SCHEMA_VERSION = 2
 
-# --- source (what the user brings; extra columns are ignored) -------------------------------------------------------
+# --- source: the user's data; extra columns are ignored -------------------------------------------------------------
 SOURCE_NOTE_COLUMNS = ("note_id", "title", "topics", "content")  # plus one of SOURCE_IMAGE_COLUMNS, or no image at all
 SOURCE_IMAGE_COLUMNS = ("image_path", "image")  # path relative to the source folder, or the encoded bytes
 SOURCE_EVENTS = ("events.csv.gz", "events.csv", "events")  # one of these
@@ -23,7 +22,7 @@ NOTES = pa.schema(
         pa.field("topics", pa.list_(pa.string()), nullable=False),
         pa.field("content", pa.string(), nullable=False),
         pa.field("image_path", pa.string()),  # relative to the source folder; null: bytes in `image`, or no image
-        pa.field("image", pa.binary()),  # encoded bytes, where the source carries them in the table
+        pa.field("image", pa.binary()),  # encoded bytes, where the source has them in the table
     ]
 )
 EVENTS = pa.schema(
@@ -38,17 +37,17 @@ INTERACTIONS = pa.schema(
     [
         pa.field("user_id", pa.string(), nullable=False),
         pa.field("note_id", pa.string(), nullable=False),
-        pa.field("first_view", pa.timestamp("us", tz="UTC"), nullable=False),  # or click
+        pa.field("first_view", pa.timestamp("us", tz="UTC"), nullable=False),  # a click is a view, too
         pa.field("last_click", pa.timestamp("us", tz="UTC")),  # null: not clicked
         pa.field("events", pa.int64(), nullable=False),
-        pa.field("clicks", pa.int64(), nullable=False),  # of the events
+        pa.field("clicks", pa.int64(), nullable=False),  # the clicks among these events
     ]
 )
-# What was dropped, with the reason: the row as it came; of robots and unknown notes, the interaction.
+# Dropped rows with the reason: the source's row or, for robots and unknown notes, the interaction.
 QUARANTINE = pa.schema([pa.field("reason", pa.string(), nullable=False), pa.field("row", pa.string(), nullable=False)])
 
 # --- lake: tokens ---------------------------------------------------------------------------------------------------
-NOTE_TOKENS = pa.schema(  # of each field as it is read: truncated and escaped
+NOTE_TOKENS = pa.schema(  # token ids of each field after truncation and escaping
     [
         pa.field("note_id", pa.string(), nullable=False),
         pa.field("title", pa.large_list(pa.int32()), nullable=False),
@@ -61,11 +60,9 @@ NOTE_TOKENS = pa.schema(  # of each field as it is read: truncated and escaped
 NOTE_SPLIT = pa.schema(
     [
         pa.field("note_id", pa.string(), nullable=False),
-        pa.field("side", pa.string(), nullable=False),  # "train" | "pool"
-        pa.field("group_id", pa.string(), nullable=False),  # near-duplicates share it and never straddle the split
-        pa.field(
-            "in_train_days", pa.bool_(), nullable=False
-        ),  # whether it has an interaction there; a cold note has not
+        pa.field("side", pa.string(), nullable=False),  # the split: "train" | "pool", the candidate pool of the test
+        pa.field("group_id", pa.string(), nullable=False),  # near-duplicates share it; a group is in one split
+        pa.field("in_train_days", pa.bool_(), nullable=False),  # has an interaction in the training days; else cold
     ]
 )
 POOL = pa.schema([NOTE_SPLIT.field("note_id"), NOTE_SPLIT.field("in_train_days")])
@@ -83,12 +80,14 @@ TARGET_CLICKS = pa.schema(
         pa.field("num_users", pa.int64(), nullable=False),  # distinct users who clicked the note in the window
     ]
 )
-RELATED_PAIRS = SCORES.append(pa.field("rank", pa.int32(), nullable=False))  # 1 = the strongest of its query
+RELATED_PAIRS = SCORES.append(pa.field("rank", pa.int32(), nullable=False))  # 1 = the highest score of its query
 HARD_NEGATIVES = pa.schema(
     [
         pa.field("note_id", pa.string(), nullable=False),
         pa.field("negative_id", pa.string(), nullable=False),
-        pa.field("rank", pa.int32(), nullable=False),  # 1 = the nearest other note; what is no negative leaves a gap
+        pa.field(
+            "rank", pa.int32(), nullable=False
+        ),  # 1 = the nearest other note; with gaps where a note is no negative
     ]
 )
 
@@ -97,16 +96,16 @@ NOTE_IMAGES = pa.schema(
     [
         pa.field("note_id", pa.string(), nullable=False),
         pa.field("image_id", pa.string()),  # sha256 of the encoded bytes; null: no usable image
-        pa.field("perceptual_hash", pa.string()),  # notes.images.perceptual_hash; null: none
-        pa.field("status", pa.string(), nullable=False),  # one of notes.images.STATUSES
+        pa.field("perceptual_hash", pa.string()),  # vision.images.perceptual_hash; null: none
+        pa.field("status", pa.string(), nullable=False),  # one of vision.images.STATUSES
     ]
 )
 
 
 def vision_features(num_patches: int, width: int) -> pa.Schema:
-    """Columns of the feature cache: patch features `[num_patches * width]` and the global feature `[width]`, fp16.
+    """Columns of the feature store: patch features `[num_patches * width]` and the global feature `[width]`, fp16.
 
-    The perceptual hash stands beside them because it takes the decoded picture too.
+    The perceptual hash is among them because it also needs the decoded image.
     """
     return pa.schema(
         [
@@ -131,12 +130,12 @@ def embeddings(dim: int) -> pa.Schema:
 # --- the files of each dataset; a table is a folder of Parquet ------------------------------------------------------
 NOTES_TABLE = "notes"  # in notes: NOTES
 QUARANTINE_TABLE = "quarantine"  # in notes and interactions: QUARANTINE
-TRAIN, VALIDATION, TEST = "train", "validation", "test"  # tables in all that comes in windows or in splits
+TRAIN, VALIDATION, TEST = "train", "validation", "test"  # tables of datasets that have windows or splits
 TRAIN_CLICKS, TEST_CLICKS = "train_clicks", "test_clicks"  # in cooccurrence: TARGET_CLICKS
 SPLIT_TABLE = "sides"  # in note_split: NOTE_SPLIT
 POOL_TABLE = "pool"  # in pair_datasets: POOL
 NOTE_IMAGES_FILE = "note_images.parquet"  # in vision_features: NOTE_IMAGES
 VISION_FOLDER = "vision"  # in vision_features and in every model: the vision encoder
 TOKENS_FILE = "tokens.arrow"  # in note_tokens: NOTE_TOKENS
-COUNTS_FILE = "counts.json"  # what a command has counted
+COUNTS_FILE = "counts.json"  # the counts of a command
 INDEX_FOLDER = "index"  # in faiss_index

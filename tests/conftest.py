@@ -1,4 +1,4 @@
-"""Two workers share the tests; what is dear is made by one of them, and the longest work starts first."""
+"""Two workers share the tests: one of them makes each expensive fixture, and the longest units start first."""
 
 import os
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, two cores
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub that cannot be reached is not waited for
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # so that no test waits for an unreachable hub
 
-# What one worker takes as a whole, in this order: the finished graph and the Spark session are made once.
+# One worker runs a unit as a whole, in this order: the finished graph and the Spark session are made once.
 UNITS = {
     "tests/pipelines/": "graph",
     "tests/spark_jobs/": "spark",
@@ -23,7 +23,7 @@ UNITS = {
 
 
 def unit(nodeid: str) -> str:
-    """The unit of a test: of those above, or its file."""
+    """The unit of a test: one of UNITS, or its file."""
     file = nodeid.partition("::")[0]
     return next((name for start, name in UNITS.items() if file.startswith(start)), file)
 
@@ -40,10 +40,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Which GPU and which coverage the tests, and what they start, have."""
+    """Sets the GPU and the coverage of the tests and of the processes that they start."""
     if config.option.markexpr != "gpu":  # several ranks share this machine's cores, not its one GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if hasattr(config, "workerinput"):  # what a test starts is not measured: it would take half as long again to start
+    if hasattr(config, "workerinput"):  # measuring the processes that tests start would slow their start by half
         os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
 
 
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator["SparkSession"]:
-    """One session for all tests of a worker."""
+    """One Spark session for all tests of a worker."""
     from spark_jobs.common.session import spark_session
     from tests.support.jvm import UNCOMPILED, quick_jvm
 

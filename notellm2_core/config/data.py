@@ -1,4 +1,4 @@
-"""Settings of the data: the source, its days, the related pairs, the split, how much of a note is read."""
+"""Settings of the data: source, window, related pairs, split, checks, and how much of a note's text is read."""
 
 import math
 from datetime import date
@@ -36,7 +36,7 @@ class EventSettings(Section):
     max_events_per_day: int | None = Field(
         5000,
         gt=0,
-        description="A user with more events on any day is a robot, and none of its events counts. null: nobody is "
+        description="A user with more events on any day is a robot, and none of its events counts. null: no limit "
         "(paper).",
     )
 
@@ -48,7 +48,7 @@ class EventSettings(Section):
 
     @property
     def event_names(self) -> list[str]:
-        """All event names that are known."""
+        """All event names that the settings list, sorted."""
         return sorted({*self.view_events, *self.click_events, *(self.ignored_events or ())})
 
 
@@ -118,8 +118,8 @@ class ScoringSettings(Section):
     max_user_notes: int | None = Field(
         2000,
         gt=0,
-        description="Of each user, this many notes with the latest first view and this many with the latest click "
-        "make pairs. null: all (paper).",
+        description="Notes of each user that make pairs: this many with the latest first view, and this many with the "
+        "latest click. null: all (paper).",
     )
 
 
@@ -160,29 +160,29 @@ class PairSettings(FilterSettings, ScoringSettings):  # (pydantic takes the fiel
 
 
 class HoldOutSettings(Section):
-    """Which notes train, and which form the test pool. No note, and no near-duplicate, is on both sides."""
+    """Which notes train, and which form the candidate pool of the test. Near-duplicates are never separated."""
 
     by: Literal["time", "hash"] = Field(
         "time",
-        description="`time`: the test pool is the notes without events in the training days. `hash`: a hash puts each "
-        "group of near-duplicates on a side.",
+        description="`time`: the pool is the notes without events in the training days. `hash`: a hash assigns each "
+        "group of near-duplicates to training or to the pool.",
     )
     pool_share: float = Field(
         0.3, gt=0, lt=1, description="Share of the near-duplicate groups that form the pool, with `by: hash`."
     )
     max_pool_notes: int | None = Field(
-        None, gt=1, description="Most notes of the pool; a hash selects them. null: no limit."
+        None, gt=1, description="Largest number of notes in the pool; a hash selects them. null: no limit."
     )
 
 
 class SplitSettings(HoldOutSettings):
-    """How notes and pairs are kept apart."""
+    """How notes and pairs are split into training, validation and test."""
 
     validation_share: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="Share of the training pairs for validation (paper: section 2.3). No note is on both sides.",
+        description="Share of the training pairs for validation (paper: section 2.3). The two have no note in common.",
     )
 
 

@@ -81,7 +81,7 @@ def _table(*rows: tuple[str, ...]) -> str:
 
 
 def _row(section: type[Section], name: str) -> tuple[str, str, str, str]:
-    """`name`: of a setting of `section`, as it is shown: by itself or dotted."""
+    """The row of a setting of `section`. `name`: what the row calls it, the bare or the dotted name."""
     key = name.rpartition(".")[2]
     field, schema = section.model_fields[key], section.model_json_schema()["properties"][key]
     default = "required" if field.is_required() else _yaml(schema["default"])
@@ -95,7 +95,7 @@ def _yaml(value: Any) -> str:
 
 
 def _values(schema: Mapping[str, Any], plural: str = "") -> str:
-    """A JSON schema in words; with `plural` = "s", of several such values."""
+    """The values that a JSON schema allows, in words. `plural`: "s" for several such values."""
     if "anyOf" in schema:
         return " or ".join(map(_values, schema["anyOf"]))
     if choices := schema.get("enum", [schema["const"]] if "const" in schema else []):

@@ -1,4 +1,4 @@
-"""From a YAML file, and what the environment says, to the settings. Every error is one sentence."""
+"""Reads the settings from a YAML file and the environment. Every error is one sentence."""
 
 import os
 from datetime import date
@@ -49,9 +49,10 @@ def _problem(error: ErrorDetails) -> str:
 
 
 def config_in_force(path: str = "", source: str = "") -> Config:
-    """The configuration `path` with its source.path replaced by `source`.
+    """The configuration `path`, with its source.path replaced by `source`.
 
-    What is empty is taken from NOTELLM2_CONFIG (where that is empty too: the demo) and SOURCE.
+    An empty `path` defaults to NOTELLM2_CONFIG, or else the demo; an empty `source` to SOURCE. Raises ConfigError as
+    `load_config`.
     """
     path = path or os.environ.get("NOTELLM2_CONFIG") or DEFAULT_CONFIG
     source = source or os.environ.get("SOURCE", "")
@@ -59,7 +60,7 @@ def config_in_force(path: str = "", source: str = "") -> Config:
 
 
 def week_in_force(week: str = "") -> date | None:
-    """The day `week`, or WEEK where that is empty; None where both are. Raises ConfigError where it is no day."""
+    """The day `week`; an empty one defaults to WEEK, or else None. Raises ConfigError where it is not a day."""
     week = week or os.environ.get("WEEK", "")
     try:
         return date.fromisoformat(week) if week else None

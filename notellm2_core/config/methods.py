@@ -1,16 +1,16 @@
-"""The methods of Table 4: a name of the paper -> the switches that make it. A new method is one row."""
+"""The methods of Table 4, by the paper's names, with the switches that define them. A new method is one row here."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 PromptName = Literal["basic", "micl", "text"]
-InputKind = Literal["multimodal", "image", "text"]  # what of a note is read
+InputKind = Literal["multimodal", "image", "text"]  # what the model reads of a note
 LossName = Literal["multimodal", "visual", "omni"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """What distinguishes a method."""
+    """The switches of a method."""
 
     prompt: PromptName  # basic: one compressed word; micl: one for the image, one for the whole note; text: no image
     late_fusion: bool  # whether Eq. 7 mixes the global image feature into the compressed words
@@ -18,7 +18,7 @@ class Method:
 
     @property
     def visual_prompt(self) -> bool:
-        """Whether the visual embeddings E_v stand in the prompt; without them the model needs no connector."""
+        """Whether the prompt contains the visual embeddings E_v; without them the model needs no connector."""
         return self.prompt != "text"
 
     @property

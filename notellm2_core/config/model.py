@@ -1,10 +1,11 @@
-"""Settings of the model: vision encoder, LLM, connector, the start of the new modules, adapters."""
+"""Settings of the model: vision encoder, LLM, connector, initialisation of the new modules, adapters."""
 
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from notellm2_core.config.methods import METHODS, get_method
 from notellm2_core.config.section import Section
 
 VisionLibrary = Literal["open_clip", "timm", "transformers", "tiny"]
@@ -44,14 +45,14 @@ class LLMSettings(Section):
         description="Any causal decoder: a hub name, a folder, a GGUF file, `package:smollm2` (installed with this "
         "project), or `tiny` (random weights, for tests)."
     )
-    num_layers: int | None = Field(None, gt=0, description="Number of layers that are kept, the first ones. null: all.")
+    num_layers: int | None = Field(None, gt=0, description="Number of layers to keep, from the first. null: all.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="Attention implementation of transformers. Gemma 2 needs `eager`."
     )
     config: dict[str, Any] | None = Field(
         None,
-        description="Architecture (`model_type` and sizes), with which `notellm2 describe` needs no hub. null: read "
-        "from where the weights are.",
+        description="Architecture (`model_type` and sizes); with it, `notellm2 describe` needs no hub. null: it is "
+        "read beside the weights.",
     )
 
 
@@ -88,12 +89,14 @@ class ConnectorSettings(Section):
 
 
 class InitSettings(Section):
-    """How the new modules start. All is off in the paper; small models in short runs need it ([why](paper_map.md))."""
+    """How the new modules are initialised. The paper uses none of it; small models in short runs need it
+    ([why](paper_map.md)).
+    """
 
     pca_projector: bool = Field(
         False, description="Whether the projector starts as a PCA of training notes' states instead of at random."
     )
-    num_pca_notes: int = Field(512, gt=1, description="Number of training notes that the start is measured on.")
+    num_pca_notes: int = Field(512, gt=1, description="Number of training notes that these values are measured on.")
     fusion_scale: float | None = Field(
         None,
         gt=0,
@@ -123,11 +126,18 @@ class LoRASettings(Section):
     )
 
 
+def _require_method(name: str) -> str:
+    get_method(name)
+    return name
+
+
 class ModelSettings(Section):
     """The multimodal representation model (MLRM)."""
 
-    method: Literal["basic", "micl", "late_fusion", "notellm2", "only_late_fusion", "omni_retrieval"] = Field(
-        "notellm2", description="A method of Table 4; `notellm2` is the one that the paper proposes."
+    method: Annotated[str, AfterValidator(_require_method)] = Field(
+        "notellm2",
+        description="A method of Table 4; `notellm2` is the one that the paper proposes.",
+        json_schema_extra={"enum": [*METHODS]},
     )
     llm: LLMSettings
     vision: VisionSettings = VisionSettings()
@@ -142,7 +152,7 @@ class ModelSettings(Section):
         3.0,
         le=math.log(100),
         allow_inf_nan=False,
-        description="Initial tau, which is learned; cosines are multiplied by e^tau (paper: section 2.3).",
+        description="Initial logit scale tau, which is learned: cosines are multiplied by e^tau (paper: section 2.3).",
     )
     init: InitSettings = InitSettings()
     lora: LoRASettings | None = Field(

@@ -1,4 +1,4 @@
-"""Settings as options of a command: choices, type, default and help are those of the declaration."""
+"""Settings as command-line options: the declaration gives choices, type, default and help."""
 
 import argparse
 from collections.abc import Callable
@@ -17,13 +17,14 @@ def add_options(
 ) -> None:
     """Add an option `--the-name` for each of the settings `names` of `group` (`num_notes`: `--notes`).
 
-    A list is written with commas, and null may be written `all`. `default`: another than the declaration's.
+    On the command line, a list is written with commas, and null may be written `all`. `default`: replaces the
+    declaration's.
     """
     for name in names:
         field, flag = group.model_fields[name], f"--{name.removeprefix('num_').replace('_', '-')}"
-        says = str(field.description).replace("%", "%%")
+        description = str(field.description).replace("%", "%%")
         if field.annotation is bool:
-            parser.add_argument(flag, dest=name, action="store_true", help=says)
+            parser.add_argument(flag, dest=name, action="store_true", help=description)
             continue
         parser.add_argument(
             flag,
@@ -32,18 +33,18 @@ def add_options(
             choices=get_args(field.annotation) if get_origin(field.annotation) is Literal else None,
             required=required,
             default=default or _written(field.default),
-            help=says if required else f"{says} Default: %(default)s.",
+            help=description if required else f"{description} Default: %(default)s.",
         )
 
 
 def settings_from(options: argparse.Namespace, group: type[S], **others: Any) -> S:
-    """`group` with the settings that are among the `options`, and `others`.
+    """The settings of `group` from parsed `options`; `others` are settings that have no option.
 
-    Raises ValueError where they contradict each other.
+    Raises ValueError where settings contradict each other.
     """
-    given = {name: value for name, value in vars(options).items() if name in group.model_fields}
+    parsed = {name: value for name, value in vars(options).items() if name in group.model_fields}
     try:
-        return group(**given | others)
+        return group(**parsed | others)
     except ValidationError as e:
         raise ValueError("; ".join(p["msg"].removeprefix("Value error, ") for p in e.errors())) from e
 

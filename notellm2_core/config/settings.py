@@ -1,8 +1,8 @@
-"""The settings: one frozen tree, read from YAML. Each is declared once, in a file `config*.py`.
+"""The settings: one frozen tree, read from YAML. Each is declared once, in this folder.
 
 Defaults are the paper's where it has one. An unknown key, a wrong type or an unknown choice is an error that names the
-file and the setting. Units are in the names or the descriptions; counts are `num_*`. docs/settings.md is written from
-these files (`notellm2_core.config.docs`).
+file and the setting. Units are in the names or the descriptions; counts are `num_*`. `notellm2_core.config.docs` writes
+docs/settings.md from the declarations.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ class ExportSettings(Section):
 
     batch_notes: int = Field(64, gt=0, description="Notes embedded at a time.")
     shard_notes: int = Field(
-        4096, gt=0, description="Notes of a file of embeddings. A killed export resumes after the last whole file."
+        4096, gt=0, description="Notes per file of embeddings. A killed export resumes after the last whole file."
     )
     num_ranks: int | None = Field(
         None, gt=0, description="Number of processes, one per device. null: training.num_ranks."
@@ -52,7 +52,7 @@ class ReportSettings(Section):
         ("random", "popularity", "bm25", "zero_shot"),
         description="Baselines to compare with. `zero_shot`: the model before training.",
     )
-    num_sheet_queries: int = Field(6, gt=0, description="Query notes of the picture of neighbours.")
+    num_sheet_queries: int = Field(6, gt=0, description="Query notes of the contact sheet of neighbours.")
 
 
 class SaliencySettings(Section):
@@ -60,7 +60,7 @@ class SaliencySettings(Section):
 
     saliency_pairs: int = Field(32, ge=0, description="Training pairs to measure, at least 2. 0: none.")
     saliency_batch_pairs: int = Field(
-        16, gt=1, description="Pairs of a batch, in fp32 with every attention map in memory."
+        16, gt=1, description="Pairs per batch, in fp32 with every attention map in memory."
     )
 
     @model_validator(mode="after")
@@ -82,7 +82,7 @@ class TrackingSettings(Section):
     )
     experiment: str = Field("notellm2", description="Name of the experiment.")
     timeout_seconds: float = Field(
-        10, gt=0, description="Seconds to wait for an answer. A dead server delays each asset by a few of these."
+        10, gt=0, description="Seconds to wait for an answer. A dead server delays each asset by a few times this."
     )
 
 
@@ -94,7 +94,7 @@ class SparkSettings(Section):
     shuffle_partitions: int | None = Field(
         None,
         gt=0,
-        description="Tasks of a stage, and blocks of the pairs. null: the server's setting where Spark is started "
+        description="Tasks of a Spark stage, and blocks of the pairs. null: the server's setting where Spark runs "
         "elsewhere, or else 8.",
     )
     extra: dict[str, str] = Field({}, description="Further Spark settings, by their names.")
@@ -146,7 +146,7 @@ class Config(Section):
 
     @property
     def trainable_parts(self) -> tuple[Part, ...]:
-        """What `training.trainable` stands for; a part that the method lacks may be among them."""
+        """`training.trainable`, or its default. It may name parts that the method does not have."""
         if self.training.trainable is not None:
             return self.training.trainable
         return tuple(part for part in PARTS if part != "word_embeddings" or self.model.lora is None)
@@ -156,7 +156,7 @@ class Config(Section):
         return "vision" in self.trainable_parts
 
 
-# What a user looks at first, in this order (docs/settings.md).
+# What a new configuration sets first, in the order of docs/settings.md.
 FIRST_SETTINGS = (
     "name",
     "source.path",

@@ -1,4 +1,4 @@
-"""Settings of the training: what is trained and how, and how the run is executed."""
+"""Settings of the training: what is trained, how, and how a training run is executed."""
 
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -17,19 +17,19 @@ def _in_order(parts: tuple[Part, ...]) -> tuple[Part, ...]:
 
 
 class HardNegativeSettings(Section):
-    """Notes that a model ranks near a pair's query although they are unrelated to it: negatives of the whole batch. The
-    paper has none.
+    """Notes that a model ranks near a pair's query although they are unrelated to it. They are negatives of every query
+    in the batch. The paper has none.
     """
 
     num: int = Field(0, ge=0, description="Hard negatives of each pair. 0: none (paper).")
     first_rank: int = Field(
-        10, gt=0, description="Rank among the query's neighbours from which they are taken: closer ones may be related."
+        10, gt=0, description="Lowest rank among the query's neighbours to take: closer ones may be related."
     )
-    last_rank: int = Field(100, gt=0, description="Rank among the query's neighbours up to which they are taken.")
+    last_rank: int = Field(100, gt=0, description="Highest rank among the query's neighbours to take.")
     model: Path | None = Field(
-        None, description="Folder of the trained model that finds them. null: the untrained start."
+        None, description="Folder of the trained model that ranks them. null: the initial model, untrained."
     )
-    factory: str = Field("HNSW32", description="FAISS factory string of the index in which they are found.")
+    factory: str = Field("HNSW32", description="FAISS factory string of the index that is searched for them.")
 
     @model_validator(mode="after")
     def _window(self) -> "HardNegativeSettings":
@@ -69,9 +69,9 @@ class RunSettings(Section):
     checkpoint_every_minutes: float | None = Field(
         None,
         gt=0,
-        description="Minutes between checkpoints, where they pass before the steps do. null: steps alone.",
+        description="Minutes between checkpoints, where these pass before the steps. null: only steps count.",
     )
-    num_checkpoints: int = Field(2, gt=0, description="Number of checkpoints that are kept, the latest ones.")
+    num_checkpoints: int = Field(2, gt=0, description="Number of checkpoints to keep, the latest ones.")
     validate_every_steps: int = Field(500, gt=0, description="Steps between validations.")
     log_every_steps: int = Field(10, gt=0, description="Steps between points of the curves.")
 
@@ -89,7 +89,7 @@ class TrainingSettings(RunSettings):
     precision: Literal["bf16", "fp32", "auto"] = Field(
         "bf16",
         description="Precision of the forward and backward pass (paper: Table 8). `auto`: bf16 on a GPU that supports "
-        "it, elsewhere the faster of both, which is timed.",
+        "it, elsewhere the faster of the two, which is measured.",
     )
     learning_rate: float = Field(
         3e-6,
@@ -100,7 +100,7 @@ class TrainingSettings(RunSettings):
         None, gt=0, description="Peak learning rate of connector, fusion and projector. null: learning_rate (paper)."
     )
     temperature_learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate of tau. null: learning_rate (paper)."
+        None, gt=0, description="Peak learning rate of the logit scale tau. null: learning_rate (paper)."
     )
     trainable: Annotated[tuple[Part, ...], Field(min_length=1), AfterValidator(_in_order)] | None = Field(
         None,
@@ -122,7 +122,7 @@ class TrainingSettings(RunSettings):
     alpha: float = Field(9.0, ge=0, description="Weight of the multimodal loss in Eq. 9 (paper: Table 6).")
     known_positives: KnownPositives = Field(
         "mask",
-        description="Role of the other known positives of a note in the batch. `mask`: none. `count`: positives. "
-        "`ignore`: negatives (paper).",
+        description="Role of a note's other known positives in the batch. `mask`: neither positives nor negatives "
+        "(false-negative masking). `count`: positives. `ignore`: negatives (paper).",
     )
     hard_negatives: HardNegativeSettings = HardNegativeSettings()

@@ -1,4 +1,4 @@
-"""Settings that were changed and that nothing reads: what a user should hear before a run, not after it."""
+"""Warns of settings that were changed and that nothing reads, before a run and not after it."""
 
 from functools import reduce
 
@@ -8,17 +8,17 @@ from notellm2_core.config.training import Part
 
 
 def unused_settings(config: Config) -> list[str]:
-    """What was changed from its default and nothing reads, one sentence each."""
+    """One sentence for each setting that differs from its default and that nothing reads."""
     model, method, kind = config.model, get_method(config.model.method), config.model.connector.kind
     by_method, by_score = f"model.method = {model.method}", f"pairs.score = {config.pairs.score}"
-    measured = (model.init.pca_projector, model.init.fusion_scale, model.init.visual_token_gain)
+    measured_init = (model.init.pca_projector, model.init.fusion_scale, model.init.visual_token_gain)
     negatives = config.training.hard_negatives
 
     def untrained(*parts: Part) -> str:
-        named = not {*parts}.isdisjoint(config.trainable_parts)
-        return "" if named else f"training.trainable without {', '.join(parts)}"
+        is_trained = not {*parts}.isdisjoint(config.trainable_parts)
+        return "" if is_trained else f"training.trainable without {', '.join(parts)}"
 
-    # What keeps a setting from being read; nothing: "".
+    # The reason why a setting is not read; "" where it is.
     no_fusion = "" if method.late_fusion else by_method
     no_connector = "" if method.visual_prompt else by_method
     no_qformer = no_connector or ("" if kind == "qformer" else f"model.connector.kind = {kind}")
@@ -32,7 +32,7 @@ def unused_settings(config: Config) -> list[str]:
         "model.init.fusion_scale": no_fusion,
         "model.init.gate_bias": no_fusion,
         "model.init.visual_token_gain": no_connector,
-        "model.init.num_pca_notes": "" if any(measured) else "model.init without anything that is measured",
+        "model.init.num_pca_notes": "" if any(measured_init) else "model.init without anything that is measured",
         **{f"model.connector.{n}": no_qformer for n in type(model.connector).model_fields if n != "kind"},
         "model.connector.kind": no_connector,
         "training.alpha": "" if "visual" in method.losses else by_method,
@@ -41,8 +41,8 @@ def unused_settings(config: Config) -> list[str]:
         "training.new_module_learning_rate": untrained("connector", "fusion", "projector"),
         "training.temperature_learning_rate": untrained("temperature"),
     }
-    lacking: dict[Part, str] = {"fusion": no_fusion, "connector": no_connector}
-    named = config.training.trainable or ()
+    missing_parts: dict[Part, str] = {"fusion": no_fusion, "connector": no_connector}
+    trainable = config.training.trainable or ()
     return [
         *(
             f"{name} has no effect with {cause}"
@@ -50,15 +50,15 @@ def unused_settings(config: Config) -> list[str]:
             if cause and _is_changed(config, name)
         ),
         *(
-            f"{p} in training.trainable has no effect with {cause}"
-            for p, cause in lacking.items()
-            if cause and p in named
+            f"{part} in training.trainable has no effect with {cause}"
+            for part, cause in missing_parts.items()
+            if cause and part in trainable
         ),
     ]
 
 
 def _is_changed(config: Config, name: str) -> bool:
-    """Whether a setting is another than its default."""
+    """Whether the value of a setting differs from its default."""
     *sections, key = name.split(".")
     section = reduce(getattr, sections, config)
     return bool(getattr(section, key) != type(section).model_fields[key].default)

@@ -1,6 +1,6 @@
-"""Note embeddings on disk and in memory: a shard is written whole, a folder is read back checked. No torch.
+"""Writes note embeddings as a folder of Parquet shards, and reuses the vectors of earlier shards. Imports no torch.
 
-N: notes, d: embedding width.
+A shard is written whole or not at all. Shapes: N notes, d embedding width.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from tqdm import tqdm
 from notellm2_core import schema
 from notellm2_core.runtime.files import link_or_copy, new_folder, parquet_files, written_whole
 
-FORMER = ".former"  # a folder with earlier shards, until an export is complete
+EARLIER_FOLDER = ".former"  # in an export's folder: the shards of earlier exports, until this one is complete
 _REUSED = "reused"
 
 
 def write_shard(path: Path, note_ids: Sequence[str], vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
-    """Write one Parquet shard (schema.embeddings), whole or not at all.
+    """Write the `vectors` [N, d] of one shard (schema.embeddings), whole or not at all.
 
     Raises ValueError where a vector is not finite or not of unit length.
     """
@@ -50,8 +50,8 @@ def write_shard(path: Path, note_ids: Sequence[str], vectors: np.ndarray, metada
 class EmbeddingKey:
     """What the vectors of an export depend on."""
 
-    model_id: str  # names everything that is the same for all notes: the model, the kind of input, the precision
-    content_ids: Callable[[Sequence[str]], Sequence[str]]  # of these notes; each changes whenever the content does
+    model_id: str  # identifies everything that is the same for all notes: the model, the kind of input, the precision
+    content_ids: Callable[[Sequence[str]], Sequence[str]]  # maps note ids to keys that change whenever a content does
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Shard:
 
     path: Path
     note_ids: list[str]
-    fingerprint: str  # of its notes, their contents and the model
+    fingerprint: str  # covers its notes, their contents and the model
 
     @property
     def is_written(self) -> bool:
-        """Whether the file is there, with these vectors."""
+        """Whether the file exists, with these vectors."""
         return _metadata(self.path).get("fingerprint") == self.fingerprint
 
 
@@ -78,7 +78,7 @@ class ShardPlan:
 
 
 def plan_shards(folder: Path, note_ids: Sequence[str], key: EmbeddingKey, shard_notes: int) -> ShardPlan:
-    """The notes in id order, `shard_notes` per file part-00000.parquet. Raises ValueError where there are none."""
+    """The notes in id order, `shard_notes` per file part-00000.parquet. Raises ValueError where there is no note."""
     ids = sorted(set(note_ids))
     if not ids:
         raise ValueError(f"there are no notes to embed into {folder}.")
@@ -97,15 +97,16 @@ def write_shards(
     progress: "tqdm[Any] | None" = None,
     reuse: Sequence[Path] = (),
 ) -> int:
-    """Write every num_ranks-th shard of the plan, and return how many of its notes were not embedded.
+    """Write every num_ranks-th shard of the plan. Returns how many of its notes were not embedded.
 
     Vectors are reused where an earlier shard (in the plan's folder or in `reuse`) was made by the same model from the
     same content; only the other notes are embedded. A killed run therefore resumes, and a changed table costs only its
     changed notes. Reused vectors can differ from fresh ones by rounding, because batches differ. Shards of another
-    model, other notes or another plan are replaced or removed. Which vectors are reused depends on no kill and on no
-    other rank.
+    model, other notes or another plan are replaced or removed. The same vectors are reused after a kill, and on any
+    number of ranks.
 
-    `progress` is advanced over reused vectors, which do not count in its speed; `embed` advances it itself.
+    `embed`: note ids -> vectors [n, d]; it advances `progress` itself. Reused vectors advance it without counting in
+    its speed.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     earlier = _set_aside(plan)
@@ -123,30 +124,30 @@ def write_shards(
         _skip(progress, num_reused)
         num_skipped += num_reused
     if all(shard.is_written for shard in plan.shards):
-        for folder in (earlier, *plan.folder.glob(f".{FORMER}.*")):  # and drafts of it, from any host
+        for folder in (earlier, *plan.folder.glob(f".{EARLIER_FOLDER}.*")):  # and drafts of it, from any host
             shutil.rmtree(folder, ignore_errors=True)
     return num_skipped
 
 
 def _set_aside(plan: ShardPlan) -> Path:
-    """A hidden folder with the shards of earlier exports, from before any of this one is written: all ranks, and the
-    run after one that was killed, reuse the vectors of the same.
+    """A hidden folder with the shards of earlier exports, as they were before this one wrote any: all ranks, and a run
+    that resumes a killed one, reuse vectors of the same shards.
     """
-    earlier, written = plan.folder / FORMER, {shard.path for shard in plan.shards if shard.is_written}
+    earlier, written = plan.folder / EARLIER_FOLDER, {shard.path for shard in plan.shards if shard.is_written}
     others = [path for path in parquet_files(plan.folder) if path not in written]
     if others and not earlier.exists():
         try:
             with new_folder(earlier) as draft:
                 for path in others:
                     link_or_copy(path, draft / path.name)
-        except OSError:  # another rank was quicker, and may have replaced some already
+        except OSError:  # another rank was faster, and may have replaced shards already
             if not earlier.exists():
                 raise
     return earlier
 
 
 def reusable_vectors(folders: Sequence[Path], model_id: str, content_ids: set[str]) -> dict[str, np.ndarray]:
-    """The vectors of these contents in the shards of `folders` that this model made, by content id."""
+    """The vectors [d] of these contents in shards of `folders` that this model made, by content id."""
     vectors: dict[str, np.ndarray] = {}
     for path in (path for folder in folders for path in parquet_files(folder)):
         try:
@@ -156,7 +157,7 @@ def reusable_vectors(folders: Sequence[Path], model_id: str, content_ids: set[st
                 if metadata.get("made_by") != model_id or content_ids.isdisjoint(contents):
                     continue
                 column = file.read(["embedding"])["embedding"].combine_chunks()
-        except (OSError, pa.ArrowException):  # damaged: as good as absent
+        except (OSError, pa.ArrowException):  # damaged: its vectors are computed again
             continue
         rows = column.flatten().to_numpy().reshape(len(column), -1)
         vectors |= {content: rows[i] for i, content in enumerate(contents) if content in content_ids}
@@ -170,36 +171,36 @@ def _write_missing(
     embed: Callable[[Sequence[str]], np.ndarray],
     model_id: str,
 ) -> int:
-    """Write `shard`, embedding what is not `reusable`. Returns how many of its notes were not embedded."""
-    new = [row for row, content in enumerate(content_ids) if content not in reusable]
-    num_reused = len(content_ids) - len(new)
-    if new:
-        fresh = embed([shard.note_ids[row] for row in new])
+    """Write `shard`, embedding the notes without a `reusable` vector. Returns how many notes were not embedded."""
+    new_rows = [row for row, content in enumerate(content_ids) if content not in reusable]
+    num_reused = len(content_ids) - len(new_rows)
+    if new_rows:
+        fresh = embed([shard.note_ids[row] for row in new_rows])
     else:
         fresh = np.empty((0, len(reusable[content_ids[0]])), np.float32)
     vectors = np.empty((len(content_ids), fresh.shape[1]), dtype=np.float32)
-    vectors[new] = fresh
+    vectors[new_rows] = fresh
     for row, content in enumerate(content_ids):
         if content in reusable:
             vectors[row] = reusable[content]
-    facts = {"made_by": model_id, "of": "\n".join(content_ids), _REUSED: str(num_reused)}
-    write_shard(shard.path, shard.note_ids, vectors, {"fingerprint": shard.fingerprint, **facts})
+    origin = {"made_by": model_id, "of": "\n".join(content_ids), _REUSED: str(num_reused)}
+    write_shard(shard.path, shard.note_ids, vectors, {"fingerprint": shard.fingerprint, **origin})
     return num_reused
 
 
 def num_reused(folder: Path) -> int:
-    """How many of the vectors in `folder` were taken over when its shards were written."""
+    """How many of the vectors in `folder` were reused when its shards were written."""
     return sum(int(_metadata(path).get(_REUSED, 0)) for path in parquet_files(folder))
 
 
 def _fingerprint(key: EmbeddingKey, note_ids: Sequence[str]) -> str:
-    """Of a shard with these notes."""
+    """The fingerprint of a shard with these notes."""
     digest = hashlib.sha256("\n".join([*key.content_ids(note_ids), *note_ids]).encode("utf-8", "surrogatepass"))
     return f"{key.model_id}-{digest.hexdigest()[:16]}"
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """{} where there is no shard, or a damaged one."""
+    """The metadata of a shard; {} where it is missing or damaged."""
     try:
         return _text(pq.read_schema(path).metadata)
     except (OSError, pa.ArrowException):

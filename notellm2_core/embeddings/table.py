@@ -1,6 +1,6 @@
-"""Note embeddings in memory: unit vectors, the notes they belong to, and how they are read back checked. No torch.
+"""Note embeddings in memory: unit vectors with their note ids, read from Parquet and checked. Imports no torch.
 
-N: notes, d: embedding width.
+Shapes: N notes, d embedding width.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,7 +17,7 @@ from notellm2_core.runtime.files import parquet_files
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Unit vectors [N, d] (fp32) and the notes they belong to, row by row."""
+    """Unit vectors [N, d] in fp32; row i belongs to `note_ids[i]`."""
 
     note_ids: tuple[str, ...]
     vectors: np.ndarray
@@ -28,7 +28,7 @@ class Embeddings:
         return {note_id: row for row, note_id in enumerate(self.note_ids)}
 
     def rows(self, note_ids: Sequence[str]) -> np.ndarray:
-        """Rows [n] of these notes. Raises ValueError with the number of notes that have no embedding."""
+        """Rows [n] of these notes. Raises ValueError where a note has no embedding."""
         missing = [i for i in note_ids if i not in self.positions]
         if missing:
             raise ValueError(
@@ -39,9 +39,10 @@ class Embeddings:
 
 
 def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Embeddings:
-    """The embeddings of `folder` (its *.parquet, or one file), in file and row order; of `note_ids` only where given.
+    """The embeddings in `folder` (its *.parquet, or one file), in file and row order.
 
-    Raises ValueError where there are none, columns or widths differ from schema.embeddings, or a note comes twice.
+    `note_ids`: only these; None: all. Raises ValueError where there are none, columns or widths differ from
+    schema.embeddings, or a note occurs twice.
     """
     files = [folder] if folder.is_file() else parquet_files(folder)
     if not files:
@@ -52,29 +53,32 @@ def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Em
     parts: list[np.ndarray] = []
     for file in files:
         table = pq.read_table(file)
-        found = table.schema.field("embedding").type if "embedding" in table.column_names else pa.null()
-        if "note_id" not in table.column_names or not isinstance(found, pa.FixedSizeListType):
+        vector_type = table.schema.field("embedding").type if "embedding" in table.column_names else pa.null()
+        if "note_id" not in table.column_names or not isinstance(vector_type, pa.FixedSizeListType):
             raise ValueError(f"{file} is not an embedding table: it needs note_id and a fixed-size list embedding.")
         column = table["embedding"].combine_chunks()
         vectors = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-        vectors = vectors.reshape(-1, found.list_size)
+        vectors = vectors.reshape(-1, vector_type.list_size)
         if parts and vectors.shape[1] != parts[0].shape[1]:
             raise ValueError(f"{file} has width {vectors.shape[1]}, {files[0]} has {parts[0].shape[1]}: two releases?")
-        names = table["note_id"].to_pylist()
+        file_ids = table["note_id"].to_pylist()
         if note_ids is not None:
-            keep = np.fromiter((n in note_ids for n in names), dtype=bool, count=len(names))
-            names, vectors = [n for n, k in zip(names, keep, strict=True) if k], vectors[keep]
-        ids.extend(names)
+            keep = np.fromiter((i in note_ids for i in file_ids), dtype=bool, count=len(file_ids))
+            file_ids, vectors = [i for i, k in zip(file_ids, keep, strict=True) if k], vectors[keep]
+        ids.extend(file_ids)
         parts.append(vectors)
     if len(set(ids)) != len(ids):
-        raise ValueError(f"{folder}: {len(ids) - len(set(ids))} notes come twice; export into an empty folder.")
+        raise ValueError(f"{folder}: {len(ids) - len(set(ids))} notes occur twice; export into an empty folder.")
     return Embeddings(tuple(ids), np.concatenate(parts))
 
 
 def mean_cosine(vectors: np.ndarray, num_pairs: int = 10_000, seed: int = 0) -> float:
-    """Mean cosine of random pairs of different rows of unit vectors [N, d]: near 1 means that they have collapsed."""
+    """Mean cosine of random pairs of different rows of unit vectors [N, d]. Near 1, the embeddings have collapsed.
+
+    Raises ValueError for fewer than two rows.
+    """
     if len(vectors) < 2:
-        raise ValueError(f"the mean cosine needs two embeddings at least, got {len(vectors)}.")
+        raise ValueError(f"the mean cosine needs at least two embeddings, got {len(vectors)}.")
     rng = np.random.default_rng(seed)
     left = rng.integers(0, len(vectors), num_pairs)
     right = (left + rng.integers(1, len(vectors), num_pairs)) % len(vectors)
@@ -82,9 +86,9 @@ def mean_cosine(vectors: np.ndarray, num_pairs: int = 10_000, seed: int = 0) -> 
 
 
 def truncate_dims(vectors: np.ndarray, dim: int | None) -> np.ndarray:
-    """The first `dim` numbers of unit vectors [N, d], made unit again (Matryoshka); None: as they are.
+    """The first `dim` components of unit vectors [N, d], normalised again (Matryoshka) -> [N, dim]. None: unchanged.
 
-    Raises ValueError where there are not so many.
+    Raises ValueError unless 0 < dim <= d.
     """
     if dim is None or dim == vectors.shape[1]:
         return vectors
@@ -95,9 +99,9 @@ def truncate_dims(vectors: np.ndarray, dim: int | None) -> np.ndarray:
 
 
 def read_note_ids(path: Path) -> list[str]:
-    """The notes that a Parquet file or folder names, by a column note_id or as pairs, in order, each once.
+    """The distinct note ids of a Parquet file or folder, in order: its column note_id, or query_id and target_id.
 
-    Raises ValueError where it does neither.
+    Raises ValueError where it is missing or has neither.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist; it must be Parquet with a note_id column, or with pairs.")

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from notellm2_core.config.settings import ExportSettings
-from notellm2_core.embeddings.shards import FORMER, EmbeddingKey, plan_shards, write_shards
+from notellm2_core.embeddings.shards import EARLIER_FOLDER, EmbeddingKey, plan_shards, write_shards
 from notellm2_core.inference.batch_embedder import VECTORS_VERSION, WINDOW_BATCHES
 from notellm2_core.inference.embedder import BATCH_NOTES, Embedder
 from notellm2_core.inference.export import weight_files
@@ -112,7 +112,7 @@ def _require_own(out: Path, source: Path) -> None:
 
 
 def _is_own(file: Path) -> bool:
-    if file.name == FORMER or is_draft(file):  # left by a killed run
+    if file.name == EARLIER_FOLDER or is_draft(file):  # left by a killed run
         return True
     if not _SHARD.fullmatch(file.name) or not file.is_file():
         return False

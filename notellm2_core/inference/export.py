@@ -43,7 +43,7 @@ from notellm2_core.notes.processor import InputKind
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import sha256_of
 from notellm2_core.runtime.fingerprint import fingerprint
-from notellm2_core.runtime.processes import die_with_parent, is_of_torchrun
+from notellm2_core.runtime.processes import die_with_parent, is_torchrun_rank
 from notellm2_core.vision.feature_store import FeatureStore
 from notellm2_core.vision.on_demand import OnDemandFeatures
 
@@ -155,7 +155,7 @@ def _device(config: Config) -> tuple[torch.device, torch.dtype]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    if is_of_torchrun():
+    if is_torchrun_rank():
         die_with_parent("torch")  # an orphaned rank would write into the shards of the next run
     parser = argparse.ArgumentParser(description="Embed notes with a trained model.")
     parser.add_argument("--config", type=Path, required=True)

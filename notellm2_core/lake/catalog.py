@@ -1,8 +1,8 @@
-"""What is made from what: one row per dataset, and from it the address of every dataset of a configuration.
+"""The catalog: the address of every dataset of a configuration in its lake.
 
-A dataset's fingerprint covers its settings, its inputs' fingerprints and the version of the code that makes it. So
-the address of `eval_recall` is known before anything runs, a dataset that is there is never computed again, and
-embeddings of one model can never meet the index of another.
+A dataset's fingerprint covers its settings, its inputs' fingerprints and the version of the code that makes it
+(`lake/lineage.py`). So the address of `eval_recall` is determined before anything runs, a published dataset is never
+computed again, and embeddings of one model can never meet the index of another.
 """
 
 import json
@@ -24,7 +24,7 @@ from notellm2_core.schema import SOURCE_EVENTS
 
 
 class MissingDataset(LakeError):
-    """A dataset that has not been made yet for this configuration."""
+    """A dataset that is not yet published for this configuration."""
 
     def __init__(self, name: str, command: str) -> None:
         super().__init__(f"{name} has not been made yet for this configuration and window; run: {command}")
@@ -35,9 +35,9 @@ class Catalog:
     """The addresses of one configuration's datasets in its lake."""
 
     def __init__(self, config: Config, week: date | None = None, run_id: str | None = None) -> None:
-        """`week`: any day of the week the window shall end with; None: the configured end, else the last complete.
+        """`week`: any day of the last week of the window; None: the configured end, else the last complete week.
 
-        `run_id`: all catalogs of one run see the source as its first one did, whatever arrives there meanwhile.
+        `run_id`: all catalogs of a run see the source as its first catalog did, even where files have arrived since.
         """
         self.config = config
         self.lake = Lake(config.lake.resolve())
@@ -46,7 +46,7 @@ class Catalog:
         self._fingerprints: dict[str, str] = {}
 
     def warnings(self) -> list[str]:
-        """What whoever starts a run should know of the lake: datasets of earlier names that it holds."""
+        """Warnings about the lake, for the start of a run: it holds datasets under earlier names."""
         earlier = [name for name in RENAMED if (self.lake.root / name).is_dir()]
         if not earlier:
             return []
@@ -65,14 +65,14 @@ class Catalog:
 
     @cached_property
     def source_fingerprints(self) -> dict[str, str]:
-        """Of what `raw_events` and `notes` are made of: names, sizes and times of files, so any change is noticed."""
+        """Fingerprints of the files of `raw_events` and `notes`: their names, sizes and times, so any change counts."""
         if self._pin is not None and self._pin.exists():
             pinned: dict[str, str] = json.loads(self._pin.read_text())
             return pinned
-        found = self._list_source()
+        fingerprints = self._list_source()
         if self._pin is not None:
-            write_atomically(self._pin, json.dumps(found))
-        return found
+            write_atomically(self._pin, json.dumps(fingerprints))
+        return fingerprints
 
     def _list_source(self) -> dict[str, str]:
         if self.config.source.path is None:
@@ -82,11 +82,11 @@ class Catalog:
         files: dict[str, list[Any]] = {"raw_events": [], "notes": []}
         for file in sorted(listing(self.source)):
             files["raw_events" if file[0].split("/")[0] in SOURCE_EVENTS else "notes"].append(file)
-        return {name: fingerprint([str(self.source.resolve()), found]) for name, found in files.items()}
+        return {name: fingerprint([str(self.source.resolve()), listed]) for name, listed in files.items()}
 
     @cached_property
     def window(self) -> ResolvedWindow:
-        """Training and test days. Raises MissingDataset where the end depends on raw events that are not ingested."""
+        """Training and test days. Raises MissingDataset where the end depends on events that are not ingested yet."""
         window = self.config.window
         if self.week is not None:
             end = first_day_of_week(self.week) + timedelta(days=7)
@@ -107,8 +107,9 @@ class Catalog:
             return {}
         tree = self.config.model_dump(mode="json")
         settings = {key: get_setting(tree, key) for key in STAGES[name].settings}
-        if weights := {key: found for key, of in self._weights(name) if (found := weights_version(of)) is not None}:
-            settings["weights"] = weights
+        versions = {key: weights_version(weights) for key, weights in self._weights(name)}
+        if any(version is not None for version in versions.values()):
+            settings["weights"] = {key: version for key, version in versions.items() if version is not None}
         if name in ("raw_events", "notes"):
             settings["source"] = self.source_fingerprints[name]
         if name == "interactions":
@@ -121,11 +122,11 @@ class Catalog:
         return () if self._is_empty(name) else STAGES[name].inputs
 
     def _is_empty(self, name: str) -> bool:
-        """Whether `name` holds nothing, whatever it could be made of: then no change of that may retrain the model."""
+        """Whether `name` is empty by configuration. Its inputs then do not count, so they cannot trigger a retrain."""
         return name == "hard_negatives" and not self.config.training.hard_negatives.num
 
     def _weights(self, name: str) -> list[tuple[str, str | None]]:
-        """The pretrained weights that `name` is made with, by the setting that names them."""
+        """The pretrained weights that `name` is made with: pairs of a setting and the weights that it names."""
         model = self.config.model
         names = {"model.llm": model.llm.name, "model.vision": model.vision.pretrained or model.vision.name}
         if name == "hard_negatives":
@@ -134,7 +135,7 @@ class Catalog:
         if name == "baseline_embeddings":
             return [("evaluation.baselines", "minilm")] if "minilm" in self.config.evaluation.baselines else []
         settings = STAGES[name].settings
-        return [(key, of) for key, of in names.items() if key in settings or f"{key}.name" in settings]
+        return [(key, weights) for key, weights in names.items() if key in settings or f"{key}.name" in settings]
 
     def fingerprint(self, name: str) -> str:
         if name not in self._fingerprints:
@@ -147,22 +148,22 @@ class Catalog:
 
     def dataset(self, name: str) -> Dataset:
         """The dataset `name` of this configuration. Raises MissingDataset with the command that makes it."""
-        found = self.find(name)
-        if found is None:
+        dataset = self.find(name)
+        if dataset is None:
             raise MissingDataset(name, self.command())
-        return found
+        return dataset
 
     def inputs(self, name: str) -> dict[str, Dataset]:
         return {n: self.dataset(n) for n in self._inputs(name)}
 
     def command(self) -> str:
-        """What to type to make everything that is missing."""
+        """The shell command that makes everything that is missing."""
         path = os.environ.get("NOTELLM2_CONFIG")
         source = os.environ.get("SOURCE")
-        given = {"CONFIG": path, "SOURCE": source, "WEEK": self.week}
-        return " ".join(["make recall", *(f"{name}={value}" for name, value in given.items() if value)])
+        variables = {"CONFIG": path, "SOURCE": source, "WEEK": self.week}
+        return " ".join(["make recall", *(f"{name}={value}" for name, value in variables.items() if value)])
 
     @property
     def work(self) -> Path:
-        """Where unfinished work waits to be resumed: training checkpoints and the like. No dataset lies there."""
+        """The folder of unfinished work that runs resume, such as training checkpoints. It holds no dataset."""
         return self.lake.root / WORK_FOLDER

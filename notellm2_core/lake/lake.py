@@ -1,9 +1,9 @@
-"""The lake: a dataset is published whole, with a manifest, or it is not there.
+"""The lake: a dataset is published whole, with a manifest, or not at all.
 
-A dataset lives at `<root>/<name>/<fingerprint>/`. The fingerprint names everything that went into it (settings,
-code, upstream fingerprints), so equal inputs meet the same address and nothing is computed twice. Files are written
-into a folder that no reader looks at and moved in with one rename; the manifest inside lists every file with its
-size, rows and checksum. Opening compares the sizes, and `verify` the checksums.
+A dataset lives at `<root>/<name>/<fingerprint>/`. The fingerprint covers everything that the dataset depends on
+(settings, code version, fingerprints of its inputs), so equal inputs give the same address and nothing is computed
+twice. Files are written into a hidden folder, which one rename publishes; the manifest in it lists every file with its
+size, rows and checksum. Opening a dataset compares the sizes.
 """
 
 import json
@@ -22,24 +22,24 @@ from notellm2_core.runtime.files import is_hidden, link_or_copy, new_folder, sha
 from notellm2_core.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
-WORK_FOLDER = ".work"  # in a lake: what killed runs resume from, converted weights; no dataset
-_FULL_BYTES = 16 << 20  # with less than this free, a disk is full: writers ask for pieces of this order
+WORK_FOLDER = ".work"  # in a lake: unfinished work that killed runs resume, converted weights; no dataset
+_FULL_BYTES = 16 << 20  # a disk with less free space is full: writers allocate blocks of about this size
 
 
 class LakeError(ValueError):
-    """A dataset that is missing, damaged, or was written by code that this code does not understand."""
+    """A dataset is missing, damaged, or of another schema version."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a dataset is: where it came from and exactly which files it has."""
+    """What a dataset was made from, and its files."""
 
     name: str
     fingerprint: str
     inputs: Mapping[str, str]  # dataset name -> fingerprint
     settings: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]  # relative path -> {bytes, sha256, rows?}
-    metrics: Mapping[str, Any] = field(default_factory=dict)  # counts and figures worth showing
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # counts and measurements that the UI and reports show
     schema_version: int = SCHEMA_VERSION
     code_version: str = __version__
     created: str = ""
@@ -67,36 +67,36 @@ class Lake:
         return self.root / name / fingerprint
 
     def find(self, name: str, fingerprint: str) -> Dataset | None:
-        """The published dataset, or None. Raises LakeError where it is there but cannot be trusted."""
+        """The published dataset, or None. Raises LakeError where it exists but is not valid (`open_dataset`)."""
         path = self.path(name, fingerprint)
         if not (path / MANIFEST).exists():
             return None
         return open_dataset(path)
 
     def open(self, name: str, fingerprint: str) -> Dataset:
-        """The published dataset. Raises LakeError where it is not there or cannot be trusted."""
+        """The published dataset. Raises LakeError where it is missing or not valid (`open_dataset`)."""
         return open_dataset(self.path(name, fingerprint))
 
     def datasets(self, name: str) -> list[Dataset]:
-        """All published datasets of this name that can be trusted, the oldest first."""
-        found = []
+        """All valid published datasets of this name, the oldest first."""
+        datasets = []
         for path in (self.root / name).glob("[!.]*"):  # drafts are hidden
             with suppress(LakeError):
-                found.append(open_dataset(path))
-        return sorted(found, key=lambda d: (d.manifest.created, d.manifest.fingerprint))
+                datasets.append(open_dataset(path))
+        return sorted(datasets, key=lambda d: (d.manifest.created, d.manifest.fingerprint))
 
     @contextmanager
     def publish(
         self, name: str, fingerprint: str, inputs: Mapping[str, str], settings: Mapping[str, Any]
     ) -> Iterator["Draft"]:
-        """A folder to write into; it becomes the dataset when the block ends without an error, and vanishes otherwise.
+        """A folder to write into. It becomes the dataset when the block ends without an error; otherwise it is removed.
 
-        Two writers of one fingerprint do the same work: the second finds the first's and drops its own. Raises
-        OSError where the block fails on a full disk, whatever the writer made of that.
+        Two writers of one fingerprint do the same work: the second one discards its own. Raises OSError where the block
+        fails on a full disk, for any exception of the writer.
         """
         target = self.path(name, fingerprint)
         with new_folder(target) as work:
-            work.chmod(target.parent.stat().st_mode)  # whoever may write into the lake: Spark's workers may be others
+            work.chmod(target.parent.stat().st_mode)  # Spark's workers may run as other users that share the lake
             draft = Draft(work)
             try:
                 yield draft
@@ -115,19 +115,19 @@ class Lake:
                     raise OSError(f"no space left on the disk of {target.parent}: free some or move the lake") from e
                 raise
             if target.exists() and not (target / MANIFEST).exists():
-                shutil.rmtree(target)  # not a dataset: nothing that publishes leaves such a folder
+                shutil.rmtree(target)  # no dataset: publishing never leaves a folder without a manifest
 
 
 @dataclass
 class Draft:
-    """A dataset being written: the folder, and figures that go into the manifest."""
+    """A dataset being written: the folder, and what goes into the manifest."""
 
     path: Path
     metrics: dict[str, Any] = field(default_factory=dict)
-    linked: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # relative path -> facts known of it
+    linked: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # relative path -> its entry in the manifest
 
     def link(self, name: str, dataset: Dataset, file: str) -> None:
-        """Take over `file` of a published dataset as `name`, without reading or copying it where the disk can."""
+        """Add `file` of a published dataset as `name`, without reading it, and by a hard link where possible."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(dataset.path / file, target)
@@ -135,8 +135,10 @@ class Draft:
 
 
 def open_dataset(path: Path) -> Dataset:
-    """The dataset in `path`. Raises LakeError if it is missing, of another schema version, or not what its manifest
-    lists: readers take every file of a folder.
+    """The dataset in `path`.
+
+    Raises LakeError if it is missing, of another schema version, or if its files are not exactly those that the
+    manifest lists, with their sizes: readers read every file of a folder.
     """
     file = path / MANIFEST
     if not file.exists():
@@ -155,29 +157,29 @@ def open_dataset(path: Path) -> Dataset:
     foreign = {str(f.relative_to(path)) for f in _files(path)} - {*manifest.files, MANIFEST}
     if foreign:
         raise LakeError(f"{path / min(foreign)} is not in the manifest of its dataset; move it away and run again.")
-    for name, facts in manifest.files.items():
-        if not (path / name).exists() or (path / name).stat().st_size != facts["bytes"]:
+    for name, entry in manifest.files.items():
+        if not (path / name).exists() or (path / name).stat().st_size != entry["bytes"]:
             raise LakeError(f"{path / name} does not match its manifest; delete {path} and run again.")
     return Dataset(path, manifest)
 
 
-def _describe(folder: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Facts of every file, those of `known` ones without reading them.
+def _describe(folder: Path, linked: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The manifest's entry of every file. Those of `linked` files are copied, without reading the file.
 
-    Spark's markers and hidden checksums are dropped: the manifest replaces them.
+    Spark's markers and hidden checksums are removed: the manifest replaces them.
     """
     files: dict[str, Mapping[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and is_hidden(path.name):
             path.unlink()
     for path in _files(folder):
-        if (name := str(path.relative_to(folder))) in known:
-            files[name] = known[name]
+        if (name := str(path.relative_to(folder))) in linked:
+            files[name] = linked[name]
             continue
-        facts: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         if path.suffix == ".parquet":
-            facts["rows"] = pq.read_metadata(path).num_rows
-        files[name] = facts
+            entry["rows"] = pq.read_metadata(path).num_rows
+        files[name] = entry
     return files
 
 

@@ -1,4 +1,4 @@
-"""What is made from what: one row per dataset, with the settings that its code reads and the version of its code."""
+"""The lineage: one row per dataset with its inputs, the settings that its code reads, and the version of its code."""
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -19,17 +19,15 @@ from notellm2_core.config.training import RunSettings, TrainingSettings
 
 @dataclass(frozen=True)
 class Stage:
-    """One dataset: the datasets it reads, the settings that its code reads (dotted; those of its inputs need not be
-    named again), and the version of its code.
-    """
+    """How one dataset is made."""
 
-    inputs: tuple[str, ...]
-    settings: tuple[str, ...]
+    inputs: tuple[str, ...]  # the datasets that it reads
+    settings: tuple[str, ...]  # dotted names of the settings that its code reads, without those of its inputs
     version: int = 1  # raise it when the code that makes the dataset changes its result
 
 
 def settings_of(section: str, group: type[Section], *, but: Container[str] = ()) -> tuple[str, ...]:
-    """The dotted names of all settings of `group` in `section`: a new one enters the rows that name its group."""
+    """The dotted names of all settings of `group` in `section`: a new setting enters all rows that list its group."""
     return tuple(f"{section}.{name}" for name in group.model_fields if name not in but)
 
 
@@ -44,7 +42,7 @@ _EXPORT = settings_of("export", ExportSettings, but=("num_ranks",))
 
 _TRAINING = (
     *settings_of("training", TrainingSettings, but=(*RunSettings.model_fields, "hard_negatives")),
-    "training.hard_negatives.num",  # only how many a pair takes: which they are is the dataset of that name
+    "training.hard_negatives.num",  # how many a pair takes; the dataset hard_negatives holds the candidates
 )
 
 
@@ -91,7 +89,7 @@ STAGES: Mapping[str, Stage] = {
 }  # fmt: skip
 
 
-RENAMED = {  # earlier names of datasets; nothing reads those in a lake any more
+RENAMED = {  # earlier names of datasets, which nothing reads any more
     "events": "interactions",
     "note_sides": "note_split",
     "start_model": "initial_model",
@@ -99,4 +97,4 @@ RENAMED = {  # earlier names of datasets; nothing reads those in a lake any more
     "landing": "ingestion",
     "period": "log_partition",
 }
-WORLD_VERSION = 1  # of the demo world's generator
+WORLD_VERSION = 1  # version of the demo world's generator

@@ -1,4 +1,4 @@
-"""Days and weeks: which of them a configuration reads."""
+"""The days that a configuration reads, and where weeks end."""
 
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -17,18 +17,20 @@ class Days:
 
 @dataclass(frozen=True)
 class ResolvedWindow:
+    """The days of the training pairs and of the test pairs."""
+
     train: Days
     test: Days
 
 
 def first_day_of_week(day: date) -> date:
-    """Weeks run from Sunday to Saturday, so that the Sunday 03:00 retrain reads the week that has just ended."""
+    """The Sunday on or before `day`: weeks end on Saturday, so the Sunday 03:00 retrain reads a week that has ended."""
     return day - timedelta(days=(day.weekday() + 1) % 7)
 
 
 def last_complete_week_end(last_day: date) -> date:
-    """The exclusive end of the last week that a log covers whose last event is of `last_day`.
+    """The exclusive end of the last complete week of a log that ends on `last_day`.
 
-    A log whose last event falls on a Saturday covers that week; one that stops on a Friday does not.
+    A log that ends on a Saturday covers that week; one that ends on a Friday does not.
     """
     return first_day_of_week(last_day + timedelta(days=1))

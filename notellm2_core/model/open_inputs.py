@@ -47,12 +47,12 @@ class InputReader:
         image_ids = {n: i for n, i in read_note_images(self.inputs.images).items() if n in tokens}
         if self.encoder is None:
             return OpenInputs(tokens, image_ids, FeatureStore(self.inputs.store / self.encoder_id))
-        if self.inputs.pictures is None:
+        if self.inputs.image_folders is None:
             raise ValueError(
                 "the vision encoder is trained, or was: give the folders of the images (--pictures NOTES SOURCE)"
             )
         return OpenInputs(
-            tokens, image_ids, NoteImages(self.inputs.pictures, image_ids, tokens.keys(), self.max_pixels)
+            tokens, image_ids, NoteImages(self.inputs.image_folders, image_ids, tokens.keys(), self.max_pixels)
         )
 
 
@@ -66,7 +66,7 @@ def load_model_and_reader(folder: Path, inputs: NoteInputs, max_pixels: int) -> 
     model, processor = load_model(folder)
     encoder = None
     if model.config.encoder_id not in ("", encoder_id(inputs.images)):  # a bare save_pretrained names none
-        if inputs.pictures is None:
+        if inputs.image_folders is None:
             require_its_encoder(model.config, encoder_id(inputs.images))
         encoder = load_encoder(folder)
     return model, InputReader(processor, inputs, encoder, max_pixels)

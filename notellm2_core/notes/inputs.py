@@ -1,4 +1,4 @@
-"""The folders that every command on notes and their images reads: declared, read and written as options in one place.
+"""The folders that every command on notes and their images reads, and their command-line options.
 
 Imports no torch.
 """
@@ -12,7 +12,7 @@ from notellm2_core.schema import VISION_FOLDER
 
 
 class ImageFolders(NamedTuple):
-    """Where the pictures of a lake's notes are."""
+    """Where the images of a lake's notes are."""
 
     notes: Path  # the notes dataset
     source: Path  # the folder that its image_path is relative to
@@ -23,32 +23,32 @@ class NoteInputs:
     """The notes that a model reads, and their images."""
 
     notes: Path  # the notes dataset, or its tokens
-    images: Path  # what the features command wrote: note_images.parquet and vision/
+    images: Path  # output of the features command: note_images.parquet and vision/
     store: Path  # parent of the feature stores, one per vision encoder
-    pictures: ImageFolders | None = None  # needed where the vision encoder is, or was, trained
+    image_folders: ImageFolders | None = None  # required where the vision encoder is, or was, trained
 
     @property
     def vision(self) -> Path:
-        """The folder of the vision encoder that made the features."""
+        """Folder of the vision encoder that made the features."""
         return self.images / VISION_FOLDER
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         """Declare --notes, --images, --store and --pictures."""
         parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset, or of its tokens")
-        parser.add_argument("--images", type=Path, required=True, help="what the features command wrote")
+        parser.add_argument("--images", type=Path, required=True, help="output folder of the features command")
         parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
         parser.add_argument(
             "--pictures", type=Path, nargs=2, metavar=("NOTES", "SOURCE"),
-            help="folders of the notes dataset and of its pictures, where the vision encoder is, or was, trained",
+            help="folders of the notes dataset and of its images, where the vision encoder is, or was, trained",
         )  # fmt: skip
 
     @classmethod
     def of(cls, args: Namespace) -> "NoteInputs":
-        """From what a parser with these options has read."""
+        """The folders from the parsed options."""
         return cls(args.notes, args.images, args.store, ImageFolders(*args.pictures) if args.pictures else None)
 
     def arguments(self) -> list[str]:
-        """These options of a command line."""
+        """The folders as command-line options."""
         options = ["--notes", str(self.notes), "--images", str(self.images), "--store", str(self.store)]
-        return [*options, "--pictures", *map(str, self.pictures)] if self.pictures else options
+        return [*options, "--pictures", *map(str, self.image_folders)] if self.image_folders else options

@@ -1,4 +1,4 @@
-"""A note as the models read it, and how notes are read from the lake. Imports no torch."""
+"""Reads the texts of notes from the notes dataset of the lake. Imports no torch."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -17,26 +17,26 @@ TEXT_COLUMNS = ("note_id", "title", "topics", "content")
 def read_notes(path: Path, note_ids: Collection[str] | None = None) -> dict[str, Note]:
     """The notes of the Parquet files in the folder `path` (columns of schema.NOTES), by id, in the files' order.
 
-    `note_ids` keeps only those notes. Raises ValueError where the folder holds no Parquet, a column is missing, an id
-    comes twice or is not there.
+    `note_ids`: only these; None: all. Raises ValueError where the folder holds no Parquet, a column is missing, an id
+    occurs twice, or one of `note_ids` is missing.
     """
     notes: dict[str, Note] = {}
     for note in iter_notes(path, note_ids):
         if note.note_id in notes:
-            raise ValueError(f"note {note.note_id!r} comes twice in {path}; ids must be unique.")
+            raise ValueError(f"note {note.note_id!r} occurs twice in {path}; ids must be unique.")
         notes[note.note_id] = note
-    absent = set() if note_ids is None else set(note_ids) - notes.keys()
-    if absent:
-        raise ValueError(f"{len(absent)} notes are not in {path}, among them {min(absent)!r}.")
+    missing_ids = set() if note_ids is None else set(note_ids) - notes.keys()
+    if missing_ids:
+        raise ValueError(f"{len(missing_ids)} notes are not in {path}, among them {min(missing_ids)!r}.")
     return notes
 
 
 def iter_notes(path: Path, note_ids: Collection[str] | None = None) -> Iterator[Note]:
-    """As `read_notes`, a few at a time, without looking for ids that come twice or not at all.
+    """`read_notes` as an iterator, which does not check for duplicate and missing ids.
 
-    Only the text columns are read, so images that lie in the table cost nothing.
+    Only the text columns are read, so images in the table cost nothing.
     """
-    wanted = None if note_ids is None else pa.array(sorted(set(note_ids)), pa.string())
+    selected_ids = None if note_ids is None else pa.array(sorted(set(note_ids)), pa.string())
     for file in _files(path):
         with pq.ParquetFile(file) as parquet:
             missing = [name for name in TEXT_COLUMNS if name not in parquet.schema_arrow.names]
@@ -44,14 +44,14 @@ def iter_notes(path: Path, note_ids: Collection[str] | None = None) -> Iterator[
                 raise ValueError(f"{file} has no column {missing[0]!r}; notes need {', '.join(TEXT_COLUMNS)}.")
             for batch in parquet.iter_batches(columns=list(TEXT_COLUMNS)):
                 table = pa.table(batch).select(TEXT_COLUMNS).cast(pa.schema([NOTES.field(n) for n in TEXT_COLUMNS]))
-                if wanted is not None:
-                    table = table.filter(pc.is_in(table["note_id"], value_set=wanted))
+                if selected_ids is not None:
+                    table = table.filter(pc.is_in(table["note_id"], value_set=selected_ids))
                 for note_id, title, topics, content in zip(*(c.to_pylist() for c in table.columns), strict=True):
                     yield Note(note_id, title, tuple(topics), content)
 
 
 def num_notes(path: Path) -> int:
-    """How many there are in the folder."""
+    """Number of notes in the folder, from the files' metadata."""
     return sum(pq.read_metadata(file).num_rows for file in _files(path))
 
 

@@ -1,4 +1,4 @@
-"""A note: its text, its text with an image, and how it is read from a dict that a person hands over. No torch."""
+"""A note: its text, with or without its image, and how it is read from a user's dict. Imports no torch."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-Picture = str | Path | bytes | Image.Image  # a path, the encoded bytes, or what Pillow opened
+ImageLike = str | Path | bytes | Image.Image  # a path, the encoded bytes, or an image that Pillow has opened
 FIELDS = ("note_id", "title", "topics", "content", "image")
-WHITE_SPACE = " \t\r\n"  # what the pipeline trims from ids and topics
+WHITE_SPACE = " \t\r\n"  # the pipeline trims it from ids and topics
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class Note:
 
 @dataclass(frozen=True)
 class NoteWithImage:
-    """A note's text and picture."""
+    """A note's text and image."""
 
     note: Note
-    image: Picture | None = None
+    image: ImageLike | None = None
 
 
 NoteLike = Mapping[str, Any] | Note | NoteWithImage
 
 
 def as_note(value: NoteLike) -> NoteWithImage:
-    """A dict with some of the FIELDS, or a Note without picture, as a NoteWithImage. What is left out is empty.
+    """A NoteWithImage from a dict with any of the FIELDS, or from a Note without image. Missing fields are empty.
 
     Raises ValueError for a field that is unknown or of a wrong type.
     """
@@ -53,27 +53,27 @@ def as_note(value: NoteLike) -> NoteWithImage:
     image = value.get("image")
     if isinstance(image, bytearray | memoryview):
         image = bytes(image)
-    if image is not None and not isinstance(image, Picture):
+    if image is not None and not isinstance(image, ImageLike):
         raise ValueError(f"the image of a note is a path, bytes, a PIL image or None, not {type(image).__name__}.")
     note = Note(texts["note_id"], texts["title"], parse_topics(value.get("topics")), texts["content"])
     return NoteWithImage(note, None if image == "" else image)
 
 
 def parse_topics(value: Iterable[Any] | str | None) -> tuple[str, ...]:
-    """Topics from a list, or from one string separated by '|', as the pipeline reads them: trimmed, none empty.
+    """Topics from a list, or from one string separated by '|': trimmed, without empty ones, as the pipeline reads them.
 
-    Raises ValueError where a topic is no text, or `value` neither list nor text.
+    Raises ValueError where a topic is not text, or `value` is neither a list nor text.
     """
     if not isinstance(value, Iterable | None):
         raise ValueError(f"the topics of a note are a list or a text, not {type(value).__name__} {str(value)[:80]!r}.")
-    found = value.split("|") if isinstance(value, str) else list(value) if value is not None else []
-    wrong = [t for t in found if t is not None and not isinstance(t, str)]
+    topics = value.split("|") if isinstance(value, str) else list(value) if value is not None else []
+    wrong = [t for t in topics if t is not None and not isinstance(t, str)]
     if wrong:
         raise ValueError(f"a topic is text, not {type(wrong[0]).__name__} {str(wrong[0])[:80]!r}.")
-    trimmed = (t.strip(WHITE_SPACE) for t in found if t is not None)
+    trimmed = (t.strip(WHITE_SPACE) for t in topics if t is not None)
     return tuple(t for t in trimmed if t)
 
 
 def plain_text(note: Note) -> str:
-    """Title, topics and content, a line each, untruncated; empty fields leave no line."""
+    """Title, topics and content, one line each, untruncated; an empty field has no line."""
     return "\n".join(part for part in (note.title, ", ".join(note.topics), note.content) if part)

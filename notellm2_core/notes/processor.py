@@ -1,6 +1,7 @@
-"""Notes -> tensors: tokens, the places of the visual embeddings and of the compressed words, padding.
+"""Notes -> tensors: tokens, positions of the visual embeddings and of the compressed words, padding.
 
-Shapes: N notes, T tokens of the longest, L_c visual embeddings, L patches of width h_v.
+Shapes: N notes, T tokens of the longest, L_c visual embeddings, L patches of width h_v, M distinct images, S input side
+in pixels.
 """
 
 import json
@@ -24,7 +25,7 @@ from notellm2_core.notes.note import Note
 from notellm2_core.notes.note_tokenizer import FieldTokens, NoteTokenizer
 from notellm2_core.notes.prompts import IMAGE_TOKEN, PROMPTS, Field, Mark, name_of
 
-_SETTINGS_FILE = "processor_config.json"  # where AutoProcessor looks
+_SETTINGS_FILE = "processor_config.json"  # the name that AutoProcessor expects
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -54,7 +55,7 @@ class MLRMProcessor:
         self.num_patches = num_patches
         self.vision_width = vision_width
         self.padding_side = padding_side
-        # Padding is told apart by the mask, never by its id, so any id will do (many tokenizers pad with eos).
+        # The mask marks padding, never the id, so any id will do (many tokenizers pad with eos).
         self._padding_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         literals = [p for p in PROMPTS[prompt] if isinstance(p, str)]
         self._literal_ids = {
@@ -70,8 +71,8 @@ class MLRMProcessor:
     def lay_out(self, tokens: FieldTokens, inputs: InputKind = "multimodal") -> EncodedNote:
         """A note's tokens in this method's prompt.
 
-        inputs = image: the text fields are empty; text: the image is left out. The template is kept either way.
-        Raises ValueError for another kind of input.
+        inputs = image: the text fields are empty; text: the image is left out. Either way the template stays. Raises
+        ValueError for an unknown kind of input.
         """
         require_input_kind(inputs)
         image_id, visual_word_id = self.note_tokenizer.new_token_ids
@@ -96,13 +97,13 @@ class MLRMProcessor:
         return EncodedNote(np.concatenate(parts, dtype=np.int64), image_start, visual_index, inputs != "text")
 
     def num_tokens(self, tokens: FieldTokens, inputs: InputKind = "multimodal") -> int:
-        """The length of `lay_out`."""
+        """The length of `lay_out(tokens, inputs)`."""
         require_input_kind(inputs)
         return self._template_length + (0 if inputs == "image" else sum(map(len, tokens)))
 
     @property
     def num_shared(self) -> int:
-        """How many tokens are the same at the start of every note, before its image or its text."""
+        """Number of tokens at the start that all notes share, before their image or text."""
         num = len(self._start_ids)
         for piece in PROMPTS[self.prompt]:
             if not isinstance(piece, str):
@@ -111,7 +112,7 @@ class MLRMProcessor:
         return num
 
     def layout(self) -> list[tuple[str, int, int]]:
-        """The prompt of a note without text: (what stands there, its first position, its number of tokens)."""
+        """The pieces of the prompt of a note without text: (name, first position, number of tokens)."""
         pieces: list[tuple[str, int, int]] = []
 
         def add(name: str, num_tokens: int) -> None:
@@ -138,8 +139,8 @@ class MLRMProcessor:
         """A batch of N notes.
 
         patches [N, L, h_v] and global_feature [N, h_v] of any float type (None: no note has an image), has_image [N]
-        bool. Rows without image may hold anything: they become zeros. pixels: in place of features, pictures
-        [M, S, S, 3] and which of them [N] each note has. Raises ValueError if a shape does not fit.
+        bool. Rows without image may hold any values: they become zeros. pixels, in place of features: images
+        [M, S, S, 3] and each note's row [N] in them. Raises ValueError if a shape does not fit.
         """
         n, length = len(encoded), max(map(len, encoded))
         input_ids = torch.full((n, length), self._padding_id, dtype=torch.int64)
@@ -155,13 +156,13 @@ class MLRMProcessor:
         visual_index = torch.tensor([e.visual_index for e in encoded])
         shown = np.asarray(has_image, dtype=bool) & np.array([e.reads_image for e in encoded])
         if pixels is None:
-            of_pictures = {
+            image_tensors = {
                 "patches": _features(patches, shown, (n, self.num_patches, self.vision_width)),
                 "global_feature": _features(global_feature, shown, (n, self.vision_width)),
             }
         else:
-            of_pictures = dict(zip(("pixels", "picture"), map(torch.from_numpy, pixels), strict=True))
-            of_pictures |= {"patches": torch.empty(0), "global_feature": torch.empty(0)}
+            image_tensors = dict(zip(("pixels", "image_index"), map(torch.from_numpy, pixels), strict=True))
+            image_tensors |= {"patches": torch.empty(0), "global_feature": torch.empty(0)}
         return NoteBatch(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -169,7 +170,7 @@ class MLRMProcessor:
             visual_index=torch.where(visual_index < 0, visual_index, visual_index + start),
             last_index=start + torch.tensor([len(e) for e in encoded]) - 1,
             has_image=torch.from_numpy(shown),
-            **of_pictures,
+            **image_tensors,
         )
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -188,10 +189,10 @@ class MLRMProcessor:
 
     @classmethod
     def from_pretrained(cls, name: Path | str, **options: Any) -> "MLRMProcessor":
-        """What `save_pretrained` wrote into a folder, or what the hub has of it.
+        """The processor that `save_pretrained` wrote, from a folder or the hub.
 
-        Of the options, which AutoProcessor hands over with some of its own, those that say which of the hub's copies
-        are heeded. Raises ValueError if it is not there, cannot be read or is not of this code.
+        Only the options that select a copy on the hub are used; AutoProcessor passes others, too. Raises ValueError if
+        the files are missing, cannot be read or are not of this class.
         """
         hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
         try:
@@ -211,13 +212,13 @@ class MLRMProcessor:
             raise ValueError(f"{file} is not the configuration of a {cls.__name__} ({' '.join(str(e).split())})") from e
 
     def _start_of_sequence(self) -> list[int]:
-        """[bos] where the tokenizer puts one before a text (LLaMA does, Qwen does not)."""
+        """[bos] where the tokenizer starts a text with it (LLaMA does, Qwen does not), else []."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else []
 
 
 def require_input_kind(inputs: str) -> None:
-    """Raises ValueError, with the choices, for what is no kind of input."""
+    """Raises ValueError with the choices for an unknown kind of input."""
     if inputs not in get_args(InputKind):
         raise ValueError(f"inputs = {inputs!r}; choose one of {', '.join(get_args(InputKind))}.")
 

@@ -1,6 +1,6 @@
-"""From a note's fields to the words of a prompt: truncation (section 2.3), escaping, and the prompts (sections 2.2, 3).
+"""The prompts (sections 2.2 and 3), and how a note's fields are truncated (section 2.3) and escaped for them.
 
-A prompt is a sequence of `Literal text | field | mark`. Fields are tokenised apart from the text around them, so that
+A prompt is a sequence of literal text, fields and marks. Fields are tokenised apart from the text around them, so that
 nothing a user writes can become part of the template or a special token.
 """
 
@@ -13,31 +13,31 @@ from notellm2_core.config.data import WordSettings, WordUnit
 from notellm2_core.config.methods import PromptName
 from notellm2_core.notes.note import Note
 
-IMAGE_TOKEN = "<IMG>"  # the placeholder; at its place stand L_c of them, replaced by the visual embeddings
+IMAGE_TOKEN = "<IMG>"  # a placeholder: it is repeated L_c times, and the visual embeddings replace them
 VISUAL_WORD_TOKEN = "<IMG_EMB>"  # the token after the visual compressed word
 
 TOKENS_PER_WORD = 4  # a field of w words may take 4 w tokens: a "word" of 100,000 letters cannot fill the prompt
-CHARACTERS_PER_TOKEN = 32  # beyond this many characters per token nothing is even looked at
+CHARACTERS_PER_TOKEN = 32  # characters beyond this many per token are not even read
 
 FieldName = Literal["title", "topic", "content"]
 
 
 @dataclass(frozen=True)
 class Field:
-    """A place in a prompt where a field of the note goes."""
+    """A piece of a prompt: a field of the note."""
 
     name: FieldName
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a prompt where a special token goes."""
+    """A piece of a prompt: a special token."""
 
     token: str
 
 
 def name_of(piece: str | Field | Mark) -> str:
-    """What stands in this place of a prompt: a literal in quotes, a field's name or a special token."""
+    """The name of a piece of a prompt: a literal in quotes, a field's name or a special token."""
     return repr(piece) if isinstance(piece, str) else piece.name if isinstance(piece, Field) else piece.token
 
 
@@ -79,23 +79,23 @@ _LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
 def count_words(text: str, unit: WordUnit = "auto") -> int:
-    """How many words `text` has; see `truncate_words`."""
+    """Number of words in `text`, as `truncate_words` counts them."""
     return sum(1 for _ in _WORDS[unit].finditer(text))
 
 
 def truncate_words(text: str, num_words: int, unit: WordUnit = "auto") -> str:
-    """The first `num_words` words of `text`, as they stand, without the white space around them.
+    """The first `num_words` words of `text`, unchanged, without the white space around them.
 
-    unit = auto: a Chinese or Japanese character is a word, all else is split at white space.
+    unit = auto: a Chinese or Japanese character is a word, other text is split at white space.
     """
     words = list(islice(_WORDS[unit].finditer(text), num_words))
     return text[words[0].start() : words[-1].end()] if words else ""
 
 
 def escape(text: str) -> str:
-    r"""`text` as it may stand between the prompt's single quotes: \ ' " and line breaks get a backslash.
+    r"""`text` for the inside of the prompt's single quotes: \ ' " and line breaks get a backslash.
 
-    Lone surrogates, which no tokenizer takes, become question marks.
+    Lone surrogates, which no tokenizer accepts, become question marks.
     """
     text = text.encode("utf-8", "replace").decode()
     text = text.replace("\\", "\\\\").replace("'", "\\'").replace('"', '\\"')
@@ -103,17 +103,17 @@ def escape(text: str) -> str:
 
 
 def field_limit(name: FieldName, settings: WordSettings) -> int:
-    """How many words of the field are read."""
+    """Number of words of the field that are read."""
     return {"title": settings.title_words, "topic": settings.topic_words, "content": settings.content_words}[name]
 
 
 def max_field_tokens(name: FieldName, settings: WordSettings) -> int:
-    """How many tokens a field may take; a bound for odd texts, which ordinary ones do not meet."""
+    """Number of tokens that a field may take: a bound for odd texts, which ordinary ones do not reach."""
     return TOKENS_PER_WORD * field_limit(name, settings)
 
 
 def field_text(note: Note, name: FieldName, settings: WordSettings) -> str:
-    """A field as it goes into the prompt: truncated and escaped. Topics are joined with ", " and truncated together."""
+    """A field as the prompt contains it: truncated and escaped. Topics are joined with ", " and truncated together."""
     raw = {"title": note.title, "topic": ", ".join(note.topics), "content": note.content}[name]
     raw = raw.lstrip()[: CHARACTERS_PER_TOKEN * max_field_tokens(name, settings)]
     return escape(truncate_words(raw, field_limit(name, settings), settings.word_unit))

@@ -1,7 +1,7 @@
-"""Notes in Parquet as people bring them, or as the lake keeps them, read without Spark. Imports no torch.
+"""Reads notes with their images from a user's Parquet, or from the lake's, without Spark. Imports no torch.
 
-The same notes come out as the pipeline makes of the same table (`spark_jobs/clean.py`): ids and topics are trimmed,
-missing text is empty, of rows with one id the last counts, and a note without text and picture is left out.
+The result equals that of the pipeline (`spark_jobs/clean.py`): ids and topics are trimmed, missing text is empty, the
+last of several rows with one id counts, and a note without text and image is dropped.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from notellm2_core.notes.note import WHITE_SPACE, Note, NoteWithImage, parse_topics
-from notellm2_core.runtime.files import naming, parquet_files
+from notellm2_core.runtime.files import parquet_files, read_errors
 from notellm2_core.schema import SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
 
 SOURCE_NOTES = "notes.parquet"
@@ -23,7 +23,7 @@ SOURCE_NOTES = "notes.parquet"
 
 @dataclass(frozen=True)
 class _Row:
-    """Where a note stands, and what it says of its picture."""
+    """A note, its image's path, and its row in a file."""
 
     note: Note
     image_path: str | None
@@ -33,10 +33,10 @@ class _Row:
 
 @dataclass(frozen=True)
 class NoteTable:
-    """Notes by id. Their texts are in memory, their pictures still where they are."""
+    """Notes by id. Their texts are in memory; their images are read on demand."""
 
     images: Path  # the folder that image_path is relative to
-    dropped: Mapping[str, int]  # rows, by the reason
+    dropped: Mapping[str, int]  # number of dropped rows, by reason
     _rows: Mapping[str, _Row]
 
     @property
@@ -44,13 +44,13 @@ class NoteTable:
         return list(self._rows)
 
     def notes(self, note_ids: Sequence[str]) -> list[NoteWithImage]:
-        """The notes with their pictures: the bytes where the table has them, else the path."""
+        """The notes with their images: the bytes where the table has them, else the path."""
         rows = [self._rows[i] for i in note_ids]
         data = _read_bytes(rows)
         return [NoteWithImage(r.note, data.get(r.note.note_id) or r.image_path) for r in rows]
 
     def contents(self, note_ids: Sequence[str]) -> list[Any]:
-        """Of each note; changes whenever the note or the file of its picture does, without reading a picture."""
+        """A JSON-able value per note that changes whenever the note or its image's file does. No image is read."""
         return [
             [r.note.title, r.note.topics, r.note.content, r.image_path,
              _stamp(self.images / r.image_path) if r.image_path else [*_stamp(r.file), r.position]]
@@ -58,20 +58,20 @@ class NoteTable:
         ]  # fmt: skip
 
 
-def read_note_table(path: Path, images: Path | None = None, only: Collection[str] | None = None) -> NoteTable:
+def read_note_table(path: Path, images: Path | None = None, note_ids: Collection[str] | None = None) -> NoteTable:
     """The notes of a source folder (its notes.parquet), of a Parquet file, or of a folder of Parquet files.
 
-    images: the folder that image_path is relative to; None: the folder of the notes. only: the notes of these ids;
-    None: all. Raises ValueError where there is no Parquet, a column is missing, or no note is left.
+    images: the folder that image_path is relative to; None: the folder of the notes. note_ids: only these; None: all.
+    Raises ValueError where there is no Parquet, a column is missing, or no note is left.
     """
     rows: dict[str, _Row] = {}
     dropped: Counter[str] = Counter()
     for file in _files(path):
-        with naming(file), pq.ParquetFile(file) as parquet:
-            _read(parquet, file, rows, dropped, only)
-    bare = [r for r in rows.values() if not _has_text(r.note) and not r.image_path]
-    data = _read_bytes(bare)
-    for row in bare:
+        with read_errors(file), pq.ParquetFile(file) as parquet:
+            _read(parquet, file, rows, dropped, note_ids)
+    without_text = [r for r in rows.values() if not _has_text(r.note) and not r.image_path]
+    data = _read_bytes(without_text)
+    for row in without_text:
         if row.note.note_id not in data:
             del rows[row.note.note_id]
             dropped["empty_note"] += 1
@@ -90,9 +90,9 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(
-    parquet: pq.ParquetFile, file: Path, rows: dict[str, _Row], dropped: Counter[str], only: Collection[str] | None
+    parquet: pq.ParquetFile, file: Path, rows: dict[str, _Row], dropped: Counter[str], note_ids: Collection[str] | None
 ) -> None:
-    """Adds the notes of one file to `rows`, and what cannot be used to `dropped`."""
+    """Adds the notes of one file to `rows`, and counts unusable rows in `dropped`."""
     names = parquet.schema_arrow.names
     if missing := [name for name in SOURCE_NOTE_COLUMNS if name not in names]:
         raise ValueError(f"no column {missing[0]}; notes need {', '.join(SOURCE_NOTE_COLUMNS)}")
@@ -101,43 +101,43 @@ def _read(
     for batch in parquet.iter_batches(columns=[n for n in (*SOURCE_NOTE_COLUMNS, path_column) if n in names]):
         columns = {name: _text(batch.column(name)) for name in batch.schema.names if name != "topics"}
         paths = columns.get(path_column) or [None] * len(batch)
-        topics = batch.column("topics").to_pylist()
-        for *fields, some, image in zip(
-            columns["note_id"], columns["title"], columns["content"], topics, paths, strict=True
+        topic_lists = batch.column("topics").to_pylist()
+        for raw_id, title, content, topics, image_path in zip(
+            columns["note_id"], columns["title"], columns["content"], topic_lists, paths, strict=True
         ):
-            note_id = (fields[0] or "").strip(WHITE_SPACE)
+            note_id = (raw_id or "").strip(WHITE_SPACE)
             if not note_id:
                 dropped["null_note_id"] += 1
-            elif only is None or note_id in only:
+            elif note_ids is None or note_id in note_ids:
                 if rows.pop(note_id, None) is not None:
                     dropped["duplicate_note_id"] += 1
-                note = Note(note_id, fields[1] or "", parse_topics(some), fields[2] or "")
-                rows[note_id] = _Row(note, (image or "").strip(WHITE_SPACE) or None, file, position)
+                note = Note(note_id, title or "", parse_topics(topics), content or "")
+                rows[note_id] = _Row(note, (image_path or "").strip(WHITE_SPACE) or None, file, position)
             position += 1
 
 
 def _read_bytes(rows: Sequence[_Row]) -> dict[str, bytes]:
-    """note_id -> the encoded bytes in column `image`, of the rows that have any; only their row groups are read."""
+    """note_id -> the encoded bytes in column `image`, for the rows that have them. Only their row groups are read."""
     data: dict[str, bytes] = {}
     column = SOURCE_IMAGE_COLUMNS[1]
     for file in dict.fromkeys(r.file for r in rows):
-        wanted = {r.position: r.note.note_id for r in rows if r.file == file}
-        with naming(file), pq.ParquetFile(file) as parquet:
+        note_at = {r.position: r.note.note_id for r in rows if r.file == file}
+        with read_errors(file), pq.ParquetFile(file) as parquet:
             if column not in parquet.schema_arrow.names:
                 continue
             first = 0
             for group in range(parquet.num_row_groups):
                 last = first + parquet.metadata.row_group(group).num_rows
-                here = sorted(p for p in wanted if first <= p < last)
-                if here:
-                    values = parquet.read_row_group(group, [column])[column].take([p - first for p in here])
-                    data |= {wanted[p]: v for p, v in zip(here, values.to_pylist(), strict=True) if v}
+                positions = sorted(p for p in note_at if first <= p < last)
+                if positions:
+                    values = parquet.read_row_group(group, [column])[column].take([p - first for p in positions])
+                    data |= {note_at[p]: v for p, v in zip(positions, values.to_pylist(), strict=True) if v}
                 first = last
     return data
 
 
 def _text(column: pa.Array) -> list[str | None]:
-    """As text, whatever the type was: ids may be integers."""
+    """The column as text: ids may be integers."""
     return list(pc.cast(column, pa.string()).to_pylist())
 
 
@@ -146,9 +146,9 @@ def _has_text(note: Note) -> bool:
 
 
 def _stamp(file: Path) -> list[Any]:
-    """Name, size and time of change; what is not there has only a name."""
+    """Name, size and modification time; the name alone where the file is missing."""
     try:
-        found = file.stat()
-    except (OSError, ValueError):  # not there, a name that no file can have: counted when it is read
+        stat = file.stat()
+    except (OSError, ValueError):  # missing, or a name that no file can have: counted when it is read
         return [str(file)]
-    return [str(file), found.st_size, found.st_mtime_ns]
+    return [str(file), stat.st_size, stat.st_mtime_ns]

@@ -1,7 +1,7 @@
-"""The tokens of notes' fields on disk: an Arrow file that is mapped into memory, so that every rank and every worker of
-a machine reads the same pages, and only those of the notes it needs.
+"""The tokens of notes' fields on disk: a memory-mapped Arrow file.
 
-Fields are kept apart from the prompt around them: one table serves all methods and all kinds of input.
+All ranks and workers of a machine share its pages, and read only those of the notes that they need. The tokens are
+those of the fields without the prompt around them, so one file serves all methods and all kinds of input.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ from notellm2_core import schema
 from notellm2_core.notes.lake_reader import read_notes
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.note_tokenizer import FieldTokens, NoteTokenizer
-from notellm2_core.runtime.files import naming, written_whole
+from notellm2_core.runtime.files import read_errors, written_whole
 from notellm2_core.schema import TOKENS_FILE
 
 _BATCH_NOTES = 4096
@@ -24,65 +24,66 @@ _MADE_WITH = b"made_with"
 
 
 class TokenTable(Mapping[str, FieldTokens]):
-    """note_id -> its tokens, in the order of the file."""
+    """note_id -> the tokens of its fields, in the order of the file."""
 
     def __init__(self, path: Path, tokenizer: NoteTokenizer, note_ids: Collection[str] | None = None) -> None:
-        """`note_ids`: only these. Raises ValueError where one is missing or comes twice, the file is damaged, or
-        `tokenizer` would give other tokens.
+        """`note_ids`: only these; None: all.
+
+        Raises ValueError where a note is missing or occurs twice, the file is damaged, or `tokenizer` differs.
         """
-        with naming(path), pa.ipc.open_file(pa.memory_map(str(path))) as file:
+        with read_errors(path), pa.ipc.open_file(pa.memory_map(str(path))) as file:
             batches = [file.get_batch(i) for i in range(file.num_record_batches)]
             made_with = (file.schema.metadata or {}).get(_MADE_WITH, b"").decode()
             if not file.schema.remove_metadata().equals(schema.NOTE_TOKENS):
-                raise ValueError("other columns than tokens have")
+                raise ValueError("its columns are not those of a token file")
         if made_with != tokenizer.tokens_id:
             raise ValueError(
-                f"{path} was made with another tokenizer or other text settings than this model reads notes with; make "
-                "it again with python -m notellm2_core.model.tokenise"
+                f"{path} was made with another tokenizer or other text settings than this model's; make it again with "
+                "python -m notellm2_core.model.tokenise"
             )
         self._columns = [
             [(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[1:]] for batch in batches
         ]
-        self._places: dict[str, tuple[int, int]] = {}  # note_id -> its batch, and its row there
-        wanted = None if note_ids is None else pa.array(sorted(set(note_ids)), pa.string())
+        self._rows: dict[str, tuple[int, int]] = {}  # note_id -> its record batch, and its row in that
+        selected_ids = None if note_ids is None else pa.array(sorted(set(note_ids)), pa.string())
         for number, batch in enumerate(batches):
             ids = batch.column("note_id")
-            rows = np.arange(len(ids)) if wanted is None else np.flatnonzero(pc.is_in(ids, value_set=wanted))
-            here = {i: (number, row) for i, row in zip(ids.take(rows).to_pylist(), rows.tolist(), strict=True)}
-            if len(here) < len(rows) or not self._places.keys().isdisjoint(here):
-                raise ValueError(f"{path} has a note twice; make it again")
-            self._places |= here
-        if absent := set(note_ids or ()) - self._places.keys():
-            raise ValueError(f"{len(absent)} notes are not in {path}, among them {min(absent)!r}.")
+            rows = np.arange(len(ids)) if selected_ids is None else np.flatnonzero(pc.is_in(ids, selected_ids))
+            batch_rows = {i: (number, row) for i, row in zip(ids.take(rows).to_pylist(), rows.tolist(), strict=True)}
+            if len(batch_rows) < len(rows) or not self._rows.keys().isdisjoint(batch_rows):
+                raise ValueError(f"{path} has a note twice; make it again with python -m notellm2_core.model.tokenise")
+            self._rows |= batch_rows
+        if missing_ids := set(note_ids or ()) - self._rows.keys():
+            raise ValueError(f"{len(missing_ids)} notes are not in {path}, among them {min(missing_ids)!r}.")
 
     def __getitem__(self, note_id: str) -> FieldTokens:
-        batch, row = self._places[note_id]
+        batch, row = self._rows[note_id]
         return FieldTokens(*(values[offsets[row] : offsets[row + 1]] for offsets, values in self._columns[batch]))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._rows)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
 
 def write_tokens(folder: Path, tokenizer: NoteTokenizer, notes: Iterable[Note]) -> None:
-    """Tokenise `notes` into FOLDER/tokens.arrow, a few at a time; it is there whole or not at all."""
+    """Tokenise `notes` in batches into FOLDER/tokens.arrow, which is written whole or not at all."""
     columns = schema.NOTE_TOKENS.with_metadata({_MADE_WITH: tokenizer.tokens_id})
     with written_whole(folder / TOKENS_FILE) as draft, pa.ipc.new_file(draft, columns) as writer:
         source = iter(notes)
-        while some := list(islice(source, _BATCH_NOTES)):
-            fields = zip(*tokenizer.tokenize(some), strict=True)
-            arrays = [pa.array([n.note_id for n in some], pa.string()), *(_lists(field) for field in fields)]
+        while batch := list(islice(source, _BATCH_NOTES)):
+            fields = zip(*tokenizer.tokenize(batch), strict=True)
+            arrays = [pa.array([n.note_id for n in batch], pa.string()), *(_lists(field) for field in fields)]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=columns))
 
 
 def read_tokens(
     folder: Path, tokenizer: NoteTokenizer, note_ids: Collection[str] | None = None
 ) -> Mapping[str, FieldTokens]:
-    """The tokens of the notes in `folder` (of `note_ids` only): of their texts, or those that were written there.
+    """note_id -> tokens, from the token file in `folder`, or else tokenised from the notes there.
 
-    Raises ValueError where the folder holds neither, or a note is missing.
+    `note_ids`: only these; None: all. Raises ValueError where the folder holds neither, or a note is missing.
     """
     if (folder / TOKENS_FILE).exists():
         return TokenTable(folder / TOKENS_FILE, tokenizer, note_ids)

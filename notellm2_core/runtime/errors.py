@@ -1,4 +1,4 @@
-"""How a command ends when the user can mend the cause: one sentence on stderr and exit code 2, no traceback."""
+"""Errors that the user can fix end a command with one sentence on stderr and exit code 2, without a traceback."""
 
 import os
 import sys
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# In the environment: a file that gets the sentence as well, for whoever starts the command through a launcher, which
-# has an exit code of its own and buries the sentence under words of its own (torchrun).
+# Environment variable: a file that the sentence is also written to. A launcher such as torchrun replaces the exit code
+# and buries the sentence in its own output, so the process that started the launcher reads the file.
 ERROR_FILE = "NOTELLM2_ERROR_FILE"
 
 

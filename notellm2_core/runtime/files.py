@@ -1,8 +1,8 @@
-"""Files and folders that are whole or not there: written under a hidden name, synced to the disk, then renamed.
+"""Atomic files and folders: written under a hidden name, synced to the disk, then renamed.
 
-A draft lies beside its target and is named `.TARGET.HOST.PROCESS.RANDOM.draft`. No reader of Parquet opens such a name,
-and it says who writes it: each writer first removes the drafts of this host's dead processes from the folder, so a kill
-leaves nothing for long. At import this module needs the standard library alone.
+A draft lies beside its target and is named `.TARGET.HOST.PROCESS.RANDOM.draft`. Readers of Parquet skip such names, and
+the name identifies the writer: each writer first removes the drafts that dead processes of this host left in the
+folder. Importing this module needs only the standard library.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ _DRAFT = re.compile(r"(?s)\.(?P<target>.+)\.(?P<host>[^.]+)\.(?P<process>\d{1,9}
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A hidden path beside `path` to write a file to. It gets the name `path` if the block ends without an error.
+    """A hidden path beside `path` to write a file to. It is renamed to `path` if the block ends without an error.
 
-    Parents are created. Of several writers at once, the last one wins. A block that fails leaves `path` as it was.
+    Parents are created. The last of several writers wins. A block that fails leaves `path` unchanged.
     """
     draft = _hidden_beside(path, "draft")
     try:
@@ -42,7 +42,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def replaced_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place, as by `swap_in`, if the block ends without an error."""
+    """A new folder beside `out` that replaces it (`swap_in`) if the block ends without an error."""
     with draft_folder(out) as draft:
         yield draft
         swap_in(draft, out)
@@ -52,8 +52,8 @@ def replaced_folder(out: Path) -> Iterator[Path]:
 def new_folder(out: Path) -> Iterator[Path]:
     """A new folder that is renamed to `out` if the block ends without an error.
 
-    For a folder whose name says what is in it: if another process has made it by then, that one stays, and this one is
-    removed.
+    Use it where the name determines the content: if another process has made `out` by then, its folder stays and this
+    one is removed.
     """
     with draft_folder(out) as draft:
         yield draft
@@ -78,10 +78,10 @@ def draft_folder(target: Path) -> Iterator[Path]:
 
 
 def swap_in(new: Path, out: Path) -> None:
-    """The folder `new` takes the place of `out`, which need not exist. Both must be on one file system.
+    """Replace the folder `out`, which need not exist, by `new`. Both must be on one file system.
 
-    The previous content of `out` is moved aside, put back if the rename fails, and removed in the end. After a kill
-    between the two renames, the next `sweep` puts it back.
+    The previous content of `out` is moved aside, restored if the rename fails, and removed at the end. After a kill
+    between the two renames, the next `sweep` restores it.
     """
     _sync_tree(new)
     old = _hidden_beside(out, "old")
@@ -99,13 +99,13 @@ def swap_in(new: Path, out: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the drafts that dead processes of this host have left in `folder`, and put back what they moved aside."""
+    """Remove the drafts that dead processes of this host left in `folder`, and restore what they moved aside."""
     for path in folder.iterdir():
         draft = _DRAFT.fullmatch(path.name)
         if draft is None or draft["host"] != host() or _is_alive(int(draft["process"])):
             continue
         target = path.with_name(draft["target"])
-        with suppress(OSError):  # another process may sweep, too
+        with suppress(OSError):  # another process may be sweeping
             if draft["kind"] == "old" and not target.exists():
                 os.rename(path, target)
             else:
@@ -113,14 +113,14 @@ def sweep(folder: Path) -> None:
 
 
 def is_draft(path: Path) -> bool:
-    """Whether the name is that of a draft of any process, or of what it has moved aside."""
+    """Whether `path` is named as a draft of any process, or as what one has moved aside."""
     return _DRAFT.fullmatch(path.name) is not None
 
 
 def host() -> str:
-    """A name without dots for the machine, or container, in which process ids mean what they do here.
+    """A name without dots for the namespace of this process's id: the machine or the container.
 
-    Containers on the host's network share its name, but not its process ids.
+    Containers on the host's network share its host name, but not its process ids.
     """
     namespace = Path("/proc/self/ns/pid")
     return f"{socket.gethostname().replace('.', '-')}-{namespace.stat().st_ino if namespace.exists() else 0}"
@@ -138,29 +138,32 @@ def sync(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give the content of `source` to the new file `target`: by a hard link where the file system can, else a copy."""
+    """Make the new file `target` with the content of `source`: a hard link where possible, else a copy.
+
+    Raises FileExistsError where `target` exists.
+    """
     try:
         os.link(source.resolve(), target)
     except FileExistsError:
         raise
-    except OSError:  # another disk, or a file system without links
+    except OSError:  # another disk, or a file system without hard links
         with written_whole(target) as draft:
             shutil.copy2(source, draft)
 
 
 def sha256_of(path: Path) -> str:
-    """The checksum of a file, in hexadecimal digits."""
+    """SHA-256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The visible *.parquet files of `folder`, sorted: those that readers of Parquet folders take for its table."""
+    """The visible *.parquet files of `folder`, sorted: those that readers of Parquet folders read as its table."""
     return sorted(path for path in folder.glob("*.parquet") if not is_hidden(path.name))
 
 
 def is_hidden(name: str) -> bool:
-    """Whether readers of Parquet folders, as Spark and Arrow, pass over files of this name."""
+    """Whether readers of Parquet folders, such as Spark and Arrow, skip files of this name."""
     return name.startswith((".", "_"))
 
 
@@ -171,24 +174,24 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(root) / name
-            stat = path.stat() if path.exists() else path.lstat()  # a link to nowhere
+            stat = path.stat() if path.exists() else path.lstat()  # a broken link
             files.append((str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns))
     return files
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn what pyarrow raises for `path` into a ValueError that names it."""
-    from pyarrow import ArrowException  # here: most users of this module read no Parquet
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn an error of reading `path` into a ValueError that names the file."""
+    from pyarrow import ArrowException  # here, because most importers of this module read no Parquet
 
     try:
         yield
     except (OSError, ValueError, ArrowException) as e:
-        raise ValueError(f"{path} cannot be read ({e}); if it is damaged, delete it and run again") from e
+        raise ValueError(f"{path} cannot be read ({e}); if it is damaged, move it away and run again") from e
 
 
 def _hidden_beside(path: Path, kind: str) -> Path:
-    """A name that is free, in the folder of `path`, which is created or swept."""
+    """An unused hidden name beside `path`. Its folder is created if it is missing, and swept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
     return path.with_name(f".{path.name}.{host()}.{os.getpid()}.{secrets.token_hex(4)}.{kind}")
@@ -205,7 +208,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a draft, or what was moved aside: that is a draft first, for half of it must not be put back."""
+    """Remove a draft, or what was moved aside. That is renamed to a draft first, so that no half of it is restored."""
     draft = path.rename(path.with_suffix(".draft"))
     if draft.is_dir() and not draft.is_symlink():
         shutil.rmtree(draft, ignore_errors=True)
@@ -214,7 +217,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """`sync` everything in `folder`, but not what symbolic links in it lead to."""
+    """`sync` everything in `folder`, except the targets of symbolic links."""
     for root, _, names in os.walk(folder):
         for path in (Path(root) / name for name in names):
             if not path.is_symlink():

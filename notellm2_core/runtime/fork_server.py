@@ -1,14 +1,14 @@
-"""A process that has imported torch already and forks a copy of itself for each command.
+"""A process that has already imported torch and forks a copy of itself for each command.
 
-Starting Python and importing torch and transformers takes longer than many a command's work. Where several commands
-follow each other on a CPU, they start from here at once. Not on a GPU: CUDA does not survive a fork.
+Starting Python and importing torch and transformers takes longer than many commands take themselves. On a CPU, commands
+that follow each other start from here at once. GPUs cannot use it: CUDA does not survive a fork.
 
     with ForkServer(["torch", "transformers"], os.environ) as server:
         child = server.start(["-m", "notellm2_core.model.tokenise", "--config", ...], os.environ, stderr)
         code = child.wait()
 
-The command runs as `python -m MODULE ARGUMENTS` would: in a process group of its own, with its own arguments and
-environment. It ends with the server, and the server with whoever started it, however they die.
+A command runs as `python -m MODULE ARGUMENTS` would: in a process group of its own, with its own arguments and
+environment. It ends with the server, and the server ends with the process that started it, however they die.
 """
 
 import importlib
@@ -32,20 +32,20 @@ _MAX_REQUEST_BYTES = 1 << 20
 
 
 def can_fork() -> bool:
-    """Whether commands of this machine may be forked: it has no GPU."""
+    """Whether commands may be forked on this machine: it has no GPU."""
     return not Path("/dev/nvidiactl").exists()
 
 
 @dataclass
 class Child:
-    """A command that a server has started. It has to be waited for before the next one starts."""
+    """A command that a server has started. The next one may start only after `wait`."""
 
     pid: int
     _connection: socket.socket
     _code: int | None = None
 
     def wait(self) -> int:
-        """Its exit code; -SIGNAL where a signal ended it, or the server."""
+        """The exit code; -SIGNAL where a signal ended the command or the server."""
         if self._code is None:
             answer = self._connection.recv(_MAX_REQUEST_BYTES)
             self._code = int(answer) if answer else -signal.SIGKILL
@@ -53,12 +53,12 @@ class Child:
 
 
 class ForkServer:
-    """The server, seen from the process that starts it. It runs one command at a time."""
+    """The server, as the process that starts it sees it. It runs one command at a time."""
 
     def __init__(self, modules: Sequence[str], env: Mapping[str, str]) -> None:
-        """Starts the server, which imports `modules` while this process works on.
+        """Starts the server, which imports `modules` while this process continues.
 
-        `env`: libraries read some of it when they are imported (OMP_WAIT_POLICY), so before a command brings its own.
+        `env`: its environment. Libraries read variables at import (OMP_WAIT_POLICY), before a command sets its own.
         """
         self._connection, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._connection, server):
@@ -68,7 +68,7 @@ class ForkServer:
             self._process = subprocess.Popen(command, env=env, pass_fds=[server.fileno()], start_new_session=True)
 
     def start(self, command: Sequence[str], env: Mapping[str, str], stderr: int) -> Child:
-        """Run ["-m", MODULE, *arguments] with the environment `env` and its errors written to `stderr`.
+        """Run ["-m", MODULE, *arguments] with the environment `env` and the file descriptor `stderr`.
 
         Raises OSError where the server has died.
         """
@@ -90,7 +90,7 @@ class ForkServer:
 
 def main() -> None:
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         for name in sys.argv[2:]:
             importlib.import_module(name)
@@ -109,8 +109,8 @@ def main() -> None:
 
 
 def _lead_group(pid: int) -> None:
-    """Give a command a process group of its own. Both sides do it, so it is done whichever is faster."""
-    with suppress(ProcessLookupError, PermissionError):  # it has ended, or has started another program, already
+    """Give a command a process group of its own. Parent and child both call it, so it is done whichever is faster."""
+    with suppress(ProcessLookupError, PermissionError):  # it has already ended, or started another program
         os.setpgid(pid, pid)
 
 
@@ -118,7 +118,7 @@ def _run(request: Mapping[str, object], stderr: int, server: int) -> NoReturn:
     """In the forked process: become the command."""
     _lead_group(0)
     die_with_parent()
-    if os.getppid() != server:  # which died before this process could ask to end with it
+    if os.getppid() != server:  # it died before die_with_parent was called
         os._exit(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(stderr, 2)

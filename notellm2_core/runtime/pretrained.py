@@ -1,4 +1,4 @@
-"""What loading from transformers has in common for LLMs and vision encoders: no silent gaps, no noise."""
+"""Loading from transformers, for LLMs and vision encoders alike: missing weights are errors, warnings are silenced."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def require_complete(report: dict[str, Any], source: str) -> None:
-    """Raises ValueError if weights were missing or of another shape, so that nothing stays random in silence."""
+    """Raises ValueError if a loading report names missing or mismatched weights, which would silently stay random."""
     for problem in ("missing_keys", "mismatched_keys"):
         keys = sorted(str(k[0] if isinstance(k, tuple) else k) for k in report[problem])
         if keys:
@@ -16,8 +16,8 @@ def require_complete(report: dict[str, Any], source: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No table of unread weights: LM heads, text towers and layers that were cut are unread on purpose."""
-    from transformers.utils import logging  # here, because it takes seconds
+    """Silences the table of unread weights: LM heads, text towers and dropped layers are unread on purpose."""
+    from transformers.utils import logging  # here, because the import takes seconds
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -28,6 +28,6 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """What a library says in its first line, or, where that announces more, in the next; without its full stop."""
+    """The first line of a library's message without its full stop; the first two where the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")

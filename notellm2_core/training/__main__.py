@@ -15,12 +15,12 @@ from pathlib import Path
 from notellm2_core.config.load import load_config
 from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.runtime.errors import user_errors
-from notellm2_core.runtime.processes import die_with_parent, is_of_torchrun
+from notellm2_core.runtime.processes import die_with_parent, is_torchrun_rank
 from notellm2_core.training.launch import TRAIN_DAYS_HELP, Paths, Reports
 
 
 def main() -> None:
-    die_with_parent("torch" if is_of_torchrun() else None)
+    die_with_parent("torch" if is_torchrun_rank() else None)
     parser = argparse.ArgumentParser(prog="python -m notellm2_core.training", description=__doc__.partition("\n")[0])
     parser.add_argument("--config", type=Path, required=True)
     NoteInputs.add_arguments(parser)

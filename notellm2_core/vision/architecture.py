@@ -1,4 +1,4 @@
-"""What a vision tower is without its weights: plain JSON that each library of `vision_towers` builds from."""
+"""A vision tower without its weights: plain JSON from which `towers.py` builds it in its library."""
 
 import importlib
 from dataclasses import asdict, dataclass
@@ -15,28 +15,28 @@ SUPPORTED = (
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an RGB picture to the tower's pixels; see `vision.to_pixels`."""
+    """How an RGB image becomes the tower's input; see `encoder.to_pixels`."""
 
     size_px: int
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: str = "bicubic"
-    resize: Literal["shortest", "squash"] = "shortest"  # squash: the aspect ratio is not kept
-    crop_ratio: float = 1.0  # the side of the centre crop, as a share of the resized short side
-    crop_corner: Literal["nearest", "floor"] = "nearest"  # how half a pixel is rounded: torchvision; transformers
+    resize: Literal["shortest", "squash"] = "shortest"  # squash: to a square, which changes the aspect ratio
+    crop_ratio: float = 1.0  # side of the centre crop, as a share of the resized short side
+    crop_corner: Literal["nearest", "floor"] = "nearest"  # rounding of half a pixel: torchvision's; transformers'
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tower without its weights. `model`: what the library needs to build it."""
+    """A tower without its weights."""
 
     library: VisionLibrary
-    model: dict[str, Any]
+    model: dict[str, Any]  # what the library builds the tower from
     preprocess: Preprocess
 
     def to_json(self) -> dict[str, Any]:
         raw = asdict(self)
-        if self.preprocess.crop_corner == "nearest":  # left out: the ids of open_clip and timm stay what they are
+        if self.preprocess.crop_corner == "nearest":  # left out, so that the encoder ids of open_clip and timm stay
             del raw["preprocess"]["crop_corner"]
         return raw
 
@@ -48,7 +48,7 @@ class Architecture:
 
 
 def square_side(size: int | tuple[int, ...] | list[int]) -> int:
-    """The side of a square input in pixels. Raises ValueError if it is not square."""
+    """The side of a square input in pixels. Raises ValueError if the input is not square."""
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
         raise ValueError(f"an input of {size} pixels is not square; choose a model with a square input")
@@ -56,6 +56,6 @@ def square_side(size: int | tuple[int, ...] | list[int]) -> int:
 
 
 def library(name: Literal["open_clip", "timm", "transformers"]) -> ModuleType:
-    """The library, imported only where it is used: it takes seconds."""
-    importlib.import_module("notellm2_core.runtime.torch_compat")  # all of them import torchvision
+    """The library's module. Call it only where it is used: the import takes seconds."""
+    importlib.import_module("notellm2_core.runtime.torch_compat")  # first, because all of them import torchvision
     return importlib.import_module(name)

@@ -1,7 +1,8 @@
-"""Vision features: the frozen encoder runs once per distinct image, and the store keeps its output.
+"""Extracts vision features: the frozen encoder runs once per distinct image, and its output is stored.
 
-`python -m notellm2_core.vision.extract` runs it over the images of the notes; features in the store are reused. Threads
-read and prepare images while the encoder works.
+    python -m notellm2_core.vision.extract --config YAML --notes DIR --source DIR --store DIR --out DIR
+
+Features that the store has are reused. Threads read and prepare images while the encoder runs.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from notellm2_core import schema
 from notellm2_core.config.load import load_config
 from notellm2_core.config.settings import Config
 from notellm2_core.runtime.errors import user_errors
-from notellm2_core.runtime.files import naming, parquet_files
+from notellm2_core.runtime.files import parquet_files, read_errors
 from notellm2_core.schema import COUNTS_FILE, NOTE_IMAGES_FILE, VISION_FOLDER
 from notellm2_core.vision import images
 from notellm2_core.vision.feature_store import Features, FeatureStore
@@ -34,7 +35,7 @@ if TYPE_CHECKING:  # readers of the store need no torch
 
     from notellm2_core.vision.encoder import VisionEncoder
 
-_PART_IMAGES = 512  # what a kill can cost
+_PART_IMAGES = 512  # images per part of the store: a kill loses less than one part
 
 NoteRow = tuple[str, str | None, bytes | None]  # note_id, image_path, image
 
@@ -47,20 +48,20 @@ class PreparedNote:
     status: images.Status
     image_id: str | None = None  # None unless the status is "ok"
     perceptual_hash: str | None = None
-    pixels: "Tensor | None" = None  # None where the features are known
+    pixels: "Tensor | None" = None  # [3, S, S]; None where the store has the features
 
 
 class FeatureExtractor:
     """Brings a store up to date with the images of notes: each distinct image is encoded once.
 
-    `prepare` runs in threads, `encode` takes the prepared notes in their order, `flush` comes last. Parts of the store
-    end where batches end, so a run that resumes a killed one forms the same batches and gets the same bits.
+    `prepare` runs in threads, `encode` takes the prepared notes in their order, and `flush` comes last. Parts of the
+    store end where batches end, so a run that resumes a killed one forms the same batches and computes the same bits.
     """
 
     def __init__(
         self, encoder: "VisionEncoder", store: FeatureStore, source: Path, config: Config, part_images: int
     ) -> None:
-        """`source`: the folder of the images. `part_images`: how many at least make a part of the store."""
+        """`source`: the folder of the images. `part_images`: the least number of images of a part of the store."""
         import torch
 
         self._encoder, self._store, self._source, self._part_images = encoder, store, source, part_images
@@ -68,13 +69,13 @@ class FeatureExtractor:
         images.allow_pixels(self._max_pixels)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder.to(self._device)
-        self.reusable = store.known()  # image_ids whose features the store has
+        self.reusable = store.image_ids()
         self._hashes = {image_id: store.perceptual_hash(image_id) for image_id in self.reusable}
         self._batch: dict[str, Tensor] = {}  # image_id -> pixels, to be encoded
         self._part: list[Features] = []  # to be stored
 
     def prepare(self, note: NoteRow) -> PreparedNote:
-        """Read and check the image of a note, and decode it unless its features are known."""
+        """Read and check the image of a note, and decode it unless its features are already there."""
         note_id, image_path, data = note
         encoded = images.fetch(self._source, image_path, data, self._max_pixels)
         if encoded.status != "ok":
@@ -89,7 +90,7 @@ class FeatureExtractor:
         return PreparedNote(note_id, "ok", image_id, images.perceptual_hash(image), self._encoder.preprocess(image))
 
     def encode(self, note: PreparedNote) -> None:
-        """Add the note's image to the batch if it is new. A full batch is encoded, a full part stored."""
+        """Add the note's image to the batch if it is new. A full batch is encoded, and a full part stored."""
         if note.pixels is None or note.image_id is None or note.image_id in self._hashes:
             return
         self._hashes[note.image_id] = note.perceptual_hash
@@ -100,14 +101,14 @@ class FeatureExtractor:
                 self._store_part()
 
     def flush(self) -> None:
-        """Encode and store the last images."""
+        """Encode and store the remaining images."""
         if self._batch:
             self._encode_batch()
         if self._part:
             self._store_part()
 
     def perceptual_hash(self, image_id: str) -> str | None:
-        """Of an image of the store or of this run."""
+        """The perceptual hash of an image of the store or of this run."""
         return self._hashes[image_id]
 
     def _encode_batch(self) -> None:
@@ -133,7 +134,7 @@ class FeatureExtractor:
 def compute(
     encoder: "VisionEncoder", store: FeatureStore, notes: Path, source: Path, config: Config, part_images: int
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Bring the store up to date with the images of the notes: (schema.NOTE_IMAGES table, counts)."""
+    """Bring the store up to date with the images of the notes. Returns the table (schema.NOTE_IMAGES) and counts."""
     from tqdm import tqdm
 
     extractor = FeatureExtractor(encoder, store, source, config, part_images)
@@ -166,7 +167,7 @@ def compute(
 def _in_order(
     pool: ThreadPoolExecutor, work: Callable[[NoteRow], PreparedNote], items: Iterable[NoteRow], ahead: int
 ) -> Iterator[PreparedNote]:
-    """`map(work, items)` on the pool, at most `ahead` results waiting."""
+    """`map(work, items)` on the pool, with at most `ahead` results waiting."""
     waiting: deque[Future[PreparedNote]] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
@@ -184,24 +185,24 @@ def _note_files(notes: Path) -> list[Path]:
 
 
 def _read_notes(notes: Path) -> Iterator[NoteRow]:
-    """The rows of all notes, read a few at a time, because images may be in the table."""
+    """The rows of all notes, read in small batches, because the table may contain images."""
     columns = ["note_id", "image_path", "image"]
     for path in _note_files(notes):
-        with naming(path), pq.ParquetFile(path) as file:
-            if absent := [c for c in columns if c not in file.schema_arrow.names]:
-                raise ValueError(f"no column {', '.join(absent)}")
+        with read_errors(path), pq.ParquetFile(path) as file:
+            if missing := [c for c in columns if c not in file.schema_arrow.names]:
+                raise ValueError(f"no column {', '.join(missing)}")
             for batch in file.iter_batches(batch_size=64, columns=columns):
                 yield from zip(*(batch.column(c).to_pylist() for c in columns), strict=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Run the frozen vision encoder once per distinct picture.")
+    parser = argparse.ArgumentParser(description="Run the frozen vision encoder once per distinct image.")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--notes", type=Path, required=True, help="folder of Parquet in schema.NOTES")
     parser.add_argument("--source", type=Path, required=True, help="folder that image_path is relative to")
     parser.add_argument("--store", type=Path, required=True, help="parent of the stores, one per encoder")
     parser.add_argument("--out", type=Path, required=True, help="note_images.parquet, counts.json, vision/")
-    parser.add_argument("--part-images", type=int, default=_PART_IMAGES, help="pictures per part: what a kill costs")
+    parser.add_argument("--part-images", type=int, default=_PART_IMAGES, help="images per part: what a kill costs")
     args = parser.parse_args(argv)
     with user_errors():
         config = load_config(args.config)

@@ -1,7 +1,7 @@
-"""The vision features of the training notes as one memory-mapped file.
+"""The vision features of the training notes as one memory-mapped lookup table.
 
-Batches read a few rows at random; the feature store's Parquet parts are made for reading whole. A table larger than the
-memory still works.
+Batches read a few rows at random, while the feature store's Parquet parts suit sequential reads. The table may be
+larger than the memory.
 
 Shapes: n images, L patches, h_v width.
 """
@@ -21,14 +21,14 @@ _CHUNK_IMAGES = 512
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """fp16 [n, L + 1, h_v]: the patch features of an image, then its global feature."""
+    """The patch features of each image, then its global feature."""
 
-    values: np.ndarray
+    values: np.ndarray  # fp16 [n, L + 1, h_v]
     rows: dict[str, int]  # image_id -> row
 
     @classmethod
     def build(cls, store: FeatureStore, image_ids: Sequence[str], folder: Path) -> "FeatureTable":
-        """The table of these images, made in `folder` unless it is there already.
+        """The table of these images, written to `folder` unless its file exists.
 
         Raises ValueError if the store lacks one of them, or the file is damaged.
         """

@@ -1,7 +1,7 @@
-"""Reading pictures that others made: whatever is in the file, the answer is an RGB picture or a counted reason.
+"""Reads users' images safely: any file gives an RGB image, or a status that says why not.
 
-A picture is named by the sha256 of its encoded bytes. Nothing outside the source folder is read, nothing is decoded
-before its header says how large it is, and a picture that cannot be used is never replaced by a black one.
+An image id is the sha256 of the encoded bytes. Nothing outside the source folder is read, nothing is decoded before its
+header gives its size, and an unusable image is never replaced by a black one.
 """
 
 import hashlib
@@ -16,21 +16,21 @@ from PIL import Image, ImageOps
 
 Status = Literal["ok", "missing", "not_found", "broken", "too_large", "escapes"]
 STATUSES: tuple[Status, ...] = ("ok", "missing", "not_found", "broken", "too_large", "escapes")
-# Plain bitmaps only: Pillow would run Ghostscript for EPS, and lets ICO and ICNS hide a larger picture inside.
+# Plain bitmaps only: Pillow would run Ghostscript for EPS, and ICO and ICNS can contain a larger image.
 Image.init()
 FORMATS = tuple(  # MPO opens as JPEG; AVIF is not in every build of Pillow
     name
     for name in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
     if name in Image.OPEN
 )
-_MAX_BYTES_PER_PIXEL = 8  # 16 bits x 4 channels, uncompressed: no file of allowed pixels is larger (plus a margin)
+_MAX_BYTES_PER_PIXEL = 8  # 16 bits x 4 channels, uncompressed: the largest file of an image, except for a margin
 _MARGIN_BYTES = 1 << 20
-_LEAST_CONTRAST = 8  # of 255 greys; below, the hash would be made of noise
+_MIN_CONTRAST = 8  # of 255 greys; below it, the hash would be a hash of noise
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """The bytes of a note's picture, not yet decoded, or why there are none."""
+    """The encoded bytes of a note's image, or a status that says why there are none."""
 
     status: Status
     data: bytes = b""
@@ -44,7 +44,7 @@ class EncodedImage:
 def read_image(
     source: Path, image_path: str | None, data: bytes | None, max_pixels: int
 ) -> tuple[Status, str | None, Image.Image | None]:
-    """(status, image id, RGB picture) of one note; id and picture are None unless the status is "ok"."""
+    """(status, image id, RGB image) of one note; id and image are None unless the status is "ok"."""
     encoded = fetch(source, image_path, data, max_pixels)
     if encoded.status != "ok":
         return encoded.status, None, None
@@ -53,11 +53,11 @@ def read_image(
 
 
 def fetch(source: Path, image_path: str | None, data: bytes | None, max_pixels: int) -> EncodedImage:
-    """The encoded bytes: `data` where the note carries them, else the file `image_path` relative to `source`.
+    """The encoded bytes: `data` where the note contains them, else the file `image_path` relative to `source`.
 
-    missing: the note names no picture. not_found: no regular file has the name. escapes: the path is absolute or leaves
-    the folder (by "..", or through a link). broken: no bytes, or not readable. too_large: more bytes than `max_pixels`
-    pixels can take.
+    Status: missing: the note names no image. not_found: no regular file has the name. escapes: the path is absolute or
+    leaves the folder (by "..", or through a link). broken: no bytes, or not readable. too_large: more bytes than
+    `max_pixels` pixels can take.
     """
     max_bytes = max_pixels * _MAX_BYTES_PER_PIXEL + _MARGIN_BYTES
     if data is None:
@@ -75,7 +75,7 @@ def fetch(source: Path, image_path: str | None, data: bytes | None, max_pixels: 
             if path.stat().st_size > max_bytes:
                 return EncodedImage("too_large")
             data = path.read_bytes()
-        except (OSError, RuntimeError):  # no permission, a disk error, a name that is too long, links in a circle
+        except (OSError, RuntimeError):  # no permission, a disk error, a name that is too long, a loop of links
             return EncodedImage("broken")
     if len(data) > max_bytes:
         return EncodedImage("too_large")
@@ -83,22 +83,22 @@ def fetch(source: Path, image_path: str | None, data: bytes | None, max_pixels: 
 
 
 def check_header(data: bytes, max_pixels: int) -> Status:
-    """ "ok", "broken" or "too_large", from the header alone; the pixels may still turn out to be broken."""
+    """The status "ok", "broken" or "too_large" from the header alone; the pixels may still be broken."""
     return _open(data, max_pixels)[0]
 
 
 def decode(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
-    """("ok", RGB picture), or ("broken" | "too_large", None).
+    """("ok", RGB image), or ("broken" | "too_large", None).
 
-    The first frame of an animation; turned as its EXIF tag says; transparency composited on white; greys of more than
-    8 bits scaled down to 8.
+    An animation gives its first frame. The EXIF orientation is applied, transparency is composited on white, and greys
+    of more than 8 bits are scaled to 8.
     """
     status, image = _open(data, max_pixels)
     return (status, None) if image is None else to_rgb(image, max_pixels)
 
 
 def to_rgb(image: Image.Image, max_pixels: int) -> tuple[Status, Image.Image | None]:
-    """As `decode`, for a picture that Pillow has opened."""
+    """As `decode`, for an image that Pillow has opened."""
     if (status := _check_size(image, max_pixels)) != "ok":
         return status, None
     try:
@@ -106,23 +106,23 @@ def to_rgb(image: Image.Image, max_pixels: int) -> tuple[Status, Image.Image | N
         return "ok", _to_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
-    except Exception:  # damaged bytes make Pillow's decoders raise nearly anything; the caller counts it
+    except Exception:  # on damaged bytes, Pillow's decoders raise errors of nearly any type; the caller counts them
         return "broken", None
 
 
 def perceptual_hash(image: Image.Image) -> str | None:
-    """pHash: 64 bits of the picture's low frequencies, in hex; copies of another size or compression mostly share it.
+    """pHash: 64 bits of an image's low frequencies, in hex. Copies of another size or compression mostly share it.
 
-    None for a picture that shows nothing, a single colour say: all of those would be one.
+    None for an image without contrast, such as a single colour: all of these would share one hash.
     """
     small = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
-    return str(imagehash.phash(small)) if np.ptp(np.asarray(small)) >= _LEAST_CONTRAST else None
+    return str(imagehash.phash(small)) if np.ptp(np.asarray(small)) >= _MIN_CONTRAST else None
 
 
 def _open(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:  # Pillow's own bound; `allow_pixels` moves it out of the way
+    except Image.DecompressionBombError:  # Pillow's own bound, where `allow_pixels` was not called
         return "too_large", None
     except MemoryError:
         raise
@@ -140,7 +140,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> Status:
 
 
 def allow_pixels(max_pixels: int) -> None:
-    """Make Pillow's process-wide bound at least `max_pixels`: the check here is the one that counts."""
+    """Raise Pillow's process-wide bound to at least `max_pixels`, so that only the check of this module counts."""
     bound = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None if bound is None else max(bound, max_pixels)
 
@@ -156,7 +156,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Greys: 16 bits keep their range (65535 is white); 32 bits and floats have none and are stretched."""
+    """Greys in 8 bits. 16 bits have a range (65535 is white); 32 bits and floats have none and are stretched to it."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (values.min(), values.max())
     scaled = (values - low) / max(high - low, 1e-12) * 255

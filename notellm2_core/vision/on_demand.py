@@ -1,6 +1,6 @@
-"""The features of pictures that no store knows: read, checked and encoded when they are asked for.
+"""Features of images that no store has: the images are read, checked and encoded on demand.
 
-Shapes: n pictures, L patches of width h_v.
+Shapes: n images, S input side in pixels, L patches of width h_v.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from notellm2_core.notes.note import Picture
+from notellm2_core.notes.note import ImageLike
 from notellm2_core.vision import images
 from notellm2_core.vision.encoder import VisionEncoder
 from notellm2_core.vision.feature_store import Features
@@ -27,62 +27,64 @@ from notellm2_core.vision.note_images import NoteImages
 class _Prepared:
     status: images.Status
     image_id: str = ""
-    pixels: Tensor | None = None  # [3, S, S]; None where the features are known already
+    pixels: Tensor | None = None  # [3, S, S]; None where the features are already in memory
 
 
 class ImageFeatures:
-    """A source of features like the feature store, for the pictures that `read` has seen; kept in memory, as fp16."""
+    """A source of features like `FeatureStore`, for the images that `read` was given. It keeps features in memory."""
 
-    def __init__(self, encoder: VisionEncoder, max_pixels: int, batch_pictures: int) -> None:
+    def __init__(self, encoder: VisionEncoder, max_pixels: int, batch_size: int) -> None:
         images.allow_pixels(max_pixels)
-        self._encoder, self._max_pixels, self._batch_pictures = encoder, max_pixels, batch_pictures
-        self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # patches [L, h_v] and global feature [h_v]
+        self._encoder, self._max_pixels, self._batch_size = encoder, max_pixels, batch_size
+        self._features: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # patches [L, h_v] and global feature [h_v]
 
-    def read(self, pictures: Sequence[Picture | None], folder: Path | None) -> list[tuple[images.Status, str | None]]:
-        """Status and image id of each picture; the id is None unless the status is "ok".
+    def read(
+        self, note_images: Sequence[ImageLike | None], folder: Path | None
+    ) -> list[tuple[images.Status, str | None]]:
+        """Status and image id of each image; the id is None unless the status is "ok".
 
-        folder: what paths are relative to, and nothing outside it is read; None: paths are taken as they are.
-        Raises ValueError where the encoder's answer does not fit into fp16.
+        folder: paths are relative to it, and nothing outside it is read; None: paths are used unchanged. Raises
+        ValueError where the encoder's output does not fit into fp16.
         """
-        found: list[tuple[images.Status, str | None]] = []
+        results: list[tuple[images.Status, str | None]] = []
         with ThreadPoolExecutor(max_workers=min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
-            for start in range(0, len(pictures), self._batch_pictures):
-                part = list(pool.map(partial(self._prepare, folder), pictures[start : start + self._batch_pictures]))
-                new = {p.image_id: p.pixels for p in part if p.pixels is not None}
-                if new:
-                    self._encode(list(new), torch.stack(list(new.values())))
-                found += [(p.status, p.image_id or None) for p in part]
-        return found
+            for start in range(0, len(note_images), self._batch_size):
+                batch = list(pool.map(partial(self._prepare, folder), note_images[start : start + self._batch_size]))
+                new_pixels = {p.image_id: p.pixels for p in batch if p.pixels is not None}
+                if new_pixels:
+                    self._encode(list(new_pixels), torch.stack(list(new_pixels.values())))
+                results += [(p.status, p.image_id or None) for p in batch]
+        return results
 
     def load(self, image_ids: Sequence[str]) -> Features:
-        """The features of pictures that were read, in this order."""
+        """The features of images that were read, in this order."""
         shape = (len(image_ids), self._encoder.num_patches, self._encoder.width)
         patches, pooled = np.empty(shape, np.float16), np.empty((shape[0], shape[2]), np.float16)
         for row, image_id in enumerate(image_ids):
-            patches[row], pooled[row] = self._known[image_id]
+            patches[row], pooled[row] = self._features[image_id]
         return Features(tuple(image_ids), patches, pooled)
 
-    def _prepare(self, folder: Path | None, picture: Picture | None) -> _Prepared:
-        if isinstance(picture, Image.Image):
-            status, image = images.to_rgb(picture, self._max_pixels)
+    def _prepare(self, folder: Path | None, note_image: ImageLike | None) -> _Prepared:
+        if isinstance(note_image, Image.Image):
+            status, image = images.to_rgb(note_image, self._max_pixels)
             if image is None:
                 return _Prepared(status)
             image_id = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-            return _Prepared("ok", image_id, None if image_id in self._known else self._encoder.preprocess(image))
-        encoded = self._fetch(folder, picture)
+            return _Prepared("ok", image_id, None if image_id in self._features else self._encoder.preprocess(image))
+        encoded = self._fetch(folder, note_image)
         if encoded.status != "ok":
             return _Prepared(encoded.status)
-        if encoded.image_id in self._known:
+        if encoded.image_id in self._features:
             return _Prepared("ok", encoded.image_id)
         status, image = images.decode(encoded.data, self._max_pixels)
         return (
             _Prepared(status) if image is None else _Prepared("ok", encoded.image_id, self._encoder.preprocess(image))
         )
 
-    def _fetch(self, folder: Path | None, picture: str | Path | bytes | None) -> images.EncodedImage:
-        if isinstance(picture, bytes):
-            return images.fetch(Path(), None, picture, self._max_pixels)
-        name = None if picture is None else str(picture)
+    def _fetch(self, folder: Path | None, note_image: str | Path | bytes | None) -> images.EncodedImage:
+        if isinstance(note_image, bytes):
+            return images.fetch(Path(), None, note_image, self._max_pixels)
+        name = None if note_image is None else str(note_image)
         if not name or folder is not None or "\0" in name:  # no file has such a name
             return images.fetch(folder or Path(), name, None, self._max_pixels)
         path = Path(os.path.realpath(name))  # the caller's own path: links may lead anywhere
@@ -91,25 +93,28 @@ class ImageFeatures:
     def _encode(self, image_ids: Sequence[str], pixels: Tensor) -> None:
         with torch.inference_mode():
             features = self._encoder(pixels.to(next(self._encoder.parameters()).device))
-        patches, pooled = (f.half().cpu().numpy() for f in features)  # as the feature store keeps them
+        patches, pooled = (f.half().cpu().numpy() for f in features)  # in the precision of the feature store
         for image_id, *values in zip(image_ids, patches, pooled, strict=True):
             if not all(np.isfinite(v).all() for v in values):
-                raise ValueError(f"the vision encoder gives features beyond the range of fp16 for picture {image_id}.")
-            self._known[image_id] = (values[0], values[1])
+                raise ValueError(f"the vision encoder gives features beyond the range of fp16 for image {image_id}.")
+            self._features[image_id] = (values[0], values[1])
 
 
 @dataclass(frozen=True)
 class OnDemandFeatures:
-    """A source of features like the feature store, for an encoder that no store knows; it keeps nothing."""
+    """A source of features like `FeatureStore`, for an encoder that no store has features of. It keeps nothing."""
 
     encoder: VisionEncoder
-    pictures: NoteImages
-    batch_pictures: int
+    note_images: NoteImages
+    batch_size: int
 
     def load(self, image_ids: Sequence[str]) -> Features:
-        """The features of these pictures, in this order. Raises ValueError where one is no longer what it was."""
-        features = ImageFeatures(self.encoder, self.pictures.max_pixels, self.batch_pictures)
-        found = features.read(self.pictures.read(image_ids), None)
-        if broken := [status for status, image_id in found if image_id is None]:
-            raise ValueError(f"{len(broken)} pictures can no longer be decoded ({broken[0]}): run everything again.")
+        """The features of these images, in this order.
+
+        Raises ValueError where an image has changed since its id was computed, or can no longer be decoded.
+        """
+        features = ImageFeatures(self.encoder, self.note_images.max_pixels, self.batch_size)
+        results = features.read(self.note_images.read(image_ids), None)
+        if broken := [status for status, image_id in results if image_id is None]:
+            raise ValueError(f"{len(broken)} images can no longer be decoded ({broken[0]}): run everything again.")
         return features.load(image_ids)

@@ -1,11 +1,11 @@
-"""The vision towers without their weights: how they are built from what the settings name.
+"""The vision towers of each library, built from the settings without their weights.
 
-An `Architecture` says all that is needed to build a tower without weights, in plain JSON. A tower maps pixels
-`[N, 3, S, S]` to `(patches [N, L, h_v], global_feature [N, h_v])`:
+An `Architecture` describes a tower without weights in plain JSON. A tower maps pixels `[N, 3, S, S]` to
+`(patches [N, L, h_v], global_feature [N, h_v])`:
 - open_clip ViT: the patch tokens and the pooled token after the last layer norm, before the projection;
-- timm: the final feature map, one patch per place (a ViT's prefix tokens are left out), and the pooled feature before
-  the classifier;
-- transformers: see `vision_huggingface`;
+- timm: the final feature map, one patch per position (a ViT's prefix tokens are left out), and the pooled feature
+  before the classifier;
+- transformers: see `huggingface.py`;
 - tiny: random weights from a fixed seed, for tests.
 """
 
@@ -27,7 +27,7 @@ from notellm2_core.vision.huggingface import build_huggingface, huggingface_arch
 
 
 class OpenClipTower(nn.Module):
-    """A ViT of open_clip, cut before its projection."""
+    """A ViT of open_clip without its projection."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
@@ -61,10 +61,10 @@ class TimmTower(nn.Module):
                 features = features.permute(0, 2, 3, 1)
             return features.flatten(1, 2), pooled
         patches = features[:, getattr(self.trunk, "num_prefix_tokens", 0) :]
-        if patches.shape[1] == 1 or math.isqrt(patches.shape[1]) ** 2 != patches.shape[1]:  # a token of another kind
+        if patches.shape[1] == 1 or math.isqrt(patches.shape[1]) ** 2 != patches.shape[1]:  # other tokens than patches
             raise ValueError(
                 f"the {patches.shape[1]} tokens of timm's {type(self.trunk).__name__} are not the patches of a square "
-                f"picture; supported: {SUPPORTED}"
+                f"image; supported: {SUPPORTED}"
             )
         return patches, pooled
 
@@ -74,8 +74,8 @@ class TinyTower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3, 16, kernel_size=3, stride=2, padding=1)  # 32 -> 16 places a side
-        self.second = nn.Conv2d(16, 32, kernel_size=4, stride=4)  # 16 -> 4
+        self.first = nn.Conv2d(3, 16, kernel_size=3, stride=2, padding=1)  # side: 32 -> 16
+        self.second = nn.Conv2d(16, 32, kernel_size=4, stride=4)  # side: 16 -> 4
         generator = torch.Generator().manual_seed(0)
         for conv in (self.first, self.second):
             fan_in = conv.weight[0].numel()
@@ -91,7 +91,7 @@ class TinyTower(nn.Module):
 
 @dataclass(frozen=True)
 class Library:
-    """What is asked of a library of vision models."""
+    """How a library of vision models is used."""
 
     architecture_of: Callable[[VisionSettings], Architecture]
     build: Callable[[Architecture], nn.Module]
@@ -109,9 +109,9 @@ def build_tower(architecture: Architecture) -> nn.Module:
 
 
 def dropped_projection_parameters(architecture: Architecture) -> int:
-    """Parameters of the model's final projection, which the tower leaves out; 0 where the model has none.
+    """Parameters of the model's final projection, which the tower leaves out but Table 7 counts; 0 without one.
 
-    ViT-B-16: 768 * 512; ViT-bigG-14: 1664 * 1280. Table 7 counts it.
+    ViT-B-16: 768 * 512; ViT-bigG-14: 1664 * 1280.
     """
     return LIBRARIES[architecture.library].projection(architecture)
 
@@ -123,7 +123,7 @@ def _open_clip_architecture(settings: VisionSettings) -> Architecture:
         _check_name(name, open_clip.list_models(), "open_clip")
     try:
         raw = open_clip.get_model_config(name)
-    except (OSError, ValueError) as e:  # a hub that does not answer, a file that is not JSON
+    except (OSError, ValueError) as e:  # the hub does not answer, or a file is not JSON
         raise ValueError(f"no configuration of the open_clip model {name}: {e}") from e
     model = {
         "embed_dim": raw["embed_dim"],
@@ -131,7 +131,7 @@ def _open_clip_architecture(settings: VisionSettings) -> Architecture:
         "quick_gelu": bool(raw.get("quick_gelu", False)),
     }
     tag = open_clip.get_pretrained_cfg(name, settings.pretrained or "")
-    model["quick_gelu"] |= bool(tag.get("quick_gelu", False))  # open_clip only warns, and computes something else
+    model["quick_gelu"] |= bool(tag.get("quick_gelu", False))  # without it, open_clip only warns and uses GELU
     size = raw["vision_cfg"].get("image_size", 224)
     cfg = {"size": size, "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD} | tag
     if name.startswith("local-dir:"):
@@ -159,7 +159,7 @@ def _open_clip_visual(architecture: Architecture) -> nn.Module:
 
 
 def open_clip_tower(visual: Any) -> nn.Module:
-    """SigLIP and its like are timm models inside open_clip."""
+    """The tower of an open_clip model. Some of these, such as SigLIP, are timm models inside."""
     return TimmTower(visual.trunk) if hasattr(visual, "trunk") else OpenClipTower(visual)
 
 
@@ -210,13 +210,13 @@ def _check_name(name: str, names: list[str], library: str) -> None:
         raise ValueError(f"{library} has no model {name!r}; close to it: {', '.join(close)}")
 
 
-def _none(_: Architecture) -> int:
+def _no_projection(_: Architecture) -> int:
     return 0
 
 
 LIBRARIES = {
     "open_clip": Library(_open_clip_architecture, _open_clip_build, _open_clip_projection),
-    "timm": Library(_timm_architecture, _timm_build, _none),
+    "timm": Library(_timm_architecture, _timm_build, _no_projection),
     "transformers": Library(huggingface_architecture, build_huggingface, huggingface_projection),
-    "tiny": Library(lambda _: Architecture("tiny", {}, Preprocess(size_px=32)), lambda _: TinyTower(), _none),
+    "tiny": Library(lambda _: Architecture("tiny", {}, Preprocess(size_px=32)), lambda _: TinyTower(), _no_projection),
 }

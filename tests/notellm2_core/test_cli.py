@@ -30,10 +30,10 @@ def test_demo_writes_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_describe_counts_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     main(["describe", "--config", "pipelines/configs/tiny.yaml"])
-    said = json.loads(capsys.readouterr().out)
-    parts = {k: v for k, v in said["parameters"].items() if k not in ("total", "trainable")}
-    assert sum(parts.values()) == said["parameters"]["total"] > 0
-    assert said["method"] == "notellm2" and said["shapes"]["embedding"] == 16
+    printed = json.loads(capsys.readouterr().out)
+    parts = {k: v for k, v in printed["parameters"].items() if k not in ("total", "trainable")}
+    assert sum(parts.values()) == printed["parameters"]["total"] > 0
+    assert printed["method"] == "notellm2" and printed["shapes"]["embedding"] == 16
 
 
 def test_index_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,9 +42,9 @@ def test_index_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     main(["index", "build", "--embeddings", str(embeddings), "--out", str(index), "--factory", "Flat"])
     assert json.loads(capsys.readouterr().out)["num_notes"] == 3
     main(["index", "search", "--index", str(index), "--embeddings", str(embeddings), "--note-id", "a", "--k", "2"])
-    found = json.loads(capsys.readouterr().out)
-    assert [f["note_id"] for f in found] == ["a", "b"]
-    assert found[1]["score"] == pytest.approx(0.984808, abs=1e-6)
+    hits = json.loads(capsys.readouterr().out)
+    assert [f["note_id"] for f in hits] == ["a", "b"]
+    assert hits[1]["score"] == pytest.approx(0.984808, abs=1e-6)
     pairs = tmp_path / "pairs"
     pairs.mkdir()
     rows = {"query_id": ["a", "a"], "target_id": ["b", "c"], "score": [1.0, 1.0], "num_users": [1, 1], "rank": [1, 2]}
@@ -53,8 +53,8 @@ def test_index_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out)["recall"] == {"1": 50.0, "2": 100.0}
 
 
-def test_what_the_user_can_mend_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_user_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["describe", "--config", str(tmp_path / "none.yaml")])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.startswith("error: cannot read") and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and printed.startswith("error: cannot read") and printed.count("\n") == 1

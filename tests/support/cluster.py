@@ -22,7 +22,7 @@ SETTINGS = {"spark.executor.memory": "600m", "spark.driver.host": HOST, "spark.u
 
 @dataclass(frozen=True)
 class Cluster:
-    folder: Path  # of its logs
+    folder: Path  # for logs
     address: str
 
     @property
@@ -34,19 +34,19 @@ class Cluster:
 
     @property
     def submit(self) -> list[str]:
-        """spark-submit, as far as what is to run."""
+        """The start of a spark-submit command: all but the application and its arguments."""
         settings = SETTINGS | {"spark.sql.shuffle.partitions": "2"}
         options = [part for key, value in settings.items() for part in ("--conf", f"{key}={value}")]
         return [str(SPARK / "bin" / "spark-submit"), "--master", self.address, *options]
 
     def tasks(self) -> list[int]:
-        """How many tasks each worker has begun so far: what ran elsewhere is not among them."""
+        """Number of tasks that each worker has begun so far. Tasks that ran elsewhere do not count."""
         logs = [self.folder.glob(f"worker{n}/app-*/*/stderr") for n in range(2)]
-        return [sum(log.read_text().count("Running task") for log in of) for of in logs]
+        return [sum(log.read_text().count("Running task") for log in worker_logs) for worker_logs in logs]
 
     @contextmanager
     def process(self, name: str, *command: str) -> Iterator[Path]:
-        """Yields its log."""
+        """Run `command` during the block. Yields its log."""
         log = self.folder / f"{name}.log"
         with log.open("w") as out, subprocess.Popen(command, env=self.environment, stdout=out, stderr=out) as running:
             try:

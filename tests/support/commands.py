@@ -1,4 +1,4 @@
-"""A command for tests: says what it was started with, then fails as it is asked to."""
+"""A command for tests: writes how it was started to a file, then fails as its argument says."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from notellm2_core.runtime.errors import user_errors
 def main() -> None:
     how, out = sys.argv[1:]
     print("on its way", file=sys.stderr)
-    facts = {
+    start = {
         "pid": os.getpid(),
         "group": os.getpgid(0),
         "WORD": os.environ.get("WORD"),
         "torch": "torch" in sys.modules,
     }
-    Path(out).write_text(json.dumps(facts))
+    Path(out).write_text(json.dumps(start))
     if how == "crash":
         raise RuntimeError("a bug")
     with user_errors():

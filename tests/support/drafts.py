@@ -1,4 +1,4 @@
-"""What a killed writer leaves behind."""
+"""The drafts that a killed writer leaves behind."""
 
 import subprocess
 from pathlib import Path
@@ -14,5 +14,5 @@ def dead_process() -> int:
 
 
 def draft_of(path: Path, process: int, on_host: str | None = None) -> Path:
-    """Where that process would write `path` before it is whole."""
+    """The path of that process's draft of `path`."""
     return path.with_name(f".{path.name}.{on_host or host()}.{process}.0123abcd.draft")

@@ -1,4 +1,4 @@
-"""The hub client's cache, filled as a download fills it: what is asked of it is answered without a network."""
+"""Fills the hub client's cache as a download does, so that it answers without a network."""
 
 import hashlib
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def cache_model(cache: Path, name: str, folder: Path, revision: str = "main") -> None:
-    """`folder` as the files of the hub's model `name` at a branch or tag."""
+    """Put `folder` into the cache as the hub's model `name` at a branch or tag."""
     repo, commit = cache / f"models--{name.replace('/', '--')}", hashlib.sha1(revision.encode()).hexdigest()
     shutil.copytree(folder, repo / "snapshots" / commit)
     (repo / "refs").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Java for tests: a JVM lives for a few small jobs, and most of its time goes into loading Spark's classes."""
+"""Java for tests: a JVM runs a few small jobs, and spends most of its time on loading Spark's classes."""
 
 import fcntl
 import functools
@@ -24,16 +24,16 @@ UNCOMPILED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factor
 
 @functools.cache
 def quick_jvm() -> str:
-    """JDK_JAVA_OPTIONS with which Spark starts in half the time: from an archive of its classes.
+    """JDK_JAVA_OPTIONS with which Spark starts in half the time, from an archive of its classes.
 
-    The first test run on a machine makes the archive, in some 30 s; other workers wait. A JVM that it does not fit (the
-    launcher's has other jars) does without, and says nothing. Where Java can make none, the options do without.
+    The first test run on a machine makes the archive in about 30 s, while other workers wait. A JVM that it does not
+    fit (the launcher's has other jars) silently ignores it. Where Java cannot make one, the options name none.
     """
     version = subprocess.run([f"{java_home()}/bin/java", "-version"], capture_output=True, text=True, check=True).stderr
     (major,) = re.findall(r'version "(\d+)', version)
     make, use = ("AOTCacheOutput", "AOTCache") if int(major) >= 25 else ("ArchiveClassesAtExit", "SharedArchiveFile")
-    decides = f"{version}{_SMALL}{pyspark.__file__}{pyspark.__version__}"
-    archive = FOLDER / hashlib.sha256(decides.encode()).hexdigest()[:16]
+    key = f"{version}{_SMALL}{pyspark.__file__}{pyspark.__version__}"
+    archive = FOLDER / hashlib.sha256(key.encode()).hexdigest()[:16]
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -46,7 +46,7 @@ def quick_jvm() -> str:
 
 
 def _typical_jobs(options: str) -> None:
-    """Load the classes that most tests load."""
+    """Run jobs that load the classes of most tests."""
 
     def same(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield from batches

@@ -1,8 +1,8 @@
-"""What each rank does in the tests with several processes (see ranks.py).
+"""The code of each rank in the tests with several processes (see ranks.py).
 
-`check_stages`: for every ZeRO stage, two steps on the same global batches; loss, full gradients, gradient norm and
-updated weights of the first, and those with adapters merged, go to OUT/ranks-<R>-stage-<S>.pt. Then a checkpoint after
-the first step is loaded into a fresh engine, and its second step must give the same weights to the last bit.
+`check_stages`: for every ZeRO stage, two steps on the same global batches. Loss, full gradients, gradient norm and
+updated weights of the first step, with and without merged adapters, are written to OUT/ranks-<R>-stage-<S>.pt. Then a
+checkpoint after the first step is loaded into a fresh engine, whose second step must give the same weights, bit by bit.
 """
 
 from contextlib import nullcontext
@@ -58,18 +58,19 @@ def settings(stage: int, variant: str) -> Config:
     """A batch of 8 pairs over notes with and without images or text, and all learning rates different."""
     rates = {"learning_rate": 1e-3, "new_module_learning_rate": 3e-3, "temperature_learning_rate": 1e-2}
     training = {"zero_stage": stage, "batch_pairs": 8, "weight_decay": 0.01, **rates}
-    of_training, of_model = VARIANTS[variant]
-    return tiny_config(training | of_training, **of_model)
+    training_settings, model_settings = VARIANTS[variant]
+    return tiny_config(training | training_settings, **model_settings)
 
 
 def build(config: Config, world: World) -> tuple[MLRMModel, PairDataset, VisionEncoder | None]:
-    """The model before its first step, its data, and its encoder where that is trained. The adapters' B is not 0: A
-    would have no gradient to compare.
+    """The model before its first step, its data, and its encoder where that is trained.
+
+    The adapters' B is not 0: otherwise A would have no gradient to compare.
     """
     with engines.first_on_machine() if dist.is_initialized() else nullcontext():
         model, processor = build_model(config, world.path("models"))
         encoder = VisionEncoder.from_pretrained(world.inputs.vision) if config.trains_vision else None
-        reader = InputReader(processor, world.with_pictures, encoder)
+        reader = InputReader(processor, world.with_image_folders, encoder)
         data = load_pair_dataset(reader, world.path("pairs"), world.path("cache"))
     set_trained(model, config, encoder)
     torch.manual_seed(0)
@@ -81,12 +82,12 @@ def build(config: Config, world: World) -> tuple[MLRMModel, PairDataset, VisionE
 
 
 def named_parameters(model: MLRMModel, encoder: VisionEncoder | None) -> dict[str, nn.Parameter]:
-    of_encoder = {} if encoder is None else {f"encoder.{name}": p for name, p in encoder.named_parameters()}
-    return dict(model.named_parameters()) | of_encoder
+    encoder_parameters = {} if encoder is None else {f"encoder.{name}": p for name, p in encoder.named_parameters()}
+    return dict(model.named_parameters()) | encoder_parameters
 
 
 def with_negatives(data: PairDataset, rows: np.ndarray, config: Config, index: int) -> np.ndarray:
-    """The batch with its hard negatives, where the variant has some: of every note, the next three."""
+    """The batch with its hard negatives, where the variant has any: the three notes after each note."""
     num_notes = len(data.note_ids)
     data.hard_negatives = [(note + np.arange(1, 4)) % num_notes for note in range(num_notes)]
     return data.with_hard_negatives(rows, config.training.hard_negatives.num, (0, index))
@@ -100,20 +101,20 @@ def step(engine: Any, data: PairDataset, rows: np.ndarray, config: Config, index
     losses = batch_gradient(engine, share, labels, config, (0, index)).losses
     model, encoder = engine.module.model, engine.module.encoder
     named = named_parameters(model, encoder)
-    found = {n: safe_get_full_grad(p).clone() for n, p in named.items() if p.requires_grad and grads}
+    gradients = {n: safe_get_full_grad(p).clone() for n, p in named.items() if p.requires_grad and grads}
     engines.set_learning_rate(engine.optimizer, 1.0 if index == 0 else 0.5)
     norm = engines.optimizer_step(engine)
-    weights, of_encoder = full_weights(model), {} if encoder is None else full_weights(encoder)
-    if weights is not None and of_encoder is not None:
-        weights |= {f"encoder.{name}": weight for name, weight in of_encoder.items()}
+    weights, encoder_weights = full_weights(model), {} if encoder is None else full_weights(encoder)
+    if weights is not None and encoder_weights is not None:
+        weights |= {f"encoder.{name}": weight for name, weight in encoder_weights.items()}
     losses_and_weights = {"loss": losses.total.item(), "weights": weights, "plain": plain_weights(model)}
-    return {"norm": norm, "grads": found, **losses_and_weights}
+    return {"norm": norm, "grads": gradients, **losses_and_weights}
 
 
 def check_stages(
     root: Path, out: Path, stages: tuple[int, ...], variant: str, precision: engines.Precision = "fp32"
 ) -> None:
-    """In bf16, as on GPUs: the weights are in bf16 too."""
+    """See the top of this file. In bf16, the weights are in bf16 too, as on GPUs."""
     engines.set_up_processes()
     name = f"ranks-{dist.get_world_size()}"
     world = World(root)
@@ -126,7 +127,7 @@ def check_stages(
         if dist.get_rank() == 0:
             torch.save(result, out / f"{name}-stage-{stage}.pt")
         if dist.get_world_size() > 2:
-            continue  # a resume with two ranks says enough
+            continue  # a resume with two ranks is enough
         checkpoints = Checkpoints(out / f"{name}-checkpoints-{stage}")
         checkpoints.save(engine, 1)
         checkpoints.close()
@@ -140,7 +141,7 @@ def check_stages(
 
 
 def check_resharded(root: Path, out: Path, stages: tuple[int, ...], variant: str, saving: bool) -> None:
-    """Saving: a step, a checkpoint, and a second step. Else, on another number of ranks, the second step from it."""
+    """saving: a step, a checkpoint, and a second step. Else, on another number of ranks: the second step from there."""
     engines.set_up_processes()
     for stage in stages:
         config = settings(stage, variant)
@@ -169,7 +170,7 @@ def _fresh(world: World, config: Config, precision: engines.Precision = "fp32") 
     model, data, encoder = build(config, world)
     engines.deepspeed_config = _as_on_gpus
     engine = engines.make_engine(model, config, precision, encoder)
-    assert not getattr(engine.optimizer, "persistent_parameters", [])  # of ZeRO-3's optimiser
+    assert not getattr(engine.optimizer, "persistent_parameters", [])  # an attribute of ZeRO-3's optimiser
     if precision == "bf16":
         assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
         assert engine.optimizer.gradient_accumulation_dtype == torch.float32
@@ -179,15 +180,16 @@ def _fresh(world: World, config: Config, precision: engines.Precision = "fp32") 
 def _as_on_gpus(
     training: TrainingSettings, precision: engines.Precision, num_ranks: int, on_gpu: bool
 ) -> dict[str, Any]:
-    """What GPUs are told, but for the small buffers. ZeRO-3 keeps small weights on every rank, and the tiny models have
-    no others: here it gives all back.
+    """DeepSpeed's configuration for GPUs, with the small buffers of CPUs.
+
+    ZeRO-3 does not partition small weights, and the tiny models have no others: here it partitions all.
     """
-    made = deepspeed_config(training, precision, num_ranks, on_gpu=True)
-    of_cpu = deepspeed_config(training, precision, num_ranks, on_gpu)["zero_optimization"]
-    zero = of_cpu | {"stage": made["zero_optimization"]["stage"], "stage3_param_persistence_threshold": 0}
-    return made | {"zero_optimization": zero}
+    gpu_config = deepspeed_config(training, precision, num_ranks, on_gpu=True)
+    cpu_zero = deepspeed_config(training, precision, num_ranks, on_gpu)["zero_optimization"]
+    zero = cpu_zero | {"stage": gpu_config["zero_optimization"]["stage"], "stage3_param_persistence_threshold": 0}
+    return gpu_config | {"zero_optimization": zero}
 
 
 def train(config_file: Path, root: Path, folder: Path) -> None:
-    """The whole training, as the command runs it, with WORK and OUT below `folder`."""
+    """Run a whole training as the command does, with WORK and OUT below `folder`."""
     run(load_config(config_file), World(root).paths(folder))

@@ -1,4 +1,4 @@
-"""Several ranks for a test, quickly: forked from one process that has imported everything already."""
+"""Starts several ranks for a test quickly: they are forked from one process that has already imported everything."""
 
 import multiprocessing
 import os

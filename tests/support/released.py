@@ -19,13 +19,13 @@ from notellm2_core.vision.encoder import load_vision_encoder
 from tests.support.world import tiny_config, write_config
 
 NUM_NOTES = 20
-FACTS = {"steps": 8, "num_train_pairs": 32, "num_train_notes": 64, "num_validation_pairs": 6,
+TRAINING_SUMMARY = {"steps": 8, "num_train_pairs": 32, "num_train_notes": 64, "num_validation_pairs": 6,
          "validation_recall_at_10": 0.25}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Release:
-    """Folders: source/ (notes.parquet and pictures), model/."""
+    """Folders: source/ (notes.parquet and images), model/."""
 
     root: Path
 
@@ -43,7 +43,7 @@ class Release:
 
     @property
     def notes(self) -> list[dict[str, Any]]:
-        """The notes as `Embedder` takes them; paths are whole."""
+        """The notes as `Embedder` takes them, with absolute image paths."""
         return [
             {"title": r["title"], "topics": r["topics"], "content": r["content"],
              "image": r["image_path"] and str(self.source / r["image_path"])}
@@ -51,7 +51,7 @@ class Release:
         ]  # fmt: skip
 
     def features(self) -> list[str]:
-        """Runs the pipeline's features command; the options of the export command for what it wrote."""
+        """Runs the pipeline's features command. Returns the options of the export command for its output."""
         config = write_config(self.root / "config.yaml", tiny_config())
         parts = {"config": config, "notes": self.root / "notes", "store": self.root / "store"}
         common = [x for name, path in parts.items() for x in (f"--{name}", str(path))]
@@ -60,13 +60,13 @@ class Release:
 
 
 def write_release(root: Path) -> Release:
-    """NUM_NOTES notes of many lengths; every third without picture, n04's is broken, n07 shows what n08 shows."""
+    """NUM_NOTES notes of many lengths. Every third has no image, n04's is broken, n07 and n08 have the same."""
     release, rng = Release(root), np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
     (root / "source").mkdir(parents=True), (root / "notes").mkdir()
     for n in range(NUM_NOTES):
         if n % 3:
-            (root / "source" / f"{n}.png").write_bytes(b"no picture" if n == 4 else png(8 if n == 7 else n))
+            (root / "source" / f"{n}.png").write_bytes(b"no image" if n == 4 else png(8 if n == 7 else n))
         words = [str(w) for w in rng.choice(["red", "old", "ship", "tea", "hill"], rng.integers(0, 20))]
         rows.append(
             {"note_id": f"n{n:02d}", "title": f"note {n}", "topics": words[:2], "content": " ".join(words),
@@ -80,12 +80,12 @@ def write_release(root: Path) -> Release:
 
 
 def save_release(out: Path) -> None:
-    """A model as the training command leaves it."""
+    """Save a model as the training command does."""
     config = tiny_config()
     model, processor = build_model(config, out.parent / "cache")
     encoder = load_vision_encoder(config.model.vision)
     encoder.save_pretrained(out.parent / "vision")
-    save_model(model, processor, out.parent / "vision", out, config, ("2025-01-05", "2025-01-19"), FACTS)
+    save_model(model, processor, out.parent / "vision", out, config, ("2025-01-05", "2025-01-19"), TRAINING_SUMMARY)
 
 
 def png(seed: int) -> bytes:

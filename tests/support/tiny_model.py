@@ -1,4 +1,4 @@
-"""A model small enough to build in a tenth of a second, and notes and features for it."""
+"""A model that is built in a tenth of a second, and notes and features for it."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.processor import InputKind, MLRMProcessor, NoteBatch
 
-NUM_PATCHES, VISION_WIDTH = 16, 32  # of the tiny vision encoder
+NUM_PATCHES, VISION_WIDTH = 16, 32  # the tiny vision encoder's
 SHORT = Note("short", "A red kite", ("toys",), "Flies well.")
 LONG = Note("long", "Ten walks around the lake", ("travel", "lakes"), "Start early and take the northern path. " * 4)
 EMPTY = Note("empty", "", (), "")
@@ -29,14 +29,14 @@ def tiny_model(method: str = "notellm2", seed: int = 0, **settings: Any) -> tupl
 
 
 def features(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Random patches [n, L, h_v] and global features [n, h_v] in fp16, as the feature store gives them."""
+    """Random patches [n, L, h_v] and global features [n, h_v] in fp16, the feature store's precision."""
     rng = np.random.default_rng(seed)
     patches = rng.standard_normal((n, NUM_PATCHES, VISION_WIDTH)).astype(np.float16)
     return patches, rng.standard_normal((n, VISION_WIDTH)).astype(np.float16)
 
 
 def batch_of(processor: MLRMProcessor, notes: list[Note], inputs: InputKind = "multimodal") -> NoteBatch:
-    """The notes with the features 0, 1, 2, ..., each with an image."""
+    """The notes as a batch; every note has an image, with random features."""
     patches, global_feature = features(len(notes))
     return processor.collate(
         [processor.encode(n, inputs) for n in notes], patches, global_feature, np.ones(len(notes), dtype=bool)

@@ -1,4 +1,4 @@
-"""Waiting for what another process does."""
+"""Waits for another process."""
 
 import time
 from collections.abc import Callable
@@ -8,9 +8,10 @@ T = TypeVar("T")
 
 
 def wait_for(condition: Callable[[], T], seconds: float = 120) -> T:
+    """The first true result of `condition`. Raises AssertionError where there is none in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.05)
-    raise AssertionError("waited in vain")
+    raise AssertionError(f"the condition did not become true within {seconds} s")

@@ -1,4 +1,4 @@
-"""A small training input on disk: random notes, random pairs, random pictures and features, the tiny models."""
+"""A small training input on disk: random notes, random pairs, random images and features, the tiny models."""
 
 import hashlib
 import io
@@ -28,7 +28,7 @@ WORDS = ["tea", "cup", "red", "sky", "boat", "lamp", "fern", "moss", "opal", "qu
 
 @dataclass(frozen=True)
 class World:
-    """Its folders."""
+    """The folders of a training input."""
 
     root: Path
 
@@ -37,29 +37,29 @@ class World:
 
     @property
     def inputs(self) -> NoteInputs:
-        """Without pictures: features are read."""
+        """Without image folders: stored features are read."""
         return NoteInputs(*map(self.path, ("notes", "images", "store")))
 
     @property
-    def with_pictures(self) -> NoteInputs:
-        return replace(self.inputs, pictures=ImageFolders(self.path("notes"), self.root))
+    def with_image_folders(self) -> NoteInputs:
+        return replace(self.inputs, image_folders=ImageFolders(self.path("notes"), self.root))
 
     def paths(self, folder: Path) -> Paths:
-        """Of a training run, with WORK and OUT below `folder`."""
-        return Paths(self.with_pictures, self.path("pairs"), folder / "work", folder / "out")
+        """The paths of a training run, with WORK and OUT below `folder`."""
+        return Paths(self.with_image_folders, self.path("pairs"), folder / "work", folder / "out")
 
 
 def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6, complete: bool = False) -> World:
     """2 * (num_pairs + num_validation) notes, paired off.
 
-    Every 8th note has no image, and every 7th no text; where the world is `complete`, all have both.
+    Every 8th note has no image, and every 7th no text; in a `complete` world, all have both.
     """
     rng = np.random.default_rng(0)
     world = World(root)
     num_notes = 2 * (num_pairs + num_validation)
     ids = [f"n{i:03d}" for i in range(num_notes)]
-    pictures = [None if i % 8 == 5 and not complete else picture(i) for i in range(num_notes)]
-    images = [None if data is None else hashlib.sha256(data).hexdigest() for data in pictures]
+    images = [None if i % 8 == 5 and not complete else png_of(i) for i in range(num_notes)]
+    image_ids = [None if data is None else hashlib.sha256(data).hexdigest() for data in images]
 
     def text(i: int, num_words: int) -> str:
         return "" if i % 7 == 3 and not complete else " ".join(rng.choice(WORDS, num_words))
@@ -70,7 +70,7 @@ def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6, comple
             "title": text(i, 3),
             "topics": [text(i, 1)],
             "content": text(i, int(rng.integers(2, 9))),
-            "image": pictures[i],
+            "image": images[i],
         }
         for i, n in enumerate(ids)
     ]
@@ -84,18 +84,20 @@ def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6, comple
     write(world.path("pairs") / "validation/part-0.parquet", validation)
     encoder = load_vision_encoder(tiny_config().model.vision)
     encoder.save_pretrained(world.path("images") / "vision")
-    statuses = ["missing" if i is None else "ok" for i in images]
-    table = pa.table([pa.array(c, pa.string()) for c in (ids, images, [None] * len(ids), statuses)], schema=NOTE_IMAGES)
+    statuses = ["missing" if i is None else "ok" for i in image_ids]
+    table = pa.table(
+        [pa.array(c, pa.string()) for c in (ids, image_ids, [None] * len(ids), statuses)], schema=NOTE_IMAGES
+    )
     write(world.path("images") / "note_images.parquet", table)
-    known = [i for i in images if i is not None]
+    stored_ids = [i for i in image_ids if i is not None]
     store = FeatureStore.create(world.path("store") / encoder.encoder_id, encoder.num_patches, encoder.width)
-    patches = rng.normal(size=(len(known), encoder.num_patches, encoder.width))
-    store.append(known, patches, patches.mean(axis=1), [None] * len(known))
+    patches = rng.normal(size=(len(stored_ids), encoder.num_patches, encoder.width))
+    store.append(stored_ids, patches, patches.mean(axis=1), [None] * len(stored_ids))
     return world
 
 
-def picture(seed: int) -> bytes:
-    """Of random blocks, as PNG."""
+def png_of(seed: int) -> bytes:
+    """An image of random blocks, as PNG."""
     blocks = np.random.default_rng([seed, 7]).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(blocks).resize((40, 40), Image.Resampling.NEAREST).save(file, "PNG")
@@ -103,13 +105,13 @@ def picture(seed: int) -> bytes:
 
 
 def train(world: World, config: Config, folder: Path) -> Path:
-    """The whole training in this process, with WORK and OUT below `folder`; returns OUT."""
+    """Run a whole training in this process, with WORK and OUT below `folder`. Returns OUT."""
     run(config, world.paths(folder))
     return folder / "out"
 
 
 def pair_dataset(world: World, processor: MLRMProcessor, cache: Path) -> PairDataset:
-    """Notes, pairs and stored features."""
+    """The world as a dataset of pairs, with stored features."""
     return load_pair_dataset(InputReader(processor, world.inputs), world.path("pairs"), cache)
 
 

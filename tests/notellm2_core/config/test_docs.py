@@ -7,6 +7,7 @@ import yaml
 
 from notellm2_core.config.docs import page, sections, settings
 from notellm2_core.config.load import load_config
+from notellm2_core.config.methods import METHODS
 from notellm2_core.config.settings import FIRST_SETTINGS, Config
 
 PAGE = Path("docs/settings.md")
@@ -57,6 +58,7 @@ def test_values_in_words() -> None:
     assert rows["validation_share"] == ("`0.1`", "number at least 0 and below 1")
     assert rows["max_user_notes"] == ("`2000`", "integer above 0 or `null`")
     assert rows["bounds"] == ("`absolute`", "`absolute`, `quantile`")
+    assert rows["method"] == ("`notellm2`", ", ".join(f"`{name}`" for name in METHODS))
     assert rows["betas"] == ("`[0.9, 0.999]`", "list of 2 numbers")
     assert rows["matryoshka_dims"] == ("`[]`", "list of integers above 0")
     assert rows["lora"] == ("`null`", "section or `null`")

@@ -46,12 +46,12 @@ def test_only_what_is_new_is_embedded(tmp_path: Path) -> None:
     def run(out: str = "out", model: str = "m", **options: Any) -> int:
         calls.clear()
         key = EmbeddingKey(model, lambda ids: [texts[i] for i in ids])
-        kept = write_shards(plan_shards(tmp_path / out, list(texts), key, 2), embed, **options)
+        num_reused = write_shards(plan_shards(tmp_path / out, list(texts), key, 2), embed, **options)
         if not options.get("num_ranks"):
-            found = read_embeddings(tmp_path / out)
-            assert found.note_ids == tuple(sorted(texts))
-            np.testing.assert_array_equal(found.vectors, [vector(texts[i]) for i in found.note_ids])
-        return kept
+            table = read_embeddings(tmp_path / out)
+            assert table.note_ids == tuple(sorted(texts))
+            np.testing.assert_array_equal(table.vectors, [vector(texts[i]) for i in table.note_ids])
+        return num_reused
 
     assert run() == 0 and calls == [["a", "b"], ["c", "d"], ["e"]]
     (tmp_path / "out" / "part-00009.parquet").write_bytes(b"of an older, larger export")
@@ -86,7 +86,7 @@ def test_a_killed_export_is_as_one_that_was_not(tmp_path: Path) -> None:
 
 
 def test_what_is_taken_over_depends_on_no_kill_and_no_rank(tmp_path: Path) -> None:
-    """A note in front of four moves each into another shard: b, c and d are taken over, whoever writes first."""
+    """A note in front of four moves each into another shard: b, c and d are reused in any order of writing."""
     key = EmbeddingKey("m", list)
 
     def embed(ids: Sequence[str]) -> np.ndarray:
@@ -120,7 +120,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 of 3 notes have no embedding .the first is 'x'"):
         read_embeddings(tmp_path).rows(["x", "a", "y"])
     write_shard(tmp_path / "b.parquet", ["a"], unit(1), {})
-    with pytest.raises(ValueError, match="1 notes come twice"):
+    with pytest.raises(ValueError, match="1 notes occur twice"):
         read_embeddings(tmp_path)
     write_shard(tmp_path / "b.parquet", ["b"], unit(1, 5), {})
     with pytest.raises(ValueError, match="width 5"):

@@ -45,7 +45,7 @@ def test_the_same_bits_as_the_five_lines(release: Release, tmp_path: Path, capsy
     np.testing.assert_array_equal(table.vectors, Embedder(model, processor, encoder).embed(release.notes))
     said = capsys.readouterr()
     counts = json.loads(said.out)
-    assert "warning: of 13 pictures, not used: {'broken': 1}; --images names their folder\n" in said.err
+    assert "warning: of 13 images, not used: {'broken': 1}; --images names their folder\n" in said.err
     assert (counts["notes"], counts["kept"], counts["dropped"]) == (20, 0, {})
     assert {k: n for k, n in counts["pictures"].items() if n} == {"ok": 12, "missing": 7, "broken": 1}
     for inputs, dim in (("text", 4), ("image", None)):

@@ -91,7 +91,7 @@ def test_broken_images_are_counted_and_count_as_none(release: Release) -> None:
     embedder = Embedder.from_pretrained(release.model)
     embedder.embed(release.notes)
     assert embedder.image_statuses == {"ok": 12, "missing": 7, "broken": 1}
-    wrong = [b"", b"no picture", "not/there.png", "a\0b", Image.new("RGB", (0, 4))]
+    wrong = [b"", b"no image", "not/there.png", "a\0b", Image.new("RGB", (0, 4))]
     vectors = embedder.embed([{"title": "a", "image": i} for i in (None, *wrong)])
     np.testing.assert_allclose(vectors, vectors[[0] * 6], atol=2e-6)
     assert embedder.image_statuses == {"ok": 12, "missing": 8, "broken": 4, "not_found": 2}

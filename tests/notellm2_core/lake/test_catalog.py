@@ -38,7 +38,7 @@ def test_a_setting_changes_its_stage_and_all_after_it_and_nothing_else(tmp_path:
     assert _changed(base, _catalog(tmp_path, training__trainable=["llm"])) == _downstream("checkpoint")
     assert _changed(base, _catalog(tmp_path, model__lora={"rank": 4})) == _downstream("checkpoint")  # not the start
     less_memory = {"training__micro_batch_tokens": 99, "training__gradient_checkpointing": True}
-    assert _changed(base, _catalog(tmp_path, **less_memory)) == set()  # a training goes on with them
+    assert _changed(base, _catalog(tmp_path, **less_memory)) == set()  # a training run resumes with them
     assert _changed(base, _catalog(tmp_path, index__factory="HNSW8")) == _downstream("faiss_index")
     assert _changed(base, _catalog(tmp_path, window__end="2025-01-19")) == _downstream("interactions")
     assert _changed(base, _catalog(tmp_path, spark__driver_memory="3g")) == set()
@@ -98,7 +98,7 @@ def test_a_configuration_without_any_source_says_so(tmp_path: Path) -> None:
 
 
 def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> None:
-    """A folder or file that was written anew, another version of a package; a hub's name stands for itself."""
+    """A rewritten folder or file, or another version of a package, is another address; a hub's name is not checked."""
     llm, vision = tmp_path / "llm", tmp_path / "vision.pt"
     llm.mkdir()
     (llm / "model.safetensors").write_text("a")

@@ -197,7 +197,7 @@ def test_hostile_notes_have_finite_embeddings(pair: tuple[MLRMModel, MLRMProcess
 
 def test_batch_moves_whole(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
     batch = batch_of(notellm2[1], [SHORT])
-    as_note = dataclasses.replace(batch, pixels=torch.zeros(1, 8, 8, 3), picture=torch.zeros(1, dtype=torch.int64))
+    as_note = dataclasses.replace(batch, pixels=torch.zeros(1, 8, 8, 3), image_index=torch.zeros(1, dtype=torch.int64))
     moved = as_note.to("meta")
     assert len(batch) == 1 and batch.to("meta").pixels is None
     assert all(getattr(moved, f.name).device.type == "meta" for f in dataclasses.fields(moved))

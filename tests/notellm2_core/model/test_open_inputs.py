@@ -52,13 +52,13 @@ def test_stored_features(world: World, processor: MLRMProcessor, tmp_path: Path)
 def test_images_on_demand(world: World, processor: MLRMProcessor) -> None:
     """With an encoder, the images are needed, and the store, which is missing, is not."""
     encoder = VisionEncoder.from_pretrained(world.inputs.vision)
-    inputs = replace(world.with_pictures, store=world.path("nowhere"))
+    inputs = replace(world.with_image_folders, store=world.path("nowhere"))
     notes = InputReader(processor, inputs, encoder).open(NOTES)
     assert isinstance(notes.images, NoteImages)
     assert notes.images.image_ids == [notes.image_ids["n004"], notes.image_ids["n006"]]
     assert all(notes.images.read(notes.images.image_ids))
     with pytest.raises(ValueError, match=r"give the folders of the images \(--pictures NOTES SOURCE\)"):
-        InputReader(processor, replace(inputs, pictures=None), encoder).open(NOTES)
+        InputReader(processor, replace(inputs, image_folders=None), encoder).open(NOTES)
     with pytest.raises(ValueError, match="holds no vision features"):
         InputReader(processor, inputs).open(NOTES)
 
@@ -74,9 +74,9 @@ def test_a_saved_model_reads_with_its_own_encoder(world: World, tmp_path: Path) 
     trained = frozen.with_weights({name: weight + 1 for name, weight in frozen.state_dict().items()})
     for name, vision in (("frozen", world.inputs.vision), ("trained", trained)):
         save_model(*build_model(config, tmp_path / "models"), vision, tmp_path / name, config)
-    assert read("frozen", world.with_pictures).encoder is None
+    assert read("frozen", world.with_image_folders).encoder is None
     assert read("frozen", world.inputs).encoder_id == frozen.encoder_id
-    reader = read("trained", world.with_pictures)
+    reader = read("trained", world.with_image_folders)
     assert reader.encoder is not None and reader.max_pixels == 10_000
     assert reader.encoder_id == reader.encoder.encoder_id == trained.encoder_id != frozen.encoder_id
     with pytest.raises(ValueError, match=f"trained with vision encoder {trained.encoder_id}"):

@@ -7,25 +7,25 @@ import pytest
 
 from notellm2_core.notes.inputs import ImageFolders, NoteInputs
 
-PICTURES = ImageFolders(Path("lake/notes"), Path("source"))
+FOLDERS = ImageFolders(Path("lake/notes"), Path("source"))
 
 
-@pytest.mark.parametrize("pictures", [None, PICTURES])
-def test_options_and_back(pictures: ImageFolders | None) -> None:
+@pytest.mark.parametrize("image_folders", [None, FOLDERS])
+def test_options_and_back(image_folders: ImageFolders | None) -> None:
     parser = ArgumentParser()
     NoteInputs.add_arguments(parser)
-    inputs = NoteInputs(Path("a notes folder"), Path("images"), Path("store"), pictures)
+    inputs = NoteInputs(Path("a notes folder"), Path("images"), Path("store"), image_folders)
     assert NoteInputs.of(parser.parse_args(inputs.arguments())) == inputs
     assert inputs.vision == Path("images/vision")
 
 
 def test_the_options() -> None:
-    inputs = NoteInputs(Path("n"), Path("i"), Path("s"), PICTURES)
+    inputs = NoteInputs(Path("n"), Path("i"), Path("s"), FOLDERS)
     assert " ".join(inputs.arguments()) == "--notes n --images i --store s --pictures lake/notes source"
 
 
 @pytest.mark.parametrize("left_out", ["--notes", "--images", "--store"])
-def test_only_the_pictures_are_optional(left_out: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_image_folders_are_optional(left_out: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = ArgumentParser()
     NoteInputs.add_arguments(parser)
     options = NoteInputs(Path("n"), Path("i"), Path("s")).arguments()

@@ -38,7 +38,7 @@ def test_errors_name_the_cause(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 notes are not in .*'zz'"):
         read_notes(tmp_path, ["a", "zz"])
     write(tmp_path, "part-1.parquet", ["a"])
-    with pytest.raises(ValueError, match="'a' comes twice"):
+    with pytest.raises(ValueError, match="'a' occurs twice"):
         read_notes(tmp_path)
     pq.write_table(pa.table({"note_id": ["x"]}), tmp_path / "part-0.parquet")
     with pytest.raises(ValueError, match="no column 'title'"):

@@ -87,7 +87,7 @@ def test_a_saved_processor_reads_them(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / TOKENS_FILE).write_bytes(b"ARROW1 and no more")
-    with pytest.raises(ValueError, match=r"tokens.arrow cannot be read .*; if it is damaged, delete it"):
+    with pytest.raises(ValueError, match=r"tokens.arrow cannot be read .*; if it is damaged, move it away"):
         read_tokens(tmp_path, tokenizer())
     write_tokens(tmp_path, tokenizer(), [Note("n", "a", (), ""), Note("n", "b", (), "")])
     with pytest.raises(ValueError, match="has a note twice"):

@@ -1,4 +1,4 @@
-"""Files and folders are whole or not there: whatever fails, whoever is killed, however many write at once."""
+"""Files and folders are written whole or not at all: with failures, kills and several writers at once."""
 
 import errno
 import os
@@ -23,9 +23,9 @@ from notellm2_core.runtime.files import (
     is_hidden,
     link_or_copy,
     listing,
-    naming,
     new_folder,
     parquet_files,
+    read_errors,
     replaced_folder,
     swap_in,
     sweep,
@@ -328,7 +328,7 @@ def test_the_parquet_files_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_listing_tells_any_change(tmp_path: Path) -> None:
-    """Of files in folders and behind links, and of links to nowhere; not of what hidden folders hold."""
+    """Files in folders and behind links, and broken links, are listed; the content of hidden folders is not."""
     fill(tmp_path, {"a": "1", "deep/b": "22", ".git/c": "3"})
     (tmp_path / "deep" / "lost").symlink_to("nowhere")
     found = {name: size for name, size, _ in listing(tmp_path)}
@@ -340,10 +340,10 @@ def test_a_listing_tells_any_change(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no Parquet")
-    message = r"x\.parquet cannot be read \(.*\); if it is damaged, delete it"
-    with pytest.raises(ValueError, match=message), naming(tmp_path / "x.parquet"):
+    message = r"x\.parquet cannot be read \(.*\); if it is damaged, move it away"
+    with pytest.raises(ValueError, match=message), read_errors(tmp_path / "x.parquet"):
         pq.read_table(tmp_path / "x.parquet")
-    with pytest.raises(KeyError), naming(tmp_path):
+    with pytest.raises(KeyError), read_errors(tmp_path):
         {}["nothing else is touched"]
 
 

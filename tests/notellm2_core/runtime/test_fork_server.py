@@ -1,4 +1,4 @@
-"""A forked command runs as one that was started by itself would, and nothing outlives whoever asked for it."""
+"""A forked command runs like one that was started by itself, and nothing outlives the process that asked for it."""
 
 import json
 import os
@@ -31,19 +31,19 @@ def _start(server: ForkServer, how: str, tmp_path: Path, **env: str) -> Child:
         return server.start(["-m", COMMAND, how, str(tmp_path / "out")], {**os.environ, **env}, errors.fileno())
 
 
-def _facts(tmp_path: Path) -> dict[str, Any]:
+def _report(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "out").read_text())
 
 
 def test_arguments_environment_group_and_errors_are_its_own(server: ForkServer, tmp_path: Path) -> None:
     child = _start(server, "end", tmp_path, WORD="hello")
     assert child.wait() == child.wait() == 0
-    facts = _facts(tmp_path)
-    assert facts["pid"] == facts["group"] == child.pid and facts["WORD"] == "hello"
+    report = _report(tmp_path)
+    assert report["pid"] == report["group"] == child.pid and report["WORD"] == "hello"
     assert (tmp_path / "errors").read_text() == "on its way\n"
     assert "WORD" not in os.environ
     _start(server, "end", tmp_path).wait()
-    assert _facts(tmp_path)["WORD"] is None  # nothing is left of the one before
+    assert _report(tmp_path)["WORD"] is None  # nothing is left of the one before
 
 
 def test_a_users_error_a_bug_and_a_kill(server: ForkServer, tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ def test_made_once_and_read_only(tmp_path: Path) -> None:
 
 def test_what_failed_leaves_nothing(tmp_path: Path) -> None:
     def fill(values: np.ndarray) -> None:
-        raise ValueError("a picture is gone")
+        raise ValueError("an image is gone")
 
-    with pytest.raises(ValueError, match="a picture is gone"):
+    with pytest.raises(ValueError, match="an image is gone"):
         memory_mapped(tmp_path / "table.npy", (3, 2), np.uint8, fill)
     assert not list(tmp_path.iterdir())
 

@@ -28,7 +28,7 @@ def left_behind(**variables: str) -> int:
 
 
 def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
-    """As a training does, whose batches have another number of tokens each time."""
+    """Like a training run, whose batches have a new number of tokens each time."""
     uncured = left_behind(ONEDNN_PRIMITIVE_CACHE_CAPACITY="4096", LRU_CACHE_CAPACITY="4096")
     if uncured < 100:
         pytest.skip(f"this CPU's library keeps little ({uncured} MB)")

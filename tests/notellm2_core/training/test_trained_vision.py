@@ -44,7 +44,7 @@ def test_from_images_to_embeddings(world: World, tmp_path: Path, capfd: pytest.C
 
     with pytest.raises(ValueError, match="trained with vision encoder"):
         export(config, out, world.inputs, ("image",), tmp_path / "embeddings")
-    counts = export(config, out, world.with_pictures, ("image", "multimodal"), tmp_path / "embeddings")
+    counts = export(config, out, world.with_image_folders, ("image", "multimodal"), tmp_path / "embeddings")
     assert counts["pictures"] == "encoded anew"
     rows = pq.read_table(world.path("notes")).to_pylist()
     notes = [{k: row[k] for k in ("title", "topics", "content", "image")} for row in rows]
@@ -58,7 +58,7 @@ def test_from_images_to_embeddings(world: World, tmp_path: Path, capfd: pytest.C
     arguments += ["--pairs", str(world.path("pairs"))]
     with pytest.raises(SystemExit):
         saliency.main([*arguments, *world.inputs.arguments()])
-    saliency.main([*arguments, *world.with_pictures.arguments()])
+    saliency.main([*arguments, *world.with_image_folders.arguments()])
     assert json.loads((tmp_path / "saliency" / "saliency.json").read_text())["num_notes"] > 0
 
 

@@ -22,7 +22,7 @@ LITE0 = VisionSettings(library="timm", name="tf_efficientnet_lite0", pretrained=
 SMALL_CLIP = "ViT-small-for-tests"
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -124,10 +124,10 @@ def test_timm_checkpoint_file(tmp_path, name):
 
 
 def test_efficientnet_from_pip():
-    """Its global feature is the mean of its 7 x 7 map; ReLU6 bounds both; the picture matters."""
+    """Its global feature is the mean of its 7 x 7 map; ReLU6 bounds both; the image matters."""
     pytest.importorskip(PACKAGES["package:efficientnet-lite0"].module)
     encoder = load_vision_encoder(LITE0)
-    pixels = torch.stack([encoder.preprocess(picture(256, 171)), encoder.preprocess(Image.new("RGB", (90, 120)))])
+    pixels = torch.stack([encoder.preprocess(random_image(256, 171)), encoder.preprocess(Image.new("RGB", (90, 120)))])
     patches, pooled = encoder(pixels)
     assert patches.shape == (2, 49, 1280) and pooled.shape == (2, 1280)
     torch.testing.assert_close(patches.mean(1), pooled, rtol=1e-4, atol=1e-5)
@@ -206,12 +206,12 @@ def test_saved_encoder_gives_the_same_bits(tmp_path, small_clip):
         encoder = load_vision_encoder(vision)
         encoder.save_pretrained(tmp_path / str(number))
         loaded = VisionEncoder.from_pretrained(tmp_path / str(number))
-        pixels = encoder.preprocess(picture(70, 50))[None]
-        assert torch.equal(loaded.preprocess(picture(70, 50))[None], pixels)
+        pixels = encoder.preprocess(random_image(70, 50))[None]
+        assert torch.equal(loaded.preprocess(random_image(70, 50))[None], pixels)
         for a, b in zip(encoder(pixels), loaded(pixels), strict=True):
             assert torch.equal(a, b)
         assert (loaded.encoder_id, loaded.num_patches, loaded.width) == (encoder.encoder_id, 16, encoder.width)
-        by_setting = VisionSettings(name="whatever", pretrained=str(tmp_path / str(number)))
+        by_setting = VisionSettings(name="any", pretrained=str(tmp_path / str(number)))
         assert load_vision_encoder(by_setting).encoder_id == encoder.encoder_id
         assert vision_dims(by_setting) == (16, encoder.width)
         assert vision_architecture(by_setting) == encoder.architecture
@@ -230,9 +230,9 @@ def test_a_saved_encoder_that_was_changed_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="cannot be loaded"):
         VisionEncoder.from_pretrained(tmp_path)
-    facts = json.loads((tmp_path / "config.json").read_text())
-    facts["architecture"]["library"] = "zzz"
-    (tmp_path / "config.json").write_text(json.dumps(facts))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architecture"]["library"] = "zzz"
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="is not the configuration of a saved vision encoder .KeyError.'zzz'"):
         VisionEncoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
@@ -297,7 +297,7 @@ def test_pixels_are_those_of_the_libraries(width, height, crop, squash):
 
     how = Preprocess(size_px=56, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_ratio=crop)
     how = replace(how, resize="squash" if squash else "shortest")
-    image = picture(width, height, seed=width * height)
+    image = random_image(width, height, seed=width * height)
     theirs = create_transform(
         (3, 56, 56), mean=how.mean, std=how.std, interpolation="bicubic", crop_pct=crop,
         crop_mode="squash" if squash else "center",
@@ -311,7 +311,7 @@ def test_pixels_are_those_of_the_libraries(width, height, crop, squash):
 
 
 def test_a_line_of_pixels_is_not_blown_up():
-    """A 1 x 20,000 picture would become 224 x 4,480,000 before the crop; its middle becomes the whole."""
+    """A 1 x 20,000 image would become 224 x 4,480,000 before the crop; its middle becomes the whole."""
     image = Image.new("RGB", (20_000, 1), "white")
     image.paste("red", (9_990, 0, 10_010, 1))
     pixels = to_pixels(image, Preprocess(size_px=32))

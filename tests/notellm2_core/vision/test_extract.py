@@ -38,7 +38,7 @@ def image_id(data: bytes) -> str:
 
 
 class World:
-    """A source with pictures, its notes, a configuration with the tiny encoder, a store."""
+    """A source with images, its notes, a configuration with the tiny encoder, a store."""
 
     def __init__(self, root: Path) -> None:
         self.source, self.notes, self.store = root / "source", root / "notes", root / "store"
@@ -96,7 +96,7 @@ def test_store_gives_back_rows_in_the_order_asked_for(store, monkeypatch):
     }
     reopened = FeatureStore(store.root)
     assert (reopened.num_patches, reopened.width) == (3, 2)
-    assert reopened.known() == set("abcdefghijkl")
+    assert reopened.image_ids() == set("abcdefghijkl")
     for asked in ("a", "l", "lafgecb", "aab", "abcdefghijkl", ""):
         found = FeatureStore(store.root).load(list(asked))
         assert found.image_ids == tuple(asked)
@@ -110,7 +110,7 @@ def test_store_gives_back_rows_in_the_order_asked_for(store, monkeypatch):
 def test_store_sees_what_another_writer_added(store):
     store.append(["a"], *values(1))
     reader = FeatureStore(store.root)
-    assert reader.known() == {"a"}
+    assert reader.image_ids() == {"a"}
     store.append(["b"], *values(1, seed=1))
     assert reader.load(["b"]).image_ids == ("b",)
     store.append(["b"], *values(1, seed=1))  # the same part again
@@ -140,16 +140,16 @@ def test_a_damaged_part_is_refused_by_name(store):
     part = next(store.root.glob("part-*"))
     good = part.read_bytes()
     needle = values(4)[0].astype(np.float16)[2].tobytes()
-    at = good.index(needle)  # so small a page is stored as it is
+    at = good.index(needle)  # so small a page is not compressed
     part.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-    with pytest.raises(ValueError, match=rf"{part.name} cannot be read .*delete it and run again"):
+    with pytest.raises(ValueError, match=rf"{part.name} cannot be read .*move it away and run again"):
         FeatureStore(store.root).load(["a"])
     part.write_bytes(good[:-9])
     with pytest.raises(ValueError, match=rf"{part.name} cannot be read"):
-        FeatureStore(store.root).known()
+        FeatureStore(store.root).image_ids()
     pq.write_table(pa.table({"image_id": ["a"]}), part)
     with pytest.raises(ValueError, match=rf"{part.name} cannot be read \(other columns"):
-        FeatureStore(store.root).known()
+        FeatureStore(store.root).image_ids()
     part.write_bytes(good)
     assert np.array_equal(FeatureStore(store.root).load(["c"]).patches[0], values(4)[0].astype(np.float16)[2])
 
@@ -173,7 +173,7 @@ def test_leftovers_of_dead_writers_are_removed(store):
     assert not gone.exists() and alive.exists() and elsewhere.exists()
 
 
-def test_pictures_that_the_store_has_lost_are_counted(store, tmp_path):
+def test_images_that_the_store_has_lost_are_counted(store, tmp_path):
     """A part was deleted, then the whole store."""
     store.append(["a", "b"], *values(2))
     store.append(["c"], *values(1))
@@ -191,7 +191,7 @@ def test_pictures_that_the_store_has_lost_are_counted(store, tmp_path):
 
 
 def test_the_whole_run(world, tmp_path):
-    """Every status, paths and bytes, one picture under three names: computed once, and equal to the encoder's own
+    """Every status, paths and bytes, one image under three names: computed once, and equal to the encoder's own
     answer in fp16.
     """
     first, second = png(1), png(2)
@@ -260,7 +260,7 @@ def test_the_second_run_computes_what_is_new_only(world, tmp_path, monkeypatch):
 
 
 def test_killed_in_the_middle(world, tmp_path):
-    """kill -9 when at least two parts of four pictures are there; the next run computes the rest only, and the store
+    """kill -9 when at least two parts of four images are there; the next run computes the rest only, and the store
     then holds the same bits as that of a run nobody disturbed.
     """
     total = 600
@@ -278,7 +278,7 @@ def test_killed_in_the_middle(world, tmp_path):
     finally:
         child.kill()
         child.wait()
-    done = len(world.open_store().known())
+    done = len(world.open_store().image_ids())
     assert 8 <= done < total and done % 4 == 0
     assert not (tmp_path / "out").exists()
     counts = world.run(tmp_path / "out", *parts)
@@ -318,7 +318,7 @@ def test_readers_of_the_store_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_no_notes_with_pictures(world, tmp_path):
+def test_no_notes_with_images(world, tmp_path):
     world.write_notes([("n1", None, None)])
     counts = world.run(tmp_path / "out")
     assert (counts["notes"], counts["missing"], counts["distinct_images"]) == (1, 1, 0)

@@ -67,7 +67,7 @@ def architecture_files(folder: Path, settings: Any, processor: Any) -> Path:
     return folder
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -89,7 +89,7 @@ def test_features_are_the_models_own(kind: str, tmp_path: Path) -> None:
     assert patches.shape == (3, 16, 16)
     torch.testing.assert_close(patches, tokens[:, tokens.shape[1] - 16 :], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(pooled, expected.pooler_output, rtol=1e-5, atol=1e-6)
-    if "siglip" not in kind:  # the class token after the norm stands first
+    if "siglip" not in kind:  # the class token after the norm is the first
         torch.testing.assert_close(pooled, tokens[:, 0], rtol=1e-5, atol=1e-6)
     (folder / "model.safetensors").unlink()
     assert vision_dims(vision(folder)) == (16, 16)
@@ -102,8 +102,8 @@ def test_saved_encoder_gives_the_same_bits(kind: str, tmp_path: Path) -> None:
     encoder.save_pretrained(tmp_path / "copy")
     loaded = VisionEncoder.from_pretrained(tmp_path / "copy")
     assert loaded.encoder_id == encoder.encoder_id and loaded.architecture == encoder.architecture
-    pixels = encoder.preprocess(picture(70, 51))[None]
-    assert torch.equal(loaded.preprocess(picture(70, 51))[None], pixels)
+    pixels = encoder.preprocess(random_image(70, 51))[None]
+    assert torch.equal(loaded.preprocess(random_image(70, 51))[None], pixels)
     for a, b in zip(encoder(pixels), loaded(pixels), strict=True):
         assert torch.equal(a, b)
     by_setting = VisionSettings(library="transformers", name="x", pretrained=str(tmp_path / "copy"))
@@ -146,8 +146,8 @@ def test_clip_is_the_same_through_open_clip(quick_gelu: bool, tmp_path: Path) ->
     CLIP.save_pretrained(tmp_path)
     ours = load_vision_encoder(vision(tmp_path))
     vit = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8, "mlp_ratio": 2}
-    facts = {"embed_dim": 8, "vision_cfg": vit, "quick_gelu": quick_gelu}
-    architecture = Architecture("open_clip", facts, ours.architecture.preprocess)
+    open_clip_model = {"embed_dim": 8, "vision_cfg": vit, "quick_gelu": quick_gelu}
+    architecture = Architecture("open_clip", open_clip_model, ours.architecture.preprocess)
     tower: Any = build_tower(architecture)
     tower.visual.load_state_dict(open_clip_weights(model.state_dict()), strict=True)
     theirs = VisionEncoder(architecture, tower)
@@ -220,7 +220,7 @@ def test_pixels_are_those_of_the_library(width: int, height: int, resized: int, 
     """
     if max(width, height) > 8 * min(width, height):
         width = height
-    image = picture(width, height, seed=width * height)
+    image = random_image(width, height, seed=width * height)
     crop = {"size": {"shortest_edge": resized}, "crop_size": {"height": 32, "width": 32}, "resample": resample}
     square = {"size": {"height": resized, "width": resized}, "resample": resample}
     dinov3 = square | {"resample": 2}
@@ -246,11 +246,11 @@ def test_pixels_are_those_of_the_library(width: int, height: int, resized: int, 
         ({"do_normalize": False}, "do_normalize = False"),
         ({"do_pad": True}, "do_pad = True"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
-        ({"size": {"shortest_edge": 30}}, "a centre crop that the picture has room for"),
-        ({"do_center_crop": False}, "a centre crop that the picture has room for"),
+        ({"size": {"shortest_edge": 30}}, "a centre crop inside of the resized image"),
+        ({"do_center_crop": False}, "a centre crop inside of the resized image"),
         ({"size": {"shortest_edge": 40, "longest_edge": 80}}, "shortest_edge, or height and width"),
         ({"crop_size": {"height": 32, "width": 16}}, "not square"),
-        ({"crop_size": {"height": 24, "width": 24}}, "reads pictures of 32 pixels, .* makes them 24"),
+        ({"crop_size": {"height": 24, "width": 24}}, "reads images of 32 pixels, .* makes them 24"),
         ({"image_processor_type": "Siglip2ImageProcessor"}, "image_processor_type = Siglip2ImageProcessor"),
     ],
 )
@@ -270,8 +270,8 @@ def test_a_kernel_that_overshoots_is_not_dinov3s() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (hf.Siglip2VisionConfig(), "siglip2_vision_model, which takes pictures of any shape .*naflex"),
-        (hf.Siglip2Config(), "siglip2_vision_model, which takes pictures of any shape .*naflex"),
+        (hf.Siglip2VisionConfig(), "siglip2_vision_model, which takes images of any shape .*naflex"),
+        (hf.Siglip2Config(), "siglip2_vision_model, which takes images of any shape .*naflex"),
         (hf.ResNetConfig(), "is a resnet, which gives no patch features .*; supported: open_clip ViTs.* DINOv3 ViT"),
         (hf.BertConfig(), "is a bert, which gives no patch features .*; supported"),
         (hf.SiglipVisionConfig(**WITH_MLP, vision_use_head=False), "no pooling head, so no global feature"),

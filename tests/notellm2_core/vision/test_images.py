@@ -121,7 +121,7 @@ def test_animations_give_their_first_frame(fmt):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation):
-    """A picture whose pixels were stored turned comes back upright: the red corner is top left, the size 20 x 10."""
+    """A image whose pixels were stored turned comes back upright: the red corner is top left, the size 20 x 10."""
     upright = Image.new("RGB", (20, 10), "white")
     upright.paste("red", (0, 0, 5, 5))
     undo = {
@@ -240,7 +240,7 @@ def test_a_file_too_long_for_its_pixels_is_not_read(tmp_path, monkeypatch):
 @settings(max_examples=150, deadline=None)
 @given(fmt=st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"]), seed=st.integers(0, 10**6))
 def test_damaged_bytes_never_raise(fmt, seed):
-    """Whatever is overwritten in a file: an RGB picture or a reason."""
+    """Whatever is overwritten in a file: an RGB image or a reason."""
     rng = np.random.default_rng(seed)
     data = bytearray(encode(noise(16, 16), fmt))
     for at in rng.integers(0, len(data), rng.integers(1, 20)):
@@ -251,20 +251,20 @@ def test_damaged_bytes_never_raise(fmt, seed):
 
 
 def test_perceptual_hash():
-    """Most copies of other quality, size or format share it; other pictures do not, and a single colour has none."""
+    """Most copies of other quality, size or format share it; other images do not, and a single colour has none."""
 
     def clouds(seed: int) -> Image.Image:
         values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
         return Image.fromarray(values).resize((200, 160), Image.Resampling.BICUBIC)
 
-    def is_shared(picture: Image.Image, copy: bytes) -> bool:
-        return perceptual_hash(decode(copy, MAX)[1]) == perceptual_hash(picture)
+    def is_shared(image: Image.Image, copy: bytes) -> bool:
+        return perceptual_hash(decode(copy, MAX)[1]) == perceptual_hash(image)
 
-    pictures = [clouds(seed) for seed in range(20)]
+    images = [clouds(seed) for seed in range(20)]
     for quality, side in ((90, 200), (60, 200), (85, 100)):
-        copies = [encode(p.resize((side, side * 4 // 5)), "JPEG", quality=quality) for p in pictures]
-        assert sum(map(is_shared, pictures, copies)) >= 10
-    assert all(is_shared(p, encode(p, "PNG")) for p in pictures)
-    assert len({perceptual_hash(p) for p in pictures}) == 20
+        copies = [encode(p.resize((side, side * 4 // 5)), "JPEG", quality=quality) for p in images]
+        assert sum(map(is_shared, images, copies)) >= 10
+    assert all(is_shared(p, encode(p, "PNG")) for p in images)
+    assert len({perceptual_hash(p) for p in images}) == 20
     assert perceptual_hash(Image.new("RGB", (64, 64), "white")) is None
     assert perceptual_hash(Image.new("RGB", (64, 64), "red")) is None

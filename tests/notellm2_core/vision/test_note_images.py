@@ -1,4 +1,4 @@
-"""Pictures by image id, from bytes in the notes or from files beside them."""
+"""Images by image id, from bytes in the notes or from files beside them."""
 
 import hashlib
 from pathlib import Path
@@ -10,17 +10,17 @@ import pytest
 from notellm2_core.notes.inputs import ImageFolders
 from notellm2_core.schema import NOTES
 from notellm2_core.vision.note_images import NoteImages
-from tests.support.world import picture
+from tests.support.world import png_of
 
 
 def test_bytes_and_files(tmp_path: Path) -> None:
-    """Notes a and c share a picture, d has none, e is not asked for; of the files, one changes afterwards."""
-    first, second = picture(1), picture(2)
+    """Notes a and c share an image, d has none, e is not asked for; of the files, one changes afterwards."""
+    first, second = png_of(1), png_of(2)
     ids = {data: hashlib.sha256(data).hexdigest() for data in (first, second)}
     (tmp_path / "b.png").write_bytes(second)
     rows = [
         {"note_id": "a", "image": first}, {"note_id": "b", "image_path": "b.png"}, {"note_id": "c", "image": first},
-        {"note_id": "d"}, {"note_id": "e", "image": picture(3)},
+        {"note_id": "d"}, {"note_id": "e", "image": png_of(3)},
     ]  # fmt: skip
     texts = {"title": "t", "topics": [], "content": ""}
     (tmp_path / "notes").mkdir()
@@ -28,12 +28,12 @@ def test_bytes_and_files(tmp_path: Path) -> None:
     note_images = {"a": ids[first], "b": ids[second], "c": ids[first], "d": None, "e": "0" * 64}
     folders = ImageFolders(tmp_path / "notes", tmp_path)
 
-    pictures = NoteImages(folders, note_images, ["d", "c", "b", "a"], 10_000)
-    assert pictures.image_ids == [ids[first], ids[second]]
-    assert pictures.read([ids[second], ids[first]]) == [second, first]
-    assert pictures.decode(first).size == (40, 40)
+    images = NoteImages(folders, note_images, ["d", "c", "b", "a"], 10_000)
+    assert images.image_ids == [ids[first], ids[second]]
+    assert images.read([ids[second], ids[first]]) == [second, first]
+    assert images.decode(first).size == (40, 40)
     assert NoteImages(folders, note_images, ["d"], 10_000).read([]) == []
 
-    (tmp_path / "b.png").write_bytes(picture(4))
-    with pytest.raises(ValueError, match="the picture of note 'b' is no longer what it was"):
-        pictures.read([ids[second]])
+    (tmp_path / "b.png").write_bytes(png_of(4))
+    with pytest.raises(ValueError, match="the image of note 'b' has changed since its features were made"):
+        images.read([ids[second]])

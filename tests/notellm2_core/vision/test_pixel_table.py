@@ -1,4 +1,4 @@
-"""Pictures cut once: what a step takes of them is what the encoder would make of the picture itself."""
+"""Images cropped once: what a step takes of them is what the encoder would make of the image itself."""
 
 from pathlib import Path
 
@@ -6,30 +6,30 @@ import numpy as np
 import pytest
 import torch
 
-from notellm2_core.vision.encoder import load_vision_encoder, normalised
+from notellm2_core.vision.encoder import load_vision_encoder, normalise
 from notellm2_core.vision.feature_store import read_note_images
 from notellm2_core.vision.note_images import NoteImages
 from notellm2_core.vision.pixel_table import PixelTable
 from tests.support.world import World, tiny_config
 
 
-def test_a_step_takes_distinct_pictures(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_takes_distinct_images(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load_vision_encoder(tiny_config().model.vision)
     how = encoder.architecture.preprocess
     note_images = read_note_images(world.path("images"))
-    pictures = NoteImages(world.with_pictures.pictures, note_images, note_images, 10_000)
-    table = PixelTable.build(pictures, how, tmp_path)
+    images = NoteImages(world.with_image_folders.image_folders, note_images, note_images, 10_000)
+    table = PixelTable.build(images, how, tmp_path)
     assert len(table.rows) == sum(image is not None for image in note_images.values())
 
     pixels, which = table.take(np.array([3, -1, 5, 3]))
     assert len(pixels) == 2 and which.tolist() == [0, -1, 1, 0]
-    image = pictures.decode(pictures.read([pictures.image_ids[5]])[0])
-    assert torch.equal(normalised(torch.from_numpy(pixels[1]), how), encoder.preprocess(image))
+    image = images.decode(images.read([images.image_ids[5]])[0])
+    assert torch.equal(normalise(torch.from_numpy(pixels[1]), how), encoder.preprocess(image))
     pixels, which = table.take(np.array([-1, -1]))
     assert not pixels.any() and len(pixels) == 1 and which.tolist() == [-1, -1]
 
-    monkeypatch.setattr(pictures, "read", None)  # it is there already
-    again = PixelTable.build(pictures, how, tmp_path)
+    monkeypatch.setattr(images, "read", None)  # it is there already
+    again = PixelTable.build(images, how, tmp_path)
     assert again.rows == table.rows and np.array_equal(again.values, table.values)
-    empty = PixelTable.build(NoteImages(world.with_pictures.pictures, note_images, [], 10_000), how, tmp_path)
+    empty = PixelTable.build(NoteImages(world.with_image_folders.image_folders, note_images, [], 10_000), how, tmp_path)
     assert empty.take(np.array([-1]))[0].shape == (1, how.size_px, how.size_px, 3)

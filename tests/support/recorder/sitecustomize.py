@@ -1,8 +1,8 @@
 """Records which settings each stage reads. With this folder on PYTHONPATH, Python imports this file at its start.
 
-While a dataset is published, by this process or by one that it has started, every leaf of the configuration that is
-read is written, by its dotted name, as a line of FOLDER/<dataset>/<process>. FOLDER is the variable RECORD_SETTINGS.
-What is handed on whole (`model_dump`) is not read: whoever loads it again is recorded.
+While this process, or one that it has started, publishes a dataset, the dotted name of every setting that is read is
+written as a line of FOLDER/<dataset>/<process>. FOLDER is the environment variable RECORD_SETTINGS. Passing on a whole
+configuration (`model_dump`) reads no setting: the process that loads it is recorded.
 """
 
 import os
@@ -22,8 +22,8 @@ def _install() -> None:
     from notellm2_core.lake.catalog import Catalog
     from notellm2_core.lake.lake import Lake
 
-    names: dict[int, str] = {}  # of the sections of loaded configurations, by their id
-    kept: list[Any] = []  # so that no other object gets one of these ids
+    names: dict[int, str] = {}  # id of a section of a loaded configuration -> its dotted name
+    configs: list[Any] = []  # keeps them alive, so that no other object gets one of these ids
     seen: set[tuple[str, str]] = set()
 
     def register(section: BaseModel, name: str) -> None:
@@ -49,14 +49,14 @@ def _install() -> None:
 
     def load_config(*args: Any, **options: Any) -> Any:
         config = load(*args, **options).model_copy(deep=True)  # default sections are shared: a copy has its own
-        kept.append(config)
+        configs.append(config)
         register(config, "")
         return config
 
     address = Catalog.settings
 
     def unrecorded(self: Catalog, name: str) -> Any:
-        """An address is made of the table's settings, not of what code reads."""
+        """Not recorded: an address reads the settings of the lineage, not those that the stage's code reads."""
         stage = os.environ.pop(STAGE, None)
         try:
             return address(self, name)
@@ -71,7 +71,7 @@ def _install() -> None:
     @contextmanager
     def recorded(self: Lake, name: str, *args: Any, **options: Any) -> Iterator[Any]:
         with publish(self, name, *args, **options) as draft:
-            if STAGE in os.environ:  # what a stage publishes on its way is its own work
+            if STAGE in os.environ:  # a dataset that a stage publishes on its way is part of that stage
                 yield draft
                 return
             os.environ[STAGE] = name

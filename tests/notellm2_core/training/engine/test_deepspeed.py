@@ -100,7 +100,7 @@ def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
         " --work /data/work --out /data/out --train-days 2025-01-05 2025-01-19"
         " --mlflow-uri sqlite:///m.db --mlflow-run-id r1"
     )
-    everything = Paths(replace(inputs, pictures=ImageFolders(data / "n", data / "s")), *[data] * 3, data / "hard")
+    everything = Paths(replace(inputs, image_folders=ImageFolders(data / "n", data / "s")), *[data] * 3, data / "hard")
     assert " ".join(launch_command(Path("c.yaml"), TrainingSettings(), everything)).endswith(
         "--pictures /data/n /data/s --pairs /data --work /data --out /data --hard-negatives /data/hard"
     )
