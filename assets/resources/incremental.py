@@ -33,7 +33,7 @@ LogPartition = tuple[str, tuple[date, date] | None]  # its name and the days [st
 def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog: Catalog) -> list[Dataset]:
     """The ingestions that hold the source's files, each file once. Those that are new or have changed are ingested."""
     from spark_jobs.ingest import ingest
-    from spark_jobs.source import alike, event_files
+    from spark_jobs.source import event_files, files_by_types
 
     source, partition = catalog.source, catalog.config.source.partition
     stats = {file: (source / file).stat() for file in event_files(source)}
@@ -46,7 +46,7 @@ def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog
             found.append(ingestion)
             new = {file: stat for file, stat in new.items() if file not in held}
     context.log.info(f"{len(files)} files of events, {len(files) - len(new)} of them ingested before")
-    groups = _groups(alike(source, list(new)))
+    groups = _groups(files_by_types(source, list(new)))
     for number, some in enumerate(groups, start=1):
         settings = {**origin, "files": {file: new[file] for file in some}}
         key = fingerprint(settings)
