@@ -88,9 +88,7 @@ def _run() -> int:
     for name in ("recall.md", "saliency.md"):
         if (report.path / name).exists():
             print(f"\n{(report.path / name).read_text()}")
-    print(
-        f"{time.monotonic() - started:.0f} s. Contact sheet of neighbours: {_relative(report.path / 'neighbours.jpg')}"
-    )
+    print(f"{time.monotonic() - started:.0f} s. Images of neighbours: {_relative(report.path / 'neighbours.jpg')}")
     print(f"The model: {_relative(made.dataset('checkpoint').path)}")
     print(f"The vectors of all notes: {_relative(made.dataset('note_embeddings').path / 'multimodal')}")
     print(f"Their index: {_relative(made.dataset('faiss_index').path / 'index')}")

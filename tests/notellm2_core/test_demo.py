@@ -12,8 +12,8 @@ from PIL import Image
 from notellm2_core.cli import main
 from notellm2_core.config.data import DemoSettings
 from notellm2_core.demo import generate
+from notellm2_core.demo.images import SIZE, STYLES, draw_image
 from notellm2_core.demo.logs import DAY, simulate
-from notellm2_core.demo.pictures import SIZE, STYLES, draw_picture
 from notellm2_core.demo.texts import poor_titles, write_note
 from notellm2_core.demo.words import SENTENCES, THEMES, TITLES
 from notellm2_core.demo.world import lay_out
@@ -243,7 +243,7 @@ def test_styles_look_different() -> None:
     """The mean colour of what is drawn follows the style: red things are the reddest."""
     means = {
         colour: np.mean(
-            [np.asarray(draw_picture(np.random.default_rng(i), colour, "discs")) for i in range(8)], (0, 1, 2)
+            [np.asarray(draw_image(np.random.default_rng(i), colour, "discs")) for i in range(8)], (0, 1, 2)
         )
         for colour in ("red", "green", "blue")
     }
