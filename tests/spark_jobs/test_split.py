@@ -83,7 +83,7 @@ def test_assign_sides_counts_and_names_the_setting(spark: SparkSession, frame: F
     }  # fmt: skip
     table = pq.read_table(tmp_path / "sides")
     assert [(f.name, f.type) for f in table.schema] == [(f.name, f.type) for f in schema.NOTE_SPLIT]
-    # All four show the same picture, so all belong to the train side.
+    # All four have the same image, so all belong to the train side.
     columns = "note_id string, image_id string, perceptual_hash string, status string"
     images = frame(columns, [(n, "i", None, "ok") for n in "abcd"])
     write_table(images, tmp_path / "images", ["note_id"])

@@ -86,7 +86,7 @@ def config() -> Config:
 
 
 def test_report(lake: Path, config: Config) -> None:
-    """Topic one-hots: 5 notes tie, so R@1 = 20 %, R@5 = 100 %, for the text oracle too; the picture explains chance.
+    """Topic one-hots: 5 notes tie, so R@1 = 20 %, R@5 = 100 %, for the text oracle too; the image explains chance.
 
     Popularity: only n00 has clicks. For the pair (n05 -> n00) it is first; for n00 itself all 29 tie, none is
     higher; the other 28 targets rank behind n00. R@1 = (1 + 1/29) / 30.
@@ -157,7 +157,7 @@ def test_pairs_are_read_in_one_order(lake: Path, tmp_path: Path) -> None:
 
 
 def test_neighbours(lake: Path) -> None:
-    """The sheet shows pictures from a file, from the table, and none; drawn from the seed, so the same each time."""
+    """The sheet shows images from a file, from the table, and none; drawn from the seed, so the same each time."""
     image = image_reader(lake / "notes", lake / "source", 1_000_000)
     assert image("n00").size == image("n01").size == (40, 20)  # type: ignore[union-attr]
     assert image("n02") is None

@@ -87,7 +87,7 @@ def test_plot(report: Report) -> None:
 
 
 def test_sheet_is_readable_and_small() -> None:
-    """Six queries with noise for pictures (the worst case for JPEG): 1,500 px wide, below 500 kB, frames in green."""
+    """Six queries with noise for images (the worst case for JPEG): 1,500 px wide, below 500 kB, frames in green."""
     rng = np.random.default_rng(0)
 
     def image(note_id: str) -> Image.Image | None:

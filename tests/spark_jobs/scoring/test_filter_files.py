@@ -65,7 +65,7 @@ rows = st.dictionaries(st.tuples(ids, ids), st.tuples(st.integers(1, 4), st.inte
 def test_strongest_of_each_row_group(
     pairs: dict[tuple[str, str], tuple[int, int]], row_group_size: int, low: int, more: int, top_t: int
 ) -> None:
-    """Against sorted(): the order of ids is that of their bytes, in whatever order the file has them."""
+    """Against sorted(): the order of ids is that of their bytes, in any order in the file."""
     table = [(*pair, float(score), users) for pair, (score, users) in pairs.items()]
     with TemporaryDirectory() as folder:
         file = write_scores(Path(folder) / "scores.parquet", table, row_group_size)

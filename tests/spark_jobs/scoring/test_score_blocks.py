@@ -92,7 +92,7 @@ def test_no_rows_make_no_file(note_ids: Path, tmp_path: Path) -> None:
 
 def test_a_cap_is_counted(note_ids: Path, tmp_path: Path) -> None:
     """Of u and of v, the note viewed last and the one clicked last are kept, both B. u (N = 1) loses the view of A, v
-    (N = 2) the view of C and the click on it: no score loses more than 1 (A's) + 1/2 (C's), whatever the users are."""
+    (N = 2) the view of C and the click on it: no score loses more than 1 (A's) + 1/2 (C's), for any users."""
     scoring = ScoringSettings(max_user_notes=1)
     metrics = merged_metrics(
         written([*build_histories(iter([batch(ROWS)]), note_ids, 1, scoring)], note_ids, tmp_path / "out", scoring)
@@ -106,7 +106,7 @@ scores = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=60)
 @settings(max_examples=50, deadline=None)
 @given(blocks=st.lists(scores, min_size=1, max_size=4))
 def test_merged_metrics(blocks: list[list[float]]) -> None:
-    """Quantiles are real scores cut to 1 %, whatever blocks the scores lie in; the histogram counts every pair."""
+    """Quantiles are real scores rounded down to 1 %, in any split into blocks; the histogram counts every pair."""
     rows = []
     for block in blocks:
         metrics, number = _BlockMetrics(), np.arange(len(block))

@@ -77,7 +77,7 @@ def test_the_last_digit_does_not_depend_on_the_order_of_users() -> None:
 
 
 def test_a_cap_keeps_the_notes_clicked_last_however_the_log_was_cut() -> None:
-    """A@1, B@2, C@3 and A@10 with two notes kept: C and A, whether a row stands for a note or for an event."""
+    """A@1, B@2, C@3 and A@10 with two notes kept: C and A, whether a row is a note or an event."""
     rows = [(user, note, time, time) for user in (0, 1) for note, time in ((0, 1), (1, 2), (2, 3), (0, 10))]
     merged = [(user, note, first, last) for user in (0, 1) for note, first, last in ((0, 1, 10), (1, 2, 2), (2, 3, 3))]
     found = []
