@@ -1,29 +1,29 @@
-"""Blocking checks: a dataset that fails one stops the run before anything is built on it."""
+"""Blocking asset checks: a dataset that fails one stops the run before its downstream assets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
 import dagster as dg
 
 from assets.resources.pipeline import Pipeline, user_errors
+from assets.resources.steps import Metrics
 from notellm2_core.config.data import CheckSettings
 
-Figures = Mapping[str, Any]
 Verdict = tuple[bool, dict[str, Any]]
 
 
-def dropped_share(figures: Figures, limits: CheckSettings) -> Verdict:
-    """Not more of the rows than allowed lie in quarantine.
+def dropped_share(metrics: Metrics, limits: CheckSettings) -> Verdict:
+    """The share of quarantined rows is within the limit.
 
-    Exact duplicates of an event are harmless; rows without a readable time are judged where the log is ingested.
+    Exact duplicates of an event are harmless; `undated_share` judges the rows without a readable time.
     """
     harmless = ("duplicate_event", "malformed_row", "bad_timestamp", "absurd_timestamp")
-    dropped = sum(rows for reason, rows in figures["dropped"].items() if reason not in harmless)
-    unjudged = sum(figures["dropped"].get(reason, 0) for reason in harmless)
-    read = figures["rows"] - figures.get("ignored_event", 0) - unjudged
+    dropped = sum(rows for reason, rows in metrics["dropped"].items() if reason not in harmless)
+    unjudged = sum(metrics["dropped"].get(reason, 0) for reason in harmless)
+    read = metrics["rows"] - metrics.get("ignored_event", 0) - unjudged
     share = dropped / read if read else 0.0
-    reasons = ", ".join(f"{rows} {reason}" for reason, rows in figures["dropped"].items())
+    reasons = ", ".join(f"{rows} {reason}" for reason, rows in metrics["dropped"].items())
     return share <= limits.max_dropped_share, {
         "dropped_share": share,
         "checks.max_dropped_share": limits.max_dropped_share,
@@ -31,20 +31,20 @@ def dropped_share(figures: Figures, limits: CheckSettings) -> Verdict:
     }
 
 
-def undated_share(figures: Figures, limits: CheckSettings) -> Verdict:
-    """Not more than allowed can be placed nowhere in time, of the whole log and of any of its files."""
-    share = max(figures["undated"] / figures["rows"], figures["most_undated"]["share"])
+def undated_share(metrics: Metrics, limits: CheckSettings) -> Verdict:
+    """The share of rows without a readable time is within the limit, in the whole log and in each of its files."""
+    share = max(metrics["undated"] / metrics["rows"], metrics["most_undated"]["share"])
     return share <= limits.max_dropped_share, {
         "undated_share": share,
-        "file": figures["most_undated"]["file"],
+        "file": metrics["most_undated"]["file"],
         "checks.max_dropped_share": limits.max_dropped_share,
     }
 
 
-def unusable_images(figures: Figures, limits: CheckSettings) -> Verdict:
-    """Not more of the named images than allowed are absent, broken, too large or outside the source."""
-    unusable = {status: figures[status] for status in ("not_found", "broken", "too_large", "escapes")}
-    named = figures["notes"] - figures["missing"]
+def unusable_images(metrics: Metrics, limits: CheckSettings) -> Verdict:
+    """The share of named images that are missing, broken, too large or outside the source is within the limit."""
+    unusable = {status: metrics[status] for status in ("not_found", "broken", "too_large", "escapes")}
+    named = metrics["notes"] - metrics["missing"]
     share = sum(unusable.values()) / named if named else 0.0
     return share <= limits.max_dropped_share, {
         "image_path in notes.parquet": "relative to the source; not_found: no such file, escapes: outside the source",
@@ -54,14 +54,14 @@ def unusable_images(figures: Figures, limits: CheckSettings) -> Verdict:
     }
 
 
-def no_leakage(figures: Figures, limits: CheckSettings) -> Verdict:
+def no_leakage(metrics: Metrics, limits: CheckSettings) -> Verdict:
     """Every count of the leakage report is zero."""
-    return not any(figures["leakage"].values()), dict(figures["leakage"])
+    return not any(metrics["leakage"].values()), dict(metrics["leakage"])
 
 
-def enough_pairs(figures: Figures, limits: CheckSettings) -> Verdict:
-    """There are enough training and test pairs to learn from and to measure with."""
-    train, test = figures["train"]["pairs"], figures["test"]["pairs"]
+def enough_pairs(metrics: Metrics, limits: CheckSettings) -> Verdict:
+    """There are enough training pairs to learn from, and enough test pairs to measure with."""
+    train, test = metrics["train"]["pairs"], metrics["test"]["pairs"]
     passed = train >= limits.min_train_pairs and test >= limits.min_test_pairs
     return passed, {
         "train_pairs": train,
@@ -71,18 +71,18 @@ def enough_pairs(figures: Figures, limits: CheckSettings) -> Verdict:
     }
 
 
-def finite_loss(figures: Figures, limits: CheckSettings) -> Verdict:
-    """Training ended with a finite loss."""
-    return isfinite(figures["loss_last"]), {"loss": figures["loss_last"]}
+def finite_loss(metrics: Metrics, limits: CheckSettings) -> Verdict:
+    """The last training loss is finite."""
+    return isfinite(metrics["loss_last"]), {"loss": metrics["loss_last"]}
 
 
-def not_collapsed(figures: Figures, limits: CheckSettings) -> Verdict:
-    """Random pairs of embeddings are not all alike."""
-    cosine = figures["mean_cosine"]["multimodal"]
+def not_collapsed(metrics: Metrics, limits: CheckSettings) -> Verdict:
+    """The embeddings have not collapsed: the mean cosine of random pairs is within the limit."""
+    cosine = metrics["mean_cosine"]["multimodal"]
     return cosine <= limits.max_mean_cosine, {"mean_cosine": cosine, "checks.max_mean_cosine": limits.max_mean_cosine}
 
 
-def _check(asset: str, judge: Callable[[Figures, CheckSettings], Verdict]) -> dg.AssetChecksDefinition:
+def _check(asset: str, judge: Callable[[Metrics, CheckSettings], Verdict]) -> dg.AssetChecksDefinition:
     @dg.asset_check(asset=asset, name=judge.__name__, description=judge.__doc__, blocking=True)
     def check(pipeline: Pipeline) -> dg.AssetCheckResult:
         catalog = pipeline.catalog()

@@ -1,4 +1,4 @@
-"""The proof: recall of held-out pairs, beside everything it has to beat, and how much the model looks at the image."""
+"""Evaluation: recall of held-out pairs beside the baselines, and how much the model uses the image."""
 
 import sys
 
@@ -9,7 +9,7 @@ from notellm2_core.schema import NOTES_TABLE, TEST_CLICKS, TRAIN_CLICKS
 
 @dataset("evaluation", {"pytorch"}, on=GPU)
 def saliency(step: Step) -> Metrics:
-    """How much each layer's final compressed word reads from the image, from the text, and the rest (Eq. 3-6)."""
+    """Saliency (Eq. 3-6): by layer, how much flows from the image and from the text to the final compressed word."""
     from notellm2_core.evaluation.saliency_report import read_saliency, visual_shares
 
     if step.config.evaluation.saliency_pairs == 0:
@@ -31,11 +31,11 @@ SHOWN = {
 
 @dataset("evaluation", {"numpy"}, show=SHOWN)
 def eval_recall(step: Step) -> Metrics:
-    """Exact Recall@k on held-out notes for every input and slice, with baselines and a picture of neighbours."""
+    """Exact Recall@k on held-out notes by input and slice, with baselines and a contact sheet of neighbours."""
     from notellm2_core.evaluation.report_files import ReportInputs, write_report
     from notellm2_core.model.card import write_card
 
-    # By time, the pool had no clicks before the test days: this is the best that popularity could do.
+    # In a split by time, pool notes have no clicks before the test days: those of the test days bound popularity.
     clicks = TEST_CLICKS if step.config.split.by == "time" else TRAIN_CLICKS
     inputs = ReportInputs(
         source=step.catalog.source,

@@ -20,7 +20,7 @@ SPARK_KINDS = {"spark", "parquet"}
 
 
 def raw_events_asset(partitions: dg.TimeWindowPartitionsDefinition) -> dg.AssetsDefinition:
-    """The one partitioned asset, with the partitions that the configuration asks for."""
+    """`raw_events`, the one partitioned asset, with the partitions of the configuration."""
 
     def check(context: dg.AssetExecutionContext, catalog: Catalog) -> None:
         require_partitions(partitions, catalog.config.source)
@@ -33,20 +33,20 @@ def raw_events_asset(partitions: dg.TimeWindowPartitionsDefinition) -> dg.Assets
 
 
 def raw_events(step: Step) -> Metrics:
-    """The behaviour logs as they came, placed in time: a folder per partition, one for rows without a readable time."""
+    """The unchanged behaviour logs, a folder per partition, and one for rows without a readable time."""
     from spark_jobs.ingest import ingestion_metrics
 
     with step.spark() as spark:
-        parts = ingestions(step.context, spark, step.catalog)
-    for part in parts:
-        for file in part.manifest.files:
-            step.draft.link(f"{Path(file).parent}/{part.manifest.fingerprint}-{Path(file).name}", part, file)
-    return ingestion_metrics(step.catalog.source, [part.manifest.metrics for part in parts])
+        ingested = ingestions(step.context, spark, step.catalog)
+    for ingestion in ingested:
+        for file in ingestion.manifest.files:
+            step.draft.link(f"{Path(file).parent}/{ingestion.manifest.fingerprint}-{Path(file).name}", ingestion, file)
+    return ingestion_metrics(step.catalog.source, [ingestion.manifest.metrics for ingestion in ingested])
 
 
 @dataset("logs", SPARK_KINDS, on=SPARK, before=ensure_source)
 def notes(step: Step) -> Metrics:
-    """Notes that can be used; the others lie in quarantine with their reasons."""
+    """Usable notes; the others are in quarantine, with their reasons."""
     from spark_jobs.clean import prepare_notes
 
     with step.spark() as spark:
@@ -55,13 +55,14 @@ def notes(step: Step) -> Metrics:
 
 @dataset("logs", SPARK_KINDS, on=SPARK)
 def interactions(step: Step) -> Metrics:
-    """What Eq. 2 asks of the clean events of the training and of the test days: first views and last clicks."""
+    """First views and last clicks per user and note (all that Eq. 2 needs), in the training and in the test days."""
     from spark_jobs.ingest import UNDATED, partitions_between
     from spark_jobs.interactions import Window, join_partitions
 
     raw, days, source = step.inputs["raw_events"], step.catalog.window, step.config.source
     train, test = (
-        partitions_between(of.start, of.end, source.partition, **raw.manifest.metrics) for of in (days.train, days.test)
+        partitions_between(span.start, span.end, source.partition, **raw.manifest.metrics)
+        for span in (days.train, days.test)
     )
     undated: list[LogPartition] = [(UNDATED, None)] if (raw.path / UNDATED).exists() else []
     with step.spark() as spark:
@@ -69,14 +70,14 @@ def interactions(step: Step) -> Metrics:
             step.context, spark, step.catalog, raw, [*train, *test, *undated], step.draft
         )
 
-        def figures(parts: Sequence[LogPartition]) -> dict[Path, Mapping[str, Any]]:
-            return {log_partitions[part].path: log_partitions[part].manifest.metrics for part in parts}
+        def metrics(partitions: Sequence[LogPartition]) -> dict[Path, Mapping[str, Any]]:
+            return {log_partitions[p].path: log_partitions[p].manifest.metrics for p in partitions}
 
         return join_partitions(
             spark,
-            train=Window(days.train.start, days.train.end, figures(train)),
-            test=Window(days.test.start, days.test.end, figures(test)),
-            undated=figures(undated),
+            train=Window(days.train.start, days.train.end, metrics(train)),
+            test=Window(days.test.start, days.test.end, metrics(test)),
+            undated=metrics(undated),
             notes=step.path("notes", NOTES_TABLE),
             out=step.out,
             settings=EventSettings.of(source),
@@ -86,12 +87,10 @@ def interactions(step: Step) -> Metrics:
 def _announce_partitions(
     partitions: dg.TimeWindowPartitionsDefinition, context: dg.AssetExecutionContext, catalog: Catalog
 ) -> None:
-    """One pass over the source ingests all its log_partitions: the other partitions are materialized too, unless
-    known."""
-    known = context.instance.get_materialized_partitions(context.asset_key)
-    asked = set(context.partition_keys)
+    """Report the other partitions as materialized, except those that already are: one pass ingests the whole source."""
+    reported = context.instance.get_materialized_partitions(context.asset_key) | set(context.partition_keys)
     for log_partition in catalog.dataset("raw_events").manifest.metrics["partitions"]:
         key = log_partition["partition"]
-        if key not in known | asked and partitions.has_partition_key(key):
+        if key not in reported and partitions.has_partition_key(key):
             metadata = {"dagster/row_count": log_partition["rows"]}
             context.log_event(dg.AssetMaterialization(context.asset_key, metadata=metadata, partition=key))

@@ -1,4 +1,4 @@
-"""Vision features, tokens, the untrained start, hard negatives and the fine-tuned model, each made by a command."""
+"""Vision features, note tokens, the initial model, hard negatives and the fine-tuned model, each made by a command."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ PYTHON = (sys.executable, "-m")
 
 
 def _restore_features(context: dg.AssetExecutionContext, catalog: Catalog) -> None:
-    """The store outlives the dataset, and parts of it may have been removed: compute these again."""
+    """Compute features again that were removed from the store, which outlives the dataset."""
     from notellm2_core.vision.feature_store import num_missing
 
     features = catalog.find("vision_features")
@@ -38,14 +38,14 @@ def _features_command(catalog: Catalog, out: Path) -> Sequence[str]:
 
 @dataset("model", {"pytorch", "parquet"}, on=GPU, before=_restore_features)
 def vision_features(step: Step) -> Metrics:
-    """Patch and global features of the frozen encoder, once per distinct image; the store outlives this dataset."""
+    """Patch and global features of the frozen encoder, once per distinct image. Their store outlives this dataset."""
     step.command(_features_command(step.catalog, step.out))
     return json.loads((step.out / COUNTS_FILE).read_text())
 
 
 @dataset("model", {"huggingface"}, on=PROCESS)
 def note_tokens(step: Step) -> Metrics:
-    """Every note's text as the LLM's tokens, once for all methods; trainings and exports map the file into memory."""
+    """Every note's text as the LLM's tokens, once for all methods; training runs and exports memory-map the file."""
     step.command([*PYTHON, "notellm2_core.model.tokenise", "--config", write_config(step.catalog),
                   "--notes", step.path("notes", NOTES_TABLE), "--out", step.out])  # fmt: skip
     return json.loads((step.out / COUNTS_FILE).read_text())
@@ -53,16 +53,16 @@ def note_tokens(step: Step) -> Metrics:
 
 @dataset("model", {"pytorch", "huggingface"}, on=GPU)
 def initial_model(step: Step) -> Metrics:
-    """The model before its first step: what the zero-shot rows of the report measure."""
+    """The model before its first training step, which the report measures as zero-shot."""
     step.command([*PYTHON, "notellm2_core.training.initialise", "--config", write_config(step.catalog),
-                  *note_inputs(step, pictures=False).arguments(), "--pairs", step.path("pair_datasets"),
+                  *note_inputs(step, images=False).arguments(), "--pairs", step.path("pair_datasets"),
                   "--out", step.out, "--train-days", *step.catalog.window.train.iso()])  # fmt: skip
     return {}
 
 
 @dataset("model", {"pytorch", "faiss", "parquet"}, on=GPU)
 def hard_negatives(step: Step) -> Metrics:
-    """Training notes that look related and are not, where `training.hard_negatives` asks for some."""
+    """Training notes that look related and are not, if `training.hard_negatives.num` is set."""
     settings = step.config.training.hard_negatives
     if not settings.num:
         return {}
@@ -76,7 +76,7 @@ def hard_negatives(step: Step) -> Metrics:
 
 
 def _check_index_factory(context: dg.AssetExecutionContext, catalog: Catalog) -> None:
-    """A wrong factory string is found before the training, not hours later."""
+    """Refuse a wrong `index.factory` before the training run, not hours later."""
     from notellm2_core.retrieval.index import empty_index
 
     empty_index(catalog.config.model.projection_dim, catalog.config.index.factory)
@@ -84,12 +84,12 @@ def _check_index_factory(context: dg.AssetExecutionContext, catalog: Catalog) ->
 
 @dataset("model", {"pytorch", "deepspeed", "huggingface"}, on=GPU, before=_check_index_factory)
 def checkpoint(step: Step) -> Metrics:
-    """The fine-tuned model (Eq. 1, 7-9; Table 8). A killed training resumes from its last checkpoint."""
+    """The fine-tuned model (Eq. 1, 7-9; Table 8). A killed training run resumes from its last checkpoint."""
     from notellm2_core.training.launch import Paths, Reports, launch_command
 
     training, catalog = step.config.training, step.catalog
     hard_negatives = step.path("hard_negatives") if training.hard_negatives.num else None
-    inputs = note_inputs(step, pictures=step.config.trains_vision)
+    inputs = note_inputs(step, images=step.config.trains_vision)
     paths = Paths(inputs, step.path("pair_datasets"), step.work, step.out, hard_negatives)
     reports = Reports(mlflow_uri=step.run.uri, mlflow_run_id=step.run.run_id)
     command = launch_command(write_config(catalog), training, paths, reports, catalog.window.train.iso())

@@ -1,4 +1,4 @@
-"""From clean events to related pairs, split without leaks (Eq. 2, section 2.3)."""
+"""From interactions to related pairs, split without leakage (Eq. 2, section 2.3), and the data card."""
 
 from assets.resources.steps import SPARK, Metrics, Step, dataset
 from notellm2_core.config.data import FilterSettings, HoldOutSettings, ScoringSettings
@@ -9,7 +9,7 @@ SPARK_KINDS = {"spark", "parquet"}
 
 @dataset("pairs", SPARK_KINDS, on=SPARK)
 def cooccurrence(step: Step) -> Metrics:
-    """Eq. 2: how strongly reading one note leads to clicking another, in the training days and in the test days."""
+    """Eq. 2: how strongly viewing one note leads to clicking another, in the training and in the test days."""
     from spark_jobs.cooccurrence import score
 
     scoring = ScoringSettings.of(step.config.pairs)
@@ -19,7 +19,7 @@ def cooccurrence(step: Step) -> Metrics:
 
 @dataset("pairs", SPARK_KINDS, on=SPARK)
 def note_split(step: Step) -> Metrics:
-    """Which notes train and which form the test pool; near-duplicates stay on one side."""
+    """Which notes are for training and which form the candidate pool; near-duplicates stay on one side."""
     from spark_jobs.split import assign_split
 
     with step.spark() as spark:
@@ -35,7 +35,7 @@ def note_split(step: Step) -> Metrics:
 
 @dataset("pairs", SPARK_KINDS, on=SPARK)
 def related_pairs(step: Step) -> Metrics:
-    """Section 2.3: scores outside [low, up] removed, then the top t of each note."""
+    """Section 2.3: the top t targets of each query, after pairs with a score outside [low, up] are dropped."""
     from spark_jobs.related_pairs import relate
 
     with step.spark() as spark:
@@ -50,7 +50,7 @@ def related_pairs(step: Step) -> Metrics:
 
 @dataset("pairs", SPARK_KINDS, on=SPARK)
 def pair_datasets(step: Step) -> Metrics:
-    """Training, validation and test pairs and the test pool, with the leakage report."""
+    """Training, validation and test pairs and the candidate pool, with the leakage report."""
     from spark_jobs.split import split
 
     with step.spark() as spark:
@@ -65,7 +65,7 @@ def pair_datasets(step: Step) -> Metrics:
 
 @dataset("pairs", {"numpy"}, show={"data card": ["data_card.md", "data_card.png"]})
 def data_card(step: Step) -> Metrics:
-    """The data of this release for people: Table 1, what was dropped, how scores, pairs and clicks are spread."""
+    """The data of this release, for people: Table 1, what was dropped, the spread of scores, pairs and clicks."""
     from notellm2_core.evaluation.data_card import write_data_card
 
     window = step.catalog.window

@@ -9,14 +9,14 @@ from notellm2_core.schema import INDEX_FOLDER, NOTES_TABLE, POOL_TABLE
 
 @dataset("retrieval", {"pytorch", "parquet"}, on=GPU)
 def initial_embeddings(step: Step) -> Metrics:
-    """Embeddings of the pool before the first training step, for the zero-shot rows."""
+    """Embeddings of the pool by the initial model, for the zero-shot rows."""
     export(step, step.path("initial_model"), INPUTS, step.path("pair_datasets", POOL_TABLE))
     return export_metrics(step.out)
 
 
 @dataset("retrieval", {"pytorch", "parquet"}, on=GPU)
 def note_embeddings(step: Step) -> Metrics:
-    """Embeddings of all notes by the fine-tuned model; of the test pool with image-only and text-only input too."""
+    """Embeddings of all notes by the fine-tuned model; for the pool also with image-only and text-only input."""
     model = step.path("checkpoint")
     export(step, model, [MULTIMODAL])
     export(step, model, [kind for kind in INPUTS if kind != MULTIMODAL], step.path("pair_datasets", POOL_TABLE))
@@ -25,7 +25,7 @@ def note_embeddings(step: Step) -> Metrics:
 
 @dataset("retrieval", {"pytorch", "parquet"}, on=GPU)
 def baseline_embeddings(step: Step) -> Metrics:
-    """Embeddings of the pool by a plain sentence encoder, where the configuration asks for that row."""
+    """Embeddings of the pool by a plain sentence encoder, if `evaluation.baselines` names it."""
     if "minilm" in step.config.evaluation.baselines:
         step.command([sys.executable, "-m", "notellm2_core.baselines.encoders", "--encoder", "minilm",
                       "--notes", step.path("notes", NOTES_TABLE), "--note-ids", step.path("pair_datasets", POOL_TABLE),

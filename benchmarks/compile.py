@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/compile.py [--steps 10] [--part mlp|layer]
 
-The model and the notes are those of training.py, whose batches all have another number of tokens: graphs are dynamic.
-Both contenders are in one process and take turns; needs a C++ compiler on a CPU. `mlp`: each layer's MLP and norms;
-`layer`: whole layers, but for attention over packed notes, which torch.compile cannot look into.
+The model and the notes are those of training.py. Each batch has another number of tokens, so graphs are dynamic. Both
+contenders run in one process and take turns; on a CPU a C++ compiler is needed. `mlp`: each layer's MLP and norms;
+`layer`: whole layers, except attention over packed notes, which torch.compile cannot trace.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from notellm2_core.notes.processor import MLRMProcessor
 from notellm2_core.training.engine import deepspeed as engines
 from notellm2_core.training.step import batch_gradient, prepare
 
-WARM_UP = 3  # steps, in which graphs are made
+WARM_UP = 3  # steps, in which graphs are compiled
 
 
 def compiled(layer: nn.Module, part: str) -> None:

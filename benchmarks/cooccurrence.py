@@ -3,16 +3,16 @@
     .venv/bin/python benchmarks/cooccurrence.py                      everything, about an hour on two cores
     .venv/bin/python benchmarks/cooccurrence.py --millions 1 5       smaller logs only
 
-Notes follow Zipf's law, the activity of users is log-normal with a mean of 40 events, notes are a fiftieth of the
-events. Each contender runs in a process of its own, from the same Parquet file to a Parquet table of scores; its time
-begins when its session is ready to work. Contenders:
+Note popularity follows Zipf's law, user activity is log-normal with a mean of 40 events, and there are 50 events per
+note. Each contender runs in its own process, from the same Parquet file to a Parquet table of scores; its time starts
+when its session is ready. Contenders:
   ours          spark_jobs.cooccurrence, nobody capped
   duckdb        one SQL query, two threads
   expressions   Spark's built-in expressions: first views and last clicks of each user, then a join
-  events_join   Spark, as the equation reads: events joined with events, then distinct
-The last two stop at --join-millions. The result of each is compared with DuckDB's, row for row. `ours` runs twice at
-the smallest size, to compare the bytes, and, heavy users capped as in the pipeline, in turn with and without a user of
-200,000 events more among 10 million.
+  events_join   Spark, the equation literally: events joined with events, then distinct
+The last two stop at --join-millions. Each result is compared with DuckDB's, row by row. At the smallest size, `ours`
+runs twice and the bytes are compared. At 10 million events, with heavy users capped as in the pipeline, it runs in turn
+with and without one more user of 200,000 events.
 """
 
 import argparse
@@ -58,7 +58,7 @@ SQL = """
 
 
 def generate(num_events: int, file: Path, heavy_user: int = 0, seed: int = 0) -> None:
-    """A log of two weeks; with `heavy_user`, one more user with so many events."""
+    """A log of two weeks; `heavy_user`: the number of events of one more user."""
     rng = np.random.default_rng(seed)
     num_users, num_notes = num_events // 40, num_events // 50
     activity = rng.lognormal(0, 1, num_users)
@@ -80,7 +80,7 @@ def generate(num_events: int, file: Path, heavy_user: int = 0, seed: int = 0) ->
 
 
 def ours(log: Path, out: Path, memory: str, **scoring: Any) -> float:
-    """`scoring`: settings of ScoringSettings; nobody is capped unless they say so."""
+    """`scoring`: settings of ScoringSettings; by default no user is capped."""
     from spark_jobs.cooccurrence import cooccurrence
     from spark_jobs.interactions import interactions
 
@@ -142,13 +142,13 @@ def new_session(memory: str) -> SparkSession:
     spark = spark_session("benchmark", "local[2]", memory, 16)
     spark.range(1000).repartition(2).mapInArrow(
         lambda batches: batches, "id long"
-    ).count()  # all that starts is started
+    ).count()  # starts the JVM and the workers
     return spark
 
 
 def with_duckdb(log: Path, out: Path, memory: str) -> float:
     out.mkdir()
-    database = duckdb.connect(config={"threads": 2})  # and all the memory it likes
+    database = duckdb.connect(config={"threads": 2})  # without a memory limit
     database.execute(f"SET temp_directory = '{out.parent}/spill'; SET preserve_insertion_order = false")
     started = time.monotonic()
     database.execute(f"COPY ({SQL.format(log=log)}) TO '{out}/scores.parquet' (FORMAT parquet)")
@@ -165,7 +165,7 @@ CONTENDERS = {
 
 
 def measure(contender: str, log: Path, out: Path, memory: str, script: Path = Path(__file__)) -> dict[str, Any]:
-    """One contender of `script` in a process of its own: seconds of the work, peak memory of its processes."""
+    """Run one contender of `script` in its own process: seconds of the work, peak memory of the process tree."""
     shutil.rmtree(out, ignore_errors=True)
     Path(f"{out}.seconds").unlink(missing_ok=True)
     command = [sys.executable, str(script), "--one", contender, str(log), str(out), memory]
@@ -181,7 +181,7 @@ def measure(contender: str, log: Path, out: Path, memory: str, script: Path = Pa
 
 
 def compare(found: Path, expected: Path, slices: int) -> dict[str, Any]:
-    """Pairs of either; those that one lacks or whose users differ; the largest relative difference of a score."""
+    """Pairs in either table; pairs that one lacks or whose users differ; the largest relative difference of a score."""
     database = duckdb.connect(config={"threads": 2})
     pairs, differing, error = 0, 0, 0.0
     for part in range(slices):  # the whole join would not fit into memory
@@ -247,7 +247,7 @@ def run(
 
 
 def exponent(sizes: list[dict[str, Any]], contender: str) -> float | None:
-    """Of the power law from the smallest size to the largest."""
+    """The exponent of a power law from the smallest to the largest size."""
     times = [(s["millions"], r["seconds"]) for s in sizes for r in s["rows"] if r["contender"] == contender]
     if len(times) < 2:
         return None

@@ -2,13 +2,13 @@
 
     .venv/bin/python benchmarks/export.py [--rounds 3] [--notes 512]
 
-The model and the notes are those of training.py, in fp32 as exports are on a CPU. Contenders take turns, each round in
-a process of its own; the median counts.
+The model and the notes are those of training.py, in fp32, as exports are on a CPU. Contenders take turns, each round
+in its own process; medians are reported.
 
   export          `BatchEmbedder`, as notellm2_core.inference.export uses it
-  llm             the bare LLM's forward over as many real tokens, in rows without any padding, 16 at a time (faster
-                  than 64 on a CPU)
-  plain           our model too, in batches of 64 notes in the order of arrival, each padded to its longest
+  llm             the bare LLM's forward over the same number of real tokens, in rows without padding, 16 at a time
+                  (faster than 64 on a CPU)
+  plain           our model in batches of 64 notes in the order of arrival, each padded to its longest note
 """
 
 import argparse
@@ -30,8 +30,8 @@ from notellm2_core.vision.feature_store import Features
 BATCH, ROWS = 64, 16
 
 
-class Pictures:
-    """A few pictures' features, in memory."""
+class InMemoryFeatures:
+    """The features of a few images, in memory."""
 
     def __init__(self, processor: MLRMProcessor) -> None:
         rng = np.random.default_rng(1)
@@ -50,7 +50,7 @@ def embedder(cache: Path, num_notes: int) -> BatchEmbedder:
     some = notes(num_notes)
     tokens = dict(zip((note.note_id for note in some), processor.note_tokenizer.tokenize(some), strict=True))
     images = {n: str(i % NUM_IMAGES) for i, n in enumerate(tokens)}
-    return BatchEmbedder(model, processor, tokens, images, Pictures(processor), BATCH, torch.device("cpu"))
+    return BatchEmbedder(model, processor, tokens, images, InMemoryFeatures(processor), BATCH, torch.device("cpu"))
 
 
 def num_tokens(of: BatchEmbedder) -> int:

@@ -2,33 +2,33 @@
 
     python benchmarks/gpu.py [--config pipelines/configs/paper_mtomato_base.yaml] [--rounds 1] [--pairs 16 128 256]
 
-Written for one H200 (139 GiB), where a round takes about five minutes; `--layers 2` and the like try it on less.
-Weights, pictures' features and words are random, in the shapes of the configuration (`model.llm.config`); nothing is
-downloaded. Contenders that share a model share a process. Everything is in bf16.
+For one H200 (139 GiB), where a round takes about five minutes; `--layers 2` makes it fit smaller machines. Weights,
+image features and words are random, in the shapes of the configuration (`model.llm.config`); nothing is downloaded.
+Contenders that share a model share a process. All run in bf16.
 
-  llm             the bare LLM's forward over rows of as many tokens as the longest notes have, as transformers has it
-  llm-fused       the same with the fused kernels that ours has (`notellm2_core.model.kernels`)
+  llm             the bare LLM's forward, unchanged from transformers, over rows as long as the longest notes
+  llm-fused       the same with our fused kernels (`notellm2_core.model.kernels`)
   export          `BatchEmbedder`, 50 of the longest notes at a time: 20 words of title, 20 of topics, 80 of content, a
                   token each. With the prompt and L_c = 16 that is 182 tokens; the paper's have at most 174 (Table 5: a
                   visual token more costs a 174th of the time at L_c = 16)
   export-mixed    the same on notes of mixed lengths
   plain           the model without fused kernels on the same notes in the order of arrival, each padded to the longest
                   of its batch
-  plain-fused     the same with them
-  llm-training    the bare LLM's forward and backward with fused kernels, over as many tokens as the largest step, in
-                  rows without padding
+  plain-fused     the same with fused kernels
+  llm-training    the bare LLM's forward and backward with fused kernels, over the tokens of the largest step, in rows
+                  without padding
   step-16         a training step of the paper's 16 pairs per GPU, notes of mixed lengths: ZeRO-3
-  step-128        its whole batch on this one GPU; and so on, as `--pairs` says
+  step-128        the paper's whole batch on this one GPU; likewise for each of `--pairs`
   text            a step of 128 pairs again, on texts alone, without a connector
   trainer         sentence-transformers' trainer and its MultipleNegativesRankingLoss with the same LLM on the same
                   texts (needs `pip install datasets`), which keeps no fp32 weights for the optimiser
 
 What a step of 6.8e9 weights holds on one GPU, in GB: weights in bf16 14; master weights and Adam's two moments in fp32
 81; gradients in bf16 14; buffers 3; with gradient checkpointing (the paper's configuration) half a megabyte per token,
-so that 256 pairs peak at 134 of 149 GB (139 GiB). Without it a token takes 6 MB, and little more than 16 pairs fit.
-`--micro-batch-tokens` bounds activations too, for as much computed again.
+so that 256 pairs peak at 134 of 149 GB (139 GiB). Without it a token takes 6 MB, and hardly more than 16 pairs fit.
+`--micro-batch-tokens` bounds activations too, at the same cost in recomputation.
 
-MFU counts no recomputation (`notellm2_core.training.engine.throughput`). On a CPU nothing is written.
+MFU counts no recomputation (`notellm2_core.training.engine.throughput`). On a CPU no result is written.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from export import Pictures
+from export import InMemoryFeatures
 from torch.nn import functional
 from training import (
     NUM_IMAGES,
@@ -73,9 +73,9 @@ from notellm2_core.training.engine.deepspeed import make_engine, set_up_processe
 from notellm2_core.training.engine.throughput import Throughput
 
 PAPER = Path(__file__).parents[1] / "pipelines" / "configs" / "paper_mtomato_base.yaml"
-WORDS = ["note", "one", "this", "word", "into", "content"]  # of the prompts, so that each is one token
+WORDS = ["note", "one", "this", "word", "into", "content"]  # words of the prompts; each is one token
 EXPORTED_BATCHES = 8
-TEXT_PAIRS, TEXT_METHOD = 128, "only_late_fusion"  # without pictures, it is the LLM and the projector
+TEXT_PAIRS, TEXT_METHOD = 128, "only_late_fusion"  # without images: only the LLM and the projector
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
@@ -93,7 +93,7 @@ def settings(options: argparse.Namespace, **changed: object) -> Config:
 
 
 def random_model(config: Config) -> tuple[MLRMModel, MLRMProcessor]:
-    """Straight in its last precision, where it will be used: bf16 on a GPU, fp32 on a CPU."""
+    """The model, created on its device and in its precision: bf16 on a GPU, fp32 on a CPU."""
     processor = build_processor(config, tiny_tokenizer())
     architecture = llm_architecture(config.model.llm)
     architecture.vocab_size = max(architecture.vocab_size, len(processor.tokenizer))
@@ -110,7 +110,7 @@ def random_model(config: Config) -> tuple[MLRMModel, MLRMProcessor]:
 def inference(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     model, processor = random_model(settings(options))
     size, num_notes = options.batch_notes, options.batch_notes * EXPORTED_BATCHES
-    text, pictures = processor.note_tokenizer.text, Pictures(processor)
+    text, pictures = processor.note_tokenizer.text, InMemoryFeatures(processor)
     title, topics, content = (
         " ".join((WORDS * num)[:num]) for num in (text.title_words, text.topic_words, text.content_words)
     )
@@ -192,7 +192,7 @@ def text(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def steps_of(
     options: argparse.Namespace, num_pairs: Sequence[int], name: str, **changed: object
 ) -> dict[str, dict[str, float]]:
-    """Steps of one engine on batches of each size, the smallest first: what does not fit spoils no other."""
+    """Steps of one engine on batches of each size, smallest first, so that a size that does not fit spoils no other."""
     device = set_up_processes()
     config = settings(options, **changed)
     model, processor = random_model(config)
@@ -229,7 +229,7 @@ def trainer(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def with_memory(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """On a GPU, its memory instead of the process's; nan where that does not suffice."""
+    """On a GPU, the GPU's memory instead of the process's; nan if it does not suffice."""
     if not ON_GPU:
         return measure()
     torch.cuda.empty_cache()

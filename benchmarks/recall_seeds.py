@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/recall_seeds.py --config pipelines/configs/demo.yaml --seeds 42 43 44
     .venv/bin/python benchmarks/recall_seeds.py --config pipelines/configs/movies.yaml --source FOLDER --seeds 42 43 44
 
-What does not depend on the seed (pairs, vision features) is made once; the first seed's time includes it.
+Datasets that do not depend on the seed (pairs, vision features) are made once, in the time of the first seed.
 """
 
 import argparse

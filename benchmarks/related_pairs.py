@@ -1,14 +1,14 @@
-"""Section 2.3 on a large table of scores: time and memory of the filters, beside plain Spark; and of Swing's scores.
+"""Section 2.3 on a large table of scores: time and memory of the filters beside plain Spark, and of Swing's scores.
 
     .venv/bin/python benchmarks/related_pairs.py [--millions 5]
 
-The log is that of cooccurrence.py. Steps, each in a process of its own; its time begins when its session is ready:
+The log is that of cooccurrence.py. Each step runs in its own process; its time starts when its session is ready:
   cooccurrence   Eq. 2, the scores that both filters read
-  swing          the other score, from the same log
-  filters        spark_jobs.related_pairs: both windows (of the same scores), a tenth of the notes is the pool; it also
-                 counts what every filter leaves, and takes exact quantiles of the scores
-  plain          the same pairs by Spark's joins and a window, and nothing else
-The two tables of pairs are compared row for row.
+  swing          the alternative score, from the same log
+  filters        spark_jobs.related_pairs: both windows (with equal scores), a tenth of the notes in the pool; it also
+                 counts what each filter leaves, and computes exact quantiles of the scores
+  plain          only the same pairs, by Spark's joins and a window
+The two tables of pairs are compared row by row.
 """
 
 import argparse

@@ -1,21 +1,21 @@
-"""The training step beside what it is made of, and beside other trainers.
+"""The training step beside its parts, and beside other trainers.
 
     .venv/bin/python benchmarks/training.py [--rounds 3] [--steps 4]
 
 The model is the small profile (SmolLM2's first 4 layers, a Q-Former, L_c = 4, word embeddings frozen), on generated
-notes of widely different lengths. The two contenders of a comparison take turns in one process, step by step: a machine
-whose speed changes within minutes is as slow for both. Each round has processes of its own; the median counts.
+notes of widely different lengths. The two contenders of a comparison take turns in one process, step by step, so that
+changes in the machine's speed affect both. Each round has its own processes; medians are reported.
 
   step            one training step as `notellm2_core.training` runs it: 32 pairs, images, Eq. 9, DeepSpeed's AdamW
-  llm             the bare LLM's forward and backward over as many real tokens, in rows without any padding
+  llm             the bare LLM's forward and backward over the same number of real tokens, in rows without padding
   text            the step again, on texts alone, without a connector
   trainer         sentence-transformers' trainer and its MultipleNegativesRankingLoss with the same LLM on the same
                   texts (needs `pip install datasets`); without it a plain loop that pads each batch to its longest
   direct          a step of 16 pairs, with all activations in memory
-  gradcache       a step of 256 pairs in micro-batches with half as many tokens: gradients lie in memory beside them
+  gradcache       a step of 256 pairs in micro-batches of half the tokens, since gradients are in memory beside them
 
-Tokens are real ones, padding apart. Memory is that of both of the last two in a process of its own (`-alone`): the
-largest resident size, and what of it came after the model was there.
+Tokens exclude padding. Memory is measured for the last two, each in its own process (`-alone`): the largest resident
+size, and its growth since the model was loaded.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def settings(batch_pairs: int, cache: Path, micro_batch_tokens: int | None = Non
 
 
 def notes(num: int, words: Sequence[str] | None = None) -> list[Note]:
-    """Contents of 5 to 80 words, most of them short, a few long, as those of a platform."""
+    """Contents of 5 to 80 words, most of them short and a few long, as on a real platform."""
     rng = np.random.default_rng(0)
     words = words or [word for phrases in THEMES.values() for phrase in phrases for word in phrase.split()]
 
@@ -112,7 +112,7 @@ def pair_dataset(
     return PairDataset(processor, tokens, images, table, list(zip(ids[::2], ids[1::2], strict=True)))
 
 
-Step = Callable[[int], int]  # does the step of this number, and says how many tokens it had
+Step = Callable[[int], int]  # runs the step of this number, and returns its number of tokens
 
 
 def our_step(config: Config, cache: Path, num_steps: int, with_images: bool = True) -> Step:
@@ -124,7 +124,7 @@ def our_step(config: Config, cache: Path, num_steps: int, with_images: bool = Tr
 
 
 def step_of(engine: Any, data: PairDataset, config: Config, device: torch.device) -> Step:
-    """A step on the next of the batches that `data` has, made ahead as the loop does."""
+    """A step on the next batch of `data`, prefetched as in the training loop."""
 
     def batch_of(rows: np.ndarray) -> tuple[Share, BatchLabels]:
         return prepare(data, rows, config, device)
@@ -142,7 +142,7 @@ def step_of(engine: Any, data: PairDataset, config: Config, device: torch.device
 
 
 def synchronize() -> None:
-    """A GPU has then done what it was told."""
+    """Wait until the GPU has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -196,7 +196,7 @@ def gradcache_alone(cache: Path, steps: int) -> dict[str, dict[str, float]]:
 
 
 def in_turns(contenders: dict[str, tuple[Step, int, int]], steps: int) -> dict[str, dict[str, float]]:
-    """The figures of each: (its step, how many notes that has, how many steps are one turn)."""
+    """The metrics of each contender: (its step, notes of a step, steps of a turn)."""
     found: dict[str, tuple[list[float], list[int]]] = {name: ([], []) for name in contenders}
     for turn in range(WARM_UP + steps):
         for name, (run, _, often) in contenders.items():
@@ -210,7 +210,7 @@ def in_turns(contenders: dict[str, tuple[Step, int, int]], steps: int) -> dict[s
 
 
 def texts(processor: MLRMProcessor, num_pairs: int, words: Sequence[str] | None = None) -> list[str]:
-    """The notes as the prompts that our model reads, to be tokenised by others."""
+    """The notes as the prompts of our model, for other tokenizers."""
     data = pair_dataset(processor, num_pairs, False, words)
     ids = [data.note_batch(np.array([i])).input_ids[0] for i in range(2 * num_pairs)]
     return [processor.tokenizer.decode(i) for i in ids]
@@ -223,7 +223,7 @@ def text(cache: Path, steps: int) -> dict[str, dict[str, float]]:
     model, processor = build_model(config, cache)
     prompts = texts(processor, PAIRS * num)
     set_trained(model, config)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # of our engine, which would be theirs too: DDP on one rank
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # set by our engine; with them, theirs would run DDP on one rank
         del os.environ[name]
     counted: list[int] = []
     seconds: list[float] = []
@@ -264,7 +264,7 @@ def trained_by_others(
     tokenizer = processor.tokenizer
     tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.save_pretrained(folder)
-    transformer = Transformer(str(folder))  # from a folder of small weights, whose place `llm` takes
+    transformer = Transformer(str(folder))  # from a folder of small weights, which `llm` replaces
     llm.set_attn_implementation("sdpa")
     if gradient_checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -274,7 +274,7 @@ def trained_by_others(
     student = SentenceTransformer(
         modules=[transformer, Pooling(width, pooling_mode="lasttoken"), Dense(width, 64)], device=device
     )
-    began = [time.monotonic()]  # each step, what makes its batch included
+    began = [time.monotonic()]  # each step, its batch included
     seconds: list[float] = []
 
     class Clock(TrainerCallback):
@@ -299,7 +299,7 @@ def trained_by_others(
 
 
 def plain_step(llm: PreTrainedModel, processor: MLRMProcessor, prompts: list[str]) -> Step:
-    """Without sentence-transformers' trainer: queries and targets padded to the longest of each."""
+    """A loop in place of sentence-transformers' trainer: queries and targets, each padded to its longest."""
     tokenizer = processor.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
     llm.set_attn_implementation("sdpa")
@@ -334,7 +334,7 @@ PROCESSES: dict[str, Callable[[Path, int], dict[str, dict[str, float]]]] = {
 
 
 class Memory:
-    """The largest resident size from now on, looked at often."""
+    """The largest resident size from now on, sampled often."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -348,7 +348,7 @@ class Memory:
 
 
 def timed(run: Step, steps: int, num_notes: int) -> dict[str, float]:
-    """The figures of `steps` steps of `num_notes` notes, with their memory."""
+    """The metrics of `steps` steps of `num_notes` notes, with their memory."""
     memory, seconds, tokens = Memory(), [], []
     for number in range(WARM_UP + steps):
         started = time.monotonic()
@@ -369,7 +369,7 @@ def figures(seconds: Sequence[float], tokens: Sequence[float], num_notes: int) -
 
 
 def medians(script: str, processes: Iterable[str], num_rounds: int, *options: str) -> dict[str, dict[str, float]]:
-    """The figures of each contender over the rounds. `script --one PROCESS CACHE` prints those of one or more."""
+    """Each contender's metrics over the rounds. `script --one PROCESS CACHE` prints those of one process."""
     found: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(num_rounds):

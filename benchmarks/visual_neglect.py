@@ -1,10 +1,10 @@
-"""How much of the neglect of the image is the method's, the start's, the learning rate's? Protocol: decision 0006.
+"""Is neglect of the image due to the method, the initialisation or the learning rate? Protocol: decision 0006.
 
     .venv/bin/python benchmarks/visual_neglect.py run [--seeds 301 302 303 304 305] [--out FOLDER] [--set KEY=VALUE ...]
     .venv/bin/python benchmarks/visual_neglect.py report [--out FOLDER]
 
-`run` teaches two LLMs to read the world's text, then trains the eight models of each seed, one at a time on one thread;
-what is there already is not made again, so it can be killed and started again. `report` writes
+`run` trains two LLMs to read the demo world's text, then the eight models of each seed, one at a time on one thread.
+Existing results are reused, so it can be killed and started again. `report` writes
 benchmarks/results/visual_neglect.md and .json.
 """
 
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def make_data(config: Config) -> None:
-    """Everything up to the pairs and the vision features, by the pipeline itself, unless it is there."""
+    """Make the pairs and the vision features with the pipeline, unless they exist."""
     if all(Catalog(config).find(name) for name in DATA[:2]) and all(Catalog(config).find(name) for name in DATA):
         return
     file = ROOT / ".dagster" / "benchmarks" / "visual_neglect.yaml"
@@ -156,7 +156,7 @@ def teach_reading(method: str, out: Path) -> Path:
 
 
 def inputs(catalog: Catalog) -> NoteInputs:
-    """The notes that a training reads."""
+    """The notes that a training run reads."""
     notes, images = catalog.dataset("notes").path / "notes", catalog.dataset("vision_features").path
     return NoteInputs(notes, images, catalog.lake.root / "vision_store")
 
@@ -276,7 +276,7 @@ def python(module: str, *arguments: object) -> list[str]:
 
 
 def call(command: Sequence[str], log: Path) -> None:
-    """Run it on one thread, its output in `log`. Raises CalledProcessError."""
+    """Run the command on one thread, its output in `log`. Raises CalledProcessError."""
     with log.open("w") as file:
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         subprocess.run(command, check=True, env=env, stdout=file, stderr=subprocess.STDOUT)

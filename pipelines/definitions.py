@@ -1,4 +1,4 @@
-"""Everything gathered for Dagster. Imports neither torch nor pyspark, so it loads in a blink."""
+"""The Dagster definitions: assets, checks, job and schedule. Imports neither torch nor pyspark, so it loads fast."""
 
 import sys
 
@@ -15,21 +15,21 @@ from pipelines.jobs import weekly_retrain, weekly_retrain_schedule
 
 
 def definitions(source: SourceSettings) -> dg.Definitions:
-    """The graph with the partitions of `source`; all else is read when a run starts."""
+    """The graph with the partitions of `source`. All other settings are read when a run starts."""
     partitions = log_partitions(source)
     return dg.Definitions(
         assets=[logs.raw_events_asset(partitions), *dg.load_assets_from_package_module(assets)],
         asset_checks=CHECKS,
         jobs=[weekly_retrain],
         schedules=[weekly_retrain_schedule(partitions)],
-        # One step at a time: the machine is one resource. Raise it where Spark and the GPUs are machines of their own.
+        # One step at a time, as one machine runs them all. Raise it where Spark and the GPUs are on other machines.
         executor=dg.multi_or_in_process_executor.configured({"multiprocess": {"max_concurrent": 1}}),
         resources={"pipeline": Pipeline()},
     )
 
 
 def _source_in_force() -> SourceSettings:
-    """A configuration that cannot be read does not keep the page from loading: every asset refuses it by name."""
+    """The source settings; if unreadable, the defaults, so that the UI loads. Every asset then refuses to run."""
     try:
         return config_in_force().source
     except ConfigError as e:

@@ -1,4 +1,4 @@
-"""`make dev`: the Dagster UI, and beside it the MLflow UI on the store that this configuration tracks to."""
+"""`make dev`: the Dagster UI, and the MLflow UI on the tracking store of this configuration."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.processes import die_with_parent
 
 BIN = Path(sys.executable).parent
-PATIENCE_SECONDS = 10  # for a server that was asked to end
+PATIENCE_SECONDS = 10  # for a server to end after SIGTERM
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
         uri = f"http://127.0.0.1:{mlflow}"
     print(f"Dagster: http://127.0.0.1:{dagster}   MLflow: {uri}", flush=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    # `activate` names the module for `dagster asset`; Dagster's own children would be told twice, and hang.
+    # `activate` sets the module for `dagster asset`. Dagster's children would get it twice, and hang.
     env = {k: v for k, v in os.environ.items() if k != "DAGSTER_MODULE_NAME"}
     servers: list[subprocess.Popen[bytes]] = []
     try:
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def _port(setting: str, default: str) -> str:
-    """The port in the environment. Raises ValueError where somebody listens on it: the page would be a stranger's."""
+    """The port from the environment. Raises ValueError if it is taken: the printed URL would show another server."""
     port = os.environ.get(setting, default)
     with socket.socket() as s:
         if s.connect_ex(("127.0.0.1", int(port))) == 0:
@@ -56,7 +56,7 @@ def _port(setting: str, default: str) -> str:
 
 
 def _stop(servers: list[subprocess.Popen[bytes]]) -> None:
-    """End the servers with all that they have started; a daemon left behind would go on retraining."""
+    """End the servers and all their children; a daemon left behind would keep retraining."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     for server in servers:
         _signal(server, signal.SIGTERM)
@@ -67,8 +67,8 @@ def _stop(servers: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _signal(server: subprocess.Popen[bytes], number: int) -> bool:
-    """Send the signal to the server's whole group. Returns whether any of it is there."""
-    server.poll()  # a dead leader that nobody has waited for would count as there
+    """Send the signal to the server's process group. Returns whether any process of it is alive."""
+    server.poll()  # reap a dead leader, which would count as alive
     try:
         os.killpg(server.pid, number)
     except ProcessLookupError:

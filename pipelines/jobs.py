@@ -1,8 +1,8 @@
-"""When the pipeline runs: the weekly retrain, and everything up to eval_recall on demand."""
+"""The job of the whole graph, and its weekly schedule."""
 
 import dagster as dg
 
-# One partition of the raw logs and everything that is made of it. A dataset that is there already is not made again.
+# One partition of the raw logs, and everything downstream. Existing datasets are reused.
 weekly_retrain = dg.define_asset_job(
     "weekly_retrain",
     selection=dg.AssetSelection.all(),
@@ -25,7 +25,7 @@ def weekly_retrain_schedule(partitions: dg.TimeWindowPartitionsDefinition) -> dg
         now = context.scheduled_execution_time
         ended = partitions.get_prev_partition_window(now)
         if ended is None:
-            return dg.SkipReason("no period of the raw events has ended yet; see source.first_day")
+            return dg.SkipReason("no partition of the raw events has ended yet; see source.first_day")
         return dg.RunRequest(run_key=now.isoformat(), partition_key=f"{ended.start:{partitions.fmt}}")
 
     return schedule

@@ -1,6 +1,6 @@
-"""`make recall`: everything up to eval_recall in one process, then the recall table.
+"""`make recall`: the whole graph in one process, then the recall table.
 
-The same job that the schedule runs, without a daemon or a browser. What is there already is not made again.
+It runs the job of the weekly schedule, without a daemon or a browser. Existing datasets are reused.
 """
 
 import os
@@ -21,13 +21,13 @@ from notellm2_core.lake.lake import LakeError
 from notellm2_core.runtime.files import host
 from notellm2_core.runtime.processes import die_with_parent
 
-_HOST, _PROCESS = "notellm2/host", "notellm2/process"  # tags of a run: where it lives
+_HOST, _PROCESS = "notellm2/host", "notellm2/process"  # run tags: the machine and the process id
 
 
 def main() -> int:
-    """Run in a child process, so that a signal ends everything at once: whatever is killed is made good next time.
+    """Run in a child process, so that a signal ends everything at once; the next run resumes.
 
-    Dagster itself would take an interrupt for the failure of one step, and go on with its retry.
+    Dagster itself would take an interrupt for the failure of one step, and retry it.
     """
     child = os.fork()
     if child == 0:
@@ -39,7 +39,7 @@ def main() -> int:
 
     def stop(number: int, frame: object) -> None:
         os.kill(child, signal.SIGKILL)
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        print("\nstopped; run the same command again to resume", file=sys.stderr)
         os._exit(128 + number)
 
     signal.signal(signal.SIGINT, stop)
@@ -88,38 +88,38 @@ def _run() -> int:
     for name in ("recall.md", "saliency.md"):
         if (report.path / name).exists():
             print(f"\n{(report.path / name).read_text()}")
-    print(f"{time.monotonic() - started:.0f} s. Pictures of neighbours: {_relative(report.path / 'neighbours.jpg')}")
+    print(f"{time.monotonic() - started:.0f} s. Images of neighbours: {_relative(report.path / 'neighbours.jpg')}")
     print(f"The model: {_relative(made.dataset('checkpoint').path)}")
     print(f"The vectors of all notes: {_relative(made.dataset('note_embeddings').path / 'multimodal')}")
     print(f"Their index: {_relative(made.dataset('faiss_index').path / 'index')}")
-    print("The asset graph, every figure and the MLflow curves: make dev")
+    print("The asset graph, all metrics and the MLflow curves: make dev")
     return 0
 
 
 def _close_runs_of_the_dead(instance: DagsterInstance) -> None:
-    """A run that was killed would count as started for ever; ten of them keep the queue from launching any other."""
-    going = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED], tags={_HOST: host()})
-    for run in instance.get_runs(going):
-        copied = run.parent_run_id is not None  # tried again by Dagster, in a process that these tags do not name
-        if not copied and not Path(f"/proc/{run.tags[_PROCESS]}").exists():
-            instance.report_run_canceled(run, message="its process was killed")  # a failed one would be tried again
+    """Cancel runs whose process was killed: they count as started for ever, and ten of them block the run queue."""
+    started = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED], tags={_HOST: host()})
+    for run in instance.get_runs(started):
+        is_retry = run.parent_run_id is not None  # by Dagster, with copied tags that name another process
+        if not is_retry and not Path(f"/proc/{run.tags[_PROCESS]}").exists():
+            instance.report_run_canceled(run, message="its process was killed")  # a failed one would be retried
 
 
 def _why(result: dg.ExecuteInProcessResult) -> str:
-    """The first thing that went wrong, in one sentence."""
+    """The first failure of the run, in one sentence."""
     for event in result.all_events:
         if event.event_type == DagsterEventType.STEP_FAILURE:
             failure = event.step_failure_data
-            said = failure.user_failure_data.description if failure.user_failure_data else None
+            description = failure.user_failure_data.description if failure.user_failure_data else None
             cause = failure.error.cause if failure.error else None
-            raw = said or (cause or failure.error).message if failure.error else said
-            return f"{event.step_key}: {' '.join(str(raw).split())}"
+            reason = description or (cause or failure.error).message if failure.error else description
+            return f"{event.step_key}: {' '.join(str(reason).split())}"
         if event.event_type == DagsterEventType.ASSET_CHECK_EVALUATION:
             check = event.asset_check_evaluation_data
             if not check.passed:
-                figures = ", ".join(f"{k} = {v.value}" for k, v in check.metadata.items())
-                return f"{check.asset_key.to_user_string()}: the check {check.check_name} failed ({figures})"
-    return "the run failed without a step that says why; see the log above"
+                metrics = ", ".join(f"{k} = {v.value}" for k, v in check.metadata.items())
+                return f"{check.asset_key.to_user_string()}: the check {check.check_name} failed ({metrics})"
+    return "the run failed, and no step reported why; see the log above"
 
 
 def _relative(path: Path) -> Path:

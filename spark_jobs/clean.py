@@ -1,7 +1,7 @@
 """Notes and events: validate, quarantine with a reason, deduplicate. Nothing is dropped without being counted.
 
-`clean_notes` and `label_events` are pure; `prepare_notes` reads, writes and counts. What becomes of clean events:
-`spark_jobs.interactions`.
+`clean_notes` and `label_events` are pure; `prepare_notes` reads, writes and counts. `spark_jobs.interactions` takes the
+clean events from here.
 """
 
 from datetime import date
@@ -14,16 +14,17 @@ from pyspark.sql import types as T
 
 from notellm2_core.config.data import EventSettings
 from notellm2_core.schema import EVENTS, NOTES, NOTES_TABLE, QUARANTINE, QUARANTINE_TABLE, SOURCE_NOTE_COLUMNS
-from spark_jobs.common.tables import counts_by, figures, read_table, readable, write_table
+from spark_jobs.common.tables import aggregates, counts_by, read_table, readable, write_table
 from spark_jobs.source import read_source_notes, trimmed
 
-IGNORED = "ignored_event"  # the label of rows that are out of question rather than at fault: not quarantined
+IGNORED = "ignored_event"  # the reason of rows that the settings ignore; they are not faulty, so not quarantined
 
 
 def prepare_notes(spark: SparkSession, source: Path, out: Path) -> dict[str, Any]:
     """`source/notes.parquet` -> `out/notes` (NOTES) and `out/quarantine`.
 
-    Returns rows, notes, with_text, with_image (a path or bytes), and dropped {reason: rows}.
+    Returns rows, notes, with_text, with_image (a path or bytes), and dropped {reason: rows}. Raises ValueError where
+    no note is usable.
     """
     with readable(source / "notes.parquet"):
         raw = read_source_notes(spark, source)
@@ -32,7 +33,7 @@ def prepare_notes(spark: SparkSession, source: Path, out: Path) -> dict[str, Any
         write_table(notes, out / NOTES_TABLE, ["note_id"])
         write_table(quarantine, out / QUARANTINE_TABLE, ["reason", "row"])
     written = read_table(spark, out / NOTES_TABLE)
-    counts = figures(
+    counts = aggregates(
         written, notes=F.count("*"), with_text=F.count_if(_has_text()), with_image=F.count_if(_has_image(written))
     )
     if not counts["notes"]:
@@ -43,27 +44,27 @@ def prepare_notes(spark: SparkSession, source: Path, out: Path) -> dict[str, Any
 def clean_notes(raw: DataFrame) -> tuple[DataFrame, DataFrame]:
     """Source notes (with `position`) -> (NOTES, QUARANTINE).
 
-    Topics may be a list or '|'-separated text. Missing text is "". Of rows with the same id the last one in file order
-    counts. A note without text is kept where it has an image. Reasons: null_note_id, duplicate_note_id, empty_note.
+    Topics may be a list or '|'-separated text. Missing text becomes "". Among rows with the same id, the last in file
+    order counts. A note needs text or an image. Reasons: null_note_id, duplicate_note_id, empty_note.
     """
     labelled = _label_notes(raw)
-    kept = labelled.filter("reason IS NULL").select(NOTES.names)
-    return kept, labelled.filter("reason IS NOT NULL").select(QUARANTINE.names)
+    usable = labelled.filter("reason IS NULL").select(NOTES.names)
+    return usable, labelled.filter("reason IS NOT NULL").select(QUARANTINE.names)
 
 
 def _label_notes(raw: DataFrame) -> DataFrame:
-    """Source notes in the form of NOTES, with `row` and the `reason` to drop them (null: none)."""
+    """Source notes with the columns of NOTES, `row` (the row in JSON) and the `reason` to drop it (null: none)."""
     text = [F.coalesce(F.col(c).cast("string"), F.lit("")).alias(c) for c in ("title", "content")]
     path = trimmed(F.col("image_path").cast("string")) if "image_path" in raw.columns else F.lit(None).cast("string")
     image = F.col("image").cast("binary") if "image" in raw.columns else F.lit(None).cast("binary")
-    as_it_came = [c for c in (*SOURCE_NOTE_COLUMNS, "image_path") if c in raw.columns]
+    source_columns = [c for c in (*SOURCE_NOTE_COLUMNS, "image_path") if c in raw.columns]
     notes = raw.select(
         trimmed(F.col("note_id").cast("string")).alias("note_id"),
         *text,
         _topics(raw.schema["topics"].dataType).alias("topics"),
         path.alias("image_path"),
         F.when(F.length(image) > 0, image).alias("image"),
-        F.to_json(F.struct(*as_it_came), {"ignoreNullFields": "false"}).alias("row"),
+        F.to_json(F.struct(*source_columns), {"ignoreNullFields": "false"}).alias("row"),
         "position",
     )
     later = F.row_number().over(Window.partitionBy("note_id").orderBy(F.desc("position"))) - 1
@@ -90,10 +91,10 @@ def _has_image(notes: DataFrame) -> Column:
 
 
 def label_events(raw: DataFrame, settings: EventSettings, dated: bool = True) -> DataFrame:
-    """Ingested events with the `reason` to drop them (null: none), the first that holds of:
+    """Ingested events with the `reason` to drop them (null: none), the first that applies:
 
-    malformed_row, ignored_event, bad_timestamp, absurd_timestamp (all others where not `dated`: what `ingest` could not
-    place), null_user, null_note, unknown_event, duplicate_event (same user, note, time and event: one is kept).
+    malformed_row, ignored_event, bad_timestamp, absurd_timestamp (all other rows of the undated partition, `dated` =
+    False), null_user, null_note, unknown_event, duplicate_event (all but one with the same user, note, time and event).
     """
     event = F.coalesce("event", F.lit(""))
     used = event.isin(*settings.view_events, *settings.click_events)
@@ -112,15 +113,15 @@ def label_events(raw: DataFrame, settings: EventSettings, dated: bool = True) ->
 
 
 def split_labelled(labelled: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """What `label_events` returns -> (EVENTS, QUARANTINE), each with its `partition` where there is one."""
+    """What `label_events` returned -> (EVENTS, QUARANTINE), each with the column `partition` if `labelled` has it."""
     faulty = F.isnotnull("reason") & (F.col("reason") != IGNORED)
-    more = [c for c in labelled.columns if c == "partition"]
+    partition = [c for c in labelled.columns if c == "partition"]
     events, quarantine = labelled.filter("reason IS NULL"), labelled.filter(faulty)
-    return events.select(*EVENTS.names, *more), quarantine.select(*QUARANTINE.names, *more)
+    return events.select(*EVENTS.names, *partition), quarantine.select(*QUARANTINE.names, *partition)
 
 
 def within(start: date | None, end: date | None) -> Column:
-    """Whether `timestamp` lies in the days [start, end); None: no bound."""
+    """Whether `timestamp` is in the days [start, end), UTC; None: no bound."""
     inside = F.lit(True)
     if start is not None:
         inside = inside & (F.col("timestamp") >= F.lit(start.isoformat()).cast("timestamp"))

@@ -1,11 +1,20 @@
-"""Eq. 2: how often users who saw one note later clicked another.
+"""Eq. 2: how often users who viewed one note later clicked another.
 
-python -m spark_jobs.cooccurrence --events PATH --out DIR [--view-events view,click --click-events click]
+    python -m spark_jobs.cooccurrence --events PATH --out DIR [--view-events view,click --click-events click]
+    spark-submit --master spark://HOST:7077 spark_jobs/cooccurrence.py --events PATH --out DIR
 
-The command takes every readable event: robots and absurd times are left to the pipeline, which sees the whole log.
+The slow reference, as SQL over the events; a test runs it and compares:
 
-Spark brings each user's interactions together, and then the lists made of them; what is done inside a task is in
-`spark_jobs.scoring.score_blocks`. Pairs, by far the largest table, are never shuffled (docs/decisions/0008).
+    WITH seen AS (SELECT user_id, note_id, min(timestamp) AS first_view,
+                         max(timestamp) FILTER (WHERE event = 'click') AS last_click FROM events GROUP BY ALL),
+         clicks AS (SELECT *, count(*) OVER (PARTITION BY user_id) AS n_u FROM seen WHERE last_click IS NOT NULL)
+    SELECT v.note_id AS query_id, c.note_id AS target_id, sum(1 / n_u) AS score, count(*) AS num_users
+    FROM seen v JOIN clicks c ON v.user_id = c.user_id AND v.first_view < c.last_click AND v.note_id <> c.note_id
+    GROUP BY ALL
+
+Spark shuffles the interactions by user and the histories built from them by block of queries;
+`spark_jobs.scoring.score_blocks` does the work inside a task. Pairs, by far the largest table, are never shuffled
+(docs/decisions/0008). The command uses every readable event; the pipeline also drops robots and absurd times.
 """
 
 import argparse
@@ -36,33 +45,33 @@ from spark_jobs.common.tables import counts_by, num_files, read_table, readable,
 from spark_jobs.ingest import ingest_events
 from spark_jobs.interactions import interactions
 from spark_jobs.scoring.score_blocks import (
-    FIGURES,
+    BLOCK_METRICS,
     HISTORY_CHUNKS,
     build_histories,
-    merged_figures,
+    merged_metrics,
     write_note_ids,
     write_scores,
 )
-from spark_jobs.source import alike, event_files, read_source_events
+from spark_jobs.source import event_files, files_by_types, read_source_events
 
 
 def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -> dict[str, Any]:
-    """Eq. 2: s(A -> B) = sum over u in U(A -> B) of 1 / N_u, as SCORES in the new folder `out`.
+    """Eq. 2: s(A -> B) = sum over u in U(A -> B) of 1 / N_u. INTERACTIONS -> SCORES in the new folder `out`.
 
-    u is in the set U(A -> B) iff u's first view of A is earlier than (`simultaneous`: not later than) u's last click on
-    B. So the first view and the last click of each user and note decide, and no events are joined. A click is a view
-    too. N_u is the number of distinct notes that u clicked. A note is not paired with itself.
+    U(A -> B) holds the users whose first view of A is earlier than (`simultaneous`: not later than) their last click on
+    B. First views and last clicks therefore suffice: no events are joined. A click is also a view. N_u is the number of
+    distinct notes that u clicked. A note is not paired with itself.
 
-    Of each user, the `max_user_notes` notes first viewed latest and the `max_user_notes` notes last clicked latest make
-    pairs (None: all of them); N_u counts all. `score = "swing"` makes another score of the same clicks
+    Each user's `max_user_notes` latest first views and `max_user_notes` latest last clicks make pairs (None: all); N_u
+    counts all clicked notes. `score = "swing"` computes another score from the same clicks
     (`spark_jobs.scoring.swing`).
 
-    `out` gets a file for each block of queries, ordered by query and target: the same bytes on every run. Workers write
-    them, so all of them must see it.
+    `out` gets one file per block of queries, sorted by query and target, with the same bytes on every run. The workers
+    write these files.
 
-    Returns pairs, queries, max_users (the most of one pair), score {min, p10, p50, p90, p99, max; cut to 1 %},
-    capped_users, capped_notes (Swing: notes with more users than count), and max_loss: no score has lost more by the
-    cap (Swing: None).
+    Returns pairs, queries, max_users (the largest num_users), score {min, p10, p50, p90, p99, max; rounded down to
+    1 %}, histogram, capped_users, capped_notes (Swing: notes with more users than count), and max_loss (a bound on what
+    the cap takes from any score; Swing: None). Raises ValueError unless all workers see `out`.
     """
     num_blocks = num_files(interactions.sparkSession)
     micros = (F.unix_micros(c).alias(c) for c in ("first_view", "last_click"))
@@ -72,24 +81,24 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -
     note_ids = out / ".note_ids.arrow"
     write_note_ids(rows.select("note_id").distinct().toArrow()["note_id"], note_ids)
 
-    def cut(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def build(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         return build_histories(batches, note_ids, num_blocks, scoring)
 
-    def write(pieces: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return write_scores(pieces, note_ids, out, scoring)
+    def write(chunks: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        return write_scores(chunks, note_ids, out, scoring)
 
-    pieces = rows.repartition(num_blocks, "user_id").mapInArrow(cut, from_arrow_schema(HISTORY_CHUNKS))
-    written = pieces.repartitionById(num_blocks, "block").mapInArrow(write, from_arrow_schema(FIGURES))
+    chunks = rows.repartition(num_blocks, "user_id").mapInArrow(build, from_arrow_schema(HISTORY_CHUNKS))
+    written = chunks.repartitionById(num_blocks, "block").mapInArrow(write, from_arrow_schema(BLOCK_METRICS))
     try:
-        counts = merged_figures(written.toArrow().to_pylist())
+        counts = merged_metrics(written.toArrow().to_pylist())
     except PySparkException as e:
         if "FileNotFoundError" in str(e):
             raise ValueError(f"not all workers see the folder {out}; name one that they share.") from e
         raise
-    for hidden in out.glob(".*"):  # the ids, and what a task that was tried again may have left
+    for hidden in out.glob(".*"):  # the ids, and drafts of tasks that were retried
         hidden.unlink(missing_ok=True)
     if counts["pairs"] != sum(pq.read_metadata(file).num_rows for file in parquet_files(out)):
-        raise ValueError(f"{out} does not hold all that the workers have written; name a folder that they share.")
+        raise ValueError(f"{out} lacks files that the workers have written; name a folder that they share.")
     if scoring.score != "swing":
         return counts | {"capped_notes": 0}
     crowded = target_clicks(interactions).filter(F.col("num_users") > scoring.swing_max_users)
@@ -97,16 +106,16 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -
 
 
 def target_clicks(interactions: DataFrame) -> DataFrame:
-    """note_id, num_users: how many distinct users clicked each note; notes without clicks are left out."""
+    """INTERACTIONS -> TARGET_CLICKS: distinct users by clicked note; notes without clicks are absent."""
     clicks = interactions.filter("last_click IS NOT NULL")
     return clicks.groupBy("note_id").agg(F.count_distinct("user_id").alias("num_users"))
 
 
 def score(spark: SparkSession, windows: Path, out: Path, scoring: ScoringSettings) -> dict[str, Any]:
-    """`windows/train`, `windows/test` (INTERACTIONS) -> `out/train`, `out/test` (SCORES), and `out/train_clicks`,
-    `out/test_clicks` (TARGET_CLICKS).
+    """`windows/{train,test}` (INTERACTIONS) -> `out/{train,test}` (SCORES), `out/{train,test}_clicks` (TARGET_CLICKS).
 
-    Equal windows are computed once. Returns for train and test what `cooccurrence` returns.
+    Equal windows are computed once. Returns what `cooccurrence` returns, by window. Raises ValueError naming the
+    settings that leave a window without pairs.
     """
     counts: dict[str, Any] = {}
     for window in ("train", "test"):
@@ -155,7 +164,7 @@ def main() -> None:
         settings = settings_from(args, EventSettings, ignored_events=None, max_events_per_day=None)
         scoring = settings_from(args, ScoringSettings)
         spark = spark_session("cooccurrence")
-        groups = alike(args.events, event_files(args.events))
+        groups = files_by_types(args.events, event_files(args.events))
         ingested = (ingest_events(read_source_events(spark, args.events, files)) for files in groups)
         raw = reduce(DataFrame.union, ingested).persist()
         names = top_counts(raw, "event")

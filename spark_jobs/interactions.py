@@ -1,10 +1,8 @@
-"""Interactions: what each user did with each note. All that Eq. 2 needs of the events, and much less than they are.
+"""Interactions: what each user did with each note, all that Eq. 2 needs from the events.
 
-A partition of the log is reduced once (`reduce_partitions`), whatever windows it is part of later; a window is its
-partitions
-side by side, less robots and unknown notes (`join_partitions`), which no partition can tell alone. So one user and
-note may
-stand in several rows: what counts is the first view and the last click of all.
+`reduce_partitions` reduces a partition of the log once, for all windows that it will be part of. `join_partitions`
+concatenates a window's partitions and drops robots and unknown notes, which a single partition cannot identify. A user
+and note may therefore have several rows: the earliest first view and the latest last click count.
 """
 
 import shutil
@@ -24,10 +22,10 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from notellm2_core.config.data import EventSettings
 from notellm2_core.schema import INTERACTIONS, QUARANTINE, QUARANTINE_TABLE, TEST, TRAIN
 from spark_jobs.clean import IGNORED, label_events, split_labelled, within
-from spark_jobs.common.tables import added, figures, num_files, read_table, write_partitions, write_table
+from spark_jobs.common.tables import aggregates, num_files, read_table, summed_counts, write_partitions, write_table
 
-_Rows = Sequence[Any]  # of Spark
-_NUM_NAMES = 20  # of events that are told
+_Rows = Sequence[Any]  # collected from Spark
+_NUM_NAMES = 20  # most event names that are reported
 _TABLES = {
     "interactions": INTERACTIONS,
     "robots": pa.schema([pa.field("user_id", pa.string(), nullable=False)]),
@@ -37,7 +35,7 @@ _TABLES = {
 
 @dataclass(frozen=True)
 class Window:
-    """Days [start, end), the reduced partitions that lie in them, and what `reduce_partitions` returned of each."""
+    """Days [start, end), and their reduced partitions: folder -> what `reduce_partitions` returned for it."""
 
     start: date
     end: date
@@ -45,7 +43,7 @@ class Window:
 
 
 def interactions(events: DataFrame, settings: EventSettings) -> DataFrame:
-    """EVENTS -> INTERACTIONS, a row per event: a view at its time, and a click too where it is one."""
+    """EVENTS -> INTERACTIONS, one row per event: every event is a view; click events are also a click."""
     clicked = F.col("event").isin(*settings.click_events)
     return events.select(
         "user_id",
@@ -65,12 +63,13 @@ def reduce_partitions(
     out: Path,
     settings: EventSettings,
 ) -> dict[str, dict[str, Any]]:
-    """Ingested partitions, by name -> of each `out/NAME/interactions` (INTERACTIONS), `robots` (user_id), `quarantine`.
+    """Ingested partitions by name -> `out/NAME/interactions` (INTERACTIONS), `robots` (user_id), `quarantine` for each.
 
-    A table without rows is not written. `days` [start, end) of a partition are those that count; None: its rows are
-    undated, and all go to the quarantine. A user with more than `max_events_per_day` on a day is a robot; its
-    interactions are still there.
-    Returns of each rows (of the days), ignored_event, dropped {reason: rows}, events {name: rows}, first_day, last_day.
+    Tables without rows are not written. `days`: the days [start, end) of each partition that count; None: the rows are
+    undated, and all go to the quarantine. A user with more than `max_events_per_day` events on a day is a robot; its
+    interactions are written, and `join_partitions` drops them.
+    Returns for each partition rows (on the days), ignored_event, dropped {reason: rows}, events {name: rows},
+    first_day and last_day.
     """
     labelled = reduce(
         DataFrame.union,
@@ -101,12 +100,12 @@ def reduce_partitions(
         (out / f".{name}").rmdir()
     by_reason = labelled.groupBy("partition", F.coalesce("reason", F.lit("")).alias("key")).count()
     by_event = labelled.groupBy("partition", F.coalesce("event", F.lit("")).alias("key")).count()
-    most = SparkWindow.partitionBy("partition").orderBy(F.desc("count"), "key")  # there may be as many names as rows
-    by_event = by_event.withColumn("place", F.row_number().over(most)).filter(F.col("place") <= _NUM_NAMES)
+    most = SparkWindow.partitionBy("partition").orderBy(F.desc("count"), "key")  # every row may have another name
+    by_event = by_event.withColumn("rank", F.row_number().over(most)).filter(F.col("rank") <= _NUM_NAMES)
     day = F.date_format("timestamp", "yyyy-MM-dd")
     spans = events.groupBy("partition").agg(F.min(day).alias("first_day"), F.max(day).alias("last_day"))
-    found = by_reason.collect(), by_event.collect(), spans.collect()
-    counts = {partition: _partition_counts(partition, *found) for partition in ingested}
+    collected = by_reason.collect(), by_event.collect(), spans.collect()
+    counts = {partition: _partition_counts(partition, *collected) for partition in ingested}
     labelled.unpersist()
     return counts
 
@@ -149,32 +148,32 @@ def join_partitions(
     out: Path,
     settings: EventSettings,
 ) -> dict[str, Any]:
-    """Reduced partitions -> `out/train`, `out/test` (INTERACTIONS) and `out/quarantine`. Windows may be equal.
+    """Reduced partitions -> `out/train`, `out/test` (INTERACTIONS) and `out/quarantine`. The windows may be equal.
 
-    The interactions of robots (of either window) and those with unknown notes go to the quarantine, a row for each,
-    and are counted by their events. Returns rows, ignored_event, dropped {reason: events}, robots (users), and for
+    Interactions of robots (users that are one in either window) and with unknown notes go to the quarantine, one row
+    each; `dropped` counts their events. Returns rows, ignored_event, dropped {reason: events}, robots (users), and for
     train and test: events, views, clicks, users, notes, first_day, last_day. Raises ValueError for a window without
     events or without clicks.
     """
-    parts = {**undated, **train.partitions, **test.partitions}
-    robots = _read(spark, parts, "robots").distinct().withColumn("robot", F.lit(True))
-    known = read_table(spark, notes).select("note_id", F.lit(True).alias("known"))
+    all_partitions = {**undated, **train.partitions, **test.partitions}
+    robots = _read(spark, all_partitions, "robots").distinct().withColumn("robot", F.lit(True))
+    note_ids = read_table(spark, notes).select("note_id", F.lit(True).alias("is_known"))
 
     def labelled(partitions: Mapping[Path, Any]) -> DataFrame:
         table = _read(spark, partitions, "interactions").join(robots, "user_id", "left")
-        reason = F.when(F.col("robot"), "robot").when(F.isnull("known"), "unknown_note")
-        return table.join(known, "note_id", "left").withColumn("reason", reason)
+        reason = F.when(F.col("robot"), "robot").when(F.isnull("is_known"), "unknown_note")
+        return table.join(note_ids, "note_id", "left").withColumn("reason", reason)
 
-    faulty = labelled(parts).filter("reason IS NOT NULL").persist()
+    faulty = labelled(all_partitions).filter("reason IS NOT NULL").persist()
     row = F.to_json(F.struct(*INTERACTIONS.names), {"ignoreNullFields": "false"}).alias("row")
-    before = _read(spark, parts, "quarantine").select(QUARANTINE.names)
-    write_table(before.union(faulty.select("reason", row)), out / QUARANTINE_TABLE, ["row", "reason"], num_files(spark))
-    dropped = added(of["dropped"] for of in parts.values())
+    quarantine = _read(spark, all_partitions, "quarantine").select(QUARANTINE.names).union(faulty.select("reason", row))
+    write_table(quarantine, out / QUARANTINE_TABLE, ["row", "reason"], num_files(spark))
+    dropped = summed_counts(counted["dropped"] for counted in all_partitions.values())
     dropped.update({r["reason"]: r["sum(events)"] for r in faulty.groupBy("reason").sum("events").collect()})
     faulty.unpersist()
     counts: dict[str, Any] = {
-        "rows": sum(of["rows"] for of in parts.values()),
-        IGNORED: sum(of[IGNORED] for of in parts.values()),
+        "rows": sum(counted["rows"] for counted in all_partitions.values()),
+        IGNORED: sum(counted[IGNORED] for counted in all_partitions.values()),
         "dropped": dict(dropped.most_common()),
         "robots": robots.count(),
     }
@@ -183,22 +182,23 @@ def join_partitions(
             shutil.copytree(out / TRAIN, out / TEST)
             counts["test"] = counts["train"]
             break
-        kept = labelled(window.partitions).filter("reason IS NULL").select(INTERACTIONS.names)
-        write_table(kept, out / name, ["user_id", "note_id", "first_view"], num_files(spark))
+        clean = labelled(window.partitions).filter("reason IS NULL").select(INTERACTIONS.names)
+        write_table(clean, out / name, ["user_id", "note_id", "first_view"], num_files(spark))
         counts[name] = _counts(read_table(spark, out / name), window)
         _require(counts, name, window, settings, spark, notes)
     return counts
 
 
-def _read(spark: SparkSession, parts: Mapping[Path, Any], table: str) -> DataFrame:
-    """The rows of this table of all parts; a part without it has none."""
-    folders = [part / table for part in parts if (part / table).exists()]
+def _read(spark: SparkSession, partitions: Mapping[Path, Any], table: str) -> DataFrame:
+    """The rows of `table` of all partitions; a partition without that table has none."""
+    folders = [partition / table for partition in partitions if (partition / table).exists()]
     return read_table(spark, *folders) if folders else spark.createDataFrame([], from_arrow_schema(_TABLES[table]))
 
 
 def _counts(table: DataFrame, window: Window) -> dict[str, Any]:
-    days = {key: [of[key] for of in window.partitions.values() if of[key]] for key in ("first_day", "last_day")}
-    sums = figures(
+    counted = window.partitions.values()
+    days = {key: [one[key] for one in counted if one[key]] for key in ("first_day", "last_day")}
+    sums = aggregates(
         table,
         events=F.sum("events"),
         clicks=F.sum("clicks"),
@@ -217,32 +217,35 @@ def _require(
 ) -> None:
     """Raises ValueError naming the setting that leaves the window without events, or without clicks."""
     span = f"{window.start} to {window.end} (exclusive)"
-    found = ", ".join(added(of["events"] for of in window.partitions.values()))
+    counted = window.partitions.values()
+    event_names = ", ".join(summed_counts(one["events"] for one in counted))
     if not counts[name]["events"]:
-        dropped = added(of["dropped"] for of in window.partitions.values())
-        rows = sum(of["rows"] - of[IGNORED] for of in window.partitions.values())
-        if rows > dropped.total():  # the window took the rest
-            dropped = added([{reason: counts["dropped"].get(reason, 0) for reason in ("robot", "unknown_note")}])
+        dropped = summed_counts(one["dropped"] for one in counted)
+        rows = sum(one["rows"] - one[IGNORED] for one in counted)
+        if rows > dropped.total():  # joining the partitions dropped the rest
+            dropped = summed_counts(
+                [{reason: counts["dropped"].get(reason, 0) for reason in ("robot", "unknown_note")}]
+            )
         most = next(iter(dict(dropped.most_common())), "")
-        says = f"no usable events in the {name} window, {span}:"
+        problem = f"no usable events in the {name} window, {span}:"
         if most == "unknown_event":
             raise ValueError(
-                f"{says} the log's event names are {found}, the settings know {', '.join(settings.event_names)}; set "
-                "source.view_events and source.click_events."
+                f"{problem} the log's event names are {event_names}, the settings know "
+                f"{', '.join(settings.event_names)}; set source.view_events and source.click_events."
             )
         if most == "robot":
-            raise ValueError(f"{says} all are of robots; raise source.max_events_per_day.")
+            raise ValueError(f"{problem} all are of robots; raise source.max_events_per_day.")
         if most == "unknown_note":
             tables = _read(spark, window.partitions, "interactions"), read_table(spark, notes)
-            ids = (figures(table, id=F.min("note_id"))["id"] for table in tables)
+            ids = (aggregates(table, id=F.min("note_id"))["id"] for table in tables)
             raise ValueError(
-                f"{says} the log's notes are not in notes.parquet; "
+                f"{problem} the log's notes are not in notes.parquet; "
                 "a note_id of the log is {!r}, one of notes.parquet {!r}.".format(*ids)
             )
         reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.most_common()) or "nothing"
-        raise ValueError(f"{says} dropped: {reasons}; set window.end (or WEEK) and window.{name}_days.")
+        raise ValueError(f"{problem} dropped: {reasons}; set window.end (or WEEK) and window.{name}_days.")
     if not counts[name]["clicks"]:
         raise ValueError(
             f"no clicks in the {name} window, {span}: set source.click_events, now {list(settings.click_events)}, to "
-            f"names that occur ({found}), or window.end."
+            f"names that occur ({event_names}), or window.end."
         )

@@ -1,11 +1,14 @@
-"""Section 2.3: of the co-occurrence scores, keep the plausible ones, then the strongest of each query.
+"""Section 2.3: drop pairs whose co-occurrence score is an outlier, then take the strongest targets of each query.
 
 python -m spark_jobs.related_pairs --scores DIR --out DIR --low 0.01 --up 30 --top-t 3
+spark-submit --master spark://HOST:7077 spark_jobs/related_pairs.py --scores DIR --out DIR ...
 """
 
 import argparse
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,68 +22,69 @@ from notellm2_core.config.options import add_options, settings_from
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.schema import RELATED_PAIRS
 from spark_jobs.common.session import absolute_path, spark_session
-from spark_jobs.common.tables import figures, pair_figures, read_table, readable, replacing, write_table
+from spark_jobs.common.tables import aggregates, pair_counts, read_table, readable, replacing, write_table
 from spark_jobs.scoring.arrays import Floats, Ints
-from spark_jobs.scoring.filter_files import COUNTED, STRONGEST, VALUES, CandidateFilter, by_file, score_files
+from spark_jobs.scoring.filter_files import (
+    CANDIDATE_COUNTS,
+    SCORE_VALUES,
+    STRONGEST,
+    CandidateFilter,
+    by_file,
+    score_files,
+)
 from spark_jobs.scoring.quantiles import SHARES, quantiles
+
+
+@dataclass(frozen=True)
+class ScoredWindow:
+    """What a window's related pairs are chosen by: its side of the split, and its clicks."""
+
+    name: str  # "train" or "test"; without a split the folder of scores. Error messages begin with it
+    sides: Path | None = None  # NOTE_SPLIT; None: all notes
+    side: str = ""  # "train" or "pool"
+    clicks: Path | None = None  # TARGET_CLICKS, for the popularity correction
+
+    @property
+    def no_pair(self) -> str:
+        if self.sides is None:
+            return f"{self.name}: no pairs."
+        settings = f"window.{self.name}_days, split.by or split.pool_share"
+        return f"{self.name}: no pair has both notes on the side {self.side}; set {settings}."
 
 
 def relate(spark: SparkSession, scores: Path, sides: Path, out: Path, filters: FilterSettings) -> dict[str, Any]:
     """`scores/{train,test}` with `scores/{train,test}_clicks` -> `out/train`, `out/test` (RELATED_PAIRS).
 
-    Training pairs have both notes on the train side of the NOTE_SPLIT `sides`, test pairs both in the pool. Returns for
-    each what `related_pairs` returns. Workers read the folders, so all of them must see them.
+    Both notes of a training pair are on the train side of the NOTE_SPLIT `sides`, both notes of a test pair in the
+    candidate pool. Returns what `related_pairs` returns, by window. Workers read the folders: they must be shared.
     """
     counts = {}
-    for window, side in (("train", "train"), ("test", "pool")):
-        none = f"no pair has both notes on the side {side}; set window.{window}_days, split.by or split.pool_share."
-        clicks = scores / f"{window}_clicks"
-        counts[window] = related_pairs(
-            spark, scores / window, out / window, filters, window, none, sides=sides, side=side, clicks=clicks
-        )
+    for name, side in (("train", "train"), ("test", "pool")):
+        window = ScoredWindow(name, sides, side, scores / f"{name}_clicks")
+        counts[name] = related_pairs(spark, scores / name, out / name, filters, window)
     return counts
 
 
 def related_pairs(
-    spark: SparkSession,
-    scores: Path,
-    out: Path,
-    filters: FilterSettings,
-    name: str,
-    none: str,
-    *,
-    sides: Path | None = None,
-    side: str = "",
-    clicks: Path | None = None,
+    spark: SparkSession, scores: Path, out: Path, filters: FilterSettings, window: ScoredWindow
 ) -> dict[str, Any]:
-    """SCORES -> RELATED_PAIRS: of the pairs that compete (see `CandidateFilter`) those within the bounds, and of these
-    the
-    `top_t` of each query by (score descending, target id ascending). Bounds as quantiles are exact percentiles of the
-    candidates' scores.
+    """SCORES -> RELATED_PAIRS: the `top_t` candidates within the bounds for each query.
 
-    Returns pairs after every filter, queries, notes, and the quantiles of the candidates' (corrected) scores and of the
-    kept ones. Raises ValueError naming the setting that left no pair; `name` is what to call the scores, `none` what to
-    say where no pair competes.
+    Candidates have `min_users` users and, where asked, a corrected score (`CandidateFilter`). They rank by (score
+    descending, target id ascending). Bounds given as quantiles are exact quantiles of the candidates' scores.
+
+    Returns the pairs that each filter leaves, queries, notes, and quantiles of the candidates' (corrected) scores and
+    of the related pairs' scores. Raises ValueError naming the setting that leaves no pair.
     """
     files = score_files(scores)
-    compete = CandidateFilter(sides, side, filters.min_users, clicks, filters.popularity_power)
+    compete = CandidateFilter(window.sides, window.side, filters.min_users, window.clicks, filters.popularity_power)
     with readable(scores):
-        counted = by_file(spark, files, compete.count, COUNTED).toArrow().to_pylist()
-    num_pairs = sum(of["pairs_on_side"] for of in counted)
-    if not num_pairs:
-        raise ValueError(f"{name}: {none}")
-    bins = Counter[int]()
-    for of in counted:
-        bins.update(dict(zip(of["bins"], of["counts"], strict=True)))
-    if not bins:
-        raise ValueError(
-            f"{name}: no pair has pairs.min_users (--min-users) = {filters.min_users} users (the most is "
-            f"{max(of['most_users'] for of in counted)}); lower it."
-        )
+        counted = by_file(spark, files, compete.count, CANDIDATE_COUNTS).toArrow().to_pylist()
+    num_on_side, bins = _merged_counts(counted, window, filters)
 
-    def count_values(wanted: Ints) -> tuple[Floats, Ints]:
-        found = by_file(spark, files, lambda file: compete.values(file, wanted), VALUES)
-        rows = found.groupBy("value").agg(F.sum("count").alias("count")).toArrow()
+    def count_values(bin_numbers: Ints) -> tuple[Floats, Ints]:
+        values = by_file(spark, files, lambda file: compete.values(file, bin_numbers), SCORE_VALUES)
+        rows = values.groupBy("value").agg(F.sum("count").alias("count")).toArrow()
         return rows["value"].to_numpy(), rows["count"].to_numpy()
 
     low, up, shares = filters.low, filters.up, list(SHARES.values())
@@ -89,27 +93,48 @@ def related_pairs(
     else:
         spread = quantiles(shares, bins, count_values)
     strongest = by_file(spark, files, lambda file: compete.strongest(file, low, up, filters.top_t), STRONGEST).persist()
-    within_bounds = figures(strongest, pairs=F.sum("chosen_from"))["pairs"]
-    if not within_bounds:
+    num_within = aggregates(strongest, pairs=F.sum("chosen_from"))["pairs"]
+    if not num_within:
         raise ValueError(
-            f"{name}: no score lies in [pairs.low, pairs.up] (--low, --up) = [{filters.low}, {filters.up}] "
-            f"({filters.bounds}); the scores reach from {spread[0]:.6g} to {spread[-1]:.6g}."
+            f"{window.name}: no score lies in [pairs.low, pairs.up] (--low, --up) = [{filters.low}, {filters.up}]"
+            f" ({filters.bounds}); the scores reach from {spread[0]:.6g} to {spread[-1]:.6g}."
         )
     order = Window.partitionBy("query_id").orderBy(F.desc("score"), F.asc("target_id"))
     ranked = strongest.withColumn("rank", F.row_number().over(order)).filter(F.col("rank") <= filters.top_t)
     write_table(ranked.select(RELATED_PAIRS.names), out, ["query_id", "rank"])
     strongest.unpersist()
-    kept = pq.read_table(out)
-    if kept.group_by(["query_id", "target_id"]).aggregate([]).num_rows < kept.num_rows:
-        raise ValueError(f"{name}: {scores} holds the same pair more than once; leave one of them.")
+    related = pq.read_table(out)
+    if related.group_by(["query_id", "target_id"]).aggregate([]).num_rows < related.num_rows:
+        raise ValueError(f"{window.name}: {scores} holds the same pair more than once; leave one of them.")
     return {
-        "pairs_on_side": num_pairs,
+        "pairs_on_side": num_on_side,
         "pairs_with_min_users": bins.total(),
-        "pairs_within_bounds": within_bounds,
-        **pair_figures(read_table(spark, out)),
+        "pairs_within_bounds": num_within,
+        **pair_counts(read_table(spark, out)),
         "score_before_bounds": dict(zip(SHARES, spread, strict=True)),
-        "score": dict(zip(SHARES, np.quantile(kept["score"], shares).tolist(), strict=True)),
+        "score": dict(zip(SHARES, np.quantile(related["score"], shares).tolist(), strict=True)),
     }
+
+
+def _merged_counts(
+    counted: Sequence[Mapping[str, Any]], window: ScoredWindow, filters: FilterSettings
+) -> tuple[int, Counter[int]]:
+    """CANDIDATE_COUNTS of all files -> the pairs on the side, and the candidates by the bin of their score.
+
+    Raises ValueError where either is empty.
+    """
+    num_on_side = sum(row["pairs_on_side"] for row in counted)
+    if not num_on_side:
+        raise ValueError(window.no_pair)
+    bins = Counter[int]()
+    for row in counted:
+        bins.update(dict(zip(row["bins"], row["counts"], strict=True)))
+    if not bins:
+        raise ValueError(
+            f"{window.name}: no pair has pairs.min_users (--min-users) = {filters.min_users} users (the most is "
+            f"{max(row['most_users'] for row in counted)}); lower it."
+        )
+    return num_on_side, bins
 
 
 def main() -> None:
@@ -122,7 +147,7 @@ def main() -> None:
     with user_errors(), replacing(args.out, args.scores, RELATED_PAIRS.names) as out:
         filters = settings_from(args, FilterSettings)
         spark = spark_session("related_pairs")
-        print(json.dumps(related_pairs(spark, args.scores, out, filters, str(args.scores), "no pairs.")))
+        print(json.dumps(related_pairs(spark, args.scores, out, filters, ScoredWindow(str(args.scores)))))
 
 
 if __name__ == "__main__":

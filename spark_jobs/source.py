@@ -1,16 +1,16 @@
-"""The source contract: what a person brings, read as it is and checked where it must hold.
+"""The source contract: the files that the user brings, how they are read, and what is checked.
 
 A source is a folder with `notes.parquet` and one of `events.csv.gz`, `events.csv`, `events/` (Parquet). Extra columns
-are ignored. A file or column that cannot be used is a ValueError naming it; a row that cannot be used is kept, to be
-quarantined with its reason by `spark_jobs.clean`.
+are ignored. An unusable file or column raises a ValueError naming it; unusable rows are read, and `spark_jobs.clean`
+quarantines them with a reason.
 
 A `timestamp` is one of
-  - a number: unix time. Seconds below 1e11 in size, milliseconds below 1e14, microseconds below 1e17, nanoseconds
-    above. The unit of a number after 1973-03-03 is never mistaken; of earlier ones only seconds are read rightly;
+  - a number: Unix time in seconds (absolute value below 1e11), milliseconds (below 1e14), microseconds (below 1e17) or
+    nanoseconds. The unit is unambiguous for times after 1973-03-03; earlier times are read correctly only in seconds;
   - a date as eight digits (20250119), as text or as a number;
   - ISO 8601 text: a date, or a date and time with or without an offset (none: UTC);
   - a Parquet timestamp or date of any unit (without a zone: UTC).
-Anything else, and any time outside the years 1 to 9999, cannot be placed.
+Any other value, and any time outside the years 1 to 9999, is unreadable.
 """
 
 from collections.abc import Sequence
@@ -28,18 +28,18 @@ from notellm2_core.schema import SOURCE_EVENT_COLUMNS, SOURCE_EVENTS, SOURCE_IMA
 from spark_jobs.common.tables import literal, readable, visible_files
 
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
-_DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(\.0*)?$"  # as seconds they would all be of August 1970
-_ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]\d{1,2}:.*)?$"  # Spark alone would also take a year, or a time of today
-_MICROS_OF_YEARS = (-62135596800000000, 253402300799999999)  # 0001-01-01 .. 9999-12-31, what Python can show
+_DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(\.0*)?$"  # as seconds, all would be in August 1970
+_ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]\d{1,2}:.*)?$"  # Spark alone also accepts a bare year or time of day
+_MICROS_OF_YEARS = (-62135596800000000, 253402300799999999)  # 0001-01-01 .. 9999-12-31, the range of Python's datetime
 MALFORMED = "_corrupt_record"  # Spark's name for it
 _CSV = (".csv", ".csv.gz")
 _ID_TYPES = (T.StringType, T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 
 
 def event_files(source: Path) -> list[str]:
-    """The files of the log, relative to `source`; in a folder, those that readers of Parquet open.
+    """The files of the log, relative to `source`; in a folder, those that Parquet readers open.
 
-    Raises ValueError where there is none.
+    Raises ValueError where the folder holds no such file.
     """
     events = _events(source)
     if not (files := visible_files(events)):
@@ -47,9 +47,10 @@ def event_files(source: Path) -> list[str]:
     return [str(file.relative_to(source)) for file in files]
 
 
-def alike(source: Path, files: Sequence[str]) -> list[list[str]]:
-    """Some of the `event_files(source)`, those together whose columns have the same types: Spark reads many files with
-    the types of one. Raises ValueError naming a file that is damaged.
+def files_by_types(source: Path, files: Sequence[str]) -> list[list[str]]:
+    """`files`, of `event_files(source)`, grouped by equal column types: Spark reads many files with the types of one.
+
+    Raises ValueError naming a damaged file.
     """
     columns = {file: _columns(source / file) for file in files}
     return [list(group) for _, group in groupby(sorted(files, key=lambda f: (columns[f], f)), columns.get)]
@@ -60,14 +61,14 @@ def _columns(file: Path) -> str:
 
 
 def _types(file: Path) -> dict[str, str]:
-    """The types of the columns of a Parquet file that a log is made of. INT96 is the old form of nanoseconds."""
+    """The types of a Parquet file's event columns, by name. INT96 is the legacy timestamp in nanoseconds."""
     try:
         with pq.ParquetFile(file) as parquet:
-            found, stored = parquet.schema_arrow, parquet.schema
+            columns, stored = parquet.schema_arrow, parquet.schema
     except (OSError, pa.ArrowException) as e:
         raise ValueError(f"{file} is damaged, or no Parquet; replace it.") from e
-    old = {column.path for column in stored if column.physical_type == "INT96"}
-    return {f.name: "INT96" if f.name in old else str(f.type) for f in found if f.name in SOURCE_EVENT_COLUMNS}
+    int96 = {column.path for column in stored if column.physical_type == "INT96"}
+    return {f.name: "INT96" if f.name in int96 else str(f.type) for f in columns if f.name in SOURCE_EVENT_COLUMNS}
 
 
 def _holds_parquet(folder: Path) -> bool:
@@ -75,8 +76,8 @@ def _holds_parquet(folder: Path) -> bool:
 
 
 def _read_parquet(spark: SparkSession, path: Path, files: Sequence[Path]) -> DataFrame:
-    """All rows of `files`. Folders are read for columns (event=click/) only where files lack them: Spark then ignores
-    the files of other folders.
+    """All rows of `files`. Folder names (event=click/) give columns only if the files lack these: with partition
+    folders, Spark ignores files outside them.
     """
     names = [literal(file) for file in files]
     events = spark.read.parquet(*names).drop(MALFORMED)
@@ -86,41 +87,41 @@ def _read_parquet(spark: SparkSession, path: Path, files: Sequence[Path]) -> Dat
 
 
 def _read_csv(spark: SparkSession, path: Path) -> DataFrame:
-    """All columns as text, and MALFORMED: the line where it has more or fewer fields than the header, else null."""
-    form: dict[str, Any] = {"header": True, "quote": '"', "escape": '"'}
-    named = spark.read.csv(literal(path), **form)
-    _require(named, SOURCE_EVENT_COLUMNS, path)
-    columns = T.StructType([*named.schema, T.StructField(MALFORMED, T.StringType())])
-    return spark.read.csv(literal(path), columns, columnNameOfCorruptRecord=MALFORMED, **form)
+    """All columns as text, and MALFORMED: the line if its number of fields differs from the header's, else null."""
+    options: dict[str, Any] = {"header": True, "quote": '"', "escape": '"'}
+    header = spark.read.csv(literal(path), **options)
+    _require(header, SOURCE_EVENT_COLUMNS, path)
+    columns = T.StructType([*header.schema, T.StructField(MALFORMED, T.StringType())])
+    return spark.read.csv(literal(path), columns, columnNameOfCorruptRecord=MALFORMED, **options)
 
 
 def _events(source: Path) -> Path:
-    """The table of events that `source` is, or the one that it holds."""
+    """`source` if it is a table of events, else the table of events in it."""
     is_source = any((source / name).exists() for name in ("notes.parquet", *SOURCE_EVENTS))
     is_table = source.is_file() or (source.is_dir() and not is_source and _holds_parquet(source))
     return source if is_table else find_events(source)
 
 
 def find_events(source: Path) -> Path:
-    """The one file or folder of events in `source`."""
+    """The one file or folder of events in `source`. Raises ValueError where there is none, or more than one."""
     if not source.exists():
         raise ValueError(f"the source {source} does not exist; set source.path.")
     if not source.is_dir():
         raise ValueError(f"the source {source} is not a folder; set source.path.")
-    found = [p for name in SOURCE_EVENTS if (p := source / name).exists()]
-    if not found:
+    tables = [p for name in SOURCE_EVENTS if (p := source / name).exists()]
+    if not tables:
         raise ValueError(f"{source} holds no events.csv.gz, events.csv or events/ (Parquet).")
-    if len(found) > 1:
-        raise ValueError(f"{source} holds both {found[0].name} and {found[1].name}; keep one of them.")
-    return found[0]
+    if len(tables) > 1:
+        raise ValueError(f"{source} holds both {tables[0].name} and {tables[1].name}; leave one of them there.")
+    return tables[0]
 
 
 def read_source_events(spark: SparkSession, source: Path, files: Sequence[str] | None = None) -> DataFrame:
-    """The events of `source` as they came; of a CSV every column as text, and MALFORMED.
+    """The unchanged events of `source`; from a CSV, all columns are text, and MALFORMED is added.
 
-    `source` is a source folder, or directly a .csv(.gz) file or a folder of Parquet. `files`: which of its
-    `event_files`, all `alike`; None: all. Raises ValueError naming the file, and the column that is missing or of the
-    wrong type.
+    `source`: a source folder, a .csv(.gz) file, or a folder of Parquet. `files`: those of its `event_files` to read,
+    with equal types (`files_by_types`); None: all. Raises ValueError naming the file, and the column that is missing or
+    has the wrong type.
     """
     path = _events(source)
     with readable(path):
@@ -132,7 +133,7 @@ def read_source_events(spark: SparkSession, source: Path, files: Sequence[str] |
             chosen = [source / file for file in files] if files is not None else visible_files(path)
             events = _read_parquet(spark, path, chosen)
             path = chosen[0]
-            if _types(path).get("timestamp", "").startswith("timestamp[ns"):  # which Spark knows as bare numbers only
+            if _types(path).get("timestamp", "").startswith("timestamp[ns"):  # Spark reads nanoseconds as bare integers
                 micros = F.expr("(timestamp - pmod(timestamp, 1000)) div 1000")
                 events = events.withColumn("timestamp", F.timestamp_micros(micros))
     _require(events, SOURCE_EVENT_COLUMNS, path)
@@ -143,7 +144,7 @@ def read_source_events(spark: SparkSession, source: Path, files: Sequence[str] |
 
 
 def event_time(kind: T.DataType) -> Column:
-    """The column `timestamp` of type `kind` as a UTC timestamp, or null (see the head of this file)."""
+    """The column `timestamp`, of type `kind`, as a UTC timestamp; null if unreadable (see the module docstring)."""
     raw = F.col("timestamp")
     if isinstance(kind, T.TimestampType | T.TimestampNTZType | T.DateType):
         micros = F.unix_micros(raw.cast("timestamp"))
@@ -155,7 +156,9 @@ def event_time(kind: T.DataType) -> Column:
     elif isinstance(kind, T.IntegralType):
         micros = _or_eight_digits(raw.cast("string"), _unix_micros(raw.cast("double")))
     else:
-        whole = F.when(raw == F.floor(raw), raw.cast("bigint").cast("string"))  # pandas' dates with a missing one
+        whole = F.when(
+            raw == F.floor(raw), raw.cast("bigint").cast("string")
+        )  # pandas stores dates as floats if one is missing
         micros = _or_eight_digits(whole, _unix_micros(raw.cast("double")))
     return F.timestamp_micros(F.when(micros.between(*_MICROS_OF_YEARS), micros))
 
@@ -173,9 +176,9 @@ def _unix_micros(number: Column) -> Column:
 
 
 def read_source_notes(spark: SparkSession, source: Path) -> DataFrame:
-    """`notes.parquet` of `source`, plus `position`, the row's place in the file.
+    """`notes.parquet` of `source`, plus `position`, which orders the rows as in the file.
 
-    Raises ValueError naming the file, and the column that is missing or of the wrong type.
+    Raises ValueError naming the file, and the column that is missing or has the wrong type.
     """
     path = source / "notes.parquet"
     if not path.exists():
@@ -191,14 +194,16 @@ def read_source_notes(spark: SparkSession, source: Path) -> DataFrame:
     topics = notes.schema["topics"].dataType
     if isinstance(topics, T.ArrayType) and not isinstance(topics.elementType, (*_ID_TYPES, T.NullType)):
         raise ValueError(f"{path}: the column topics has type {topics.simpleString()}, not a list of texts.")
-    for column, kind, wanted in zip(SOURCE_IMAGE_COLUMNS, (T.StringType, T.BinaryType), ("text", "bytes"), strict=True):
+    for column, kind, expected in zip(
+        SOURCE_IMAGE_COLUMNS, (T.StringType, T.BinaryType), ("text", "bytes"), strict=True
+    ):
         if column in notes.columns:
-            notes = _typed(notes, column, (kind,), wanted, path)
+            notes = _typed(notes, column, (kind,), expected, path)
     return notes
 
 
 def trimmed(text: Column) -> Column:
-    """`text` without white space at its ends; null where nothing is left."""
+    """`text` without white space at its ends; null if empty."""
     return F.nullif(F.btrim(text, F.lit(" \t\r\n")), F.lit(""))
 
 
@@ -210,11 +215,13 @@ def _require(df: DataFrame, columns: tuple[str, ...], path: Path) -> None:
         raise ValueError(f"{path} lacks the column {missing[0]}; it has {', '.join(df.columns)}.")
 
 
-def _typed(df: DataFrame, column: str, types: tuple[type, ...], wanted: str, path: Path) -> DataFrame:
-    """`df` if `column` has one of `types`. Spark reads a column of nulls alone as int: here it is text."""
+def _typed(df: DataFrame, column: str, types: tuple[type, ...], expected: str, path: Path) -> DataFrame:
+    """`df` if `column` has one of `types`, else ValueError. A column of nulls only, which Spark reads as int, becomes
+    text.
+    """
     kind = df.schema[column].dataType
     if isinstance(kind, types):
         return df
     if isinstance(kind, T.IntegerType) and not df.filter(F.isnotnull(column)).head(1):
         return df.withColumn(column, F.lit(None).cast("string"))
-    raise ValueError(f"{path}: the column {column} has type {kind.simpleString()}, not {wanted}.")
+    raise ValueError(f"{path}: the column {column} has type {kind.simpleString()}, not {expected}.")

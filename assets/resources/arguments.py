@@ -1,4 +1,4 @@
-"""What the commands of the assets are given: the folders of the notes, and the configuration as a file."""
+"""Arguments of the assets' commands: the folders of the notes, and the configuration as a file."""
 
 from pathlib import Path
 
@@ -12,19 +12,19 @@ from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.schema import NOTES_TABLE
 
 
-def note_inputs(step: Step, pictures: bool = True) -> NoteInputs:
-    """The notes and their images; with `pictures` where the model's vision encoder is, or may have been, trained."""
-    folders = image_folders(step.catalog) if pictures else None
+def note_inputs(step: Step, images: bool = True) -> NoteInputs:
+    """The notes and their features; with `images`, for a vision encoder that is or was trained, the images too."""
+    folders = image_folders(step.catalog) if images else None
     return NoteInputs(step.path("note_tokens"), step.path("vision_features"), feature_store(step.catalog), folders)
 
 
 def image_folders(catalog: Catalog) -> ImageFolders:
-    """The notes that the vision features were made of, and where their pictures are."""
+    """The notes table, and the source that holds its images."""
     return ImageFolders(catalog.dataset("notes").path / NOTES_TABLE, catalog.source)
 
 
 def feature_store(catalog: Catalog) -> Path:
-    """One folder per encoder; every source and every week of this lake shares it."""
+    """The store of vision features, a folder per encoder, shared by all sources and weeks of this lake."""
     return catalog.lake.root / "vision_store"
 
 

@@ -1,4 +1,4 @@
-"""Run a pasteable command as a step: progress to the terminal, Pipes messages to Dagster, no orphan left behind."""
+"""Run a command that can be pasted as a step: progress to the terminal, Pipes messages to Dagster, no orphans."""
 
 import multiprocessing
 import os
@@ -21,14 +21,14 @@ from notellm2_core.runtime.fork_server import Child, ForkServer, can_fork
 from notellm2_core.runtime.processes import die_with_parent
 
 _TAIL_BYTES = 65_536
-# What the commands spend their first seconds on. Their own modules are not among them.
+# Imports that take the commands' first seconds; the commands' own modules are not among them.
 _PRELOADED = ("notellm2_core.training.data.dataset", "notellm2_core.model.build", "timm")
 _SERVER: ContextVar[ForkServer | None] = ContextVar("fork_server", default=None)
 
 
 @contextmanager
 def forked_commands() -> Iterator[None]:
-    """Inside, commands are forked from one process that has imported torch already, where this machine allows it."""
+    """Inside, commands are forked from one process that has already imported torch, if this machine can fork."""
     if not can_fork():
         yield
         return
@@ -41,11 +41,11 @@ def forked_commands() -> Iterator[None]:
 
 
 def run_command(context: dg.AssetExecutionContext, command: Sequence[str], reports: bool = False) -> None:
-    """Run `command` to its end in a process group of its own. reports: it speaks to Dagster through Pipes.
+    """Run `command` to its end in its own process group. reports: it sends messages to Dagster through Pipes.
 
-    The group is killed when this step ends in any way, and by the kernel when this process is killed. Raises
-    dg.Failure: with the command's own sentence and no retry where the cause is the user's to correct
-    (notellm2_core.runtime.errors), with the end of its output where it crashed.
+    The group is killed when this step ends in any way, and by the kernel when this process is killed. Raises dg.Failure
+    with the command's own sentence and without retries if the user can correct the cause
+    (`notellm2_core.runtime.errors`), and with the end of its output if it crashed.
     """
     context.log.info(f"running: {shlex.join(command)}")
     with ExitStack() as stack:
@@ -73,12 +73,12 @@ def run_command(context: dg.AssetExecutionContext, command: Sequence[str], repor
 
 
 def _environment() -> dict[str, str]:
-    # Passive: on a busy machine, threads that spin while they wait take the cores from those that work.
+    # Passive: on a busy machine, threads that spin while waiting take cores from threads that work.
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def _start(command: Sequence[str], env: Mapping[str, str], stderr: int) -> "subprocess.Popen[bytes] | Child":
-    """Start `command` in a session of its own, with its errors written to `stderr`, which is closed here."""
+    """Start `command` in its own session, with its errors written to the descriptor `stderr`; then close that."""
     server = _SERVER.get()
     try:
         if server is not None and command[1] == "-m" and command[2].startswith("notellm2_core."):
@@ -90,8 +90,10 @@ def _start(command: Sequence[str], env: Mapping[str, str], stderr: int) -> "subp
 
 @cache
 def end_with_run() -> None:
-    """Kill this process when that of the run, which started it for a step, is killed. Dagster would let it go on, and
-    the next run would meet its training. Does nothing where the step is run by the process of the run itself.
+    """Kill this step's process when the process of its run, its parent, is killed.
+
+    Dagster would let the step continue beside the next run. Does nothing where the run executes steps in its own
+    process.
     """
     if (run := multiprocessing.parent_process()) is not None:
 
@@ -103,7 +105,7 @@ def end_with_run() -> None:
 
 
 def _forward(output: int) -> str:
-    """Copy the child's errors to ours as they come (progress bars included); return their last part."""
+    """Copy the child's errors to ours at once (progress bars included). Returns their last _TAIL_BYTES."""
     tail = b""
     while chunk := os.read(output, 4096):
         os.write(sys.stderr.fileno(), chunk)

@@ -1,4 +1,4 @@
-"""Embedding notes as a step: in a folder that outlives a kill, with the vectors of earlier exports."""
+"""Embed notes as a step: in a folder that outlives a kill, with vectors reused from earlier exports."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +14,17 @@ INPUTS = (MULTIMODAL, "image", "text")
 
 
 def export(step: Step, model: Path, kinds: Sequence[str], note_ids: Path | None = None) -> None:
-    """Embed into `step.work`, from which the next run resumes after a kill, and link the result into the dataset.
+    """Embed `note_ids` (None: all notes) by `model` with each kind of input, and link the shards into the dataset.
 
-    Earlier datasets of this asset lend the vectors of notes that have not changed since; which datasets these are is
-    settled before the export starts.
+    The shards are written in `step.work`, so a killed export resumes. Vectors of unchanged notes are reused from the
+    earlier datasets of this asset, which are listed before the export starts.
     """
     config, catalog = step.config, step.catalog
     earlier = [dataset.path for dataset in catalog.lake.datasets(step.name)]
     launcher = torchrun("notellm2_core.inference.export", config.export.num_ranks or config.training.num_ranks)
-    only: list[str | Path] = ["--note-ids", note_ids] if note_ids else []
+    subset: list[str | Path] = ["--note-ids", note_ids] if note_ids else []
     step.command([*launcher, "--config", write_config(catalog), *note_inputs(step).arguments(), "--model", model,
-                  "--inputs", ",".join(kinds), "--out", step.work, "--reuse", *earlier, *only])  # fmt: skip
+                  "--inputs", ",".join(kinds), "--out", step.work, "--reuse", *earlier, *subset])  # fmt: skip
     for kind in kinds:
         (step.out / kind).mkdir()
         for shard in parquet_files(step.work / kind):
@@ -32,7 +32,7 @@ def export(step: Step, model: Path, kinds: Sequence[str], note_ids: Path | None 
 
 
 def export_metrics(out: Path) -> dict[str, Any]:
-    """By kind of input, how many vectors were reused, and how alike random pairs are (1: collapsed)."""
+    """num_notes; by kind of input, num_reused (vectors) and mean_cosine of random pairs (1: collapsed)."""
     from notellm2_core.embeddings.shards import num_reused
     from notellm2_core.embeddings.table import mean_cosine, read_embeddings
 

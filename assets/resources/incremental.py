@@ -1,9 +1,7 @@
-"""Parts that later weeks take over: ingestions of the log's files, and reduced partitions. Each is a dataset of the
-lake.
+"""Incremental work: ingestions of the log's files and reduced partitions, each a dataset that later weeks reuse.
 
-A week that slides on ingests the files that are new and reduces the partition that is new; the result is the same, to
-the
-last digit, as if all were made again.
+When the window slides by a week, only new files are ingested and only the new partition is reduced. The result is
+identical, to the last digit, to one made from scratch.
 """
 
 import shutil
@@ -22,45 +20,46 @@ from notellm2_core.runtime.fingerprint import fingerprint
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-# Raise these, and the version of raw_events or events in the stage table with them, when code changes a result.
+# Raise these, and with them the version of raw_events or interactions in the stage table, when code changes a result.
 _INGESTION_VERSION = 3  # spark_jobs.source, spark_jobs.ingest
 _PARTITION_VERSION = 2  # spark_jobs.clean, spark_jobs.interactions
-_MAX_INGESTIONS = 64  # of one run
+_MAX_INGESTIONS = 64  # in one run
 
-LogPartition = tuple[str, tuple[date, date] | None]  # its name and the days [start, end) of it; None: undated
+LogPartition = tuple[str, tuple[date, date] | None]  # its name and its days [start, end); None: undated
 
 
 def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog: Catalog) -> list[Dataset]:
-    """The ingestions that hold the source's files, each file once. Those that are new or have changed are ingested."""
+    """The ingestions of the source's files, each file once. New and changed files are ingested now."""
     from spark_jobs.ingest import ingest
-    from spark_jobs.source import alike, event_files
+    from spark_jobs.source import event_files, files_by_types
 
     source, partition = catalog.source, catalog.config.source.partition
     stats = {file: (source / file).stat() for file in event_files(source)}
     files = {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
     origin = {"version": _INGESTION_VERSION, "source": str(source.resolve()), "partition": partition}
-    found, new = [], files
+    reused, new = [], files
     for ingestion in catalog.lake.datasets("ingestion"):
-        held = ingestion.manifest.settings["files"]
-        if ingestion.manifest.settings == {**origin, "files": held} and held.items() <= new.items():
-            found.append(ingestion)
-            new = {file: stat for file, stat in new.items() if file not in held}
+        its_files = ingestion.manifest.settings["files"]
+        if ingestion.manifest.settings == {**origin, "files": its_files} and its_files.items() <= new.items():
+            reused.append(ingestion)
+            new = {file: stat for file, stat in new.items() if file not in its_files}
     context.log.info(f"{len(files)} files of events, {len(files) - len(new)} of them ingested before")
-    groups = _groups(alike(source, list(new)))
-    for number, some in enumerate(groups, start=1):
-        settings = {**origin, "files": {file: new[file] for file in some}}
+    groups = _groups(files_by_types(source, list(new)))
+    made = []
+    for number, group in enumerate(groups, start=1):
+        settings = {**origin, "files": {file: new[file] for file in group}}
         key = fingerprint(settings)
         with catalog.lake.publish("ingestion", key, {}, settings) as draft:
-            draft.metrics |= ingest(spark, source, draft.path, partition, some)
-        context.log.info(f"ingested {number} of {len(groups)}: {', '.join(some)}")
-        found.append(catalog.lake.open("ingestion", key))
-    return found
+            draft.metrics |= ingest(spark, source, draft.path, partition, group)
+        context.log.info(f"ingested {number} of {len(groups)}: {', '.join(group)}")
+        made.append(catalog.lake.open("ingestion", key))
+    return reused + made
 
 
-def _groups(of_equal_columns: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Files that are ingested together: one by itself, or of very many those with equal columns."""
-    size = -(-sum(map(len, of_equal_columns)) // _MAX_INGESTIONS)
-    return [list(files[start : start + size]) for files in of_equal_columns for start in range(0, len(files), size)]
+def _groups(by_types: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Files that are ingested together: one file each; from more than _MAX_INGESTIONS files, several of equal types."""
+    size = -(-sum(map(len, by_types)) // _MAX_INGESTIONS)
+    return [list(files[start : start + size]) for files in by_types for start in range(0, len(files), size)]
 
 
 def reduced_partitions(
@@ -68,37 +67,35 @@ def reduced_partitions(
     spark: "SparkSession",
     catalog: Catalog,
     raw: Dataset,
-    wanted: Iterable[LogPartition],
+    partitions: Iterable[LogPartition],
     draft: Draft,
 ) -> dict[LogPartition, Dataset]:
-    """The interactions of each wanted partition of `raw`, on the days that count. Missing ones are made inside
-    `draft`."""
+    """The reduced dataset of each of `partitions` of `raw`, on its days. Missing ones are computed inside `draft`."""
     from spark_jobs.interactions import reduce_partitions
 
     events = EventSettings.of(catalog.config.source)
 
     def settings(partition: str, days: tuple[date, date] | None) -> dict[str, Any]:
-        files = [facts["sha256"] for file, facts in raw.manifest.files.items() if Path(file).parts[0] == partition]
+        files = [entry["sha256"] for file, entry in raw.manifest.files.items() if Path(file).parts[0] == partition]
         return {"version": _PARTITION_VERSION, "files": files, "days": days, **events.model_dump()}
 
-    keys = {part: fingerprint(settings(*part)) for part in wanted}
-    missing = {key: part for part, key in keys.items() if catalog.lake.find("log_partition", key) is None}
+    keys = {partition: fingerprint(settings(*partition)) for partition in partitions}
+    missing = {key: partition for partition, key in keys.items() if catalog.lake.find("log_partition", key) is None}
     context.log.info(f"{len(keys)} partitions, {len(keys) - len(missing)} of them reduced before")
     if missing:
         work = draft.path / ".partitions"
         counts = reduce_partitions(
             spark,
-            ingested={key: raw.path / partition for key, (partition, _) in missing.items()},
+            ingested={key: raw.path / name for key, (name, _) in missing.items()},
             days={key: days for key, (_, days) in missing.items()},
             out=work,
             settings=events,
         )
-        for key, part in missing.items():
-            with catalog.lake.publish(
-                "log_partition", key, {"raw_events": raw.manifest.fingerprint}, settings(*part)
-            ) as one:
+        inputs = {"raw_events": raw.manifest.fingerprint}
+        for key, partition in missing.items():
+            with catalog.lake.publish("log_partition", key, inputs, settings(*partition)) as reduced:
                 for table in sorted((work / key).iterdir()) if (work / key).exists() else ():
-                    table.rename(one.path / table.name)
-                one.metrics |= counts[key]
+                    table.rename(reduced.path / table.name)
+                reduced.metrics |= counts[key]
         shutil.rmtree(work)
-    return {part: catalog.lake.open("log_partition", key) for part, key in keys.items()}
+    return {partition: catalog.lake.open("log_partition", key) for partition, key in keys.items()}

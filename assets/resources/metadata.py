@@ -1,4 +1,4 @@
-"""Tables and pictures of a dataset as metadata that the UI shows."""
+"""Tables and plots of a dataset as metadata that Dagster's UI shows."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,8 @@ from pathlib import Path
 import dagster as dg
 
 
-def shown(folder: Path, files: Mapping[str, Sequence[str]]) -> dict[str, dg.MetadataValue]:
-    """The .md, .png and .jpg files of a dataset, those of one name together; absent ones are left out."""
+def file_metadata(folder: Path, files: Mapping[str, Sequence[str]]) -> dict[str, dg.MetadataValue]:
+    """Metadata name -> Markdown of its .md, .png and .jpg files in `folder`, joined; missing files are skipped."""
     paths = {name: [folder / file for file in group] for name, group in files.items()}
     texts = {name: "\n".join(map(_markdown, filter(Path.exists, group))) for name, group in paths.items()}
     return {name: dg.MetadataValue.md(text) for name, text in texts.items() if text}

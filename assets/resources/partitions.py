@@ -1,4 +1,4 @@
-"""The partitions of the raw logs: weeks, or years, from the first day of the source."""
+"""Dagster's partitions of the raw logs: weeks or years, from `source.first_day`."""
 
 import dagster as dg
 
@@ -6,7 +6,7 @@ from notellm2_core.config.data import SourceSettings
 
 
 def log_partitions(source: SourceSettings) -> dg.TimeWindowPartitionsDefinition:
-    """Weeks from Sunday to Saturday, or years, as `source.partition` says."""
+    """Weeks from Sunday to Saturday, or years, by `source.partition`."""
     cron = {"week": "0 0 * * 0", "year": "0 0 1 1 *"}[source.partition]
     return dg.TimeWindowPartitionsDefinition(
         start=source.first_day.isoformat(), fmt="%Y-%m-%d", cron_schedule=cron, timezone="UTC"
@@ -14,7 +14,7 @@ def log_partitions(source: SourceSettings) -> dg.TimeWindowPartitionsDefinition:
 
 
 def require_partitions(loaded: dg.PartitionsDefinition, source: SourceSettings) -> None:
-    """Raises ValueError where the graph was loaded with the partitions of another configuration."""
+    """Raises ValueError if the graph was loaded with the partitions of another configuration."""
     if loaded != log_partitions(source):
         raise ValueError(
             f"source.first_day = {source.first_day} and source.partition = {source.partition} make other partitions "

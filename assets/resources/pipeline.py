@@ -1,4 +1,4 @@
-"""The one Dagster resource: which configuration is in force, the catalog of its datasets, and Spark."""
+"""The one Dagster resource: the configuration in force and the catalog of its datasets; and the Spark session."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class ChildProcessDied(RuntimeError):
-    """A process that a step relied on was killed; the step can be tried again."""
+    """A process that a step relied on was killed; a retry can succeed."""
 
 
 class Pipeline(dg.ConfigurableResource):
-    """The configuration in force. Empty fields are taken from NOTELLM2_CONFIG, SOURCE and WEEK.
+    """The configuration in force. Empty fields are read from NOTELLM2_CONFIG, SOURCE and WEEK.
 
-    `week`: any day of the week that the window ends with; empty in both places: the last complete week.
+    `week`: any day of the window's last week; empty in both places, the last complete week.
     """
 
     config_path: str = ""
@@ -36,16 +36,16 @@ class Pipeline(dg.ConfigurableResource):
         end_with_run()
 
     def catalog(self) -> Catalog:
-        """The addresses of this run's datasets: with the source as this run first saw it."""
+        """The catalog of this run, with the source's state as the run first saw it."""
         with user_errors():
             return Catalog(config_in_force(self.config_path, self.source), week_in_force(self.week), self._run_id)
 
 
 @contextmanager
 def spark_session(settings: SparkSettings, app_name: str) -> Iterator["SparkSession"]:
-    """The Spark session of this process; the next step reuses it, and it ends with the process.
+    """The Spark session of this process, shared by its steps; it ends with the process.
 
-    Raises OSError where the disk is full, ChildProcessDied where the JVM was killed: another try starts a new one.
+    Raises OSError if the disk is full, and ChildProcessDied if the JVM was killed; the next call starts a new one.
     """
     from spark_jobs.common import session
 
@@ -56,14 +56,14 @@ def spark_session(settings: SparkSettings, app_name: str) -> Iterator["SparkSess
     except Exception as e:
         if session.forget_dead_session():
             raise ChildProcessDied(f"Spark's JVM died during {app_name}") from e
-        if "No space left on device" in str(e):  # also of Spark's own folder, which may be another disk
+        if "No space left on device" in str(e):  # maybe on the disk of Spark's scratch folder
             raise OSError(f"no space left on the disk while Spark made {app_name}: free some or move the lake") from e
         raise
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn what the user can correct into a failure of one sentence that is not retried; bugs keep their traceback."""
+    """Turn errors that the user can correct into a one-sentence failure without retries. Bugs keep their traceback."""
     try:
         yield
     except (ValueError, OSError) as e:

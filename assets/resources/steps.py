@@ -1,4 +1,4 @@
-"""The asset factory: an asset is its name, its kinds, and the function that makes its dataset.
+"""The asset factory: an asset is a group, its kinds, and the function that makes its dataset.
 
     @dataset("pairs", {"spark", "parquet"}, on=SPARK)
     def cooccurrence(step: Step) -> Metrics:
@@ -6,8 +6,8 @@
         with step.spark() as spark:
             return score(spark, windows=step.path("interactions"), out=step.out, ...)
 
-What it is made from, and the version of its code, come from the stage table (`notellm2_core.lake.lineage`). The
-function runs only where the dataset is not there yet; it writes into `step.out` and returns the manifest's metrics.
+Upstream datasets and the code version come from the stage table (`notellm2_core.lake.lineage`). The function runs only
+if the dataset does not exist yet; it writes into `step.out` and returns the manifest's metrics.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from assets.resources.commands import run_command
-from assets.resources.metadata import shown
+from assets.resources.metadata import file_metadata
 from assets.resources.pipeline import Pipeline, spark_session, user_errors
 from assets.resources.tracking import TrackedRun, tracked_names, tracked_run
 from notellm2_core import __version__
@@ -38,7 +38,7 @@ Metrics = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a step runs: the pool that it takes a slot of, and how often it is tried again."""
+    """Where a step runs: the Dagster pool that it takes a slot of, and its number of retries."""
 
     pool: str | None = None
     max_retries: int = 0
@@ -49,7 +49,7 @@ HERE, PROCESS, SPARK, GPU = Machine(), Machine(None, 2), Machine("spark", 1), Ma
 
 @dataclass(frozen=True)
 class Step:
-    """One dataset in the making: its settings, what it is made from, and where it goes."""
+    """One dataset while it is made: its settings, its upstream datasets, and its folder."""
 
     context: dg.AssetExecutionContext
     catalog: Catalog
@@ -76,14 +76,14 @@ class Step:
 
     @property
     def work(self) -> Path:
-        """A folder that outlives a kill: the next run resumes from it. It is removed when the dataset is there."""
+        """A folder that outlives a kill, so that the next run resumes. It is removed once the dataset is published."""
         return _work(self.catalog, self.name)
 
     def spark(self) -> AbstractContextManager["SparkSession"]:
         return spark_session(self.config.spark, self.name)
 
     def command(self, command: Sequence[str | Path], reports: bool = False) -> None:
-        """Run a command that can be pasted; see `run_command`."""
+        """Run a command to its end; see `run_command`."""
         run_command(self.context, [str(part) for part in command], reports)
 
 
@@ -100,15 +100,15 @@ def dataset(
     after: Hook | None = None,
     partitions: dg.PartitionsDefinition | None = None,
 ) -> Callable[[Make], dg.AssetsDefinition]:
-    """Make an asset of the function that makes its dataset.
+    """Turn the function that makes a dataset into an asset of its name.
 
-    show: metadata name -> .md, .png and .jpg files of the dataset. before, after: run whether or not it is there yet.
+    show: metadata name -> .md, .png and .jpg files of the dataset. before, after: run even if the dataset exists.
     """
 
     def decorate(make: Make) -> dg.AssetsDefinition:
         stage = STAGES[make.__name__]
         partitioned: dict[str, Any] = {}
-        if partitions is not None:  # one run over many partitions is in beta: Dagster warns of it
+        if partitions is not None:  # single-run backfills are in beta: Dagster warns
             partitioned = {"partitions_def": partitions, "backfill_policy": dg.BackfillPolicy.single_run()}
 
         @dg.asset(
@@ -130,9 +130,9 @@ def dataset(
             made, metadata = _publish(context, catalog, make)
             if after is not None:
                 after(context, catalog)
-            pictures = shown(made.path, show or {})
+            files = file_metadata(made.path, show or {})
             return dg.MaterializeResult(
-                metadata={**pictures, **metadata}, data_version=dg.DataVersion(made.manifest.fingerprint)
+                metadata={**files, **metadata}, data_version=dg.DataVersion(made.manifest.fingerprint)
             )
 
         return asset
@@ -141,9 +141,9 @@ def dataset(
 
 
 def _publish(context: dg.AssetExecutionContext, catalog: Catalog, make: Make) -> tuple[Dataset, dict[str, Any]]:
-    """The asset's dataset, made and tracked unless it is there, and the metadata that say whether it is good.
+    """The asset's dataset, made if it does not exist yet, and the metadata that say whether it is good.
 
-    What the user can correct ends the step with one sentence and no retry.
+    Errors that the user can correct end the step with one sentence and without retries.
     """
     name = context.asset_key.path[-1]
     with user_errors():
@@ -163,7 +163,7 @@ def _publish(context: dg.AssetExecutionContext, catalog: Catalog, make: Make) ->
                 draft.metrics |= make(Step(context, catalog, inputs, draft, run))
         made = catalog.dataset(name)
         run.log_dataset(made)
-    shutil.rmtree(_work(catalog, name), ignore_errors=True)  # there is nothing to resume
+    shutil.rmtree(_work(catalog, name), ignore_errors=True)  # nothing is left to resume
     context.log.info(f"{name}: {'made' if existing is None else 'already there'} at {made.path}")
     metrics = {k: v for k, v in tracked_names(made.manifest.metrics).items() if isinstance(v, int | float | str)}
     return made, {
@@ -188,7 +188,7 @@ def _deps(inputs: Sequence[str]) -> list[dg.AssetDep]:
 
 
 def code_version() -> str:
-    """The package version, with the commit where the code runs from a checkout."""
+    """The package version, plus the commit if the code runs from a git checkout."""
     folder = Path(__file__).parent
     try:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)

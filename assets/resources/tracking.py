@@ -1,6 +1,6 @@
-"""MLflow as the pipeline needs it: one parent run per Dagster run, one child run per materialization.
+"""MLflow tracking: one parent run per Dagster run, one child run per materialization.
 
-A server that is dead or slow costs a few timeouts per step and a warning; the materialization goes on without it.
+A dead or slow server costs a few timeouts and a warning per step; the materialization continues without it.
 """
 
 import os
@@ -18,19 +18,19 @@ from notellm2_core.lake.lake import Dataset
 from notellm2_core.runtime.files import draft_folder
 from notellm2_core.runtime.nested import flatten
 
-_PICTURES = (".png", ".jpg", ".md", ".json", ".yaml")
+_ARTIFACTS = (".png", ".jpg", ".md", ".json", ".yaml")
 _MAX_ARTIFACT_BYTES = 2_000_000
-_PARENT_TAG = "parent_of_dagster_run"  # not `dagster_run_id`: the children carry that one
+_PARENT_TAG = "parent_of_dagster_run"  # not `dagster_run_id`: that is the children's
 
 
 class TrackedRun:
-    """The child run of one materialization. Without a reachable server every method does nothing."""
+    """The child run of one materialization. Without a reachable server, its methods do nothing."""
 
     def __init__(self, uri: str, url: str | None, run_id: str | None, attempt: Callable[[Callable[[], Any]], Any]):
         self.uri, self.url, self.run_id, self._attempt = uri, url, run_id, attempt
 
     def log_dataset(self, dataset: Dataset) -> None:
-        """Settings as parameters, figures as metrics, manifest and pictures as artifacts."""
+        """Log the settings as parameters, the metrics, and the manifest, tables and plots as artifacts."""
         if self.run_id is not None:
             self._attempt(lambda: self._log(dataset))
 
@@ -44,7 +44,7 @@ class TrackedRun:
         for start in range(0, max(len(metrics), len(params)), 100):
             client.log_batch(run_id, metrics=metrics[start : start + 100], params=params[start : start + 100])
         for path in sorted(dataset.path.iterdir()):
-            if path.suffix in _PICTURES and path.stat().st_size <= _MAX_ARTIFACT_BYTES:
+            if path.suffix in _ARTIFACTS and path.stat().st_size <= _MAX_ARTIFACT_BYTES:
                 client.log_artifact(run_id, str(path))
 
 
@@ -57,7 +57,7 @@ def tracking_uri(settings: TrackingSettings, lake: Path) -> str:
 def tracked_run(
     context: dg.AssetExecutionContext, settings: TrackingSettings, lake: Path, tags: Mapping[str, str]
 ) -> Iterator[TrackedRun]:
-    """A child run that ends FINISHED, or FAILED where the block raises."""
+    """A child run that ends as FINISHED, or as FAILED if the block raises."""
     uri = tracking_uri(settings, lake)
     attempt = _attempter(context)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(settings.timeout_seconds)))
@@ -75,7 +75,7 @@ def tracked_run(
 
 
 def make_store(file: Path) -> None:
-    """MLflow's sqlite file, whole or not at all: one that a kill left half made MLflow would refuse for ever."""
+    """Create MLflow's sqlite file atomically: MLflow would refuse a half-made one for ever."""
     if file.exists():
         return
     with draft_folder(file) as folder:  # sqlite writes other files beside its own
@@ -86,7 +86,7 @@ def make_store(file: Path) -> None:
 
 
 def tracked_names(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by their dotted names, in the characters that MLflow allows: letters, digits, blanks and _-./"""
+    """Values by dotted name, in the characters that MLflow allows: letters, digits, blanks and _-./"""
     return {
         "".join(c if c.isalnum() or c in "_-./ " else "_" for c in name): value for name, value in flatten(tree).items()
     }
@@ -97,7 +97,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _attempter(context: dg.AssetExecutionContext) -> Callable[[Callable[[], Any]], Any]:
-    """Run a call to the server; after the first failure of this step no further call is made."""
+    """A function that calls the server, and after the step's first failure makes no further calls."""
     dead = False
 
     def attempt(call: Callable[[], Any]) -> Any:
@@ -128,7 +128,7 @@ def _start(
     uri: str, settings: TrackingSettings, lake: Path, context: dg.AssetExecutionContext, tags: Mapping[str, str]
 ) -> tuple[str, str]:
     address = urlparse(uri)
-    if address.scheme.startswith("http"):  # a refused or silent host is noticed before MLflow starts to retry
+    if address.scheme.startswith("http"):  # notice a dead host before MLflow starts to retry
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname or "", port), timeout=settings.timeout_seconds).close()
     elif address.scheme == "sqlite":
@@ -147,7 +147,7 @@ def _start(
         parent = client.create_run(
             experiment_id, tags={_PARENT_TAG: context.run_id}, run_name=f"dagster {context.run_id[:8]}"
         )
-        client.set_terminated(parent.info.run_id)  # it only holds the children together: it must not stay "running"
+        client.set_terminated(parent.info.run_id)  # it only groups its children: it must not stay "running"
     child = client.create_run(
         experiment_id,
         tags={"mlflow.parentRunId": parent.info.run_id, **tags},

@@ -1,7 +1,7 @@
 """BM25 over a note's title, topics and content (bm25s, Lucene's formula, k1 = 1.5, b = 0.75).
 
-Words are lower-cased runs of letters and digits; a Chinese or Japanese character is a word of its own. No stemming and
-no stop words: the baseline has to be the same in every language.
+Words are lower-cased runs of letters and digits; a Chinese or Japanese character is a word of its own. There is no
+stemming and no stop list, so the baseline is the same in every language.
 """
 
 import logging
@@ -17,7 +17,7 @@ from notellm2_core.notes.note import Note, plain_text
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and ideographs
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
 K1, B = 1.5, 0.75
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG, and prints
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # bm25s sets its logger to DEBUG
 
 
 def words(text: str) -> list[str]:
@@ -26,7 +26,7 @@ def words(text: str) -> list[str]:
 
 
 class BM25:
-    """Scores of queries against a pool whose notes are the documents (and alone decide the word statistics)."""
+    """Scores of queries against the pool, whose notes are the documents and alone define the word statistics."""
 
     def __init__(self, notes: Mapping[str, Note], pool_ids: Sequence[str]) -> None:
         self._notes = notes
@@ -39,10 +39,10 @@ class BM25:
             self._index.index((ids, dict(self._vocabulary)), show_progress=False)
 
     def rows(self, query_ids: Sequence[str]) -> np.ndarray:
-        """Scores [Q, M] in fp32. A word counts as often as the query has it; a query without known words scores 0."""
+        """Scores [Q, M] in fp32. Repeated words of a query count repeatedly; a query without pool words scores 0."""
         scores = np.zeros((len(query_ids), self._num_documents), dtype=np.float32)
         for row, query in zip(scores, query_ids, strict=True):
-            found = [self._vocabulary[w] for w in words(plain_text(self._notes[query])) if w in self._vocabulary]
-            if found:
-                row[:] = self._index.get_scores_from_ids(found)
+            word_ids = [self._vocabulary[w] for w in words(plain_text(self._notes[query])) if w in self._vocabulary]
+            if word_ids:
+                row[:] = self._index.get_scores_from_ids(word_ids)
         return scores

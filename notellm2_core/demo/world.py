@@ -1,22 +1,21 @@
-"""The demo world: notes, pictures, users and logs whose signal is known, in the form of any other source.
+"""The demo world: notes, images, users and logs whose signal is known, as a source like any other.
 
-A note belongs to a hidden topic, and users click on the few topics they like; that is all the logs know. A topic is
-a pair (theme, style): the theme is what the note writes about, the style is what its picture looks like. Themes and
-styles lie on one ring
+A note belongs to a hidden topic, and users click on the few topics that they like; the logs contain nothing else. A
+topic is a pair (theme, style): the theme is what the note is about, the style is what its image looks like. Themes and
+styles alternate on a ring
 
     style 0 - theme 0 - style 1 - theme 1 - style 2 - ... - style 0
 
-and every edge is a topic. So each theme goes with two styles and each style with two themes: text alone leaves two
-topics to choose from, the picture alone leaves two *other* ones, both together leave one. What one modality can
-explain is therefore a fact, not a hope, and `oracle.parquet` states it for each note: `text_key` (the theme, null
-for a note whose text says nothing) and `image_key` (the style, null for a note without a readable picture).
-15 % of the notes are text-poor: a model that neglects pictures is lost there. Nothing downstream reads the oracle
-except the report, which shows what an oracle for text, for pictures and for both could have recalled.
+and every edge is a topic, so each theme has two styles and each style two themes: text alone leaves two topics to
+choose from, the image alone leaves two *other* ones, both together leave one. What one modality can explain is thus
+known, and `oracle.parquet` states it for each note: `text_key` (the theme; null if the text carries no signal) and
+`image_key` (the style; null without a readable image). 15 % of the notes are text-poor: a model that neglects images
+fails there. Only the report reads the oracle, and shows the recall that text, images and both can reach.
 
-What is written to the folder:
-    notes.parquet    note_id, title, topics, content, image_path (null: no picture)
+The files of the folder:
+    notes.parquet    note_id, title, topics, content, image_path (null: no image)
     events.csv.gz    user_id, note_id, timestamp (ISO 8601, UTC), event (view | click); with some dirty rows
-    images/*.jpg     some of them broken
+    images/*.jpg     a few of them broken
     oracle.parquet   note_id, text_key, image_key
 
 Equal settings give equal bytes (with equal versions of numpy, Pillow, pyarrow and zlib).
@@ -33,39 +32,39 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from notellm2_core.config.data import DemoSettings
+from notellm2_core.demo.images import STYLES, draw_image
 from notellm2_core.demo.logs import DAY, Impressions, simulate
-from notellm2_core.demo.pictures import STYLES, draw_picture
 from notellm2_core.demo.texts import poor_titles, write_note
 from notellm2_core.demo.words import THEMES
 from notellm2_core.runtime.files import written_whole
 
-FIRST_DAY = np.datetime64("2025-01-05T00:00:00")  # a Sunday, as weeks begin; days count from here, in UTC
-MIN_NOTES_PER_TOPIC = 20  # fewer topics in a small world, so that each one still has training and test notes
+FIRST_DAY = np.datetime64("2025-01-05T00:00:00")  # a Sunday, when weeks begin; days are counted from here, in UTC
+MIN_NOTES_PER_TOPIC = 20  # a small world has fewer topics, so that each has training and test notes
 TEXT_POOR_SHARE = 0.15
 NO_IMAGE_SHARE = 0.01
-BACKLOG_SHARE, BACKLOG_DAYS = 0.1, 7  # notes that are already there when the log begins
-DUPLICATE_SHARE, UNKNOWN_NOTE_SHARE, BAD_TIME_SHARE = 0.002, 0.001, 0.0005  # of the events: what a real log has too
+BACKLOG_SHARE, BACKLOG_DAYS = 0.1, 7  # notes published before the log begins
+DUPLICATE_SHARE, UNKNOWN_NOTE_SHARE, BAD_TIME_SHARE = 0.002, 0.001, 0.0005  # of the events: dirt, as in a real log
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is decided about the notes before anything is written. All `[N]` or `[T]`."""
+    """The plan of all notes. N: notes, T: topics."""
 
-    theme_of_topic: np.ndarray
-    style_of_topic: np.ndarray
-    topic: np.ndarray
-    published: np.ndarray  # day, see `simulate`
-    text_poor: np.ndarray
-    image: np.ndarray  # "ok" | "missing" | "broken"
+    theme_of_topic: np.ndarray  # [T]
+    style_of_topic: np.ndarray  # [T]
+    topic: np.ndarray  # [N]
+    published: np.ndarray  # [N] day, see `simulate`
+    text_poor: np.ndarray  # [N]
+    image: np.ndarray  # [N] "ok" | "missing" | "broken"
 
 
 def generate(out: Path, settings: DemoSettings) -> dict[str, int]:
-    """Write the world to `out` and return its counts. Raises ValueError where `out` already holds a source."""
+    """Write the world to `out`; returns its counts, by name. Raises ValueError if `out` already holds a source."""
     num_notes, num_days, seed = settings.num_notes, settings.num_days, settings.seed
     if (out / "notes.parquet").exists():
         raise ValueError(f"{out} already holds a source (notes.parquet); name a new folder.")
     (out / "images").mkdir(parents=True, exist_ok=True)
-    # One stream per part: a change in one of them leaves the others as they are.
+    # One random stream per part: a change of one part leaves the others unchanged.
     layout = lay_out(np.random.default_rng([seed, 0]), num_notes, num_days)
     shown = simulate(np.random.default_rng([seed, 1]), layout.topic, layout.published, settings.num_users, num_days)
     counts = {"num_notes": num_notes, "num_users": settings.num_users, "num_topics": len(layout.theme_of_topic)}
@@ -81,16 +80,16 @@ def generate(out: Path, settings: DemoSettings) -> dict[str, int]:
 
 
 def lay_out(rng: np.random.Generator, num_notes: int, num_days: int) -> Layout:
-    """Topics, days and gaps of all notes."""
+    """Draw topic, day, text and image of all notes."""
     num_themes = int(np.clip(num_notes // (2 * MIN_NOTES_PER_TOPIC), 2, min(len(THEMES), len(STYLES))))
     styles = rng.permutation(num_themes)
     topic = rng.permutation(np.arange(num_notes) % (2 * num_themes))
-    # Within a topic the notes are spread evenly over time, so that every topic has old notes and new ones.
+    # A topic's notes are spread evenly over time, so that every topic has old and new ones.
     age_rank = (_nth_of_its_kind(topic) + rng.random(num_notes)) / np.bincount(topic)[topic]  # 0 (old) .. 1 (new)
     in_backlog = (age_rank / BACKLOG_SHARE - 1) * BACKLOG_DAYS
     in_log = (age_rank - BACKLOG_SHARE) / (1 - BACKLOG_SHARE) * num_days
     published = np.floor(np.where(age_rank < BACKLOG_SHARE, in_backlog, in_log)).astype(np.int64)
-    # Every note has something to go by: one whose text says nothing has a picture that can be read.
+    # Every note carries signal: a text-poor one has a readable image.
     order = rng.permutation(num_notes)
     num_poor, num_missing = round(TEXT_POOR_SHARE * num_notes), max(1, round(NO_IMAGE_SHARE * num_notes))
     image = np.full(num_notes, "ok", dtype="<U7")
@@ -111,7 +110,7 @@ def note_id(index: int) -> str:
 
 
 def _nth_of_its_kind(kind: np.ndarray) -> np.ndarray:
-    """How many equal values stand before each value `[N]`."""
+    """The number of equal values before each value `[N]`."""
     order = np.argsort(kind, kind="stable")
     counts = np.bincount(kind)
     nth = np.empty(len(kind), dtype=np.int64)
@@ -122,14 +121,14 @@ def _nth_of_its_kind(kind: np.ndarray) -> np.ndarray:
 def _write_events(
     path: Path, rng: np.random.Generator, shown: Impressions, num_notes: int, num_days: int
 ) -> dict[str, int]:
-    """Views, and clicks after them, ordered by time, then some duplicates, unknown notes and bad timestamps."""
+    """Write views and clicks by time, then a few duplicates, unknown notes and bad timestamps. Returns counts."""
     clicked = shown.clicked_after > 0
     user = np.concatenate([shown.user, shown.user[clicked]])
     note = np.concatenate([shown.note, shown.note[clicked]])
     second = np.concatenate([shown.second, (shown.second + shown.clicked_after)[clicked]])
     is_click = np.repeat([False, True], [len(shown.user), int(clicked.sum())])
     order = np.lexsort((note, user, is_click, second))
-    second[order[-1]] = num_days * DAY - 1  # somebody is always awake: the log lasts to the end of its last day
+    second[order[-1]] = num_days * DAY - 1  # so that the log covers its last day to the end
 
     stamps = np.datetime_as_string(FIRST_DAY + second[order].astype("timedelta64[s]"), unit="s")
     events = np.where(is_click[order], "click", "view")
@@ -137,12 +136,12 @@ def _write_events(
         zip(user[order].tolist(), note[order].tolist(), (f"{stamp}Z" for stamp in stamps), events.tolist(), strict=True)
     )
 
-    def some(share: float) -> list[tuple[int, int, str, str]]:
+    def sample(share: float) -> list[tuple[int, int, str, str]]:
         return [good[i] for i in rng.choice(len(good), size=max(1, round(share * len(good))), replace=False)]
 
-    duplicate = some(DUPLICATE_SHARE)
-    unknown_note = [(u, num_notes + n, stamp, event) for u, n, stamp, event in some(UNKNOWN_NOTE_SHARE)]
-    bad_time = [(u, n, "yesterday", event) for u, n, _, event in some(BAD_TIME_SHARE)]
+    duplicate = sample(DUPLICATE_SHARE)
+    unknown_note = [(u, num_notes + n, stamp, event) for u, n, stamp, event in sample(UNKNOWN_NOTE_SHARE)]
+    bad_time = [(u, n, "yesterday", event) for u, n, _, event in sample(BAD_TIME_SHARE)]
     rows = good + duplicate + unknown_note + bad_time
     lines = (f"u{u:05d},{note_id(n)},{stamp},{event}\n" for u, n, stamp, event in rows)
     with path.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0, compresslevel=6) as file:
@@ -157,12 +156,12 @@ def _write_events(
 
 
 def _write_images(folder: Path, seed: int, layout: Layout) -> None:
-    for i in tqdm(range(len(layout.topic)), desc="demo pictures", unit="picture"):
+    for i in tqdm(range(len(layout.topic)), desc="demo images", unit="image"):
         if layout.image[i] == "missing":
             continue
         path = folder / f"{note_id(i)}.jpg"
         style = STYLES[layout.style_of_topic[layout.topic[i]]]
-        draw_picture(np.random.default_rng([seed, 3, i]), *style).save(path, quality=80)
+        draw_image(np.random.default_rng([seed, 3, i]), *style).save(path, quality=80)
         if layout.image[i] == "broken":
             os.truncate(path, path.stat().st_size // 3)
 

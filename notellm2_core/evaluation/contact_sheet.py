@@ -1,6 +1,6 @@
-"""The contact sheet: query notes with their nearest neighbours, pictures and titles, so that a person sees the result.
+"""The contact sheet: the images and titles of query notes and of their nearest neighbours, for people.
 
-One row per query: the query at the left, then its neighbours, the related ones (test pairs) framed in green.
+One row per query: the query on the left, then its neighbours; related ones (test pairs) have a green frame.
 """
 
 import io
@@ -17,13 +17,13 @@ TILE_GAP = 14  # px, between tiles
 QUERY_GAP = 34  # px, between the query and its neighbours
 FONT_SIZE = 16  # px
 TITLE_LINES = 2
-MAX_TITLE = 200  # characters looked at
+MAX_TITLE = 200  # characters that are drawn at most
 MAX_BYTES = 500_000
 GREEN, GREY, INK, PAPER = (26, 150, 65), (205, 205, 205), (30, 30, 30), (255, 255, 255)
-# Fonts with Chinese and Japanese glyphs, looked for by file name where the system has its fonts.
+# System fonts with Chinese and Japanese glyphs, by file name; the first one found is used.
 CJK_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc")
 
-Picture = Callable[[str], Image.Image | None]  # note_id -> its picture, or None
+ImageReader = Callable[[str], Image.Image | None]  # note_id -> its image, or None
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class SheetRow:
     neighbours: tuple[Neighbour, ...]
 
 
-def contact_sheet(rows: Sequence[SheetRow], title: Callable[[str], str], picture: Picture) -> bytes:
-    """The sheet as JPEG bytes, WIDTH wide and below MAX_BYTES. Raises ValueError where there is no row to draw."""
+def contact_sheet(rows: Sequence[SheetRow], title: Callable[[str], str], image: ImageReader) -> bytes:
+    """The sheet as JPEG bytes, WIDTH px wide and below MAX_BYTES. Raises ValueError if `rows` is empty."""
     if not rows:
         raise ValueError("there is no query note to draw a sheet of: the test pairs are empty.")
     columns = 1 + max(len(row.neighbours) for row in rows)
@@ -52,7 +52,7 @@ def contact_sheet(rows: Sequence[SheetRow], title: Callable[[str], str], picture
     draw = ImageDraw.Draw(sheet)
 
     def put(note_id: str, x: int, y: int, caption: str, frame: tuple[int, int, int], thick: int) -> None:
-        sheet.paste(_thumbnail(picture(note_id), tile), (x, y))
+        sheet.paste(_thumbnail(image(note_id), tile), (x, y))
         draw.rectangle((x - thick, y - thick, x + tile + thick - 1, y + tile + thick - 1), outline=frame, width=thick)
         text = title(note_id)
         font = _font(_has_cjk(text))
@@ -77,7 +77,7 @@ def contact_sheet(rows: Sequence[SheetRow], title: Callable[[str], str], picture
 
 
 def _thumbnail(image: Image.Image | None, size: int) -> Image.Image:
-    """The whole picture in a square, its shape kept; a labelled placeholder where there is none."""
+    """The whole image in a square, its aspect ratio kept; a labelled placeholder without one."""
     square = Image.new("RGB", (size, size), (240, 240, 240))
     if image is None:
         ImageDraw.Draw(square).text(
@@ -92,7 +92,7 @@ def _thumbnail(image: Image.Image | None, size: int) -> Image.Image:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The text in at most TITLE_LINES lines of `width` px, cut with an ellipsis; breaks at spaces where it can."""
+    """The text in at most TITLE_LINES lines of `width` px, broken at spaces if possible, and cut with an ellipsis."""
     rest = " ".join("".join(c if c.isprintable() else " " for c in text[:MAX_TITLE]).split())
     lines: list[str] = []
     while rest and len(lines) < TITLE_LINES:
@@ -114,7 +114,7 @@ def _has_cjk(text: str) -> bool:
 
 @cache
 def _font(cjk: bool) -> ImageFont.FreeTypeFont:
-    """DejaVu out of matplotlib's own files; for CJK titles a system font that has the glyphs, else boxes are drawn."""
+    """DejaVu from matplotlib's files; for CJK titles a system font with the glyphs (without one, boxes are drawn)."""
     for name in CJK_FONTS if cjk else ():
         try:
             return ImageFont.truetype(name, FONT_SIZE)
@@ -126,7 +126,7 @@ def _font(cjk: bool) -> ImageFont.FreeTypeFont:
 
 
 def _compress(sheet: Image.Image) -> bytes:
-    """JPEG of the best quality that stays below MAX_BYTES."""
+    """JPEG in the best quality below MAX_BYTES."""
     for quality in (88, 80, 70, 60, 50, 40, 30, 20):
         out = io.BytesIO()
         sheet.save(out, "JPEG", quality=quality, optimize=True, progressive=True)

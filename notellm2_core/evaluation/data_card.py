@@ -1,6 +1,6 @@
-"""The data of a release for people: the rows of Table 1, what was dropped, how scores, pairs and clicks are spread.
+"""The data card of a release: the rows of Table 1, what was dropped, the spread of scores, pairs and clicks.
 
-Reads what the Spark jobs have written and the figures in their manifests; no Spark, no torch.
+Reads the outputs of the Spark jobs and the metrics in their manifests; no Spark, no torch.
 """
 
 import io
@@ -20,7 +20,7 @@ from notellm2_core.notes.prompts import count_words
 from notellm2_core.runtime.files import parquet_files
 from notellm2_core.schema import POOL_TABLE
 
-Figures = Mapping[str, Any]
+Metrics = Mapping[str, Any]
 _TEXTS = {
     "avg. # words per title": "title_words",
     "avg. # topics per note": "topics",
@@ -35,14 +35,16 @@ def write_data_card(
     pairs: Path,
     clicks: Path,
     out: Path,
-    manifests: Mapping[str, Figures],
+    manifests: Mapping[str, Metrics],
     window: Mapping[str, Sequence[str]],
     unit: WordUnit,
 ) -> dict[str, Any]:
-    """Write data_card.md, data_card.png and data_card.json into `out`; returns the rows of Table 1.
+    """Write data_card.md, data_card.png and data_card.json into `out`; returns the rows of Table 1, by side.
 
-    `pairs` holds train, validation, test and pool as `spark_jobs.split` wrote them; `clicks` train_clicks and
-    test_clicks; `manifests` the figures of raw_events, notes, events, cooccurrence, related_pairs and pair_datasets.
+    `pairs`: the folder of train, validation, test and pool that `spark_jobs.split` wrote. `clicks`: the folder of
+    train_clicks and test_clicks. `manifests`: the metrics of raw_events, notes, interactions, cooccurrence,
+    related_pairs and pair_datasets. `window`: the first day and the day after the last one, for train and test. `unit`:
+    text.word_unit.
     """
     train, test = (_pairs(pairs, *names) for names in (("train", "validation"), ("test",)))
     members = {
@@ -50,8 +52,8 @@ def write_data_card(
         "test": pq.read_table(pairs / POOL_TABLE, columns=["note_id"])["note_id"].combine_chunks(),
     }
     table = {
-        side: {"notes": len(ids), "pairs": len(of), **_texts(notes, ids, unit)}
-        for (side, ids), of in zip(members.items(), (train, test), strict=True)
+        side: {"notes": len(ids), "pairs": len(side_pairs), **_texts(notes, ids, unit)}
+        for (side, ids), side_pairs in zip(members.items(), (train, test), strict=True)
     }
     spread = {
         "targets per query, train": _counts(train["query_id"]),
@@ -62,11 +64,11 @@ def write_data_card(
         name: np.sort(pq.read_table(clicks / f"{name}_clicks")["num_users"].to_numpy())[::-1]
         for name in ("train", "test")
     }
-    kept = {"train": train["score"].to_numpy(), "test": test["score"].to_numpy()}
-    figures = {"table": table, "window": {name: list(days) for name, days in window.items()}}
-    (out / "data_card.json").write_text(json.dumps(figures, indent=1))
+    related_scores = {"train": train["score"].to_numpy(), "test": test["score"].to_numpy()}
+    card = {"table": table, "window": {name: list(days) for name, days in window.items()}}
+    (out / "data_card.json").write_text(json.dumps(card, indent=1))
     (out / "data_card.md").write_text(_markdown(table, spread, users, manifests, window))
-    (out / "data_card.png").write_bytes(_plot(spread, users, kept, manifests["cooccurrence"]))
+    (out / "data_card.png").write_bytes(_plot(spread, users, related_scores, manifests["cooccurrence"]))
     return table
 
 
@@ -76,32 +78,31 @@ def _pairs(folder: Path, *names: str) -> pa.Table:
 
 
 def _counts(ids: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """How often each id occurs, the most frequent first."""
+    """The number of times that each id occurs, largest first."""
     return np.sort(pc.value_counts(ids).field("counts").to_numpy())[::-1]
 
 
 def _texts(notes: Path, ids: pa.Array, unit: WordUnit) -> dict[str, float]:
-    """Means over the notes `ids`, read a batch at a time; words as `text.word_unit` counts them."""
+    """Means over the notes `ids`, which are read in batches. `unit`: how words are counted."""
     totals = dict.fromkeys(("title_words", "topics", "topic_words", "content_words"), 0)
-    found = 0
+    num_notes = 0
     for file in parquet_files(notes):
         for batch in pq.ParquetFile(file).iter_batches(columns=["note_id", "title", "topics", "content"]):
             chosen = batch.filter(pc.is_in(batch["note_id"], ids))
-            found += chosen.num_rows
+            num_notes += chosen.num_rows
             totals["topics"] += len(chosen["topics"].flatten())
             for name, texts in (("title", chosen["title"]), ("topic", chosen["topics"].flatten()),
                                 ("content", chosen["content"])):  # fmt: skip
                 totals[f"{name}_words"] += sum(count_words(text, unit) for text in texts.to_pylist())
-    per_note = max(found, 1)
-    means = {name: total / per_note for name, total in totals.items()}
+    means = {name: total / max(num_notes, 1) for name, total in totals.items()}
     return means | {"topic_words": totals["topic_words"] / max(totals["topics"], 1)}
 
 
 def _markdown(
-    table: Mapping[str, Figures],
+    table: Mapping[str, Metrics],
     spread: Mapping[str, npt.NDArray[np.int64]],
     users: Mapping[str, npt.NDArray[np.int64]],
-    manifests: Mapping[str, Figures],
+    manifests: Mapping[str, Metrics],
     window: Mapping[str, Sequence[str]],
 ) -> str:
     raw, interactions, scores, related = (
@@ -140,8 +141,8 @@ def _markdown(
         "## Dropped",
         "",
         *_table(["", "reason", "rows"], [
-            [of, reason, f"{rows:,}"]
-            for of, name in (("notes", "notes"), ("events", "interactions"))
+            [what, reason, f"{rows:,}"]
+            for what, name in (("notes", "notes"), ("events", "interactions"))
             for reason, rows in manifests[name]["dropped"].items()
         ] or [["–", "nothing", "0"]]),
         "",
@@ -149,7 +150,7 @@ def _markdown(
         "",
         *_table(["", "of", "mean", "median", "largest", "share of the top 1 %"], [
             *_spread_rows(spread.items()),
-            *_spread_rows((f"users per clicked note, {name}", of) for name, of in users.items()),
+            *_spread_rows((f"users per clicked note, {name}", counts) for name, counts in users.items()),
         ]),
         "",
     ]  # fmt: skip
@@ -165,9 +166,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
 
 
-def _spread_rows(of: Iterable[tuple[str, npt.NDArray[np.int64]]]) -> list[list[str]]:
+def _spread_rows(spreads: Iterable[tuple[str, npt.NDArray[np.int64]]]) -> list[list[str]]:
     rows = []
-    for name, counts in of:
+    for name, counts in spreads:
         top = counts[: max(1, len(counts) // 100)].sum() / max(counts.sum(), 1)
         rows.append(
             [name, f"{len(counts):,}", f"{counts.mean():.2f}", f"{np.median(counts):.0f}", f"{counts[0]:,}",
@@ -179,22 +180,22 @@ def _spread_rows(of: Iterable[tuple[str, npt.NDArray[np.int64]]]) -> list[list[s
 def _plot(
     spread: Mapping[str, npt.NDArray[np.int64]],
     users: Mapping[str, npt.NDArray[np.int64]],
-    kept: Mapping[str, npt.NDArray[np.float64]],
-    scores: Figures,
+    related_scores: Mapping[str, npt.NDArray[np.float64]],
+    scores: Metrics,
 ) -> bytes:
-    """Scores before and after the filters, pairs per note, and clicks by rank. PNG bytes."""
+    """Scores before and after the filters, pairs per note, and users per clicked note by rank. PNG bytes."""
     from matplotlib.figure import Figure  # no pyplot: it keeps state and looks for a display; a Figure draws with Agg
 
     figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")
     histogram, pairs, popularity = figure.subplots(1, 3)
     for name, colour in (("train", "tab:blue"), ("test", "tab:green")):
-        found = scores[name]["histogram"]
-        histogram.stairs(found["pairs"], found["edges"], color=colour, label=f"{name}, all")
-        if len(kept[name]):
-            # The same bins as the others', whose range they leave where scores were corrected.
-            exponents = np.frexp([kept[name].min(), kept[name].max()])[1]
+        before = scores[name]["histogram"]
+        histogram.stairs(before["pairs"], before["edges"], color=colour, label=f"{name}, all")
+        if len(after := related_scores[name]):
+            # The grid of the bins before the filters, continued: corrected scores can be outside its range.
+            exponents = np.frexp([after.min(), after.max()])[1]
             bins = np.ldexp([0.5, 0.75], np.arange(exponents[0], exponents[1] + 2)[:, None]).ravel()
-            counts, edges = np.histogram(kept[name], bins)
+            counts, edges = np.histogram(after, bins)
             histogram.stairs(counts, edges, color=colour, fill=True, alpha=0.4, label=f"{name}, kept")
         popularity.plot(*_by_rank(users[name]), color=colour, label=name)
     histogram.set(xscale="log", yscale="log", xlabel="score (kept: corrected)", ylabel="pairs", title="Scores")
@@ -213,6 +214,6 @@ def _plot(
 
 
 def _by_rank(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Ranks from 1 and their counts, as many as a logarithmic axis shows."""
+    """Ranks from 1 and their counts, thinned to what a logarithmic axis shows."""
     ranks = np.unique(np.geomspace(1, max(len(counts), 1), 1000).astype(np.int64))[: len(counts)]
     return ranks, counts[ranks - 1]

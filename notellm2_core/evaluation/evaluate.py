@@ -1,7 +1,7 @@
-"""Everything of the recall evaluation in one place: embeddings and test pairs in, a report and a contact sheet out.
+"""The recall evaluation: embeddings and test pairs in, a report and a contact sheet out. No torch.
 
-Reads what the lake has: pairs folders with test/*.parquet (schema.RELATED_PAIRS) and pool/*.parquet (note_id), notes
-(schema.NOTES), clicks (note_id, clicks), embedding folders. No torch.
+Reads datasets of the lake: a folder of pairs with test/ (RELATED_PAIRS) and pool/ (POOL), notes (NOTES), clicks
+(TARGET_CLICKS), and folders of embeddings (columns in `notellm2_core.schema`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from notellm2_core.baselines.bm25 import BM25
 from notellm2_core.baselines.popularity import popularity_rows, random_rows, read_clicks
 from notellm2_core.config.settings import Config
 from notellm2_core.embeddings.table import Embeddings, mean_cosine, read_embeddings, read_note_ids, truncate_dims
-from notellm2_core.evaluation.contact_sheet import Neighbour, Picture, SheetRow, contact_sheet
+from notellm2_core.evaluation.contact_sheet import ImageReader, Neighbour, SheetRow, contact_sheet
 from notellm2_core.evaluation.oracle import KEYS, Oracle
 from notellm2_core.evaluation.recall import Pairs, Ranks, cosine_rows, count_ranks, recall_at, target_ranks
 from notellm2_core.evaluation.report import Report, build_report
@@ -32,9 +32,9 @@ NEIGHBOURS = 5  # per row of the contact sheet
 
 
 def read_pairs(path: Path) -> Pairs:
-    """Pairs of a Parquet file, of a folder of them, or of its sub-folder test/, in (query, target) order.
+    """Pairs of a Parquet file, of a folder of Parquet, or of its sub-folder test/, sorted by (query, target).
 
-    Raises ValueError where there are no such columns.
+    Raises ValueError if `path` does not exist or lacks a column.
     """
     path = path / TEST if (path / TEST).is_dir() else path
     if not path.exists():
@@ -49,7 +49,7 @@ def read_pairs(path: Path) -> Pairs:
 
 
 def read_cold(pool: Path) -> frozenset[str]:
-    """The notes of the pool without an interaction in the training days; empty where the table does not say."""
+    """The cold notes of the pool: no interaction in the training days. Empty if the table lacks that column."""
     if "in_train_days" not in pq.ParquetDataset(pool).schema.names:
         return frozenset()
     table = pq.read_table(pool, columns=["note_id", "in_train_days"])
@@ -67,18 +67,19 @@ def evaluate(
 ) -> Report:
     """Exact Recall@k of every method on every slice.
 
-    embeddings: (method, inputs) -> folder, e.g. ("notellm2", "image"); "zero_shot" and "minilm" are known names.
-    tokenizer: folder or hub name that the notes' lengths are counted with where text.length_tokenizer is not set.
-    clicks: the notes' clicks that the popularity row ranks by. oracle: oracle.parquet, where there is one.
+    embeddings: (method, inputs) -> folder, e.g. ("notellm2", "image"); "zero_shot" and "minilm" name baselines.
+    tokenizer: folder or hub name of the tokenizer that counts a note's tokens if text.length_tokenizer is not set.
+    clicks: TARGET_CLICKS, which the popularity row ranks by. oracle: the source's oracle.parquet, if it has one.
+    Raises ValueError for pairs that cannot be ranked, and for a popularity baseline without `clicks`.
     """
     test, pool_ids = read_pairs(pairs), sorted(read_note_ids(pairs / POOL_TABLE))
-    wanted = {*pool_ids, *test.query_ids, *test.target_ids}
-    texts = read_notes(notes, wanted)
+    note_ids = {*pool_ids, *test.query_ids, *test.target_ids}
+    texts = read_notes(notes, note_ids)
 
     ranks: dict[tuple[str, str], Ranks] = {}
     cosines: dict[str, float] = {}
     for (method, inputs), folder in embeddings.items():
-        table = read_embeddings(folder, wanted)
+        table = read_embeddings(folder, note_ids)
         pool = Embeddings(tuple(pool_ids), table.vectors[table.rows(pool_ids)])
         ranks[method, inputs] = target_ranks(table, pool, test)
         cosines[f"{method} {inputs}"] = mean_cosine(pool.vectors)
@@ -97,9 +98,9 @@ def evaluate(
     if "bm25" in baselines:
         ranks["bm25", "text"] = count_ranks(BM25(texts, pool_ids).rows, pool_ids, test)
     if oracle is not None:
-        known = Oracle(oracle)
+        keys = Oracle(oracle)
         for inputs in KEYS:
-            ranks["oracle", inputs] = count_ranks(known.rows(inputs, pool_ids), pool_ids, test)
+            ranks["oracle", inputs] = count_ranks(keys.rows(inputs, pool_ids), pool_ids, test)
 
     lengths = token_lengths(texts, load_tokenizer(config.text.length_tokenizer or tokenizer))
     masks = slice_masks(test, lengths, config.text.short_tokens, config.text.long_tokens, read_cold(pairs / POOL_TABLE))
@@ -110,9 +111,10 @@ def evaluate(
 
 
 def evaluate_embeddings(embeddings: Path, pairs: Path, ks: Sequence[int]) -> dict[str, Any]:
-    """Exact Recall@k of one embedding folder, in percent, JSON-able.
+    """Exact Recall@k of one folder of embeddings, in percent, as a JSON object.
 
-    The pool is PAIRS/pool where there is one, as in `eval_recall`, else all embedded notes; without the query.
+    The candidates are the notes of `pairs`/pool if it exists, as in `eval_recall`, else all embedded notes; the query
+    is never one. Raises ValueError for pairs that cannot be ranked.
     """
     table, test = read_embeddings(embeddings), read_pairs(pairs)
     pool = table
@@ -130,11 +132,11 @@ def evaluate_embeddings(embeddings: Path, pairs: Path, ks: Sequence[int]) -> dic
 
 
 def neighbour_sheet(
-    embeddings: Path, notes: Path, pairs: Path, num_queries: int, picture: Picture, seed: int = 0
+    embeddings: Path, notes: Path, pairs: Path, num_queries: int, image: ImageReader, seed: int = 0
 ) -> bytes:
-    """The contact sheet (JPEG bytes) of random test queries with their nearest notes of the pool, exactly searched.
+    """The contact sheet (JPEG bytes) of test queries with their nearest notes of the pool, by exact search.
 
-    The queries are drawn, not picked: the seed decides.
+    `num_queries` queries are drawn at random by `seed`, not picked.
     """
     test, pool_ids = read_pairs(pairs), sorted(read_note_ids(pairs / POOL_TABLE))
     table = read_embeddings(embeddings, {*pool_ids, *test.query_ids})
@@ -145,18 +147,21 @@ def neighbour_sheet(
     rows = [_sheet_row(query, scores, pool_ids, related) for query, scores in _scored(chosen, table, pool)]
     shown = {i for row in rows for i in (row.query_id, *(n.note_id for n in row.neighbours))}
     texts = read_notes(notes, shown)
-    return contact_sheet(rows, lambda note_id: _title(texts[note_id]), picture)
+    return contact_sheet(rows, lambda note_id: _title(texts[note_id]), image)
 
 
-def picture_reader(notes: Path, source: Path, max_pixels: int) -> Picture:
-    """note_id -> its picture (RGB), read safely from the notes table or the source; None where none is usable."""
+def image_reader(notes: Path, source: Path, max_pixels: int) -> ImageReader:
+    """A function note_id -> its image (RGB) from the notes table or the source; None if there is no usable one.
+
+    It never reads outside the source, nor decodes an image of more than `max_pixels`.
+    """
     allow_pixels(max_pixels)
 
-    def picture(note_id: str) -> Image.Image | None:
+    def image(note_id: str) -> Image.Image | None:
         row = pq.read_table(notes, columns=["image_path", "image"], filters=[("note_id", "==", note_id)])
         return read_image(source, row["image_path"][0].as_py(), row["image"][0].as_py(), max_pixels)[2]
 
-    return picture
+    return image
 
 
 def _scored(queries: Sequence[str], table: Embeddings, pool: Embeddings) -> list[tuple[str, np.ndarray]]:

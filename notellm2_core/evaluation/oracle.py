@@ -1,8 +1,8 @@
-"""What perfect knowledge of one modality could recall, where a source says so: a source may ship `oracle.parquet`.
+"""The recall that perfect knowledge of text, of the image, or of both can reach, if the source has `oracle.parquet`.
 
-Its columns are note_id, text_key and image_key (strings, null where a note's text or picture says nothing). A note
-scores the number of keys that it shares with the query; all that score alike tie, so the expected recall under random
-tie order is exactly what text alone, the picture alone, or both together can explain.
+Its columns are note_id, text_key and image_key (strings; null if the text or the image carries no signal). A note's
+score is the number of keys that it shares with the query. Equal scores tie, so the expected recall under random tie
+order is exactly what text alone, the image alone, or both can explain.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ class Oracle:
     """The keys of every note."""
 
     def __init__(self, path: Path) -> None:
-        """Read oracle.parquet. Raises ValueError naming the columns that it lacks."""
-        lacking = [c for c in COLUMNS if c not in pq.read_schema(path).names]
-        if lacking:
-            raise ValueError(f"{path} lacks the columns {lacking}; an oracle has {list(COLUMNS)}.")
+        """Read oracle.parquet. Raises ValueError naming missing columns."""
+        missing = [c for c in COLUMNS if c not in pq.read_schema(path).names]
+        if missing:
+            raise ValueError(f"{path} lacks the columns {missing}; an oracle has {list(COLUMNS)}.")
         table = pq.read_table(path, columns=list(COLUMNS)).to_pydict()
         self._keys = {
             column: {i: key for i, key in zip(table["note_id"], table[column], strict=True) if key is not None}
@@ -30,7 +30,7 @@ class Oracle:
         }
 
     def rows(self, inputs: str, pool_ids: Sequence[str]) -> Callable[[Sequence[str]], np.ndarray]:
-        """Score rows (queries -> [Q, M]) for what an oracle of these inputs (text | image | multimodal) knows."""
+        """The scores (query ids -> [Q, M]) of an oracle that knows these inputs (text | image | multimodal)."""
         codes, pool = {}, {}
         for column in KEYS[inputs]:
             names = {key: n for n, key in enumerate(sorted(set(self._keys[column].values())))}

@@ -1,11 +1,12 @@
-"""Exact Recall@k by counting: a pair's rank is 1 + the number of pool notes, without the query, that score higher.
+"""Exact Recall@k by counting: a pair's rank is 1 + the number of candidates that score higher than its target.
 
-numpy only. No sort and no top-k search: every pool note is compared, in chunks of queries.
+The candidates are the notes of the pool without the query. numpy only; no sort and no top-k search: a target is
+compared with every candidate, in chunks of queries.
 
-Ties. A target that ties with t other notes has, under a random order of the ties, each of the ranks h+1 .. h+t+1 with
-the same probability (h: notes strictly higher). *The* recall is the expectation under that random order: it neither
-flatters nor punishes a method that gives many notes one score (BM25 gives 0, an image without text a constant). The
-worst and the best order are reported as bounds beside it.
+Ties. In a random order of the ties, a target that ties with t other notes has each of the ranks h+1 .. h+t+1 with the
+same probability (h: notes that score strictly higher). The recall is the expectation over that order: it neither
+favours nor punishes a method that gives many notes one score (BM25 gives 0, an image without text a constant). The
+worst and the best order are reported as bounds.
 
 P: pairs, Q: queries of a chunk, M: notes of the pool, d: embedding width.
 """
@@ -20,7 +21,7 @@ from notellm2_core.embeddings.table import Embeddings
 # Scores [Q, M] of queries against the whole pool, in the pool's order.
 ScoreRows = Callable[[Sequence[str]], np.ndarray]
 
-CHUNK_SCORES = 1 << 24  # scores held at a time: 64 MB in fp32
+CHUNK_SCORES = 1 << 24  # scores in memory at a time: 64 MB in fp32
 CHUNK_POOL = 1 << 16  # pool rows converted to fp64 at a time
 
 
@@ -37,11 +38,11 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where each pair's target stands among its candidates: the pool without the query. All arrays are [P] int64."""
+    """The rank of each pair's target among its candidates, the pool without the query. All arrays are [P] int64."""
 
     higher: np.ndarray  # candidates that score strictly higher than the target
     ties: np.ndarray  # other candidates with exactly the target's score
-    candidates: np.ndarray  # how many there are, the target included
+    candidates: np.ndarray  # number of candidates, the target included
 
     def select(self, mask: np.ndarray) -> "Ranks":
         """The pairs where `mask` [P] is true."""
@@ -50,27 +51,27 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Recall:
-    """Recall@k in percent over `num_pairs` pairs; None where there is no pair."""
+    """Recall@k in percent over `num_pairs` pairs; None without pairs."""
 
     k: int
     num_pairs: int
-    expected: float | None  # under a random order of ties: the figure to quote
+    expected: float | None  # under a random order of ties: the value to quote
     pessimistic: float | None  # the target comes last among its ties
     optimistic: float | None  # the target comes first
 
 
 def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, chunk: int | None = None) -> Ranks:
-    """Ranks of all pairs from any score function: `score_rows(queries)` gives [Q, M] scores in the order of `pool_ids`.
+    """The ranks of all pairs by any score function: `score_rows(queries)` returns [Q, M] in the order of `pool_ids`.
 
-    `chunk` is the number of queries scored at a time (default: what fits CHUNK_SCORES).
-    Raises ValueError where a target is not in the pool, a pair is a note with itself, or a score is not finite.
+    `chunk`: queries scored at a time (default: as CHUNK_SCORES allows). Raises ValueError if the pool repeats a note, a
+    target is not in it, a pair relates a note to itself, or a score is not finite.
     """
     column = {note_id: c for c, note_id in enumerate(pool_ids)}
     if len(column) != len(pool_ids):
         raise ValueError(f"{len(pool_ids) - len(column)} notes come twice in the pool; it must name each note once.")
-    absent = [t for t in pairs.target_ids if t not in column]
-    if absent:
-        raise ValueError(f"the targets of {len(absent)} pairs are not in the pool (the first is {absent[0]!r}).")
+    missing = [t for t in pairs.target_ids if t not in column]
+    if missing:
+        raise ValueError(f"the targets of {len(missing)} pairs are not in the pool (the first is {missing[0]!r}).")
     selves = sum(q == t for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True))
     if selves:
         raise ValueError(f"{selves} pairs relate a note to itself; remove them.")
@@ -94,9 +95,9 @@ def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, ch
             index = pairs_of[query]
             target = row[[column[pairs.target_ids[i]] for i in index]][:, None]  # [pairs of the query, 1]
             higher[index] = (row > target).sum(axis=1)
-            ties[index] = (row == target).sum(axis=1) - 1  # without the target itself
+            ties[index] = (row == target).sum(axis=1) - 1  # except the target itself
             candidates[index] = len(pool_ids)
-            if query in column:  # the query is no candidate: take it out of the counts again
+            if query in column:  # the query is no candidate: subtract it
                 own = row[column[query]]
                 higher[index] -= (own > target)[:, 0]
                 ties[index] -= (own == target)[:, 0]
@@ -105,11 +106,11 @@ def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, ch
 
 
 def cosine_rows(queries: Embeddings, pool: Embeddings) -> ScoreRows:
-    """Inner products of unit vectors as fp32 scores.
+    """Cosines of unit vectors, as fp32 scores.
 
-    They are summed in fp64 and rounded to fp32 once: the products of two fp32 numbers are exact in fp64, so the
-    score is the correctly rounded one whatever the chunk, the BLAS or the number of threads. Two notes with the
-    same vector then tie exactly, which a matrix product in fp32 does not promise.
+    Products of two fp32 numbers are exact in fp64; they are summed in fp64 and rounded to fp32 once. A score is
+    therefore correctly rounded for every chunk size, BLAS and number of threads, and two notes with the same vector tie
+    exactly, which a matrix product in fp32 does not guarantee.
     """
 
     def rows(query_ids: Sequence[str]) -> np.ndarray:
@@ -124,7 +125,7 @@ def cosine_rows(queries: Embeddings, pool: Embeddings) -> ScoreRows:
 
 
 def target_ranks(queries: Embeddings, pool: Embeddings, pairs: Pairs, chunk: int | None = None) -> Ranks:
-    """Ranks of the targets by cosine. Raises ValueError with the number of pairs that have a note without embedding."""
+    """The ranks of the targets by cosine. Raises ValueError with the number of pairs whose notes lack an embedding."""
     missing = sum(
         q not in queries.positions or t not in pool.positions
         for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True)
@@ -137,9 +138,9 @@ def target_ranks(queries: Embeddings, pool: Embeddings, pairs: Pairs, chunk: int
 
 
 def recall_at(ranks: Ranks, ks: Sequence[int]) -> list[Recall]:
-    """Recall@k for each k: with h notes higher and t ties, a target is found with probability (k - h) / (t + 1).
+    """Recall@k for each k, in percent: the mean over the pairs of the probability that the target is in the top k.
 
-    The probability is clipped to [0, 1]; the mean over the pairs is given in percent.
+    With h notes higher and t ties, that is (k - h) / (t + 1), clipped to [0, 1]. Raises ValueError for a k below 1.
     """
     if any(k < 1 for k in ks):
         raise ValueError(f"evaluation.ks = {list(ks)}: every k must be 1 or more.")
@@ -147,8 +148,8 @@ def recall_at(ranks: Ranks, ks: Sequence[int]) -> list[Recall]:
     if num_pairs == 0:
         return [Recall(k, 0, None, None, None) for k in ks]
 
-    def percent(found: np.ndarray) -> float:
-        return 100 * float(found.mean())
+    def percent(hits: np.ndarray) -> float:
+        return 100 * float(hits.mean())
 
     return [
         Recall(

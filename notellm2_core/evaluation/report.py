@@ -1,4 +1,4 @@
-"""The recall report: rows of figures, as JSON for programs, as a Markdown table and a plot for people. No torch."""
+"""The recall report: JSON for programs, a Markdown table and a plot for people. No torch."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from notellm2_core.evaluation.recall import Ranks, Recall, recall_at
 
-# The order of the table: what knows nothing first, then what is not trained, then what is, and what cannot be beaten.
+# The order of the table: floors, untrained baselines, trained methods, and last the oracle, which cannot be beaten.
 FIRST = {"random": "random", "popularity": "popularity", "bm25": "BM25", "minilm": "MiniLM", "zero_shot": "zero-shot"}
 LAST = {"oracle": "oracle"}
 INPUTS = ("", "multimodal", "image", "text")
@@ -22,25 +22,25 @@ class Row:
     """Recall@k of one method with one kind of input on one slice."""
 
     method: str
-    inputs: str  # "multimodal" | "image" | "text" | "": the method reads no note
+    inputs: str  # "multimodal" | "image" | "text" | "" (reads no note)
     slice: str
     recalls: tuple[Recall, ...]
 
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, and the facts that make them readable."""
+    """All rows, and what puts them into context."""
 
     rows: tuple[Row, ...]
     ks: tuple[int, ...]
     num_pairs: Mapping[str, int]  # by slice
     pool_notes: int
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    context: Mapping[str, Any] = field(default_factory=dict)  # e.g. chance, mean_cosine; keys of recall.json
 
     def recall(self, method: str, inputs: str = "multimodal", slice: str = "all", k: int | None = None) -> float | None:
-        """The expected Recall@k in percent (k: the smallest by default); None where the slice is empty.
+        """The expected Recall@k in percent (default k: the smallest); None if the slice is empty.
 
-        Raises ValueError where the report has no such row.
+        Raises ValueError if the report has no such row.
         """
         k = k or min(self.ks)
         for row in self.rows:
@@ -51,9 +51,9 @@ class Report:
         raise ValueError(f"the report has no Recall@{k} of {method} with {inputs or 'no'} input on slice {slice!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """What recall.json holds. Recalls are in percent, null where a slice has no pairs."""
+        """The content of recall.json. Recalls are in percent; null if a slice has no pairs."""
 
-        def figures(row: Row, name: str) -> dict[str, float | None]:
+        def by_k(row: Row, name: str) -> dict[str, float | None]:
             return {str(r.k): getattr(r, name) for r in row.recalls}
 
         return {
@@ -66,13 +66,13 @@ class Report:
                     "input": row.inputs,
                     "slice": row.slice,
                     "num_pairs": self.num_pairs[row.slice],
-                    "recall": figures(row, "expected"),
-                    "recall_pessimistic": figures(row, "pessimistic"),
-                    "recall_optimistic": figures(row, "optimistic"),
+                    "recall": by_k(row, "expected"),
+                    "recall_pessimistic": by_k(row, "pessimistic"),
+                    "recall_optimistic": by_k(row, "optimistic"),
                 }
                 for row in self.rows
             ],
-            **self.facts,
+            **self.context,
         }
 
 
@@ -81,26 +81,26 @@ def build_report(
     masks: Mapping[str, np.ndarray],
     ks: Sequence[int],
     pool_notes: int,
-    facts: Mapping[str, Any] | None = None,
+    context: Mapping[str, Any] | None = None,
 ) -> Report:
-    """A report from the ranks of each (method, inputs) and the slices' masks over the pairs."""
+    """The report of `ranks`, by (method, inputs), on the slices of `masks`, by name [P]."""
     rows = tuple(
         Row(method, inputs, name, tuple(recall_at(ranks[method, inputs].select(mask), ks)))
         for method, inputs in sorted(ranks, key=_order(list(ranks)))
         for name, mask in masks.items()
     )
-    return Report(rows, tuple(ks), {n: int(m.sum()) for n, m in masks.items()}, pool_notes, facts or {})
+    return Report(rows, tuple(ks), {n: int(m.sum()) for n, m in masks.items()}, pool_notes, context or {})
 
 
 def label(method: str) -> str:
-    """How a method is called in tables and plots."""
+    """A method's name in tables and plots."""
     return {**FIRST, **LAST}.get(method, f"{method}, fine-tuned")
 
 
 def to_markdown(report: Report, slices: Sequence[str] = TABLE_SLICES) -> str:
-    """The table people read: a row per method and input, Recall@k in percent per slice, the best in bold.
+    """The table for people: a row per method and input, Recall@k in percent by slice, the best in bold.
 
-    Oracles compete with nobody. An empty slice shows dashes.
+    Oracles are never bold. An empty slice has dashes.
     """
     cells = {
         (r.method, r.inputs, r.slice, c.k): None if c.expected is None else round(c.expected, DIGITS)
@@ -129,7 +129,7 @@ def to_markdown(report: Report, slices: Sequence[str] = TABLE_SLICES) -> str:
 
 
 def to_plot(report: Report, slice: str = "all") -> bytes:
-    """Bars of Recall@k for every row of one slice, one panel per k. PNG bytes."""
+    """Bars of Recall@k of every row of one slice, one panel per k. PNG bytes."""
     from matplotlib.figure import Figure  # no pyplot: it keeps state and looks for a display; a Figure draws with Agg
 
     rows = [r for r in report.rows if r.slice == slice]
@@ -153,9 +153,9 @@ def to_plot(report: Report, slice: str = "all") -> bytes:
     return out.getvalue()
 
 
-def _order(given: list[tuple[str, str]]) -> Any:
-    """A sort key: FIRST in its order, other methods as they were given, LAST; then the inputs."""
-    middle = list(dict.fromkeys(m for m, _ in given if m not in FIRST and m not in LAST))
+def _order(rows: list[tuple[str, str]]) -> Any:
+    """The sort key of `rows`: FIRST in its order, other methods in the order of `rows`, LAST; then the inputs."""
+    middle = list(dict.fromkeys(m for m, _ in rows if m not in FIRST and m not in LAST))
     methods = {m: n for n, m in enumerate([*FIRST, *middle, *LAST])}
 
     def key(row: tuple[str, str]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from notellm2_core.config.settings import Config
 from notellm2_core.evaluation import saliency_report
-from notellm2_core.evaluation.evaluate import evaluate, neighbour_sheet, picture_reader
+from notellm2_core.evaluation.evaluate import evaluate, image_reader, neighbour_sheet
 from notellm2_core.evaluation.report import Report, to_markdown, to_plot
 
 ORACLE = "oracle.parquet"
@@ -15,23 +15,23 @@ ORACLE = "oracle.parquet"
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """The folders that a report is made from."""
+    """The datasets that a report is made from."""
 
-    source: Path  # of the images; a source may have an oracle.parquet, too
+    source: Path  # holds the images, and maybe an oracle.parquet
     notes: Path
     pairs: Path
-    clicks: Path  # clicks per note, for the popularity baseline
+    clicks: Path  # TARGET_CLICKS, for the popularity baseline
     model: Path  # the trained model
-    embeddings: Path  # with a folder for each input
-    initial_embeddings: Path  # of the model before training, likewise
+    embeddings: Path  # a folder for each kind of input
+    initial_embeddings: Path  # likewise, by the initial model
     baseline_embeddings: Path
     saliency: Path
 
 
 def write_report(config: Config, inputs: ReportInputs, out: Path) -> dict[str, Any]:
-    """Measure, and write the files of the report into `out`; those of the saliency only where it was measured.
+    """Evaluate, and write the files of the report into `out`; those of the saliency only if it was measured.
 
-    Returns R@k by method, input and slice, in percent, nested: {"notellm2": {"multimodal": {"all": {"10": ...}}}}.
+    Returns Recall@k by method, input and slice, in percent, nested: {"notellm2": {"multimodal": {"all": {"10": ...}}}}.
     """
     folders: dict[tuple[str, str], Path] = {
         (config.model.method, folder.name): folder for folder in _inputs(inputs.embeddings)
@@ -50,30 +50,30 @@ def write_report(config: Config, inputs: ReportInputs, out: Path) -> dict[str, A
     if (record := saliency_report.read_saliency(inputs.saliency)) is not None:
         (out / "saliency.md").write_text(saliency_report.to_markdown(record))
         (out / "saliency.png").write_bytes(saliency_report.to_plot({record["method"]: record}))
-    picture = picture_reader(inputs.notes, inputs.source, config.source.max_image_pixels)
+    image = image_reader(inputs.notes, inputs.source, config.source.max_image_pixels)
     sheet = neighbour_sheet(
         inputs.embeddings / "multimodal",
         inputs.notes,
         inputs.pairs,
         config.evaluation.num_sheet_queries,
-        picture,
+        image,
         config.seed,
     )
     (out / "neighbours.jpg").write_bytes(sheet)
-    return _figures(report)
+    return _recalls(report)
 
 
 def _inputs(embeddings: Path) -> list[Path]:
     return sorted(p for p in embeddings.iterdir() if p.is_dir())
 
 
-def _figures(report: Report) -> dict[str, Any]:
-    """The recalls as nested figures; a cold slice that is empty, or holds all pairs, says nothing of its own."""
+def _recalls(report: Report) -> dict[str, Any]:
+    """Recall@k by method, input, slice and k, without cold slices that are empty or equal to all pairs."""
     whole = report.num_pairs["all"]
-    silent = {name for name in ("cold_query", "cold_target") if report.num_pairs[name] in (0, whole)}
-    figures: dict[str, Any] = {}
-    for row in (row for row in report.rows if row.slice not in silent):
-        figures.setdefault(row.method, {}).setdefault(row.inputs or "-", {})[row.slice] = {
+    redundant = {name for name in ("cold_query", "cold_target") if report.num_pairs[name] in (0, whole)}
+    recalls: dict[str, Any] = {}
+    for row in (row for row in report.rows if row.slice not in redundant):
+        recalls.setdefault(row.method, {}).setdefault(row.inputs or "-", {})[row.slice] = {
             str(recall.k): recall.expected for recall in row.recalls if recall.expected is not None
         }
-    return figures
+    return recalls

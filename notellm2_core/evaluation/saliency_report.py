@@ -1,8 +1,8 @@
-"""Saliency for people: the shares of S_v, S_t and S_o per layer (Figures 3 and 4) as a table and a plot. No torch.
+"""The saliency report: the shares of S_v, S_t and S_o per layer (Figures 3 and 4) as a table and a plot. No torch.
 
     python -m notellm2_core.evaluation.saliency_report basic=DIR notellm2=DIR --out FILE.png     (Figure 4)
 
-DIR: what `notellm2_core.training.measure_saliency` wrote.
+DIR: a folder that `notellm2_core.training.measure_saliency` wrote.
 """
 
 import argparse
@@ -22,25 +22,25 @@ SCORES = {
 }
 BAR_WIDTH = 20  # characters
 
-Record = Mapping[str, Any]  # of saliency.json
+Record = Mapping[str, Any]  # the object of saliency.json
 Shares = dict[str, float | None]
 
 
 def read_saliency(folder: Path) -> Record | None:
-    """saliency.json of `folder`; None where nothing was measured (evaluation.saliency_pairs = 0)."""
+    """saliency.json of `folder`; None if saliency was not measured (evaluation.saliency_pairs = 0)."""
     file = folder / "saliency.json"
-    found: Record | None = json.loads(file.read_text()) if file.exists() else None
-    return found
+    record: Record | None = json.loads(file.read_text()) if file.exists() else None
+    return record
 
 
 def shares(layer: Mapping[str, float | None]) -> Shares:
-    """Each score as a share of the sum of those that are defined; None where it is not, or where all are 0."""
+    """Each score as a share of the sum of the defined scores; None if it is undefined or all are 0."""
     total = sum(score for score in layer.values() if score is not None)
     return {name: None if score is None or not total else score / total for name, score in layer.items()}
 
 
 def to_markdown(record: Record) -> str:
-    """A row per layer: the three shares in percent, and the same as a bar of characters."""
+    """A row per layer: the three shares in percent, and as a bar of characters."""
     names = [name for name, _, _ in SCORES.values()]
     key = " ".join(f"{sign} {name}" for name, sign, _ in SCORES.values())
     left_out = f" ({n:,} without an image left out)" if (n := record["num_without_image"]) else ""
@@ -53,23 +53,23 @@ def to_markdown(record: Record) -> str:
         "| ---: | ---: | ---: | ---: | --- |",
     ]
     for number, layer in enumerate(record["layers"], start=1):
-        found = shares(layer)
-        cells = ["–" if share is None else f"{100 * share:.1f}" for share in found.values()]
-        lines.append(f"| {number} | {' | '.join(cells)} | {_bar(found)} |")
+        layer_shares = shares(layer)
+        cells = ["–" if share is None else f"{100 * share:.1f}" for share in layer_shares.values()]
+        lines.append(f"| {number} | {' | '.join(cells)} | {_bar(layer_shares)} |")
     return "\n".join([*lines, ""])
 
 
 def to_plot(records: Mapping[str, Record]) -> bytes:
-    """Shares by layer, one panel per model (label -> record), as in Figures 3 and 4. PNG bytes."""
+    """Shares by layer, one panel per model (label -> record), as Figures 3 and 4. PNG bytes."""
     from matplotlib.figure import Figure  # no pyplot: it keeps state and looks for a display; a Figure draws with Agg
 
     figure = Figure(figsize=(3.8 * len(records) + 0.8, 3.2), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(records), sharey=True, squeeze=False)[0]
     for panel, (label, record) in zip(panels, records.items(), strict=True):
         layers = range(1, len(record["layers"]) + 1)
-        found = [shares(layer) for layer in record["layers"]]
+        by_layer = [shares(layer) for layer in record["layers"]]
         for score, (name, _, colour) in SCORES.items():
-            values = [float("nan") if (share := row[score]) is None else share for row in found]
+            values = [float("nan") if (share := row[score]) is None else share for row in by_layer]
             panel.plot(layers, values, label=f"${name}$", color=colour, marker="o", markersize=3)
         panel.set_title(label, fontsize=10)
         panel.set_xlabel("layer", fontsize=9)
@@ -84,16 +84,16 @@ def to_plot(records: Mapping[str, Record]) -> bytes:
 
 
 def visual_shares(record: Record) -> dict[str, float]:
-    """S_v's share by layer, for tracking; without the layers where it is not defined."""
-    found = {str(n): shares(layer)["visual"] for n, layer in enumerate(record["layers"], start=1)}
-    return {n: share for n, share in found.items() if share is not None}
+    """S_v's share by layer number, for tracking; without layers where it is undefined."""
+    by_layer = {str(n): shares(layer)["visual"] for n, layer in enumerate(record["layers"], start=1)}
+    return {n: share for n, share in by_layer.items() if share is not None}
 
 
-def _bar(found: Shares) -> str:
-    """BAR_WIDTH characters, shared out by rounding the ends of the parts, so that they always fill it; – for none."""
+def _bar(layer_shares: Shares) -> str:
+    """A bar of BAR_WIDTH characters, – without shares. The ends of its parts are rounded, so they always fill it."""
     bar, end = "", 0.0
     for score, (_, sign, _) in SCORES.items():
-        end += found[score] or 0.0
+        end += layer_shares[score] or 0.0
         bar += sign * (round(end * BAR_WIDTH) - len(bar))
     return f"`{bar}`" if bar else "–"
 

@@ -1,7 +1,7 @@
 """The slices of the test pairs: short, long and cold notes as query or as target (sections 4.1 and C of the paper).
 
-A note's length is the number of tokens of its whole plain text under text.length_tokenizer; pin one there, and the
-slices stay the same whatever model is evaluated (without, they are counted in the model's own tokens).
+A note's length is the number of tokens of its whole plain text. text.length_tokenizer names the tokenizer, which makes
+the slices of all models equal; by default it is the model's own.
 """
 
 from collections.abc import Collection, Mapping
@@ -18,9 +18,9 @@ BATCH_NOTES = 1000
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The fast tokenizer in a folder (its tokenizer.json), or under a hub name.
+    """The fast tokenizer of a folder (its tokenizer.json) or of a hub name.
 
-    Raises ValueError where there is none.
+    Raises ValueError if the folder has none or the hub does not provide it.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -30,12 +30,12 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return Tokenizer.from_file(str(file))
     try:
         return Tokenizer.from_pretrained(str(name))
-    except Exception as e:  # the hub client raises its own kinds, without a common base
+    except Exception as e:  # the hub client's exceptions have no common base
         raise ValueError(f"text.length_tokenizer = {name} is neither a folder nor reachable on the hub ({e}).") from e
 
 
 def token_lengths(notes: Mapping[str, Note], tokenizer: Tokenizer) -> dict[str, int]:
-    """Tokens of each note's plain text, without special tokens and without truncation."""
+    """The number of tokens of each note's plain text, without special tokens and truncation."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     ids = list(notes)
@@ -50,9 +50,10 @@ def token_lengths(notes: Mapping[str, Note], tokenizer: Tokenizer) -> dict[str, 
 def slice_masks(
     pairs: Pairs, lengths: Mapping[str, int], short: int, long: int, cold: Collection[str] = frozenset()
 ) -> dict[str, np.ndarray]:
-    """Boolean masks [P] over the pairs, by slice name: short is fewer than `short` tokens, long more than `long`.
+    """Boolean masks [P] over the pairs, by slice name. Short: fewer than `short` tokens; long: more than `long`.
 
-    cold: the notes that nobody met in the training days. A model knows nothing of them but their content.
+    cold: notes without an interaction in the training days, of which a model knows only the content. Raises ValueError
+    if `lengths` lacks a note of the pairs.
     """
     missing = {i for i in (*pairs.query_ids, *pairs.target_ids) if i not in lengths}
     if missing:

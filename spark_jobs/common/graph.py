@@ -1,4 +1,4 @@
-"""Groups of notes that belong together: connected components, near-duplicates, clusters of related notes."""
+"""Groups of notes in a graph: connected components, near-duplicates, clusters of strongest neighbours."""
 
 from functools import reduce
 
@@ -7,30 +7,30 @@ from pyspark.sql import functions as F
 
 
 def components(edges: DataFrame) -> DataFrame:
-    """Undirected edges (a, b) -> (node, component): the smallest node that can be reached names the component.
+    """Undirected edges (a, b) -> (node, component): a component is named by its smallest node.
 
-    Every round takes the smallest label among a node's neighbours and then that label's own label, so that even a
-    chain needs only about log2(length) rounds; the loop ends when no label changes.
+    Each round gives a node the smallest label among its neighbours, then that label's own label (pointer jumping), so
+    a chain needs about log2(length) rounds. The loop ends when no label changes.
     """
     ends = edges.select("a", "b").union(edges.select("b", "a"))
-    ends = computed(ends.union(ends.select("a", F.col("a").alias("b"))).distinct())  # a node is its own neighbour
+    ends = checkpointed(ends.union(ends.select("a", F.col("a").alias("b"))).distinct())  # a node is its own neighbour
     labels = ends.select(F.col("a").alias("node"), F.col("a").alias("component")).distinct()
     while True:
         before = F.max(F.when(F.col("a") == F.col("b"), F.col("component"))).alias("before")
         hop = ends.join(labels, F.col("b") == F.col("node")).groupBy("a").agg(F.min("component").alias("hop"), before)
         jump = hop.select(F.col("a").alias("via"), F.col("hop").alias("component"))
         moved = hop.join(jump, F.col("hop") == F.col("via")).select(F.col("a").alias("node"), "before", "component")
-        moved = computed(moved)
+        moved = checkpointed(moved)
         labels = moved.select("node", "component")
         if not moved.filter(F.col("before") != F.col("component")).head(1):
             return labels
 
 
-def computed(df: DataFrame) -> DataFrame:
-    """`df` with its rows computed and its past forgotten, for loops.
+def checkpointed(df: DataFrame) -> DataFrame:
+    """`df` with its rows computed and its lineage cut, for loops.
 
-    A checkpoint alone remembers the estimated size, and estimates multiply with every join: after some rounds Spark
-    spends minutes on numbers of millions of digits. Taken from the cache, the size is the measured one.
+    A checkpoint alone keeps the estimated size, and estimates multiply with every join: after some rounds Spark spends
+    minutes on numbers of millions of digits. A checkpoint of the cached table has the measured size instead.
     """
     cached = df.persist()
     cached.count()
@@ -40,19 +40,18 @@ def computed(df: DataFrame) -> DataFrame:
 
 
 def near_duplicates(notes: DataFrame, images: DataFrame | None = None) -> DataFrame:
-    """NOTES -> (note_id, group_id): notes with the same text or the same picture share a group, also in a chain.
+    """NOTES -> (note_id, group_id): notes with the same text or the same image share a group, transitively.
 
-    Text is the same after lower-casing and collapsing white space, over title, topics and content; notes without text
-    have no text in common. A picture is the same by its bytes or its perceptual hash in `images` (NOTE_IMAGES), without
-    them by its path or its bytes.
-    The group is named by its smallest note id.
+    Texts (title, topics and content) are compared lower-cased, with white space collapsed; an empty text equals no
+    other. Images are compared by their bytes and their perceptual hash in `images` (NOTE_IMAGES); without `images`, by
+    their path and their bytes. A group is named by its smallest note id.
     """
     text = F.concat_ws(" ", "title", F.array_join("topics", " "), "content")
     words = F.btrim(F.regexp_replace(F.lower(text), r"\s+", " "))
     keys: list[tuple[DataFrame, Column]] = [
         (notes, F.when(words != "", F.sha2(words, 256))),
     ]
-    if images is not None:  # one path may stand for "no picture" in many notes: only usable pictures have an image_id
+    if images is not None:  # many notes may share the path of a placeholder: only usable images have an image_id
         keys += [(images, F.col("image_id")), (images, F.col("perceptual_hash"))]
     else:
         keys += [(notes, F.col("image_path")), (notes, F.sha2("image", 256))]
@@ -71,8 +70,8 @@ def near_duplicates(notes: DataFrame, images: DataFrame | None = None) -> DataFr
 def clusters(edges: DataFrame) -> DataFrame:
     """Weighted edges (a, b, score) -> (node, cluster): every node joins its strongest neighbour.
 
-    Strongest: most edges between the two, then the highest score, then the smallest id (the first step of first-
-    neighbour clustering, https://arxiv.org/abs/1902.11266). Clusters are small where the whole graph hangs together.
+    The first step of first-neighbour clustering (https://arxiv.org/abs/1902.11266). The strongest neighbour has the
+    most edges to the node, then the highest score, then the smallest id. Clusters stay small in a connected graph.
     """
     both = edges.select("a", "b", "score").union(edges.select("b", "a", "score"))
     links = both.groupBy("a", "b").agg(F.count("*").alias("links"), F.max("score").alias("score"))
@@ -81,7 +80,7 @@ def clusters(edges: DataFrame) -> DataFrame:
     return components(strongest).withColumnRenamed("component", "cluster")
 
 
-def position(name: Column, salt: str) -> Column:
-    """A fixed place of `name` in [0, 1): the first 52 bits of the SHA-256 of `salt` and `name`."""
+def hash_position(name: Column, salt: str) -> Column:
+    """A hash of `name` in [0, 1): the first 52 bits of the SHA-256 of `salt` and `name`."""
     digits = F.substring(F.sha2(F.concat(F.lit(salt), name), 256), 1, 13)
     return F.conv(digits, 16, 10).cast("double") / float(1 << 52)

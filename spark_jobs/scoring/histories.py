@@ -1,8 +1,8 @@
-"""Eq. 2, first half: from interactions to the lists that the pairs are made of. Whole users, in numpy.
+"""Eq. 2, first half: from interactions to user histories, in numpy.
 
-A user's clicked notes lie in the order of their last clicks. So the targets of a viewed note are the rest of that list
-from one place on: no times are kept, and every pair that is made counts. The lists are cut into blocks by the viewed
-note: a block holds all views of its notes, each with the clicks that follow, and is scored by itself.
+A user's clicked notes are sorted by their last clicks. The targets of a viewed note are then a suffix of that list: no
+times are stored, and every (view, click) of the suffix is a pair that counts. Histories are cut into blocks by the
+viewed note. A block holds all views of its notes, each with the clicks that follow, and is scored by itself.
 """
 
 from collections.abc import Iterator
@@ -18,27 +18,27 @@ from spark_jobs.scoring.arrays import Floats, Ints, ragged, run_starts
 
 Follows = Literal["later", "not earlier", "any"]
 
-NEVER = np.iinfo(np.int64).min  # the last click on a note that was not clicked
+NEVER = np.iinfo(np.int64).min  # last_click of a note that was not clicked
 HISTORIES = pa.schema(
     [
         pa.field("num_clicked", pa.int32()),  # N_u: the distinct notes that the user clicked, before any cap
         pa.field("views", pa.list_(pa.int32())),  # notes
-        pa.field("skips", pa.list_(pa.int32())),  # for each view: how many clicks do not follow it
-        pa.field("clicks", pa.list_(pa.int32())),  # notes, by their last click
+        pa.field("skips", pa.list_(pa.int32())),  # for each view: the number of clicks before its suffix
+        pa.field("clicks", pa.list_(pa.int32())),  # notes, sorted by their last click
     ]
 )
-_CLICKS_AT_A_TIME = 1 << 22  # of one piece, so that it stays a small row for Spark
+_CLICKS_AT_A_TIME = 1 << 22  # in one chunk, so that it is a small row for Spark
 
 
 @dataclass(frozen=True)
 class Capped:
-    """What a cap has cut. A user adds at most 1 / N_u to any one score, and so has cut at most that from it."""
+    """What the cap `max_notes` has cut. Cutting a user takes at most 1 / N_u from any score."""
 
-    users: int
+    users: int  # users of which something was cut
     loss: float  # the sum of 1 / N_u over these users
-    note: Ints  # notes that some of them have viewed, or clicked, and lost
-    clicked: npt.NDArray[np.bool_]  # of each such note: whether it was lost from the clicks, or from the views
-    note_loss: Floats  # the sum of 1 / N_u over the users that have lost it
+    note: Ints  # [C] notes that were cut from a user's views or clicks
+    clicked: npt.NDArray[np.bool_]  # [C] whether from the clicks
+    note_loss: Floats  # [C] the sum of 1 / N_u over the users that it was cut from
 
 
 NOTHING_CAPPED = Capped(0, 0.0, np.empty(0, np.int64), np.empty(0, bool), np.empty(0))
@@ -46,18 +46,17 @@ NOTHING_CAPPED = Capped(0, 0.0, np.empty(0, np.int64), np.empty(0, bool), np.emp
 
 @dataclass(frozen=True)
 class Histories:
-    """All users' lists, one after the other; users are numbered from 0."""
+    """The histories of all users, concatenated; users are numbered from 0. V: views, K: clicks, U: users."""
 
-    user: Ints  # of each view, ascending
-    view: Ints
-    start: Ints  # of each view: the first place in `click` that follows it
-    click: Ints
-    end: Ints  # of each user: the end of its clicks
-    num_clicked: Ints  # of each user: N_u
+    user: Ints  # [V] ascending
+    view: Ints  # [V] notes
+    start: Ints  # [V] index of the first click that follows the view
+    click: Ints  # [K] notes, by user and last click
+    end: Ints  # [U] index after the user's last click
+    num_clicked: Ints  # [U] N_u
 
-    def pieces(self, num_blocks: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """(block, HISTORIES), by block: note mod `num_blocks`. A user has a row in every block with a note it
-        viewed."""
+    def chunks(self, num_blocks: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """(block, HISTORIES), by block: note mod `num_blocks`. A user has a row in each block that has a view of it."""
         block = self.view % num_blocks
         size = np.diff(self.end, prepend=0)
         group = block + num_blocks * (np.cumsum(size) // _CLICKS_AT_A_TIME)[self.user]
@@ -68,7 +67,7 @@ class Histories:
             yield int(block[views[0]]), self._rows(views)
 
     def _rows(self, views: Ints) -> pa.RecordBatch:
-        """HISTORIES of some views, whose users ascend."""
+        """HISTORIES of the views with these indices, sorted by user."""
         user, start = self.user[views], self.start[views]
         first = run_starts(user)
         users, num_views = user[first], np.diff(np.append(first, len(user)))
@@ -86,12 +85,12 @@ class Histories:
 def histories(
     user: Ints, note: Ints, first_view: Ints, last_click: Ints, follows: Follows, max_notes: int | None
 ) -> tuple[Histories, Capped]:
-    """Interactions (at least one; several of one user and note add up) -> lists, and what the cap has cut.
+    """Interactions -> histories, and what the cap has cut. Arrays [n], n >= 1; rows of one user and note are merged.
 
-    `user` and `note` are numbers below 2**31, times have any unit, `last_click` may be NEVER. `follows` says which
-    clicks of a user follow a view; "any" is for notes that were all clicked, and takes the last click for the view. Of
-    each user the `max_notes` notes first viewed latest and the `max_notes` notes last clicked latest stay, ties by
-    number (None: all). N_u is counted before.
+    `user` and `note`: numbers below 2**31. `first_view`, `last_click`: times in any unit; `last_click` may be NEVER.
+    `follows`: which of a user's clicks follow a view; "any" requires that all notes were clicked, and uses the last
+    click as the view. `max_notes`: each user keeps this many latest first views and this many latest last clicks, ties
+    by note number (None: all). N_u counts all clicked notes.
     """
     user, note, first_view, last_click = _merged(user, note, first_view, last_click)
     if follows == "any":
@@ -99,7 +98,7 @@ def histories(
     clicked = last_click > NEVER
     time = _ranks(np.concatenate([first_view, last_click[clicked]]))
     viewed_at, clicked_at = user << 32 | time[: len(user)], user[clicked] << 32 | time[len(user) :]
-    order = np.argsort(clicked_at, kind="stable")  # notes ascend within a user, so ties stand by number
+    order = np.argsort(clicked_at, kind="stable")  # notes ascend within a user, so ties are ordered by number
     clicked_at, click = clicked_at[order], note[clicked][order]
     num_users = int(user[-1]) + 1
     num_clicked, num_viewed = np.bincount(user[clicked], minlength=num_users), np.bincount(user, minlength=num_users)
@@ -108,32 +107,32 @@ def histories(
         start = (end - num_clicked)[user]
     else:
         start = np.searchsorted(clicked_at, viewed_at, side="right" if follows == "later" else "left")
-    kept = np.ones(len(user), bool)
+    is_kept = np.ones(len(user), bool)
     capped = NOTHING_CAPPED
     if max_notes is not None:
         start = np.maximum(start, end[user] - max_notes)
-        kept[_earliest(viewed_at, user, num_viewed, max_notes)] = False
+        is_kept[_earliest(viewed_at, user, num_viewed, max_notes)] = False
         clicker = np.repeat(np.arange(num_users), num_clicked)
         lost = np.arange(len(click)) < (end - max_notes)[clicker]
         cut = (num_clicked > 0) & (num_viewed > max_notes)
-        capped = _capped(num_clicked, cut, user[~kept], note[~kept], clicker[lost], click[lost])
-    kept &= start < end[user]
-    return Histories(user[kept], note[kept], start[kept], click, end, num_clicked), capped
+        capped = _capped(num_clicked, cut, user[~is_kept], note[~is_kept], clicker[lost], click[lost])
+    is_kept &= start < end[user]
+    return Histories(user[is_kept], note[is_kept], start[is_kept], click, end, num_clicked), capped
 
 
 def _capped(
     num_clicked: Ints, cut: npt.NDArray[np.bool_], viewer: Ints, view: Ints, clicker: Ints, click: Ints
 ) -> Capped:
-    """From the views and the clicks that were lost: their users, and their notes."""
-    some = num_clicked[viewer] > 0  # who clicks nothing adds to no score
-    user, note = np.append(viewer[some], clicker), np.append(view[some], click)
-    clicked = np.arange(len(user)) >= some.sum()
+    """`Capped` from the cut views (viewer, view) and the cut clicks (clicker, click); `cut` [U]: the capped users."""
+    counts = num_clicked[viewer] > 0  # a user without clicks adds to no score
+    user, note = np.append(viewer[counts], clicker), np.append(view[counts], click)
+    clicked = np.arange(len(user)) >= counts.sum()
     key, loss = summed(note << 1 | clicked, 1.0 / num_clicked[user])
     return Capped(int(cut.sum()), float((1.0 / np.sort(num_clicked[cut])).sum()), key >> 1, key % 2 == 1, loss)
 
 
 def _merged(user: Ints, note: Ints, first_view: Ints, last_click: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """One row per user and note, by user and note."""
+    """One row per user and note, sorted by both."""
     key = user << 32 | note
     order = np.argsort(key)
     key = key[order]
@@ -147,14 +146,14 @@ def _merged(user: Ints, note: Ints, first_view: Ints, last_click: Ints) -> tuple
 
 
 def _earliest(viewed_at: Ints, user: Ints, num_viewed: Ints, max_notes: int) -> Ints:
-    """The views that a user has beyond the latest `max_notes`."""
+    """The indices of each user's views before its latest `max_notes`."""
     order = np.argsort(viewed_at, kind="stable")  # by user, time, note
-    from_end = np.cumsum(num_viewed)[user] - np.arange(len(user))  # users stay where they are
+    from_end = np.cumsum(num_viewed)[user] - np.arange(len(user))  # sorting moves views within their user only
     return order[from_end > max_notes]
 
 
 def _ranks(values: Ints) -> Ints:
-    """The place of each value among the distinct ones."""
+    """The rank of each value among the distinct values."""
     order = np.argsort(values)
     ordered = values[order]
     ranks = np.empty(len(values), np.int64)
@@ -163,7 +162,7 @@ def _ranks(values: Ints) -> Ints:
 
 
 def summed(key: Ints, value: Floats) -> tuple[Ints, Floats]:
-    """The distinct keys, and the sums of their values: the same, to the last digit, in whatever order they came."""
+    """The distinct keys, and the sum of the values of each, identical to the last digit for every order of the rows."""
     order = np.lexsort((value, key))
     first = run_starts(key[order])
     return key[order][first], np.add.reduceat(value[order], first) if len(first) else value

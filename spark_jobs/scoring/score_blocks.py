@@ -1,9 +1,8 @@
-"""Eq. 2 inside a Spark task: Arrow rows in, Arrow rows out, and the files of scores.
+"""Eq. 2 inside a Spark task: Arrow batches in, Arrow batches and files of scores out.
 
-`build_histories` turns whole users' interactions into lists (`histories.py`), `write_scores` turns the lists of one
-block of
-queries into a file of scores (`eq2.py`). Notes are numbers in between: their places among the ids that `write_note_ids`
-has put into a file, which every worker maps into its memory.
+`build_histories` turns the interactions of whole users into histories (`histories.py`); `write_scores` turns the
+histories of one block of queries into a file of scores (`eq2.py`). In between, a note is its index among the ids that
+`write_note_ids` wrote to a file, which every worker memory-maps.
 """
 
 import math
@@ -25,7 +24,7 @@ from spark_jobs.scoring.histories import HISTORIES, NEVER, histories, summed
 from spark_jobs.scoring.quantiles import SHARES, bin_counts, lower_ends
 from spark_jobs.scoring.swing import swing_scores
 
-_ROWS = pa.schema(
+_INTERACTIONS = pa.schema(
     [
         pa.field("user_id", pa.string()),
         pa.field("note_id", pa.string()),
@@ -36,34 +35,36 @@ _ROWS = pa.schema(
 HISTORY_CHUNKS = pa.schema(
     [
         pa.field("block", pa.int32()),
-        pa.field("lists", pa.binary()),  # HISTORIES as bytes: Spark would take a list apart, number by number
+        pa.field("histories", pa.binary()),  # HISTORIES as bytes: Spark would convert a list number by number
         pa.field("losses", pa.binary()),  # _LOSSES, likewise
         pa.field("capped_users", pa.int64()),
         pa.field("users_loss", pa.float64()),
     ]
 )
-FIGURES = pa.schema(
+BLOCK_METRICS = pa.schema(
     [
         pa.field("pairs", pa.int64()),
         pa.field("queries", pa.int64()),
         pa.field("max_users", pa.int64()),
         pa.field("max_score", pa.float64()),
-        pa.field("scores", pa.list_(pa.float64())),  # a histogram: the lower ends of its bins ...
+        pa.field("scores", pa.list_(pa.float64())),  # a histogram: the lower ends of its bins (`quantiles.bins`) ...
         pa.field("counts", pa.list_(pa.int64())),  # ... and the pairs in them
         pa.field("capped_users", pa.int64()),
         pa.field("users_loss", pa.float64()),
-        pa.field("view_loss", pa.float64()),  # the largest of a note whose views were cut
-        pa.field("click_loss", pa.float64()),
+        pa.field("view_loss", pa.float64()),  # the largest note_loss of a note cut from views
+        pa.field("click_loss", pa.float64()),  # ... and from clicks
     ]
 )
-_LOSSES = pa.schema([pa.field("key", pa.int64()), pa.field("loss", pa.float64())])  # key: 2 note + (1 if clicked)
-_NAMED = pa.schema(
+_LOSSES = pa.schema(
+    [pa.field("key", pa.int64()), pa.field("loss", pa.float64())]
+)  # key: 2 note + (1 if cut from clicks)
+_SCORES_BY_DICTIONARY = pa.schema(
     [f.with_type(pa.dictionary(pa.int32(), pa.string())) if pa.types.is_string(f.type) else f for f in SCORES]
 )
 
 
 def write_note_ids(note_ids: pa.ChunkedArray, file: Path) -> None:
-    """`note_ids` in their order, distinct as they come: the place of an id is the note's number."""
+    """Write `note_ids` (distinct), sorted, to `file`: the index of an id is the note's number."""
     ids = note_ids.take(pc.sort_indices(note_ids)).cast(pa.string()).combine_chunks()
     batch = pa.record_batch([ids], ["note_id"])
     with pa.ipc.new_file(file, batch.schema) as writer:
@@ -77,16 +78,15 @@ def _read_note_ids(file: Path) -> pa.StringArray:
 def build_histories(
     batches: Iterator[pa.RecordBatch], note_ids: Path, num_blocks: int, scoring: ScoringSettings
 ) -> Iterator[pa.RecordBatch]:
-    """_ROWS of whole users -> HISTORY_CHUNKS: their lists by block, and by block what the cap has cut from its
-    notes."""
-    rows = pa.Table.from_batches([b.cast(_ROWS) for b in batches], _ROWS)
+    """_INTERACTIONS of whole users -> HISTORY_CHUNKS: by block, their histories and what the cap cut from its notes."""
+    rows = pa.Table.from_batches([b.cast(_INTERACTIONS) for b in batches], _INTERACTIONS)
     if scoring.score == "swing":
         rows = rows.filter(pc.is_valid(rows["last_click"]))
     if not rows.num_rows:
         return
     users, notes = (_numbered(rows[name]) for name in ("user_id", "note_id"))
     numbers = pc.index_in(notes.dictionary, _read_note_ids(note_ids)).to_numpy()
-    lists, capped = histories(
+    built, capped = histories(
         users.indices.to_numpy().astype(np.int64),
         numbers[notes.indices.to_numpy()].astype(np.int64),
         rows["first_view"].to_numpy(),
@@ -94,80 +94,80 @@ def build_histories(
         "any" if scoring.score == "swing" else "not earlier" if scoring.simultaneous else "later",
         scoring.max_user_notes,
     )
-    for block, piece in lists.pieces(num_blocks):
-        yield _row(HISTORY_CHUNKS, block, _bytes(piece), None, 0, 0.0)
+    for block, chunk in built.chunks(num_blocks):
+        yield _row(HISTORY_CHUNKS, block, _bytes(chunk), None, 0, 0.0)
     for block in np.unique(capped.note % num_blocks).tolist():
-        here = capped.note % num_blocks == block
-        losses = [pa.array((capped.note << 1 | capped.clicked)[here]), pa.array(capped.note_loss[here])]
+        in_block = capped.note % num_blocks == block
+        losses = [pa.array((capped.note << 1 | capped.clicked)[in_block]), pa.array(capped.note_loss[in_block])]
         yield _row(HISTORY_CHUNKS, block, None, _bytes(pa.record_batch(losses, schema=_LOSSES)), 0, 0.0)
     yield _row(HISTORY_CHUNKS, 0, None, None, capped.users, capped.loss)
 
 
 def _numbered(ids: pa.ChunkedArray) -> pa.DictionaryArray:
-    """Only the distinct ids are put together: all of a partition can be more bytes than an Arrow array holds."""
+    """Dictionary-encoded first: all ids of a partition can be more bytes than one Arrow array holds."""
     return ids.dictionary_encode().combine_chunks()
 
 
 def write_scores(
-    pieces: Iterator[pa.RecordBatch], note_ids: Path, out: Path, scoring: ScoringSettings
+    chunks: Iterator[pa.RecordBatch], note_ids: Path, out: Path, scoring: ScoringSettings
 ) -> Iterator[pa.RecordBatch]:
-    """HISTORY_CHUNKS of one block -> its file of SCORES in `out`, by query and target, and one row of FIGURES.
+    """HISTORY_CHUNKS of one block -> its file of SCORES in `out`, by query and target; yields one row of BLOCK_METRICS.
 
-    The file appears whole. A task that is tried again, or runs twice at once, writes the same bytes.
+    The file is written whole, then renamed. A task that is retried, or runs twice at once, writes the same bytes.
     """
-    rows = [row for batch in pieces for row in batch.to_pylist()]
+    rows = [row for batch in chunks for row in batch.to_pylist()]
     if not rows:
         return
-    table = _table(HISTORIES, (row["lists"] for row in rows))
+    table = _table(HISTORIES, (row["histories"] for row in rows))
     ids = _read_note_ids(note_ids)
     file = out / f"part-{rows[0]['block']:05d}.parquet"
-    figures = _Figures()
+    metrics = _BlockMetrics()
     scored = _scored(table, scoring)
     pairs = next(scored, None)
     if pairs is not None:
         with written_whole(file) as draft, _writer(draft) as writer:
             while pairs is not None:
-                writer.write_table(_named(pairs, ids))
-                figures.add(pairs)
+                writer.write_table(_with_ids(pairs, ids))
+                metrics.add(pairs)
                 pairs = next(scored, None)
     users, users_loss = sum(row["capped_users"] for row in rows), math.fsum(row["users_loss"] for row in rows)
     losses = _table(_LOSSES, (row["losses"] for row in rows))
     key, loss = summed(losses["key"].to_numpy(), losses["loss"].to_numpy())
     largest = (float(loss[key % 2 == clicked].max(initial=0.0)) for clicked in (0, 1))
-    yield _row(FIGURES, *figures.row(), users, users_loss, *largest)
+    yield _row(BLOCK_METRICS, *metrics.row(), users, users_loss, *largest)
 
 
 def _writer(file: Path) -> pq.ParquetWriter:
     return pq.ParquetWriter(
         file,
-        _NAMED,
-        store_schema=False,  # it would have readers make dictionaries of the ids
-        dictionary_pagesize_limit=1 << 26,  # beyond, the ids themselves are written, which takes four times as long
+        _SCORES_BY_DICTIONARY,
+        store_schema=False,  # with it, readers would return dictionaries for the ids
+        dictionary_pagesize_limit=1 << 26,  # beyond it, ids are written in plain, four times as slowly
         write_statistics=["query_id", "score", "num_users"],
     )
 
 
-def _scored(lists: pa.Table, scoring: ScoringSettings) -> Iterator[Pairs]:
+def _scored(table: pa.Table, scoring: ScoringSettings) -> Iterator[Pairs]:
     if scoring.score == "swing":
-        return swing_scores(lists, scoring.swing_alpha, scoring.swing_max_users)
-    return pair_scores(lists)
+        return swing_scores(table, scoring.swing_alpha, scoring.swing_max_users)
+    return pair_scores(table)
 
 
-def _named(pairs: Pairs, ids: pa.StringArray) -> pa.Table:
-    """_NAMED: SCORES whose ids are numbers into the list of those that occur."""
+def _with_ids(pairs: Pairs, ids: pa.StringArray) -> pa.Table:
+    """SCORES with dictionary-encoded ids; the dictionaries hold only the ids that occur."""
     columns = [_dictionary(numbers, ids) for numbers in (pairs.query, pairs.target)]
-    return pa.table([*columns, pairs.score, pairs.num_users], schema=_NAMED)
+    return pa.table([*columns, pairs.score, pairs.num_users], schema=_SCORES_BY_DICTIONARY)
 
 
 def _dictionary(numbers: Any, ids: pa.StringArray) -> pa.DictionaryArray:
     occurs = np.zeros(len(ids), bool)
     occurs[numbers] = True
-    places = np.cumsum(occurs, dtype=np.int32) - 1
-    return pa.DictionaryArray.from_arrays(pa.array(places[numbers]), ids.filter(pa.array(occurs)))
+    index = np.cumsum(occurs, dtype=np.int32) - 1
+    return pa.DictionaryArray.from_arrays(pa.array(index[numbers]), ids.filter(pa.array(occurs)))
 
 
-class _Figures:
-    """What is to be told of a block's pairs."""
+class _BlockMetrics:
+    """The metrics of a block's pairs, added up chunk by chunk."""
 
     def __init__(self) -> None:
         self.pairs = self.queries = self.max_users = 0
@@ -187,10 +187,10 @@ class _Figures:
         return self.pairs, self.queries, self.max_users, self.max_score, scores, [self.bins[b] for b in bins]
 
 
-def merged_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """FIGURES of all blocks -> pairs, queries, max_users, score {quantiles}, histogram, capped_users, max_loss.
+def merged_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """BLOCK_METRICS of all blocks -> pairs, queries, max_users, score {quantiles}, histogram, capped_users, max_loss.
 
-    Quantiles are cut to 1 %. The histogram has two bins to an octave: `pairs` [n] between `edges` [n + 1].
+    Quantiles are rounded down to 1 %. The histogram has two bins per octave: `pairs` [n] between `edges` [n + 1].
     """
     bins: Counter[float] = Counter()
     for row in rows:
@@ -213,22 +213,22 @@ def merged_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _max_loss(rows: list[dict[str, Any]]) -> float:
-    """No score has lost more by the cap.
+    """An upper bound on what the cap takes from any score.
 
-    A score of A -> B loses 1 / N_u of each user that has lost the view of A or the click on B: not more than such users
-    of one note A and of one note B have together, and not more than all capped users.
+    A -> B loses 1 / N_u for each user whose view of A or click on B was cut: at most the largest view_loss plus the
+    largest click_loss, and at most the loss over all capped users.
     """
-    of_notes = sum(max((row[name] for row in rows), default=0.0) for name in ("view_loss", "click_loss"))
-    return min(of_notes, math.fsum(row["users_loss"] for row in rows))
+    note_loss = sum(max((row[name] for row in rows), default=0.0) for name in ("view_loss", "click_loss"))
+    return min(note_loss, math.fsum(row["users_loss"] for row in rows))
 
 
 def _histogram(bins: Mapping[float, int]) -> dict[str, list[float]]:
     if not bins:
         return {"edges": [0.0, 1.0], "pairs": [0]}
-    mantissa, exponent = np.frexp(list(bins))  # in [0.5, 1), cut at 0.75: where a bin ends, so none is counted wrong
-    places = 2 * exponent + (mantissa >= 0.75)
-    first = int(places.min())
-    pairs = np.bincount(places - first, weights=list(bins.values())).astype(int)
+    mantissa, exponent = np.frexp(list(bins))  # in [0.5, 1), split at 0.75, which is also a border of the finer bins
+    half_octave = 2 * exponent + (mantissa >= 0.75)
+    first = int(half_octave.min())
+    pairs = np.bincount(half_octave - first, weights=list(bins.values())).astype(int)
     ends = np.arange(first, first + len(pairs) + 1)
     return {"edges": np.ldexp(np.where(ends % 2, 0.75, 0.5), ends // 2).tolist(), "pairs": pairs.tolist()}
 
@@ -240,9 +240,9 @@ def _bytes(batch: pa.RecordBatch) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def _table(schema: pa.Schema, pieces: Iterable[bytes | None]) -> pa.Table:
-    found = (batch for piece in pieces if piece is not None for batch in pa.ipc.open_stream(piece))
-    return pa.Table.from_batches(found, schema)
+def _table(schema: pa.Schema, streams: Iterable[bytes | None]) -> pa.Table:
+    batches = (batch for stream in streams if stream is not None for batch in pa.ipc.open_stream(stream))
+    return pa.Table.from_batches(batches, schema)
 
 
 def _row(schema: pa.Schema, *values: Any) -> pa.RecordBatch:

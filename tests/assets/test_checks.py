@@ -11,11 +11,11 @@ LIMITS = CheckSettings()
 def test_dropped_share_is_of_the_rows_that_could_have_been_kept() -> None:
     """160 rows, less those ignored, repeated or undated, are 100; 20 of them are dropped."""
     dropped = {"unknown_event": 20, "duplicate_event": 30, "bad_timestamp": 20}
-    figures = {"rows": 160, "ignored_event": 10, "dropped": dropped}
-    passed, shown = checks.dropped_share(figures, LIMITS)
+    metrics = {"rows": 160, "ignored_event": 10, "dropped": dropped}
+    passed, shown = checks.dropped_share(metrics, LIMITS)
     assert passed and shown["dropped_share"] == pytest.approx(0.2) and shown["checks.max_dropped_share"] == 0.2
     assert shown["dropped"] == "20 unknown_event, 30 duplicate_event, 20 bad_timestamp"
-    assert not checks.dropped_share(figures | {"ignored_event": 11}, LIMITS)[0]
+    assert not checks.dropped_share(metrics | {"ignored_event": 11}, LIMITS)[0]
     assert not checks.dropped_share({"rows": 100, "dropped": {"empty": 21}}, LIMITS)[0]
     assert checks.dropped_share({"rows": 0, "dropped": {}}, LIMITS)[0]
 
@@ -24,19 +24,19 @@ def test_undated_share() -> None:
     """Of the whole log, and of the worst file however good the others are."""
 
     def verdict(undated: int, worst: float) -> bool:
-        figures = {"rows": 10, "undated": undated, "most_undated": {"file": "f", "share": worst}}
-        return checks.undated_share(figures, LIMITS)[0]
+        metrics = {"rows": 10, "undated": undated, "most_undated": {"file": "f", "share": worst}}
+        return checks.undated_share(metrics, LIMITS)[0]
 
     assert verdict(2, 0.2) and not verdict(2, 0.3) and not verdict(3, 0.2)
 
 
 def test_unusable_images_are_measured_on_the_notes_that_name_one() -> None:
-    figures = {"notes": 100, "missing": 90, "not_found": 0, "broken": 1, "too_large": 0, "escapes": 1}
-    assert checks.unusable_images(figures, LIMITS)[0]
-    passed, shown = checks.unusable_images(figures | {"escapes": 2}, LIMITS)
+    metrics = {"notes": 100, "missing": 90, "not_found": 0, "broken": 1, "too_large": 0, "escapes": 1}
+    assert checks.unusable_images(metrics, LIMITS)[0]
+    passed, shown = checks.unusable_images(metrics | {"escapes": 2}, LIMITS)
     assert not passed and shown["escapes"] == 2 and "checks.max_dropped_share" in shown
-    assert checks.unusable_images(figures | {"missing": 100, "broken": 0, "escapes": 0}, LIMITS)[0]
-    assert not checks.unusable_images(figures | {"missing": 0, "not_found": 100}, LIMITS)[0]  # a wrong folder name
+    assert checks.unusable_images(metrics | {"missing": 100, "broken": 0, "escapes": 0}, LIMITS)[0]
+    assert not checks.unusable_images(metrics | {"missing": 0, "not_found": 100}, LIMITS)[0]  # a wrong folder name
 
 
 def test_leaks_pairs_loss_and_collapse() -> None:

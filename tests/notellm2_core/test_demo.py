@@ -12,8 +12,8 @@ from PIL import Image
 from notellm2_core.cli import main
 from notellm2_core.config.data import DemoSettings
 from notellm2_core.demo import generate
+from notellm2_core.demo.images import SIZE, STYLES, draw_image
 from notellm2_core.demo.logs import DAY, simulate
-from notellm2_core.demo.pictures import SIZE, STYLES, draw_picture
 from notellm2_core.demo.texts import poor_titles, write_note
 from notellm2_core.demo.words import SENTENCES, THEMES, TITLES
 from notellm2_core.demo.world import lay_out
@@ -81,10 +81,10 @@ def test_equal_seeds_give_equal_bytes(tmp_path: Path) -> None:
     counts = [small(tmp_path / name, seed=seed) for name, seed in (("a", 7), ("b", 7), ("c", 8))]
     a, b, c = (hashes(tmp_path / name) for name in "abc")
     assert a == b and counts[0] == counts[1]
-    assert all(a[name] != c[name] for name in a.keys() & c.keys())  # every file, down to each picture
+    assert all(a[name] != c[name] for name in a.keys() & c.keys())  # every file, down to each image
 
 
-def test_more_users_leave_notes_and_pictures_alone(tmp_path: Path) -> None:
+def test_more_users_leave_notes_and_images_alone(tmp_path: Path) -> None:
     small(tmp_path / "a")
     generate(tmp_path / "b", DemoSettings(num_notes=60, num_users=41))
     a, b = hashes(tmp_path / "a"), hashes(tmp_path / "b")
@@ -105,7 +105,7 @@ def test_source_contract(world: tuple[Path, dict[str, int]]) -> None:
     assert oracle["note_id"].to_pylist() == notes["note_id"].to_pylist()
 
 
-def test_pictures_are_there_missing_or_broken_as_counted(world: tuple[Path, dict[str, int]]) -> None:
+def test_images_are_there_missing_or_broken_as_counted(world: tuple[Path, dict[str, int]]) -> None:
     folder, counts = world
     notes = pq.read_table(folder / "notes.parquet").to_pylist()
     oracle = {row["note_id"]: row for row in pq.read_table(folder / "oracle.parquet").to_pylist()}
@@ -159,8 +159,8 @@ def topic_of(folder: Path) -> pd.Series:
     return pd.Series(layout.topic, index=pq.read_table(folder / "notes.parquet")["note_id"].to_pylist())
 
 
-def test_signal_is_half_in_the_text_half_in_the_picture(world: tuple[Path, dict[str, int]]) -> None:
-    """One of two topics fits what text (or picture) says, so at k = the topic's other notes in the pool (5 of 6)
+def test_signal_is_half_in_the_text_half_in_the_image(world: tuple[Path, dict[str, int]]) -> None:
+    """One of two topics fits what text (or image) says, so at k = the topic's other notes in the pool (5 of 6)
 
     both together find nearly what the logs agree on, each alone about half, and text finds nothing where it is poor.
     """
@@ -170,13 +170,13 @@ def test_signal_is_half_in_the_text_half_in_the_picture(world: tuple[Path, dict[
     topic = topic_of(folder)
     agree = (topic[pairs.q].to_numpy() == topic[pairs.t].to_numpy()).mean()
     assert agree > 0.75
-    chance, text, picture, both = (
+    chance, text, image, both = (
         recall(pairs, pool, [oracle[name] for name in names], k=5)
         for names in ([], ["text_key"], ["image_key"], ["text_key", "image_key"])
     )
     assert chance == pytest.approx(5 / (len(pool) - 1))
     assert both > 0.75 * agree
-    assert 5 * chance < text < picture < 0.7 * both  # fewer notes are without a picture than without text
+    assert 5 * chance < text < image < 0.7 * both  # fewer notes are without an image than without text
     poor = pairs[oracle.text_key[pairs.q].isna().to_numpy()]
     assert recall(poor, pool, [oracle.text_key], k=5) == pytest.approx(chance)
     assert recall(poor, pool, [oracle.image_key], k=5) > 5 * chance
@@ -243,7 +243,7 @@ def test_styles_look_different() -> None:
     """The mean colour of what is drawn follows the style: red things are the reddest."""
     means = {
         colour: np.mean(
-            [np.asarray(draw_picture(np.random.default_rng(i), colour, "discs")) for i in range(8)], (0, 1, 2)
+            [np.asarray(draw_image(np.random.default_rng(i), colour, "discs")) for i in range(8)], (0, 1, 2)
         )
         for colour in ("red", "green", "blue")
     }

@@ -18,7 +18,7 @@ def written_notes(spark: SparkSession, folder: Path, **columns: Any) -> tuple[di
 
 
 def test_notes_are_validated_and_the_rest_is_quarantined(spark: SparkSession, tmp_path: Path) -> None:
-    """Row by row: kept; replaced by a later row; null id; blank id; the last of its id; nothing; picture only."""
+    """Row by row: kept; replaced by a later row; null id; blank id; the last of its id; nothing; image only."""
     counts, notes, quarantine = written_notes(
         spark, tmp_path,
         note_id=[" a ", "b", None, " ", "b", "empty", "picture", "topic"],

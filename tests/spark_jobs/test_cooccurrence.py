@@ -1,4 +1,5 @@
 import json
+import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -35,10 +36,10 @@ def scores_of(spark: SparkSession, tmp_path: Path) -> Scores:
 
     def compute(events: DataFrame, **settings: Any) -> list[tuple[Any, ...]]:
         out = tmp_path / f"scores{next(numbers)}"
-        figures = cooccurrence(interactions(events, NAMES), out, ScoringSettings(**settings))
+        counts = cooccurrence(interactions(events, NAMES), out, ScoringSettings(**settings))
         assert {f.name[:5] for f in out.iterdir()} <= {"part-"}  # nothing hidden is left
         rows = [tuple(r.values()) for file in sorted(out.iterdir()) for r in pq.read_table(file).to_pylist()]
-        assert figures["pairs"] == len(rows) and figures["queries"] == len({r[0] for r in rows})
+        assert counts["pairs"] == len(rows) and counts["queries"] == len({r[0] for r in rows})
         return rows
 
     return compute
@@ -91,6 +92,25 @@ event = st.tuples(
     st.integers(0, 4),
     st.sampled_from(["view", "click"]),
 )
+
+
+def test_equals_the_sql_of_the_module_docstring(
+    spark: SparkSession, frame: Frame, scores_of: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference that a reader sees at the top of the job, run by Spark SQL on 400 events of eight users."""
+    rng = random.Random(0)
+    rows = [(f"u{rng.randrange(8)}", f"n{rng.randrange(12)}", at(rng.randrange(50)), rng.choice(["view", "click"]))
+            for _ in range(400)]  # fmt: skip
+    events = frame(EVENTS, rows)
+    events.createOrReplaceTempView("events")
+    assert job.__doc__ is not None
+    sql = job.__doc__[job.__doc__.index("WITH seen") : job.__doc__.index("Spark shuffles")]
+    expected = {(r.query_id, r.target_id): (r.score, r.num_users) for r in spark.sql(sql).collect()}
+    spark.catalog.dropTempView("events")
+    scores = {(q, t): (s, n) for q, t, s, n in scores_of(events)}
+    assert scores.keys() == expected.keys() and len(scores) > 100
+    for pair, (score_, num_users) in expected.items():
+        assert scores[pair] == (pytest.approx(score_, rel=1e-12), num_users)
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -202,5 +222,5 @@ def test_command(
     fails("does not exist", "--events", tmp_path / "nowhere", "--out", tmp_path / "none")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    fails("thesis.tex, which is no former result", "--events", log, "--out", tmp_path / "mine", *names)
+    fails("thesis.tex, which is no result of this command", "--events", log, "--out", tmp_path / "mine", *names)
     assert not (tmp_path / "none").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -41,8 +41,8 @@ def prepared(
     def reduced(parts: Sequence[tuple[str, Span | None]]) -> dict[Path, dict[str, Any]]:
         days = {f"{partition} {of}": of for partition, of in parts}
         paths = {f"{partition} {of}": folder / "raw" / partition for partition, of in parts}
-        figures = reduce_partitions(spark, paths, days, folder / "partitions", settings) if parts else {}
-        return {folder / "partitions" / name: of for name, of in figures.items()}
+        metrics = reduce_partitions(spark, paths, days, folder / "partitions", settings) if parts else {}
+        return {folder / "partitions" / name: counts for name, counts in metrics.items()}
 
     windows = [
         Window(*days, reduced(partitions_between(*days, "week", **ingested))) for days in dict.fromkeys((train, test))

@@ -13,7 +13,7 @@ from pyspark.sql import SparkSession
 from notellm2_core import schema
 from notellm2_core.config.data import FilterSettings
 from spark_jobs import related_pairs as job
-from spark_jobs.related_pairs import relate, related_pairs
+from spark_jobs.related_pairs import ScoredWindow, relate, related_pairs
 from tests.spark_jobs.scoring.test_filter_files import damage, write_rows, write_scores
 
 OPEN: dict[str, Any] = {"low": 0.0, "up": 1e9, "top_t": 99}
@@ -24,7 +24,7 @@ Related = Callable[..., list[tuple[Any, ...]]]
 
 @pytest.fixture
 def related(spark: SparkSession, tmp_path: Path) -> Related:
-    """query, target, score and rank of what is kept of PAIRS, or of other `rows`, from two files."""
+    """query, target, score and rank of the related pairs of PAIRS, or of other `rows`, from two files."""
 
     def run(rows: list[Any] = PAIRS, clicks: Path | None = None, **changes: Any) -> list[tuple[Any, ...]]:
         shutil.rmtree(tmp_path / "related", ignore_errors=True)
@@ -32,7 +32,7 @@ def related(spark: SparkSession, tmp_path: Path) -> Related:
             write_scores(tmp_path / "related" / "scores" / f"{i}.parquet", part)
         filters = FilterSettings(**{**OPEN, **changes})
         out = tmp_path / "related" / "out"
-        related_pairs(spark, tmp_path / "related" / "scores", out, filters, "x", "none", clicks=clicks)
+        related_pairs(spark, tmp_path / "related" / "scores", out, filters, ScoredWindow("x", clicks=clicks))
         columns = pq.read_table(out).select(["query_id", "target_id", "score", "rank"]).to_pydict()
         return list(zip(*columns.values(), strict=True))
 

@@ -10,7 +10,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from spark_jobs.ingest import ingest, ingest_events, ingestion_metrics
-from spark_jobs.source import alike, event_files, find_events, read_source_events, read_source_notes
+from spark_jobs.source import event_files, files_by_types, find_events, read_source_events, read_source_notes
 from tests.spark_jobs.conftest import Frame
 
 TEXT = "user_id string, note_id string, timestamp string, event string"
@@ -88,7 +88,7 @@ def test_nanoseconds_of_any_year_in_either_form(spark: SparkSession, tmp_path: P
     for name, old in (("a", True), ("b", False)):
         file = tmp_path / "events" / f"{name}.parquet"
         pq.write_table(pa.table(columns), file, use_deprecated_int96_timestamps=old)
-    groups = alike(tmp_path, event_files(tmp_path))
+    groups = files_by_types(tmp_path, event_files(tmp_path))
     assert groups == [["events/a.parquet"], ["events/b.parquet"]]
     for files in groups:
         ingested = ingest_events(read_source_events(spark, tmp_path, files)).orderBy("user_id").select(*_shown())
@@ -152,15 +152,15 @@ def test_files_with_columns_of_the_same_types_are_read_together(tmp_path: Path) 
     }.items():
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
     files = event_files(tmp_path)
-    assert alike(tmp_path, files) == [
+    assert files_by_types(tmp_path, files) == [
         ["events/d.parquet", "events/e.parquet"], ["events/a.parquet", "events/c.parquet"], ["events/b.parquet"]
     ]  # fmt: skip
-    assert alike(folder, ["b.parquet"]) == [["b.parquet"]]
+    assert files_by_types(folder, ["b.parquet"]) == [["b.parquet"]]
     csv = write_csv(tmp_path / "log.csv.gz", [])
-    assert alike(csv, event_files(csv)) == [["."]]
+    assert files_by_types(csv, event_files(csv)) == [["."]]
     (folder / "b.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"b\.parquet is damaged"):
-        alike(tmp_path, files)
+        files_by_types(tmp_path, files)
     with pytest.raises(ValueError, match=r"typo\.parquet does not exist"):
         event_files(tmp_path / "typo.parquet")
     (tmp_path / "none" / "events").mkdir(parents=True)

@@ -27,7 +27,7 @@ def seen(frame: Frame, names: list[str]) -> DataFrame:
 
 
 def place(name: str, salt: str) -> float:
-    """`position`, with Python's own hash."""
+    """`hash_position`, with Python's own hash."""
     return int(hashlib.sha256(f"{salt} {name}".encode()).hexdigest()[:13], 16) / 2**52
 
 
@@ -83,11 +83,11 @@ def test_assign_sides_counts_and_names_the_setting(spark: SparkSession, frame: F
     }  # fmt: skip
     table = pq.read_table(tmp_path / "sides")
     assert [(f.name, f.type) for f in table.schema] == [(f.name, f.type) for f in schema.NOTE_SPLIT]
-    # All four show the same picture, so all belong to the train side.
+    # All four have the same image, so all belong to the train side.
     columns = "note_id string, image_id string, perceptual_hash string, status string"
     images = frame(columns, [(n, "i", None, "ok") for n in "abcd"])
     write_table(images, tmp_path / "images", ["note_id"])
-    with pytest.raises(ValueError, match=r"no note is left for the pool side: 2 of the 2 notes .* same picture"):
+    with pytest.raises(ValueError, match=r"no note is left for the pool side: 2 of the 2 notes .* same image"):
         assign_split(spark, tmp_path / "notes", tmp_path / "events", tmp_path / "s2", by_time, tmp_path / "images")
     write_table(seen(frame, ["a", "d"]), tmp_path / "known" / "train", ["user_id"])
     write_table(seen(frame, ["d"]), tmp_path / "known" / "test", ["user_id"])

@@ -80,8 +80,8 @@ def test_a_new_week_alone_is_read(spark: SparkSession, tmp_path: Path) -> None:
     materialize(sliding)
     assert parts(lake) == {"ingestion": 4, "log_partition": 4}
     assert list(lake.datasets("ingestion")[-1].manifest.settings["files"]) == ["events/week3.parquet"]
-    figures = sliding.catalog.dataset("interactions").manifest.metrics
-    assert figures["robots"] == 2 and figures["dropped"]["unknown_note"] > 0
+    metrics = sliding.catalog.dataset("interactions").manifest.metrics
+    assert metrics["robots"] == 2 and metrics["dropped"]["unknown_note"] > 0
     after = scores(sliding)
     assert before != after
 
@@ -89,7 +89,7 @@ def test_a_new_week_alone_is_read(spark: SparkSession, tmp_path: Path) -> None:
     materialize(fresh)
     assert parts(fresh.catalog.lake) == {"ingestion": 3, "log_partition": 3}
     assert scores(fresh) == after
-    assert fresh.catalog.dataset("interactions").manifest.metrics == figures
+    assert fresh.catalog.dataset("interactions").manifest.metrics == metrics
 
 
 @pytest.mark.parametrize(("num_files", "sizes"), [(0, []), (3, [1, 1, 1]), (64, [1] * 64), (65, [2] * 32 + [1])])

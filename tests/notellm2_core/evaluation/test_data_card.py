@@ -1,4 +1,4 @@
-"""The data card against figures counted by hand."""
+"""The data card against numbers counted by hand."""
 
 import json
 from pathlib import Path

@@ -18,8 +18,8 @@ from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.evaluation.evaluate import (
     evaluate,
     evaluate_embeddings,
+    image_reader,
     neighbour_sheet,
-    picture_reader,
     read_pairs,
 )
 
@@ -86,7 +86,7 @@ def config() -> Config:
 
 
 def test_report(lake: Path, config: Config) -> None:
-    """Topic one-hots: 5 notes tie, so R@1 = 20 %, R@5 = 100 %, for the text oracle too; the picture explains chance.
+    """Topic one-hots: 5 notes tie, so R@1 = 20 %, R@5 = 100 %, for the text oracle too; the image explains chance.
 
     Popularity: only n00 has clicks. For the pair (n05 -> n00) it is first; for n00 itself all 29 tie, none is
     higher; the other 28 targets rank behind n00. R@1 = (1 + 1/29) / 30.
@@ -112,8 +112,8 @@ def test_report(lake: Path, config: Config) -> None:
         "all": 30, "short_query": 5, "short_target": 5, "long_query": 25, "long_target": 25,
         "cold_query": 3, "cold_target": 3,
     }  # fmt: skip
-    assert report.facts["chance"] == {"1": pytest.approx(100 / 29), "5": pytest.approx(500 / 29)}
-    assert -0.1 < report.facts["mean_cosine"]["notellm2 multimodal"] < 0.4
+    assert report.context["chance"] == {"1": pytest.approx(100 / 29), "5": pytest.approx(500 / 29)}
+    assert -0.1 < report.context["mean_cosine"]["notellm2 multimodal"] < 0.4
     methods = list(dict.fromkeys(r.method for r in report.rows))
     assert methods == ["random", "popularity", "bm25", "notellm2", "oracle"]
 
@@ -157,13 +157,13 @@ def test_pairs_are_read_in_one_order(lake: Path, tmp_path: Path) -> None:
 
 
 def test_neighbours(lake: Path) -> None:
-    """The sheet shows pictures from a file, from the table, and none; drawn from the seed, so the same each time."""
-    picture = picture_reader(lake / "notes", lake / "source", 1_000_000)
-    assert picture("n00").size == picture("n01").size == (40, 20)  # type: ignore[union-attr]
-    assert picture("n02") is None
+    """The sheet shows images from a file, from the table, and none; drawn from the seed, so the same each time."""
+    image = image_reader(lake / "notes", lake / "source", 1_000_000)
+    assert image("n00").size == image("n01").size == (40, 20)  # type: ignore[union-attr]
+    assert image("n02") is None
     shown: list[str] = []
     sheet = neighbour_sheet(
-        lake / "embeddings", lake / "notes", lake / "pairs", 4, lambda i: (shown.append(i), picture(i))[1]
+        lake / "embeddings", lake / "notes", lake / "pairs", 4, lambda i: (shown.append(i), image(i))[1]
     )
     assert Image.open(io.BytesIO(sheet)).width == 1500
     assert len(shown) == 4 * 6
@@ -171,7 +171,7 @@ def test_neighbours(lake: Path) -> None:
         topic = {int(i[1:]) // PER_TOPIC for i in shown[6 * row : 6 * row + 6]}
         assert len(topic) == 1
         assert len(set(shown[6 * row : 6 * row + 6])) == 6
-    assert sheet == neighbour_sheet(lake / "embeddings", lake / "notes", lake / "pairs", 4, picture)
+    assert sheet == neighbour_sheet(lake / "embeddings", lake / "notes", lake / "pairs", 4, image)
 
 
 def test_an_oracle_without_its_columns(lake: Path, config: Config) -> None:

@@ -32,7 +32,7 @@ def report() -> Report:
         {name: mask.astype(bool) for name, mask in masks.items()},
         ks=(1, 2),
         pool_notes=51,
-        facts={"chance": {"1": 2.0}},
+        context={"chance": {"1": 2.0}},
     )
 
 
@@ -87,10 +87,10 @@ def test_plot(report: Report) -> None:
 
 
 def test_sheet_is_readable_and_small() -> None:
-    """Six queries with noise for pictures (the worst case for JPEG): 1,500 px wide, below 500 kB, frames in green."""
+    """Six queries with noise for images (the worst case for JPEG): 1,500 px wide, below 500 kB, frames in green."""
     rng = np.random.default_rng(0)
 
-    def picture(note_id: str) -> Image.Image | None:
+    def image(note_id: str) -> Image.Image | None:
         if note_id == "n1":
             return None
         shape = (300, 200, 3) if note_id == "n2" else (90, 400, 3)
@@ -104,14 +104,14 @@ def test_sheet_is_readable_and_small() -> None:
         "n3": "a\nb\x00c " * 40,
     }
     row = SheetRow("q", tuple(Neighbour(f"n{i}", 0.9 - i / 10, related=i == 2) for i in range(5)))
-    data = contact_sheet([row] * 6, lambda i: titles.get(i, f"Title of note {i}"), picture)
+    data = contact_sheet([row] * 6, lambda i: titles.get(i, f"Title of note {i}"), image)
     sheet = Image.open(io.BytesIO(data))
     assert (sheet.format, sheet.width) == ("JPEG", WIDTH)
     assert len(data) < MAX_BYTES
     red, green, blue = np.moveaxis(np.asarray(sheet).astype(int), 2, 0)
     assert ((green - red > 80) & (green - blue > 40)).sum() > 6 * 1000
     with pytest.raises(ValueError, match="no query note"):
-        contact_sheet([], str, picture)
+        contact_sheet([], str, image)
 
 
 def test_wrapping_breaks_at_spaces_and_ends_with_an_ellipsis() -> None:

@@ -38,11 +38,11 @@ def test_a_long_chain_is_one_component(frame: Frame) -> None:
 
 
 def test_near_duplicates_share_text_or_picture_also_in_a_chain(frame: Frame) -> None:
-    """a and b share their text, b and c a path, c and d the bytes: one group where no pictures were read. f and g have
+    """a and b share their text, b and c a path, c and d the bytes: one group where no images were read. f and g have
     no text at all, which is nothing to share; h and i differ in their topics.
 
-    Where pictures were read, only their hashes count: d and e share the bytes', f and g look alike, and c's path may
-    stand for "no picture"."""
+    Where images were read, only their hashes count: d and e share the bytes', f and g look alike, and c's path may
+    be that of a placeholder."""
     rows = [
         ("e", "lonely", [], "", None, None),
         ("d", "four", [], "", None, b"1"),
@@ -54,8 +54,8 @@ def test_near_duplicates_share_text_or_picture_also_in_a_chain(frame: Frame) -> 
         ("h", "x", ["t"], "", None, None),
         ("i", "x", ["u"], "", None, None),
     ]
-    pictures = [("d", "sha", None), ("e", "sha", None), ("f", "one", "like"), ("g", "two", "like"), ("h", None, None)]
-    images = frame("note_id string, image_id string, perceptual_hash string", pictures)
+    image_rows = [("d", "sha", None), ("e", "sha", None), ("f", "one", "like"), ("g", "two", "like"), ("h", None, None)]
+    images = frame("note_id string, image_id string, perceptual_hash string", image_rows)
     unread = rows_of(near_duplicates(frame(NOTES, rows), None), "note_id", "group_id")
     assert dict(unread) == {**dict.fromkeys("abcd", "a"), **{n: n for n in "efghi"}}
     read = rows_of(near_duplicates(frame(NOTES, rows), images), "note_id", "group_id")

@@ -37,7 +37,7 @@ def test_an_empty_table_keeps_its_columns(spark: SparkSession, frame: Frame, tmp
 
 
 def test_a_missing_or_damaged_table_is_named(spark: SparkSession, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere is not there"):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
         read_table(spark, tmp_path / "nowhere")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.parquet").write_text("no Parquet")
@@ -64,7 +64,7 @@ def test_replacing_takes_the_place_of_a_former_result_only(tmp_path: Path) -> No
 
     link = tmp_path / "link"
     link.symlink_to(out)
-    with replacing(link, log, ["a"]) as new:  # what it leads to is replaced
+    with replacing(link, log, ["a"]) as new:  # its target is replaced
         new.mkdir()
         pq.write_table(pa.table({"a": [2]}), new / part)
     assert link.is_symlink() and [p.name for p in out.iterdir()] == [part]
@@ -74,16 +74,16 @@ def test_replacing_takes_the_place_of_a_former_result_only(tmp_path: Path) -> No
     assert pq.read_table(out / part)["a"].to_pylist() == [2]
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
-    def refuses(folder: Path, made_from: Path, columns: list[str], message: str) -> None:
-        with pytest.raises(ValueError, match=message), replacing(folder, made_from, columns):
+    def refuses(folder: Path, source: Path, columns: list[str], message: str) -> None:
+        with pytest.raises(ValueError, match=message), replacing(folder, source, columns):
             pass
         assert pq.read_table(out / part)["a"].to_pylist() == [2]
 
-    refuses(out, log, ["b"], "part-00000.parquet, which is no former result")  # a table of somebody else
-    refuses(out, out / part, ["a"], "holds what is to be read")
-    refuses(out.parent, out, ["a"], "holds what is to be read")
+    refuses(out, log, ["b"], "part-00000.parquet, which is no result of this command")  # another command's table
+    refuses(out, out / part, ["a"], "holds the input")
+    refuses(out.parent, out, ["a"], "holds the input")
     (out / "thesis.tex").touch()
-    refuses(out, log, ["a"], r"thesis\.tex, which is no former result")
+    refuses(out, log, ["a"], r"thesis\.tex, which is no result of this command")
     refuses(out / "thesis.tex", log, ["a"], "is a file")
 
 

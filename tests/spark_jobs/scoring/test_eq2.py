@@ -22,12 +22,12 @@ def scored(
     columns = [np.array([NEVER if v is None else v for v in column], np.int64) for column in zip(*rows, strict=True)]
     lists, capped = histories(*columns, "not earlier" if simultaneous else "later", max_notes)
     blocks = defaultdict(list)
-    for block, piece in lists.pieces(num_blocks):
-        blocks[block].append(piece)
+    for block, chunk in lists.chunks(num_blocks):
+        blocks[block].append(chunk)
     found: dict[tuple[int, int], tuple[float, int]] = {}
-    for block, pieces in blocks.items():
+    for block, chunks in blocks.items():
         last = (-1, -1)
-        for pairs in pair_scores(pa.Table.from_batches(pieces, HISTORIES), at_a_time):
+        for pairs in pair_scores(pa.Table.from_batches(chunks, HISTORIES), at_a_time):
             for query, target, score, users in zip(*(c.tolist() for c in pairs), strict=True):
                 assert query % num_blocks == block and last < (query, target)  # in order, none twice
                 last = (query, target)

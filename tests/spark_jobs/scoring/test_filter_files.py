@@ -65,7 +65,7 @@ rows = st.dictionaries(st.tuples(ids, ids), st.tuples(st.integers(1, 4), st.inte
 def test_strongest_of_each_row_group(
     pairs: dict[tuple[str, str], tuple[int, int]], row_group_size: int, low: int, more: int, top_t: int
 ) -> None:
-    """Against sorted(): the order of ids is that of their bytes, in whatever order the file has them."""
+    """Against sorted(): the order of ids is that of their bytes, in any order in the file."""
     table = [(*pair, float(score), users) for pair, (score, users) in pairs.items()]
     with TemporaryDirectory() as folder:
         file = write_scores(Path(folder) / "scores.parquet", table, row_group_size)
@@ -81,7 +81,7 @@ def test_strongest_of_each_row_group(
 
 
 def test_score_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="scores is not there"):
+    with pytest.raises(ValueError, match="scores does not exist"):
         score_files(tmp_path / "scores")
     file = write_scores(tmp_path / "scores" / "b.parquet", PAIRS)
     (file.parent / ".b.parquet.draft").touch()
@@ -128,8 +128,8 @@ NULLABLE = pa.schema([field.with_nullable(True) for field in SCORES])
     ("row", "message"),
     [
         ((None, "a", 1.0, 1), "scores.parquet holds nulls in the column query_id"),
-        (("q", "a", float("nan"), 1), "scores.parquet holds scores that are infinite or no numbers"),
-        (("q", "a", float("inf"), 1), "scores.parquet holds scores that are infinite or no numbers"),
+        (("q", "a", float("nan"), 1), "scores.parquet holds scores that are infinite or NaN"),
+        (("q", "a", float("inf"), 1), "scores.parquet holds scores that are infinite or NaN"),
     ],
 )
 def test_what_is_no_score_is_refused(tmp_path: Path, row: tuple[Any, ...], message: str) -> None:

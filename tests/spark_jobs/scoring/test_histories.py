@@ -35,16 +35,16 @@ def lists_of(
 def test_lists_of_one_user(follows: Follows, views: list[int], skips: list[int], clicks: list[int]) -> None:
     rows = [row for row in ROWS if row[0] == 0 and (follows != "any" or row[3] is not None)]
     lists, _ = lists_of(rows, follows)
-    [(block, piece)] = lists.pieces(1)
+    [(block, chunk)] = lists.chunks(1)
     expected = {"num_clicked": 2, "views": views, "skips": skips, "clicks": clicks}
-    assert block == 0 and piece.schema == HISTORIES and piece.to_pylist() == [expected]
+    assert block == 0 and chunk.schema == HISTORIES and chunk.to_pylist() == [expected]
 
 
 def test_a_block_has_its_views_and_the_clicks_that_follow_them() -> None:
     """Of user 1 nothing is left: its only click is on what it viewed last. Block 1 has the notes 5 and 7."""
     lists, _ = lists_of(ROWS, "later")
-    pieces: dict[int, list[dict[str, Any]]] = {block: piece.to_pylist() for block, piece in lists.pieces(2)}
-    assert pieces == {
+    chunks: dict[int, list[dict[str, Any]]] = {block: chunk.to_pylist() for block, chunk in lists.chunks(2)}
+    assert chunks == {
         0: [{"num_clicked": 2, "views": [6], "skips": [0], "clicks": [7, 6]}],
         1: [{"num_clicked": 2, "views": [5, 7], "skips": [0, 1], "clicks": [7, 6]}],
     }

@@ -13,11 +13,11 @@ from notellm2_core.config.data import ScoringSettings
 from notellm2_core.schema import SCORES
 from spark_jobs.scoring.eq2 import Pairs
 from spark_jobs.scoring.score_blocks import (
-    FIGURES,
+    BLOCK_METRICS,
     HISTORY_CHUNKS,
-    _Figures,
+    _BlockMetrics,
     build_histories,
-    merged_figures,
+    merged_metrics,
     write_note_ids,
     write_scores,
 )
@@ -47,36 +47,36 @@ def batch(rows: list[tuple[object, ...]]) -> pa.RecordBatch:
 
 
 def written(
-    pieces: list[pa.RecordBatch], note_ids: Path, out: Path, scoring: ScoringSettings
+    chunks: list[pa.RecordBatch], note_ids: Path, out: Path, scoring: ScoringSettings
 ) -> list[dict[str, object]]:
-    """The pieces brought together by block, as Spark does it, and each block written."""
-    rows = pa.Table.from_batches(pieces, HISTORY_CHUNKS)
+    """The chunks brought together by block, as Spark does it, and each block written."""
+    rows = pa.Table.from_batches(chunks, HISTORY_CHUNKS)
     blocks = sorted(set(rows["block"].to_pylist()))
     out.mkdir(exist_ok=True)
-    figures = []
+    metrics = []
     for block in blocks:
         of_block = rows.filter(pa.compute.equal(rows["block"], block)).to_batches()
-        figures += write_scores(iter(of_block), note_ids, out, scoring)
-    return pa.Table.from_batches(figures, FIGURES).to_pylist()
+        metrics += write_scores(iter(of_block), note_ids, out, scoring)
+    return pa.Table.from_batches(metrics, BLOCK_METRICS).to_pylist()
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 5])
 def test_from_rows_to_files(note_ids: Path, tmp_path: Path, num_blocks: int) -> None:
     """u clicked one note (N = 1), v two (N = 2); C is seen before B is clicked, and nothing is clicked after B."""
     scoring = ScoringSettings()
-    pieces = [*build_histories(iter([batch(ROWS[:2])]), note_ids, num_blocks, scoring)]
-    pieces += build_histories(iter([batch(ROWS[2:3]), batch(ROWS[3:])]), note_ids, num_blocks, scoring)
-    figures = merged_figures(written(pieces, note_ids, tmp_path / "out", scoring))
+    chunks = [*build_histories(iter([batch(ROWS[:2])]), note_ids, num_blocks, scoring)]
+    chunks += build_histories(iter([batch(ROWS[2:3]), batch(ROWS[3:])]), note_ids, num_blocks, scoring)
+    metrics = merged_metrics(written(chunks, note_ids, tmp_path / "out", scoring))
     files = sorted((tmp_path / "out").iterdir())
     rows = [tuple(r.values()) for file in files for r in pq.read_table(file).to_pylist()]
     assert sorted(rows) == SCORED
     assert all(pq.read_schema(file).equals(SCORES) for file in files)
-    assert figures["pairs"] == figures["queries"] == 2 and figures["max_users"] == 1
-    assert figures["score"]["max"] == 1.0 and figures["capped_users"] == 0
+    assert metrics["pairs"] == metrics["queries"] == 2 and metrics["max_users"] == 1
+    assert metrics["score"]["max"] == 1.0 and metrics["capped_users"] == 0
 
     # A task that runs again writes the same bytes over its file.
     before = {file.name: file.read_bytes() for file in files}
-    written(pieces[::-1], note_ids, tmp_path / "out", scoring)
+    written(chunks[::-1], note_ids, tmp_path / "out", scoring)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
@@ -85,19 +85,19 @@ def test_no_rows_make_no_file(note_ids: Path, tmp_path: Path) -> None:
     assert not [*write_scores(iter([]), note_ids, tmp_path, ScoringSettings())]
     views = [batch([("u", "A", 1, None), ("u", "B", 2, None)])]
     for scoring in (ScoringSettings(), ScoringSettings(score="swing")):
-        figures = written([*build_histories(iter(views), note_ids, 2, scoring)], note_ids, tmp_path / "out", scoring)
+        metrics = written([*build_histories(iter(views), note_ids, 2, scoring)], note_ids, tmp_path / "out", scoring)
         assert not [*(tmp_path / "out").iterdir()]
-        assert merged_figures(figures)["pairs"] == 0 and merged_figures(figures)["score"]["max"] is None
+        assert merged_metrics(metrics)["pairs"] == 0 and merged_metrics(metrics)["score"]["max"] is None
 
 
 def test_a_cap_is_counted(note_ids: Path, tmp_path: Path) -> None:
     """Of u and of v, the note viewed last and the one clicked last are kept, both B. u (N = 1) loses the view of A, v
-    (N = 2) the view of C and the click on it: no score loses more than 1 (A's) + 1/2 (C's), whatever the users are."""
+    (N = 2) the view of C and the click on it: no score loses more than 1 (A's) + 1/2 (C's), for any users."""
     scoring = ScoringSettings(max_user_notes=1)
-    figures = merged_figures(
+    metrics = merged_metrics(
         written([*build_histories(iter([batch(ROWS)]), note_ids, 1, scoring)], note_ids, tmp_path / "out", scoring)
     )
-    assert figures["capped_users"] == 2 and figures["max_loss"] == pytest.approx(1.5)
+    assert metrics["capped_users"] == 2 and metrics["max_loss"] == pytest.approx(1.5)
 
 
 scores = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=60)
@@ -105,14 +105,14 @@ scores = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=60)
 
 @settings(max_examples=50, deadline=None)
 @given(blocks=st.lists(scores, min_size=1, max_size=4))
-def test_merged_figures(blocks: list[list[float]]) -> None:
-    """Quantiles are real scores cut to 1 %, whatever blocks the scores lie in; the histogram counts every pair."""
+def test_merged_metrics(blocks: list[list[float]]) -> None:
+    """Quantiles are real scores rounded down to 1 %, in any split into blocks; the histogram counts every pair."""
     rows = []
     for block in blocks:
-        figures, number = _Figures(), np.arange(len(block))
-        figures.add(Pairs(number, number, np.array(block), number + 1))
-        rows.append(dict(zip(FIGURES.names, (*figures.row(), 0, 0.0, 0.0, 0.0), strict=True)))
-    merged = merged_figures(rows)
+        metrics, number = _BlockMetrics(), np.arange(len(block))
+        metrics.add(Pairs(number, number, np.array(block), number + 1))
+        rows.append(dict(zip(BLOCK_METRICS.names, (*metrics.row(), 0, 0.0, 0.0, 0.0), strict=True)))
+    merged = merged_metrics(rows)
     every = sorted(score for block in blocks for score in block)
     assert merged["pairs"] == len(every) and merged["max_users"] == max(map(len, blocks))
     assert merged["score"]["max"] == every[-1]

@@ -22,9 +22,9 @@ def scored(clicks: Clicks, alpha: float, max_users: int = 1000, num_blocks: int 
     time = np.zeros(len(user), np.int64)
     lists, _ = histories(user, note, time, time, "any", None)
     found: Scores = {}
-    pieces = list(lists.pieces(num_blocks))
+    chunks = list(lists.chunks(num_blocks))
     for block in range(num_blocks):
-        table = pa.Table.from_batches([piece for b, piece in pieces if b == block], HISTORIES)
+        table = pa.Table.from_batches([chunk for b, chunk in chunks if b == block], HISTORIES)
         for pairs in swing_scores(table, alpha, max_users):
             for query, target, score, users in zip(*(c.tolist() for c in pairs), strict=True):
                 assert query % num_blocks == block and (query, target) not in found
@@ -77,14 +77,14 @@ def test_the_last_digit_does_not_depend_on_the_order_of_users() -> None:
 
 
 def test_a_cap_keeps_the_notes_clicked_last_however_the_log_was_cut() -> None:
-    """A@1, B@2, C@3 and A@10 with two notes kept: C and A, whether a row stands for a note or for an event."""
+    """A@1, B@2, C@3 and A@10 with two notes kept: C and A, whether a row is a note or an event."""
     rows = [(user, note, time, time) for user in (0, 1) for note, time in ((0, 1), (1, 2), (2, 3), (0, 10))]
     merged = [(user, note, first, last) for user in (0, 1) for note, first, last in ((0, 1, 10), (1, 2, 2), (2, 3, 3))]
     found = []
     for of in (rows, merged):
         columns = [np.array(column, np.int64) for column in zip(*of, strict=True)]
         lists, _ = histories(*columns, "any", 2)
-        [pairs] = swing_scores(pa.Table.from_batches([piece for _, piece in lists.pieces(1)], HISTORIES), 1.0, 10)
+        [pairs] = swing_scores(pa.Table.from_batches([chunk for _, chunk in lists.chunks(1)], HISTORIES), 1.0, 10)
         found.append(list(zip(pairs.query.tolist(), pairs.target.tolist(), strict=True)))
     assert found == [[(0, 2), (2, 0)]] * 2
 

@@ -1,14 +1,14 @@
-"""The picture of one note: a few things of one shape and one colour before a background that means nothing.
+"""The image of one note: a few things of one shape and one colour on a background without meaning.
 
-Shape and colour are the style. Number, place, size, turn, shade, background, light and noise vary freely, so that two
-pictures of a style share hardly a pixel while a pretrained encoder still tells the styles apart.
+Shape and colour are the style. Number, position, size, rotation, shade, background, light and noise vary freely: two
+images of a style share hardly a pixel, yet a pretrained encoder distinguishes the styles.
 """
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 160  # pixels, both sides
-_SUPERSAMPLING = 2  # things are drawn larger and reduced, for smooth edges
+_SUPERSAMPLING = 2  # things are drawn larger and then reduced, for smooth edges
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (205, 35, 40), "yellow": (240, 205, 40), "green": (45, 140, 60), "blue": (35, 80, 200),
@@ -22,7 +22,7 @@ def _circle(radius: float, num_corners: int = 40) -> np.ndarray:
 
 
 def _spokes(radii: np.ndarray) -> np.ndarray:
-    """Points at equal angles, the k-th at distance `radii[k]` from the middle `[K, 2]`."""
+    """Points at equal angles, the k-th at distance `radii[k]` from the centre `[K, 2]`."""
     angles = np.arange(len(radii)) * (2 * np.pi / len(radii))
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
@@ -36,7 +36,7 @@ def _arc(radius: float, x: float, start: float, end: float) -> np.ndarray:
 _CROSS = [(3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1), (-1, -3), (1, -3), (1, -1), (3, -1)]
 _ZIGZAG = [(-8, -1), (-4, 4), (0, -1), (4, 4), (8, -1), (8, -4), (4, 1), (0, -4), (-4, 1), (-8, -4)]
 
-# Closed outlines `[K, 2]` of about unit radius, to be turned, scaled and filled.
+# Closed outlines `[K, 2]` of about unit radius, to be rotated, scaled and filled.
 SHAPES: dict[str, np.ndarray] = {
     "discs": _circle(0.8),
     "triangles": _circle(1.0, 3),
@@ -48,14 +48,14 @@ SHAPES: dict[str, np.ndarray] = {
     "zigzags": np.array(_ZIGZAG) * 0.16,
 }
 
-# (colour, shape). Neighbours differ in both; as 5 and 8 have no common divisor, every combination comes once.
+# (colour, shape). Neighbours differ in both. 5 and 8 are coprime, so every combination occurs once.
 STYLES: tuple[tuple[str, str], ...] = tuple(
     (list(COLOURS)[i % len(COLOURS)], list(SHAPES)[i % len(SHAPES)]) for i in range(len(COLOURS) * len(SHAPES))
 )
 
 
-def draw_picture(rng: np.random.Generator, colour: str, shape: str) -> Image.Image:
-    """An RGB picture of SIZE x SIZE pixels."""
+def draw_image(rng: np.random.Generator, colour: str, shape: str) -> Image.Image:
+    """An RGB image of SIZE x SIZE pixels."""
     side = SIZE * _SUPERSAMPLING
     image = _background(rng).resize((side, side), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
@@ -73,7 +73,7 @@ def draw_picture(rng: np.random.Generator, colour: str, shape: str) -> Image.Ima
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """Pale clouds of a random tint, coarse or fine: to be enlarged."""
+    """Pale clouds of a random tint, coarse or fine, at low resolution."""
     cells = int(rng.choice([2, 3, 5, 12]))
     tint = rng.uniform(150, 235) + rng.normal(0, 12, 3)
     clouds = tint + rng.normal(0, 16, (cells, cells, 1)) + rng.normal(0, 6, (cells, cells, 3))
@@ -81,7 +81,7 @@ def _background(rng: np.random.Generator) -> Image.Image:
 
 
 def _light(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """Light that falls off to one side, and the noise of a small camera."""
+    """The image with light that falls off to one side, and with camera noise."""
     pixels = np.asarray(image, dtype=np.float32)  # [H, W, 3]
     ramp = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
     slope_y, slope_x = rng.uniform(-0.35, 0.35, 2).astype(np.float32)
