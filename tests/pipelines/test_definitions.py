@@ -42,7 +42,7 @@ GRAPH = {
 }  # fmt: skip
 
 
-def test_the_graph_is_the_recipe() -> None:
+def test_the_graph_is_the_lineage() -> None:
     graph = defs.resolve_asset_graph()
     found = {
         key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
