@@ -197,7 +197,7 @@ def test_user_errors_are_one_line(world: Path, tmp_path: Path, capsys: pytest.Ca
     assert "must be a comma-separated list of multimodal, image, text" in error(
         *arguments(world, tmp_path, "--inputs", "sound")
     )
-    assert "is not there: give --images" in error(*arguments(world, tmp_path, "--images", str(tmp_path)))
+    assert "does not exist: give --images" in error(*arguments(world, tmp_path, "--images", str(tmp_path)))
     assert "holds no model" in error(*arguments(world, tmp_path, "--model", str(tmp_path)))
 
     other = tmp_path / "model"
