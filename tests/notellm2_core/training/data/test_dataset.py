@@ -190,7 +190,7 @@ def test_wrong_inputs_are_named(world: World, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not among the notes, the first is 'a'"):
         PairDataset(None, {}, {}, FeatureTable(np.zeros((0, 2, 4)), {}), [("a", "b")])  # type: ignore[arg-type]
     (tmp_path / "note_images.parquet").write_bytes((world.path("images") / "note_images.parquet").read_bytes())
-    with pytest.raises(ValueError, match=r"vision/config.json is not there"):
+    with pytest.raises(ValueError, match=r"vision/config.json does not exist"):
         without_encoder = InputReader(processor, replace(world.inputs, images=tmp_path))
         load_pair_dataset(without_encoder, world.path("pairs"), tmp_path)
 
