@@ -15,7 +15,7 @@ from notellm2_core.training import measure_saliency as saliency
 from tests.support.world import World, tiny_config, train, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
-START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0, "visual_token_gain": 1.0, "num_pca_notes": 16}
+INIT = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0, "visual_token_gain": 1.0, "num_pca_notes": 16}
 
 
 @pytest.mark.parametrize(("method", "connector"), [*((m, "qformer") for m in METHODS), ("notellm2", "linear")])
@@ -26,7 +26,7 @@ def test_trained_measured_exported_packaged(method: str, connector: str, world: 
     """
     switches, training = METHODS[method], {"num_steps": 2, "validate_every_steps": 2}
     sizes = {"kind": connector, "num_queries": 2, "num_layers": 1, "hidden_size": 16, "num_heads": 2}
-    config = tiny_config(training, method=method, connector=sizes, init=START, matryoshka_dims=(4,))
+    config = tiny_config(training, method=method, connector=sizes, init=INIT, matryoshka_dims=(4,))
     out = train(world, config, tmp_path)
     summary = json.loads((out / "training.json").read_text())
     assert np.isfinite([summary["loss_last"], summary["validation_loss"]]).all()

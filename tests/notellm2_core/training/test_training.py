@@ -35,14 +35,14 @@ from tests.support.ranks import run_ranks
 from tests.support.world import World, pair_dataset, tiny_config, train, write_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-START = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0}
+INIT = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0}
 
 
 @pytest.mark.slow
 def test_the_figures_of_a_training(world: World, tmp_path: Path) -> None:
     """training.json and metrics.jsonl. What restarts the clock (validation after 3 and 6 steps) loses no metrics."""
     settings = {"num_steps": 7, "learning_rate": 3e-3, "log_every_steps": 5, "validate_every_steps": 3}
-    out = train(world, tiny_config(settings, start=START), tmp_path)
+    out = train(world, tiny_config(settings, init=INIT), tmp_path)
     summary = json.loads((out / "training.json").read_text())
     assert summary["loss_last"] < summary["loss_first"]
     assert (summary["steps"], summary["num_train_pairs"], summary["precision"]) == (7, 32, "fp32")
@@ -160,7 +160,7 @@ def test_killed_and_resumed_is_as_never_killed(world: World, tmp_path: Path) -> 
     weights of an uninterrupted run, bit for bit, with two ranks."""
     settings = {"num_steps": 40, "batch_pairs": 4, "zero_stage": 2, "num_ranks": 2, "log_every_steps": 5}
     every = {"checkpoint_every_steps": 4, "validate_every_steps": 20}
-    config = write_config(tmp_path / "c.yaml", tiny_config({**settings, **every}, start=START))
+    config = write_config(tmp_path / "c.yaml", tiny_config({**settings, **every}, init=INIT))
     run_ranks(2, rank_checks.train, config, world.root, tmp_path / "straight")
 
     paths = world.paths(tmp_path)
