@@ -69,7 +69,7 @@ def hard_negatives(step: Step) -> Metrics:
     pairs = step.path("pair_datasets")
     export(step, settings.model or step.path("initial_model"), [MULTIMODAL], pairs / TRAIN)
     step.command([*PYTHON, "notellm2_core.retrieval.hard_negatives", "--embeddings", step.out / MULTIMODAL,
-                  "--pairs", pairs, "--sides", step.path("note_split", SPLIT_TABLE), "--out", step.out,
+                  "--pairs", pairs, "--note-split", step.path("note_split", SPLIT_TABLE), "--out", step.out,
                   "--first-rank", str(settings.first_rank), "--last-rank", str(settings.last_rank),
                   "--factory", settings.factory])  # fmt: skip
     return json.loads((step.out / COUNTS_FILE).read_text())

@@ -4,6 +4,7 @@ import sys
 
 from assets.resources.export import INPUTS, MULTIMODAL, export, export_metrics
 from assets.resources.steps import GPU, PROCESS, Metrics, Step, dataset
+from notellm2_core.config.baselines import encoders
 from notellm2_core.schema import INDEX_FOLDER, NOTES_TABLE, POOL_TABLE
 
 
@@ -25,11 +26,11 @@ def note_embeddings(step: Step) -> Metrics:
 
 @dataset("retrieval", {"pytorch", "parquet"}, on=GPU)
 def baseline_embeddings(step: Step) -> Metrics:
-    """Embeddings of the pool by a plain sentence encoder, if `evaluation.baselines` names it."""
-    if "minilm" in step.config.evaluation.baselines:
-        step.command([sys.executable, "-m", "notellm2_core.baselines.encoders", "--encoder", "minilm",
+    """Embeddings of the pool by each plain sentence encoder that `evaluation.baselines` names."""
+    for name in encoders(step.config.evaluation.baselines):
+        step.command([sys.executable, "-m", "notellm2_core.baselines.encoders", "--encoder", name,
                       "--notes", step.path("notes", NOTES_TABLE), "--note-ids", step.path("pair_datasets", POOL_TABLE),
-                      "--out", step.out / "minilm"])  # fmt: skip
+                      "--out", step.out / name])  # fmt: skip
     return {}
 
 

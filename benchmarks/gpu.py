@@ -110,7 +110,7 @@ def random_model(config: Config) -> tuple[MLRMModel, MLRMProcessor]:
 def inference(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     model, processor = random_model(settings(options))
     size, num_notes = options.batch_notes, options.batch_notes * EXPORTED_BATCHES
-    text, pictures = processor.note_tokenizer.text, InMemoryFeatures(processor)
+    text, images_of = processor.note_tokenizer.text, InMemoryFeatures(processor)
     title, topics, content = (
         " ".join((WORDS * num)[:num]) for num in (text.title_words, text.topic_words, text.content_words)
     )
@@ -129,7 +129,7 @@ def inference(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     def plain(_: int) -> int:
         for start in range(0, num_notes, size):
             encoded = [processor.lay_out(tokens) for tokens in mixed[start : start + size]]
-            found = pictures.load([str(i % NUM_IMAGES) for i in range(len(encoded))])
+            found = images_of.load([str(i % NUM_IMAGES) for i in range(len(encoded))])
             batch = processor.collate(encoded, found.patches, found.global_feature, np.ones(len(encoded), bool))
             functional.normalize(model(batch.to(DEVICE)).multimodal.float(), dim=-1).cpu()
         return sum(map(processor.num_tokens, mixed))
@@ -137,7 +137,7 @@ def inference(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     def export(tokens: Sequence[FieldTokens]) -> Callable[[int], int]:
         by_id = {str(i): of for i, of in enumerate(tokens)}
         images = {note_id: str(i % NUM_IMAGES) for i, note_id in enumerate(by_id)}
-        ours = BatchEmbedder(model, processor, by_id, images, pictures, size, torch.device(DEVICE))
+        ours = BatchEmbedder(model, processor, by_id, images, images_of, size, torch.device(DEVICE))
 
         def run(_: int) -> int:
             ours.embed(list(by_id), "multimodal")

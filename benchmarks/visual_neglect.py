@@ -131,7 +131,7 @@ def make_data(config: Config) -> None:
 def teach_reading(method: str, out: Path) -> Path:
     """An LLM that reads the world's text in this method's prompt, and its tokenizer: OUT/reader-METHOD.
 
-    Trained on pairs whose pictures are hidden: zeros stand in their place. The paper's LLMs come to the experiment able
+    Trained on pairs whose images are hidden: zeros stand in their place. The paper's LLMs come to the experiment able
     to read the platform's text in any prompt; the first layers of a small one are not.
     """
     reader = out / f"reader-{method}"

@@ -1,4 +1,4 @@
-"""Take the pictures of the README from what `make recall` made: the asset graph, and the sheet of neighbours.
+"""Take the images of the README from what `make recall` made: the asset graph, and the sheet of neighbours.
 
     make recall && .venv/bin/python docs/screenshots.py
 

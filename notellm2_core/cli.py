@@ -90,7 +90,7 @@ def _embed(options: argparse.Namespace) -> None:
     counts = embed_notes(
         options.model, options.notes, options.out, options.inputs, options.dim, batch_notes, options.images
     )
-    statuses = counts["pictures"]
+    statuses = counts["images"]
     if unusable := {status: n for status, n in statuses.items() if n and status not in ("ok", "missing")}:
         total = sum(unusable.values()) + statuses["ok"]
         print(f"warning: of {total} images, not used: {unusable}; --images names their folder", file=sys.stderr)

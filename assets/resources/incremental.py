@@ -15,14 +15,12 @@ import dagster as dg
 from notellm2_core.config.data import EventSettings
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.lake import Dataset, Draft
+from notellm2_core.lake.lineage import INGESTION_VERSION, PARTITION_VERSION
 from notellm2_core.runtime.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-# Raise these, and with them the version of raw_events or interactions in the stage table, when code changes a result.
-_INGESTION_VERSION = 3  # spark_jobs.source, spark_jobs.ingest
-_PARTITION_VERSION = 2  # spark_jobs.clean, spark_jobs.interactions
 _MAX_INGESTIONS = 64  # in one run
 
 LogPartition = tuple[str, tuple[date, date] | None]  # its name and its days [start, end); None: undated
@@ -36,7 +34,7 @@ def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog
     source, partition = catalog.source, catalog.config.source.partition
     stats = {file: (source / file).stat() for file in event_files(source)}
     files = {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
-    origin = {"version": _INGESTION_VERSION, "source": str(source.resolve()), "partition": partition}
+    origin = {"version": INGESTION_VERSION, "source": str(source.resolve()), "partition": partition}
     reused, new = [], files
     for ingestion in catalog.lake.datasets("ingestion"):
         its_files = ingestion.manifest.settings["files"]
@@ -77,7 +75,7 @@ def reduced_partitions(
 
     def settings(partition: str, days: tuple[date, date] | None) -> dict[str, Any]:
         files = [entry["sha256"] for file, entry in raw.manifest.files.items() if Path(file).parts[0] == partition]
-        return {"version": _PARTITION_VERSION, "files": files, "days": days, **events.model_dump()}
+        return {"version": PARTITION_VERSION, "files": files, "days": days, **events.model_dump()}
 
     keys = {partition: fingerprint(settings(*partition)) for partition in partitions}
     missing = {key: partition for partition, key in keys.items() if catalog.lake.find("log_partition", key) is None}

@@ -6,10 +6,11 @@ docs/settings.md from the declarations.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from notellm2_core.config.baselines import BASELINES, require_baseline
 from notellm2_core.config.data import (
     CheckSettings,
     PairSettings,
@@ -48,7 +49,9 @@ class ReportSettings(Section):
     ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (100, 1000, 10000), min_length=1, description="The k of each Recall@k (paper: section 2.3)."
     )
-    baselines: tuple[Literal["random", "popularity", "bm25", "minilm", "zero_shot"], ...] = Field(
+    baselines: tuple[
+        Annotated[str, AfterValidator(require_baseline), Field(json_schema_extra={"enum": [*BASELINES]})], ...
+    ] = Field(
         ("random", "popularity", "bm25", "zero_shot"),
         description="Baselines to compare with. `zero_shot`: the model before training.",
     )

@@ -81,7 +81,7 @@ def _thumbnail(image: Image.Image | None, size: int) -> Image.Image:
     square = Image.new("RGB", (size, size), (240, 240, 240))
     if image is None:
         ImageDraw.Draw(square).text(
-            (size / 2, size / 2), "no picture", font=_font(False), fill=(140, 140, 140), anchor="mm"
+            (size / 2, size / 2), "no image", font=_font(False), fill=(140, 140, 140), anchor="mm"
         )
         return square
     small = image.convert("RGB")

@@ -4,8 +4,8 @@ Reads datasets of the lake: a folder of pairs with test/ (RELATED_PAIRS) and poo
 (TARGET_CLICKS), and folders of embeddings (columns in `notellm2_core.schema`).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from notellm2_core.config.settings import Config
 from notellm2_core.embeddings.table import Embeddings, mean_cosine, read_embeddings, read_note_ids, truncate_dims
 from notellm2_core.evaluation.contact_sheet import ImageReader, Neighbour, SheetRow, contact_sheet
 from notellm2_core.evaluation.oracle import KEYS, Oracle
-from notellm2_core.evaluation.recall import Pairs, Ranks, cosine_rows, count_ranks, recall_at, target_ranks
+from notellm2_core.evaluation.recall import Pairs, Ranks, ScoreRows, cosine_rows, count_ranks, recall_at, target_ranks
 from notellm2_core.evaluation.report import Report, build_report
 from notellm2_core.evaluation.slices import load_tokenizer, slice_masks, token_lengths
 from notellm2_core.notes.lake_reader import read_notes
@@ -29,6 +29,30 @@ from notellm2_core.schema import POOL_TABLE, TEST
 from notellm2_core.vision.images import allow_pixels, read_image
 
 NEIGHBOURS = 5  # per row of the contact sheet
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a baseline without embeddings may know."""
+
+    pool_ids: Sequence[str]
+    texts: Mapping[str, Note]  # of the pool and of the test pairs
+    clicks: Path | None  # TARGET_CLICKS
+    seed: int
+
+
+def _popularity(known: Known) -> ScoreRows:
+    if known.clicks is None:
+        raise ValueError("evaluation.baselines names popularity, which needs the notes' clicks; none were given.")
+    return popularity_rows(read_clicks(known.clicks), known.pool_ids)
+
+
+# The baselines without embeddings: the input they read, and their scores.
+SCORES: dict[str, tuple[str, Callable[[Known], ScoreRows]]] = {
+    "random": ("", lambda known: random_rows(known.pool_ids, known.seed)),
+    "popularity": ("", _popularity),
+    "bm25": ("text", lambda known: BM25(known.texts, known.pool_ids).rows),
+}
 
 
 def read_pairs(path: Path) -> Pairs:
@@ -88,15 +112,11 @@ def evaluate(
                 short, short_pool = (replace(e, vectors=truncate_dims(e.vectors, dim)) for e in (table, pool))
                 name = f"{method}, {dim} of {table.vectors.shape[1]} numbers"
                 ranks[name, inputs] = target_ranks(short, short_pool, test)
-    baselines = config.evaluation.baselines
-    if "random" in baselines:
-        ranks["random", ""] = count_ranks(random_rows(pool_ids, config.seed), pool_ids, test)
-    if "popularity" in baselines:
-        if clicks is None:
-            raise ValueError("evaluation.baselines names popularity, which needs the notes' clicks; none were given.")
-        ranks["popularity", ""] = count_ranks(popularity_rows(read_clicks(clicks), pool_ids), pool_ids, test)
-    if "bm25" in baselines:
-        ranks["bm25", "text"] = count_ranks(BM25(texts, pool_ids).rows, pool_ids, test)
+    known = Known(pool_ids, texts, clicks, config.seed)
+    for name in config.evaluation.baselines:
+        if name in SCORES:
+            inputs, score_rows = SCORES[name]
+            ranks[name, inputs] = count_ranks(score_rows(known), pool_ids, test)
     if oracle is not None:
         keys = Oracle(oracle)
         for inputs in KEYS:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from notellm2_core.config.baselines import BASELINES
 from notellm2_core.evaluation.recall import Ranks, Recall, recall_at
 
-# The order of the table: floors, untrained baselines, trained methods, and last the oracle, which cannot be beaten.
-FIRST = {"random": "random", "popularity": "popularity", "bm25": "BM25", "minilm": "MiniLM", "zero_shot": "zero-shot"}
+# The order of the table: baselines, trained methods, and last the oracle, which cannot be beaten.
+FIRST = {name: baseline.label for name, baseline in BASELINES.items()}
 LAST = {"oracle": "oracle"}
 INPUTS = ("", "multimodal", "image", "text")
 TABLE_SLICES = ("all", "short_query", "short_target")

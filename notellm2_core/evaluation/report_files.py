@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from notellm2_core.config.baselines import encoders
 from notellm2_core.config.settings import Config
 from notellm2_core.evaluation import saliency_report
 from notellm2_core.evaluation.evaluate import evaluate, image_reader, neighbour_sheet
@@ -38,8 +39,8 @@ def write_report(config: Config, inputs: ReportInputs, out: Path) -> dict[str, A
     }
     if "zero_shot" in config.evaluation.baselines:
         folders |= {("zero_shot", folder.name): folder for folder in _inputs(inputs.initial_embeddings)}
-    if "minilm" in config.evaluation.baselines:
-        folders["minilm", "text"] = inputs.baseline_embeddings / "minilm"
+    for name in encoders(config.evaluation.baselines):
+        folders[name, "text"] = inputs.baseline_embeddings / name
     oracle = inputs.source / ORACLE if (inputs.source / ORACLE).exists() else None
     report = evaluate(
         folders, inputs.notes, inputs.pairs, config, tokenizer=inputs.model, clicks=inputs.clicks, oracle=oracle

@@ -42,7 +42,7 @@ def embed_notes(
 ) -> dict[str, Any]:
     """Embed the notes of `notes` (see `read_note_table`) into shards of schema.embeddings, sorted by note id.
 
-    Returns counts: notes, kept (vectors reused from an earlier run), dropped notes by reason, pictures by status and
+    Returns counts: notes, reused (vectors taken from an earlier run), dropped notes by reason, images by status and
     notes_per_second (both of the notes embedded now). Raises ValueError if the model or the notes cannot be used, or
     `out` holds anything but a result of this command.
     """
@@ -79,9 +79,9 @@ def embed_notes(
     swap_in(work, out)
     return {
         "notes": len(table.note_ids),
-        "kept": num_reused,
+        "reused": num_reused,
         "dropped": dict(table.dropped),
-        "pictures": {status: embedder.image_statuses[status] for status in STATUSES},
+        "images": {status: embedder.image_statuses[status] for status in STATUSES},
         "notes_per_second": round((len(table.note_ids) - num_reused) / seconds, 1),
         "dim": dim or embedder.model.config.projection_dim,
         "device": str(embedder.device),

@@ -1,7 +1,7 @@
 """Exports the embeddings of notes: sharded, resumable, of multimodal, image-only or text-only inputs.
 
     python -m notellm2_core.inference.export --config FILE --model DIR --notes DIR --images DIR --store DIR
-        [--note-ids PARQUET] --inputs multimodal,image,text --out DIR [--reuse DIR ...] [--pictures NOTES SOURCE]
+        [--note-ids PARQUET] --inputs multimodal,image,text --out DIR [--reuse DIR ...] [--image-folders NOTES SOURCE]
 
 writes OUT/<inputs>/part-00000.parquet (schema.embeddings: unit vectors, fp32). Under torchrun, each rank writes every
 WORLD_SIZE-th shard on its own device, on one machine or on several that share OUT.
@@ -81,8 +81,8 @@ def export(
     weights = weight_files(model_dir)
     counts: dict[str, Any] = {
         "notes": len(notes.tokens),
-        "notes_without_picture": sum(notes.image_ids[note_id] is None for note_id in notes.tokens),
-        "pictures": "stored features" if reader.encoder is None else "encoded anew",
+        "notes_without_image": sum(notes.image_ids[note_id] is None for note_id in notes.tokens),
+        "images": "stored features" if reader.encoder is None else "encoded anew",
         "device": str(device),
         "precision": str(dtype).removeprefix("torch."),
         "reused": {},  # of this rank's shards, notes that were not embedded

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from notellm2_core.config.baselines import encoders
 from notellm2_core.config.settings import Config
 from notellm2_core.lake.lake import WORK_FOLDER, Dataset, Lake, LakeError
 from notellm2_core.lake.lineage import RENAMED, STAGES, WORLD_VERSION
@@ -133,7 +134,7 @@ class Catalog:
             folder = self.config.training.hard_negatives.model
             return [("training.hard_negatives.model", None if folder is None else str(folder))]
         if name == "baseline_embeddings":
-            return [("evaluation.baselines", "minilm")] if "minilm" in self.config.evaluation.baselines else []
+            return [(f"evaluation.baselines.{name}", name) for name in encoders(self.config.evaluation.baselines)]
         settings = STAGES[name].settings
         return [(key, weights) for key, weights in names.items() if key in settings or f"{key}.name" in settings]
 

@@ -89,6 +89,10 @@ STAGES: Mapping[str, Stage] = {
 }  # fmt: skip
 
 
+# The parts of the log have versions of their own; raise with them the version of raw_events or of interactions.
+INGESTION_VERSION = 3  # spark_jobs.source, spark_jobs.ingest
+PARTITION_VERSION = 2  # spark_jobs.clean, spark_jobs.interactions
+WORLD_VERSION = 1  # notellm2_core.demo
 RENAMED = {  # earlier names of datasets, which nothing reads any more
     "events": "interactions",
     "note_sides": "note_split",
@@ -97,4 +101,3 @@ RENAMED = {  # earlier names of datasets, which nothing reads any more
     "landing": "ingestion",
     "period": "log_partition",
 }
-WORLD_VERSION = 1  # version of the demo world's generator

@@ -49,7 +49,7 @@ class InputReader:
             return OpenInputs(tokens, image_ids, FeatureStore(self.inputs.store / self.encoder_id))
         if self.inputs.image_folders is None:
             raise ValueError(
-                "the vision encoder is trained, or was: give the folders of the images (--pictures NOTES SOURCE)"
+                "the vision encoder is trained, or was: give the folders of the images (--image-folders NOTES SOURCE)"
             )
         return OpenInputs(
             tokens, image_ids, NoteImages(self.inputs.image_folders, image_ids, tokens.keys(), self.max_pixels)

@@ -34,21 +34,22 @@ class NoteInputs:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        """Declare --notes, --images, --store and --pictures."""
+        """Declare --notes, --images, --store and --image-folders."""
         parser.add_argument("--notes", type=Path, required=True, help="folder of the notes dataset, or of its tokens")
         parser.add_argument("--images", type=Path, required=True, help="output folder of the features command")
         parser.add_argument("--store", type=Path, required=True, help="parent of the feature stores")
         parser.add_argument(
-            "--pictures", type=Path, nargs=2, metavar=("NOTES", "SOURCE"),
+            "--image-folders", type=Path, nargs=2, metavar=("NOTES", "SOURCE"),
             help="folders of the notes dataset and of its images, where the vision encoder is, or was, trained",
         )  # fmt: skip
 
     @classmethod
     def of(cls, args: Namespace) -> "NoteInputs":
         """The folders from the parsed options."""
-        return cls(args.notes, args.images, args.store, ImageFolders(*args.pictures) if args.pictures else None)
+        folders = ImageFolders(*args.image_folders) if args.image_folders else None
+        return cls(args.notes, args.images, args.store, folders)
 
     def arguments(self) -> list[str]:
         """The folders as command-line options."""
         options = ["--notes", str(self.notes), "--images", str(self.images), "--store", str(self.store)]
-        return [*options, "--pictures", *map(str, self.image_folders)] if self.image_folders else options
+        return [*options, "--image-folders", *map(str, self.image_folders)] if self.image_folders else options

@@ -1,6 +1,6 @@
 """Hard negatives: a training note's nearest notes that are neither related to it nor its duplicates. No torch.
 
-    python -m notellm2_core.retrieval.hard_negatives --embeddings DIR --pairs DIR --out DIR [--sides DIR]
+    python -m notellm2_core.retrieval.hard_negatives --embeddings DIR --pairs DIR --out DIR [--note-split DIR]
         [--first-rank N] [--last-rank N] [--factory STRING]
 
 writes OUT/part-00000.parquet (schema.HARD_NEGATIVES, sorted by note_id and rank) and OUT/counts.json.
@@ -209,14 +209,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Mine hard negatives for the training pairs.")
     parser.add_argument("--embeddings", type=Path, required=True, help="folder of the notes' embeddings")
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
-    parser.add_argument("--sides", type=Path, help="folder of the note_split dataset: which notes are near-duplicates")
+    parser.add_argument(
+        "--note-split", type=Path, help="folder of the dataset note_split, which knows near-duplicates"
+    )
     add_options(parser, HardNegativeSettings, "first_rank", "last_rank", "factory")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     with user_errors():
-        if args.sides is None:
-            print("warning: near-duplicates are unknown without --sides: some may be mined.", file=sys.stderr)
-        mine(args.embeddings, args.pairs, args.out, args.sides, args.first_rank, args.last_rank, args.factory)
+        if args.note_split is None:
+            print("warning: near-duplicates are unknown without --note-split: some may be mined.", file=sys.stderr)
+        mine(args.embeddings, args.pairs, args.out, args.note_split, args.first_rank, args.last_rank, args.factory)
 
 
 if __name__ == "__main__":

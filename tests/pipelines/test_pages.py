@@ -28,7 +28,7 @@ def not_shown(url: str, size: tuple[int, int], names: Collection[str]) -> set[st
 
 
 def test_the_graph_and_the_report_are_shown(finished: Workplace) -> None:
-    """Every asset (long names are truncate_dims); the table, contact sheet and figures of eval_recall."""
+    """Every asset (long names are cut off); the table, contact sheet and figures of eval_recall."""
     assets = [name for name in STAGES if len(name) <= 16]
     report = ("recall", "neighbours", "plot", "notellm2.multimodal.all.10")
     with dagster_webserver(**finished.environment()) as dagster:

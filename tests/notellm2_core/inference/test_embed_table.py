@@ -46,8 +46,8 @@ def test_the_same_bits_as_the_five_lines(release: Release, tmp_path: Path, capsy
     said = capsys.readouterr()
     counts = json.loads(said.out)
     assert "warning: of 13 images, not used: {'broken': 1}; --images names their folder\n" in said.err
-    assert (counts["notes"], counts["kept"], counts["dropped"]) == (20, 0, {})
-    assert {k: n for k, n in counts["pictures"].items() if n} == {"ok": 12, "missing": 7, "broken": 1}
+    assert (counts["notes"], counts["reused"], counts["dropped"]) == (20, 0, {})
+    assert {k: n for k, n in counts["images"].items() if n} == {"ok": 12, "missing": 7, "broken": 1}
     for inputs, dim in (("text", 4), ("image", None)):
         more = ["--inputs", inputs, "--batch-notes", "3", *(["--dim", str(dim)] if dim else [])]
         run(release, release.source, tmp_path / "out", *more)
@@ -85,7 +85,7 @@ def test_an_image_in_the_table_alone_makes_a_note(release: Release, tmp_path: Pa
     row = {"note_id": "p", "title": None, "topics": None, "content": None, "image": image}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "n.parquet")
     counts = embed.embed_notes(release.model, tmp_path / "n.parquet", tmp_path / "out")
-    assert (counts["notes"], counts["pictures"]["ok"]) == (1, 1)
+    assert (counts["notes"], counts["images"]["ok"]) == (1, 1)
 
 
 def test_goes_on_where_it_was_stopped(release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,13 +108,13 @@ def test_goes_on_where_it_was_stopped(release: Release, tmp_path: Path, monkeypa
     assert not out.exists()
     draft_of(tmp_path / ".out.partial" / "part-00002.parquet", dead_process()).write_bytes(b"half a shard")
     (tmp_path / ".out.partial" / ".former").mkdir()
-    assert embed.embed_notes(release.model, release.source, out)["kept"] == 12
+    assert embed.embed_notes(release.model, release.source, out)["reused"] == 12
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and len(list(out.iterdir())) == 4
-    assert embed.embed_notes(release.model, release.source, out)["kept"] == 20
+    assert embed.embed_notes(release.model, release.source, out)["reused"] == 20
     assert len(calls) == 5
 
     (release.source / "19.png").write_bytes((release.source / "19.png").read_bytes() + b" ")
-    assert embed.embed_notes(release.model, release.source, out)["kept"] == 19  # one image changed
+    assert embed.embed_notes(release.model, release.source, out)["reused"] == 19  # one image changed
 
 
 def test_only_its_own_result_is_replaced(release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,7 +126,7 @@ def test_only_the_named_notes(world: Path, tmp_path: Path, capsys: pytest.Captur
     export.main(arguments(world, tmp_path / "out", "--note-ids", str(tmp_path / "ids.parquet")))
     assert read_embeddings(tmp_path / "out" / "multimodal").note_ids == ("n03", "n04", "n20")
     counts = json.loads(capsys.readouterr().out)
-    assert (counts["notes"], counts["notes_without_picture"], counts["precision"]) == (3, 1, "float32")
+    assert (counts["notes"], counts["notes_without_image"], counts["precision"]) == (3, 1, "float32")
 
 
 def test_a_complete_export_computes_nothing(

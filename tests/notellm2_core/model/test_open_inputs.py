@@ -57,7 +57,7 @@ def test_images_on_demand(world: World, processor: MLRMProcessor) -> None:
     assert isinstance(notes.images, NoteImages)
     assert notes.images.image_ids == [notes.image_ids["n004"], notes.image_ids["n006"]]
     assert all(notes.images.read(notes.images.image_ids))
-    with pytest.raises(ValueError, match=r"give the folders of the images \(--pictures NOTES SOURCE\)"):
+    with pytest.raises(ValueError, match=r"give the folders of the images \(--image-folders NOTES SOURCE\)"):
         InputReader(processor, replace(inputs, image_folders=None), encoder).open(NOTES)
     with pytest.raises(ValueError, match="holds no vision features"):
         InputReader(processor, inputs).open(NOTES)

@@ -21,7 +21,7 @@ def test_options_and_back(image_folders: ImageFolders | None) -> None:
 
 def test_the_options() -> None:
     inputs = NoteInputs(Path("n"), Path("i"), Path("s"), FOLDERS)
-    assert " ".join(inputs.arguments()) == "--notes n --images i --store s --pictures lake/notes source"
+    assert " ".join(inputs.arguments()) == "--notes n --images i --store s --image-folders lake/notes source"
 
 
 @pytest.mark.parametrize("left_out", ["--notes", "--images", "--store"])

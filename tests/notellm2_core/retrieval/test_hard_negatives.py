@@ -221,12 +221,12 @@ def test_the_command_needs_no_torch_and_warns_once(world: Path) -> None:
             "assert 'faiss' not in sys.modules; main(sys.argv[1:]); assert 'torch' not in sys.modules")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("near-duplicates are unknown without --sides") == 1
+    assert done.stderr.count("near-duplicates are unknown without --note-split") == 1
     assert rows_of(world / "out")[0] == ("a", "c", 2)
 
 
 def test_the_command_ends_with_one_sentence(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--embeddings", world / "embeddings", "--pairs", world / "none", "--sides", world / "sides"]
+    arguments = ["--embeddings", world / "embeddings", "--pairs", world / "none", "--note-split", world / "sides"]
     with pytest.raises(SystemExit) as end:
         main([*map(str, arguments), "--out", str(world / "out")])
     assert end.value.code == 2

@@ -45,7 +45,7 @@ def test_from_images_to_embeddings(world: World, tmp_path: Path, capfd: pytest.C
     with pytest.raises(ValueError, match="trained with vision encoder"):
         export(config, out, world.inputs, ("image",), tmp_path / "embeddings")
     counts = export(config, out, world.with_image_folders, ("image", "multimodal"), tmp_path / "embeddings")
-    assert counts["pictures"] == "encoded anew"
+    assert counts["images"] == "encoded anew"
     rows = pq.read_table(world.path("notes")).to_pylist()
     notes = [{k: row[k] for k in ("title", "topics", "content", "image")} for row in rows]
     for kind in ("image", "multimodal"):
@@ -71,5 +71,5 @@ def test_it_learns_what_only_the_image_shows(world: World, tmp_path: Path) -> No
 
 
 def test_without_images_it_is_refused(world: World, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--pictures"):
+    with pytest.raises(ValueError, match="--image-folders"):
         run(tiny_config({"trainable": ["vision"]}), replace(world.paths(tmp_path), inputs=world.inputs))

@@ -37,7 +37,7 @@ def test_a_long_chain_is_one_component(frame: Frame) -> None:
     assert dict(rows_of(found, "node", "component")) == dict.fromkeys(names, "00")
 
 
-def test_near_duplicates_share_text_or_picture_also_in_a_chain(frame: Frame) -> None:
+def test_near_duplicates_share_text_or_image_also_in_a_chain(frame: Frame) -> None:
     """a and b share their text, b and c a path, c and d the bytes: one group where no images were read. f and g have
     no text at all, which is nothing to share; h and i differ in their topics.
 

@@ -102,7 +102,7 @@ def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     everything = Paths(replace(inputs, image_folders=ImageFolders(data / "n", data / "s")), *[data] * 3, data / "hard")
     assert " ".join(launch_command(Path("c.yaml"), TrainingSettings(), everything)).endswith(
-        "--pictures /data/n /data/s --pairs /data --work /data --out /data --hard-negatives /data/hard"
+        "--image-folders /data/n /data/s --pairs /data --work /data --out /data --hard-negatives /data/hard"
     )
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert launch_command(Path("c.yaml"), TrainingSettings(num_ranks=10_000), paths)[:2] == ["env", "OMP_NUM_THREADS=1"]
