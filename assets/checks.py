@@ -18,11 +18,11 @@ def dropped_share(metrics: Metrics, limits: CheckSettings) -> Verdict:
 
     Exact duplicates of an event are harmless; `undated_share` judges the rows without a readable time.
     """
-    harmless = ("duplicate_event", "malformed_row", "bad_timestamp", "absurd_timestamp")
-    dropped = sum(rows for reason, rows in metrics["dropped"].items() if reason not in harmless)
-    unjudged = sum(metrics["dropped"].get(reason, 0) for reason in harmless)
-    read = metrics["rows"] - metrics.get("ignored_event", 0) - unjudged
-    share = dropped / read if read else 0.0
+    exempt = ("duplicate_event", "malformed_row", "bad_timestamp", "absurd_timestamp")
+    num_dropped = sum(rows for reason, rows in metrics["dropped"].items() if reason not in exempt)
+    num_exempt = sum(metrics["dropped"].get(reason, 0) for reason in exempt)
+    num_rows = metrics["rows"] - metrics.get("ignored_event", 0) - num_exempt
+    share = num_dropped / num_rows if num_rows else 0.0
     reasons = ", ".join(f"{rows} {reason}" for reason, rows in metrics["dropped"].items())
     return share <= limits.max_dropped_share, {
         "dropped_share": share,
@@ -42,10 +42,10 @@ def undated_share(metrics: Metrics, limits: CheckSettings) -> Verdict:
 
 
 def unusable_images(metrics: Metrics, limits: CheckSettings) -> Verdict:
-    """The share of named images that are missing, broken, too large or outside the source is within the limit."""
+    """The share of named images that are not found, broken, too large or outside the source is within the limit."""
     unusable = {status: metrics[status] for status in ("not_found", "broken", "too_large", "escapes")}
-    named = metrics["notes"] - metrics["missing"]
-    share = sum(unusable.values()) / named if named else 0.0
+    num_named = metrics["notes"] - metrics["missing"]
+    share = sum(unusable.values()) / num_named if num_named else 0.0
     return share <= limits.max_dropped_share, {
         "image_path in notes.parquet": "relative to the source; not_found: no such file, escapes: outside the source",
         "unusable_share": share,

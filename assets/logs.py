@@ -33,7 +33,7 @@ def raw_events_asset(partitions: dg.TimeWindowPartitionsDefinition) -> dg.Assets
 
 
 def raw_events(step: Step) -> Metrics:
-    """The unchanged behaviour logs, a folder per partition, and one for rows without a readable time."""
+    """The unchanged behaviour logs: a folder per partition, and one for rows without a readable time."""
     from spark_jobs.ingest import ingestion_metrics
 
     with step.spark() as spark:

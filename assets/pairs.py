@@ -19,14 +19,14 @@ def cooccurrence(step: Step) -> Metrics:
 
 @dataset("pairs", SPARK_KINDS, on=SPARK)
 def note_split(step: Step) -> Metrics:
-    """Which notes are for training and which form the candidate pool; near-duplicates stay on one side."""
+    """Which notes are for training and which form the candidate pool; near-duplicates stay in one split."""
     from spark_jobs.split import assign_split
 
     with step.spark() as spark:
         return assign_split(
             spark,
             notes=step.path("notes", NOTES_TABLE),
-            events=step.path("interactions"),
+            interactions=step.path("interactions"),
             out=step.out / SPLIT_TABLE,
             images=step.path("vision_features", NOTE_IMAGES_FILE),
             settings=HoldOutSettings.of(step.config.split),
@@ -42,7 +42,7 @@ def related_pairs(step: Step) -> Metrics:
         return relate(
             spark,
             scores=step.path("cooccurrence"),
-            sides=step.path("note_split", SPLIT_TABLE),
+            note_split=step.path("note_split", SPLIT_TABLE),
             out=step.out,
             filters=FilterSettings.of(step.config.pairs),
         )
@@ -57,7 +57,7 @@ def pair_datasets(step: Step) -> Metrics:
         return split(
             spark,
             pairs=step.path("related_pairs"),
-            sides=step.path("note_split", SPLIT_TABLE),
+            note_split=step.path("note_split", SPLIT_TABLE),
             out=step.out,
             validation_share=step.config.split.validation_share,
         )
@@ -65,7 +65,7 @@ def pair_datasets(step: Step) -> Metrics:
 
 @dataset("pairs", {"numpy"}, show={"data card": ["data_card.md", "data_card.png"]})
 def data_card(step: Step) -> Metrics:
-    """The data of this release, for people: Table 1, what was dropped, the spread of scores, pairs and clicks."""
+    """The data card of this release: Table 1, what was dropped, the spread of scores, pairs and clicks."""
     from notellm2_core.evaluation.data_card import write_data_card
 
     window = step.catalog.window

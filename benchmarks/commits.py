@@ -1,10 +1,11 @@
-"""Training and export of another commit beside those of this one: is this one slower?
+"""Is this commit slower than another one, in training and in export?
 
     .venv/bin/python benchmarks/commits.py COMMIT [--rounds 5] [--steps 4]
 
+"This commit" is the checkout, with its uncommitted changes.
 Each round runs the same contenders of training.py and export.py from both commits, each in its own process, one after
 the other. The ratio of a contender is the median over the rounds of (this commit's notes per second / the other's).
-The other commit's scripts must know the contenders by these names.
+The contenders must have the same names in the other commit's scripts.
 """
 
 import argparse
@@ -36,23 +37,24 @@ def main() -> None:
         cache.mkdir()
         results = {name: compare(name, other, cache, options) for name in CONTENDERS}
     (RESULTS / "commits.json").write_text(json.dumps(results, indent=1))
-    (RESULTS / "commits.md").write_text(shown := to_markdown(results))
-    print(shown)
+    (RESULTS / "commits.md").write_text(table := to_markdown(results))
+    print(table)
 
 
 def compare(contender: str, other: Path, cache: Path, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Notes per second of each round, {what was timed: {"other": [...], "this": [...]}}."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """Notes per second of each round: {timed row: {"other": [...], "this": [...]}}."""
+    rows: dict[str, dict[str, list[float]]] = {}
     for number in range(options.rounds):
-        places = {"other": other, "this": ROOT}
-        for which in sorted(places, reverse=bool(number % 2)):  # neither always comes first
-            for name, rate in rates(contender, places[which], cache, options.steps).items():
-                found.setdefault(name, {"other": [], "this": []})[which].append(rate)
-                print(f"{name}, {which}: {rate:.2f} notes/s", flush=True)
-    return found
+        checkouts = {"other": other, "this": ROOT}
+        for commit in sorted(checkouts, reverse=bool(number % 2)):  # each comes first in every second round
+            for name, rate in rates(contender, checkouts[commit], cache, options.steps).items():
+                rows.setdefault(name, {"other": [], "this": []})[commit].append(rate)
+                print(f"{name}, {commit}: {rate:.2f} notes/s", flush=True)
+    return rows
 
 
 def rates(contender: str, checkout: Path, cache: Path, steps: int) -> dict[str, float]:
+    """Notes per second of each timed row of one process: `contender` of `checkout`."""
     script = CONTENDERS[contender]
     command = [sys.executable, "-W", "ignore", f"benchmarks/{script}", "--one", contender, str(cache)]
     if script == "training.py":
@@ -66,16 +68,16 @@ def rates(contender: str, checkout: Path, cache: Path, steps: int) -> dict[str, 
 
 def to_markdown(results: dict[str, dict[str, dict[str, list[float]]]]) -> str:
     lines = [
-        *heading("Training and export beside another commit"),
-        "`llm` is the bare LLM, the same in both: what it shows is the machine's noise.",
+        *heading("Training and export against another commit"),
+        "`llm` is the bare LLM, the same in both: its ratio is the machine's noise.",
         "",
-        "| contender | other, notes/s | this, notes/s | ratio | of each round |",
+        "| contender | other, notes/s | this, notes/s | ratio | ratio of each round |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
-    for name, of in (pair for found in results.values() for pair in found.items()):
-        ratios = [this / other for this, other in zip(of["this"], of["other"], strict=True)]
+    for name, row in (item for rows in results.values() for item in rows.items()):
+        ratios = [this / other for this, other in zip(row["this"], row["other"], strict=True)]
         lines.append(
-            f"| {name} | {statistics.median(of['other']):.1f} | {statistics.median(of['this']):.1f} "
+            f"| {name} | {statistics.median(row['other']):.1f} | {statistics.median(row['this']):.1f} "
             f"| {statistics.median(ratios):.2f} | {', '.join(f'{r:.2f}' for r in ratios)} |"
         )
     return "\n".join(lines) + "\n"

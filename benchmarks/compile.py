@@ -1,4 +1,4 @@
-"""Does torch.compile pay? The training step with compiled decoder layers beside the same step without.
+"""Does torch.compile pay? The training step with compiled decoder layers against the same step without.
 
     .venv/bin/python benchmarks/compile.py [--steps 10] [--part mlp|layer]
 
@@ -30,7 +30,8 @@ from notellm2_core.training.step import batch_gradient, prepare
 WARM_UP = 3  # steps, in which graphs are compiled
 
 
-def compiled(layer: nn.Module, part: str) -> None:
+def compile_layer(layer: nn.Module, part: str) -> None:
+    """Compile this part of a decoder layer in place."""
     for module in [layer] if part == "layer" else [layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]:
         module.compile(dynamic=True)
 
@@ -41,7 +42,7 @@ def contender(config: Config, cache: Path, part: str | None) -> tuple[Any, MLRMP
     set_trained(model, config)
     if part is not None:
         for layer in model.llm.layers:
-            compiled(layer, part)
+            compile_layer(layer, part)
     return engines.make_engine(model.train(), config, "bf16"), processor
 
 
@@ -70,15 +71,15 @@ def main() -> None:
             synchronize()
             seconds[name].append(time.monotonic() - started)
             print(f"step {step} {name} {seconds[name][-1]:.2f} s", flush=True)
-    median = {name: statistics.median(of[WARM_UP:]) for name, of in seconds.items()}
-    making = sum(seconds["compiled"][:WARM_UP]) - WARM_UP * median["compiled"]
-    plain, ours = median["plain"], median["compiled"]
-    shown = [
+    median = {name: statistics.median(times[WARM_UP:]) for name, times in seconds.items()}
+    compile_seconds = sum(seconds["compiled"][:WARM_UP]) - WARM_UP * median["compiled"]
+    uncompiled, compiled = median["plain"], median["compiled"]
+    lines = [
         *heading(f"torch.compile ({options.part})"),
-        f"- A step of {config.training.batch_pairs} pairs: {plain:.2f} s, compiled {ours:.2f} s, "
-        f"{plain / ours:.2f} times as fast; {making:.0f} s to compile in the first {WARM_UP} steps.",
+        f"- A step of {config.training.batch_pairs} pairs: {uncompiled:.2f} s, compiled {compiled:.2f} s, "
+        f"{uncompiled / compiled:.2f} times as fast; {compile_seconds:.0f} s to compile in the first {WARM_UP} steps.",
     ]
-    text = "\n".join(shown) + "\n"
+    text = "\n".join(lines) + "\n"
     (RESULTS / f"compile_{options.part}.md").write_text(text)
     print(text)
 

@@ -1,4 +1,4 @@
-"""Eq. 2 over generated logs: time, memory and growth, beside DuckDB and beside Spark's own joins.
+"""Eq. 2 over generated logs: time, memory and growth, compared with DuckDB and with Spark's own joins.
 
     .venv/bin/python benchmarks/cooccurrence.py                      everything, about an hour on two cores
     .venv/bin/python benchmarks/cooccurrence.py --millions 1 5       smaller logs only
@@ -174,20 +174,20 @@ def measure(contender: str, log: Path, out: Path, memory: str, script: Path = Pa
     while process.poll() is None:
         peak = max(peak, tree_memory(process))
         time.sleep(0.5)
-    figures = {"contender": contender, "peak_gb": peak / 2**30}
+    row = {"contender": contender, "peak_gb": peak / 2**30}
     if process.returncode:
-        return figures | {"seconds": None, "failed": process.returncode}
-    return figures | {"seconds": float(Path(f"{out}.seconds").read_text())}
+        return row | {"seconds": None, "failed": process.returncode}
+    return row | {"seconds": float(Path(f"{out}.seconds").read_text())}
 
 
-def compare(found: Path, expected: Path, slices: int) -> dict[str, Any]:
+def compare(actual: Path, expected: Path, slices: int) -> dict[str, Any]:
     """Pairs in either table; pairs that one lacks or whose users differ; the largest relative difference of a score."""
     database = duckdb.connect(config={"threads": 2})
     pairs, differing, error = 0, 0, 0.0
     for part in range(slices):  # the whole join would not fit into memory
         tables = [
             f"(SELECT * FROM read_parquet('{folder}/*.parquet') WHERE hash(query_id) % {slices} = {part})"
-            for folder in (found, expected)
+            for folder in (actual, expected)
         ]
         row = database.execute(
             f"""SELECT count(*), count(*) FILTER (a.num_users IS DISTINCT FROM b.num_users),
@@ -268,8 +268,8 @@ def to_markdown(results: dict[str, Any], memory: str) -> str:
     ]
     for size, r in ((s["millions"], r) for s in results["sizes"] for r in s["rows"]):
         seconds = f"failed ({r['failed']})" if r["seconds"] is None else f"{r['seconds']:.1f}"
-        found = f"{r['pairs']:,} | {r['differing']} | {r['max_error']:.0e}" if "pairs" in r else " | | "
-        lines.append(f"| {size} | {r['contender']} | {seconds} | {r['peak_gb']:.1f} | {found} |")
+        agreement = f"{r['pairs']:,} | {r['differing']} | {r['max_error']:.0e}" if "pairs" in r else " | | "
+        lines.append(f"| {size} | {r['contender']} | {seconds} | {r['peak_gb']:.1f} | {agreement} |")
     for contender in ("ours", "duckdb"):
         if (power := exponent(results["sizes"], contender)) is not None:
             lines += [
@@ -278,9 +278,9 @@ def to_markdown(results: dict[str, Any], memory: str) -> str:
             ]
     lines += ["", f"Two runs of ours at the smallest size wrote the same bytes: {results['same_bytes']}."]
     if heavy := results.get("heavy_user"):
-        heavy = {name: [math.nan if s is None else s for s in of] for name, of in heavy.items()}
+        heavy = {name: [math.nan if s is None else s for s in seconds] for name, seconds in heavy.items()}
         more = 100 * (sum(heavy["with"]) / sum(heavy["without"]) - 1)
-        runs = {name: " and ".join(f"{s:.1f}" for s in of) for name, of in heavy.items()}
+        runs = {name: " and ".join(f"{s:.1f}" for s in seconds) for name, seconds in heavy.items()}
         lines += ["", f"A user of 200,000 events more: {runs['with']} s, without {runs['without']} s ({more:+.0f} %)."]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""Embedding notes: token throughput beside the bare LLM's forward, and beside a plain loop.
+"""Embedding notes: token throughput against the bare LLM's forward, and against a plain loop.
 
     .venv/bin/python benchmarks/export.py [--rounds 3] [--notes 512]
 
@@ -47,14 +47,14 @@ class InMemoryFeatures:
 def embedder(cache: Path, num_notes: int) -> BatchEmbedder:
     torch.set_num_threads(psutil.cpu_count())
     model, processor = build_model(settings(BATCH, cache), cache)
-    some = notes(num_notes)
-    tokens = dict(zip((note.note_id for note in some), processor.note_tokenizer.tokenize(some), strict=True))
+    all_notes = notes(num_notes)
+    tokens = dict(zip((note.note_id for note in all_notes), processor.note_tokenizer.tokenize(all_notes), strict=True))
     images = {n: str(i % NUM_IMAGES) for i, n in enumerate(tokens)}
     return BatchEmbedder(model, processor, tokens, images, InMemoryFeatures(processor), BATCH, torch.device("cpu"))
 
 
-def num_tokens(of: BatchEmbedder) -> int:
-    return sum(of.processor.num_tokens(tokens) for tokens in of.notes.values())
+def num_tokens(ours: BatchEmbedder) -> int:
+    return sum(ours.processor.num_tokens(tokens) for tokens in ours.notes.values())
 
 
 def export(cache: Path, num_notes: int) -> dict[str, float]:
@@ -91,10 +91,11 @@ def plain(cache: Path, num_notes: int) -> dict[str, float]:
     @torch.inference_mode()
     def run(_: int) -> int:
         for start in range(0, num_notes, BATCH):
-            some = ids[start : start + BATCH]
-            found = ours.features.load([ours.images[i] for i in some])  # type: ignore[list-item]
-            encoded = [ours.processor.lay_out(ours.notes[i]) for i in some]
-            batch = ours.processor.collate(encoded, found.patches, found.global_feature, np.ones(len(some), bool))
+            note_ids = ids[start : start + BATCH]
+            features = ours.features.load([ours.images[i] for i in note_ids])  # type: ignore[list-item]
+            encoded = [ours.processor.lay_out(ours.notes[i]) for i in note_ids]
+            has_image = np.ones(len(encoded), bool)
+            batch = ours.processor.collate(encoded, features.patches, features.global_feature, has_image)
             functional.normalize(ours.model(batch).multimodal, dim=-1)
         return total
 
@@ -133,8 +134,8 @@ def main() -> None:
         return
     results = medians(__file__, CONTENDERS, options.rounds, "--notes", str(options.notes))
     (RESULTS / "export.json").write_text(json.dumps(results, indent=1))
-    (RESULTS / "export.md").write_text(shown := to_markdown(results))
-    print(shown)
+    (RESULTS / "export.md").write_text(table := to_markdown(results))
+    print(table)
 
 
 if __name__ == "__main__":

@@ -80,16 +80,16 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 
-def settings(options: argparse.Namespace, **changed: object) -> Config:
-    """The configuration of a contender; `changed`: dotted names with __ for dots."""
-    given = {
+def settings(options: argparse.Namespace, **changes: object) -> Config:
+    """The configuration of a contender; `changes`: dotted names with __ for dots."""
+    overrides = {
         "training.num_ranks": 1,
-        **{name.replace("__", "."): value for name, value in changed.items()},
+        **{name.replace("__", "."): value for name, value in changes.items()},
         "model.llm.num_layers": options.layers,
         "training.micro_batch_tokens": options.micro_batch_tokens,
         "training.gradient_checkpointing": options.gradient_checkpointing,
     }
-    return load_config(options.config, {key: value for key, value in given.items() if value is not None})
+    return load_config(options.config, {key: value for key, value in overrides.items() if value is not None})
 
 
 def random_model(config: Config) -> tuple[MLRMModel, MLRMProcessor]:
@@ -110,7 +110,7 @@ def random_model(config: Config) -> tuple[MLRMModel, MLRMProcessor]:
 def inference(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     model, processor = random_model(settings(options))
     size, num_notes = options.batch_notes, options.batch_notes * EXPORTED_BATCHES
-    text, images_of = processor.note_tokenizer.text, InMemoryFeatures(processor)
+    text, image_features = processor.note_tokenizer.text, InMemoryFeatures(processor)
     title, topics, content = (
         " ".join((WORDS * num)[:num]) for num in (text.title_words, text.topic_words, text.content_words)
     )
@@ -129,15 +129,15 @@ def inference(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     def plain(_: int) -> int:
         for start in range(0, num_notes, size):
             encoded = [processor.lay_out(tokens) for tokens in mixed[start : start + size]]
-            found = images_of.load([str(i % NUM_IMAGES) for i in range(len(encoded))])
-            batch = processor.collate(encoded, found.patches, found.global_feature, np.ones(len(encoded), bool))
+            features = image_features.load([str(i % NUM_IMAGES) for i in range(len(encoded))])
+            batch = processor.collate(encoded, features.patches, features.global_feature, np.ones(len(encoded), bool))
             functional.normalize(model(batch.to(DEVICE)).multimodal.float(), dim=-1).cpu()
         return sum(map(processor.num_tokens, mixed))
 
     def export(tokens: Sequence[FieldTokens]) -> Callable[[int], int]:
-        by_id = {str(i): of for i, of in enumerate(tokens)}
+        by_id = {str(i): fields for i, fields in enumerate(tokens)}
         images = {note_id: str(i % NUM_IMAGES) for i, note_id in enumerate(by_id)}
-        ours = BatchEmbedder(model, processor, by_id, images, images_of, size, torch.device(DEVICE))
+        ours = BatchEmbedder(model, processor, by_id, images, image_features, size, torch.device(DEVICE))
 
         def run(_: int) -> int:
             ours.embed(list(by_id), "multimodal")
@@ -150,18 +150,19 @@ def inference(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     model.eval()
     packed = model.llm.config._attn_implementation
-    found = {}
+    results = {}
     model.llm.set_attn_implementation("sdpa")
-    found["llm"], found["plain"] = clocked(forward), clocked(plain)
+    results["llm"], results["plain"] = clocked(forward), clocked(plain)
     if not fuse_kernels(model.llm, torch.device(DEVICE)) and ON_GPU:
-        raise SystemExit("there are no fused kernels here: install liger-kernel and gcc")
-    found["llm-fused"], found["plain-fused"] = clocked(forward), clocked(plain)
-    found["llm-training"] = llm_training(model, processor, options)
+        raise SystemExit("no fused kernels: install liger-kernel and gcc")
+    results["llm-fused"], results["plain-fused"] = clocked(forward), clocked(plain)
+    results["llm-training"] = llm_training(model, processor, options)
     model.llm.set_attn_implementation(packed)
-    return found | {"export": clocked(export([longest] * num_notes)), "export-mixed": clocked(export(mixed))}
+    return results | {"export": clocked(export([longest] * num_notes)), "export-mixed": clocked(export(mixed))}
 
 
 def llm_training(model: MLRMModel, processor: MLRMProcessor, options: argparse.Namespace) -> dict[str, float]:
+    """Forward and backward of the bare LLM, in rows without padding."""
     config, pairs = settings(options), max(options.pairs)
     set_trained(model, config)
     if config.training.gradient_checkpointing:
@@ -176,9 +177,9 @@ def llm_training(model: MLRMModel, processor: MLRMProcessor, options: argparse.N
         synchronize()
         return ids.numel()
 
-    found = with_memory(lambda: timed(run, options.steps, 2 * pairs))
+    row = with_memory(lambda: timed(run, options.steps, 2 * pairs))
     model.eval()
-    return found
+    return row
 
 
 def training(options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -190,27 +191,27 @@ def text(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def steps_of(
-    options: argparse.Namespace, num_pairs: Sequence[int], name: str, **changed: object
+    options: argparse.Namespace, num_pairs: Sequence[int], name: str, **changes: object
 ) -> dict[str, dict[str, float]]:
-    """Steps of one engine on batches of each size, smallest first, so that a size that does not fit spoils no other."""
+    """Steps of one engine on batches of each size, smallest first: a size that does not fit must spoil no other."""
     device = set_up_processes()
-    config = settings(options, **changed)
+    config = settings(options, **changes)
     model, processor = random_model(config)
     set_trained(model, config)
-    speed = Throughput(model, device, 1)
+    throughput = Throughput(model, device, 1)
     engine = make_engine(model.train(), config, "bf16")
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     for pairs in sorted(num_pairs):
-        of_size = settings(options, training__batch_pairs=pairs, **changed)
+        sized = settings(options, training__batch_pairs=pairs, **changes)
         all_pairs = pairs * (options.steps + WARM_UP)
         data = pair_dataset(processor, all_pairs, config.model.method != TEXT_METHOD, WORDS)
-        row = with_memory(partial(timed, step_of(engine, data, of_size, device), options.steps, 2 * pairs))
+        row = with_memory(partial(timed, step_of(engine, data, sized, device), options.steps, 2 * pairs))
         lengths = data.num_tokens(np.arange(2 * all_pairs))
         squares = np.square(lengths).sum() / lengths.sum() * row["tokens_per_s"]
-        metrics = speed.metrics(row["tokens_per_s"], squares, 1.0)
+        metrics = throughput.metrics(row["tokens_per_s"], squares, 1.0)
         share = {"tflops": metrics["tflops"], "mfu": metrics.get("mfu", 0.0)}
-        found[name.format(pairs)] = row | share | {"seconds_per_1000_steps": 2000 * pairs / row["notes_per_s"]}
-    return found
+        results[name.format(pairs)] = row | share | {"seconds_per_1000_steps": 2000 * pairs / row["notes_per_s"]}
+    return results
 
 
 def trainer(options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -218,9 +219,9 @@ def trainer(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     model, processor = random_model(config)
     set_trained(model, config)
     prompts = texts(processor, TEXT_PAIRS * (options.steps + WARM_UP), WORDS)
-    again = config.training.gradient_checkpointing
+    checkpointing = config.training.gradient_checkpointing
     with tempfile.TemporaryDirectory() as folder:
-        theirs = partial(trained_by_others, model.llm, processor, prompts, TEXT_PAIRS, Path(folder), again)
+        theirs = partial(trained_by_others, model.llm, processor, prompts, TEXT_PAIRS, Path(folder), checkpointing)
         try:
             return {"trainer": with_memory(theirs)}
         except ImportError as e:
@@ -229,17 +230,17 @@ def trainer(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def with_memory(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """On a GPU, the GPU's memory instead of the process's; nan if it does not suffice."""
+    """The metrics of `measure`; on a GPU with the GPU's memory instead of the process's, and nan if it runs out."""
     if not ON_GPU:
         return measure()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        found = measure()
+        metrics = measure()
     except torch.OutOfMemoryError:
-        found = dict.fromkeys(("tokens_per_s", "notes_per_s", "seconds_per_pair"), math.nan)
-    found.pop("step_gb", None)  # of the process
-    return found | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+        metrics = dict.fromkeys(("tokens_per_s", "notes_per_s", "seconds_per_pair"), math.nan)
+    metrics.pop("step_gb", None)  # of the process
+    return metrics | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
 PROCESSES: dict[str, Callable[[argparse.Namespace], dict[str, dict[str, float]]]] = {
@@ -261,11 +262,11 @@ def to_markdown(results: dict[str, dict[str, float]], options: argparse.Namespac
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, row in results.items():
-        trained = ["", "", ""]
+        training_cells = ["", "", ""]
         if "mfu" in row:
-            trained = [f"{row['tflops']:.0f}", f"{row['mfu']:.1%}", f"{row['seconds_per_1000_steps']:,.0f}"]
+            training_cells = [f"{row['tflops']:.0f}", f"{row['mfu']:.1%}", f"{row['seconds_per_1000_steps']:,.0f}"]
         memory = f"{row['peak_gb']:.1f}" if "peak_gb" in row else ""
-        cells = [f"{row['tokens_per_s']:,.0f}", f"{row['notes_per_s']:.1f}", *trained, memory]
+        cells = [f"{row['tokens_per_s']:,.0f}", f"{row['notes_per_s']:.1f}", *training_cells, memory]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     rate = {name: row["tokens_per_s"] for name, row in results.items()}
     largest = f"step-{max(options.pairs)}"
@@ -311,10 +312,10 @@ def main() -> None:
         print(json.dumps(PROCESSES[options.one[0]](options)))
         return
     results = medians(__file__, PROCESSES, options.rounds, *sys.argv[1:])
-    print(shown := to_markdown(results, options))
+    print(table := to_markdown(results, options))
     if ON_GPU:
         (RESULTS / "gpu.json").write_text(json.dumps(results, indent=1))
-        (RESULTS / "gpu.md").write_text(shown)
+        (RESULTS / "gpu.md").write_text(table)
     else:
         print("No CUDA device: nothing was written into benchmarks/results.")
 

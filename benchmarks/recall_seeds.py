@@ -78,9 +78,9 @@ def tree_memory(process: psutil.Process) -> int:
     """Proportional set size of the process and its children: shared pages count once."""
     total = 0
     try:
-        for one in (process, *process.children(recursive=True)):
+        for member in (process, *process.children(recursive=True)):
             try:
-                total += one.memory_full_info().pss
+                total += member.memory_full_info().pss
             except psutil.Error:
                 continue
     except psutil.Error:
@@ -119,6 +119,7 @@ def to_markdown(results: list[dict[str, Any]], command: list[str]) -> str:
 
 
 def _percent(result: dict[str, Any], like: dict[str, Any], k: int) -> str:
+    """Recall@k of the row of `result` that has the method, input and slice of the row `like`."""
     for row in result["report"]["rows"]:
         if all(row[key] == like[key] for key in ("method", "input", "slice")):
             value = row["recall"][str(k)]

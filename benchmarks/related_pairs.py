@@ -1,4 +1,4 @@
-"""Section 2.3 on a large table of scores: time and memory of the filters beside plain Spark, and of Swing's scores.
+"""Section 2.3 on a large table of scores: time and memory of the filters, of plain Spark, and of Swing's scores.
 
     .venv/bin/python benchmarks/related_pairs.py [--millions 5]
 
@@ -6,7 +6,7 @@ The log is that of cooccurrence.py. Each step runs in its own process; its time 
   cooccurrence   Eq. 2, the scores that both filters read
   swing          the alternative score, from the same log
   filters        spark_jobs.related_pairs: both windows (with equal scores), a tenth of the notes in the pool; it also
-                 counts what each filter leaves, and computes exact quantiles of the scores
+                 counts the pairs that each filter leaves, and computes exact quantiles of the scores
   plain          only the same pairs, by Spark's joins and a window
 The two tables of pairs are compared row by row.
 """
@@ -49,17 +49,17 @@ def filters(log: Path, out: Path, memory: str) -> float:
 
     spark = new_session(memory)
     started = time.monotonic()
-    scores, sides = log.parent / "cooccurrence", log.parent / "sides"
-    relate(spark, scores, sides, out, FilterSettings(low=LOW, up=UP, top_t=TOP_T))
+    scores, note_split = log.parent / "cooccurrence", log.parent / "note_split"
+    relate(spark, scores, note_split, out, FilterSettings(low=LOW, up=UP, top_t=TOP_T))
     return time.monotonic() - started
 
 
 def plain(log: Path, out: Path, memory: str) -> float:
     spark = new_session(memory)
     started = time.monotonic()
-    sides = spark.read.parquet(str(log.parent / "sides"))
-    for window, side in (("train", "train"), ("test", "pool")):
-        notes = sides.filter(F.col("side") == side).select("note_id")
+    splits = spark.read.parquet(str(log.parent / "note_split"))
+    for window, split in (("train", "train"), ("test", "pool")):
+        notes = splits.filter(F.col("side") == split).select("note_id")
         pairs = spark.read.parquet(str(log.parent / "cooccurrence" / window))
         pairs = pairs.filter(F.col("score").between(LOW, UP))
         for end in ("query_id", "target_id"):
@@ -77,9 +77,9 @@ def run(millions: int, memory: str, work: Path) -> dict[str, Any]:
     log = work / "log.parquet"
     generate(millions * 1_000_000, log)
     notes = pq.read_table(log, columns=["note_id"])["note_id"].unique()
-    side = np.where(np.random.default_rng(0).random(len(notes)) < 0.9, "train", "pool")
-    (work / "sides").mkdir()
-    pq.write_table(pa.table({"note_id": notes, "side": side}), work / "sides" / "part-00000.parquet")
+    split = np.where(np.random.default_rng(0).random(len(notes)) < 0.9, "train", "pool")
+    (work / "note_split").mkdir()
+    pq.write_table(pa.table({"note_id": notes, "side": split}), work / "note_split" / "part-00000.parquet")
     rows = []
     for step in STEPS:
         rows.append(measure(step, log, work / step, memory, Path(__file__)))

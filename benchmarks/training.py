@@ -1,4 +1,4 @@
-"""The training step beside its parts, and beside other trainers.
+"""The training step against its parts, and against other trainers.
 
     .venv/bin/python benchmarks/training.py [--rounds 3] [--steps 4]
 
@@ -12,7 +12,7 @@ changes in the machine's speed affect both. Each round has its own processes; me
   trainer         sentence-transformers' trainer and its MultipleNegativesRankingLoss with the same LLM on the same
                   texts (needs `pip install datasets`); without it a plain loop that pads each batch to its longest
   direct          a step of 16 pairs, with all activations in memory
-  gradcache       a step of 256 pairs in micro-batches of half the tokens, since gradients are in memory beside them
+  gradcache       a step of 256 pairs in micro-batches of half the tokens, since memory also holds the gradients
 
 Tokens exclude padding. Memory is measured for the last two, each in its own process (`-alone`): the largest resident
 size, and its growth since the model was loaded.
@@ -197,16 +197,16 @@ def gradcache_alone(cache: Path, steps: int) -> dict[str, dict[str, float]]:
 
 def in_turns(contenders: dict[str, tuple[Step, int, int]], steps: int) -> dict[str, dict[str, float]]:
     """The metrics of each contender: (its step, notes of a step, steps of a turn)."""
-    found: dict[str, tuple[list[float], list[int]]] = {name: ([], []) for name in contenders}
+    timings: dict[str, tuple[list[float], list[int]]] = {name: ([], []) for name in contenders}
     for turn in range(WARM_UP + steps):
         for name, (run, _, often) in contenders.items():
             for number in range(turn * often, (turn + 1) * often):
                 started = time.monotonic()
                 tokens = run(number)
                 if turn >= WARM_UP:
-                    found[name][0].append(time.monotonic() - started)
-                    found[name][1].append(tokens)
-    return {name: figures(*of, contenders[name][1]) for name, of in found.items()}
+                    timings[name][0].append(time.monotonic() - started)
+                    timings[name][1].append(tokens)
+    return {name: metrics(*timing, contenders[name][1]) for name, timing in timings.items()}
 
 
 def texts(processor: MLRMProcessor, num_pairs: int, words: Sequence[str] | None = None) -> list[str]:
@@ -225,12 +225,12 @@ def text(cache: Path, steps: int) -> dict[str, dict[str, float]]:
     set_trained(model, config)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # set by our engine; with them, theirs would run DDP on one rank
         del os.environ[name]
-    counted: list[int] = []
+    tokens: list[int] = []
     seconds: list[float] = []
 
     def between() -> None:
         started = time.monotonic()
-        counted.append(ours(len(counted)))
+        tokens.append(ours(len(tokens)))
         seconds.append(time.monotonic() - started)
 
     with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -238,9 +238,9 @@ def text(cache: Path, steps: int) -> dict[str, dict[str, float]]:
             theirs = trained_by_others(model.llm, processor, prompts, PAIRS, Path(folder), between=between)
         except ImportError:
             plain = plain_step(model.llm, processor, prompts)
-            found = in_turns({"text": (ours, 2 * PAIRS, 1), "plain loop": (plain, 2 * PAIRS, 1)}, steps)
-            return {"text": found["text"], "trainer": found["plain loop"]}
-    return {"text": figures(seconds[WARM_UP:], counted[WARM_UP:], 2 * PAIRS), "trainer": theirs}
+            rows = in_turns({"text": (ours, 2 * PAIRS, 1), "plain loop": (plain, 2 * PAIRS, 1)}, steps)
+            return {"text": rows["text"], "trainer": rows["plain loop"]}
+    return {"text": metrics(seconds[WARM_UP:], tokens[WARM_UP:], 2 * PAIRS), "trainer": theirs}
 
 
 def trained_by_others(
@@ -290,12 +290,12 @@ def trained_by_others(
         use_cpu=device == "cpu", report_to="none", save_strategy="no",
         disable_tqdm=True, logging_strategy="no", dataloader_num_workers=0,
     )  # fmt: skip
-    of_pairs = datasets.Dataset.from_dict({"anchor": prompts[::2], "positive": prompts[1::2]})
+    pair_columns = datasets.Dataset.from_dict({"anchor": prompts[::2], "positive": prompts[1::2]})
     SentenceTransformerTrainer(
-        student, arguments, train_dataset=of_pairs, loss=MultipleNegativesRankingLoss(student), callbacks=[Clock()]
+        student, arguments, train_dataset=pair_columns, loss=MultipleNegativesRankingLoss(student), callbacks=[Clock()]
     ).train()
     tokens = sum(len(ids) for ids in tokenizer(prompts)["input_ids"]) / steps
-    return figures(seconds[WARM_UP:], [tokens] * (steps - WARM_UP), 2 * pairs)
+    return metrics(seconds[WARM_UP:], [tokens] * (steps - WARM_UP), 2 * pairs)
 
 
 def plain_step(llm: PreTrainedModel, processor: MLRMProcessor, prompts: list[str]) -> Step:
@@ -307,8 +307,8 @@ def plain_step(llm: PreTrainedModel, processor: MLRMProcessor, prompts: list[str
     weights = [p for p in (*llm.parameters(), *projector.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=2e-4)
 
-    def embed(some: list[str]) -> tuple[Tensor, int]:
-        batch = tokenizer(some, padding=True, return_tensors="pt")
+    def embed(batch_prompts: list[str]) -> tuple[Tensor, int]:
+        batch = tokenizer(batch_prompts, padding=True, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
             states = llm(**batch, use_cache=False).last_hidden_state
             last = batch["attention_mask"].sum(1) - 1
@@ -316,13 +316,13 @@ def plain_step(llm: PreTrainedModel, processor: MLRMProcessor, prompts: list[str
         return torch.nn.functional.normalize(rows, dim=1), int(batch["attention_mask"].sum())
 
     def run(number: int) -> int:
-        here = slice(2 * PAIRS * number, 2 * PAIRS * (number + 1))
-        (queries, of_queries), (targets, of_targets) = embed(prompts[here][::2]), embed(prompts[here][1::2])
+        batch = prompts[2 * PAIRS * number : 2 * PAIRS * (number + 1)]
+        (queries, query_tokens), (targets, target_tokens) = embed(batch[::2]), embed(batch[1::2])
         torch.nn.functional.cross_entropy(20 * queries @ targets.T, torch.arange(PAIRS)).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return of_queries + of_targets
+        return query_tokens + target_tokens
 
     return run
 
@@ -352,15 +352,16 @@ def timed(run: Step, steps: int, num_notes: int) -> dict[str, float]:
     memory, seconds, tokens = Memory(), [], []
     for number in range(WARM_UP + steps):
         started = time.monotonic()
-        found = run(number)
+        num_tokens = run(number)
         if number >= WARM_UP:
             seconds.append(time.monotonic() - started)
-            tokens.append(found)
-    of_memory = {"peak_gb": memory.largest / 1e9, "step_gb": (memory.largest - memory.before) / 1e9}
-    return figures(seconds, tokens, num_notes) | of_memory
+            tokens.append(num_tokens)
+    memory_gb = {"peak_gb": memory.largest / 1e9, "step_gb": (memory.largest - memory.before) / 1e9}
+    return metrics(seconds, tokens, num_notes) | memory_gb
 
 
-def figures(seconds: Sequence[float], tokens: Sequence[float], num_notes: int) -> dict[str, float]:
+def metrics(seconds: Sequence[float], tokens: Sequence[float], num_notes: int) -> dict[str, float]:
+    """The metrics of steps of `num_notes` notes that took `seconds` and had `tokens`, one of each per step."""
     return {
         "tokens_per_s": sum(tokens) / sum(seconds),
         "notes_per_s": num_notes * len(seconds) / sum(seconds),
@@ -370,7 +371,7 @@ def figures(seconds: Sequence[float], tokens: Sequence[float], num_notes: int) -
 
 def medians(script: str, processes: Iterable[str], num_rounds: int, *options: str) -> dict[str, dict[str, float]]:
     """Each contender's metrics over the rounds. `script --one PROCESS CACHE` prints those of one process."""
-    found: dict[str, list[dict[str, float]]] = {}
+    rounds: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(num_rounds):
             for process in processes:
@@ -379,9 +380,11 @@ def medians(script: str, processes: Iterable[str], num_rounds: int, *options: st
                 if done.returncode:
                     raise SystemExit(f"{process} failed:\n{done.stderr[-3000:]}")
                 for name, row in json.loads(done.stdout.splitlines()[-1]).items():
-                    found.setdefault(name, []).append(row)
+                    rounds.setdefault(name, []).append(row)
                     print(name, json.dumps({key: round(value, 4) for key, value in row.items()}), flush=True)
-    return {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()}
+    return {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in rounds.items()
+    }
 
 
 def heading(title: str) -> list[str]:
@@ -439,8 +442,8 @@ def main() -> None:
     except ImportError:
         trainer_name = "a plain loop with padding to the longest"
     (RESULTS / "training.json").write_text(json.dumps(results, indent=1))
-    (RESULTS / "training.md").write_text(shown := to_markdown(results, trainer_name))
-    print(shown)
+    (RESULTS / "training.md").write_text(table := to_markdown(results, trainer_name))
+    print(table)
 
 
 if __name__ == "__main__":

@@ -51,11 +51,11 @@ READING = COMMON | {
     "seed": 0, "model.llm.num_layers": 2, "model.init": {"pca_projector": True},
     "training.num_steps": 300, "training.learning_rate": 5e-4,
 }  # fmt: skip
-PROMPT_OF = {"basic": "basic", "notellm2": "micl"}  # the method without fusion that has the same prompt
+PROMPTS = {"basic": "basic", "notellm2": "micl"}  # the method without fusion that has the same prompt
 BUDGET = COMMON | {"training.num_steps": 80, "training.learning_rate": 2e-4}
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "method": {"basic": {"model.method": "basic"}, "notellm2": {"model.method": "notellm2"}},
-    "start": {
+    "initialisation": {
         "random": {"model.init": {}},
         "balanced": {
             "model.init": {
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "report"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[301, 302, 303, 304, 305])
-    parser.add_argument("--cells", nargs="+", default=["/".join(c) for c in CELLS], metavar="METHOD/START/RATE")
+    parser.add_argument("--cells", nargs="+", default=["/".join(c) for c in CELLS], metavar="METHOD/INIT/RATE")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change, in YAML")
     parser.add_argument("--out", type=Path, default=ROOT / ".dagster" / "benchmarks" / "visual_neglect")
     options = parser.parse_args()
@@ -99,7 +99,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.action == "run":
         make_data(load_config(CONFIG, BUDGET))
-        readers = {method: teach_reading(method, options.out) for method in PROMPT_OF}
+        readers = {method: teach_reading(method, options.out) for method in PROMPTS}
         for seed, cell in itertools.product(options.seeds, CELLS):
             if "/".join(cell) in options.cells:
                 run(seed, cell, readers[cell[0]], changes, options.out)
@@ -108,8 +108,8 @@ def main() -> None:
 
 
 def make_data(config: Config) -> None:
-    """Make the pairs and the vision features with the pipeline, unless they exist."""
-    if all(Catalog(config).find(name) for name in DATA[:2]) and all(Catalog(config).find(name) for name in DATA):
+    """Make the pairs and the vision features with the pipeline if they do not exist."""
+    if all(Catalog(config).find(name) for name in DATA):
         return
     file = ROOT / ".dagster" / "benchmarks" / "visual_neglect.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -117,13 +117,13 @@ def make_data(config: Config) -> None:
     os.environ |= {"NOTELLM2_CONFIG": str(file), "DAGSTER_HOME": str(ROOT)}
     import dagster as dg
 
-    from assets.logs import PARTITIONS
-    from pipelines.definitions import defs
+    from assets.resources.partitions import log_partitions
+    from pipelines.definitions import definitions
 
     with dg.DagsterInstance.get() as instance:
-        defs.resolve_job_def("weekly_retrain").execute_in_process(
+        definitions(config.source).resolve_job_def("weekly_retrain").execute_in_process(
             instance=instance,
-            partition_key=PARTITIONS.get_last_partition_key(),
+            partition_key=log_partitions(config.source).get_last_partition_key(),
             asset_selection=[dg.AssetKey(name) for name in DATA],
         )
 
@@ -131,13 +131,13 @@ def make_data(config: Config) -> None:
 def teach_reading(method: str, out: Path) -> Path:
     """An LLM that reads the world's text in this method's prompt, and its tokenizer: OUT/reader-METHOD.
 
-    Trained on pairs whose images are hidden: zeros stand in their place. The paper's LLMs come to the experiment able
-    to read the platform's text in any prompt; the first layers of a small one are not.
+    It is trained on pairs whose images are replaced by zeros. The paper's LLMs can read the platform's text in any
+    prompt before the experiment; the first layers of a small LLM cannot.
     """
     reader = out / f"reader-{method}"
     if reader.exists():
         return reader
-    config = load_config(CONFIG, READING | {"model.method": PROMPT_OF[method]})
+    config = load_config(CONFIG, READING | {"model.method": PROMPTS[method]})
     folder = out / f"reading-{method}"
     blind = folder / "images"
     shutil.rmtree(folder, ignore_errors=True)
@@ -162,7 +162,7 @@ def inputs(catalog: Catalog) -> NoteInputs:
 
 
 def train(config: Config, folder: Path, notes: NoteInputs, pairs: Path) -> None:
-    """FOLDER/model."""
+    """Train a model on `pairs`; the result is FOLDER/model."""
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     paths = Paths(notes, pairs, folder / "work", folder / "model")
@@ -191,7 +191,7 @@ def run(seed: int, cell: Sequence[str], reader: Path, changes: dict[str, Any], o
     call(python("notellm2_core.training.measure_saliency", *common, *measure), folder / "saliency.log")
     record = read_saliency(folder / "saliency")
     assert record is not None
-    facts = json.loads((folder / "model" / "training.json").read_text())
+    metrics = json.loads((folder / "model" / "training.json").read_text())
     tables = {("model", kind): folder / "embeddings" / kind for kind in ("multimodal", "image", "text")}
     rows = evaluate(tables, notes.notes, pairs, config, tokenizer=folder / "model").to_dict()["rows"]
     recall = {(r["method"], r["input"], r["slice"]): r["recall"] for r in rows}
@@ -200,17 +200,17 @@ def run(seed: int, cell: Sequence[str], reader: Path, changes: dict[str, Any], o
         "text-poor queries": recall["model", "multimodal", "short_query"][str(K)],
         "image only": recall["model", "image", "all"][str(K)],
         "text only": recall["model", "text", "all"][str(K)],
-        "gate mean": facts.get("gate_mean"),
+        "gate mean": metrics.get("gate_mean"),
         "S_v share": 100 * float(np.mean(list(visual_shares(record).values()))),
     }
     result = {"seed": seed, "cell": list(cell), "changes": changes, "commit": commit(), "measures": measures,
-              "validation_recall_at_10": facts["validation_recall_at_10"], "training": facts}  # fmt: skip
+              "validation_recall_at_10": metrics["validation_recall_at_10"], "training": metrics}  # fmt: skip
     write_atomically(out / f"{name}.json", json.dumps(result, indent=1))
     print(name, {k: v if v is None else round(v, 1) for k, v in measures.items()}, flush=True)
 
 
 def report(out: Path) -> None:
-    """Values by cell, the difference of the methods in each condition, and the effects of the 2 x 2 x 2."""
+    """Write the values by cell, the difference of the methods in each condition, and the effects of the 2 x 2 x 2."""
     results = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
     results = [r for r in results if not r["changes"]]
     seeds = sorted(s for s in {r["seed"] for r in results} if sum(r["seed"] == s for r in results) == len(CELLS))
@@ -226,18 +226,20 @@ def report(out: Path) -> None:
     ]
     for measure in MEASURES:
         table = {cell: [values[(seed, *cell)].get(measure) for seed in seeds] for cell in CELLS}
-        lines += ["", f"## {measure}", "", "| method | start | new modules | mean | sd | values |", "|" + " --- |" * 6]
-        for cell, found in table.items():
-            if None not in found:
-                each = " / ".join(f"{v:.1f}" if abs(v) >= 1 else f"{v:.3f}" for v in found)
-                lines.append(f"| {' | '.join(cell)} | {np.mean(found):.3g} | {np.std(found, ddof=1):.2g} | {each} |")
-        if any(None in found for found in table.values()):
+        header = "| method | initialisation | new modules | mean | sd | values |"
+        lines += ["", f"## {measure}", "", header, "|" + " --- |" * 6]
+        for cell, by_seed in table.items():
+            if None not in by_seed:
+                cells = [*cell, f"{np.mean(by_seed):.3g}", f"{np.std(by_seed, ddof=1):.2g}"]
+                cells.append(" / ".join(f"{v:.1f}" if abs(v) >= 1 else f"{v:.3f}" for v in by_seed))
+                lines.append(f"| {' | '.join(cells)} |")
+        if any(None in by_seed for by_seed in table.values()):
             continue
-        y = np.array([table[cell] for cell in CELLS]).reshape(2, 2, 2, len(seeds))  # method, start, rate, seed
+        y = np.array([table[cell] for cell in CELLS]).reshape(2, 2, 2, len(seeds))  # method, initialisation, rate, seed
         lines += ["", "| effect | mean difference | sd | t | p |", "|" + " --- |" * 5]
-        for name, each in effects(y).items():
-            t, p = stats.ttest_1samp(each, 0)
-            lines.append(f"| {name} | {each.mean():+.3g} | {each.std(ddof=1):.2g} | {t:.1f} | {p:.2g} |")
+        for name, by_seed in effects(y).items():
+            t, p = stats.ttest_1samp(by_seed, 0)
+            lines.append(f"| {name} | {by_seed.mean():+.3g} | {by_seed.std(ddof=1):.2g} | {t:.1f} | {p:.2g} |")
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "visual_neglect.md").write_text("\n".join(lines) + "\n")
     (RESULTS / "visual_neglect.json").write_text(json.dumps(results, indent=1))
@@ -245,25 +247,25 @@ def report(out: Path) -> None:
 
 
 def effects(y: np.ndarray) -> dict[str, np.ndarray]:
-    """[2, 2, 2, seeds] -> the difference of the methods in each condition, main effects and interactions, by seed.
+    """From `y` [2, 2, 2, seeds], by seed: the methods' difference in each condition, main effects and interactions.
 
     A main effect is the mean of a factor's second level less that of its first; an interaction is the same with the
     product of the factors' signs.
     """
-    starts, rates = list(FACTORS["start"]), list(FACTORS["new modules"])
-    found = {
-        f"notellm2 - basic: {start}, {rate}": y[1, i, j] - y[0, i, j]
-        for i, start in enumerate(starts)
+    initialisations, rates = list(FACTORS["initialisation"]), list(FACTORS["new modules"])
+    differences = {
+        f"notellm2 - basic: {initialisation}, {rate}": y[1, i, j] - y[0, i, j]
+        for i, initialisation in enumerate(initialisations)
         for j, rate in enumerate(rates)
     }
     sign = np.array([-1.0, 1.0])
     for size in (1, 2, 3):
-        for chosen in itertools.combinations(range(3), size):
+        for axes in itertools.combinations(range(3), size):
             weights = np.ones((2, 2, 2))
-            for axis in chosen:
+            for axis in axes:
                 weights = weights * sign.reshape([2 if a == axis else 1 for a in range(3)])
-            found[" x ".join(list(FACTORS)[axis] for axis in chosen)] = np.tensordot(weights / 4, y, axes=3)
-    return found
+            differences[" x ".join(list(FACTORS)[axis] for axis in axes)] = np.tensordot(weights / 4, y, axes=3)
+    return differences
 
 
 def commit() -> str:

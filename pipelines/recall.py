@@ -83,15 +83,15 @@ def _run() -> int:
     if not result.success:
         print(f"\nerror: {_why(result)}", file=sys.stderr)
         return 1
-    made = Catalog(catalog.config, catalog.week, result.run_id)
-    report = made.dataset("eval_recall")
+    run_catalog = Catalog(catalog.config, catalog.week, result.run_id)
+    report = run_catalog.dataset("eval_recall")
     for name in ("recall.md", "saliency.md"):
         if (report.path / name).exists():
             print(f"\n{(report.path / name).read_text()}")
     print(f"{time.monotonic() - started:.0f} s. Images of neighbours: {_relative(report.path / 'neighbours.jpg')}")
-    print(f"The model: {_relative(made.dataset('checkpoint').path)}")
-    print(f"The vectors of all notes: {_relative(made.dataset('note_embeddings').path / 'multimodal')}")
-    print(f"Their index: {_relative(made.dataset('faiss_index').path / 'index')}")
+    print(f"The model: {_relative(run_catalog.dataset('checkpoint').path)}")
+    print(f"The vectors of all notes: {_relative(run_catalog.dataset('note_embeddings').path / 'multimodal')}")
+    print(f"Their index: {_relative(run_catalog.dataset('faiss_index').path / 'index')}")
     print("The asset graph, all metrics and the MLflow curves: make dev")
     return 0
 

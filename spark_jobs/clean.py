@@ -1,7 +1,7 @@
 """Notes and events: validate, quarantine with a reason, deduplicate. Nothing is dropped without being counted.
 
-`clean_notes` and `label_events` are pure; `prepare_notes` reads, writes and counts. `spark_jobs.interactions` takes the
-clean events from here.
+`clean_notes` and `label_events` are pure; `prepare_notes` reads, writes and counts. `spark_jobs.interactions` and
+`spark_jobs.cooccurrence` use `label_events`.
 """
 
 from datetime import date
@@ -91,10 +91,11 @@ def _has_image(notes: DataFrame) -> Column:
 
 
 def label_events(raw: DataFrame, settings: EventSettings, dated: bool = True) -> DataFrame:
-    """Ingested events with the `reason` to drop them (null: none), the first that applies:
+    """Ingested events with the `reason` to drop them; null: none.
 
-    malformed_row, ignored_event, bad_timestamp, absurd_timestamp (all other rows of the undated partition, `dated` =
-    False), null_user, null_note, unknown_event, duplicate_event (all but one with the same user, note, time and event).
+    The first reason that applies counts: malformed_row, ignored_event, bad_timestamp, absurd_timestamp (all other rows
+    of the undated partition, `dated` = False), null_user, null_note, unknown_event, duplicate_event (all except one of
+    the rows with the same user, note, time and event).
     """
     event = F.coalesce("event", F.lit(""))
     used = event.isin(*settings.view_events, *settings.click_events)
@@ -113,7 +114,7 @@ def label_events(raw: DataFrame, settings: EventSettings, dated: bool = True) ->
 
 
 def split_labelled(labelled: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """What `label_events` returned -> (EVENTS, QUARANTINE), each with the column `partition` if `labelled` has it."""
+    """Events labelled by `label_events` -> (EVENTS, QUARANTINE), both with `partition` if `labelled` has it."""
     faulty = F.isnotnull("reason") & (F.col("reason") != IGNORED)
     partition = [c for c in labelled.columns if c == "partition"]
     events, quarantine = labelled.filter("reason IS NULL"), labelled.filter(faulty)

@@ -62,16 +62,16 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -
     B. First views and last clicks therefore suffice: no events are joined. A click is also a view. N_u is the number of
     distinct notes that u clicked. A note is not paired with itself.
 
-    Each user's `max_user_notes` latest first views and `max_user_notes` latest last clicks make pairs (None: all); N_u
+    Each user's `max_user_notes` latest first views and `max_user_notes` latest last clicks make pairs (None: all). N_u
     counts all clicked notes. `score = "swing"` computes another score from the same clicks
     (`spark_jobs.scoring.swing`).
 
-    `out` gets one file per block of queries, sorted by query and target, with the same bytes on every run. The workers
-    write these files.
+    The workers write `out`: one file per block of queries, sorted by query and target, with the same bytes on every
+    run.
 
     Returns pairs, queries, max_users (the largest num_users), score {min, p10, p50, p90, p99, max; rounded down to
-    1 %}, histogram, capped_users, capped_notes (Swing: notes with more users than count), and max_loss (a bound on what
-    the cap takes from any score; Swing: None). Raises ValueError unless all workers see `out`.
+    1 %}, histogram, capped_users, capped_notes (Swing: notes with more than `swing_max_users` users), and max_loss (a
+    bound on what the cap takes from any score; Swing: None). Raises ValueError unless all workers see `out`.
     """
     num_blocks = num_files(interactions.sparkSession)
     micros = (F.unix_micros(c).alias(c) for c in ("first_view", "last_click"))
@@ -88,9 +88,9 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -
         return write_scores(chunks, note_ids, out, scoring)
 
     chunks = rows.repartition(num_blocks, "user_id").mapInArrow(build, from_arrow_schema(HISTORY_CHUNKS))
-    written = chunks.repartitionById(num_blocks, "block").mapInArrow(write, from_arrow_schema(BLOCK_METRICS))
+    blocks = chunks.repartitionById(num_blocks, "block").mapInArrow(write, from_arrow_schema(BLOCK_METRICS))
     try:
-        counts = merged_metrics(written.toArrow().to_pylist())
+        counts = merged_metrics(blocks.toArrow().to_pylist())
     except PySparkException as e:
         if "FileNotFoundError" in str(e):
             raise ValueError(f"not all workers see the folder {out}; name one that they share.") from e
@@ -114,7 +114,7 @@ def target_clicks(interactions: DataFrame) -> DataFrame:
 def score(spark: SparkSession, windows: Path, out: Path, scoring: ScoringSettings) -> dict[str, Any]:
     """`windows/{train,test}` (INTERACTIONS) -> `out/{train,test}` (SCORES), `out/{train,test}_clicks` (TARGET_CLICKS).
 
-    Equal windows are computed once. Returns what `cooccurrence` returns, by window. Raises ValueError naming the
+    Equal windows are computed once. Returns the counts of `cooccurrence` by window. Raises ValueError naming the
     settings that leave a window without pairs.
     """
     counts: dict[str, Any] = {}

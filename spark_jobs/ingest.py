@@ -1,7 +1,7 @@
 """Ingestion: raw events split into partitions by time, and the metrics of an ingested log.
 
-Rows without a readable time, and rows with an absurd one (before 1970-01-02, a clock that was never set, or after
-2099), go to a partition of their own: undated.
+Rows without a readable time go to a partition of their own, undated. So do rows with an absurd time: before 1970-01-02
+(a clock that was never set) or after 2099.
 """
 
 from bisect import bisect_left
@@ -41,8 +41,8 @@ def ingest(
     with readable(find_events(source)):
         ingested = ingest_events(read_source_events(spark, source, files), unit)
         absurd = ~F.col("timestamp").between(*(F.lit(bound).cast("timestamp") for bound in _PLAUSIBLE))
-        placed = ingested.withColumn("partition", F.when(absurd, UNDATED).otherwise(F.col("partition")))
-        write_partitions(placed, out, "partition", ["timestamp", "user_id", "note_id", "event", "row"])
+        ingested = ingested.withColumn("partition", F.when(absurd, UNDATED).otherwise(F.col("partition")))
+        write_partitions(ingested, out, "partition", ["timestamp", "user_id", "note_id", "event", "row"])
     if not any(out.rglob("*.parquet")):
         return {"files": files, "rows": {}, "days": {}, "events": {}}
     ingested = spark.read.parquet(*map(literal, sorted(out.iterdir())))
@@ -64,8 +64,8 @@ def ingest_events(events: DataFrame, unit: Partition = "week") -> DataFrame:
     malformed, row and partition.
 
     `row` is the unchanged row in JSON: the columns of the contract, or the whole line of a CSV whose number of fields
-    differs from the header's. Such a line is malformed, and so is a row with bytes that are not UTF-8: its other
-    columns are null.
+    differs from the header's. Such a line is malformed, and so is a row with bytes that are not UTF-8. The other
+    columns of such a row are null.
     """
     line = F.col(MALFORMED) if MALFORMED in events.columns else F.lit(None).cast("string")
     unchanged = F.to_json(F.struct(*SOURCE_EVENT_COLUMNS), {"ignoreNullFields": "false"})
@@ -91,10 +91,10 @@ def ingestion_metrics(source: Path, ingestions: Sequence[Mapping[str, Any]]) -> 
 
     Returns rows, undated (rows), most_undated {file, share}, first_day, last_day, covered_until (see the function),
     events {name: rows}, and partitions [{partition, rows}]. most_undated is the ingestion with the largest share of
-    undated rows, by its first file, so that one broken week is not hidden by many good ones; ingestions under 1 % of
-    the usual size are ignored. Raises ValueError for a log without rows, and for one without a readable time.
+    undated rows, named by its first file, so that many good weeks do not hide a broken one. Ingestions under 1 % of the
+    usual size are ignored. Raises ValueError for a log without rows, and for one without a readable time.
     """
-    rows, days, events = (summed_counts(one[key] for one in ingestions) for key in ("rows", "days", "events"))
+    rows, days, events = (summed_counts(metrics[key] for metrics in ingestions) for key in ("rows", "days", "events"))
     if not rows:
         raise ValueError(f"{find_events(source)} holds no rows.")
     if not days:
@@ -102,10 +102,10 @@ def ingestion_metrics(source: Path, ingestions: Sequence[Mapping[str, Any]]) -> 
             f"no timestamp of {find_events(source)} is readable and between {_PLAUSIBLE[0]} and 2099; use Unix seconds "
             "or ISO 8601."
         )
-    sizes = [sum(one["rows"].values()) for one in ingestions]
+    sizes = [sum(metrics["rows"].values()) for metrics in ingestions]
     shares = [
-        (-one["rows"].get(UNDATED, 0) / size, one["files"][0])
-        for one, size in zip(ingestions, sizes, strict=True)
+        (-metrics["rows"].get(UNDATED, 0) / size, metrics["files"][0])
+        for metrics, size in zip(ingestions, sizes, strict=True)
         if size >= _usual(sizes) / 100
     ]
     share, file = min(shares)  # the first file among equal shares
@@ -126,8 +126,8 @@ def ingestion_metrics(source: Path, ingestions: Sequence[Mapping[str, Any]]) -> 
 def covered_until(rows_by_day: Mapping[str, int]) -> str:
     """The last day with at least 1 % of a usual day's rows (usual: the day of the median row).
 
-    Later rows come from devices with a wrong clock. The median day would not do: a few such devices, each on its own
-    day, can account for most of the days.
+    Later rows come from devices with a wrong clock. The median day is no measure of a usual day: a few such devices,
+    each on its own day, can account for most of the days.
     """
     usual = _usual(rows_by_day.values())
     return max(day for day, rows in rows_by_day.items() if rows >= usual / 100)
@@ -149,7 +149,7 @@ def partitions_between(
     last_day: str,
     **others: Any,
 ) -> list[tuple[str, Span]]:
-    """The ingested partitions (without the undated) that overlap the days [start, end), with the days of the overlap.
+    """The ingested partitions that overlap the days [start, end), with the days of the overlap; without the undated.
 
     `partitions`, `first_day`, `last_day`: from `ingestion_metrics`. Raises ValueError where the log ends before `start`
     or begins at `end` or later.

@@ -1,4 +1,4 @@
-"""Interactions: what each user did with each note, all that Eq. 2 needs from the events.
+"""Interactions: the first view and the last click of each user and note, which are all that Eq. 2 needs.
 
 `reduce_partitions` reduces a partition of the log once, for all windows that it will be part of. `join_partitions`
 concatenates a window's partitions and drops robots and unknown notes, which a single partition cannot identify. A user
@@ -35,7 +35,7 @@ _TABLES = {
 
 @dataclass(frozen=True)
 class Window:
-    """Days [start, end), and their reduced partitions: folder -> what `reduce_partitions` returned for it."""
+    """Days [start, end), and their reduced partitions: folder -> the metrics that `reduce_partitions` returned."""
 
     start: date
     end: date
@@ -66,8 +66,9 @@ def reduce_partitions(
     """Ingested partitions by name -> `out/NAME/interactions` (INTERACTIONS), `robots` (user_id), `quarantine` for each.
 
     Tables without rows are not written. `days`: the days [start, end) of each partition that count; None: the rows are
-    undated, and all go to the quarantine. A user with more than `max_events_per_day` events on a day is a robot; its
+    undated, and all go to the quarantine. A user with more than `max_events_per_day` events on a day is a robot. Its
     interactions are written, and `join_partitions` drops them.
+
     Returns for each partition rows (on the days), ignored_event, dropped {reason: rows}, events {name: rows},
     first_day and last_day.
     """
@@ -86,10 +87,10 @@ def reduce_partitions(
             F.sum("clicks").alias("clicks"),
         )
     )
-    used = labelled.filter("reason IS NULL OR reason = 'duplicate_event'")
-    by_day = used.groupBy("partition", "user_id", F.to_date("timestamp")).count()
-    most_by_day = settings.max_events_per_day or 1 << 62
-    robots = by_day.filter(F.col("count") > most_by_day).select("partition", "user_id").distinct()
+    with_duplicates = labelled.filter("reason IS NULL OR reason = 'duplicate_event'")
+    by_day = with_duplicates.groupBy("partition", "user_id", F.to_date("timestamp")).count()
+    max_by_day = settings.max_events_per_day or 1 << 62
+    robots = by_day.filter(F.col("count") > max_by_day).select("partition", "user_id").distinct()
     tables = {"interactions": (reduced, ["user_id", "note_id"]), "robots": (robots, ["user_id"]),
               "quarantine": (quarantine, ["reason", "row"])}  # fmt: skip
     for name, (table, sort) in tables.items():
@@ -150,10 +151,11 @@ def join_partitions(
 ) -> dict[str, Any]:
     """Reduced partitions -> `out/train`, `out/test` (INTERACTIONS) and `out/quarantine`. The windows may be equal.
 
-    Interactions of robots (users that are one in either window) and with unknown notes go to the quarantine, one row
-    each; `dropped` counts their events. Returns rows, ignored_event, dropped {reason: events}, robots (users), and for
-    train and test: events, views, clicks, users, notes, first_day, last_day. Raises ValueError for a window without
-    events or without clicks.
+    A robot in one window is a robot in both. Interactions of robots and with unknown notes go to the quarantine, one
+    row each; `dropped` counts their events.
+
+    Returns rows, ignored_event, dropped {reason: events}, robots (users), and for train and test: events, views,
+    clicks, users, notes, first_day, last_day. Raises ValueError for a window without events or without clicks.
     """
     all_partitions = {**undated, **train.partitions, **test.partitions}
     robots = _read(spark, all_partitions, "robots").distinct().withColumn("robot", F.lit(True))
@@ -168,12 +170,12 @@ def join_partitions(
     row = F.to_json(F.struct(*INTERACTIONS.names), {"ignoreNullFields": "false"}).alias("row")
     quarantine = _read(spark, all_partitions, "quarantine").select(QUARANTINE.names).union(faulty.select("reason", row))
     write_table(quarantine, out / QUARANTINE_TABLE, ["row", "reason"], num_files(spark))
-    dropped = summed_counts(counted["dropped"] for counted in all_partitions.values())
-    dropped.update({r["reason"]: r["sum(events)"] for r in faulty.groupBy("reason").sum("events").collect()})
+    dropped = summed_counts(metrics["dropped"] for metrics in all_partitions.values())
+    dropped.update(_events_by_reason(faulty))
     faulty.unpersist()
     counts: dict[str, Any] = {
-        "rows": sum(counted["rows"] for counted in all_partitions.values()),
-        IGNORED: sum(counted[IGNORED] for counted in all_partitions.values()),
+        "rows": sum(metrics["rows"] for metrics in all_partitions.values()),
+        IGNORED: sum(metrics[IGNORED] for metrics in all_partitions.values()),
         "dropped": dict(dropped.most_common()),
         "robots": robots.count(),
     }
@@ -182,10 +184,11 @@ def join_partitions(
             shutil.copytree(out / TRAIN, out / TEST)
             counts["test"] = counts["train"]
             break
-        clean = labelled(window.partitions).filter("reason IS NULL").select(INTERACTIONS.names)
+        table = labelled(window.partitions)
+        clean = table.filter("reason IS NULL").select(INTERACTIONS.names)
         write_table(clean, out / name, ["user_id", "note_id", "first_view"], num_files(spark))
         counts[name] = _counts(read_table(spark, out / name), window)
-        _require(counts, name, window, settings, spark, notes)
+        _require(counts[name], name, window, settings, table, note_ids)
     return counts
 
 
@@ -195,9 +198,15 @@ def _read(spark: SparkSession, partitions: Mapping[Path, Any], table: str) -> Da
     return read_table(spark, *folders) if folders else spark.createDataFrame([], from_arrow_schema(_TABLES[table]))
 
 
+def _events_by_reason(labelled: DataFrame) -> dict[str, int]:
+    """The number of events of the interactions to drop, by reason."""
+    rows = labelled.filter("reason IS NOT NULL").groupBy("reason").sum("events").collect()
+    return dict(sorted((r["reason"], r["sum(events)"]) for r in rows))
+
+
 def _counts(table: DataFrame, window: Window) -> dict[str, Any]:
-    counted = window.partitions.values()
-    days = {key: [one[key] for one in counted if one[key]] for key in ("first_day", "last_day")}
+    partitions = window.partitions.values()
+    days = {key: [metrics[key] for metrics in partitions if metrics[key]] for key in ("first_day", "last_day")}
     sums = aggregates(
         table,
         events=F.sum("events"),
@@ -213,38 +222,46 @@ def _counts(table: DataFrame, window: Window) -> dict[str, Any]:
 
 
 def _require(
-    counts: Mapping[str, Any], name: str, window: Window, settings: EventSettings, spark: SparkSession, notes: Path
+    counts: Mapping[str, Any],
+    name: str,
+    window: Window,
+    settings: EventSettings,
+    labelled: DataFrame,
+    note_ids: DataFrame,
 ) -> None:
-    """Raises ValueError naming the setting that leaves the window without events, or without clicks."""
+    """Raises ValueError naming the setting that leaves the window without events, or without clicks.
+
+    `counts`: what `_counts` returned for the window. `labelled`: its interactions with the `reason` to drop them.
+    """
     span = f"{window.start} to {window.end} (exclusive)"
-    counted = window.partitions.values()
-    event_names = ", ".join(summed_counts(one["events"] for one in counted))
-    if not counts[name]["events"]:
-        dropped = summed_counts(one["dropped"] for one in counted)
-        rows = sum(one["rows"] - one[IGNORED] for one in counted)
-        if rows > dropped.total():  # joining the partitions dropped the rest
-            dropped = summed_counts(
-                [{reason: counts["dropped"].get(reason, 0) for reason in ("robot", "unknown_note")}]
-            )
-        most = next(iter(dict(dropped.most_common())), "")
+    partitions = window.partitions.values()
+    event_names = ", ".join(summed_counts(metrics["events"] for metrics in partitions))
+    if not counts["events"]:
+        # The valid rows, which joining the partitions dropped. Without any: the rows that reducing them dropped.
+        dropped = summed_counts([_events_by_reason(labelled)])
+        if not dropped:
+            dropped = summed_counts(metrics["dropped"] for metrics in partitions)
+        reason = next(iter(dict(dropped.most_common())), "")
         problem = f"no usable events in the {name} window, {span}:"
-        if most == "unknown_event":
+        if reason == "unknown_event":
             raise ValueError(
                 f"{problem} the log's event names are {event_names}, the settings know "
                 f"{', '.join(settings.event_names)}; set source.view_events and source.click_events."
             )
-        if most == "robot":
-            raise ValueError(f"{problem} all are of robots; raise source.max_events_per_day.")
-        if most == "unknown_note":
-            tables = _read(spark, window.partitions, "interactions"), read_table(spark, notes)
-            ids = (aggregates(table, id=F.min("note_id"))["id"] for table in tables)
+        if reason == "robot":
+            raise ValueError(
+                f"{problem} most are of robots ({dropped['robot']} of {dropped.total()} valid rows); raise "
+                "source.max_events_per_day."
+            )
+        if reason == "unknown_note":
+            ids = (aggregates(table, id=F.min("note_id"))["id"] for table in (labelled, note_ids))
             raise ValueError(
                 f"{problem} the log's notes are not in notes.parquet; "
                 "a note_id of the log is {!r}, one of notes.parquet {!r}.".format(*ids)
             )
-        reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.most_common()) or "nothing"
+        reasons = ", ".join(f"{rows} {key}" for key, rows in dropped.most_common()) or "nothing"
         raise ValueError(f"{problem} dropped: {reasons}; set window.end (or WEEK) and window.{name}_days.")
-    if not counts[name]["clicks"]:
+    if not counts["clicks"]:
         raise ValueError(
             f"no clicks in the {name} window, {span}: set source.click_events, now {list(settings.click_events)}, to "
             f"names that occur ({event_names}), or window.end."

@@ -37,30 +37,33 @@ from spark_jobs.scoring.quantiles import SHARES, quantiles
 
 @dataclass(frozen=True)
 class ScoredWindow:
-    """What a window's related pairs are chosen by: its side of the split, and its clicks."""
+    """A window of scored pairs: the split that its notes belong to, and the clicks on its targets."""
 
     name: str  # "train" or "test"; without a split the folder of scores. Error messages begin with it
-    sides: Path | None = None  # NOTE_SPLIT; None: all notes
-    side: str = ""  # "train" or "pool"
+    note_split: Path | None = None  # NOTE_SPLIT; None: all notes
+    split: str = ""  # "train" or "pool"
     clicks: Path | None = None  # TARGET_CLICKS, for the popularity correction
 
     @property
     def no_pair(self) -> str:
-        if self.sides is None:
+        """The error message for a window without pairs."""
+        if self.note_split is None:
             return f"{self.name}: no pairs."
+        members = "candidate pool" if self.split == "pool" else f"{self.split} split"
         settings = f"window.{self.name}_days, split.by or split.pool_share"
-        return f"{self.name}: no pair has both notes on the side {self.side}; set {settings}."
+        return f"{self.name}: no pair has both notes in the {members}; set {settings}."
 
 
-def relate(spark: SparkSession, scores: Path, sides: Path, out: Path, filters: FilterSettings) -> dict[str, Any]:
+def relate(spark: SparkSession, scores: Path, note_split: Path, out: Path, filters: FilterSettings) -> dict[str, Any]:
     """`scores/{train,test}` with `scores/{train,test}_clicks` -> `out/train`, `out/test` (RELATED_PAIRS).
 
-    Both notes of a training pair are on the train side of the NOTE_SPLIT `sides`, both notes of a test pair in the
-    candidate pool. Returns what `related_pairs` returns, by window. Workers read the folders: they must be shared.
+    `note_split` (NOTE_SPLIT) puts both notes of a training pair in the train split, and both notes of a test pair in
+    the candidate pool. Returns the counts of `related_pairs` by window. The workers read the folders, so all machines
+    must share them.
     """
     counts = {}
-    for name, side in (("train", "train"), ("test", "pool")):
-        window = ScoredWindow(name, sides, side, scores / f"{name}_clicks")
+    for name, split in (("train", "train"), ("test", "pool")):
+        window = ScoredWindow(name, note_split, split, scores / f"{name}_clicks")
         counts[name] = related_pairs(spark, scores / name, out / name, filters, window)
     return counts
 
@@ -70,20 +73,24 @@ def related_pairs(
 ) -> dict[str, Any]:
     """SCORES -> RELATED_PAIRS: the `top_t` candidates within the bounds for each query.
 
-    Candidates have `min_users` users and, where asked, a corrected score (`CandidateFilter`). They rank by (score
-    descending, target id ascending). Bounds given as quantiles are exact quantiles of the candidates' scores.
+    A candidate has at least `min_users` users. `popularity_power` corrects its score (`CandidateFilter`). Candidates
+    are ordered by (score descending, target id ascending). Bounds given as quantiles are exact quantiles of the
+    candidates' scores.
 
-    Returns the pairs that each filter leaves, queries, notes, and quantiles of the candidates' (corrected) scores and
-    of the related pairs' scores. Raises ValueError naming the setting that leaves no pair.
+    Returns the number of pairs that each filter leaves, the numbers of queries and notes, and the quantiles of the
+    candidates' (corrected) scores and of the related pairs' scores. Raises ValueError naming the setting that leaves no
+    pair.
     """
     files = score_files(scores)
-    compete = CandidateFilter(window.sides, window.side, filters.min_users, window.clicks, filters.popularity_power)
+    candidates = CandidateFilter(
+        window.note_split, window.split, filters.min_users, window.clicks, filters.popularity_power
+    )
     with readable(scores):
-        counted = by_file(spark, files, compete.count, CANDIDATE_COUNTS).toArrow().to_pylist()
-    num_on_side, bins = _merged_counts(counted, window, filters)
+        file_counts = by_file(spark, files, candidates.count, CANDIDATE_COUNTS).toArrow().to_pylist()
+    num_in_split, bins = _merged_counts(file_counts, window, filters)
 
     def count_values(bin_numbers: Ints) -> tuple[Floats, Ints]:
-        values = by_file(spark, files, lambda file: compete.values(file, bin_numbers), SCORE_VALUES)
+        values = by_file(spark, files, lambda file: candidates.values(file, bin_numbers), SCORE_VALUES)
         rows = values.groupBy("value").agg(F.sum("count").alias("count")).toArrow()
         return rows["value"].to_numpy(), rows["count"].to_numpy()
 
@@ -92,7 +99,8 @@ def related_pairs(
         *spread, low, up = quantiles([*shares, low, up], bins, count_values)
     else:
         spread = quantiles(shares, bins, count_values)
-    strongest = by_file(spark, files, lambda file: compete.strongest(file, low, up, filters.top_t), STRONGEST).persist()
+    strongest = by_file(spark, files, lambda file: candidates.strongest(file, low, up, filters.top_t), STRONGEST)
+    strongest = strongest.persist()
     num_within = aggregates(strongest, pairs=F.sum("chosen_from"))["pairs"]
     if not num_within:
         raise ValueError(
@@ -107,7 +115,7 @@ def related_pairs(
     if related.group_by(["query_id", "target_id"]).aggregate([]).num_rows < related.num_rows:
         raise ValueError(f"{window.name}: {scores} holds the same pair more than once; leave one of them.")
     return {
-        "pairs_on_side": num_on_side,
+        "pairs_on_side": num_in_split,
         "pairs_with_min_users": bins.total(),
         "pairs_within_bounds": num_within,
         **pair_counts(read_table(spark, out)),
@@ -117,24 +125,24 @@ def related_pairs(
 
 
 def _merged_counts(
-    counted: Sequence[Mapping[str, Any]], window: ScoredWindow, filters: FilterSettings
+    file_counts: Sequence[Mapping[str, Any]], window: ScoredWindow, filters: FilterSettings
 ) -> tuple[int, Counter[int]]:
-    """CANDIDATE_COUNTS of all files -> the pairs on the side, and the candidates by the bin of their score.
+    """CANDIDATE_COUNTS of all files -> the number of pairs in the split, and of candidates by the bin of their score.
 
-    Raises ValueError where either is empty.
+    Raises ValueError where there is no pair, and where there is no candidate.
     """
-    num_on_side = sum(row["pairs_on_side"] for row in counted)
-    if not num_on_side:
+    num_in_split = sum(row["pairs_on_side"] for row in file_counts)
+    if not num_in_split:
         raise ValueError(window.no_pair)
     bins = Counter[int]()
-    for row in counted:
+    for row in file_counts:
         bins.update(dict(zip(row["bins"], row["counts"], strict=True)))
     if not bins:
         raise ValueError(
             f"{window.name}: no pair has pairs.min_users (--min-users) = {filters.min_users} users (the most is "
-            f"{max(row['most_users'] for row in counted)}); lower it."
+            f"{max(row['most_users'] for row in file_counts)}); lower it."
         )
-    return num_on_side, bins
+    return num_in_split, bins
 
 
 def main() -> None:

@@ -76,8 +76,9 @@ def _holds_parquet(folder: Path) -> bool:
 
 
 def _read_parquet(spark: SparkSession, path: Path, files: Sequence[Path]) -> DataFrame:
-    """All rows of `files`. Folder names (event=click/) give columns only if the files lack these: with partition
-    folders, Spark ignores files outside them.
+    """All rows of `files`. Folder names (event=click/) become columns only if the files lack these columns.
+
+    The reason: given partition folders, Spark ignores the files outside them.
     """
     names = [literal(file) for file in files]
     events = spark.read.parquet(*names).drop(MALFORMED)
@@ -216,8 +217,9 @@ def _require(df: DataFrame, columns: tuple[str, ...], path: Path) -> None:
 
 
 def _typed(df: DataFrame, column: str, types: tuple[type, ...], expected: str, path: Path) -> DataFrame:
-    """`df` if `column` has one of `types`, else ValueError. A column of nulls only, which Spark reads as int, becomes
-    text.
+    """`df`, where `column` has one of `types`. A column of nulls alone, which Spark reads as int, becomes text.
+
+    Raises ValueError for another type.
     """
     kind = df.schema[column].dataType
     if isinstance(kind, types):

@@ -29,7 +29,7 @@ def unit(nodeid: str) -> str:
 
 
 class Scheduling(LoadFileScheduling):
-    """(xdist's own groups do not reach it under pytest 9.2.)"""
+    """Schedules whole units. (xdist's own groups have no effect on it under pytest 9.2.)"""
 
     def _split_scope(self, nodeid: str) -> str:
         return unit(nodeid)
@@ -40,7 +40,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sets the GPU and the coverage of the tests and of the processes that they start."""
+    """Sets the environment of the tests and of the processes that they start: no GPU, no coverage in subprocesses."""
     if config.option.markexpr != "gpu":  # several ranks share this machine's cores, not its one GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if hasattr(config, "workerinput"):  # measuring the processes that tests start would slow their start by half

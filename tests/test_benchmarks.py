@@ -1,4 +1,4 @@
-"""The benchmark that waits for a GPU runs: its contenders and its table, on the tiny models."""
+"""The GPU benchmark runs on a CPU with the tiny models: its contenders and its table."""
 
 import subprocess
 import sys
@@ -9,10 +9,10 @@ ALL_IN_ONE_PROCESS = """
 import gpu
 options = gpu.parsed()
 gpu.TEXT_PAIRS = gpu.EXPORTED_BATCHES = 2
-found = {}
+results = {}
 for run in gpu.PROCESSES.values():
-    found |= run(options)
-print(gpu.to_markdown(found, options))
+    results |= run(options)
+print(gpu.to_markdown(results, options))
 """
 
 

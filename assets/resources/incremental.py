@@ -43,15 +43,15 @@ def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog
             new = {file: stat for file, stat in new.items() if file not in its_files}
     context.log.info(f"{len(files)} files of events, {len(files) - len(new)} of them ingested before")
     groups = _groups(files_by_types(source, list(new)))
-    made = []
+    ingested = []
     for number, group in enumerate(groups, start=1):
         settings = {**origin, "files": {file: new[file] for file in group}}
         key = fingerprint(settings)
         with catalog.lake.publish("ingestion", key, {}, settings) as draft:
             draft.metrics |= ingest(spark, source, draft.path, partition, group)
         context.log.info(f"ingested {number} of {len(groups)}: {', '.join(group)}")
-        made.append(catalog.lake.open("ingestion", key))
-    return reused + made
+        ingested.append(catalog.lake.open("ingestion", key))
+    return reused + ingested
 
 
 def _groups(by_types: Sequence[Sequence[str]]) -> list[list[str]]:

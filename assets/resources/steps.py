@@ -6,7 +6,7 @@
         with step.spark() as spark:
             return score(spark, windows=step.path("interactions"), out=step.out, ...)
 
-Upstream datasets and the code version come from the stage table (`notellm2_core.lake.lineage`). The function runs only
+Upstream datasets and the code version come from the lineage (`notellm2_core.lake.lineage`). The function runs only
 if the dataset does not exist yet; it writes into `step.out` and returns the manifest's metrics.
 """
 
@@ -127,12 +127,12 @@ def dataset(
             if before is not None:
                 with user_errors():
                     before(context, catalog)
-            made, metadata = _publish(context, catalog, make)
+            published, metadata = _publish(context, catalog, make)
             if after is not None:
                 after(context, catalog)
-            files = file_metadata(made.path, show or {})
+            files = file_metadata(published.path, show or {})
             return dg.MaterializeResult(
-                metadata={**files, **metadata}, data_version=dg.DataVersion(made.manifest.fingerprint)
+                metadata={**files, **metadata}, data_version=dg.DataVersion(published.manifest.fingerprint)
             )
 
         return asset
@@ -161,16 +161,16 @@ def _publish(context: dg.AssetExecutionContext, catalog: Catalog, make: Make) ->
             upstream = {n: d.manifest.fingerprint for n, d in inputs.items()}
             with catalog.lake.publish(name, fingerprint, upstream, catalog.settings(name)) as draft:
                 draft.metrics |= make(Step(context, catalog, inputs, draft, run))
-        made = catalog.dataset(name)
-        run.log_dataset(made)
+        published = catalog.dataset(name)
+        run.log_dataset(published)
     shutil.rmtree(_work(catalog, name), ignore_errors=True)  # nothing is left to resume
-    context.log.info(f"{name}: {'made' if existing is None else 'already there'} at {made.path}")
-    metrics = {k: v for k, v in tracked_names(made.manifest.metrics).items() if isinstance(v, int | float | str)}
-    return made, {
+    context.log.info(f"{name}: {'made' if existing is None else 'exists'} at {published.path}")
+    metrics = {k: v for k, v in tracked_names(published.manifest.metrics).items() if isinstance(v, int | float | str)}
+    return published, {
         **metrics,
-        **({"dagster/row_count": rows} if (rows := made.manifest.num_rows) else {}),
+        **({"dagster/row_count": rows} if (rows := published.manifest.num_rows) else {}),
         "reused": existing is not None,
-        "path": dg.MetadataValue.path(str(made.path)),
+        "path": dg.MetadataValue.path(str(published.path)),
         "fingerprint": fingerprint,
         "mlflow_run": run.url or "not tracked",
     }

@@ -152,7 +152,8 @@ class ModelSettings(Section):
         3.0,
         le=math.log(100),
         allow_inf_nan=False,
-        description="Initial logit scale tau, which is learned: cosines are multiplied by e^tau (paper: section 2.3).",
+        description="Initial tau, the logarithm of the logit scale, which is learned: cosines are multiplied by e^tau "
+        "(paper: section 2.3).",
     )
     init: InitSettings = InitSettings()
     lora: LoRASettings | None = Field(

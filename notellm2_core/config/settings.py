@@ -156,6 +156,7 @@ class Config(Section):
 
     @property
     def trains_vision(self) -> bool:
+        """Whether the vision encoder is trained with the model."""
         return "vision" in self.trainable_parts
 
 

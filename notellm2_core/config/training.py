@@ -1,4 +1,4 @@
-"""Settings of the training: what is trained, how, and how a training run is executed."""
+"""Training settings: what is trained, how, and how a training run is executed."""
 
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -100,7 +100,7 @@ class TrainingSettings(RunSettings):
         None, gt=0, description="Peak learning rate of connector, fusion and projector. null: learning_rate (paper)."
     )
     temperature_learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate of the logit scale tau. null: learning_rate (paper)."
+        None, gt=0, description="Peak learning rate of tau. null: learning_rate (paper)."
     )
     trainable: Annotated[tuple[Part, ...], Field(min_length=1), AfterValidator(_in_order)] | None = Field(
         None,

@@ -10,29 +10,30 @@ from notellm2_core.config.training import Part
 def unused_settings(config: Config) -> list[str]:
     """One sentence for each setting that differs from its default and that nothing reads."""
     model, method, kind = config.model, get_method(config.model.method), config.model.connector.kind
-    by_method, by_score = f"model.method = {model.method}", f"pairs.score = {config.pairs.score}"
-    measured_init = (model.init.pca_projector, model.init.fusion_scale, model.init.visual_token_gain)
+    by_method, by_score = f" with model.method = {model.method}", f" with pairs.score = {config.pairs.score}"
+    measures_notes = any((model.init.pca_projector, model.init.fusion_scale, model.init.visual_token_gain))
     negatives = config.training.hard_negatives
 
     def untrained(*parts: Part) -> str:
         is_trained = not {*parts}.isdisjoint(config.trainable_parts)
-        return "" if is_trained else f"training.trainable without {', '.join(parts)}"
+        return "" if is_trained else f": training.trainable does not name {' or '.join(parts)}"
 
-    # The reason why a setting is not read; "" where it is.
+    # The end of the sentence "... has no effect": why a setting is not read; "" if it is read.
     no_fusion = "" if method.late_fusion else by_method
     no_connector = "" if method.visual_prompt else by_method
-    no_qformer = no_connector or ("" if kind == "qformer" else f"model.connector.kind = {kind}")
+    no_qformer = no_connector or ("" if kind == "qformer" else f" with model.connector.kind = {kind}")
+    no_measurement = "" if measures_notes else ": no setting of model.init that measures notes is on"
     no_swing = "" if config.pairs.score == "swing" else by_score
-    no_negatives = "" if negatives.num else f"training.hard_negatives.num = {negatives.num}"
+    no_negatives = "" if negatives.num else f" with training.hard_negatives.num = {negatives.num}"
     causes = {
         "pairs.swing_alpha": no_swing,
         "pairs.swing_max_users": no_swing,
         "pairs.simultaneous": "" if no_swing else by_score,
-        "split.pool_share": "" if config.split.by == "hash" else f"split.by = {config.split.by}",
+        "split.pool_share": "" if config.split.by == "hash" else f" with split.by = {config.split.by}",
         "model.init.fusion_scale": no_fusion,
         "model.init.gate_bias": no_fusion,
         "model.init.visual_token_gain": no_connector,
-        "model.init.num_pca_notes": "" if any(measured_init) else "model.init without anything that is measured",
+        "model.init.num_pca_notes": no_measurement,
         **{f"model.connector.{n}": no_qformer for n in type(model.connector).model_fields if n != "kind"},
         "model.connector.kind": no_connector,
         "training.alpha": "" if "visual" in method.losses else by_method,
@@ -44,13 +45,9 @@ def unused_settings(config: Config) -> list[str]:
     missing_parts: dict[Part, str] = {"fusion": no_fusion, "connector": no_connector}
     trainable = config.training.trainable or ()
     return [
+        *(f"{name} has no effect{cause}" for name, cause in causes.items() if cause and _is_changed(config, name)),
         *(
-            f"{name} has no effect with {cause}"
-            for name, cause in causes.items()
-            if cause and _is_changed(config, name)
-        ),
-        *(
-            f"{part} in training.trainable has no effect with {cause}"
+            f"{part} in training.trainable has no effect{cause}"
             for part, cause in missing_parts.items()
             if cause and part in trainable
         ),

@@ -61,8 +61,8 @@ def simulate(
         low = np.where(fits, cumulative[edges[liked]], 0.0)
         high = np.where(fits, cumulative[edges[liked + 1]], cumulative[-1])
         # Below `high` even after rounding, so that a future note, with weight zero, is never drawn.
-        drawn = np.minimum(low + rng.random(len(user)) * (high - low), np.nextafter(high, low))
-        index = np.minimum(np.searchsorted(cumulative, drawn, side="right") - 1, num_notes - 1)
+        weight = np.minimum(low + rng.random(len(user)) * (high - low), np.nextafter(high, low))
+        index = np.minimum(np.searchsorted(cumulative, weight, side="right") - 1, num_notes - 1)
         note = by_topic[index]
 
         chance = np.where(fits, CLICK_ON_TASTE, CLICK_ON_ANYTHING)
@@ -71,10 +71,10 @@ def simulate(
         is_shown = (high > low) & (day * DAY + second + clicked_after < num_days * DAY)
         days.append(np.stack([user, note, day * DAY + second, clicked_after])[:, is_shown])
 
-    shown = np.concatenate(days, axis=1)  # [4, E]
-    shown = shown[:, np.lexsort((shown[1], shown[0], shown[2]))]
-    _, first = np.unique(shown[0] * num_notes + shown[1], return_index=True)
-    return Impressions(*shown[:, np.sort(first)])
+    impressions = np.concatenate(days, axis=1)  # [4, E]
+    impressions = impressions[:, np.lexsort((impressions[1], impressions[0], impressions[2]))]
+    _, first = np.unique(impressions[0] * num_notes + impressions[1], return_index=True)
+    return Impressions(*impressions[:, np.sort(first)])
 
 
 def _session_starts(rng: np.random.Generator, num: int) -> np.ndarray:

@@ -66,9 +66,10 @@ def generate(out: Path, settings: DemoSettings) -> dict[str, int]:
     (out / "images").mkdir(parents=True, exist_ok=True)
     # One random stream per part: a change of one part leaves the others unchanged.
     layout = lay_out(np.random.default_rng([seed, 0]), num_notes, num_days)
-    shown = simulate(np.random.default_rng([seed, 1]), layout.topic, layout.published, settings.num_users, num_days)
+    stream = np.random.default_rng([seed, 1])
+    impressions = simulate(stream, layout.topic, layout.published, settings.num_users, num_days)
     counts = {"num_notes": num_notes, "num_users": settings.num_users, "num_topics": len(layout.theme_of_topic)}
-    counts |= _write_events(out / "events.csv.gz", np.random.default_rng([seed, 2]), shown, num_notes, num_days)
+    counts |= _write_events(out / "events.csv.gz", np.random.default_rng([seed, 2]), impressions, num_notes, num_days)
     _write_images(out / "images", seed, layout)
     _write_oracle(out / "oracle.parquet", layout)
     _write_notes(out / "notes.parquet", seed, layout)  # last: a folder without it is no source
@@ -119,14 +120,14 @@ def _nth_of_its_kind(kind: np.ndarray) -> np.ndarray:
 
 
 def _write_events(
-    path: Path, rng: np.random.Generator, shown: Impressions, num_notes: int, num_days: int
+    path: Path, rng: np.random.Generator, impressions: Impressions, num_notes: int, num_days: int
 ) -> dict[str, int]:
     """Write views and clicks by time, then a few duplicates, unknown notes and bad timestamps. Returns counts."""
-    clicked = shown.clicked_after > 0
-    user = np.concatenate([shown.user, shown.user[clicked]])
-    note = np.concatenate([shown.note, shown.note[clicked]])
-    second = np.concatenate([shown.second, (shown.second + shown.clicked_after)[clicked]])
-    is_click = np.repeat([False, True], [len(shown.user), int(clicked.sum())])
+    clicked = impressions.clicked_after > 0
+    user = np.concatenate([impressions.user, impressions.user[clicked]])
+    note = np.concatenate([impressions.note, impressions.note[clicked]])
+    second = np.concatenate([impressions.second, (impressions.second + impressions.clicked_after)[clicked]])
+    is_click = np.repeat([False, True], [len(impressions.user), int(clicked.sum())])
     order = np.lexsort((note, user, is_click, second))
     second[order[-1]] = num_days * DAY - 1  # so that the log covers its last day to the end
 

@@ -97,7 +97,7 @@ def write_shards(
     progress: "tqdm[Any] | None" = None,
     reuse: Sequence[Path] = (),
 ) -> int:
-    """Write every num_ranks-th shard of the plan. Returns how many of its notes were not embedded.
+    """Write every num_ranks-th shard of the plan. Returns the number of reused vectors.
 
     Vectors are reused where an earlier shard (in the plan's folder or in `reuse`) was made by the same model from the
     same content; only the other notes are embedded. A killed run therefore resumes, and a changed table costs only its
@@ -106,7 +106,7 @@ def write_shards(
     number of ranks.
 
     `embed`: note ids -> vectors [n, d]; it advances `progress` itself. Reused vectors advance it without counting in
-    its speed.
+    its notes per second.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     earlier = _set_aside(plan)
@@ -130,8 +130,8 @@ def write_shards(
 
 
 def _set_aside(plan: ShardPlan) -> Path:
-    """A hidden folder with the shards of earlier exports, as they were before this one wrote any: all ranks, and a run
-    that resumes a killed one, reuse vectors of the same shards.
+    """Link the shards of earlier exports into a hidden folder before any is written, so all ranks and resumed runs
+    reuse the same ones. Returns the folder.
     """
     earlier, written = plan.folder / EARLIER_FOLDER, {shard.path for shard in plan.shards if shard.is_written}
     others = [path for path in parquet_files(plan.folder) if path not in written]
@@ -147,20 +147,20 @@ def _set_aside(plan: ShardPlan) -> Path:
 
 
 def reusable_vectors(folders: Sequence[Path], model_id: str, content_ids: set[str]) -> dict[str, np.ndarray]:
-    """The vectors [d] of these contents in shards of `folders` that this model made, by content id."""
+    """content id -> vector [d], from shards in `folders` made by `model_id`."""
     vectors: dict[str, np.ndarray] = {}
     for path in (path for folder in folders for path in parquet_files(folder)):
         try:
             with pq.ParquetFile(path) as file:
                 metadata = _text(file.schema_arrow.metadata)
-                contents = metadata.get("of", "").split("\n")
-                if metadata.get("made_by") != model_id or content_ids.isdisjoint(contents):
+                ids = metadata.get("of", "").split("\n")
+                if metadata.get("made_by") != model_id or content_ids.isdisjoint(ids):
                     continue
                 column = file.read(["embedding"])["embedding"].combine_chunks()
         except (OSError, pa.ArrowException):  # damaged: its vectors are computed again
             continue
         rows = column.flatten().to_numpy().reshape(len(column), -1)
-        vectors |= {content: rows[i] for i, content in enumerate(contents) if content in content_ids}
+        vectors |= {content_id: rows[i] for i, content_id in enumerate(ids) if content_id in content_ids}
     return vectors
 
 
@@ -171,8 +171,8 @@ def _write_missing(
     embed: Callable[[Sequence[str]], np.ndarray],
     model_id: str,
 ) -> int:
-    """Write `shard`, embedding the notes without a `reusable` vector. Returns how many notes were not embedded."""
-    new_rows = [row for row, content in enumerate(content_ids) if content not in reusable]
+    """Write `shard`, embedding the notes without a `reusable` vector. Returns the number of reused vectors."""
+    new_rows = [row for row, content_id in enumerate(content_ids) if content_id not in reusable]
     num_reused = len(content_ids) - len(new_rows)
     if new_rows:
         fresh = embed([shard.note_ids[row] for row in new_rows])
@@ -180,16 +180,16 @@ def _write_missing(
         fresh = np.empty((0, len(reusable[content_ids[0]])), np.float32)
     vectors = np.empty((len(content_ids), fresh.shape[1]), dtype=np.float32)
     vectors[new_rows] = fresh
-    for row, content in enumerate(content_ids):
-        if content in reusable:
-            vectors[row] = reusable[content]
+    for row, content_id in enumerate(content_ids):
+        if content_id in reusable:
+            vectors[row] = reusable[content_id]
     origin = {"made_by": model_id, "of": "\n".join(content_ids), _REUSED: str(num_reused)}
     write_shard(shard.path, shard.note_ids, vectors, {"fingerprint": shard.fingerprint, **origin})
     return num_reused
 
 
 def num_reused(folder: Path) -> int:
-    """How many of the vectors in `folder` were reused when its shards were written."""
+    """The number of vectors in `folder` that were reused when its shards were written."""
     return sum(int(_metadata(path).get(_REUSED, 0)) for path in parquet_files(folder))
 
 

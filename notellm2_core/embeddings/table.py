@@ -21,6 +21,12 @@ class Embeddings:
 
     note_ids: tuple[str, ...]
     vectors: np.ndarray
+    folder: Path | None = None  # where they were read from, for error messages
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of error messages: "FOLDER: ", or "" without a folder."""
+        return "" if self.folder is None else f"{self.folder}: "
 
     @cached_property
     def positions(self) -> dict[str, int]:
@@ -32,8 +38,8 @@ class Embeddings:
         missing = [i for i in note_ids if i not in self.positions]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(note_ids)} notes have no embedding (the first is {missing[0]!r}): "
-                "export the embeddings of the notes that the pairs and the pool name."
+                f"{self.prefix}{len(missing)} of {len(note_ids)} notes have no embedding (the first is "
+                f"{missing[0]!r}); export the embeddings of the notes that the pairs and the pool name."
             )
         return np.fromiter((self.positions[i] for i in note_ids), dtype=np.int64, count=len(note_ids))
 
@@ -69,7 +75,7 @@ def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Em
         parts.append(vectors)
     if len(set(ids)) != len(ids):
         raise ValueError(f"{folder}: {len(ids) - len(set(ids))} notes occur twice; export into an empty folder.")
-    return Embeddings(tuple(ids), np.concatenate(parts))
+    return Embeddings(tuple(ids), np.concatenate(parts), folder)
 
 
 def mean_cosine(vectors: np.ndarray, num_pairs: int = 10_000, seed: int = 0) -> float:

@@ -28,13 +28,17 @@ ImageReader = Callable[[str], Image.Image | None]  # note_id -> its image, or No
 
 @dataclass(frozen=True)
 class Neighbour:
+    """A note near the query."""
+
     note_id: str
     score: float  # cosine
-    related: bool
+    related: bool  # to the query, by a test pair
 
 
 @dataclass(frozen=True)
 class SheetRow:
+    """One row of the sheet: a query and its neighbours, from left to right."""
+
     query_id: str
     neighbours: tuple[Neighbour, ...]
 

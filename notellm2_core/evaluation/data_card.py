@@ -1,6 +1,6 @@
 """The data card of a release: the rows of Table 1, what was dropped, the spread of scores, pairs and clicks.
 
-Reads the outputs of the Spark jobs and the metrics in their manifests; no Spark, no torch.
+The card is made from the outputs of the Spark jobs and the metrics in their manifests, without Spark and torch.
 """
 
 import io
@@ -39,7 +39,7 @@ def write_data_card(
     window: Mapping[str, Sequence[str]],
     unit: WordUnit,
 ) -> dict[str, Any]:
-    """Write data_card.md, data_card.png and data_card.json into `out`; returns the rows of Table 1, by side.
+    """Write data_card.md, data_card.png and data_card.json into `out`; returns the rows of Table 1, by split.
 
     `pairs`: the folder of train, validation, test and pool that `spark_jobs.split` wrote. `clicks`: the folder of
     train_clicks and test_clicks. `manifests`: the metrics of raw_events, notes, interactions, cooccurrence,
@@ -52,8 +52,8 @@ def write_data_card(
         "test": pq.read_table(pairs / POOL_TABLE, columns=["note_id"])["note_id"].combine_chunks(),
     }
     table = {
-        side: {"notes": len(ids), "pairs": len(side_pairs), **_texts(notes, ids, unit)}
-        for (side, ids), side_pairs in zip(members.items(), (train, test), strict=True)
+        split: {"notes": len(ids), "pairs": len(split_pairs), **_texts(notes, ids, unit)}
+        for (split, ids), split_pairs in zip(members.items(), (train, test), strict=True)
     }
     spread = {
         "targets per query, train": _counts(train["query_id"]),
@@ -83,7 +83,7 @@ def _counts(ids: pa.ChunkedArray) -> npt.NDArray[np.int64]:
 
 
 def _texts(notes: Path, ids: pa.Array, unit: WordUnit) -> dict[str, float]:
-    """Means over the notes `ids`, which are read in batches. `unit`: how words are counted."""
+    """The means of Table 1 over the notes `ids`, which are read in batches. `unit`: how words are counted."""
     totals = dict.fromkeys(("title_words", "topics", "topic_words", "content_words"), 0)
     num_notes = 0
     for file in parquet_files(notes):
@@ -122,7 +122,7 @@ def _markdown(
             *([title, *(f"{table[s][key]:.2f}" for s in ("train", "test"))] for title, key in _TEXTS.items()),
         ]),
         "",
-        "Training: the notes of the training and validation pairs. Test: the pool, and the pairs inside it.",
+        "Training: the notes of the training and validation pairs. Test: the candidate pool and the pairs inside it.",
         "",
         "## From events to pairs",
         "",
@@ -131,7 +131,7 @@ def _markdown(
               for name in ("events", "views", "clicks", "users", "notes")),
             ["scored pairs", *(f"{scores[s]['pairs']:,}" for s in ("train", "test"))],
             *([title, *(f"{related[s][key]:,}" for s in ("train", "test"))] for title, key in (
-                ("both notes on the side", "pairs_on_side"), ("enough users", "pairs_with_min_users"),
+                ("both notes in the split", "pairs_on_side"), ("enough users", "pairs_with_min_users"),
                 ("score within bounds", "pairs_within_bounds"), ("strongest of the query", "pairs"))),
             ["users capped", *(f"{scores[s]['capped_users']:,}" for s in ("train", "test"))],
             ["notes whose users were capped (Swing)", *(f"{scores[s]['capped_notes']:,}" for s in ("train", "test"))],
@@ -141,8 +141,8 @@ def _markdown(
         "## Dropped",
         "",
         *_table(["", "reason", "rows"], [
-            [what, reason, f"{rows:,}"]
-            for what, name in (("notes", "notes"), ("events", "interactions"))
+            [name, reason, f"{rows:,}"]
+            for name in ("notes", "interactions")
             for reason, rows in manifests[name]["dropped"].items()
         ] or [["–", "nothing", "0"]]),
         "",

@@ -32,7 +32,7 @@ NEIGHBOURS = 5  # per row of the contact sheet
 
 
 @dataclass(frozen=True)
-class Known:
+class BaselineInputs:
     """What a baseline without embeddings may know."""
 
     pool_ids: Sequence[str]
@@ -41,17 +41,17 @@ class Known:
     seed: int
 
 
-def _popularity(known: Known) -> ScoreRows:
-    if known.clicks is None:
+def _popularity(data: BaselineInputs) -> ScoreRows:
+    if data.clicks is None:
         raise ValueError("evaluation.baselines names popularity, which needs the notes' clicks; none were given.")
-    return popularity_rows(read_clicks(known.clicks), known.pool_ids)
+    return popularity_rows(read_clicks(data.clicks), data.pool_ids)
 
 
 # The baselines without embeddings: the input they read, and their scores.
-SCORES: dict[str, tuple[str, Callable[[Known], ScoreRows]]] = {
-    "random": ("", lambda known: random_rows(known.pool_ids, known.seed)),
+SCORES: dict[str, tuple[str, Callable[[BaselineInputs], ScoreRows]]] = {
+    "random": ("", lambda data: random_rows(data.pool_ids, data.seed)),
     "popularity": ("", _popularity),
-    "bm25": ("text", lambda known: BM25(known.texts, known.pool_ids).rows),
+    "bm25": ("text", lambda data: BM25(data.texts, data.pool_ids).rows),
 }
 
 
@@ -112,11 +112,11 @@ def evaluate(
                 short, short_pool = (replace(e, vectors=truncate_dims(e.vectors, dim)) for e in (table, pool))
                 name = f"{method}, {dim} of {table.vectors.shape[1]} numbers"
                 ranks[name, inputs] = target_ranks(short, short_pool, test)
-    known = Known(pool_ids, texts, clicks, config.seed)
+    baseline_inputs = BaselineInputs(pool_ids, texts, clicks, config.seed)
     for name in config.evaluation.baselines:
         if name in SCORES:
             inputs, score_rows = SCORES[name]
-            ranks[name, inputs] = count_ranks(score_rows(known), pool_ids, test)
+            ranks[name, inputs] = count_ranks(score_rows(baseline_inputs), pool_ids, test)
     if oracle is not None:
         keys = Oracle(oracle)
         for inputs in KEYS:
@@ -165,8 +165,8 @@ def neighbour_sheet(
     chosen = [distinct[n] for n in np.random.default_rng(seed).permutation(len(distinct))[:num_queries]]
     related = set(zip(test.query_ids, test.target_ids, strict=True))
     rows = [_sheet_row(query, scores, pool_ids, related) for query, scores in _scored(chosen, table, pool)]
-    shown = {i for row in rows for i in (row.query_id, *(n.note_id for n in row.neighbours))}
-    texts = read_notes(notes, shown)
+    sheet_ids = {i for row in rows for i in (row.query_id, *(n.note_id for n in row.neighbours))}
+    texts = read_notes(notes, sheet_ids)
     return contact_sheet(rows, lambda note_id: _title(texts[note_id]), image)
 
 

@@ -31,16 +31,16 @@ class Oracle:
 
     def rows(self, inputs: str, pool_ids: Sequence[str]) -> Callable[[Sequence[str]], np.ndarray]:
         """The scores (query ids -> [Q, M]) of an oracle that knows these inputs (text | image | multimodal)."""
-        codes, pool = {}, {}
+        key_index, pool = {}, {}  # by column: note_id -> the number of its key; [M] the numbers of the pool's keys
         for column in KEYS[inputs]:
-            names = {key: n for n, key in enumerate(sorted(set(self._keys[column].values())))}
-            codes[column] = {note_id: names[key] for note_id, key in self._keys[column].items()}
-            pool[column] = np.array([codes[column].get(i, -1) for i in pool_ids], dtype=np.int64)
+            index_of = {key: n for n, key in enumerate(sorted(set(self._keys[column].values())))}
+            key_index[column] = {note_id: index_of[key] for note_id, key in self._keys[column].items()}
+            pool[column] = np.array([key_index[column].get(i, -1) for i in pool_ids], dtype=np.int64)
 
         def rows(query_ids: Sequence[str]) -> np.ndarray:
             scores = np.zeros((len(query_ids), len(pool_ids)), dtype=np.float32)
             for column in KEYS[inputs]:
-                query = np.array([codes[column].get(i, -2) for i in query_ids], dtype=np.int64)  # -2: shares with none
+                query = np.array([key_index[column].get(i, -2) for i in query_ids], dtype=np.int64)  # -2: matches none
                 scores += query[:, None] == pool[column][None, :]
             return scores
 

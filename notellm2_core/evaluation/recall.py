@@ -68,13 +68,17 @@ def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, ch
     """
     column = {note_id: c for c, note_id in enumerate(pool_ids)}
     if len(column) != len(pool_ids):
-        raise ValueError(f"{len(pool_ids) - len(column)} notes come twice in the pool; it must name each note once.")
+        twice = next(note_id for c, note_id in enumerate(pool_ids) if column[note_id] != c)
+        raise ValueError(
+            f"{len(pool_ids) - len(column)} notes come twice in the pool (the first is {twice!r}); it must name each "
+            "note once."
+        )
     missing = [t for t in pairs.target_ids if t not in column]
     if missing:
         raise ValueError(f"the targets of {len(missing)} pairs are not in the pool (the first is {missing[0]!r}).")
-    selves = sum(q == t for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True))
+    selves = [q for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True) if q == t]
     if selves:
-        raise ValueError(f"{selves} pairs relate a note to itself; remove them.")
+        raise ValueError(f"{len(selves)} pairs relate a note to itself (the first is {selves[0]!r}); remove them.")
 
     pairs_of: dict[str, list[int]] = {}
     for n, query in enumerate(pairs.query_ids):
@@ -126,13 +130,15 @@ def cosine_rows(queries: Embeddings, pool: Embeddings) -> ScoreRows:
 
 def target_ranks(queries: Embeddings, pool: Embeddings, pairs: Pairs, chunk: int | None = None) -> Ranks:
     """The ranks of the targets by cosine. Raises ValueError with the number of pairs whose notes lack an embedding."""
-    missing = sum(
-        q not in queries.positions or t not in pool.positions
+    missing = [
+        t if q in queries.positions else q
         for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True)
-    )
+        if q not in queries.positions or t not in pool.positions
+    ]
     if missing:
         raise ValueError(
-            f"{missing} of {len(pairs)} pairs have a note without embedding: export the embeddings of all their notes."
+            f"{queries.prefix}{len(missing)} of {len(pairs)} pairs have a note without embedding (the first is "
+            f"{missing[0]!r}): export the embeddings of all their notes."
         )
     return count_ranks(cosine_rows(queries, pool), pool.note_ids, pairs, chunk)
 

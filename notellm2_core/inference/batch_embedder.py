@@ -65,14 +65,14 @@ class BatchEmbedder:
             encoded = [self.processor.lay_out(self.notes[i], inputs) for i in ids]
             rows, patches, pooled = self._features(ids, inputs)
             for batch in self._cut(np.array([len(e) for e in encoded])):
-                shown = rows[batch]  # -1 (no image) reads the last row, which collate sets to zero
+                image_rows = rows[batch]  # -1 (no image) reads the last row, which collate sets to zero
                 yield (
                     first + batch,
                     self.processor.collate(
                         [encoded[n] for n in batch],
-                        patches[shown] if len(patches) else None,
-                        pooled[shown] if len(patches) else None,
-                        shown >= 0,
+                        patches[image_rows] if len(patches) else None,
+                        pooled[image_rows] if len(patches) else None,
+                        image_rows >= 0,
                     ),
                 )
 

@@ -60,9 +60,6 @@ def embed_notes(
         if not (work / shard.name).exists():
             link_or_copy(shard, work / shard.name)
 
-    def content_ids(ids: Sequence[str]) -> list[str]:
-        return [fingerprint(content) for content in table.contents(ids)]
-
     window = WINDOW_BATCHES * batch_notes  # limits the encoded images in memory; the batches are those of a single call
 
     def embed(ids: Sequence[str]) -> np.ndarray:
@@ -72,7 +69,7 @@ def embed_notes(
 
     with tqdm(total=len(table.note_ids), desc=f"embed {inputs}", unit="notes") as progress:
         start = time.monotonic()
-        key = EmbeddingKey(_MARK + fingerprint(version), content_ids)
+        key = EmbeddingKey(_MARK + fingerprint(version), table.content_ids)
         plan = plan_shards(work, table.note_ids, key, ExportSettings().shard_notes)
         num_reused = write_shards(plan, embed, progress=progress)
         seconds = max(time.monotonic() - start, 1e-6)

@@ -59,7 +59,7 @@ def export(
     config: Config, model_dir: Path, inputs: NoteInputs, kinds: Sequence[InputKind], out: Path,
     note_ids: Sequence[str] | None = None, reuse: Sequence[Path] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Embed the notes (or only `note_ids`) for each kind of input into OUT/<kind>. Returns counts and speed.
+    """Embed the notes (or only `note_ids`) for each kind of input into OUT/<kind>. Returns counts and notes per second.
 
     Vectors are reused if OUT, or one of the earlier exports `reuse`, has them from the same model and content.
 
@@ -85,7 +85,7 @@ def export(
         "images": "stored features" if reader.encoder is None else "encoded anew",
         "device": str(device),
         "precision": str(dtype).removeprefix("torch."),
-        "reused": {},  # of this rank's shards, notes that were not embedded
+        "reused": {},  # of this rank's shards, the number of reused vectors
         "notes_per_second": {},
     }
     for kind in kinds:
@@ -93,8 +93,8 @@ def export(
         model_id = fingerprint([*version, "fused"] if fused else version)
         key = EmbeddingKey(model_id, partial(_content_ids, notes, kind))
         earlier = [folder / kind for folder in reuse]
-        num_reused, speed = _export_kind(embedder, kind, key, out / kind, config.export.shard_notes, earlier)
-        counts["reused"][kind], counts["notes_per_second"][kind] = num_reused, speed
+        num_reused, notes_per_second = _export_kind(embedder, kind, key, out / kind, config.export.shard_notes, earlier)
+        counts["reused"][kind], counts["notes_per_second"][kind] = num_reused, notes_per_second
     return counts
 
 

@@ -139,12 +139,17 @@ class Catalog:
         return [(key, weights) for key, weights in names.items() if key in settings or f"{key}.name" in settings]
 
     def fingerprint(self, name: str) -> str:
+        """The fingerprint of the dataset `name`, from its settings, its inputs' fingerprints and its code's version.
+
+        Raises MissingDataset where the window depends on events that are not ingested yet.
+        """
         if name not in self._fingerprints:
             inputs = {n: self.fingerprint(n) for n in self._inputs(name)}
             self._fingerprints[name] = fingerprint([name, STAGES[name].version, inputs, self.settings(name)])
         return self._fingerprints[name]
 
     def find(self, name: str) -> Dataset | None:
+        """The dataset `name` of this configuration; None if it is not published. Raises LakeError if it is invalid."""
         return self.lake.find(name, self.fingerprint(name))
 
     def dataset(self, name: str) -> Dataset:
@@ -155,6 +160,7 @@ class Catalog:
         return dataset
 
     def inputs(self, name: str) -> dict[str, Dataset]:
+        """The datasets that `name` is made from, by name. Raises MissingDataset if one is not published."""
         return {n: self.dataset(n) for n in self._inputs(name)}
 
     def command(self) -> str:

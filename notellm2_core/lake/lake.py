@@ -91,8 +91,8 @@ class Lake:
     ) -> Iterator["Draft"]:
         """A folder to write into. It becomes the dataset when the block ends without an error; otherwise it is removed.
 
-        Two writers of one fingerprint do the same work: the second one discards its own. Raises OSError where the block
-        fails on a full disk, for any exception of the writer.
+        Two writers of one fingerprint do the same work: the second one discards its own. If the disk is full, any
+        exception in the block becomes an OSError.
         """
         target = self.path(name, fingerprint)
         with new_folder(target) as work:

@@ -58,7 +58,7 @@ def num_visual_words(connector: ConnectorSettings, num_patches: int) -> int:
 
 
 def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
-    """Load what both have saved into `folder` (`save_pretrained`), in fp32, on the CPU.
+    """Load the model and the processor that `save_pretrained` wrote into `folder`, in fp32, on the CPU.
 
     Raises ValueError if it is incomplete or damaged, or if `vision/` in it is another encoder than the model's.
     """
@@ -79,7 +79,10 @@ def load_model(folder: Path) -> tuple[MLRMModel, MLRMProcessor]:
 
 
 def load_encoder(folder: Path) -> VisionEncoder:
-    """The vision encoder of the model in `folder`. Raises ValueError if it is missing, damaged or another one."""
+    """The vision encoder of the model in `folder`.
+
+    Raises ValueError if it is missing or damaged, or not the one that the model was trained with.
+    """
     encoder = VisionEncoder.from_pretrained(folder / VISION_FOLDER)
     require_its_encoder(MLRMConfig.from_pretrained(folder), encoder.encoder_id)
     return encoder

@@ -92,10 +92,10 @@ def llm_architecture(settings: LLMSettings) -> PreTrainedConfig:
         if model_type is None:
             raise ValueError("model.llm.config has no model_type; name the architecture, for example llama.")
         with _errors_of(f"model.llm.config of type {model_type!r}", "correct model.llm.config"):
-            given = AutoConfig.for_model(model_type, **fields)
+            architecture = AutoConfig.for_model(model_type, **fields)
             if unknown := [name for name in fields if not hasattr(AutoConfig.for_model(model_type), name)]:
                 raise ValueError(f"a {model_type} has no setting {unknown[0]!r}")
-        return _decoder_part(given, settings)
+        return _decoder_part(architecture, settings)
     if settings.name == "tiny":
         return _decoder_part(_tiny_architecture(len(tiny_tokenizer())), settings)
     gguf = _gguf(settings.name)

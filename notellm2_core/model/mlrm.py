@@ -84,7 +84,10 @@ class MLRMModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: MLRMConfig, llm: PreTrainedModel | None = None) -> None:
-        """`llm`: the pretrained decoder; None: a random one of `config.llm`, to be filled by a checkpoint."""
+        """`llm`: the pretrained decoder; None: a random one of `config.llm`, to be filled by a checkpoint.
+
+        Raises ValueError if `config` lacks the LLM or the connector, or names an unknown method.
+        """
         super().__init__(config)
         if config.llm is None or config.connector is None:
             raise ValueError("the config.json of the model lacks llm or connector; use a complete copy")
@@ -120,11 +123,11 @@ class MLRMModel(PreTrainedModel):
     def states(self, batch: NoteBatch, num_shared: int = 0) -> States:
         """Sections 2.2 and 3 up to the projector."""
         dtype = self.projector.weight.dtype  # features are fp32, the weights may be bf16
-        shown = batch.has_image.to(dtype)[:, None]  # [N, 1]; zero without an image, but every module runs
+        has_image = batch.has_image.to(dtype)[:, None]  # [N, 1]; zero without an image, but every module runs
 
         words = self.llm.get_input_embeddings()(batch.input_ids)  # [N, T, h_t]
         if self.connector is not None:
-            visual_words = self.connector(batch.patches.to(dtype)) * shown[:, :, None]  # [N, L_c, h_t]
+            visual_words = self.connector(batch.patches.to(dtype)) * has_image[:, :, None]  # [N, L_c, h_t]
             words = words.masked_scatter(batch.image_mask[:, :, None], visual_words.to(words.dtype))  # [N, T, h_t]
 
         has_visual_word = get_method(self.config.method).prompt == "micl"
@@ -136,7 +139,7 @@ class MLRMModel(PreTrainedModel):
         if self.fusion is None:
             return States(n_m, n_v, n_m, None, None)
         with _without_autocast(n_m):
-            v = self.fusion.project(batch.global_feature.to(dtype)) * shown  # [N, h_t]
+            v = self.fusion.project(batch.global_feature.to(dtype)) * has_image  # [N, h_t]
             fused_m, z = self.fusion(v, n_m)
             fused_v = None if n_v is None else self.fusion(v, n_v)[0]
         return States(fused_m, fused_v, n_m, v, z.detach().float().mean().reshape(1))

@@ -42,19 +42,19 @@ class Group:
 
     first: int  # the first of their tokens in the row
     last: int  # the token after their last one
-    places: Tensor  # [last - first] where each token is in these notes, padded at their ends: note * T + position
+    padded_index: Tensor  # [last - first] of each token in these notes, padded at their ends: note * T + position
     num_notes: int
     max_length: int  # T, of the longest of them
 
     def padded(self, row: Tensor) -> Tensor:
         """The whole row [S, ...] -> these notes [num_notes, T, ...], zeros after their ends."""
         empty = row.new_zeros(self.num_notes * self.max_length, *row.shape[1:])
-        filled = empty.index_copy(0, self.places, row[self.first : self.last])
+        filled = empty.index_copy(0, self.padded_index, row[self.first : self.last])
         return filled.unflatten(0, (self.num_notes, self.max_length))
 
     def packed(self, padded: Tensor) -> Tensor:
         """The inverse for these notes: [num_notes, T, ...] -> [last - first, ...]."""
-        return padded.flatten(0, 1).index_select(0, self.places)
+        return padded.flatten(0, 1).index_select(0, self.padded_index)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Packing:
         return torch.cat([row, row.new_zeros(self.num_empty, *row.shape[1:])]) if self.num_empty else row
 
     def rows(self, positions: Tensor, width: int) -> Tensor:
-        """[N n] places in the row of the tokens at `positions` [N, n] of the padded notes, `width` tokens each."""
+        """[N n] positions in the row of the tokens at `positions` [N, n] of the padded notes, `width` tokens each."""
         row = self.index.new_zeros(len(positions) * width)
         row[self.index] = torch.arange(len(self.index), device=row.device)
         first = torch.arange(len(positions), device=row.device)[:, None] * width
@@ -141,8 +141,8 @@ def _groups(lengths: Sequence[int], positions: Tensor) -> tuple[Group, ...]:
         last = first + sum(lengths[start:end])
         notes = torch.tensor(lengths[start:end], device=positions.device)
         note = torch.arange(end - start, device=positions.device).repeat_interleave(notes)
-        places = note * lengths[end - 1] + positions[first:last]
-        groups.append(Group(first, last, places, end - start, lengths[end - 1]))
+        padded_index = note * lengths[end - 1] + positions[first:last]
+        groups.append(Group(first, last, padded_index, end - start, lengths[end - 1]))
         start, first = end, last
     return tuple(groups)
 

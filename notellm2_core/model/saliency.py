@@ -81,16 +81,16 @@ def measure(model: MLRMModel, batches: Iterable[tuple[NoteBatch, Loss]]) -> Meas
     num_notes = num_without_image = 0
     with _prepared(model):
         for batch, loss in batches:
-            shown = batch.has_image
-            num_notes += int(shown.sum())
-            num_without_image += int((~shown).sum())
+            has_image = batch.has_image
+            num_notes += int(has_image.sum())
+            num_without_image += int((~has_image).sum())
             layers = []
             for attention, gradient in attention_gradients(model, batch, loss):
                 if not gradient.isfinite().all():
-                    raise ValueError("the gradient of the attention is not finite: train with lower learning rates.")
+                    raise ValueError("the gradient of the attention is not finite: lower training.learning_rate.")
                 sets = visual_positions(batch), batch.attention_mask, batch.last_index
                 scores = saliency_scores(attention, gradient, *sets)
-                layers.append(torch.stack([score[shown].double().cpu() for score in scores]))  # [3, n]
+                layers.append(torch.stack([score[has_image].double().cpu() for score in scores]))  # [3, n]
             values = torch.stack(layers)  # [layers, 3, n]
             sums = values.nansum(dim=2) + (0 if sums is None else sums)
             defined += (~values[0].isnan()).sum(dim=1)  # which sets are empty is the same in every layer

@@ -34,7 +34,8 @@ def read_notes(path: Path, note_ids: Collection[str] | None = None) -> dict[str,
 def iter_notes(path: Path, note_ids: Collection[str] | None = None) -> Iterator[Note]:
     """`read_notes` as an iterator, which does not check for duplicate and missing ids.
 
-    Only the text columns are read, so images in the table cost nothing.
+    Only the text columns are read, so images in the table cost nothing. Raises ValueError where the folder holds no
+    Parquet, or a column is missing.
     """
     selected_ids = None if note_ids is None else pa.array(sorted(set(note_ids)), pa.string())
     for file in _files(path):

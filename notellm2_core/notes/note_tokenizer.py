@@ -60,7 +60,10 @@ class NoteTokenizer:
 
     @cached_property
     def tokens_id(self) -> str:
-        """Equal where `tokenize` gives the same tokens: covers the vocabulary, its use in a probe, and the settings."""
+        """Fingerprint of the tokenisation: vocabulary, the tokens of a probe text, settings.
+
+        Equal ids mean equal tokens.
+        """
         note = Note("", _PROBE, (_PROBE,), _PROBE)
         probe_tokens = [field.tolist() for field in self.tokenize([note])[0]]
         settings = [*WordSettings.of(self.text).model_dump().values()]

@@ -154,11 +154,11 @@ class MLRMProcessor:
             if note.image_start >= 0:
                 image_mask[i, first + note.image_start : first + note.image_start + self.num_queries] = True
         visual_index = torch.tensor([e.visual_index for e in encoded])
-        shown = np.asarray(has_image, dtype=bool) & np.array([e.reads_image for e in encoded])
+        reads_image = np.asarray(has_image, dtype=bool) & np.array([e.reads_image for e in encoded])
         if pixels is None:
             image_tensors = {
-                "patches": _features(patches, shown, (n, self.num_patches, self.vision_width)),
-                "global_feature": _features(global_feature, shown, (n, self.vision_width)),
+                "patches": _features(patches, reads_image, (n, self.num_patches, self.vision_width)),
+                "global_feature": _features(global_feature, reads_image, (n, self.vision_width)),
             }
         else:
             image_tensors = dict(zip(("pixels", "image_index"), map(torch.from_numpy, pixels), strict=True))
@@ -169,7 +169,7 @@ class MLRMProcessor:
             image_mask=image_mask,
             visual_index=torch.where(visual_index < 0, visual_index, visual_index + start),
             last_index=start + torch.tensor([len(e) for e in encoded]) - 1,
-            has_image=torch.from_numpy(shown),
+            has_image=torch.from_numpy(reads_image),
             **image_tensors,
         )
 
@@ -223,14 +223,14 @@ def require_input_kind(inputs: str) -> None:
         raise ValueError(f"inputs = {inputs!r}; choose one of {', '.join(get_args(InputKind))}.")
 
 
-def _features(values: np.ndarray | None, shown: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-    """`values` as fp32, zeros where `shown` [N] is False."""
+def _features(values: np.ndarray | None, reads_image: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """`values` as fp32, zeros where `reads_image` [N] is False."""
     if values is None:
-        if shown.any():
+        if reads_image.any():
             raise ValueError("has_image is true for some notes, but no image features are given.")
         return torch.zeros(shape)
     if values.shape != shape:
         raise ValueError(f"image features have shape {values.shape}, this model reads {shape}.")
     out = torch.zeros(shape)
-    out[torch.from_numpy(shown)] = torch.from_numpy(values[shown].astype(np.float32))
+    out[torch.from_numpy(reads_image)] = torch.from_numpy(values[reads_image].astype(np.float32))
     return out

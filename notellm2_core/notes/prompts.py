@@ -108,7 +108,7 @@ def field_limit(name: FieldName, settings: WordSettings) -> int:
 
 
 def max_field_tokens(name: FieldName, settings: WordSettings) -> int:
-    """Number of tokens that a field may take: a bound for odd texts, which ordinary ones do not reach."""
+    """Upper limit of tokens per field; only pathological texts reach it."""
     return TOKENS_PER_WORD * field_limit(name, settings)
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from notellm2_core.notes.note import WHITE_SPACE, Note, NoteWithImage, parse_topics
 from notellm2_core.runtime.files import parquet_files, read_errors
+from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.schema import SOURCE_IMAGE_COLUMNS, SOURCE_NOTE_COLUMNS
 
 SOURCE_NOTES = "notes.parquet"
@@ -49,11 +50,13 @@ class NoteTable:
         data = _read_bytes(rows)
         return [NoteWithImage(r.note, data.get(r.note.note_id) or r.image_path) for r in rows]
 
-    def contents(self, note_ids: Sequence[str]) -> list[Any]:
-        """A JSON-able value per note that changes whenever the note or its image's file does. No image is read."""
+    def content_ids(self, note_ids: Sequence[str]) -> list[str]:
+        """A fingerprint per note that changes whenever the note or its image's file does. No image is read."""
         return [
-            [r.note.title, r.note.topics, r.note.content, r.image_path,
-             _stamp(self.images / r.image_path) if r.image_path else [*_stamp(r.file), r.position]]
+            fingerprint([
+                r.note.title, r.note.topics, r.note.content, r.image_path,
+                _stamp(self.images / r.image_path) if r.image_path else [*_stamp(r.file), r.position],
+            ])
             for r in (self._rows[i] for i in note_ids)
         ]  # fmt: skip
 

@@ -40,7 +40,7 @@ _MAX_NUMBERS = 1 << 22  # of candidates' vectors in memory at once: 32 MB in fp6
 def mine(
     embeddings: Path, pairs: Path, out: Path, note_split: Path | None, first_rank: int, last_rank: int, factory: str
 ) -> dict[str, Any]:
-    """Write the hard negatives of the pairs `pairs`/{train,validation} into `out`. Returns what counts.json says.
+    """Write the hard negatives of the pairs `pairs`/{train,validation} into `out`. Returns the contents of counts.json.
 
     The negatives of a note are its neighbours with first_rank <= rank <= last_rank, except known positives,
     near-duplicates (by `note_split`; None: unknown) and notes that are related through a near-duplicate. Ties are
@@ -92,12 +92,12 @@ def mine(
 
 @dataclass(frozen=True)
 class _Neighbours:
-    """The notes at the ranks of the window, for a block of queries, and which of them are no negatives."""
+    """The notes at the ranks of the window, for a block of queries, and the masks of those that are no negatives."""
 
     rows: np.ndarray  # [B, R]
     cosines: np.ndarray  # [B, R], -inf if a query has fewer neighbours
-    is_positive: np.ndarray  # [B, R] bool, known positives
-    is_near: np.ndarray  # [B, R] bool, others that are near-duplicates, or related through one
+    is_positive: np.ndarray  # [B, R] bool: known positives
+    is_near: np.ndarray  # [B, R] bool: other notes that are near-duplicates of the query, or related through one
 
     @classmethod
     def of(cls, known_pairs: KnownPairs, queries: np.ndarray, rows: np.ndarray, cosines: np.ndarray) -> "_Neighbours":
@@ -113,7 +113,7 @@ class _Neighbours:
 
     @property
     def is_negative(self) -> np.ndarray:
-        """[B, R] bool: all that exist except known positives and near-duplicates."""
+        """[B, R] bool: the neighbours that exist, except known positives and near-duplicates."""
         negative: np.ndarray = self.exists & ~self.is_positive & ~self.is_near
         return negative
 
@@ -193,10 +193,10 @@ def read_hard_negatives(folder: Path, note_ids: Sequence[str]) -> list[np.ndarra
 
 
 def _widen(index: Any, factory: str, last_rank: int, num_notes: int) -> int:
-    """Returns how many candidates to search for so that `last_rank` others are found, and widens HNSW's search to it.
+    """The number of candidates to search for, so that `last_rank` others are found. HNSW's search is widened to it.
 
-    They are twice as many, because notes may tie at the end of the window. HNSW keeps 16 candidates by default,
-    however many are searched for; with this width it finds 98 % of clustered notes' first 100 instead of 77 %.
+    It is twice the number of neighbours, because notes may tie at the end of the window. HNSW keeps 16 candidates by
+    default, however many are searched for; with this width it finds 98 % of clustered notes' first 100 instead of 77 %.
     """
     if re.search(r"(^|,)HNSW", factory):  # not the coarse quantiser of IVF256_HNSW32
         import faiss
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--embeddings", type=Path, required=True, help="folder of the notes' embeddings")
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument(
-        "--note-split", type=Path, help="folder of the dataset note_split, which knows near-duplicates"
+        "--note-split", type=Path, help="folder of the dataset note_split, for its near-duplicate groups"
     )
     add_options(parser, HardNegativeSettings, "first_rank", "last_rank", "factory")
     parser.add_argument("--out", type=Path, required=True)

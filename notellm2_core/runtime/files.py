@@ -99,7 +99,7 @@ def swap_in(new: Path, out: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the drafts that dead processes of this host left in `folder`, and restore what they moved aside."""
+    """Remove the drafts that dead processes of this host left in `folder`, and restore folders they moved aside."""
     for path in folder.iterdir():
         draft = _DRAFT.fullmatch(path.name)
         if draft is None or draft["host"] != host() or _is_alive(int(draft["process"])):
@@ -113,7 +113,7 @@ def sweep(folder: Path) -> None:
 
 
 def is_draft(path: Path) -> bool:
-    """Whether `path` is named as a draft of any process, or as what one has moved aside."""
+    """Whether `path` has the name of a draft or of a folder moved aside, of any process."""
     return _DRAFT.fullmatch(path.name) is not None
 
 
@@ -208,7 +208,10 @@ def _is_alive(process: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a draft, or what was moved aside. That is renamed to a draft first, so that no half of it is restored."""
+    """Remove a draft or a folder moved aside.
+
+    The latter is renamed to a draft first, so that `sweep` never restores a partial folder.
+    """
     draft = path.rename(path.with_suffix(".draft"))
     if draft.is_dir() and not draft.is_symlink():
         shutil.rmtree(draft, ignore_errors=True)

@@ -12,7 +12,7 @@ from notellm2_core.runtime.files import written_whole
 def memory_mapped(
     path: Path, shape: tuple[int, ...], dtype: DTypeLike, fill: Callable[[np.ndarray], None]
 ) -> np.ndarray:
-    """The array in `path`, read-only. A missing file is written by `fill` and renamed when it is whole.
+    """The array in `path`, of `shape` and `dtype`, read-only. A missing file is filled by `fill`, whole or not at all.
 
     Raises ValueError where the file is damaged, and the errors of `fill`.
     """

@@ -1,9 +1,9 @@
 """Fine-tune the model: one process per rank, started by torchrun.
 
     torchrun --standalone --nproc-per-node 2 -m notellm2_core.training --config pipelines/configs/demo.yaml \
-        --notes DIR --images DIR --store DIR --pairs DIR --work DIR --out DIR
+        --notes DIR --images DIR --store DIR --pairs DIR --run-dir DIR --out DIR
 
-The same command with the same --work resumes a killed run.
+The same command with the same --run-dir resumes a killed run.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     NoteInputs.add_arguments(parser)
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints and curves; the same again to resume")
+    parser.add_argument("--run-dir", type=Path, required=True, help="checkpoints and curves; the same again to resume")
     parser.add_argument("--out", type=Path, required=True, help="empty folder for the trained model")
     parser.add_argument("--hard-negatives", type=Path, help="folder that notellm2_core.retrieval.hard_negatives wrote")
     parser.add_argument("--train-days", nargs=2, metavar=("START", "END"), help=TRAIN_DAYS_HELP)
@@ -36,7 +36,7 @@ def main() -> None:
         config = load_config(args.config)
         from notellm2_core.training.run import run  # imports torch: only once the configuration is valid
 
-        paths = Paths(NoteInputs.of(args), args.pairs, args.work, args.out, args.hard_negatives)
+        paths = Paths(NoteInputs.of(args), args.pairs, args.run_dir, args.out, args.hard_negatives)
         run(config, paths, Reports(log, args.mlflow_uri, args.mlflow_run_id), args.train_days)
 
 

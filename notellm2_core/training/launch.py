@@ -18,13 +18,13 @@ class Paths:
 
     inputs: NoteInputs
     pairs: Path  # with train/ and validation/
-    work: Path  # checkpoints and curves; the same again to resume
+    run_dir: Path  # checkpoints and curves; the same again to resume
     out: Path  # empty; for the trained model
     hard_negatives: Path | None = None  # needed if training.hard_negatives.num is above 0
 
     def arguments(self) -> list[str]:
         """These paths as options of the command."""
-        options = ["--pairs", str(self.pairs), "--work", str(self.work), "--out", str(self.out)]
+        options = ["--pairs", str(self.pairs), "--run-dir", str(self.run_dir), "--out", str(self.out)]
         if self.hard_negatives is not None:
             options += ["--hard-negatives", str(self.hard_negatives)]
         return [*self.inputs.arguments(), *options]
@@ -67,7 +67,7 @@ def launch_command(
         command += ["--no_local_rank", "--module", module]  # the rank comes in the environment, as torchrun gives it
         command = _with_threads(command, num_ranks)
     elif training.rendezvous is not None:
-        rendezvous = ["--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d", "--rdzv-id", paths.work.name]
+        rendezvous = ["--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d", "--rdzv-id", paths.run_dir.name]
         command = torchrun(module, num_ranks, [*rendezvous, "--rdzv-endpoint", training.rendezvous])
     else:
         command = torchrun(module, num_ranks)

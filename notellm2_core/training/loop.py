@@ -57,7 +57,7 @@ class Run:
     first_step: int  # how many steps were done when the run resumed
     checkpoints: Checkpoints
     progress: Progress
-    speed: Throughput
+    throughput: Throughput
 
 
 def train(run: Run) -> None:
@@ -92,7 +92,8 @@ def train(run: Run) -> None:
         # ---------------------------------------------------------------------------------------------------------
         # report
         done, last = step + 1, step + 1 == training.num_steps
-        metrics = _metrics(gradient, training.learning_rate * factor, grad_norm) | {"padding": run.speed.padding(share)}
+        metrics = _metrics(gradient, training.learning_rate * factor, grad_norm)
+        metrics |= {"padding": run.throughput.padding(share)}
         seconds_waited = batches.seconds_waited + share.seconds_waited
         progress.add(len(share.notes), share.num_tokens, share.num_squares, metrics, seconds_waited)
         if done == 1 or done % training.log_every_steps == 0 or last:
@@ -139,7 +140,7 @@ def _require_finite(run: Run, step: int, notes: np.ndarray, quantity: str, value
     """
     if math.isfinite(value) and value >= 0:  # -1 is DeepSpeed's norm of a gradient that is not finite
         return
-    file = run.paths.work / "nan_batch.json"
+    file = run.paths.run_dir / "nan_batch.json"
     if dist.get_rank() == 0:
         ids = [run.data.note_ids[note] for note in notes]
         num_paired = 2 * run.config.training.batch_pairs

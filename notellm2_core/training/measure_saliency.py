@@ -44,7 +44,9 @@ def measure_on_training_pairs(
     """
     num_pairs = min(config.evaluation.saliency_pairs, len(data.train_pairs))
     if num_pairs < 2:
-        raise ValueError(f"saliency needs at least 2 training pairs, got {num_pairs}; set saliency_pairs: 0")
+        raise ValueError(
+            f"saliency needs at least 2 training pairs, got {num_pairs}; set evaluation.saliency_pairs to 0"
+        )
     num_batches = math.ceil(num_pairs / config.evaluation.saliency_batch_pairs)
     batch_pairs, contents = math.ceil(num_pairs / num_batches), data.content_ids(data.train_pairs)
     batches = batch_schedule(contents, batch_pairs, num_batches, config.seed)

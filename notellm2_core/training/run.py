@@ -43,7 +43,7 @@ from notellm2_core.vision.encoder import VisionEncoder
 def run(config: Config, paths: Paths, reports: Reports = NO_REPORTS, train_days: Sequence[str] | None = None) -> None:
     """Train the model of `config` and save it into `paths.out`. Called on every rank; it starts the process group.
 
-    Resumes from the last checkpoint in `paths.work`. The weights are those of an uninterrupted run:
+    Resumes from the last checkpoint in `paths.run_dir`. The weights are those of an uninterrupted run:
     - same machine, on a CPU: identical bits;
     - on a GPU: up to summation order;
     - other machine, number of ranks or size of micro-batches: up to rounding and dropout draws.
@@ -56,7 +56,7 @@ def run(config: Config, paths: Paths, reports: Reports = NO_REPORTS, train_days:
     Raises ValueError for inputs and settings that do not fit, TrainingError if a loss or a gradient is not finite.
     """
     device = engines.set_up_processes()
-    with locked(paths.work):
+    with locked(paths.run_dir):
         prepared = prepare(config, paths, reports)
         if prepared is None:
             return
@@ -74,14 +74,14 @@ def run(config: Config, paths: Paths, reports: Reports = NO_REPORTS, train_days:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run reads before it touches its work folder."""
+    """What a run reads before it touches its run folder."""
 
     processor: MLRMProcessor
     model: MLRMModel
     encoder: VisionEncoder | None  # if it is trained
     data: PairDataset
     settings: dict[str, Any]
-    saved_run: dict[str, Any]  # run.json of the work folder; {} for a new run
+    saved_run: dict[str, Any]  # run.json of the run folder; {} for a new run
 
 
 def prepare(config: Config, paths: Paths, reports: Reports) -> Prepared | None:
@@ -92,14 +92,14 @@ def prepare(config: Config, paths: Paths, reports: Reports) -> Prepared | None:
         encoder = VisionEncoder.from_pretrained(paths.inputs.vision) if config.trains_vision else None
         reader = InputReader(processor, paths.inputs, encoder, config.source.max_image_pixels)
         hard_negatives = paths.hard_negatives if training.hard_negatives.num else None
-        data = load_pair_dataset(reader, paths.pairs, paths.work, hard_negatives)
+        data = load_pair_dataset(reader, paths.pairs, paths.run_dir, hard_negatives)
     if encoder is not None and dist.get_rank() == 0:
         text = "the vision encoder is trained: every step encodes its images, and their stored features are not read"
         print(text, file=sys.stderr)
         if reports.log is not None:
             reports.log(text)
     settings = run_settings(config, data)
-    saved_run = open_run(paths.work, settings)
+    saved_run = open_run(paths.run_dir, settings)
     if _is_finished(paths.out, settings, saved_run):
         if dist.get_rank() == 0:
             print(f"{paths.out} holds the model of this training run already", file=sys.stderr)
@@ -126,7 +126,7 @@ def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, d
     training, rank, num_ranks = config.training, dist.get_rank(), dist.get_world_size()
     model, encoder, data = prepared.model, prepared.encoder, prepared.data
     checkpoints = Checkpoints(
-        paths.work / "checkpoints",
+        paths.run_dir / "checkpoints",
         training.checkpoint_every_steps,
         training.checkpoint_every_minutes,
         training.num_checkpoints,
@@ -140,15 +140,22 @@ def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, d
     engines.broadcast_new_modules(model, device)
     batches = batch_schedule(data.content_ids(data.train_pairs), training.batch_pairs, training.num_steps, config.seed)
     precision = _precision(config, paths, prepared, batches[0], device)
-    speed = Throughput(model, device, num_ranks)
+    throughput = Throughput(model, device, num_ranks)
     engine = engines.make_engine(model, config, precision, encoder)
     if other_ranks and engine.zero_optimization_stage():
         notes = data.train_pairs[batches[0]].reshape(-1)
         load_resharded(engine, checkpoints.folder, first_step, partial(idle_step, engine, data, notes, config, device))
     elif first_step:
         checkpoints.load(engine, first_step)
-    metrics_file, curves = paths.work / "metrics.jsonl", _curves(config, reports)
-    progress = Progress(metrics_file, first_step, training.num_steps, rank == 0, reports.log, curves, speed.metrics)
+    progress = Progress(
+        paths.run_dir / "metrics.jsonl",
+        first_step,
+        training.num_steps,
+        enabled=rank == 0,
+        log=reports.log,
+        curves=_curves(config, reports),
+        throughput=throughput.metrics,
+    )
     return Run(
         config=config,
         paths=paths,
@@ -164,7 +171,7 @@ def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, d
         first_step=first_step,
         checkpoints=checkpoints,
         progress=progress,
-        speed=speed,
+        throughput=throughput,
     )
 
 
@@ -177,7 +184,7 @@ def _precision(
     precision = choose_precision(prepared.model, prepared.data, first_pairs, config, device, prepared.encoder)
     if dist.get_rank() == 0:
         run_json = {"settings": prepared.settings, "precision": precision}
-        write_atomically(paths.work / "run.json", json.dumps(run_json, indent=1))
+        write_atomically(paths.run_dir / "run.json", json.dumps(run_json, indent=1))
     return precision
 
 
@@ -205,13 +212,13 @@ def _curves(config: Config, reports: Reports) -> MlflowCurves | None:
 
 def _training_summary(run: Run) -> dict[str, Any]:
     """The main metrics of the run, for training.json and the model card; {} for a run that has reported no step."""
-    losses, speed = run.progress.series("loss"), run.progress.series("notes_per_s")
+    losses, notes_per_s = run.progress.series("loss"), run.progress.series("notes_per_s")
     if not losses:
         return {}
     summary: dict[str, Any] = {
         "steps": run.config.training.num_steps,
         "seconds": round(run.progress.seconds, 1),
-        "notes_per_s": round(sum(speed) / len(speed), 2),
+        "notes_per_s": round(sum(notes_per_s) / len(notes_per_s), 2),
         "precision": run.precision,
         "num_ranks": dist.get_world_size(),
         "zero_stage": run.config.training.zero_stage,

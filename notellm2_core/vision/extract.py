@@ -75,7 +75,7 @@ class FeatureExtractor:
         self._part: list[Features] = []  # to be stored
 
     def prepare(self, note: NoteRow) -> PreparedNote:
-        """Read and check the image of a note, and decode it unless its features are already there."""
+        """Read and check the image of a note, and decode it unless its features are stored."""
         note_id, image_path, data = note
         encoded = images.fetch(self._source, image_path, data, self._max_pixels)
         if encoded.status != "ok":
@@ -141,7 +141,8 @@ def compute(
     total = sum(pq.read_metadata(file).num_rows for file in _note_files(notes))
     rows: list[tuple[str, str | None, str | None, str]] = []
     with ThreadPoolExecutor(max_workers=min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
-        prepared = _in_order(pool, extractor.prepare, _read_notes(notes), ahead=2 * config.model.vision.batch_size)
+        max_waiting = 2 * config.model.vision.batch_size
+        prepared = _in_order(pool, extractor.prepare, _read_notes(notes), max_waiting)
         for note in tqdm(prepared, total=total, desc="vision features", unit="note", mininterval=1):
             extractor.encode(note)
             image_hash = None if note.image_id is None else extractor.perceptual_hash(note.image_id)
@@ -165,13 +166,13 @@ def compute(
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[NoteRow], PreparedNote], items: Iterable[NoteRow], ahead: int
+    pool: ThreadPoolExecutor, work: Callable[[NoteRow], PreparedNote], items: Iterable[NoteRow], max_waiting: int
 ) -> Iterator[PreparedNote]:
-    """`map(work, items)` on the pool, with at most `ahead` results waiting."""
+    """`map(work, items)` on the pool, with at most `max_waiting` results waiting."""
     waiting: deque[Future[PreparedNote]] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
-        if len(waiting) >= ahead:
+        if len(waiting) >= max_waiting:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

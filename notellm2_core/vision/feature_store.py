@@ -67,7 +67,7 @@ class FeatureStore:
         return store
 
     def image_ids(self) -> set[str]:
-        """The ids of all images that the store has features of now. Raises ValueError naming a damaged part."""
+        """The image ids in the store at this moment. Raises ValueError naming a damaged part."""
         for part in parquet_files(self.root):
             if part not in self._read:
                 with read_errors(part), pq.ParquetFile(part, page_checksum_verification=True) as file:

@@ -57,5 +57,9 @@ class NoteImages:
         """The RGB image of bytes that `read` has returned. Raises ValueError where they can no longer be decoded."""
         status, image = images.decode(data, self.max_pixels)
         if image is None:
-            raise ValueError(f"an image can no longer be decoded ({status}): run everything again, from the notes on.")
+            note_id = self._note_of[images.EncodedImage("ok", data).image_id]
+            raise ValueError(
+                f"the image of note {note_id!r} can no longer be decoded ({status}): run everything again, from the "
+                "notes on."
+            )
         return image

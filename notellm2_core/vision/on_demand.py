@@ -115,6 +115,13 @@ class OnDemandFeatures:
         """
         features = ImageFeatures(self.encoder, self.note_images.max_pixels, self.batch_size)
         results = features.read(self.note_images.read(image_ids), None)
-        if broken := [status for status, image_id in results if image_id is None]:
-            raise ValueError(f"{len(broken)} images can no longer be decoded ({broken[0]}): run everything again.")
+        broken = [
+            f"{image_id} ({status})"
+            for image_id, (status, decoded_id) in zip(image_ids, results, strict=True)
+            if decoded_id is None
+        ]
+        if broken:
+            raise ValueError(
+                f"{len(broken)} images can no longer be decoded, the first is {broken[0]}: run everything again."
+            )
         return features.load(image_ids)

@@ -30,6 +30,7 @@ class OpenClipTower(nn.Module):
     """A ViT of open_clip without its projection."""
 
     def __init__(self, visual: nn.Module) -> None:
+        """Raises ValueError if `visual` has no patch features."""
         super().__init__()
         from open_clip.transformer import VisionTransformer
 
@@ -40,6 +41,7 @@ class OpenClipTower(nn.Module):
         self.visual = visual
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels [N, 3, S, S] -> patches [N, L, h_v], global feature [N, h_v]."""
         pooled, tokens = self.visual(pixels)
         return tokens, pooled
 
@@ -52,6 +54,10 @@ class TimmTower(nn.Module):
         self.trunk: Any = trunk
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels [N, 3, S, S] -> patches [N, L, h_v], global feature [N, h_v].
+
+        Raises ValueError if the model's features are not the patches of a square image.
+        """
         features = self.trunk.forward_features(pixels)
         if not isinstance(features, Tensor):
             raise ValueError(f"{type(self.trunk).__name__} of timm has no patch features; supported: {SUPPORTED}")
@@ -84,6 +90,7 @@ class TinyTower(nn.Module):
             conv.bias = nn.Parameter(torch.zeros(len(weight)))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels [N, 3, 32, 32] -> patches [N, 16, 32], global feature [N, 32]."""
         features = self.second(nn.functional.gelu(self.first(pixels)))  # [N, 32, 4, 4]
         patches = features.flatten(2).transpose(1, 2)  # [N, 16, 32]
         return patches, patches.mean(1)
@@ -164,6 +171,7 @@ def open_clip_tower(visual: Any) -> nn.Module:
 
 
 def open_clip_name(settings: VisionSettings) -> str:
+    """The name for open_clip: `local-dir:FOLDER` if `pretrained` is a folder with open_clip_config.json."""
     folder = settings.pretrained and Path(settings.pretrained)
     if folder and (folder / "open_clip_config.json").is_file():
         return f"local-dir:{folder}"
@@ -171,6 +179,10 @@ def open_clip_name(settings: VisionSettings) -> str:
 
 
 def open_clip_preprocess(cfg: dict[str, Any]) -> Preprocess:
+    """The preprocessing that an open_clip configuration (`preprocess_cfg`) describes.
+
+    Raises ValueError for another resize mode than ours, or an input that is not square.
+    """
     mode = cfg.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash"):
         raise ValueError(f"resize_mode = {mode!r} of this open_clip model is not supported; choices: shortest, squash")
@@ -191,6 +203,10 @@ def _timm_build(architecture: Architecture) -> nn.Module:
 
 
 def timm_architecture(model: Any) -> Architecture:
+    """The architecture of a timm model, with the preprocessing of its pretrained configuration.
+
+    Raises ValueError if its input is not square.
+    """
     cfg = importlib.import_module("timm.data").resolve_data_config({}, model=model)
     squash = cfg["crop_mode"] == "squash"
     pre = Preprocess(

@@ -27,9 +27,9 @@ def components(edges: DataFrame) -> DataFrame:
 
 
 def checkpointed(df: DataFrame) -> DataFrame:
-    """`df` with its rows computed and its lineage cut, for loops.
+    """`df` with its rows computed and its lineage cut, for use in loops.
 
-    A checkpoint alone keeps the estimated size, and estimates multiply with every join: after some rounds Spark spends
+    A checkpoint alone keeps the estimated size, and estimates multiply with every join. After some rounds Spark spends
     minutes on numbers of millions of digits. A checkpoint of the cached table has the measured size instead.
     """
     cached = df.persist()
@@ -76,7 +76,7 @@ def clusters(edges: DataFrame) -> DataFrame:
     both = edges.select("a", "b", "score").union(edges.select("b", "a", "score"))
     links = both.groupBy("a", "b").agg(F.count("*").alias("links"), F.max("score").alias("score"))
     order = Window.partitionBy("a").orderBy(F.desc("links"), F.desc("score"), F.asc("b"))
-    strongest = links.withColumn("place", F.row_number().over(order)).filter("place = 1")
+    strongest = links.withColumn("rank", F.row_number().over(order)).filter("rank = 1")
     return components(strongest).withColumnRenamed("component", "cluster")
 
 

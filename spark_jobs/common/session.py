@@ -57,12 +57,12 @@ def spark_session(
     """
     warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)  # pandas is not used
     builder = SparkSession.builder.appName(app_name)
-    elsewhere = "SPARK_REMOTE" in os.environ or "PYSPARK_GATEWAY_PORT" in os.environ
+    is_remote = "SPARK_REMOTE" in os.environ or "PYSPARK_GATEWAY_PORT" in os.environ
     settings = dict(_SQL_SETTINGS)
-    if shuffle_partitions is not None or not elsewhere:
+    if shuffle_partitions is not None or not is_remote:
         settings["spark.sql.shuffle.partitions"] = str(shuffle_partitions or 8)
     scratch = None
-    if not elsewhere:
+    if not is_remote:
         os.environ["JAVA_HOME"] = java_home()
         os.environ["PYSPARK_PYTHON"] = sys.executable  # workers otherwise start the python3 on PATH
         builder = builder.master(master)

@@ -29,7 +29,7 @@ _STRANGE_COLUMN = re.compile(r"\[(?:PARQUET_TYPE_ILLEGAL|UNSUPPORTED_TIME_TYPE)\
 
 
 class BadInput(ValueError):
-    """Input that the user can correct, found inside a task. `readable` turns it into a ValueError with its sentence."""
+    """Input that the user can correct, met inside a task. `readable` turns it into a ValueError with its sentence."""
 
 
 _BAD_INPUT = re.compile(rf"{BadInput.__name__}: (.+)")
@@ -42,8 +42,8 @@ def write_table(df: DataFrame, out: Path, sort: Sequence[str], num_files: int = 
     """
     # By number: after a join on a column, Spark may skip a repartition by that column and coalesce partitions freely.
     file = F.pmod(F.hash(sort[0]), F.lit(num_files))
-    placed = df.repartition(1) if num_files == 1 else df.repartitionById(num_files, file)
-    placed.sortWithinPartitions(*sort).write.parquet(str(out))
+    files = df.repartition(1) if num_files == 1 else df.repartitionById(num_files, file)
+    files.sortWithinPartitions(*sort).write.parquet(str(out))
     _settle(out)
 
 
@@ -52,8 +52,8 @@ def write_partitions(df: DataFrame, out: Path, partition: str, sort: Sequence[st
 
     A value of ordinary size gets one file; Spark spreads a large one over several tasks.
     """
-    placed = df.hint("rebalance", partition).sortWithinPartitions(partition, *sort)
-    placed.write.mode("append").partitionBy(partition).parquet(str(out))
+    files = df.hint("rebalance", partition).sortWithinPartitions(partition, *sort)
+    files.write.mode("append").partitionBy(partition).parquet(str(out))
     for folder in out.glob(f"{partition}=*"):
         _settle(folder.rename(out / folder.name.partition("=")[2]))
 
@@ -90,11 +90,11 @@ def visible_files(path: Path) -> list[Path]:
     """The files that Spark reads of a table: `path` itself, or all files in the folder that are not hidden."""
     if not path.is_dir():
         return [path]
-    visible: list[Path] = []
+    paths: list[Path] = []
     for folder, folders, files in os.walk(path, followlinks=True):
         folders[:] = [name for name in folders if not is_hidden(name)]
-        visible += [Path(folder) / name for name in files if not is_hidden(name)]
-    return sorted(visible)
+        paths += [Path(folder) / name for name in files if not is_hidden(name)]
+    return sorted(paths)
 
 
 @contextmanager
@@ -118,10 +118,10 @@ def readable(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def replacing(out: Path, source: Path, columns: Sequence[str]) -> Iterator[Path]:
-    """A path beside `out` for a new folder, which replaces `out` if the block ends without an error.
+    """A path next to `out` for a new folder, which replaces `out` if the block ends without an error.
 
-    Only a previous result is ever overwritten. Raises ValueError where `out` holds anything but the files of a table
-    with `columns`, and where `out` and `source`, which the result is made from, overlap.
+    Only a previous result is ever overwritten. Raises ValueError where `out` holds anything except the files of a table
+    with `columns`, and where `out` overlaps `source`, the input of the result.
     """
     out = out.resolve()  # a link stays, and its target is replaced
     if out.exists() and not out.is_dir():
@@ -130,10 +130,10 @@ def replacing(out: Path, source: Path, columns: Sequence[str]) -> Iterator[Path]
         raise ValueError(f"--out {out} holds the input {source}; name another folder.")
     if out.is_relative_to(source.resolve()):
         raise ValueError(f"--out {out} lies in the input {source}; name another folder.")
-    foreign = [f.name for f in out.iterdir() if not _is_result(f, columns)] if out.exists() else []
-    if foreign:
+    foreign_files = [f.name for f in out.iterdir() if not _is_result(f, columns)] if out.exists() else []
+    if foreign_files:
         raise ValueError(
-            f"--out {out} holds {sorted(foreign)[0]}, which is no result of this command; name another folder."
+            f"--out {out} holds {sorted(foreign_files)[0]}, which is no result of this command; name another folder."
         )
     with replaced_folder(out) as draft:
         draft.rmdir()  # Spark makes the folder itself
@@ -158,8 +158,8 @@ def counts_by(df: DataFrame, column: str) -> dict[str, int]:
 def summed_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
     """The sum of several counts, by name."""
     total: Counter[str] = Counter()
-    for more in counts:
-        total.update(more)
+    for part in counts:
+        total.update(part)
     return total
 
 

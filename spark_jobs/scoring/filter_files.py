@@ -1,6 +1,6 @@
 """Section 2.3 inside a Spark task: a file of scores in, counts or the strongest pairs out.
 
-The tables of scores are the largest of the pipeline, and most of their pairs are dropped here. They are therefore never
+The tables of scores are the largest of the pipeline, and the filters drop most of their pairs. So the tables are never
 shuffled or cached: each pass reads the files again, one row group at a time, with dictionary-encoded ids.
 """
 
@@ -27,7 +27,7 @@ from spark_jobs.scoring.quantiles import bin_counts, value_counts
 
 CANDIDATE_COUNTS = pa.schema(
     [
-        pa.field("pairs_on_side", pa.int64()),
+        pa.field("pairs_on_side", pa.int64()),  # pairs with both notes in the split
         pa.field("most_users", pa.int64()),  # the largest num_users of these pairs
         pa.field("bins", pa.list_(pa.int64())),  # of the candidates' scores (`quantiles.bins`) ...
         pa.field("counts", pa.list_(pa.int64())),  # ... and the candidates in each
@@ -45,13 +45,15 @@ _NUMBERS = {"score": pa.float64(), "num_users": pa.int64()}
 class CandidateFilter:
     """Which pairs of a table of scores are candidates, and their scores.
 
-    Both notes of a candidate have `side` in the NOTE_SPLIT `sides` (None: all notes do), and at least `min_users` users
-    make the pair. Its score is divided by (users who clicked the target, TARGET_CLICKS `clicks`) ** `popularity_power`;
-    targets without clicks are then no candidates. The methods raise BadInput for files with invalid values.
+    Both notes of a candidate are in the split `split` of `note_split` (NOTE_SPLIT; None: all notes are). At least
+    `min_users` users make the pair. Its score is divided by c ** `popularity_power`, where c is the number of users who
+    clicked the target (`clicks`, TARGET_CLICKS). With that correction, a target without clicks is no candidate.
+
+    The methods raise BadInput for files with invalid values.
     """
 
-    sides: Path | None = None
-    side: str = ""
+    note_split: Path | None = None
+    split: str = ""
     min_users: int = 1
     clicks: Path | None = None
     popularity_power: float = 0.0
@@ -63,9 +65,9 @@ class CandidateFilter:
     def count(self, file: Path) -> Iterator[pa.RecordBatch]:
         """A file of SCORES -> CANDIDATE_COUNTS, one row."""
         num_pairs, most_users, bins = 0, 0, Counter[int]()
-        for _, on_side, candidates in self._row_groups(file):
-            num_pairs += len(on_side.score)
-            most_users = max(most_users, int(on_side.num_users.max(initial=0)))
+        for _, in_split, candidates in self._row_groups(file):
+            num_pairs += len(in_split.score)
+            most_users = max(most_users, int(in_split.num_users.max(initial=0)))
             bins.update(bin_counts(candidates.score))
         yield _batch(CANDIDATE_COUNTS, [num_pairs], [most_users], [list(bins)], [list(bins.values())])
 
@@ -77,7 +79,7 @@ class CandidateFilter:
     def strongest(self, file: Path, low: float, up: float, top_t: int) -> Iterator[pa.RecordBatch]:
         """A file of SCORES -> STRONGEST: the `top_t` candidates with low <= score <= up for each query, by row group.
 
-        They rank by (score descending, target id ascending). The `top_t` of the whole table are among them.
+        They are ordered by (score descending, target id ascending). The `top_t` of the whole table are among them.
         """
         for (query_ids, target_ids), _, candidates in self._row_groups(file):
             pairs = candidates.chosen((low <= candidates.score) & (candidates.score <= up))
@@ -93,31 +95,31 @@ class CandidateFilter:
             yield _batch(STRONGEST, *ids, strongest.score, strongest.num_users, chosen_from)
 
     def _row_groups(self, file: Path) -> Iterator[tuple[tuple[pa.Array, pa.Array], Pairs, Pairs]]:
-        """For each row group: the ids of queries and targets, the pairs on the side, and the candidates among them."""
-        sides, clicks = self._sides(), self._clicks()
+        """For each row group: the ids of queries and targets, the pairs in the split, and the candidates among them."""
+        split_ids, clicks = self._split_ids(), self._clicks()
         for batch in _read(file):
             ids = tuple(batch[name].dictionary.cast(pa.string()) for name in _IDS)
-            on_side_mask = [_are_in(column, sides) for column in ids]
+            query_in_split, target_in_split = (_are_in(column, split_ids) for column in ids)
             pairs = Pairs(
                 *(batch[name].indices.to_numpy().astype(np.int64) for name in _IDS),
                 *(batch[name].cast(kind).to_numpy() for name, kind in _NUMBERS.items()),
             )
             if not np.isfinite(pairs.score).all():
                 raise BadInput(f"{file} holds scores that are infinite or NaN; leave them out.")
-            on_side = pairs.chosen(on_side_mask[0][pairs.query] & on_side_mask[1][pairs.target])
-            candidates = on_side.chosen(on_side.num_users >= self.min_users)
+            in_split = pairs.chosen(query_in_split[pairs.query] & target_in_split[pairs.target])
+            candidates = in_split.chosen(in_split.num_users >= self.min_users)
             if clicks is not None:
                 divisor = _clicks_of(ids[1], clicks) ** self.popularity_power
                 candidates = candidates.chosen(~np.isnan(divisor[candidates.target]))
                 candidates = candidates._replace(score=candidates.score / divisor[candidates.target])
-            yield ids, on_side, candidates
+            yield ids, in_split, candidates
 
-    def _sides(self) -> pa.ChunkedArray | None:
-        """The ids of the notes on the side; None: all notes."""
-        if self.sides is None:
+    def _split_ids(self) -> pa.ChunkedArray | None:
+        """The ids of the notes in the split; None: all notes."""
+        if self.note_split is None:
             return None
-        with _shared(self.sides):
-            return pq.read_table(self.sides, columns=["note_id"], filters=[("side", "=", self.side)])["note_id"]
+        with _shared(self.note_split):
+            return pq.read_table(self.note_split, columns=["note_id"], filters=[("side", "=", self.split)])["note_id"]
 
     def _clicks(self) -> pa.Table | None:
         """TARGET_CLICKS; None without a popularity correction."""
@@ -155,7 +157,7 @@ def score_files(scores: Path) -> list[Path]:
 def by_file(
     spark: SparkSession, files: Sequence[Path], work: Callable[[Path], Iterator[pa.RecordBatch]], schema: pa.Schema
 ) -> DataFrame:
-    """The batches that `work` makes of each file, one task per file."""
+    """The batches that `work` yields for each file, one task per file."""
 
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
@@ -182,7 +184,7 @@ def _read(file: Path) -> Iterator[pa.RecordBatch]:
 
 @contextmanager
 def _shared(path: Path) -> Iterator[None]:
-    """Inside, a file that this worker does not see is the user's to correct: BadInput."""
+    """Inside, a file that this worker does not see raises BadInput: the user can correct it."""
     try:
         yield
     except FileNotFoundError as e:

@@ -32,13 +32,13 @@ _CLICKS_AT_A_TIME = 1 << 22  # in one chunk, so that it is a small row for Spark
 
 @dataclass(frozen=True)
 class Capped:
-    """What the cap `max_notes` has cut. Cutting a user takes at most 1 / N_u from any score."""
+    """The views and clicks that the cap `max_notes` has cut. Cutting a user takes at most 1 / N_u from any score."""
 
-    users: int  # users of which something was cut
+    users: int  # users with a cut view or click
     loss: float  # the sum of 1 / N_u over these users
     note: Ints  # [C] notes that were cut from a user's views or clicks
-    clicked: npt.NDArray[np.bool_]  # [C] whether from the clicks
-    note_loss: Floats  # [C] the sum of 1 / N_u over the users that it was cut from
+    clicked: npt.NDArray[np.bool_]  # [C] whether the note was cut from the clicks
+    note_loss: Floats  # [C] the sum of 1 / N_u over the users from whom the note was cut
 
 
 NOTHING_CAPPED = Capped(0, 0.0, np.empty(0, np.int64), np.empty(0, bool), np.empty(0))

@@ -1,4 +1,4 @@
-"""The verdicts of the blocking checks: where they turn, and that they name the setting and the reason."""
+"""The blocking checks: at which value each fails, and that the metadata names the setting and the reason."""
 
 import pytest
 
@@ -8,8 +8,8 @@ from notellm2_core.config.data import CheckSettings
 LIMITS = CheckSettings()
 
 
-def test_dropped_share_is_of_the_rows_that_could_have_been_kept() -> None:
-    """160 rows, less those ignored, repeated or undated, are 100; 20 of them are dropped."""
+def test_dropped_share_counts_the_usable_rows() -> None:
+    """Without ignored, repeated and undated rows, 100 of the 160 rows are left; 20 of them are dropped."""
     dropped = {"unknown_event": 20, "duplicate_event": 30, "bad_timestamp": 20}
     metrics = {"rows": 160, "ignored_event": 10, "dropped": dropped}
     passed, shown = checks.dropped_share(metrics, LIMITS)
@@ -21,7 +21,7 @@ def test_dropped_share_is_of_the_rows_that_could_have_been_kept() -> None:
 
 
 def test_undated_share() -> None:
-    """Of the whole log, and of the worst file however good the others are."""
+    """The share is limited in the whole log, and in the worst file even if the other files are good."""
 
     def verdict(undated: int, worst: float) -> bool:
         metrics = {"rows": 10, "undated": undated, "most_undated": {"file": "f", "share": worst}}

@@ -10,5 +10,5 @@ from tests.support.world import World, write_world
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A small training input, made once for all tests of a worker."""
+    """Small training data, made once for all tests of a worker."""
     return write_world(Path(tmp_path_factory.mktemp("world")))

@@ -1,4 +1,4 @@
-"""The commands, as a shell would call them."""
+"""The subcommands of `notellm2`, as a shell would call them."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_index_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out)["recall"] == {"1": 50.0, "2": 100.0}
 
 
-def test_errors_of_the_user_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["describe", "--config", str(tmp_path / "none.yaml")])
     printed = capsys.readouterr().err

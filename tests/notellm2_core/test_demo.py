@@ -1,4 +1,4 @@
-"""The demo world: equal bytes for equal arguments, the source contract, and a signal that is where it should be."""
+"""The demo world: equal bytes for equal arguments, the source contract, and a signal split between text and image."""
 
 import hashlib
 from pathlib import Path
@@ -33,11 +33,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int
 
 
 def clean_events(folder: Path) -> pd.DataFrame:
-    """Events as a careful reader sees them: known notes, readable times, no repetition."""
+    """The events with known notes and readable times, each once."""
     events = pd.read_csv(folder / "events.csv.gz")
     events["time"] = pd.to_datetime(events.timestamp, errors="coerce", utc=True)
-    known = pq.read_table(folder / "notes.parquet").column("note_id").to_pylist()
-    return events[events.time.notna() & events.note_id.isin(known)].drop_duplicates()
+    note_ids = pq.read_table(folder / "notes.parquet").column("note_id").to_pylist()
+    return events[events.time.notna() & events.note_id.isin(note_ids)].drop_duplicates()
 
 
 def related(events: pd.DataFrame, among: set[str]) -> pd.DataFrame:
@@ -53,7 +53,7 @@ def related(events: pd.DataFrame, among: set[str]) -> pd.DataFrame:
     return scores.sort_values(["q", "score", "t"], ascending=[True, False, True]).groupby("q").head(3)
 
 
-def sides(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+def split_pairs(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Training pairs (two weeks), test pairs (the week after, among notes not seen before), the test pool."""
     events = clean_events(folder)
     train, test = events[events.time < TEST_WEEK], events[events.time >= TEST_WEEK]
@@ -63,7 +63,7 @@ def sides(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
 
 def recall(pairs: pd.DataFrame, pool: list[str], keys: list[pd.Series], k: int) -> float:
     """Recall@k of an oracle that counts equal keys, expected over the order of ties; the query is no candidate."""
-    codes = [pd.factorize(key[pool])[0] for key in keys]  # -1: says nothing
+    codes = [pd.factorize(key[pool])[0] for key in keys]  # -1: no key
     score = sum((c[:, None] == c[None]) & (c[:, None] >= 0) for c in codes) + np.zeros((len(pool), len(pool)))
     np.fill_diagonal(score, -1)
     position = {note: i for i, note in enumerate(pool)}
@@ -81,7 +81,7 @@ def test_equal_seeds_give_equal_bytes(tmp_path: Path) -> None:
     counts = [small(tmp_path / name, seed=seed) for name, seed in (("a", 7), ("b", 7), ("c", 8))]
     a, b, c = (hashes(tmp_path / name) for name in "abc")
     assert a == b and counts[0] == counts[1]
-    assert all(a[name] != c[name] for name in a.keys() & c.keys())  # every file, down to each image
+    assert all(a[name] != c[name] for name in a.keys() & c.keys())  # every file, each image too
 
 
 def test_more_users_leave_notes_and_images_alone(tmp_path: Path) -> None:
@@ -105,29 +105,29 @@ def test_source_contract(world: tuple[Path, dict[str, int]]) -> None:
     assert oracle["note_id"].to_pylist() == notes["note_id"].to_pylist()
 
 
-def test_images_are_there_missing_or_broken_as_counted(world: tuple[Path, dict[str, int]]) -> None:
+def test_missing_and_broken_images_are_as_counted(world: tuple[Path, dict[str, int]]) -> None:
     folder, counts = world
     notes = pq.read_table(folder / "notes.parquet").to_pylist()
     oracle = {row["note_id"]: row for row in pq.read_table(folder / "oracle.parquet").to_pylist()}
     status = {"missing": 0, "broken": 0, "ok": 0}
     for note in notes:
-        found = "missing"
+        kind = "missing"
         if note["image_path"] is not None:
             try:
                 with Image.open(folder / note["image_path"]) as image:
                     image.load()
-                    found = "ok" if image.size == (SIZE, SIZE) else "odd"
+                    kind = "ok" if image.size == (SIZE, SIZE) else "odd"
             except OSError:
-                found = "broken"
-        status[found] += 1
-        assert (oracle[note["note_id"]]["image_key"] is not None) == (found == "ok")
-    assert status == {"missing": 6, "broken": 1, "ok": 593}  # 1 % and one
+                kind = "broken"
+        status[kind] += 1
+        assert (oracle[note["note_id"]]["image_key"] is not None) == (kind == "ok")
+    assert status == {"missing": 6, "broken": 1, "ok": 593}  # 1 % missing, one broken
     assert (counts["num_without_image"], counts["num_broken_images"]) == (6, 1)
     assert len(list((folder / "images").iterdir())) == 594
 
 
 def test_text_poor_notes(world: tuple[Path, dict[str, int]]) -> None:
-    """15 % of 600 = 90 notes without topics and content, with titles of few words that no two notes share."""
+    """15 % of 600 = 90 notes have no topics and no content, and short titles that no two notes share."""
     folder, counts = world
     notes = pq.read_table(folder / "notes.parquet").to_pandas()
     oracle = pq.read_table(folder / "oracle.parquet").to_pandas()
@@ -136,18 +136,18 @@ def test_text_poor_notes(world: tuple[Path, dict[str, int]]) -> None:
     assert (notes.content[poor] == "").all() and notes.topics[poor].map(len).eq(0).all()
     assert notes.title[poor].str.split().map(len).max() <= 9 and notes.title[poor].is_unique
     assert (notes.content[~poor] != "").all() and notes.topics[~poor].map(len).gt(0).all()
-    assert oracle.image_key[poor].notna().all()  # a note always has something to go by
+    assert oracle.image_key[poor].notna().all()  # each note has a usable text or image
     rich = notes[~poor]
     assert not (rich.title + rich.topics.map("|".join) + rich.content).duplicated().any()
 
 
 def test_time_window(world: tuple[Path, dict[str, int]]) -> None:
-    """Three whole weeks from a Monday; about 30 % of the notes are first seen in the last, in every topic."""
+    """The log has three whole weeks from a Sunday. About 30 % of the notes, of all topics, appear only in the last."""
     folder, _ = world
     events = clean_events(folder)
     assert events.time.min().date() == pd.Timestamp("2025-01-05").date()
     assert events.time.max() == pd.Timestamp("2025-01-25 23:59:59", tz="UTC")
-    train_pairs, test_pairs, pool = sides(folder)
+    train_pairs, test_pairs, pool = split_pairs(folder)
     assert 0.25 <= len(pool) / 600 <= 1 / 3
     assert len(train_pairs) >= 3 * 0.95 * (600 - len(pool)) and len(test_pairs) >= 3 * 0.95 * len(pool)
     topic = topic_of(folder)
@@ -160,22 +160,23 @@ def topic_of(folder: Path) -> pd.Series:
 
 
 def test_signal_is_half_in_the_text_half_in_the_image(world: tuple[Path, dict[str, int]]) -> None:
-    """One of two topics fits what text (or image) says, so at k = the topic's other notes in the pool (5 of 6)
+    """A text (or an image) is shared by two topics, so it alone finds about half of what both together find.
 
-    both together find nearly what the logs agree on, each alone about half, and text finds nothing where it is poor.
+    k is the number of a topic's other notes in the pool (5 of 6). Both together find nearly all pairs within a topic.
+    Where a note's text is poor, text finds no more than chance.
     """
     folder, _ = world
-    _, pairs, pool = sides(folder)
+    _, pairs, pool = split_pairs(folder)
     oracle = pq.read_table(folder / "oracle.parquet").to_pandas().set_index("note_id")
     topic = topic_of(folder)
-    agree = (topic[pairs.q].to_numpy() == topic[pairs.t].to_numpy()).mean()
-    assert agree > 0.75
+    same_topic = (topic[pairs.q].to_numpy() == topic[pairs.t].to_numpy()).mean()
+    assert same_topic > 0.75
     chance, text, image, both = (
         recall(pairs, pool, [oracle[name] for name in names], k=5)
         for names in ([], ["text_key"], ["image_key"], ["text_key", "image_key"])
     )
     assert chance == pytest.approx(5 / (len(pool) - 1))
-    assert both > 0.75 * agree
+    assert both > 0.75 * same_topic
     assert 5 * chance < text < image < 0.7 * both  # fewer notes are without an image than without text
     poor = pairs[oracle.text_key[pairs.q].isna().to_numpy()]
     assert recall(poor, pool, [oracle.text_key], k=5) == pytest.approx(chance)
@@ -194,7 +195,7 @@ def test_dirty_rows_are_few_and_counted(world: tuple[Path, dict[str, int]]) -> N
 
 def test_small_world_has_enough_pairs(tmp_path: Path) -> None:
     assert generate(tmp_path, DemoSettings(num_notes=160, num_users=80))["num_topics"] == 8
-    train_pairs, test_pairs, _ = sides(tmp_path)
+    train_pairs, test_pairs, _ = split_pairs(tmp_path)
     assert len(train_pairs) >= 50 and len(test_pairs) >= 20
 
 
@@ -211,17 +212,17 @@ def test_each_theme_has_two_styles_and_each_style_two_themes(num_notes: int) -> 
 def test_nobody_sees_a_note_twice_or_before_its_day() -> None:
     topic = np.arange(90) % 6
     published = np.repeat(np.arange(-15, 15), 3)
-    shown = simulate(np.random.default_rng(1), topic, published, num_users=300, num_days=14)
-    assert (np.diff(shown.second) >= 0).all()
-    assert (shown.second // DAY >= published[shown.note]).all()
-    assert len(set(zip(shown.user.tolist(), shown.note.tolist(), strict=True))) == len(shown.user)
-    assert (shown.second + shown.clicked_after).max() < 14 * DAY
-    per_user = np.bincount(shown.user, minlength=300)
-    assert per_user.max() > 2 * np.median(per_user)  # a few read very much
+    events = simulate(np.random.default_rng(1), topic, published, num_users=300, num_days=14)
+    assert (np.diff(events.second) >= 0).all()
+    assert (events.second // DAY >= published[events.note]).all()
+    assert len(set(zip(events.user.tolist(), events.note.tolist(), strict=True))) == len(events.user)
+    assert (events.second + events.clicked_after).max() < 14 * DAY
+    per_user = np.bincount(events.user, minlength=300)
+    assert per_user.max() > 2 * np.median(per_user)  # a few users read very much
 
 
 def test_words() -> None:
-    """No two phrases of a theme share a word; and there are more phrases than the longest note has slots."""
+    """No two phrases of a theme share a word, and a theme has more phrases than the longest note has slots."""
     small_words = {"a", "an", "the", "my", "and", "in", "of", "on", "by", "s"}
     for name, phrases in THEMES.items():
         words = [w for p in phrases for w in set(p.replace("-", " ").split()) if w not in small_words]
@@ -240,7 +241,7 @@ def test_texts() -> None:
 
 
 def test_styles_look_different() -> None:
-    """The mean colour of what is drawn follows the style: red things are the reddest."""
+    """The mean colour of an image follows its style: images of red styles are the reddest."""
     means = {
         colour: np.mean(
             [np.asarray(draw_image(np.random.default_rng(i), colour, "discs")) for i in range(8)], (0, 1, 2)
@@ -257,8 +258,8 @@ def test_too_small_is_refused(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["demo", "--out", str(tmp_path / "world"), f"--{option}", str(number)])
-    says = f"argument --{option}: {number}: Input should be greater than or equal to {least}"
-    assert says in capsys.readouterr().err and not (tmp_path / "world").exists()
+    message = f"argument --{option}: {number}: Input should be greater than or equal to {least}"
+    assert message in capsys.readouterr().err and not (tmp_path / "world").exists()
 
 
 def test_a_source_is_never_overwritten(tmp_path: Path) -> None:

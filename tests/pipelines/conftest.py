@@ -1,4 +1,4 @@
-"""The whole graph on the tiny configuration, run as a user runs it: by command, in a home of its own."""
+"""The whole graph on the tiny configuration, run as a user runs it: by command, in its own Dagster home."""
 
 import hashlib
 import os
@@ -70,35 +70,35 @@ class Workplace:
         return self.home / "log.txt"
 
     def files(self) -> dict[str, str]:
-        """What every data file of every dataset of this configuration holds; reports of times are left out.
+        """A digest of each data file of this configuration's datasets; files that report times are left out.
 
         Tables are compared by content: two JVMs may list a column's encodings in another order in the footer.
         """
-        found = {}
+        digests = {}
         for name in STAGES:
             dataset = self.catalog.dataset(name)
             for file in dataset.manifest.files:
                 if file.endswith(".parquet"):
-                    found[f"{name}/{file}"] = _content(dataset.path / file)
+                    digests[f"{name}/{file}"] = _content(dataset.path / file)
                 elif file.endswith((".safetensors", ".faiss", "recall.json")):
-                    found[f"{name}/{file}"] = sha256_of(dataset.path / file)
-        return found
+                    digests[f"{name}/{file}"] = sha256_of(dataset.path / file)
+        return digests
 
     def forget(self, *names: str) -> None:
         for name in names:
             shutil.rmtree(self.catalog.lake.root / name, ignore_errors=True)
 
     def processes(self) -> list[psutil.Process]:
-        """Everything alive whose command line or environment belongs to this workplace."""
-        found = []
+        """The live processes whose command line or environment names this workplace."""
+        processes = []
         for process in psutil.process_iter():
             try:
                 text = " ".join(process.cmdline()) + process.environ().get("DAGSTER_HOME", "")
             except psutil.Error:
                 continue
             if str(self.home) in text and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        return found
+                processes.append(process)
+        return processes
 
 
 def _content(parquet: Path) -> str:
@@ -111,7 +111,7 @@ def _content(parquet: Path) -> str:
 
 def make_workplace(home: Path, changes: Mapping[str, object] | None = None) -> Workplace:
     home.mkdir(parents=True, exist_ok=True)
-    # The folders in dagster.yaml count from the working directory: the tests' runs must not show up in the user's.
+    # The folders in dagster.yaml are relative to the working directory: the user's home must not list the tests' runs.
     settings = (ROOT / "dagster.yaml").read_text().replace("base_dir: .dagster", f"base_dir: {home / '.dagster'}")
     (home / "dagster.yaml").write_text(settings)
     raw = yaml.safe_load((ROOT / "pipelines/configs/tiny.yaml").read_text())
@@ -129,7 +129,7 @@ def make_workplace(home: Path, changes: Mapping[str, object] | None = None) -> W
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A workplace where everything up to eval_recall has been made, without a kill; its settings/ says what was read
+    """A workplace where the whole graph was made without a kill. Its settings/ lists the settings that each stage read
     (tests/support/recorder).
     """
     workplace = make_workplace(tmp_path_factory.mktemp("finished"))
@@ -141,7 +141,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 @pytest.fixture
 def copy_of_finished(finished: Workplace, tmp_path: Path) -> Workplace:
-    """The same lake in another home: what a test takes away there has to be made again, embeddings by one rank."""
+    """The same lake in another home: datasets that a test removes there are made again, embeddings by one rank."""
     workplace = make_workplace(tmp_path / "copy", {"export.num_ranks": 1})
     shutil.copytree(finished.home / "lake", workplace.home / "lake", ignore=shutil.ignore_patterns(".work"))
     return workplace

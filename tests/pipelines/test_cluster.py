@@ -1,4 +1,4 @@
-"""The graph with Spark on a standalone cluster: the same datasets as locally, so that nothing is trained again."""
+"""The graph with Spark on a standalone cluster makes the same datasets as locally, so no model is trained again."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ BY_SPARK = {"raw_events", "notes", "interactions", "cooccurrence", "note_split",
 
 
 def contents(workplace: Workplace) -> dict[str, str]:
-    """Ingested files have the name of their ingestion, which depends on when the source was written: left out."""
+    """The workplace's files without those of raw_events, whose names depend on when the source was written."""
     return {file: content for file, content in workplace.files().items() if not file.startswith("raw_events/")}
 
 

@@ -1,4 +1,4 @@
-"""The graph as a literal, how fast it loads, and the schedule."""
+"""The graph as a literal, what loading it imports, and the schedule."""
 
 import os
 import subprocess
@@ -44,11 +44,11 @@ GRAPH = {
 
 def test_the_graph_is_the_lineage() -> None:
     graph = defs.resolve_asset_graph()
-    found = {
+    asset_graph = {
         key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
         for key in graph.materializable_asset_keys
     }
-    assert found == GRAPH == {name: set(stage.inputs) for name, stage in STAGES.items()}
+    assert asset_graph == GRAPH == {name: set(stage.inputs) for name, stage in STAGES.items()}
 
 
 def test_only_the_raw_logs_are_partitioned() -> None:
@@ -77,7 +77,7 @@ def test_checks_block() -> None:
     }
 
 
-def test_the_weekly_schedule_asks_for_the_week_that_has_just_ended() -> None:
+def test_the_weekly_schedule_requests_the_week_that_has_just_ended() -> None:
     schedule = defs.resolve_schedule_def("weekly_retrain_schedule")
     assert schedule.cron_schedule == "0 3 * * 0" and schedule.execution_timezone == "UTC"
     with dg.instance_for_test() as instance:
@@ -90,7 +90,7 @@ def test_the_weekly_schedule_asks_for_the_week_that_has_just_ended() -> None:
 
 
 def test_definitions_load_fast_without_torch_or_spark() -> None:
-    """Under three seconds on an idle machine; here the modules are what is asserted, time is only printed."""
+    """Loading takes under three seconds on an idle machine. The test asserts the modules and only prints the time."""
     heavy = "('torch', 'pyspark', 'mlflow', 'pandas')"
     code = f"import sys, pipelines.definitions; print([m for m in {heavy} if m in sys.modules])"
     started = time.monotonic()
@@ -99,8 +99,8 @@ def test_definitions_load_fast_without_torch_or_spark() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_wrong_configuration_lets_the_graph_load_and_every_asset_says_what_is_wrong(tmp_path: Path) -> None:
-    """A page that does not load tells nobody which setting to mend."""
+def test_the_graph_loads_with_a_wrong_configuration_and_every_asset_names_the_error(tmp_path: Path) -> None:
+    """A page that does not load could not show which setting to correct."""
     config = tmp_path / "wrong.yaml"
     config.write_text("name: x\nnonsense: 1\n")
     env = {**os.environ, "NOTELLM2_CONFIG": str(config)}
@@ -124,17 +124,17 @@ def test_a_run_with_the_partitions_of_another_configuration_is_refused() -> None
             require_partitions(loaded, source)
 
 
-def test_the_ui_knows_the_version_of_the_code_of_each_asset() -> None:
-    """So it shows what is stale."""
+def test_each_asset_has_the_code_version_of_its_stage() -> None:
+    """Dagster's UI then shows which assets are stale."""
     graph = defs.resolve_asset_graph()
     versions = {key.to_user_string(): graph.get(key).code_version for key in graph.materializable_asset_keys}
     assert versions == {name: str(stage.version) for name, stage in STAGES.items()}
 
 
-def test_a_run_names_its_week_alone_and_keeps_configuration_and_source(
+def test_a_week_in_the_launchpad_keeps_configuration_and_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the README says to type into the launchpad; the rest still comes from the environment."""
+    """The run configuration of docs/operations.md sets the week; the rest still comes from the environment."""
     job = defs.resolve_job_def("weekly_retrain")
     dg.validate_run_config(job, {"resources": {"pipeline": {"config": {"week": "2025-01-19"}}}})
     monkeypatch.setenv("NOTELLM2_CONFIG", "pipelines/configs/tiny.yaml")

@@ -1,4 +1,4 @@
-"""`make dev`: both pages answer, and nothing outlives it."""
+"""`make dev`: both pages answer, and no process outlives it."""
 
 import signal
 import socket
@@ -21,7 +21,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def test_both_pages_answer_and_nothing_outlives_a_terminated_dev(tmp_path: Path) -> None:
+def test_both_pages_answer_and_no_process_outlives_a_terminated_dev(tmp_path: Path) -> None:
     workplace = make_workplace(tmp_path, {})
     dagster, mlflow = str(free_port()), str(free_port())
     command = (sys.executable, "-W", "ignore", "-m", "pipelines.dev")
@@ -29,13 +29,13 @@ def test_both_pages_answer_and_nothing_outlives_a_terminated_dev(tmp_path: Path)
     try:
         for port in (dagster, mlflow):
             wait_for(f"http://127.0.0.1:{port}/", 180)
-        with_all_it_started = psutil.Process(dev.pid).children(recursive=True)
+        descendants = psutil.Process(dev.pid).children(recursive=True)
         env = workplace.environment(DAGSTER_PORT=dagster, MLFLOW_PORT=mlflow)
         second = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
         assert (second.returncode, second.stderr.startswith(f"error: port {dagster} is taken")) == (2, True)
     finally:
         dev.send_signal(signal.SIGTERM)
     assert dev.wait(timeout=60) == 128 + signal.SIGTERM
-    assert len(with_all_it_started) >= 3  # Dagster's daemon and web server, MLflow
-    _, alive = psutil.wait_procs(with_all_it_started, timeout=30)
+    assert len(descendants) >= 3  # Dagster's daemon and web server, MLflow
+    _, alive = psutil.wait_procs(descendants, timeout=30)
     assert alive == []

@@ -1,4 +1,4 @@
-"""What people see in the Dagster UI, in a real browser."""
+"""The Dagster UI in a real browser."""
 
 import shutil
 from collections.abc import Collection
@@ -16,8 +16,8 @@ pytestmark = [
 ]
 
 
-def not_shown(url: str, size: tuple[int, int], names: Collection[str]) -> set[str]:
-    """Those of `names` that the page does not show, also when a busy server is given a second and a third chance."""
+def missing_names(url: str, size: tuple[int, int], names: Collection[str]) -> set[str]:
+    """Those of `names` that the page does not show in three attempts; the server may be busy."""
     missing = set(names)
     for _ in range(3):
         page = browse(url, f"--window-size={size[0]},{size[1]}", "--dump-dom")
@@ -27,10 +27,10 @@ def not_shown(url: str, size: tuple[int, int], names: Collection[str]) -> set[st
     return missing
 
 
-def test_the_graph_and_the_report_are_shown(finished: Workplace) -> None:
-    """Every asset (long names are cut off); the table, contact sheet and figures of eval_recall."""
+def test_the_ui_shows_the_graph_and_the_report(finished: Workplace) -> None:
+    """The graph shows every asset (long names are cut off); eval_recall its table, contact sheet, plot and metrics."""
     assets = [name for name in STAGES if len(name) <= 16]
     report = ("recall", "neighbours", "plot", "notellm2.multimodal.all.10")
     with dagster_webserver(**finished.environment()) as dagster:
-        assert not_shown(f"{dagster}/asset-groups?expanded={GROUPS}", GRAPH_SIZE, assets) == set()
-        assert not_shown(f"{dagster}/assets/eval_recall?view=overview", (1600, 1400), report) == set()
+        assert missing_names(f"{dagster}/asset-groups?expanded={GROUPS}", GRAPH_SIZE, assets) == set()
+        assert missing_names(f"{dagster}/assets/eval_recall?view=overview", (1600, 1400), report) == set()

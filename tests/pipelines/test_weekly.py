@@ -1,4 +1,4 @@
-"""The whole graph with real parts: Spark, two DeepSpeed ranks, FAISS, MLflow on sqlite; then kills at five places."""
+"""The whole graph with Spark, two DeepSpeed ranks, FAISS and MLflow on sqlite; then kills at five places."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def test_recall_ends_with_a_table_and_a_second_run_makes_nothing_again(finished:
     files = finished.files()
     code, output = finished.recall()
     assert code == 0 and "R@10" in output
-    assert " made at " not in output and output.count("already there at") >= 17
+    assert " made at " not in output and output.count(": exists at ") >= 17
     assert finished.files() == files
     assert finished.processes() == []
 
@@ -48,7 +48,7 @@ def test_every_materialization_is_a_child_run_with_its_tags(finished: Workplace)
     assert {"neighbours.jpg", "saliency.png"} <= {a.path for a in client.list_artifacts(report.info.run_id)}
 
 
-def test_asset_materialize_works_by_itself_and_says_what_is_missing(
+def test_asset_materialize_works_by_itself_and_names_a_missing_dataset(
     copy_of_finished: Workplace, tmp_path: Path
 ) -> None:
     command = (str(Path(sys.executable).parent / "dagster"), "asset", "materialize", "--select", "eval_recall")
@@ -63,7 +63,7 @@ def test_asset_materialize_works_by_itself_and_says_what_is_missing(
 
 
 def _training_ranks(workplace: Workplace) -> list[psutil.Process]:
-    """The ranks, once training has left its first checkpoint behind."""
+    """The ranks; none before training has saved its first checkpoint."""
     if not list((workplace.home / "lake" / ".work").rglob("checkpoints/step-*")):
         return []
     ranks = []
@@ -87,9 +87,9 @@ class Recall:
 
 
 def _same_as(finished: Workplace, killed: Workplace) -> None:
-    expected, found = finished.files(), killed.files()
-    assert set(found) == set(expected)
-    assert {n for n in expected if found[n] != expected[n]} == set()
+    expected, actual = finished.files(), killed.files()
+    assert set(actual) == set(expected)
+    assert {n for n in expected if actual[n] != expected[n]} == set()
     wait_for(lambda: not killed.processes(), 20)
 
 
@@ -115,7 +115,7 @@ def test_a_killed_rank_is_tried_again_and_a_killed_run_leaves_no_process_and_the
 def test_no_step_outlives_its_killed_run_and_a_killed_step_is_tried_again(
     finished: Workplace, copy_of_finished: Workplace
 ) -> None:
-    """Steps in processes of their own, as the schedule runs them."""
+    """The schedule runs each step in its own process, as here."""
     copy_of_finished.forget("checkpoint")
     command = (str(Path(sys.executable).parent / "dagster"), "asset", "materialize", "--select", "checkpoint")
     run = copy_of_finished.start(*command)
@@ -133,7 +133,7 @@ def test_no_step_outlives_its_killed_run_and_a_killed_step_is_tried_again(
 
 
 @pytest.mark.spark
-def test_a_run_killed_while_spark_writes_is_made_good_and_a_killed_jvm_is_tried_again(
+def test_a_run_killed_while_spark_writes_is_completed_and_a_killed_jvm_is_tried_again(
     finished: Workplace, copy_of_finished: Workplace
 ) -> None:
     copy_of_finished.forget("interactions", "cooccurrence", "note_split", "related_pairs", "pair_datasets")
@@ -142,12 +142,12 @@ def test_a_run_killed_while_spark_writes_is_made_good_and_a_killed_jvm_is_tried_
     wait_for(lambda: list((lake / "cooccurrence").glob(".*")))
     run.kill()
     wait_for(lambda: not copy_of_finished.processes(), 30)
-    left = set(lake.glob("*/.*"))
+    leftovers = set(lake.glob("*/.*"))
     run = Recall(copy_of_finished)
 
     def killed_a_jvm() -> bool:
-        making = set(lake.glob("*/.*")) - left
-        for process in copy_of_finished.processes() if making else []:
+        drafts = set(lake.glob("*/.*")) - leftovers
+        for process in copy_of_finished.processes() if drafts else []:
             with suppress(psutil.NoSuchProcess):  # it may end by itself
                 if "java" in process.name():
                     process.kill()
@@ -161,7 +161,7 @@ def test_a_run_killed_while_spark_writes_is_made_good_and_a_killed_jvm_is_tried_
 
 
 def test_a_silent_tracking_server_neither_stops_nor_delays_the_run(copy_of_finished: Workplace) -> None:
-    """A host that accepts the connection and never answers: the worst kind of dead."""
+    """The server accepts the connection and never answers, which costs more time than a refused connection."""
     copy_of_finished.forget("faiss_index", "eval_recall")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -174,7 +174,7 @@ def test_a_silent_tracking_server_neither_stops_nor_delays_the_run(copy_of_finis
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"source.path": "/nowhere"}, "source.path /nowhere is not a folder"),
         ({"window.end": "2031-01-05"}, "window.end"),
@@ -182,10 +182,10 @@ def test_a_silent_tracking_server_neither_stops_nor_delays_the_run(copy_of_finis
         ({"index.factory": "NoSuchIndex"}, "index.factory"),
     ],
 )
-def test_what_the_user_can_mend_ends_with_one_sentence(
-    copy_of_finished: Workplace, changes: dict[str, object], says: str
+def test_an_error_that_the_user_can_correct_ends_with_one_sentence(
+    copy_of_finished: Workplace, changes: dict[str, object], message: str
 ) -> None:
     workplace = make_workplace(copy_of_finished.home, changes)
     code, output = workplace.recall()
     last = output.strip().splitlines()[-1]
-    assert code != 0 and last.startswith("error: ") and says in last, output[-3000:]
+    assert code != 0 and last.startswith("error: ") and message in last, output[-3000:]

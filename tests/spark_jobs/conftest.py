@@ -1,4 +1,4 @@
-"""Short ways to make Spark's tables."""
+"""Helpers that make Spark's tables."""
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 EVENTS = "user_id string, note_id string, timestamp timestamp, event string"
 SCORES = "query_id string, target_id string, score double, num_users bigint"
 NOTES = "note_id string, title string, topics array<string>, content string, image_path string, image binary"
-SIDES = "note_id string, side string, group_id string"
+SPLITS = "note_id string, side string, group_id string"
 
 Frame = Callable[[str, Sequence[Sequence[Any]]], DataFrame]
 

@@ -18,10 +18,12 @@ def written_notes(spark: SparkSession, folder: Path, **columns: Any) -> tuple[di
 
 
 def test_notes_are_validated_and_the_rest_is_quarantined(spark: SparkSession, tmp_path: Path) -> None:
-    """Row by row: kept; replaced by a later row; null id; blank id; the last of its id; nothing; image only."""
+    """The rows are: valid; replaced by a later row; null id; blank id; the last of its id; empty; with an image only;
+    with a topic only.
+    """
     counts, notes, quarantine = written_notes(
         spark, tmp_path,
-        note_id=[" a ", "b", None, " ", "b", "empty", "picture", "topic"],
+        note_id=[" a ", "b", None, " ", "b", "empty", "photo", "topic"],
         title=["A", "old", "x", "x", "new", None, None, None],
         topics=["x| y ||z", "q", "q", "q", None, " | ", None, "only"],
         content=[None, "", "", "", "B", " \n", "", None],
@@ -37,7 +39,7 @@ def test_notes_are_validated_and_the_rest_is_quarantined(spark: SparkSession, tm
         {"note_id": "a", "title": "A", "topics": ["x", "y", "z"], "content": "", "image_path": None, "image": None},
         {"note_id": "b", "title": "new", "topics": [], "content": "B", "image_path": "b.png", "image": None},
         {
-            "note_id": "picture",
+            "note_id": "photo",
             "title": "",
             "topics": [],
             "content": "",
@@ -54,7 +56,7 @@ def test_notes_are_validated_and_the_rest_is_quarantined(spark: SparkSession, tm
         "topics",
         "content",
         "image_path",
-    }  # those that are read, but the bytes
+    }  # the columns that are read, except the bytes
     files = {name: pq.read_schema(tmp_path / "out" / name / "part-00000.parquet") for name in ("notes", "quarantine")}
     assert [(f.name, f.type) for f in files["notes"]] == [(f.name, f.type) for f in schema.NOTES]
     assert files["quarantine"].names == schema.QUARANTINE.names

@@ -25,42 +25,42 @@ def log(tmp_path: Path) -> Path:
 def test_the_same_bytes_as_in_local_mode(
     log: Path, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By spark-submit, and by Spark Connect: a server on the cluster, and a client that has no JVM."""
+    """The jobs run by spark-submit, and by Spark Connect: a server on the cluster, and a client that has no JVM."""
 
-    def arguments(place: Path) -> dict[str, list[str]]:
-        scores, filters = str(place / "scores"), ["--low", "0.1", "--up", "0.9", "--top-t", "2", "--bounds", "quantile"]
+    def arguments(out: Path) -> dict[str, list[str]]:
+        scores, filters = str(out / "scores"), ["--low", "0.1", "--up", "0.9", "--top-t", "2", "--bounds", "quantile"]
         return {
             "cooccurrence": ["--events", str(log), "--out", scores],
-            "related_pairs": ["--scores", scores, "--out", str(place / "pairs"), *filters],
+            "related_pairs": ["--scores", scores, "--out", str(out / "pairs"), *filters],
         }
 
     jobs = {"cooccurrence": cooccurrence, "related_pairs": related_pairs}
-    places = {name: tmp_path / name for name in ("submitted", "connected", "local")}
+    outs = {name: tmp_path / name for name in ("submitted", "connected", "local")}
     with standalone_cluster(tmp_path / "cluster") as cluster:
 
         def run(*command: str, **more: str) -> None:
             done = subprocess.run(command, env=cluster.environment | more, capture_output=True, text=True, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
 
-        for name, options in arguments(places["submitted"]).items():
+        for name, options in arguments(outs["submitted"]).items():
             run(*cluster.submit, str(jobs[name].__file__), *options)
         submitted_tasks = cluster.tasks()
         assert min(submitted_tasks) > 0
         with cluster.connect_server() as remote:
-            for name, options in arguments(places["connected"]).items():
+            for name, options in arguments(outs["connected"]).items():
                 package = str(Path(jobs[name].__file__).parents[1])
                 run(sys.executable, "-m", jobs[name].__name__, *options, SPARK_REMOTE=remote, PYTHONPATH=package)
             assert all(now > before for now, before in zip(cluster.tasks(), submitted_tasks, strict=True))
 
-    for name, options in arguments(places["local"]).items():
+    for name, options in arguments(outs["local"]).items():
         monkeypatch.setattr(jobs[name], "spark_session", lambda name: spark)
         monkeypatch.setattr(sys, "argv", [name, *options])
         jobs[name].main()
-    submitted, connected, here = (
-        {f.name: f.read_bytes() for f in (place / "scores").iterdir()} for place in places.values()
+    submitted, connected, local = (
+        {f.name: f.read_bytes() for f in (out / "scores").iterdir()} for out in outs.values()
     )
-    assert sorted(here) == ["part-00000.parquet", "part-00001.parquet"]
-    assert submitted == connected == here
+    assert sorted(local) == ["part-00000.parquet", "part-00001.parquet"]
+    assert submitted == connected == local
     # Spark's own files may name their encodings in another order, and say where their columns came from.
-    pairs = [pq.read_table(place / "pairs").replace_schema_metadata() for place in places.values()]
+    pairs = [pq.read_table(out / "pairs").replace_schema_metadata() for out in outs.values()]
     assert pairs[0].num_rows == 60 and pairs[0] == pairs[1] == pairs[2]

@@ -31,7 +31,7 @@ Scores = Callable[..., list[tuple[Any, ...]]]
 
 @pytest.fixture
 def scores_of(spark: SparkSession, tmp_path: Path) -> Scores:
-    """What `cooccurrence` writes, as rows."""
+    """A function that runs `cooccurrence` and returns the rows that it writes."""
     numbers = count()
 
     def compute(events: DataFrame, **settings: Any) -> list[tuple[Any, ...]]:
@@ -46,7 +46,7 @@ def scores_of(spark: SparkSession, tmp_path: Path) -> Scores:
 
 
 def brute_force(log: Log, simultaneous: bool) -> dict[tuple[str, str], tuple[Fraction, int]]:
-    """Eq. 2 as it is written: for every ordered pair of notes, the users who saw A and later clicked B."""
+    """Eq. 2, literally: for every ordered pair of notes, the users who saw A and later clicked B."""
     clicked = defaultdict(set)
     for user, note, _, event in log:
         if event == "click":
@@ -61,7 +61,7 @@ def brute_force(log: Log, simultaneous: bool) -> dict[tuple[str, str], tuple[Fra
 
 
 def test_worked_example(frame: Frame, scores_of: Scores) -> None:
-    """Three users, by the second:
+    """Three users; the numbers are seconds:
 
     u1  view A 1, click B 2, click C 3, view B 9        N = 2 (B, C)
     u2  click B 5, view A 5, click C 5                  N = 2 (B, C), all at one time
@@ -116,7 +116,7 @@ def test_equals_the_sql_of_the_module_docstring(
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(logs=st.lists(st.lists(event, max_size=14), min_size=25, max_size=25), simultaneous=st.booleans())
 def test_equals_the_definition(frame: Frame, scores_of: Scores, logs: list[Log], simultaneous: bool) -> None:
-    """Many small logs at once: their users and notes are kept apart by a prefix, and U and N_u never mix users."""
+    """Many small logs are scored at once. A prefix separates their users and notes, and U and N_u never mix users."""
     rows: Log = [(f"{i}{u}", f"{i}{n}", t, e) for i, log in enumerate(logs) for u, n, t, e in log]
     expected = {
         (f"{i}{a}", f"{i}{b}"): value
@@ -124,11 +124,11 @@ def test_equals_the_definition(frame: Frame, scores_of: Scores, logs: list[Log],
         for (a, b), value in brute_force(log, simultaneous).items()
     }
     events = frame(EVENTS, [(u, n, at(t), e) for u, n, t, e in rows])
-    found = {(q, t): (s, n) for q, t, s, n in scores_of(events, simultaneous=simultaneous)}
-    assert found.keys() == expected.keys()
+    scores = {(q, t): (s, n) for q, t, s, n in scores_of(events, simultaneous=simultaneous)}
+    assert scores.keys() == expected.keys()
     for pair, (value, users) in expected.items():
-        assert found[pair][1] == users
-        assert found[pair][0] == pytest.approx(float(value), rel=1e-12)
+        assert scores[pair][1] == users
+        assert scores[pair][0] == pytest.approx(float(value), rel=1e-12)
 
 
 def test_sums_are_exact_and_do_not_depend_on_order(frame: Frame, scores_of: Scores) -> None:
@@ -147,8 +147,8 @@ def test_score_computes_equal_windows_once(
     events = frame(EVENTS, [("u", "A", at(0), "view"), ("u", "B", at(1), "click")])
     for window in ("train", "test"):
         write_table(interactions(events, NAMES), tmp_path / "same" / window, ["user_id"])
-        some = events.filter(f"event != 'click' OR '{window}' = 'train'")
-        write_table(interactions(some, NAMES), tmp_path / "other" / window, ["user_id"])
+        clicks_in_train = events.filter(f"event != 'click' OR '{window}' = 'train'")
+        write_table(interactions(clicks_in_train, NAMES), tmp_path / "other" / window, ["user_id"])
     calls = []
     monkeypatch.setattr(job, "cooccurrence", lambda *a: calls.append(a) or cooccurrence(*a))
     counts = score(spark, tmp_path / "same", tmp_path / "out", ScoringSettings())

@@ -15,7 +15,7 @@ from spark_jobs.source import event_files
 from tests.spark_jobs.test_source import write_csv
 
 
-def test_land_makes_one_folder_per_period(spark: SparkSession, tmp_path: Path) -> None:
+def test_ingest_makes_one_folder_per_partition(spark: SparkSession, tmp_path: Path) -> None:
     lines = [
         "u,n1,2024-01-06T23:59,view",
         "u, n1 ,2024-01-07,click",
@@ -45,8 +45,8 @@ def test_land_makes_one_folder_per_period(spark: SparkSession, tmp_path: Path) -
     assert ingest(spark, tmp_path, tmp_path / "years", "year")["rows"] == {"2024-01-01": 3, UNDATED: 2}
 
 
-def test_files_are_landed_by_themselves_and_add_up(spark: SparkSession, tmp_path: Path) -> None:
-    """Two files, and a third in a folder of its day; what readers of Parquet do not open is no file of the log."""
+def test_files_ingested_separately_add_up(spark: SparkSession, tmp_path: Path) -> None:
+    """The log has two files, and a third in a folder of its day. Files that Parquet readers skip are not part of it."""
     days = {"a.parquet": "2024-01-01", "b.parquet": "2024-01-07", "day=3/c.parquet": "2024-01-08"}
     for name, day in days.items():
         (tmp_path / "events" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -59,19 +59,19 @@ def test_files_are_landed_by_themselves_and_add_up(spark: SparkSession, tmp_path
     files = event_files(tmp_path)
     assert files == ["events/a.parquet", "events/b/week[1].parquet", "events/day=3/c.parquet"]
     whole = ingest(spark, tmp_path, tmp_path / "whole", "week")
-    parts = [
-        ingest(spark, tmp_path, tmp_path / f"part{n}", "week", some) for n, some in enumerate((files[:2], files[2:]))
+    ingestions = [
+        ingest(spark, tmp_path, tmp_path / f"raw{n}", "week", group) for n, group in enumerate((files[:2], files[2:]))
     ]
     worst = {"file": "events/a.parquet", "share": 0.5}
-    assert ingestion_metrics(tmp_path, parts) == ingestion_metrics(tmp_path, [whole]) | {"most_undated": worst}
-    assert [part["rows"] for part in parts] == [
+    assert ingestion_metrics(tmp_path, ingestions) == ingestion_metrics(tmp_path, [whole]) | {"most_undated": worst}
+    assert [ingestion["rows"] for ingestion in ingestions] == [
         {UNDATED: 2, "2023-12-31": 1, "2024-01-07": 1},
         {UNDATED: 1, "2024-01-07": 1},
     ]
 
 
 def test_folders_name_columns_that_files_lack(spark: SparkSession, tmp_path: Path) -> None:
-    """As text: 007 is no number."""
+    """The column is text: 007 is no number."""
     (tmp_path / "events" / "note_id=007").mkdir(parents=True)
     columns = {"user_id": ["u"], "timestamp": ["2024-01-01"], "event": ["view"]}
     pq.write_table(pa.table(columns), tmp_path / "events" / "note_id=007" / "a.parquet")
@@ -80,15 +80,15 @@ def test_folders_name_columns_that_files_lack(spark: SparkSession, tmp_path: Pat
 
 
 def test_a_line_with_other_fields_than_the_header_is_malformed(spark: SparkSession, tmp_path: Path) -> None:
-    """Nothing is guessed from it; the line goes to the quarantine whole. Other columns are no part of `row`."""
+    """No value is guessed from the line; it goes to the quarantine whole. Extra columns are no part of `row`."""
     lines = ["u,n,2024-01-01,view,phone", "Doe, J,n,2024-01-01,view,phone", "u,n,2024-01-01", "u,n,,view,tv"]
     log = write_csv(tmp_path / "events.csv", lines, header="user_id,note_id,timestamp,event,device")
     log.write_bytes(log.read_bytes() + "u,café,2024-01-01,view,tv\n".encode("latin-1"))
     assert ingest(spark, tmp_path, tmp_path / "raw", "week")["rows"] == {UNDATED: 4, "2023-12-31": 1}
     settings = EventSettings(view_events=["view"], click_events=[])
     labelled = label_events(spark.read.parquet(str(tmp_path / "raw" / UNDATED)), settings, False)
-    found = {(r.reason, tuple(json.loads(r.row).items())) for r in labelled.collect()}
-    assert found == {
+    quarantine = {(r.reason, tuple(json.loads(r.row).items())) for r in labelled.collect()}
+    assert quarantine == {
         ("malformed_row", (("line", lines[1]),)),
         ("malformed_row", (("line", lines[2]),)),
         ("malformed_row", (("user_id", "u"), ("note_id", "caf\ufffd"), ("timestamp", "2024-01-01"), ("event", "view"))),
@@ -97,7 +97,7 @@ def test_a_line_with_other_fields_than_the_header_is_malformed(spark: SparkSessi
 
 
 def test_a_broken_file_does_not_hide_behind_good_ones() -> None:
-    """One row of two is undated in b, of six in all; c is too small to be looked at."""
+    """In b, one row of two is undated; in the whole log, one of six. c is too small to count."""
 
     def ingestion(file: str, placed: int, undated: int) -> dict[str, Any]:
         rows = {"2024-01-07": placed, UNDATED: undated}
@@ -107,15 +107,15 @@ def test_a_broken_file_does_not_hide_behind_good_ones() -> None:
     assert ingestion_metrics(Path(), ingestions)["most_undated"] == {"file": "b", "share": 0.5}
 
 
-def test_absurd_times_are_not_placed(spark: SparkSession, tmp_path: Path) -> None:
-    """A clock that was never set, and one far ahead."""
+def test_absurd_times_are_undated(spark: SparkSession, tmp_path: Path) -> None:
+    """The rows come from a clock that was never set, and from one far ahead."""
     write_csv(tmp_path / "events.csv", [f"u,n,{time},view" for time in (0, 86399, 86400, "2099-12-31", "2100-01-01")])
     assert ingest(spark, tmp_path, tmp_path / "raw", "year")["rows"] == {UNDATED: 3, "1970-01-01": 1, "2099-01-01": 1}
 
 
 def test_a_few_wrong_clocks_do_not_move_the_end_of_the_log() -> None:
-    """A usual day has 500 rows: fewer than 5 are no day of the log, on however many days such rows lie. A thin log of a
-    row a day is one to its last row.
+    """A usual day has 500 rows, so a day with fewer than 5 does not count, however many such days there are. In a thin
+    log of one row a day, every day counts.
     """
     days = {"2025-01-20": 500, "2025-01-21": 480, "2025-01-22": 510, "2025-01-25": 4, "2031-01-01": 1}
     assert covered_until(days) == "2025-01-22"
@@ -124,8 +124,11 @@ def test_a_few_wrong_clocks_do_not_move_the_end_of_the_log() -> None:
     assert covered_until({"2025-01-20": 1, "2025-02-20": 1}) == "2025-02-20"
 
 
-def test_periods_of_a_window() -> None:
-    """Those with one of its days, and which of theirs; a window beside the log is named with its days."""
+def test_partitions_of_a_window() -> None:
+    """The partitions that overlap the window, with the days of the overlap.
+
+    The error for a window outside the log names the days of both.
+    """
     names = ["2025-01-05", "2025-01-12", "2025-01-26", UNDATED]  # the week of the 19th has no event
     ingested = {
         "partitions": [{"partition": n, "rows": 1} for n in names],
@@ -134,8 +137,8 @@ def test_periods_of_a_window() -> None:
     }
 
     def chosen(start: int, end: int) -> list[tuple[str, int, int]]:
-        found = partitions_between(date(2025, 1, start), date(2025, 1, end), "week", **ingested, rows=4)  # type: ignore[arg-type]
-        return [(partition[-2:], *(day.day for day in days)) for partition, days in found]
+        overlaps = partitions_between(date(2025, 1, start), date(2025, 1, end), "week", **ingested, rows=4)  # type: ignore[arg-type]
+        return [(partition[-2:], *(day.day for day in days)) for partition, days in overlaps]
 
     assert chosen(12, 26) == [("12", 12, 19)]
     assert chosen(11, 27) == [("05", 11, 12), ("12", 12, 19), ("26", 26, 27)]

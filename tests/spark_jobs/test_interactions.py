@@ -1,9 +1,10 @@
-"""Ingested partitions -> interactions -> windows: every row kept or counted, and parts reused without a difference."""
+"""Ingested partitions -> interactions -> windows: every row is used or counted, and an empty window is explained."""
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +23,43 @@ NAMES = {"view_events": ["view"], "click_events": ["click"], "ignored_events": [
 TRAIN, TEST = (date(2024, 1, 1), date(2024, 1, 8)), (date(2024, 1, 8), date(2024, 1, 15))
 
 
-def prepared(
+def ingested(spark: SparkSession, folder: Path, lines: list[str]) -> dict[str, Any]:
+    """Ingest `lines` into `folder`/raw. Returns the metrics of the log."""
+    write_csv(folder / "events.csv", lines)
+    return ingestion_metrics(folder, [ingest(spark, folder, folder / "raw", "week")])
+
+
+def joined(
     spark: SparkSession,
-    folder: Path,
-    lines: list[str],
+    raw: Path,
+    log: Mapping[str, Any],
+    out: Path,
     train: Span = TRAIN,
     test: Span = TEST,
+    note_ids: Sequence[str] = ("n1", "n2"),
     **changes: Any,
 ) -> dict[str, Any]:
-    """Land `lines`, reduce their partitions and join them to windows, with the notes n1 and n2, in `folder`/out."""
+    """Reduce the partitions `raw` of a log with the metrics `log`, and join them to windows in the new folder `out`."""
     settings = EventSettings(**NAMES | changes)
-    folder.mkdir(exist_ok=True)
-    write_csv(folder / "events.csv", lines)
-    ingested = ingestion_metrics(folder, [ingest(spark, folder, folder / "raw", "week")])
-    (folder / "notes").mkdir()
-    pq.write_table(pa.table({"note_id": ["n1", "n2"]}), folder / "notes" / "part.parquet")
+    (out / "notes").mkdir(parents=True)
+    pq.write_table(pa.table({"note_id": list(note_ids)}), out / "notes" / "part.parquet")
+    overlaps = {span: partitions_between(*span, "week", **log) for span in (train, test)}
+    undated: list[tuple[str, Span | None]] = [(UNDATED, None)] if (raw / UNDATED).exists() else []
+    days = {f"{partition} {span}": span for partition, span in [*overlaps[train], *overlaps[test], *undated]}
+    paths = {name: raw / name.split(" ")[0] for name in days}
+    metrics = reduce_partitions(spark, paths, days, out / "partitions", settings)
 
-    def reduced(parts: Sequence[tuple[str, Span | None]]) -> dict[Path, dict[str, Any]]:
-        days = {f"{partition} {of}": of for partition, of in parts}
-        paths = {f"{partition} {of}": folder / "raw" / partition for partition, of in parts}
-        metrics = reduce_partitions(spark, paths, days, folder / "partitions", settings) if parts else {}
-        return {folder / "partitions" / name: counts for name, counts in metrics.items()}
+    def reduced(partitions: Sequence[tuple[str, Span | None]]) -> dict[Path, dict[str, Any]]:
+        names = [f"{partition} {span}" for partition, span in partitions]
+        return {out / "partitions" / name: metrics[name] for name in names}
 
-    windows = [
-        Window(*days, reduced(partitions_between(*days, "week", **ingested))) for days in dict.fromkeys((train, test))
-    ]
-    undated = reduced([(UNDATED, None)]) if (folder / "raw" / UNDATED).exists() else {}
-    return join_partitions(spark, windows[0], windows[-1], undated, folder / "notes", folder / "out", settings)
+    train_window, test_window = (Window(*span, reduced(overlaps[span])) for span in (train, test))
+    return join_partitions(spark, train_window, test_window, reduced(undated), out / "notes", out, settings)
+
+
+def prepared(spark: SparkSession, folder: Path, lines: list[str], **options: Any) -> dict[str, Any]:
+    """Ingest `lines`, and join them to windows in `folder`/out."""
+    return joined(spark, folder / "raw", ingested(spark, folder, lines), folder / "out", **options)
 
 
 LINES = [
@@ -70,7 +81,7 @@ LINES = [
 ]
 
 
-def test_every_row_is_kept_or_counted(spark: SparkSession, tmp_path: Path) -> None:
+def test_every_row_is_used_or_counted(spark: SparkSession, tmp_path: Path) -> None:
     counts = prepared(spark, tmp_path, LINES)
     dropped = {
         "bad_timestamp": 1, "null_user": 1, "null_note": 1, "unknown_event": 2, "unknown_note": 1, "duplicate_event": 2,
@@ -92,10 +103,11 @@ def test_every_row_is_kept_or_counted(spark: SparkSession, tmp_path: Path) -> No
 
 
 def test_robots_and_absurd_times(spark: SparkSession, tmp_path: Path) -> None:
-    """Three events on a day, of any kind and note, are a robot's where two are the most; its other days fall with them.
+    """A user with three events on a day, of any kind and note, is a robot where the limit is two. Its other days are
+    dropped too.
 
-    Repeated rows count, ignored and unknown events do not. Times of the first day of 1970, as of a clock that was never
-    set, and of the future are no user's at all.
+    Repeated rows count; ignored and unknown events do not. Times on the first day of 1970 (a clock that was never set)
+    and in the future count for no user.
     """
     lines = [
         "robot,n1,2024-01-01T00:00,view",
@@ -123,29 +135,40 @@ def test_robots_and_absurd_times(spark: SparkSession, tmp_path: Path) -> None:
 
 
 def test_equal_windows_and_other_names(spark: SparkSession, tmp_path: Path) -> None:
-    """A log with one type of event only, which is a view and a click."""
-    counts = prepared(
-        spark, tmp_path, ["u1,n1,2024-01-01,bought"], TRAIN, TRAIN, view_events=[], click_events=["bought"]
-    )
+    """The log has one type of event, which is a view and a click."""
+    counts = prepared(spark, tmp_path, ["u1,n1,2024-01-01,bought"], test=TRAIN, view_events=[], click_events=["bought"])
     assert counts["test"] == counts["train"] and counts["train"]["clicks"] == 1
     for name in ("train", "test"):
         assert pq.read_table(tmp_path / "out" / name).num_rows == 1
 
 
 def test_an_empty_window_names_the_setting_and_the_days_of_the_data(spark: SparkSession, tmp_path: Path) -> None:
-    gap = date(2024, 1, 10), date(2024, 1, 12)
-    with pytest.raises(
-        ValueError, match=r"no usable events in the test window, 2024-01-10 to .*window.end \(or WEEK\)"
-    ):
-        prepared(spark, tmp_path / "b", LINES, test=gap)
-    with pytest.raises(ValueError, match=r"train window, 2024-01-01 to .* all are of robots; raise source.max_events"):
-        lines = ["u1,n1,2024-01-01,view", "u1,n2,2024-01-01,click", "u2,n2,2024-01-08,click"]
-        prepared(spark, tmp_path / "f", lines, max_events_per_day=1)
-    with pytest.raises(ValueError, match=r"no clicks in the train window.*source.click_events, now \['buy'\].*click"):
-        prepared(spark, tmp_path / "c", LINES, view_events=["view", "click"], click_events=["buy"])
-    with pytest.raises(ValueError, match=r"the log's event names are view, click, the settings know buy, seen; set"):
-        prepared(spark, tmp_path / "d", LINES[:7], view_events=["seen"], click_events=["buy"], ignored_events=[])
-    with pytest.raises(
-        ValueError, match=r"notes are not in notes.parquet; a note_id of the log is 'N1', one of .* 'n1'"
-    ):
-        prepared(spark, tmp_path / "e", [line.replace("n", "N") for line in LINES[:7]])
+    """All cases use one ingested log. If the limit is one event on a day, u1 and u2 are robots. The train window up to
+    January 7th then has three valid rows: two of u1, and one of u3 with an unknown note.
+    """
+    log = ingested(spark, tmp_path, [*LINES[:7], "u3,n9,2024-01-02,view", "u2,n1,2024-01-08,view"])
+    numbers = count()
+
+    def fails(message: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            joined(spark, tmp_path / "raw", log, tmp_path / f"out{next(numbers)}", **options)
+
+    without_rows, before_7th = (date(2024, 1, 10), date(2024, 1, 12)), (date(2024, 1, 1), date(2024, 1, 7))
+    fails(r"no usable events in the test window, 2024-01-10 to .*window.end \(or WEEK\)", test=without_rows)
+    fails(
+        r"train window, 2024-01-01 to .* most are of robots \(2 of 3 valid rows\); raise source.max_events",
+        train=before_7th,
+        max_events_per_day=1,
+    )
+    fails(
+        r"no clicks in the train window.*source.click_events, now \['buy'\].*click",
+        view_events=["view", "click"],
+        click_events=["buy"],
+    )
+    fails(
+        r"the log's event names are view, click, the settings know buy, seen; set",
+        view_events=["seen"],
+        click_events=["buy"],
+        ignored_events=[],
+    )
+    fails(r"notes are not in notes.parquet; a note_id of the log is 'n1', one of .* 'N1'", note_ids=["N1", "N2"])

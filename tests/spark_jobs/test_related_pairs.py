@@ -24,7 +24,10 @@ Related = Callable[..., list[tuple[Any, ...]]]
 
 @pytest.fixture
 def related(spark: SparkSession, tmp_path: Path) -> Related:
-    """query, target, score and rank of the related pairs of PAIRS, or of other `rows`, from two files."""
+    """A function that returns the related pairs of PAIRS, or of other `rows`: query, target, score and rank.
+
+    The scores are in two files.
+    """
 
     def run(rows: list[Any] = PAIRS, clicks: Path | None = None, **changes: Any) -> list[tuple[Any, ...]]:
         shutil.rmtree(tmp_path / "related", ignore_errors=True)
@@ -72,24 +75,24 @@ def test_the_same_pair_twice_is_refused(related: Related) -> None:
 
 @pytest.fixture
 def scored(tmp_path: Path) -> Path:
-    """Scores of both windows, and the sides of their notes: q, a, b, c train; r, s, t are the pool."""
+    """Scores of both windows, and the split of their notes: q, a, b, c are for training; r, s, t are the pool."""
     train, test = [*PAIRS, ("r", "s", 8.0, 9)], [("r", "s", 3.0, 3), ("r", "t", 1.0, 1), ("q", "a", 9.0, 9)]
     for window, rows in (("train", train), ("test", test)):
         write_scores(tmp_path / "scores" / window / "part-00000.parquet", rows)
         clicks = tmp_path / "scores" / f"{window}_clicks" / "part-00000.parquet"
         write_rows(clicks, schema.TARGET_CLICKS, [(n, 2) for n in "abcdst"])
-    write_sides(tmp_path / "sides", "qabc", "rst")
+    write_split(tmp_path / "split", "qabc", "rst")
     return tmp_path
 
 
-def write_sides(folder: Path, train: str, pool: str) -> None:
-    rows = [(n, side, n, side == "train") for side, notes in (("train", train), ("pool", pool)) for n in notes]
+def write_split(folder: Path, train: str, pool: str) -> None:
+    rows = [(n, split, n, split == "train") for split, notes in (("train", train), ("pool", pool)) for n in notes]
     write_rows(folder / "part-00000.parquet", schema.NOTE_SPLIT, rows)
 
 
 def test_relate_counts_every_filter(spark: SparkSession, scored: Path) -> None:
     filters = FilterSettings(low=0.75, up=9.0, bounds="absolute", top_t=1, popularity_power=1.0, min_users=2)
-    counts = relate(spark, scored / "scores", scored / "sides", scored / "out", filters)
+    counts = relate(spark, scored / "scores", scored / "split", scored / "out", filters)
     train = counts["train"]
     assert [train[k] for k in ("pairs_on_side", "pairs_with_min_users", "pairs_within_bounds", "pairs")] == [3, 3, 3, 1]
     assert (train["queries"], train["notes"], train["score"]["max"]) == (1, 2, 2.0)
@@ -113,13 +116,13 @@ def test_no_pair_left_names_the_setting(
     spark: SparkSession, scored: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        relate(spark, scored / "scores", scored / "sides", scored / "out", FilterSettings(**{**OPEN, **change}))
+        relate(spark, scored / "scores", scored / "split", scored / "out", FilterSettings(**{**OPEN, **change}))
 
 
 def test_a_pool_without_pairs_names_the_setting(spark: SparkSession, scored: Path) -> None:
-    write_sides(scored / "one", "qabcst", "r")
+    write_split(scored / "one", "qabcst", "r")
     with pytest.raises(
-        ValueError, match=r"^test: no pair has both notes on the side pool; set window\.test_days, split"
+        ValueError, match=r"^test: no pair has both notes in the candidate pool; set window\.test_days, split"
     ):
         relate(spark, scored / "scores", scored / "one", scored / "out", FilterSettings(**OPEN))
 
@@ -148,7 +151,7 @@ def test_command(
             run(*paths, *arguments)
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        run("--scores", scored / "sides", "--out", scored / "x", "--low", 0, "--up", 1, "--top-t", 1)
+        run("--scores", scored / "split", "--out", scored / "x", "--low", 0, "--up", 1, "--top-t", 1)
     assert "part-00000.parquet lacks the column query_id" in capsys.readouterr().err
     before = (scored / "out" / "part-00000.parquet").read_bytes()
     damage(write_scores(scored / "scores" / "train" / "part-00001.parquet", PAIRS * 500, row_group_size=3000))

@@ -41,16 +41,16 @@ def test_times_in_every_form(frame: Frame) -> None:
         "20240103": "2024-01-03 00:00:00.000000",
         "20240103.0": "2024-01-03 00:00:00.000000",  # pandas' column of dates where one is missing
         "20241303": "1970-08-23 06:35:03.000000",  # no thirteenth month: seconds
-        "2024": "1970-01-01 00:33:44.000000",  # a number, whatever it looks like
+        "2024": "1970-01-01 00:33:44.000000",  # a number, though it looks like a year
         **dict.fromkeys(
             ["", "soon", "2024-02-30", "12:00:00", "2024-01", "NaN", "Infinity", "1e300", "1d", "0x10",
              "20240-01-01", "2024-01-03T25:00:00", None]
         ),
     }  # fmt: skip
     ingested = ingest_events(frame(TEXT, [("u", "n", t, "view") for t in expected]))
-    found = ingested.select(F.get_json_object("row", "$.timestamp").alias("raw"), *_shown(), "partition").collect()
-    assert {r.raw: r.shown for r in found} == expected
-    partitions = {r.raw: r.partition for r in found}
+    rows = ingested.select(F.get_json_object("row", "$.timestamp").alias("raw"), *_shown(), "partition").collect()
+    assert {r.raw: r.shown for r in rows} == expected
+    partitions = {r.raw: r.partition for r in rows}
     assert (partitions["1704283200"], partitions["0"], partitions["soon"]) == ("2023-12-31", "1969-12-28", "undated")
 
 
@@ -81,7 +81,7 @@ def test_times_of_parquet(spark: SparkSession, tmp_path: Path, times: pa.Array) 
 
 
 def test_nanoseconds_of_any_year_in_either_form(spark: SparkSession, tmp_path: Path) -> None:
-    """As pandas writes them, and as INT96. Bare numbers of these sizes would be taken for other units."""
+    """pandas writes timestamps, other writers INT96. Bare numbers of these sizes would be read in other units."""
     (tmp_path / "events").mkdir()
     times = pa.array([datetime(1972, 5, 1, 0, 0, 0, 3), datetime(1969, 12, 31)], pa.timestamp("ns"))
     columns = {"user_id": [1, 2], "note_id": ["a", "b"], "timestamp": times, "event": ["view", "click"]}
@@ -129,7 +129,7 @@ def test_events_that_cannot_be_used_are_named(spark: SparkSession, tmp_path: Pat
 
 
 def test_a_table_of_events_is_read_directly(spark: SparkSession, tmp_path: Path) -> None:
-    """Its name is a name, not a pattern."""
+    """The name of a table is read literally, not as a pattern."""
     for name in ("log[1].csv", "log*.csv"):
         write_csv(tmp_path / name, ["u,n,1,view"])
         assert read_source_events(spark, tmp_path / name).count() == 1
@@ -169,7 +169,7 @@ def test_files_with_columns_of_the_same_types_are_read_together(tmp_path: Path) 
         event_files(tmp_path / "none")
 
 
-def test_a_column_more_does_no_harm_unless_spark_cannot_read_it(spark: SparkSession, tmp_path: Path) -> None:
+def test_an_extra_column_is_ignored_unless_spark_cannot_read_it(spark: SparkSession, tmp_path: Path) -> None:
     columns = {"user_id": ["u"], "note_id": ["n"], "timestamp": [1], "event": ["view"]}
     pq.write_table(pa.table({**columns, "Event": ["x"]}), tmp_path / "x.parquet")
     assert read_source_events(spark, tmp_path).select("event").head() == ("view",)

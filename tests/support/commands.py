@@ -1,4 +1,4 @@
-"""A command for tests: writes how it was started to a file, then fails as its argument says."""
+"""A command for tests: it writes how it was started to a file, then fails or sleeps as its argument says."""
 
 import json
 import os

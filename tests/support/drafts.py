@@ -1,4 +1,4 @@
-"""The drafts that a killed writer leaves behind."""
+"""The drafts that a killed writer leaves behind, and a process id that no process has."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Fills the hub client's cache as a download does, so that it answers without a network."""
+"""The hub client's cache, filled as a download fills it, so that the client needs no network."""
 
 import hashlib
 import shutil

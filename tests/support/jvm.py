@@ -1,4 +1,4 @@
-"""Java for tests: a JVM runs a few small jobs, and spends most of its time on loading Spark's classes."""
+"""Java options for tests, whose JVMs run a few small jobs and spend most of their time on loading Spark's classes."""
 
 import fcntl
 import functools
@@ -26,8 +26,8 @@ UNCOMPILED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factor
 def quick_jvm() -> str:
     """JDK_JAVA_OPTIONS with which Spark starts in half the time, from an archive of its classes.
 
-    The first test run on a machine makes the archive in about 30 s, while other workers wait. A JVM that it does not
-    fit (the launcher's has other jars) silently ignores it. Where Java cannot make one, the options name none.
+    The first test run on a machine makes the archive in about 30 s, while other workers wait. A JVM with other jars
+    (the launcher's) silently ignores it. Where Java cannot make an archive, the options name none.
     """
     version = subprocess.run([f"{java_home()}/bin/java", "-version"], capture_output=True, text=True, check=True).stderr
     (major,) = re.findall(r'version "(\d+)', version)

@@ -141,7 +141,7 @@ def check_stages(
 
 
 def check_resharded(root: Path, out: Path, stages: tuple[int, ...], variant: str, saving: bool) -> None:
-    """saving: a step, a checkpoint, and a second step. Else, on another number of ranks: the second step from there."""
+    """If `saving`: a step, a checkpoint and a second step; else the second step from it, on another number of ranks."""
     engines.set_up_processes()
     for stage in stages:
         config = settings(stage, variant)
@@ -163,7 +163,7 @@ def check_resharded(root: Path, out: Path, stages: tuple[int, ...], variant: str
                 checkpoints.load(engine, 1)
         weights = step(engine, data, second, config, 1, grads=False)["weights"]
         if dist.get_rank() == 0:
-            torch.save(weights, out / f"{'saving' if saving else 'moved'}-{stage}.pt")
+            torch.save(weights, out / f"{'saved' if saving else 'resharded'}-{stage}.pt")
 
 
 def _fresh(world: World, config: Config, precision: engines.Precision = "fp32") -> tuple[Any, PairDataset]:
@@ -191,5 +191,5 @@ def _as_on_gpus(
 
 
 def train(config_file: Path, root: Path, folder: Path) -> None:
-    """Run a whole training as the command does, with WORK and OUT below `folder`."""
+    """Do a training run as the command does, with work/ and out/ below `folder`."""
     run(load_config(config_file), World(root).paths(folder))

@@ -1,4 +1,4 @@
-"""Starts several ranks for a test quickly: they are forked from one process that has already imported everything."""
+"""Ranks for a test start quickly: they are forked from one process that has already imported everything."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ _PRELOAD = ["tests.support.preload"]
 
 
 def run_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any, timeout_s: float = 240) -> None:
-    """Run `function(*arguments)` in `num_ranks` processes with torchrun's environment. Fails where one fails."""
+    """Run `function(*arguments)` in `num_ranks` processes with torchrun's environment. Fails if one of them fails."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with socket.socket() as s:

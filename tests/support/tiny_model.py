@@ -1,4 +1,4 @@
-"""A model that is built in a tenth of a second, and notes and features for it."""
+"""A model that takes a tenth of a second to build, with notes and features for it."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Waits for another process."""
+"""Waiting for another process."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def wait_for(condition: Callable[[], T], seconds: float = 120) -> T:
-    """The first true result of `condition`. Raises AssertionError where there is none in time."""
+    """The first true result of `condition`. Raises AssertionError if there is none within `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if result := condition():

@@ -1,4 +1,4 @@
-"""A small training input on disk: random notes, random pairs, random images and features, the tiny models."""
+"""Small training data on disk (random notes, pairs, images and features), and the tiny models."""
 
 import hashlib
 import io
@@ -28,7 +28,7 @@ WORDS = ["tea", "cup", "red", "sky", "boat", "lamp", "fern", "moss", "opal", "qu
 
 @dataclass(frozen=True)
 class World:
-    """The folders of a training input."""
+    """The folders of the training data."""
 
     root: Path
 
@@ -45,12 +45,12 @@ class World:
         return replace(self.inputs, image_folders=ImageFolders(self.path("notes"), self.root))
 
     def paths(self, folder: Path) -> Paths:
-        """The paths of a training run, with WORK and OUT below `folder`."""
+        """The paths of a training run, with work/ and out/ below `folder`."""
         return Paths(self.with_image_folders, self.path("pairs"), folder / "work", folder / "out")
 
 
 def write_world(root: Path, num_pairs: int = 32, num_validation: int = 6, complete: bool = False) -> World:
-    """2 * (num_pairs + num_validation) notes, paired off.
+    """2 * (num_pairs + num_validation) notes, each in one pair.
 
     Every 8th note has no image, and every 7th no text; in a `complete` world, all have both.
     """
@@ -105,7 +105,7 @@ def png_of(seed: int) -> bytes:
 
 
 def train(world: World, config: Config, folder: Path) -> Path:
-    """Run a whole training in this process, with WORK and OUT below `folder`. Returns OUT."""
+    """Do a training run in this process, with work/ and out/ below `folder`. Returns out/."""
     run(config, world.paths(folder))
     return folder / "out"
 

@@ -76,7 +76,7 @@ class PairDataset:
 
     @cached_property
     def train_notes(self) -> np.ndarray:
-        """The notes of the training pairs, each once."""
+        """[n] the notes of the training pairs, each once, in order."""
         return np.unique(self.train_pairs)
 
     def has_image(self, notes: np.ndarray) -> np.ndarray:
@@ -84,7 +84,10 @@ class PairDataset:
         return self._image_rows[notes] >= 0
 
     def note_batch(self, notes: np.ndarray, inputs: Sequence[InputKind] = ("multimodal",)) -> NoteBatch:
-        """The model input of `notes`, padded to the longest of them: all notes for each kind of input in turn."""
+        """The model input of `notes` [N] as I N notes for I `inputs`: all notes for each kind of input in turn.
+
+        They are padded to the longest of them.
+        """
         tokens = self._tokens_of(notes)
         encoded = [self._processor.lay_out(fields, kind) for kind in inputs for fields in tokens]
         image_rows = self._image_rows[np.tile(notes, len(inputs))]
@@ -102,7 +105,7 @@ class PairDataset:
         return [self._tokens[self.note_ids[note]] for note in notes.tolist()]
 
     def content_ids(self, notes: np.ndarray) -> np.ndarray:
-        """The content id of each note, of the shape of `notes`: the same for notes with the same text and image."""
+        """Notes of any shape -> their content ids, int64 of that shape: equal for the same text and image."""
         return self._positives["multimodal"].content_ids[notes]
 
     def with_hard_negatives(self, notes: np.ndarray, num: int, seed: Sequence[int]) -> np.ndarray:
@@ -119,12 +122,12 @@ class PairDataset:
         content_ids = self._positives["multimodal"].content_ids
         in_batch, added = set(content_ids[notes].tolist()), []
         for query in notes[::2].tolist():
-            drawn = [*rng.permutation(self.hard_negatives[query]), *rng.choice(self.train_notes, 8 * num)]
+            candidates = [*rng.permutation(self.hard_negatives[query]), *rng.choice(self.train_notes, 8 * num)]
             new: dict[int, int] = {}
-            for note in drawn:
+            for note in candidates:
                 if content_ids[note] not in in_batch:
                     new.setdefault(content_ids[note], note)
-            chosen = [*new.values(), *drawn][:num]  # if the notes are too few, some are repeated
+            chosen = [*new.values(), *candidates][:num]  # if the notes are too few, some are repeated
             added += chosen
             in_batch.update(content_ids[chosen].tolist())
         return np.concatenate([notes, added])

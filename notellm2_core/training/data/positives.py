@@ -16,7 +16,7 @@ class PositiveIndex:
 
     def __init__(self, content: np.ndarray, pairs: np.ndarray) -> None:
         """`content`: [notes], equal for notes with identical input. `pairs`: [P, 2] related notes."""
-        _, self.content_ids = np.unique(content, return_inverse=True)  # [notes]
+        _, self.content_ids = np.unique(content, return_inverse=True)  # [notes] int64, numbered from 0
         size = int(self.content_ids.max(initial=0)) + 1
         both = self.content_ids[np.concatenate([pairs, pairs[:, ::-1]])]
         edges = np.unique(both[:, 0] * size + both[:, 1])  # the graph of pairs, as sorted numbers
@@ -35,7 +35,10 @@ class PositiveIndex:
 
 
 def unique_where_missing(content: np.ndarray, has: np.ndarray) -> np.ndarray:
-    """`content` [notes], with a negative number of its own for each note that has none: missing is not the same."""
+    """`content` [notes], with a negative number of its own for each note where `has` [notes] is false.
+
+    Two notes without content do not have the same content.
+    """
     return np.where(has, content, -1 - np.arange(len(content)))
 
 

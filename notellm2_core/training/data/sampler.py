@@ -19,7 +19,7 @@ def batch_schedule(pairs: np.ndarray, batch_pairs: int, num_steps: int, seed: in
     Raises ValueError if there are no pairs.
     """
     if not len(pairs):
-        raise ValueError("there are no pairs to make batches of")
+        raise ValueError("there are no training pairs: lower pairs.low or pairs.min_users, or raise window.train_days")
     stream = _permutations(len(pairs), seed)
     max_waiting = min(_LOOKAHEAD_BATCHES * batch_pairs, len(pairs))
     waiting: deque[int] = deque()

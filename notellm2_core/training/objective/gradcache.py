@@ -65,8 +65,8 @@ def backward(engine: Any, micro_batches: MicroBatches, loss_of: BatchLoss, seeds
         torch.manual_seed(seed)
         embedded = engine(batch)
         engine.set_gradient_accumulation_boundary(number == len(seeds))
-        # The gradient of this sum is that of the loss. tau's comes whole with the first micro-batch and as 0 with the
-        # others: so every weight has a gradient in every backward, and 16 bits round tau's only once.
+        # The gradient of this sum is that of the loss. tau's gradient goes with the first micro-batch, zeros with the
+        # others. Every weight then has a gradient in each backward, and tau's is rounded to 16 bits once.
         tau_upstream = tau_gradient if number == 1 else torch.zeros_like(tau_gradient)
         engine.backward((embedded.rows * upstream[number - 1]).sum() + (embedded.tau * tau_upstream).sum())
     return Step(losses, tau.detach(), _mean_gate(outputs))

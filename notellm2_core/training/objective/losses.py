@@ -213,5 +213,8 @@ class _CappedTau(torch.autograd.Function):
 
 
 def capped_tau(tau: Tensor) -> Tensor:
-    """tau, at most ln 100 (the scale at most 100). Every rank must hold the whole gradient of tau (see gather.py)."""
+    """tau [1] -> [1], at most ln 100, so that the logit scale is at most 100.
+
+    Every rank must hold the whole gradient of tau (see gather.py).
+    """
     return _CappedTau.apply(tau)

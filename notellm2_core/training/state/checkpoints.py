@@ -1,12 +1,12 @@
 """Checkpoints to resume a killed run from, written in the background.
 
-    WORK/checkpoints/step-N/            DeepSpeed's checkpoint after N steps
-    WORK/checkpoints/step-N/rank-R.json sizes and checksums of the files that rank R wrote
+    RUN_DIR/checkpoints/step-N/            DeepSpeed's checkpoint after N steps
+    RUN_DIR/checkpoints/step-N/rank-R.json sizes and checksums of the files that rank R wrote
 
 A save copies weights and optimiser state into memory, which is quick, and a thread of each rank writes the copies. When
 all ranks have written, and their files are on the disk, the folder is renamed from `draft-N`: a kill leaves at most a
 draft. The last `num_checkpoints` stay. A checkpoint whose files do not match their checksums is skipped for the one
-before. All ranks see the same folder. DeepSpeed's checkpoints are pickles, so only those of this run's own WORK are
+before. All ranks see the same folder. DeepSpeed's checkpoints are pickles, so only those of this run's own RUN_DIR are
 ever loaded.
 """
 
@@ -136,8 +136,10 @@ class Checkpoints:
             for old in self._steps()[: -self._num_checkpoints]:
                 shutil.rmtree(self.folder / f"step-{old}")
         except OSError as e:
-            what = "older ones could not be removed after that of" if name.exists() else "none could be saved after"
-            _warn(f"checkpoints: {what} step {step} ({e}); training continues")
+            if name.exists():
+                _warn(f"checkpoints before step {step} could not be removed ({e})")
+            else:
+                _warn(f"the checkpoint after step {step} could not be saved ({e}); training continues")
 
     def close(self) -> None:
         """Complete the current save, then stop."""

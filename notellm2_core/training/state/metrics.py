@@ -1,4 +1,4 @@
-"""Reports the metrics of a training run: a bar in the terminal, WORK/metrics.jsonl, Dagster's log, MLflow's curves.
+"""Reports the metrics of a training run: a bar in the terminal, RUN_DIR/metrics.jsonl, Dagster's log, MLflow's curves.
 
 The file is the record; the others are views of it and never stop or delay the run.
 """
@@ -33,15 +33,15 @@ class Progress:
         enabled: bool = True,
         log: Callable[[str], None] | None = None,
         curves: "MlflowCurves | None" = None,
-        speed: Callable[[float, float, float], Metrics] | None = None,
+        throughput: Callable[[float, float, float], Metrics] | None = None,
     ) -> None:
         """`path`: metrics.jsonl; lines that a killed run wrote after `first_step` are removed. `log`: Dagster Pipes.
 
-        `speed`: metrics of a number of tokens, a sum of squared lengths, and seconds (`Throughput.metrics`).
+        `throughput`: (tokens, sum of the squared note lengths, seconds) -> metrics, as `Throughput.metrics`.
         """
         self.enabled = enabled
         self._path = path
-        self._log, self._curves, self._speed = log, curves, speed
+        self._log, self._curves, self._throughput = log, curves, throughput
         self._first_step, self._num_steps = first_step, num_steps
         self._lines: list[dict[str, Any]] = []
         self._window: list[Metrics] = []
@@ -65,7 +65,7 @@ class Progress:
         self, num_notes: int, num_tokens: int, num_squares: int, metrics: Metrics, seconds_waited: float = 0.0
     ) -> None:
         """Add one step: its metrics, over all ranks, and the seconds that this rank waited for its batches."""
-        counts = {"notes": num_notes, "tokens": num_tokens, "squares": num_squares, "waited": seconds_waited}
+        counts = {"notes": num_notes, "tokens": num_tokens, "squares": num_squares, "wait": seconds_waited}
         self._window.append({**counts, **metrics})
         self._bar.update()
 
@@ -75,13 +75,13 @@ class Progress:
             return
         elapsed = time.monotonic() - self._window_start
         sums = {key: sum(m[key] for m in self._window) for key in self._window[0]}
-        notes, tokens, squares, waited = (sums.pop(key) for key in ("notes", "tokens", "squares", "waited"))
+        notes, tokens, squares, wait_seconds = (sums.pop(key) for key in ("notes", "tokens", "squares", "wait"))
         means = {key: total / len(self._window) for key, total in sums.items()}
         means |= {"steps_per_s": len(self._window) / elapsed, "notes_per_s": notes / elapsed}
-        means["data_wait"] = waited / elapsed
+        means["data_wait"] = wait_seconds / elapsed
         self.restart_clock()
-        speed = self._speed(tokens, squares, elapsed) if self._speed is not None else {}
-        self.report(step, {**means, **speed})
+        throughput = self._throughput(tokens, squares, elapsed) if self._throughput is not None else {}
+        self.report(step, {**means, **throughput})
 
     def restart_clock(self) -> None:
         """Start a new window: time between the steps (validation, saves) does not count in the throughput."""

@@ -1,10 +1,10 @@
-"""The work folder of a training run: which process uses it, and with which settings it was started.
+"""The folder of a training run: which process uses it, and with which settings it was started.
 
-    WORK/run.json               settings of the run and the precision it chose
-    WORK/metrics.jsonl          the curves
-    WORK/checkpoints/           to resume a killed run from (checkpoints.py)
+    RUN_DIR/run.json            settings of the run and the precision it chose
+    RUN_DIR/metrics.jsonl       the curves
+    RUN_DIR/checkpoints/        to resume a killed run from (checkpoints.py)
 
-All ranks see the same WORK (across machines: a shared disk).
+All ranks see the same RUN_DIR (across machines: a shared disk).
 """
 
 import fcntl
@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 
 @contextmanager
-def locked(work: Path, patience_seconds: float = 120) -> Iterator[None]:
+def locked(run_dir: Path, patience_seconds: float = 120) -> Iterator[None]:
     """Lock the folder for this run while the block runs; a kill releases the lock. Only the first rank takes it.
 
     A run that was just killed may keep the lock for some seconds, until its memory is freed. Raises ValueError if
@@ -28,14 +28,14 @@ def locked(work: Path, patience_seconds: float = 120) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / ".lock").open("w") as lock:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
         if not _try_lock(lock):
-            print(f"another training run uses {work}: waiting up to {patience_seconds:g} s", file=sys.stderr)
+            print(f"another training run uses {run_dir}: waiting up to {patience_seconds:g} s", file=sys.stderr)
             end = time.monotonic() + patience_seconds
             while not _try_lock(lock):
                 if time.monotonic() >= end:
-                    raise ValueError(f"another training run uses {work}: wait for it, or stop it")
+                    raise ValueError(f"another training run uses {run_dir}: wait for it, or stop it")
                 time.sleep(0.2)
         yield
 
@@ -48,13 +48,13 @@ def _try_lock(file: TextIO) -> bool:
     return True
 
 
-def open_run(work: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The run.json of this work folder; {} for a new one.
+def open_run(run_dir: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The run.json of this run folder; {} for a new one.
 
     Raises ValueError, naming the first difference, if the folder holds a run with other settings. Its checkpoints
     cannot be resumed with these, and only a person can decide to throw hours of work away.
     """
-    path = work / "run.json"
+    path = run_dir / "run.json"
     if not path.exists():
         return {}
     try:
@@ -62,11 +62,11 @@ def open_run(work: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         saved = dict(run["settings"])
         run["precision"]
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged ({e!r}): give --work a new folder, or move this one away") from e
+        raise ValueError(f"{path} is damaged ({e!r}): give --run-dir a new folder, or move this one away") from e
     for key in sorted({*settings, *saved}):
         if saved.get(key) != settings.get(key):
             raise ValueError(
-                f"{work} holds a training run with {key} = {saved.get(key)}, not {settings.get(key)}: "
-                "give --work a new folder, or resume with the same settings"
+                f"{run_dir} holds a training run with {key} = {saved.get(key)}, not {settings.get(key)}: "
+                "give --run-dir a new folder, or resume with the same settings"
             )
     return run

@@ -84,7 +84,7 @@ def _architecture(model: MLRMModel, processor: MLRMProcessor) -> Architecture:
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor] | None:
-    """`full_weights` with the adapters merged into their layers: the names are those of a model without adapters."""
+    """`full_weights` with the adapters merged into their layers: names and shapes of a model without adapters."""
     weights = full_weights(model)
     for name, layer in adapted_layers(model).items():
         with gathered([p for n, p in layer.named_parameters(prefix=name) if is_adapter(n)]):
@@ -94,9 +94,10 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor] | None:
-    """Every parameter and buffer of `model`, frozen ones too, on rank 0's CPU; None on the other ranks.
+    """Name -> tensor of every parameter and buffer of `model`, frozen ones too, on rank 0's CPU; None on other ranks.
 
-    Under ZeRO-3 one parameter at a time is gathered from the ranks.
+    The tensors have their whole shapes: under ZeRO-3 one parameter at a time is gathered from the ranks. tau is at most
+    ln 100.
     """
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     saved = model.state_dict()

@@ -1,4 +1,4 @@
-"""A command as a step: its sentence, its crash, and that nothing of it outlives the step."""
+"""A command as a step: its error message, its crash, and that none of its processes outlives the step."""
 
 import os
 import signal
@@ -30,8 +30,8 @@ def _failure(result: dg.ExecuteInProcessResult) -> dg.Failure | None:
 
 
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone"]])
-def test_a_users_error_is_its_sentence(tmp_path: Path, launcher: list[str]) -> None:
-    """Through a launcher too, which ends with other words and another exit code."""
+def test_a_users_error_is_the_description_of_the_failure(tmp_path: Path, launcher: list[str]) -> None:
+    """A launcher between the step and the command, which ends with another message and exit code, changes nothing."""
     script = tmp_path / "command.py"
     script.write_text(
         "from notellm2_core.runtime.errors import user_errors\nwith user_errors(): raise ValueError('set x')"
@@ -64,7 +64,7 @@ def test_nothing_outlives_a_killed_step(tmp_path: Path) -> None:
 
 
 def test_a_step_ends_with_its_killed_run(tmp_path: Path) -> None:
-    """Dagster's executor starts a process for a step, and would let it train on when the run's process is killed."""
+    """Dagster's executor starts a process for a step. That process would continue if the run's process were killed."""
     script = tmp_path / "run.py"
     script.write_text(
         textwrap.dedent(f"""

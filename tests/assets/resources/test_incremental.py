@@ -1,4 +1,4 @@
-"""A window that slides on by a week reads the new week, and its result is the same to the last digit."""
+"""A window that moves by a week reads only the new week, and its result is the same to the last digit."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ CHANGES = {"window.train_days": 14, "window.test_days": 7, "source.max_events_pe
 
 
 def write_week(source: Path, week: int) -> None:
-    """A week of 40 users and 30 notes; in week 1 and in week 3 another user is a robot."""
+    """Write a week of 40 users and 30 notes; in week 1 and in week 3, a different user is a robot."""
     rng = np.random.default_rng(week)
     user, note, second = (rng.integers(0, size, 900) for size in (40, 30, 7 * 86400))
     if week in (1, 3):
@@ -41,7 +41,7 @@ def write_week(source: Path, week: int) -> None:
 
 
 def materialize(workplace: Workplace) -> None:
-    """The steps up to the scores, in this process and its Spark session."""
+    """Run the steps up to the scores, in this process and its Spark session."""
     partitions = log_partitions(workplace.catalog.config.source)
     dg.materialize(
         [raw_events_asset(partitions), notes, interactions, cooccurrence],
@@ -50,19 +50,22 @@ def materialize(workplace: Workplace) -> None:
     )
 
 
-def parts(lake: Lake) -> dict[str, int]:
+def num_partitions(lake: Lake) -> dict[str, int]:
+    """The number of ingestions, and of reduced partitions, in the lake."""
     return {name: len(lake.datasets(name)) for name in ("ingestion", "log_partition")}
 
 
 def scores(workplace: Workplace) -> dict[str, str]:
-    """The bytes of every file of scores. (Spark's own files may name their encodings in another order.)"""
+    """The checksum of every file of scores. (The files of clicks, which Spark writes, may order their encodings
+    differently.)
+    """
     dataset = workplace.catalog.dataset("cooccurrence")
     return {file: sha256_of(dataset.path / file) for file in dataset.manifest.files if "clicks" not in file}
 
 
 @pytest.mark.spark
 @pytest.mark.slow
-def test_a_new_week_alone_is_read(spark: SparkSession, tmp_path: Path) -> None:
+def test_only_the_new_week_is_read(spark: SparkSession, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     columns = {"note_id": [f"n{n}" for n in range(29)], **{c: ["x"] * 29 for c in ("title", "topics", "content")}}
@@ -72,13 +75,13 @@ def test_a_new_week_alone_is_read(spark: SparkSession, tmp_path: Path) -> None:
     sliding = make_workplace(tmp_path / "sliding", CHANGES | {"source.path": str(source)})
     lake = sliding.catalog.lake
     materialize(sliding)
-    assert parts(lake) == {"ingestion": 3, "log_partition": 3}
+    assert num_partitions(lake) == {"ingestion": 3, "log_partition": 3}
     before = scores(sliding)
 
     write_week(source, 3)
-    (source / "events" / "week0.parquet").unlink()  # its companions stay ingested
+    (source / "events" / "week0.parquet").unlink()  # the other weeks stay ingested
     materialize(sliding)
-    assert parts(lake) == {"ingestion": 4, "log_partition": 4}
+    assert num_partitions(lake) == {"ingestion": 4, "log_partition": 4}
     assert list(lake.datasets("ingestion")[-1].manifest.settings["files"]) == ["events/week3.parquet"]
     metrics = sliding.catalog.dataset("interactions").manifest.metrics
     assert metrics["robots"] == 2 and metrics["dropped"]["unknown_note"] > 0
@@ -87,20 +90,20 @@ def test_a_new_week_alone_is_read(spark: SparkSession, tmp_path: Path) -> None:
 
     fresh = make_workplace(tmp_path / "fresh", CHANGES | {"source.path": str(source)})
     materialize(fresh)
-    assert parts(fresh.catalog.lake) == {"ingestion": 3, "log_partition": 3}
+    assert num_partitions(fresh.catalog.lake) == {"ingestion": 3, "log_partition": 3}
     assert scores(fresh) == after
     assert fresh.catalog.dataset("interactions").manifest.metrics == metrics
 
 
 @pytest.mark.parametrize(("num_files", "sizes"), [(0, []), (3, [1, 1, 1]), (64, [1] * 64), (65, [2] * 32 + [1])])
 def test_groups(num_files: int, sizes: list[int]) -> None:
-    """One file is a ingestion by itself, unless that would make more than 64."""
+    """Each file is an ingestion by itself, unless that makes more than 64."""
     files = [f"events/{i:02d}.parquet" for i in range(num_files)]
     groups = _groups([files] if files else [])
     assert [len(g) for g in groups] == sizes and [f for g in groups for f in g] == files
 
 
-def test_only_files_of_the_same_columns_are_landed_together() -> None:
+def test_only_files_with_the_same_columns_are_ingested_together() -> None:
     columns = {f"{i:03d}": "text" if i % 2 else "number" for i in range(130)}
     groups = _groups([[f for f in columns if columns[f] == kind] for kind in ("number", "text")])
     assert {len(g) for g in groups} == {3, 2} and sorted(f for g in groups for f in g) == sorted(columns)

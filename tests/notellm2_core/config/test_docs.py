@@ -1,4 +1,4 @@
-"""docs/settings.md is what the declarations say, and says it in whole sentences."""
+"""docs/settings.md is generated from the declarations, which describe each setting in whole sentences."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_every_setting_and_section_is_described_in_sentences() -> None:
     assert [name for name, words in described.items() if not (words or "").strip().endswith(".")] == []
 
 
-def test_a_setting_that_may_be_null_says_what_null_means() -> None:
+def test_a_setting_that_may_be_null_explains_null() -> None:
     for name, field in settings().items():
         may_be_null = type(None) in getattr(field.annotation, "__args__", ())
         assert may_be_null == ("null" in str(field.description)), name
@@ -36,20 +36,20 @@ def test_the_first_dozen_are_settings() -> None:
 
 
 def test_a_configuration_can_be_copied_from_the_page(tmp_path: Path) -> None:
-    """The example loads; all defaults of the tables, set where their headings say, change nothing."""
+    """The example loads. All defaults of the tables, set in the sections that the headings name, change nothing."""
     [example] = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "mine.yaml").write_text(example)
     assert load_config(tmp_path / "mine.yaml").name == "mine"
 
-    shown, section = {}, ""
+    defaults, section = {}, ""
     for line in PAGE.read_text().partition("## Outside of sections")[2].splitlines():
         if line.startswith("#"):
             section = line.lstrip("# ") + "."
         elif row := re.match(r"\| `(\w+)` \| `(.*?)` \|", line):
-            shown[section + row[1]] = yaml.safe_load(row[2])
-    assert settings().keys() - shown.keys() == {"name", "model.llm.name", "source.demo"}
+            defaults[section + row[1]] = yaml.safe_load(row[2])
+    assert settings().keys() - defaults.keys() == {"name", "model.llm.name", "source.demo"}
     (tmp_path / "least.yaml").write_text("name: x\nmodel: {llm: {name: tiny}}")
-    without_lora = {key: value for key, value in shown.items() if not key.startswith("model.lora.")}
+    without_lora = {key: value for key, value in defaults.items() if not key.startswith("model.lora.")}
     assert load_config(tmp_path / "least.yaml", without_lora) == load_config(tmp_path / "least.yaml")
 
 

@@ -5,7 +5,7 @@ from notellm2_core.notes.prompts import IMAGE_TOKEN, PROMPTS, VISUAL_WORD_TOKEN,
 
 
 def test_rows_are_the_papers() -> None:
-    """Table 4 as section 4.1 describes its rows: image in the prompt, visual word, fusion, losses."""
+    """The rows are those of Table 4 and section 4.1: image in the prompt, visual word, fusion, losses."""
     rows = {
         name: (
             *(Mark(t) in PROMPTS[m.prompt] for t in (IMAGE_TOKEN, VISUAL_WORD_TOKEN)), m.late_fusion, m.losses
@@ -22,7 +22,7 @@ def test_rows_are_the_papers() -> None:
     }
 
 
-def test_what_follows_from_the_switches() -> None:
+def test_properties_follow_from_the_switches() -> None:
     for method in METHODS.values():
         assert method.visual_prompt == (Mark(IMAGE_TOKEN) in PROMPTS[method.prompt])
         assert "visual" not in method.losses or method.prompt == "micl"  # L_v needs n_v

@@ -1,4 +1,4 @@
-"""Options of a command are the declarations of settings: same type, bounds, default and words."""
+"""A command's options come from the declarations of settings: type, bounds, default and description are the same."""
 
 import argparse
 
@@ -15,7 +15,7 @@ def parsed(*arguments: str, group: type[PairSettings] | type[EventSettings] = Pa
 
 
 @pytest.mark.parametrize("group", [ScoringSettings, FilterSettings, EventSettings])
-def test_without_arguments_the_defaults_of_the_declaration(group: type[EventSettings]) -> None:
+def test_options_have_the_defaults_of_the_declaration(group: type[EventSettings]) -> None:
     assert settings_from(parsed(group=group), group) == group()
 
 
@@ -32,7 +32,7 @@ def test_every_kind_of_option() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--top-t", "0"], "argument --top-t: 0: Input should be greater than 0"),
         (["--top-t", "all"], "argument --top-t: all: Input should be a valid integer"),
@@ -41,10 +41,10 @@ def test_every_kind_of_option() -> None:
         (["--bounds", "x"], "argument --bounds: x: Input should be 'absolute' or 'quantile'"),
     ],
 )
-def test_a_wrong_value_names_its_option(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+def test_a_wrong_value_names_its_option(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit):
         parsed(*arguments)
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_options_that_do_not_go_together() -> None:

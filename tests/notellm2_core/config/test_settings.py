@@ -1,4 +1,4 @@
-"""Every configuration in the repository loads; a wrong one is refused with one sentence that names the setting."""
+"""Every configuration in the repository loads. A wrong one is refused in one sentence that names the setting."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def test_every_configuration_loads(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.startswith("paper_")], ids=lambda p: p.stem)
 def test_the_defaults_are_the_papers(path: Path) -> None:
-    """Table 8 and section 2.3; what the paper does not have is off."""
+    """The defaults are those of Table 8 and section 2.3; all that the paper does not have is off."""
     config = load_config(path)
     training, pairs = config.training, config.pairs
     assert (training.learning_rate, training.weight_decay, training.betas, training.epsilon) == (
@@ -44,7 +44,7 @@ def test_the_defaults_are_the_papers(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ("training: {num_step: 3}", "training.num_step: no such setting$"),
         ("training: {parts: [llm]}", "training.parts: no such setting; it is called training.trainable now"),
@@ -86,19 +86,19 @@ def test_the_defaults_are_the_papers(path: Path) -> None:
         ("model: {llm: {name: tiny}, temperature: .nan}", "model.temperature: Input should be"),
         ("model: {llm: {name: tiny}, matryoshka_dims: [8, 8]}", "names a number twice"),
         ("seed: [", "is not YAML"),
-        ("on: 1", "Keys should be strings"),  # to YAML, `on` is a truth value
+        ("on: 1", "Keys should be strings"),  # YAML reads `on` as true
     ],
 )
-def test_a_wrong_setting_is_named(tmp_path: Path, line: str, says: str) -> None:
+def test_a_wrong_setting_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "c.yaml"
     model = "" if line.startswith("model") else "model: {llm: {name: tiny}}\n"
     path.write_text(f"name: c\n{model}{line}\n")
-    with pytest.raises(ConfigError, match=says) as refused:
+    with pytest.raises(ConfigError, match=message) as refused:
         load_config(path)
     assert "\n" not in str(refused.value) and str(path) in str(refused.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "none.yaml")
 
@@ -109,7 +109,7 @@ def test_overrides_win() -> None:
 
 
 def test_a_group_is_cut_out_of_its_section() -> None:
-    """With its values, and without the section's other settings."""
+    """The group has its values in the section, and none of the section's other settings."""
     pairs = PairSettings(low=0.5, score="swing")
     filters = FilterSettings.of(pairs)
     assert type(filters) is FilterSettings and filters == FilterSettings(low=0.5)
@@ -117,8 +117,8 @@ def test_a_group_is_cut_out_of_its_section() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_a_method_does_not_read(method: str) -> None:
-    """As the switches of the table say."""
+def test_settings_that_a_method_does_not_read(method: str) -> None:
+    """The switches of METHODS decide which settings have no effect."""
     switches = METHODS[method]
     config = Config(
         name="c",
@@ -131,8 +131,8 @@ def test_what_a_method_does_not_read(method: str) -> None:
     assert ("training.alpha" in idle) == ("visual" not in switches.losses)
 
 
-def test_sizes_of_a_connector_that_is_none() -> None:
-    """`linear` reads no size of a Q-Former, `only_late_fusion` has no connector; nothing asks for a measurement."""
+def test_sizes_that_no_connector_reads() -> None:
+    """`linear` reads no size of a Q-Former, `only_late_fusion` has no connector. No setting measures notes."""
     sizes = {"num_layers": 2, "hidden_size": 96, "num_heads": 4}
     for method, cause in (("basic", "model.connector.kind = linear"), ("only_late_fusion", "model.method = only_late")):
         connector = {"kind": "linear" if method == "basic" else "qformer", **sizes}
@@ -144,9 +144,9 @@ def test_sizes_of_a_connector_that_is_none() -> None:
 
 def test_a_setting_without_effect_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    start = "model: {llm: {name: tiny}, method: basic, init: {gate_bias: -1}}"
+    model = "model: {llm: {name: tiny}, method: basic, init: {gate_bias: -1}}"
     training = "training: {hard_negatives: {model: earlier}}"
-    path.write_text(f"name: c\nsplit: {{pool_share: 0.2}}\n{start}\n{training}\n")
+    path.write_text(f"name: c\nsplit: {{pool_share: 0.2}}\n{model}\n{training}\n")
     assert unused_settings(load_config(path)) == [
         "split.pool_share has no effect with split.by = time",
         "model.init.gate_bias has no effect with model.method = basic",
@@ -155,7 +155,7 @@ def test_a_setting_without_effect_is_reported(tmp_path: Path) -> None:
 
 
 def test_which_parts_are_trained() -> None:
-    """All; with LoRA all but the word embeddings; what is named, in one order and once."""
+    """All parts are trained by default, with LoRA all except the word embeddings. Named parts have a fixed order."""
     assert load_config(CONFIGS[0], {"training.trainable": None}).trainable_parts == PARTS
     with_lora = load_config(CONFIGS[0], {"training.trainable": None, "model.lora": {}})
     assert with_lora.trainable_parts == tuple(part for part in PARTS if part != "word_embeddings")
@@ -169,11 +169,12 @@ def test_parts_without_effect_are_reported() -> None:
     parts = {"training.trainable": ["connector", "fusion"], "training.temperature_learning_rate": 1e-3}
     config = load_config(CONFIGS[0], {"model.method": "basic", "model.init": {}, "model.lora": {}, **parts})
     assert unused_settings(config) == [
-        "model.lora has no effect with training.trainable without llm",
-        "training.temperature_learning_rate has no effect with training.trainable without temperature",
+        "model.lora has no effect: training.trainable does not name llm",
+        "training.temperature_learning_rate has no effect: training.trainable does not name temperature",
         "fusion in training.trainable has no effect with model.method = basic",
     ]
     rates = {"training.trainable": ["llm"], "training.temperature_learning_rate": None}
     assert unused_settings(load_config(CONFIGS[0], rates)) == [
-        "training.new_module_learning_rate has no effect with training.trainable without connector, fusion, projector"
+        "training.new_module_learning_rate has no effect: training.trainable does not name connector or fusion or "
+        "projector"
     ]

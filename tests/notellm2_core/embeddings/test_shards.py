@@ -1,4 +1,4 @@
-"""Embedding shards: written whole, resumed, read back checked."""
+"""Embedding shards are written whole, resumed after a kill, and checked when they are read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +31,8 @@ def test_a_shard_reads_back_bit_by_bit(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["part-00000.parquet"]
 
 
-def test_only_what_is_new_is_embedded(tmp_path: Path) -> None:
-    """5 notes in shards of 2: again, with a changed note, with more notes, by another model, and by one rank of two."""
+def test_only_new_contents_are_embedded(tmp_path: Path) -> None:
+    """5 notes in shards of 2: exported again, with a changed note, more notes, another model, and one rank of two."""
     calls: list[list[str]] = []
     texts = {n: n.upper() for n in "edcba"}
 
@@ -60,7 +60,7 @@ def test_only_what_is_new_is_embedded(tmp_path: Path) -> None:
     assert run() == 4 and calls == [["d"]]
     texts["aa"] = "one more, and every shard has other notes"
     assert run() == 5 and calls == [["aa"]]
-    texts["f"] = "A"  # what another note says, in a shard that is not written again
+    texts["f"] = "A"  # a's text; a's shard is not written again
     assert run() == 6 and calls == [["f"]]
     assert run(model="n") == 0 and len(calls) == 4
     assert run("elsewhere", model="n", reuse=[tmp_path / "out"]) == 7 and calls == []
@@ -69,9 +69,10 @@ def test_only_what_is_new_is_embedded(tmp_path: Path) -> None:
     assert run("ranks", rank=1, num_ranks=2) == 0 and calls == [["b", "c"], ["f"]]
 
 
-def test_a_killed_export_is_as_one_that_was_not(tmp_path: Path) -> None:
-    """Notes a and c say the same. Where a's shard is there already, after a kill or by another rank, c is embedded with
-    d all the same: alone, d would have other last bits."""
+def test_a_killed_export_has_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Notes a and c have the same text. If a's shard exists, after a kill or by another rank, c is still embedded with
+    d, because d alone would have other last bits.
+    """
     key = EmbeddingKey("m", lambda ids: ["same" if i in "ac" else i for i in ids])
 
     def embed(ids: Sequence[str]) -> np.ndarray:
@@ -85,8 +86,8 @@ def test_a_killed_export_is_as_one_that_was_not(tmp_path: Path) -> None:
         assert (tmp_path / "killed" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
 
 
-def test_what_is_taken_over_depends_on_no_kill_and_no_rank(tmp_path: Path) -> None:
-    """A note in front of four moves each into another shard: b, c and d are reused in any order of writing."""
+def test_reused_vectors_depend_on_no_kill_and_no_rank(tmp_path: Path) -> None:
+    """A new first note moves the others to other shards: their vectors are reused in any order of writing."""
     key = EmbeddingKey("m", list)
 
     def embed(ids: Sequence[str]) -> np.ndarray:
@@ -101,9 +102,9 @@ def test_what_is_taken_over_depends_on_no_kill_and_no_rank(tmp_path: Path) -> No
 
     embedded: list[str] = []
     assert export_of("bcde", (0, 1)) == list("bcde")
-    assert export_of("abcde", (0, 2), (1, 2)) == ["a"]  # the second starts when the first has written all of its own
-    assert export_of("0abcde", (0, 3)) == ["0"]  # killed here
-    assert (tmp_path / ".former").exists()
+    assert export_of("abcde", (0, 2), (1, 2)) == ["a"]  # the second rank starts after the first
+    assert export_of("0abcde", (0, 3)) == ["0"]  # rank 0 of 3 alone, as after a kill
+    assert (tmp_path / ".earlier").exists()
     assert export_of("0abcde", (0, 1)) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"part-0000{n}.parquet" for n in range(3)]
 
@@ -117,7 +118,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no notes to embed"):
         plan_shards(tmp_path, [], EmbeddingKey("", list), 2)
     write_shard(tmp_path / "a.parquet", ["a"], unit(1), {})
-    with pytest.raises(ValueError, match="2 of 3 notes have no embedding .the first is 'x'"):
+    with pytest.raises(ValueError, match=r"^/.*: 2 of 3 notes have no embedding \(the first is 'x'\)"):
         read_embeddings(tmp_path).rows(["x", "a", "y"])
     write_shard(tmp_path / "b.parquet", ["a"], unit(1), {})
     with pytest.raises(ValueError, match="1 notes occur twice"):
@@ -142,7 +143,7 @@ def test_mean_cosine_of_opposite_halves() -> None:
         mean_cosine(vectors[:1])
 
 
-def test_shortened_vectors_are_of_unit_length_again() -> None:
+def test_truncated_vectors_have_unit_length_again() -> None:
     """The first two numbers of (0.6, 0.48, 0.64) have the direction of (5, 4)."""
     vectors = np.array([[0.6, 0.48, 0.64]], dtype=np.float32)
     np.testing.assert_allclose(truncate_dims(vectors, 2), np.array([[5, 4]]) / np.sqrt(41), rtol=1e-6)

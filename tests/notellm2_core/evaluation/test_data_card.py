@@ -46,15 +46,17 @@ def write(folder: Path, rows: list[dict[str, object]], schema: pa.Schema | None 
 
 
 def test_data_card(tmp_path: Path) -> None:
-    """Training: a -> b, c -> a, validation b -> d, so the notes a, b, c, d; test: c -> d in a pool of c and d.
+    """The training pairs are a -> b and c -> a, the validation pair is b -> d: their notes are a, b, c, d.
+
+    The test pair is c -> d, in a pool of c and d.
 
     Words per title: (2 + 1 + 2 + 0) / 4 (a Chinese character is a word), topics per note (2 + 0 + 1 + 1) / 4, words per
-    topic (2 + 1 + 1 + 3) / 4, words per content (4 + 0 + 1 + 2) / 4. Of c and d: 2 / 2, 2 / 2, 4 / 2, 3 / 2.
+    topic (2 + 1 + 1 + 3) / 4, words per content (4 + 0 + 1 + 2) / 4. The means of c and d: 2 / 2, 2 / 2, 4 / 2, 3 / 2.
     """
     write(tmp_path / "notes", NOTES)
     pairs = {"train": ["ab", "ca"], "validation": ["bd"], "test": ["cd"]}
-    for name, of in pairs.items():
-        write(tmp_path / "pairs" / name, [{"query_id": q, "target_id": t, "score": 0.6} for q, t in of])
+    for name, edges in pairs.items():
+        write(tmp_path / "pairs" / name, [{"query_id": q, "target_id": t, "score": 0.6} for q, t in edges])
     write(tmp_path / "pairs" / "pool", [{"note_id": "c"}, {"note_id": "d"}])
     for name in ("train", "test"):
         clicks = [{"note_id": note, "num_users": users} for note, users in {"a": 1, "b": 7, "c": 2}.items()]
@@ -83,7 +85,7 @@ def test_data_card(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "data_card.json").read_text())["table"] == table
     card = (tmp_path / "out" / "data_card.md").read_text()
     for line in ("| # notes | 4 | 2 |", "| avg. # words per topic | 1.75 | 2.00 |", "| notes | empty_note | 2 |",
-                 "| events | robot | 3 |", "| a score has lost at most | 0.25 | 0.25 |",
+                 "| interactions | robot | 3 |", "| a score has lost at most | 0.25 | 0.25 |",
                  "| users per clicked note, train | 3 | 3.33 | 2 | 7 | 70.0 % |"):  # fmt: skip
         assert line in card
     assert Image.open(tmp_path / "out" / "data_card.png").width == 1200

@@ -1,4 +1,4 @@
-"""The whole evaluation on a small lake written by hand."""
+"""The evaluation on a small lake that was written by hand."""
 
 import io
 from pathlib import Path
@@ -31,7 +31,7 @@ NUM_NOTES = NUM_TOPICS * PER_TOPIC
 def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 pool notes in 5 topics of 6; every note is paired with the next of its topic, so a topic model gets R@5 = 100.
 
-    The title names the topic; notes 0, 6, 12, ... have no words but their title. Embeddings: one-hot by topic. The
+    The title names the topic; notes 0, 6, 12, ... have no other words. Embeddings: one-hot by topic. The
     oracle's text key is the topic, its image key is null. One more note is outside the pool.
     """
     root = tmp_path_factory.mktemp("lake")
@@ -63,8 +63,8 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(
         pa.Table.from_pylist(pairs[::-1], schema=schema.RELATED_PAIRS), root / "pairs" / "test" / "0.parquet"
     )
-    known = [n % 10 > 0 for n in range(len(ids))]  # every tenth is cold
-    pq.write_table(pa.table({"note_id": ids, "in_train_days": known}), root / "pairs" / "pool" / "0.parquet")
+    in_train_days = [n % 10 > 0 for n in range(len(ids))]  # every tenth is cold
+    pq.write_table(pa.table({"note_id": ids, "in_train_days": in_train_days}), root / "pairs" / "pool" / "0.parquet")
     write_shard(root / "embeddings" / "part-00000.parquet", [*ids, "x"], np.eye(6)[[*topics, 5]], {})
     pq.write_table(pa.table({"note_id": ["n00"], "num_users": [9]}), root / "clicks.parquet")
     oracle = {"note_id": ids, "text_key": [f"t{t}" for t in topics], "image_key": pa.nulls(NUM_NOTES, pa.string())}
@@ -86,10 +86,10 @@ def config() -> Config:
 
 
 def test_report(lake: Path, config: Config) -> None:
-    """Topic one-hots: 5 notes tie, so R@1 = 20 %, R@5 = 100 %, for the text oracle too; the image explains chance.
+    """With one-hots by topic 5 notes tie: R@1 = 20 %, R@5 = 100 %, for the text oracle too. The image is at chance.
 
-    Popularity: only n00 has clicks. For the pair (n05 -> n00) it is first; for n00 itself all 29 tie, none is
-    higher; the other 28 targets rank behind n00. R@1 = (1 + 1/29) / 30.
+    Popularity: only n00 has clicks. For the pair (n05 -> n00) it is first. For the query n00 all 29 candidates tie. The
+    other 28 targets rank behind n00. So R@1 = (1 + 1/29) / 30.
     """
     report = evaluate(
         {("notellm2", "multimodal"): lake / "embeddings"},
@@ -119,7 +119,7 @@ def test_report(lake: Path, config: Config) -> None:
 
 
 def test_shorter_embeddings_are_rows_of_their_own(lake: Path, config: Config, tmp_path: Path) -> None:
-    """(1, topic one-hot) / sqrt 2: whole it is the topic, its first number alone makes all notes alike."""
+    """The vectors are (1, topic one-hot) / sqrt 2: a whole vector gives the topic, the first number is always equal."""
     ids = read_embeddings(lake / "embeddings").note_ids
     topics = read_embeddings(lake / "embeddings").vectors
     vectors = np.concatenate([np.ones((len(ids), 1)), topics], axis=1) / np.sqrt(2)
@@ -138,12 +138,12 @@ def test_popularity_needs_clicks(lake: Path, config: Config) -> None:
 
 @pytest.mark.parametrize(("pairs", "pool_notes"), [("pairs", 30), ("pairs/test", 31)])
 def test_one_folder_on_its_own(lake: Path, pairs: str, pool_notes: int) -> None:
-    """The pool that lies beside the pairs, else all 31 notes; the extra one is never nearer."""
-    found = evaluate_embeddings(lake / "embeddings", lake / pairs, [1, 5])
-    assert (found["num_pairs"], found["pool_notes"]) == (30, pool_notes)
-    assert found["recall"] == {"1": pytest.approx(20), "5": 100}
-    assert found["recall_pessimistic"] == {"1": 0, "5": 100}
-    assert found["recall_optimistic"] == {"1": 100, "5": 100}
+    """The candidates are the pool next to the pairs, else all 31 notes; the extra note is never nearer."""
+    report = evaluate_embeddings(lake / "embeddings", lake / pairs, [1, 5])
+    assert (report["num_pairs"], report["pool_notes"]) == (30, pool_notes)
+    assert report["recall"] == {"1": pytest.approx(20), "5": 100}
+    assert report["recall_pessimistic"] == {"1": 0, "5": 100}
+    assert report["recall_optimistic"] == {"1": 100, "5": 100}
 
 
 def test_pairs_are_read_in_one_order(lake: Path, tmp_path: Path) -> None:
@@ -157,20 +157,20 @@ def test_pairs_are_read_in_one_order(lake: Path, tmp_path: Path) -> None:
 
 
 def test_neighbours(lake: Path) -> None:
-    """The sheet shows images from a file, from the table, and none; drawn from the seed, so the same each time."""
+    """The sheet shows images from a file, from the table, and none. The seed draws its queries, so two are equal."""
     image = image_reader(lake / "notes", lake / "source", 1_000_000)
     assert image("n00").size == image("n01").size == (40, 20)  # type: ignore[union-attr]
     assert image("n02") is None
-    shown: list[str] = []
+    note_ids: list[str] = []
     sheet = neighbour_sheet(
-        lake / "embeddings", lake / "notes", lake / "pairs", 4, lambda i: (shown.append(i), image(i))[1]
+        lake / "embeddings", lake / "notes", lake / "pairs", 4, lambda i: (note_ids.append(i), image(i))[1]
     )
     assert Image.open(io.BytesIO(sheet)).width == 1500
-    assert len(shown) == 4 * 6
+    assert len(note_ids) == 4 * 6
     for row in range(4):  # five neighbours of one topic, without the query
-        topic = {int(i[1:]) // PER_TOPIC for i in shown[6 * row : 6 * row + 6]}
+        topic = {int(i[1:]) // PER_TOPIC for i in note_ids[6 * row : 6 * row + 6]}
         assert len(topic) == 1
-        assert len(set(shown[6 * row : 6 * row + 6])) == 6
+        assert len(set(note_ids[6 * row : 6 * row + 6])) == 6
     assert sheet == neighbour_sheet(lake / "embeddings", lake / "notes", lake / "pairs", 4, image)
 
 

@@ -37,9 +37,9 @@ def report() -> Report:
 
 
 def test_table(report: Report) -> None:
-    """Rows in reading order; BM25's second pair is found at 1 with probability 1/5, so R@1 = (1 + .2) / 2.
+    """Rows are in reading order. BM25's second pair has rank 1 with probability 1/5, so R@1 = (1 + .2) / 2.
 
-    The best of each column is bold, the oracle aside; both columns of the empty slice show dashes.
+    The best of each column, except the oracle, is bold; both columns of the empty slice show dashes.
     """
     lines = to_markdown(report).splitlines()
     assert "pool of 51 notes. Test pairs: all 2, short query 1, short target 0" in lines[0]
@@ -87,7 +87,7 @@ def test_plot(report: Report) -> None:
 
 
 def test_sheet_is_readable_and_small() -> None:
-    """Six queries with noise for images (the worst case for JPEG): 1,500 px wide, below 500 kB, frames in green."""
+    """Six queries with noise images (the worst case for JPEG): 1,500 px wide, below 500 kB, with green frames."""
     rng = np.random.default_rng(0)
 
     def image(note_id: str) -> Image.Image | None:

@@ -1,4 +1,4 @@
-"""Saliency as a table, as a plot, and compared by command."""
+"""Saliency as a table, as a plot, and of several models by command."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def record(layers: list[dict[str, Any]] = LAYERS, num_without_image: int = 0) ->
 
 
 def test_shares() -> None:
-    """1 : 2 : 5 of 8. An undefined score is in no sum; where all are 0 there is no share."""
+    """Scores 1, 2 and 5 are shares of 8. An undefined score is in no sum; if all are 0 there is no share."""
     assert shares(LAYERS[0]) == pytest.approx({"visual": 0.125, "text": 0.25, "other": 0.625})
     assert shares(LAYERS[2]) == {"visual": None, "text": 0.75, "other": 0.25}
     assert shares(LAYERS[3]) == {"visual": None, "text": None, "other": None}
@@ -33,7 +33,7 @@ def test_shares() -> None:
 
 
 def test_table() -> None:
-    """Bars of 20 characters: 0.125, 0.375 and 1 end at 2 (2.5 rounds to even), 8 (7.5) and 20."""
+    """Bars have 20 characters: shares up to 0.125, 0.375 and 1 end at 2 (2.5 rounds to even), 8 (7.5) and 20."""
     lines = to_markdown(record(num_without_image=9)).splitlines()
     assert "mean of 1,234 training notes (9 without an image left out)" in lines[0]
     assert lines[2] == "| layer | S_v % | S_t % | S_o % | █ S_v ▒ S_t ░ S_o |"
@@ -46,7 +46,7 @@ def test_table() -> None:
 
 
 def test_plot() -> None:
-    """One model, several side by side, 32 layers, undefined scores: PNG below 150 kB."""
+    """Plots of one model and of three with 32 layers, with undefined scores, are PNGs below 150 kB."""
     one = to_plot({"basic": record()})
     many = to_plot({name: record(LAYERS * 8) for name in ("basic", "notellm2", "only_late_fusion")})
     narrow, wide = (Image.open(io.BytesIO(png)) for png in (one, many))
@@ -55,7 +55,7 @@ def test_plot() -> None:
 
 
 def test_the_curves_are_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One curve per score, in the order and with the names of the paper; a hole where a share is undefined."""
+    """The plot has one curve per score, in the paper's order and with its names; an undefined share is a hole."""
     drawn: dict[str, list[float]] = {}
     plot = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda *a, **k: drawn.update({k["label"]: list(a[2])}) or plot(*a, **k))

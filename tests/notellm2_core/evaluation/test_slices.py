@@ -12,7 +12,7 @@ from notellm2_core.notes.note import Note
 
 @pytest.fixture
 def tokenizer() -> Tokenizer:
-    """Words are tokens; with a truncation that must not matter."""
+    """A tokenizer whose tokens are words, with a truncation that the lengths must ignore."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.enable_truncation(2)
@@ -20,7 +20,7 @@ def tokenizer() -> Tokenizer:
 
 
 def test_lengths_count_the_whole_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Title 2 + topics "a, b" 2 + content 3 words = 7; nothing at all = 0."""
+    """Title 2 + topics "a, b" 2 + content 3 words = 7 tokens; an empty note has 0."""
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     notes = {"x": Note("x", "two words", ("a", "b"), "one two three"), "y": Note("y", "", (), "")}
     assert token_lengths(notes, load_tokenizer(tmp_path)) == {"x": 7, "y": 0}

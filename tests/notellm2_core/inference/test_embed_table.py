@@ -1,4 +1,4 @@
-"""`notellm2 embed`: the bits of the five lines, resumed, and never over anything but its own result."""
+"""`notellm2 embed` makes the vectors of `Embedder`, resumes, and replaces nothing except its own result."""
 
 import json
 from pathlib import Path
@@ -31,21 +31,21 @@ def run(release: Release, notes: Path, out: Path, *more: str) -> None:
 def error(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     with pytest.raises(SystemExit) as ended:
         run(*arguments)
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert ended.value.code == 2 and said.startswith("error: ")
-    return said
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and message.startswith("error: ")
+    return message
 
 
-def test_the_same_bits_as_the_five_lines(release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_bits_as_the_embedder(release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(release, release.source, tmp_path / "out")
     table = read_embeddings(tmp_path / "out")
     assert list(table.note_ids) == [r["note_id"] for r in release.rows]
     model, processor = AutoModel.from_pretrained(release.model), AutoProcessor.from_pretrained(release.model)
     encoder = VisionEncoder.from_pretrained(release.model / "vision")
     np.testing.assert_array_equal(table.vectors, Embedder(model, processor, encoder).embed(release.notes))
-    said = capsys.readouterr()
-    counts = json.loads(said.out)
-    assert "warning: of 13 images, not used: {'broken': 1}; --images names their folder\n" in said.err
+    printed = capsys.readouterr()
+    counts = json.loads(printed.out)
+    assert "warning: of 13 images, not used: {'broken': 1}; --images names their folder\n" in printed.err
     assert (counts["notes"], counts["reused"], counts["dropped"]) == (20, 0, {})
     assert {k: n for k, n in counts["images"].items() if n} == {"ok": 12, "missing": 7, "broken": 1}
     for inputs, dim in (("text", 4), ("image", None)):
@@ -56,9 +56,9 @@ def test_the_same_bits_as_the_five_lines(release: Release, tmp_path: Path, capsy
 
 
 def test_the_lakes_form_bytes_and_single_files(release: Release, tmp_path: Path) -> None:
-    """Bytes in the table (in three row groups), '|'-separated topics, integer ids: the same notes, the same vectors.
+    """Image bytes in the table (in three row groups), '|'-separated topics and integer ids give the same vectors.
 
-    The last of two rows with id 3 counts; a row without id and one without text or image are dropped.
+    The last of two rows with id 3 counts. A row without id, and one without text and image, are dropped.
     """
     whole = Embedder.from_pretrained(release.model).embed(release.notes)
     rows = [
@@ -80,7 +80,7 @@ def test_the_lakes_form_bytes_and_single_files(release: Release, tmp_path: Path)
     np.testing.assert_allclose(read_embeddings(tmp_path / "two").vectors, whole, atol=2e-6)
 
 
-def test_an_image_in_the_table_alone_makes_a_note(release: Release, tmp_path: Path) -> None:
+def test_an_image_alone_makes_a_note(release: Release, tmp_path: Path) -> None:
     image = (release.source / "8.png").read_bytes()
     row = {"note_id": "p", "title": None, "topics": None, "content": None, "image": image}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "n.parquet")
@@ -88,9 +88,9 @@ def test_an_image_in_the_table_alone_makes_a_note(release: Release, tmp_path: Pa
     assert (counts["notes"], counts["images"]["ok"]) == (1, 1)
 
 
-def test_goes_on_where_it_was_stopped(release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of 6 notes: stopped in the third, two are reused, and OUT appears only when all four are complete. What a
-    killed run has left beside its shards is no obstacle.
+def test_a_stopped_command_resumes(release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command is stopped in the third of four shards of 6 notes: two are reused, and OUT appears only when all four
+    are complete. Files that a killed run has left next to its shards are no obstacle.
     """
     out = tmp_path / "out"
     monkeypatch.setattr(embed, "ExportSettings", lambda: type("E", (), {"shard_notes": 6}))
@@ -107,7 +107,7 @@ def test_goes_on_where_it_was_stopped(release: Release, tmp_path: Path, monkeypa
         embed.embed_notes(release.model, release.source, out)
     assert not out.exists()
     draft_of(tmp_path / ".out.partial" / "part-00002.parquet", dead_process()).write_bytes(b"half a shard")
-    (tmp_path / ".out.partial" / ".former").mkdir()
+    (tmp_path / ".out.partial" / ".earlier").mkdir()
     assert embed.embed_notes(release.model, release.source, out)["reused"] == 12
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and len(list(out.iterdir())) == 4
     assert embed.embed_notes(release.model, release.source, out)["reused"] == 20
@@ -118,7 +118,7 @@ def test_goes_on_where_it_was_stopped(release: Release, tmp_path: Path, monkeypa
 
 
 def test_only_its_own_result_is_replaced(release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Not a file, another folder, what it reads, nor embeddings that something else wrote."""
+    """A file, another folder, an input of the command and another writer's embeddings are refused as OUT."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir(), (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "lake").mkdir()
@@ -144,4 +144,4 @@ def test_user_errors_are_one_line(release: Release, tmp_path: Path, capsys: pyte
     assert "batch_notes = 0" in error(capsys, release, release.source, out, "--batch-notes", "0")
     with pytest.raises(ValueError, match="inputs = 'img'; choose one of multimodal, image, text"):
         embed.embed_notes(release.model, release.source, out, "img")  # type: ignore[arg-type]
-    assert not list(out.parent.iterdir())  # no half-made folder either
+    assert not list(out.parent.iterdir())  # and no half-made folder

@@ -1,4 +1,4 @@
-"""The model as one object: the pipeline's vectors, the same in a fresh process, never with another encoder."""
+"""The Embedder has the pipeline's vectors, the same bits in a fresh process, and refuses another vision encoder."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def copy(release: Release, tmp_path: Path) -> Path:
 
 
 def test_equal_to_the_pipelines_export(release: Release, embedder: Embedder, tmp_path: Path) -> None:
-    """The features command and the export, against the encoder beside the model: the same vectors up to rounding."""
+    """The export, from stored features, and the Embedder, with its own encoder, agree up to rounding."""
     export.main([*release.features(), "--inputs", "multimodal,image,text", "--out", str(tmp_path)])
     for inputs in ("multimodal", "image", "text"):
         exported = read_embeddings(tmp_path / inputs).vectors
@@ -59,15 +59,15 @@ def test_equal_to_the_pipelines_export(release: Release, embedder: Embedder, tmp
 def test_a_fresh_process_gives_the_same_bits(release: Release, embedder: Embedder, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    here = embedder.embed(release.notes, batch_notes=4)
+    vectors = embedder.embed(release.notes, batch_notes=4)
     torch.set_num_threads(threads)
     command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(release.model), str(tmp_path / "v.npy")]
     subprocess.run(command, input=json.dumps(release.notes), text=True, check=True, timeout=120)
-    np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), here)
+    np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), vectors)
 
 
 def test_the_five_lines_of_the_readme(release: Release, embedder: Embedder) -> None:
-    """They run unchanged; their image file does not exist, so the note is embedded without it."""
+    """The README's lines run unchanged. Their image file does not exist, so the note is embedded without it."""
     text = (Path(__file__).parents[3] / "README.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {"DIR": str(release.model)}
@@ -78,16 +78,16 @@ def test_the_five_lines_of_the_readme(release: Release, embedder: Embedder) -> N
 
 
 def test_images_come_as_path_bytes_or_image(release: Release, embedder: Embedder) -> None:
-    """One image, four ways, and as pixels of a palette image: the same vector."""
+    """One image as text path, Path, bytes and PIL image gives the same vector."""
     path = release.source / "8.png"
-    ways = [str(path), path, path.read_bytes(), Image.open(path)]
-    vectors = embedder.embed([{"title": "a", "image": way} for way in ways])
+    images = [str(path), path, path.read_bytes(), Image.open(path)]
+    vectors = embedder.embed([{"title": "a", "image": image} for image in images])
     np.testing.assert_allclose(vectors, vectors[[0] * 4], atol=2e-6)
     assert np.abs(vectors[0] - embedder.embed([Note("", "a", (), "")])[0]).max() > 1e-4
 
 
 def test_broken_images_are_counted_and_count_as_none(release: Release) -> None:
-    """7 of 20 notes name no image (0, 3, ..., 18), and the file of one holds none."""
+    """7 of 20 notes name no image (0, 3, ..., 18), and the file of one is broken."""
     embedder = Embedder.from_pretrained(release.model)
     embedder.embed(release.notes)
     assert embedder.image_statuses == {"ok": 12, "missing": 7, "broken": 1}
@@ -97,7 +97,7 @@ def test_broken_images_are_counted_and_count_as_none(release: Release) -> None:
     assert embedder.image_statuses == {"ok": 12, "missing": 8, "broken": 4, "not_found": 2}
 
 
-def test_below_a_folder_nothing_outside_is_read(release: Release, tmp_path: Path) -> None:
+def test_no_image_outside_the_folder_is_read(release: Release, tmp_path: Path) -> None:
     embedder = Embedder.from_pretrained(release.model)
     (tmp_path / "secret.png").write_bytes(png(1))
     (tmp_path / "inside").mkdir()
@@ -114,7 +114,7 @@ def test_windows_batches_and_order_change_nothing(
     assert embedder.embed([]).shape == (0, 16) and whole.shape == (NUM_NOTES, 16)
 
 
-def test_fewer_dimensions_are_made_unit_again(release: Release, embedder: Embedder) -> None:
+def test_truncated_vectors_have_unit_length_again(release: Release, embedder: Embedder) -> None:
     whole, short = embedder.embed(release.notes), embedder.embed(release.notes, dim=5)
     np.testing.assert_allclose(short, whole[:, :5] / np.sqrt((whole[:, :5] ** 2).sum(1))[:, None], atol=1e-6)
     for dim in (0, 17, -1):
@@ -122,8 +122,8 @@ def test_fewer_dimensions_are_made_unit_again(release: Release, embedder: Embedd
             embedder.embed(release.notes, dim=dim)
 
 
-def test_wrong_options_are_said_before_any_work(release: Release) -> None:
-    """No image is read, and there need not even be notes."""
+def test_wrong_options_are_refused_before_any_work(release: Release) -> None:
+    """No image is read, and the error does not depend on the notes."""
     embedder = Embedder.from_pretrained(release.model)
     for notes in ([], release.notes):
         with pytest.raises(ValueError, match=r"dim = 17 must be between 1 and the model's 16"):
@@ -136,7 +136,7 @@ def test_wrong_options_are_said_before_any_work(release: Release) -> None:
 
 
 @pytest.mark.parametrize(
-    ("note", "said"),
+    ("note", "message"),
     [
         ("a text", "a note is a dict"),
         ({"titel": "a"}, "no field 'titel'"),
@@ -146,13 +146,13 @@ def test_wrong_options_are_said_before_any_work(release: Release) -> None:
         ({"topics": 3}, "topics of a note are a list or a text, not int '3'"),
     ],
 )
-def test_wrong_notes_are_refused(embedder: Embedder, note: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_wrong_notes_are_refused(embedder: Embedder, note: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         embedder.embed([note])
 
 
 def test_another_vision_encoder_is_refused(copy: Path) -> None:
-    """A whole and valid encoder, but not the model's: its features are of the same shape and mean nothing to it."""
+    """A valid encoder that the model was not trained with has features of the same shape, but of another meaning."""
     own = VisionEncoder.from_pretrained(copy / "vision")
     tower = TinyTower()
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_another_vision_encoder_is_refused(copy: Path) -> None:
 
 
 def test_a_damaged_vision_folder_is_refused(copy: Path) -> None:
-    """One weight changed; no weights; no folder; a model that does not say what it was trained with."""
+    """One changed weight, half a weight file and a missing folder are refused."""
     file = copy / "vision" / "model.safetensors"
     weights = load_file(file)
     name = min(weights)
@@ -189,7 +189,7 @@ def test_a_model_that_names_no_encoder_is_refused(copy: Path) -> None:
         Embedder.from_pretrained(copy)
 
 
-def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="no folder; give the folder of a trained model"):
         Embedder.from_pretrained(tmp_path / "none")

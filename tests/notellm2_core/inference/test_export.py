@@ -1,4 +1,4 @@
-"""Exported embeddings: equal for all batch sizes, resumed after a kill, refused if model and features differ."""
+"""Exported embeddings are equal for all batch sizes, resumed after a kill, and refused for another model's features."""
 
 import json
 import os
@@ -35,7 +35,7 @@ NUM_NOTES = 30
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Notes of many lengths, every third without an image; two share one. A tiny untrained model and its features."""
+    """Notes of many lengths, every third without an image and two with the same; a tiny untrained model, features."""
     root = tmp_path_factory.mktemp("world")
     rng = np.random.default_rng(0)
     config = {
@@ -90,14 +90,14 @@ def exporter(world: Path, batch_notes: int) -> export.BatchEmbedder:
 
 @pytest.fixture(scope="module")
 def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All three kinds of input, exported in one run."""
+    """An export of all three kinds of input in one run."""
     out = tmp_path_factory.mktemp("whole")
     export.main(arguments(world, out, "--inputs", "multimodal,image,text"))
     return out
 
 
 def test_vectors_do_not_depend_on_their_batch(world: Path, whole: Path) -> None:
-    """Alone, in fours (exported), or reversed in one batch of 32: the same up to rounding."""
+    """Notes alone, in fours (the export) or reversed in one batch have the same vectors up to rounding."""
     ids = [f"n{n:02d}" for n in range(NUM_NOTES)]
     for inputs in ("multimodal", "image", "text"):
         exported = read_embeddings(whole / inputs)
@@ -110,7 +110,7 @@ def test_vectors_do_not_depend_on_their_batch(world: Path, whole: Path) -> None:
 
 
 def test_each_kind_of_input_reads_only_its_own(world: Path, whole: Path) -> None:
-    """Image-only vectors of notes without an image are all equal; text-only vectors do not change with the images."""
+    """Image-only vectors of notes without an image are all equal. Text-only vectors do not depend on the images."""
     image = read_embeddings(whole / "image").vectors
     np.testing.assert_allclose(image[::3], image[[0] * 10], atol=2e-6)
     assert np.abs(image[1] - image[4]).max() > 1e-4
@@ -142,7 +142,7 @@ def test_a_complete_export_computes_nothing(
 
 @pytest.mark.slow
 def test_killed_and_started_again(world: Path, whole: Path, tmp_path: Path) -> None:
-    """kill -9 after the second of five shards: the next run keeps those two and ends with the same bytes."""
+    """After kill -9 behind the second of five shards, the next run keeps those two and ends with the same bytes."""
     slow = (
         "import time; from notellm2_core.embeddings import shards; from notellm2_core.inference import export\n"
         "write = shards.write_shard\n"
@@ -151,7 +151,7 @@ def test_killed_and_started_again(world: Path, whole: Path, tmp_path: Path) -> N
         "export.main()"
     )
     arguments_ = arguments(world, tmp_path)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the order of sums is theirs
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # threads decide the order of sums
     child = subprocess.Popen([sys.executable, "-c", slow, *arguments_], env=environment)
     second = tmp_path / "multimodal" / "part-00001.parquet"
     try:
@@ -174,7 +174,7 @@ def test_killed_and_started_again(world: Path, whole: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_no_rank_outlives_its_launcher(world: Path, tmp_path: Path) -> None:
-    """kill -9 of torchrun while its ranks start: they write nothing, for the next run will write there."""
+    """After kill -9 of torchrun while its ranks start, they write nothing, because the next run may write there."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "notellm2_core.inference.export", *arguments(world, tmp_path / "out")]
     launcher = psutil.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -1,4 +1,4 @@
-"""Packages: complete, in both layouts, with the table of the right report, and never over anything."""
+"""Packages are complete in both layouts, have the table of their model's report, and overwrite nothing."""
 
 import json
 import re
@@ -51,14 +51,14 @@ def test_a_package_is_the_model_with_its_table(
     exec(example.replace("FOLDER", str(out)), names)
     note = {"title": "Red kite", "topics": ["toys"], "content": "Flies well."}
     np.testing.assert_allclose(names["vectors"][0], Embedder.from_pretrained(out).embed([note])[0], atol=2e-6)
-    package(out, tmp_path / "again", report)  # a package can be packaged, and still takes its own report alone
+    package(out, tmp_path / "again", report)  # a package can be packaged, with its own report only
     assert "| notellm2 | 12.3 |" in (tmp_path / "again" / "README.md").read_text()
     with pytest.raises(ValueError, match="measured checkpoint xyz"):
         package(tmp_path / "again", tmp_path / "wrong", write_report(tmp_path / "other", "xyz"))
 
 
-def test_what_cannot_be_packaged(release: Release, tmp_path: Path) -> None:
-    """A full folder, no model, another model's report, no report, an unknown layout, a damaged encoder."""
+def test_wrong_packages_are_refused(release: Release, tmp_path: Path) -> None:
+    """A full OUT, no model, an unknown layout, no report, another model's report and a damaged encoder are refused."""
     (tmp_path / "full").mkdir(), (tmp_path / "full" / "mine").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
         package(release.model, tmp_path / "full")
@@ -78,7 +78,7 @@ def test_what_cannot_be_packaged(release: Release, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "model", "report"]
 
 
-def test_a_report_is_taken_only_where_both_sides_name_the_checkpoint(release: Release, tmp_path: Path) -> None:
+def test_a_report_and_its_model_must_both_name_the_checkpoint(release: Release, tmp_path: Path) -> None:
     report = write_report(tmp_path / "report", "abc")
     with pytest.raises(ValueError, match="does not say which checkpoint it is"):
         package(release.model, tmp_path / "out", report)  # the training command's folder is no dataset of the lake
@@ -92,8 +92,8 @@ def test_a_report_is_taken_only_where_both_sides_name_the_checkpoint(release: Re
 
 @pytest.mark.parametrize("name", ["model.safetensors", "processor_config.json", "tokenizer.json", "config.json"])
 @pytest.mark.parametrize("half", [True, False])
-def test_an_incomplete_model_is_not_given_away(release: Release, name: str, half: bool, tmp_path: Path) -> None:
-    """Each file that the model cannot do without: cut in the middle, and missing."""
+def test_an_incomplete_model_is_not_packaged(release: Release, name: str, half: bool, tmp_path: Path) -> None:
+    """Each file that the model needs is cut in the middle, or missing."""
     model = Path(shutil.copytree(release.model, tmp_path / "model"))
     whole = (model / name).read_bytes()
     (model / name).unlink()

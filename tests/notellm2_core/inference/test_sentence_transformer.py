@@ -1,4 +1,4 @@
-"""The model inside sentence-transformers: the vectors of `Embedder`, and what the library does with them."""
+"""The model inside sentence-transformers has the vectors of `Embedder`, and works with the library's functions."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def embedder(release: Release) -> Embedder:
 
 
 def test_notes_texts_and_images(release: Release, model: SentenceTransformer, embedder: Embedder) -> None:
-    """A note is a dict, a text is a content, an image is a note without text; in any order and batch."""
+    """A dict is a note, a text is a note's content, an image is a note without text; batches do not matter."""
     np.testing.assert_allclose(model.encode(release.notes, batch_size=3), embedder.embed(release.notes), atol=2e-6)
     texts = ["red ship", "tea on an old hill", "kite.jpg", ""]
     expected = embedder.embed([{"content": t} for t in texts])
@@ -50,9 +50,7 @@ def test_notes_texts_and_images(release: Release, model: SentenceTransformer, em
         model.encode([{"titel": "a"}])
 
 
-def test_the_folder_itself_loads_where_the_class_is_trusted(
-    release: Release, packaged: Path, model: SentenceTransformer
-) -> None:
+def test_the_folder_loads_with_trust_remote_code(release: Release, packaged: Path, model: SentenceTransformer) -> None:
     """sentence-transformers imports an installed class of another package only with trust_remote_code."""
     loaded = SentenceTransformer(str(packaged), trust_remote_code=True, device="cpu", local_files_only=True)
     np.testing.assert_array_equal(loaded.encode(release.notes), model.encode(release.notes))
@@ -75,7 +73,7 @@ def test_similarity_and_fewer_dimensions(
 
 
 def test_an_evaluator_finds_each_text_first(model: SentenceTransformer) -> None:
-    """Queries that are their own documents are at rank 1: accuracy@1 is 1, and 1/2 where half ask for others."""
+    """Queries that are their own documents are at rank 1: accuracy@1 is 1, and 1/2 if half have another target."""
     corpus = {str(n): f"a note of {word}" for n, word in enumerate(["tea", "ships", "hills", "kites"])}
     own = InformationRetrievalEvaluator(corpus, corpus, {n: {n} for n in corpus}, name="own", accuracy_at_k=[1])
     assert own(model)["own_cosine_accuracy@1"] == 1

@@ -1,4 +1,4 @@
-"""Addresses: what changes them and what does not; and which days a window has."""
+"""The fingerprints of a configuration's datasets, what changes them, and the days of a window."""
 
 from dataclasses import replace
 from datetime import date
@@ -24,10 +24,10 @@ def _changed(a: Catalog, b: Catalog) -> set[str]:
 
 
 def _downstream(*names: str) -> set[str]:
-    found = set(names)
-    while more := {n for n, s in STAGES.items() if set(s.inputs) & found} - found:
-        found |= more
-    return found
+    stages = set(names)
+    while more := {n for n, s in STAGES.items() if set(s.inputs) & stages} - stages:
+        stages |= more
+    return stages
 
 
 def test_a_setting_changes_its_stage_and_all_after_it_and_nothing_else(tmp_path: Path) -> None:
@@ -36,7 +36,8 @@ def test_a_setting_changes_its_stage_and_all_after_it_and_nothing_else(tmp_path:
     assert _changed(base, _catalog(tmp_path, pairs__top_t=5)) == _downstream("related_pairs")
     assert _changed(base, _catalog(tmp_path, training__alpha=3)) == _downstream("checkpoint")
     assert _changed(base, _catalog(tmp_path, training__trainable=["llm"])) == _downstream("checkpoint")
-    assert _changed(base, _catalog(tmp_path, model__lora={"rank": 4})) == _downstream("checkpoint")  # not the start
+    # Adapters do not change the initial model.
+    assert _changed(base, _catalog(tmp_path, model__lora={"rank": 4})) == _downstream("checkpoint")
     less_memory = {"training__micro_batch_tokens": 99, "training__gradient_checkpointing": True}
     assert _changed(base, _catalog(tmp_path, **less_memory)) == set()  # a training run resumes with them
     assert _changed(base, _catalog(tmp_path, index__factory="HNSW8")) == _downstream("faiss_index")
@@ -44,19 +45,20 @@ def test_a_setting_changes_its_stage_and_all_after_it_and_nothing_else(tmp_path:
     assert _changed(base, _catalog(tmp_path, spark__driver_memory="3g")) == set()
 
 
-def test_without_hard_negatives_a_training_does_not_hang_on_the_start(
+def test_without_hard_negatives_training_does_not_depend_on_the_initial_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def known(num: int) -> dict[str, str]:
+    def fingerprints(num: int) -> dict[str, str]:
         catalog = _catalog(tmp_path, training__hard_negatives__num=num)
         return {name: catalog.fingerprint(name) for name in STAGES}
 
-    before, before_with_some = known(0), known(1)
+    without, with_negatives = fingerprints(0), fingerprints(1)
     monkeypatch.setitem(STAGES, "initial_model", replace(STAGES["initial_model"], version=99))  # type: ignore[arg-type]
-    assert {name for name, of in known(0).items() if of != before[name]} == {
+    assert {name for name, key in fingerprints(0).items() if key != without[name]} == {
         "initial_model", "initial_embeddings", "eval_recall"
     }  # fmt: skip
-    assert {name for name, of in known(1).items() if of != before_with_some[name]} == _downstream("initial_model")
+    changed = {name for name, key in fingerprints(1).items() if key != with_negatives[name]}
+    assert changed == _downstream("initial_model")
     assert _catalog(tmp_path, training__hard_negatives__num=0).inputs("hard_negatives") == {}
 
 
@@ -73,7 +75,7 @@ def test_another_source_changes_everything(tmp_path: Path) -> None:
     assert all(after.fingerprint(name) != before_all[name] for name in STAGES)
 
 
-def test_new_events_leave_the_notes_as_they_are_and_a_run_sees_what_it_saw_first(tmp_path: Path) -> None:
+def test_new_events_do_not_change_the_notes_nor_a_run_that_has_begun(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "events").mkdir(parents=True)
     (source / "notes.parquet").write_text("a")
@@ -92,13 +94,13 @@ def test_new_events_leave_the_notes_as_they_are_and_a_run_sees_what_it_saw_first
     assert _changed(before, catalog("run-2")) == _downstream("raw_events")
 
 
-def test_a_configuration_without_any_source_says_so(tmp_path: Path) -> None:
+def test_a_configuration_without_any_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the configuration tiny has no source: set source.path, or SOURCE="):
         _catalog(tmp_path, source__demo=None).fingerprint("notes")
 
 
 def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> None:
-    """A rewritten folder or file, or another version of a package, is another address; a hub's name is not checked."""
+    """A rewritten folder or file, or another package version, changes fingerprints; a model of a hub is not checked."""
     llm, vision = tmp_path / "llm", tmp_path / "vision.pt"
     llm.mkdir()
     (llm / "model.safetensors").write_text("a")
@@ -114,7 +116,7 @@ def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> No
     assert changed() == _downstream("note_tokens")
     vision.write_text("ab")
     assert changed() == _downstream("vision_features", "note_tokens")
-    by_name = {"model__vision__library": "transformers", "model__vision__name": str(llm)}  # its folder is its name
+    by_name = {"model__vision__library": "transformers", "model__vision__name": str(llm)}  # the name is a folder
     before = {name: _catalog(tmp_path, **(changes := by_name)).fingerprint(name) for name in STAGES}
     (llm / "model.safetensors").write_text("abc")
     assert changed() == _downstream("vision_features")
@@ -122,7 +124,7 @@ def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> No
     assert _catalog(tmp_path, model__llm__name="package:smollm2").settings("checkpoint")["weights"]["model.llm"]
 
 
-def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
+def test_a_missing_dataset_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(MissingDataset, match="^note_embeddings has not been made yet .* run: make recall"):
         _catalog(tmp_path).inputs("eval_recall")
     with pytest.raises(ValueError, match=r"source.path .*/nowhere is not a folder"):
@@ -130,7 +132,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path)
 
 
 def test_weeks_run_from_sunday_and_only_a_covered_week_is_complete() -> None:
-    """2025-01-05 is a Sunday."""
+    """2025-01-05 is a Sunday. A week is complete if its Saturday is covered."""
     assert first_day_of_week(date(2025, 1, 5)) == date(2025, 1, 5)
     assert first_day_of_week(date(2025, 1, 11)) == date(2025, 1, 5)
     friday, saturday, sunday = date(2025, 1, 10), date(2025, 1, 11), date(2025, 1, 12)
@@ -139,7 +141,7 @@ def test_weeks_run_from_sunday_and_only_a_covered_week_is_complete() -> None:
 
 
 def test_windows(tmp_path: Path) -> None:
-    """Test days last, training days before them; a named week ends the window with its Saturday."""
+    """The test days end the window, the training days precede them. A named week ends the window with its Saturday."""
     window = _catalog(tmp_path).window
     assert (window.test.start, window.test.end) == (date(2025, 1, 19), date(2025, 1, 26))
     assert (window.train.start, window.train.end) == (date(2025, 1, 5), date(2025, 1, 19))
@@ -149,7 +151,7 @@ def test_windows(tmp_path: Path) -> None:
     assert one.train == one.test
 
 
-def test_datasets_of_earlier_names_in_a_lake_are_named_in_one_sentence(tmp_path: Path) -> None:
+def test_datasets_under_earlier_names_are_reported_in_one_sentence(tmp_path: Path) -> None:
     assert _catalog(tmp_path).warnings() == []
     (tmp_path / "events" / "0123").mkdir(parents=True)
     (tmp_path / "start_model").mkdir()

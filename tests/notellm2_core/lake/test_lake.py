@@ -1,4 +1,4 @@
-"""A dataset is there whole, or not at all."""
+"""A dataset exists as a whole, or not at all."""
 
 import json
 import os
@@ -27,8 +27,8 @@ def _publish(lake: Lake, fp: str = "f1", rows: int = 3) -> Path:
     return lake.path("things", fp)
 
 
-def test_a_full_disk_is_named_whatever_the_writer_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch, safetensors and FAISS raise RuntimeErrors of their own, and a torchrun child just ends."""
+def test_a_full_disk_is_named_for_every_error_of_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk torch, safetensors and FAISS raise their own RuntimeErrors, and a torchrun child just ends."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4096))
     lake = Lake(tmp_path)
@@ -39,7 +39,7 @@ def test_a_full_disk_is_named_whatever_the_writer_says(tmp_path: Path, monkeypat
     assert list((tmp_path / "a").iterdir()) == []
 
 
-def test_published_dataset_tells_what_it_is(tmp_path: Path) -> None:
+def test_a_published_dataset_has_its_manifest(tmp_path: Path) -> None:
     lake = Lake(tmp_path)
     path = _publish(lake)
     dataset = lake.find("things", "f1")
@@ -89,11 +89,11 @@ def test_the_second_writer_of_a_fingerprint_keeps_the_first(tmp_path: Path) -> N
 
 
 def _add_field(manifest: Path) -> None:
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "of_another_time": 1}))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "of_another_version": 1}))
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lambda p: (p / "part" / "0.parquet").unlink(), "does not match its manifest"),
         (lambda p: (p / "part" / "0.parquet").write_bytes(b"x"), "does not match its manifest"),
@@ -104,10 +104,10 @@ def _add_field(manifest: Path) -> None:
         (lambda p: (p / "part" / "1.parquet").write_bytes(b"x"), "1.parquet is not in the manifest"),
     ],
 )
-def test_a_dataset_that_cannot_be_trusted_is_refused_in_one_sentence(tmp_path: Path, damage, says: str) -> None:
+def test_a_dataset_that_cannot_be_trusted_is_refused_in_one_sentence(tmp_path: Path, damage, message: str) -> None:
     path = _publish(Lake(tmp_path))
     damage(path)
-    with pytest.raises(LakeError, match=says) as refused:
+    with pytest.raises(LakeError, match=message) as refused:
         open_dataset(path)
     assert "\n" not in str(refused.value) and str(path) in str(refused.value)
 
@@ -117,8 +117,8 @@ def test_fingerprint_is_stable_and_sensitive() -> None:
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
 
 
-def test_a_linked_file_is_taken_over_with_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without being read, by a hard link; on a disk that has none, by a copy. The first dataset may go then."""
+def test_a_linked_file_keeps_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is linked without being read, or copied on a disk without hard links. Its dataset may then be deleted."""
     lake = Lake(tmp_path)
     part = open_dataset(_publish(lake))
 
@@ -137,10 +137,10 @@ def test_a_linked_file_is_taken_over_with_its_facts(tmp_path: Path, monkeypatch:
     assert pq.read_table(lake.open("linked", "f").path / "whole").num_rows == 3
 
 
-def test_datasets_of_a_name_without_those_that_cannot_be_trusted(tmp_path: Path) -> None:
+def test_datasets_of_a_name_are_listed_without_damaged_ones(tmp_path: Path) -> None:
     lake = Lake(tmp_path)
     assert lake.datasets("things") == []
     paths = [_publish(lake, fp) for fp in ("f2", "f1", "f3")]
-    shutil.copytree(paths[0], paths[0].with_name(".f2.host.1.0123abcd.draft"))  # what is about to be moved in
+    shutil.copytree(paths[0], paths[0].with_name(".f2.host.1.0123abcd.draft"))  # a complete draft before its rename
     (paths[2] / MANIFEST).write_text("{")
     assert {dataset.path for dataset in lake.datasets("things")} == {*paths[:2]}

@@ -53,16 +53,16 @@ def test_the_same_seed_builds_the_same_model() -> None:
     assert "connector.qformer.queries" in differ and not any(k.startswith("llm.") for k in differ)
 
 
-def test_the_pretrained_weights_are_kept() -> None:
-    """Wrapping initialises the new modules and nothing else."""
+def test_the_pretrained_weights_do_not_change() -> None:
+    """Building a model initialises only its new modules."""
     pretrained, _ = load_llm(LLMSettings(name="tiny"), Path("unused"))
     model, _ = tiny_model()
     for name, weight in pretrained.state_dict().items():
         assert torch.equal(model.llm.state_dict()[name][: len(weight)], weight), name
 
 
-def test_new_tokens_get_the_mean_of_the_known_ones() -> None:
-    """Qwen's table has more rows than its vocabulary: 10 rows, 7 known tokens, so ids 7 and 8 fit; 12 does not."""
+def test_new_tokens_get_the_mean_of_the_other_embeddings() -> None:
+    """A table, like Qwen's, may have more rows than tokens: with 10 rows and 7 tokens, ids 7 and 8 fit, 12 does not."""
     decoder = LlamaModel(
         LlamaConfig(vocab_size=10, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
     )
@@ -72,15 +72,15 @@ def test_new_tokens_get_the_mean_of_the_known_ones() -> None:
     torch.testing.assert_close(decoder.embed_tokens.weight[7], before[:7].mean(0))
     torch.testing.assert_close(decoder.embed_tokens.weight[8], before[:7].mean(0))
     assert torch.equal(decoder.embed_tokens.weight[:7], before[:7])
-    add_word_embeddings(decoder, [3, 12], 7)  # 3 was known: it keeps its row
+    add_word_embeddings(decoder, [3, 12], 7)  # 3 is an old token: it keeps its row
     assert decoder.embed_tokens.weight.shape == (13, 4) and decoder.config.vocab_size == 13
     assert torch.equal(decoder.embed_tokens.weight[:7], before[:7])
     torch.testing.assert_close(decoder.embed_tokens.weight[12], before[:7].mean(0))
 
 
 def test_a_fresh_process_computes_the_same_bits(tmp_path: Path) -> None:
-    """Every method's model, saved here, loaded there."""
-    here = {}
+    """The model of every method is saved by this process and loaded by another."""
+    outputs = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -89,12 +89,12 @@ def test_a_fresh_process_computes_the_same_bits(tmp_path: Path) -> None:
             model.save_pretrained(tmp_path / method)
             processor.save_pretrained(tmp_path / method)
             with torch.no_grad():
-                here[method] = model(batch_of(processor, [SHORT, LONG, EMPTY]))
+                outputs[method] = model(batch_of(processor, [SHORT, LONG, EMPTY]))
     finally:
         torch.set_num_threads(threads)
     code = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(tmp_path), *METHODS]
     subprocess.run(code, check=True, capture_output=True)
-    for method, output in here.items():
+    for method, output in outputs.items():
         saved = torch.load(tmp_path / f"{method}.pt", weights_only=True)
         assert torch.equal(saved[0], output.multimodal), method
         assert output.visual is None or torch.equal(saved[1], output.visual), method
@@ -106,7 +106,7 @@ def test_transformers_auto_classes_know_it(saved: Path) -> None:
     assert isinstance(AutoProcessor.from_pretrained(saved), MLRMProcessor)
 
 
-def test_the_configuration_names_no_place(saved: Path) -> None:
+def test_the_configuration_names_no_folder(saved: Path) -> None:
     assert "_name_or_path" not in json.loads((saved / "config.json").read_text())["llm"]
 
 
@@ -156,7 +156,7 @@ def test_a_damaged_configuration_is_one_sentence(saved: Path, file: str, change:
 
 
 def test_nothing_is_unpickled(saved: Path) -> None:
-    """A checkpoint that is only there as a pickle is as good as none."""
+    """A checkpoint that exists only as a pickle is refused."""
     torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
     with pytest.raises(OSError, match="safetensors"):
@@ -164,7 +164,7 @@ def test_nothing_is_unpickled(saved: Path) -> None:
 
 
 def test_words_without_an_embedding_are_refused() -> None:
-    """Tokens that were added to a tokenizer may lack one: they start as the mean, as the new ones do."""
+    """Only tokens that were added to the tokenizer may lack one: they get the mean, as the new tokens do."""
     decoder, tokenizer = load_llm(LLMSettings(name="tiny"), Path("unused"))
     num_words = len(tokenizer)
     with pytest.raises(ValueError, match=f"has {num_words} words, its table of embeddings {num_words - 1}"):
@@ -195,8 +195,8 @@ def test_a_folder_with_another_model(tmp_path: Path) -> None:
         load_model(tmp_path / "llama")
 
 
-def test_flash_attention_is_not_needed_to_open_a_model_that_was_trained_with_it(saved: Path) -> None:
-    """It is not installed here: a warning, and the same numbers by sdpa."""
+def test_a_model_trained_with_flash_attention_loads_without_it(saved: Path) -> None:
+    """Without flash-attn the model warns, and computes the same with sdpa."""
     written = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(written | {"attention": "flash_attention_2"}))
     with pytest.warns(UserWarning, match="flash-attn is not installed"):

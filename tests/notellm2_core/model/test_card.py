@@ -1,4 +1,4 @@
-"""The model card is a function of its fields, and says no more than they do."""
+"""The model card is a function of its fields, and states no more than they do."""
 
 from pathlib import Path
 from typing import Any
@@ -35,23 +35,23 @@ def split(card: str) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(front), body
 
 
-def test_everything_that_is_known_is_said() -> None:
-    """1000 + 234 parameters of the LLM; 0.31415926 in four digits."""
+def test_the_card_states_every_field() -> None:
+    """The LLM has 1000 + 234 parameters, and 0.31415926 is printed with four digits."""
     front, body = split(model_card(fields(), RECALL))
     assert front["library_name"] == "transformers" and front["pipeline_tag"] == "feature-extraction"
     assert front["base_model"] == ["Qwen/Qwen-7B-Chat"] and front["tags"][0] == "notellm2"
     assert body.lstrip().startswith("# weekly\n")
-    for said in (
+    for text in (
         "| prompt | micl |", "| late fusion | yes |", "| losses | visual, multimodal |",
         "| LLM | Qwen/Qwen-7B-Chat, 24 layers |", "open_clip ViT-B-16 (openai), checksum 0123456789abcdef",
         "| llm, parameters | 1,234 |", "| visual tokens | 16 |", "| content words read | 80 |",
         "Logs from 2025-01-05 to 2025-01-19 (exclusive, UTC). 12,345 pairs of 678 notes, and 90 pairs for validation.",
         "| validation_recall_at_10 | 0.3142 |", RECALL, "Embedder.from_pretrained", "# [1, 64], unit length",
     ):  # fmt: skip
-        assert said in body, said
+        assert text in body, text
 
 
-def test_a_licence_is_never_made_up() -> None:
+def test_a_licence_is_never_invented() -> None:
     front, body = split(model_card(fields()))
     assert (front["license"], front["license_name"]) == ("other", "not-stated")
     assert "None is stated" in body and "licences of the LLM and of the vision encoder" in body
@@ -60,18 +60,18 @@ def test_a_licence_is_never_made_up() -> None:
     assert "`apache-2.0` for the trained weights. The licences of the LLM" in body
 
 
-def test_what_is_not_known_is_said_to_be_so(tmp_path: Path) -> None:
-    """A folder is no hub name; nor is a package, nor a name without owner."""
+def test_the_card_states_what_is_unknown(tmp_path: Path) -> None:
+    """A folder, a package and a name without owner are no models of the hub, so they are no base model."""
     (tmp_path / "llm").mkdir()
     for name in (str(tmp_path / "llm"), "package:smollm2", "tiny"):
         assert fields(llm={"name": name})["base_model"] == []
     hub = {"library": "open_clip", "name": "hf-hub:owner/tower"}
     assert fields(vision=hub)["base_model"] == ["Qwen/Qwen-7B-Chat", "owner/tower"]
-    start = fields(days=None, llm={"name": "tiny"}) | {"training": None}
-    front, body = split(model_card(start))
+    initial = fields(days=None, llm={"name": "tiny"}) | {"training": None}
+    front, body = split(model_card(initial))
     assert "base_model" not in front
-    for said in ("before its first step", "days of the logs were not recorded", "Not measured here"):
-        assert said in body
+    for text in ("before its first step", "days of the logs were not recorded", "Not measured here"):
+        assert text in body
 
 
 def test_the_layout_decides_library_and_example() -> None:
@@ -94,15 +94,15 @@ DECODERS = {
     [
         ("notellm2", "qformer", "tiny", (4, 2, 64)),
         ("only_late_fusion", "qformer", "tiny", (0, 2, 64)),  # its prompt has no image
-        ("notellm2", "linear", "tiny", (NUM_PATCHES, 2, 64)),  # a place for every patch
+        ("notellm2", "linear", "tiny", (NUM_PATCHES, 2, 64)),  # a visual token per patch
         ("notellm2", "mlp", "tiny", (NUM_PATCHES, 2, 64)),
-        *(("notellm2", "qformer", kind, (4, 3, 32)) for kind in DECODERS),  # each with names of its own
+        *(("notellm2", "qformer", kind, (4, 3, 32)) for kind in DECODERS),  # each has its own names of sizes
     ],
 )
 def test_the_numbers_are_the_models(
     method: str, connector: str, llm: str, expected: tuple[int, int, int], tmp_path: Path
 ) -> None:
-    """expected: visual tokens, layers and width of the LLM, as its own definition above says them."""
+    """`expected` has the visual tokens, and the layers and the width of the LLM from its definition above."""
     name = "tiny"
     if llm in DECODERS:
         tokenizer, name = tiny_tokenizer(), str(tmp_path / "llm")
@@ -118,7 +118,7 @@ def test_the_numbers_are_the_models(
     assert (shapes["patches per image"], shapes["vision width"]) == (NUM_PATCHES, VISION_WIDTH)
 
 
-def test_facts_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_card_fields(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no card\.json"):
         read_card_fields(tmp_path)
     (tmp_path / "card.json").write_text("{")

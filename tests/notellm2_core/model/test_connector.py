@@ -10,7 +10,7 @@ BASE, BIGG = ConnectorSettings(), ConnectorSettings(hidden_size=1536)
 
 @pytest.mark.parametrize(("settings", "vision_width", "expected"), [(BASE, 768, 49_620_480), (BIGG, 1664, 142_869_504)])
 def test_parameter_counts_are_the_papers(settings: ConnectorSettings, vision_width: int, expected: int) -> None:
-    """Table 9. Counted is all but the queries (16 h); with width h, inner width f and encoder width e:
+    """Table 9 counts all parameters except the queries (16 h). With width h, inner width f and encoder width e:
 
     self-attention     4 (h h + h) + 2 h                    h = 768: 2,363,904     h = 1536:  9,446,400
     cross-attention    2 (h h + h) + 2 (e h + h) + 2 h      e = 768: 2,363,904     e = 1664:  9,839,616
@@ -75,8 +75,8 @@ def test_parity_with_blip2() -> None:
         )
 
 
-def test_queries_start_apart_and_the_order_of_patches_does_not_matter() -> None:
-    """Queries N(0, 0.02): 16 x 768 draws have a standard deviation within 2 % of it."""
+def test_queries_differ_and_the_order_of_patches_does_not_matter() -> None:
+    """The queries are drawn from N(0, 0.02): 16 x 768 draws have a standard deviation within 2 % of it."""
     torch.manual_seed(0)
     connector = Connector(ConnectorSettings(num_layers=1, intermediate_size=64), vision_width=8, llm_width=32)
     assert connector.qformer.queries.std().item() == pytest.approx(0.02, rel=0.02)

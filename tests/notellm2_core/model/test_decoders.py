@@ -1,4 +1,4 @@
-"""Any causal decoder of transformers, by folder, through the whole model; and what is no such decoder."""
+"""Any causal decoder of transformers, by folder, works in the whole model; other models are refused."""
 
 import json
 from pathlib import Path
@@ -39,17 +39,17 @@ DECODERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gemma3_text": (GEMMA | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}, BOTH),
     "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512} | NO_ENDS, BOTH),  # learned positions
     "opt": (SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16, "pad_token_id": 1}, BOTH),  # words narrower than states
-    "nemotron": (LLAMA, BOTH),  # its layers hand nothing on to their attention
+    "nemotron": (LLAMA, BOTH),  # its layers drop the packing argument
     "falcon": (SIZES | {"num_kv_heads": 2, "new_decoder_architecture": True}, BOTH),
     "lfm2": (LLAMA | {"layer_types": ["conv", "full_attention"]}, BOTH),  # a convolution over the tokens
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4} | NO_ENDS, EAGER),  # ALiBi: no position_ids
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4} | NO_ENDS, EAGER),  # no attention
 }
-PADDED = ("falcon", "lfm2", "nemotron")  # their notes cannot share a row
+PADDED = ("falcon", "lfm2", "nemotron")  # cannot be packed
 
 
 def save_llm(folder: Path, architecture: Any, model_class: Any = hf.AutoModelForCausalLM) -> Any:
-    """A random model with the tiny tokenizer, as somebody's folder would hold it; large weights, so that all matter."""
+    """Save a random model with the tiny tokenizer. Its weights are large, so that all of them matter."""
     torch.manual_seed(0)
     model = model_class.from_config(architecture).eval()
     with torch.no_grad():
@@ -66,7 +66,7 @@ def architecture(kind: str) -> Any:
 
 
 def llm_states(model: MLRMModel, processor: MLRMProcessor, side: str) -> Tensor:
-    """n_m of the notes [3, h_t], padded on a side, or each alone."""
+    """n_m of NOTES, [3, h_t]: padded on `side`, or each note alone."""
     with torch.no_grad():
         if side in ("left", "right"):
             processor.padding_side = side  # type: ignore[assignment]
@@ -82,9 +82,10 @@ def llm_states(model: MLRMModel, processor: MLRMProcessor, side: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_any_decoder(kind: str, tmp_path: Path) -> None:
-    """Left, right and no padding, sdpa (packed where it can be) and eager: the same state to 1e-5, on states of
-    about 1 that are 0.1 apart (Mamba's scan rounds by 1.7e-5 on some CPUs); a saved model gives the same bits; its
-    first layer alone works too.
+    """With left, right and no padding, sdpa (packed where possible) and eager, the states agree to 1e-5.
+
+    The states are about 1 and differ by 0.1 between notes. (Mamba's scan rounds by 1.7e-5 on some CPUs.) A saved model
+    gives the same bits, and the first layer alone works too.
     """
     save_llm(tmp_path / "llm", architecture(kind))
     states = []
@@ -115,8 +116,8 @@ MULTIMODAL = {
 
 
 @pytest.mark.parametrize("kind", MULTIMODAL)
-def test_of_a_multimodal_checkpoint_the_text_decoder_is_taken(kind: str, tmp_path: Path) -> None:
-    """Its weights, not random ones, with all layers or the first; a model around it can be saved and loaded."""
+def test_the_text_decoder_of_a_multimodal_checkpoint_is_loaded(kind: str, tmp_path: Path) -> None:
+    """The decoder, whole or its first layer, has the checkpoint's weights; a model with it is saved and loaded."""
     whole = save_llm(
         tmp_path / "llm", MULTIMODAL[kind]({"vocab_size": len(tiny_tokenizer())}), hf.AutoModelForImageTextToText
     )
@@ -130,8 +131,8 @@ def test_of_a_multimodal_checkpoint_the_text_decoder_is_taken(kind: str, tmp_pat
     model, processor = build_model(tiny_config(name=str(tmp_path / "llm")), tmp_path)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    here = llm_states(model, processor, "left")
-    torch.testing.assert_close(llm_states(*load_model(tmp_path / "model"), "right"), here, atol=1e-5, rtol=1e-5)
+    states = llm_states(model, processor, "left")
+    torch.testing.assert_close(llm_states(*load_model(tmp_path / "model"), "right"), states, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_of_a_multimodal_checkpoint_the_text_decoder_is_taken(kind: str, tmp_pat
         (hf.Gemma2Config(), "is a gemma2, which has no sdpa attention; set model.llm.attention to eager"),
     ],
 )
-def test_what_is_no_decoder(other: Any, message: str, tmp_path: Path) -> None:
+def test_other_models_are_refused(other: Any, message: str, tmp_path: Path) -> None:
     other.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         llm_architecture(LLMSettings(name=str(tmp_path)))
@@ -154,8 +155,8 @@ def test_what_is_no_decoder(other: Any, message: str, tmp_path: Path) -> None:
         load_llm(LLMSettings(name=str(tmp_path)), tmp_path)
 
 
-def test_a_folder_without_weights_or_with_others(tmp_path: Path) -> None:
-    """No weights, pickled weights, a tensor of another shape, damaged bytes: one line each, never a random decoder."""
+def test_folders_without_usable_weights_are_refused(tmp_path: Path) -> None:
+    """A tensor of another shape, damaged bytes, no weights and pickled weights are errors of one line each."""
     folder = tmp_path / "llm"
     model = save_llm(folder, architecture("qwen2"))
     good = load_file(folder / "model.safetensors")
@@ -175,7 +176,7 @@ def test_a_folder_without_weights_or_with_others(tmp_path: Path) -> None:
         torch.save(model.state_dict(), folder / "pytorch_model.bin")  # not unpickled
 
 
-def test_a_gguf_that_is_not_there_or_is_none(tmp_path: Path) -> None:
+def test_a_missing_gguf_and_other_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no file .*x\.gguf; set model.llm.name to"):
         load_llm(LLMSettings(name=str(tmp_path / "x.gguf")), tmp_path)
     (tmp_path / "x.gguf").write_bytes(b"not a GGUF")
@@ -186,7 +187,7 @@ def test_a_gguf_that_is_not_there_or_is_none(tmp_path: Path) -> None:
 
 
 def test_a_gguf_file_by_its_path(tmp_path: Path) -> None:
-    """A GGUF as llama.cpp writes it, not quantized: its tensors in fp32, converted once."""
+    """A GGUF without quantization, as llama.cpp writes it, is converted once, with its tensors in fp32."""
     import gguf
 
     width, inner, vocabulary = 32, 48, json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]

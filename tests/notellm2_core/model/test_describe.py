@@ -12,8 +12,8 @@ CONFIGS = Path("pipelines/configs")
 VIT_B_PROJECTION, BIGG_PROJECTION = 768 * 512, 1664 * 1280
 
 
-def test_tiny_counts_what_is_there() -> None:
-    """Against the real model; its LLM has two more rows of 64 word embeddings, for the two new tokens."""
+def test_counts_are_those_of_the_tiny_model() -> None:
+    """The built model's LLM has two more rows of 64 word embeddings than described, for the two new tokens."""
     description = describe(tiny_config())
     model, _ = tiny_model()
     real = sum(p.numel() for p in model.parameters())
@@ -26,7 +26,7 @@ def test_tiny_counts_what_is_there() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_prompt_is_laid_out_as_notes_are_encoded(method: str) -> None:
-    """Positions against an encoded note without text; pieces follow each other without gaps."""
+    """The positions are those of an encoded note without text, and the pieces follow each other without gaps."""
     layout = describe(tiny_config(method))["prompt"]
     _, processor = tiny_model(method)
     note = processor.encode(EMPTY)
@@ -37,10 +37,11 @@ def test_the_prompt_is_laid_out_as_notes_are_encoded(method: str) -> None:
     assert [piece["first"] for piece in layout["pieces"]] == [0, *ends[:-1]]
 
 
-def test_what_is_trained() -> None:
-    """Adapters of rank 2 on the 7 linear layers of 2 blocks, in place of the LLM; without fusion and temperature.
+def test_the_trainable_parameters() -> None:
+    """Trainable are connector, projector and, in place of the LLM, adapters of rank 2 on 7 linear layers of 2 blocks.
 
-    Per block q and o 64 x 64, k and v 64 x 32, gate and up 64 x 128, down 128 x 64: 2 x (2 x 128 + 2 x 96 + 3 x 192).
+    Per block, q and o are 64 x 64, k and v 64 x 32, gate and up 64 x 128 and down 128 x 64, so the adapters have
+    2 x (2 x 128 + 2 x 96 + 3 x 192) parameters.
     """
     config = tiny_config()
     config = Config(
@@ -71,9 +72,9 @@ def test_totals_of_table_7(
     totals: tuple[float, float],
     printed: tuple[str, str],
 ) -> None:
-    """basic and NoteLLM-2, in billions. The paper's numbers (one digit) count the tower's projection, as `total` does.
+    """`basic` and `notellm2`, in billions. The paper's numbers (one digit) count the tower's projection, like `total`.
 
-    Beside the LLM, the tower and the Q-Former: queries 16 h_q, the MLP h_q x 4,096 + 4,096 + 4,096^2 + 4,096, the
+    The parts without LLM, tower and Q-Former: queries 16 h_q, the MLP h_q x 4,096 + 4,096 + 4,096^2 + 4,096, the
     projector 4,096 x 64 + 64, tau 1; with late fusion, 8,192 x 4,096 + 4,096 and h_v x 4,096 + 4,096.
     """
     file = CONFIGS / f"paper_{name}.yaml"
@@ -92,8 +93,8 @@ def test_totals_of_table_7(
         assert f"{description['parameters']['total'] / 1e9:.1f}" == digit
 
 
-def test_without_the_tokenizer_the_pieces_are_still_told() -> None:
-    """Qwen's is on no machine of ours: the mICL prompt in order, 16 visual tokens, no positions."""
+def test_without_the_tokenizer_the_pieces_are_still_reported() -> None:
+    """Without Qwen's tokenizer, the pieces of the mICL prompt are in order, with 16 visual tokens and no positions."""
     layout = describe(load_config(CONFIGS / "paper_mqwen_base.yaml"))["prompt"]
     assert layout["tokens"] is None and "Qwen1.5-7B-Chat is not on this machine" in layout["why"]
     names = [piece["piece"] for piece in layout["pieces"]]
@@ -102,7 +103,7 @@ def test_without_the_tokenizer_the_pieces_are_still_told() -> None:
 
 
 def test_words_narrower_than_the_states() -> None:
-    """OPT-350m's shape: h_t is what the connector and the projector meet."""
+    """As in OPT-350m, word embeddings are narrower than states: h_t is the width that connector and projector see."""
     sizes = {
         "hidden_size": 32,
         "word_embed_proj_dim": 16,

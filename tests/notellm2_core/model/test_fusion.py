@@ -26,7 +26,7 @@ def test_worked_example() -> None:
 @given(n=st.integers(1, 4), width=st.integers(1, 5), seed=st.integers(0, 10_000), scale=st.floats(0, 30))
 @settings(max_examples=40, deadline=None)
 def test_equals_a_loop_over_the_dimensions(n: int, width: int, seed: int, scale: float) -> None:
-    """Eq. 7, one note and one dimension at a time in plain Python; weights up to 30, so that gates saturate too."""
+    """The reference is Eq. 7 per note and dimension in plain Python. Large weights, up to 30, saturate gates too."""
     torch.manual_seed(seed)
     fusion = LateFusion(vision_width=2, llm_width=width)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_a_closed_gate_keeps_the_llms_state() -> None:
 
 
 def test_sizes_are_the_papers() -> None:
-    """Gate 2 x 4,096 -> 4,096 with bias, v's linear layer 768 -> 4,096."""
+    """The gate is 2 x 4,096 -> 4,096 with bias, v's linear layer 768 -> 4,096."""
     with torch.device("meta"):
         fusion = LateFusion(768, 4096)
     assert sum(p.numel() for p in fusion.gate.parameters()) == 2 * 4096 * 4096 + 4096

@@ -1,4 +1,4 @@
-"""A model of the hub: the copy that was asked for, through every way of loading one. No network, no mocked answers."""
+"""Every way to load a model of the hub gives the requested revision. The tests use a cache instead of a network."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ NOTES = [{"title": "Red kite", "content": "It flies well."}]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """v1/ and v2/, of other weights and another limit of words, and cache/, where the hub has them: v1 as main."""
+    """v1/ and v2/, with other weights and another limit of words, and cache/, where v1 is the hub's main revision."""
     root = tmp_path_factory.mktemp("hub")
     save_release(root / "v1")
     shutil.copytree(root / "v1", root / "v2")
@@ -40,8 +40,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_revision_that_was_asked_for(root: Path) -> None:
-    """Without `revision` it is main; the vectors are those of the folder, bit for bit."""
+def test_the_requested_revision_is_loaded(root: Path) -> None:
+    """The default is main. The vectors have the same bits as those of the folder."""
     v1, v2 = (Embedder.from_pretrained(root / v).embed(NOTES) for v in ("v1", "v2"))
     assert np.abs(v1 - v2).max() > 1e-3
     for revision, expected in ((None, v1), ("v2", v2)):
@@ -57,10 +57,10 @@ def test_the_revision_that_was_asked_for(root: Path) -> None:
 
 
 def test_every_option_reaches_the_client(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
 
     def client(name: str, **options: Any) -> str:
-        asked.append(options)
+        calls.append(options)
         return str(root / "v1")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", client)
@@ -68,12 +68,12 @@ def test_every_option_reaches_the_client(root: Path, monkeypatch: pytest.MonkeyP
     Embedder.from_pretrained(NAME, "cpu", cache_dir="c", **options)
     NoteModule.load(NAME, cache_folder="c", **options)
     sentence_transformer(NAME, "cpu", cache_folder="c", **options)
-    assert asked == [{"cache_dir": "c", **options}] * 3
+    assert calls == [{"cache_dir": "c", **options}] * 3
     with pytest.raises(TypeError, match="revison"):
         Embedder.from_pretrained(root / "v1", revison="v2")
 
 
-def test_what_the_hub_has_not_got_is_one_sentence(root: Path) -> None:
+def test_a_missing_revision_is_one_sentence(root: Path) -> None:
     for load in (model_folder, Embedder.from_pretrained):
         with pytest.raises(ValueError, match=rf"^{NAME} is no folder, and the hub does not provide it \(.*model\.$"):
             load(NAME, cache_dir=root / "cache", revision="v3")
@@ -81,7 +81,7 @@ def test_what_the_hub_has_not_got_is_one_sentence(root: Path) -> None:
         MLRMProcessor.from_pretrained(NAME, cache_dir=root / "cache", revision="v3")
 
 
-def test_what_is_a_hub_name() -> None:
+def test_hub_names() -> None:
     assert all(HUB_NAME.fullmatch(name) for name in ("owner/model", "Qwen/Qwen2.5-0.5B", "a_b/c-d"))
     for name in ("model", "./model", "../model", "/owner/model", "a/b/c", "package:smollm2"):
         assert not HUB_NAME.fullmatch(name)

@@ -34,24 +34,24 @@ def states_and_gradients(llm: PreTrainedModel, num_tokens: int = 40) -> dict[str
 @pytest.mark.parametrize(
     ("kind", "options", "device"), [("llama", {}, CPU), ("gpt2", {}, GPU), ("llama", {"hidden_act": "gelu"}, GPU)]
 )
-def test_a_cpu_and_what_no_kernel_is_known_for_keep_their_own_code(
+def test_cpus_and_decoders_without_kernels_keep_their_own_code(
     kind: str, options: dict[str, str], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "_lacking", lambda: "")
-    monkeypatch.setattr(kernels, "apply_liger_kernel", lambda *_: pytest.fail("kernels were put in"))
+    monkeypatch.setattr(kernels, "apply_liger_kernel", lambda *_: pytest.fail("kernels were applied"))
     assert not fuse_kernels(decoder(kind, **options), device)
 
 
 @pytest.mark.parametrize("lacking", ["liger-kernel", "C compiler"])
-def test_a_gpu_is_told_what_it_lacks(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_kernel_library_on_a_gpu_is_named(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "is_liger_kernel_available", lambda: lacking != "liger-kernel")
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.warns(UserWarning, match=lacking):
         assert not fuse_kernels(decoder("llama"), GPU)
 
 
-def test_what_is_replaced_for_the_whole_process_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Liger's part is played by a function that replaces what Liger does: any model on a CPU is still as it was."""
+def test_replacements_for_the_whole_process_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that replaces the same attributes as Liger stands in for it. A model on a CPU computes as before."""
 
     def replace(*_: object) -> None:
         modeling_llama.LlamaRMSNorm = modeling_llama.LlamaMLP = None
@@ -59,7 +59,7 @@ def test_what_is_replaced_for_the_whole_process_is_put_back(monkeypatch: pytest.
 
     monkeypatch.setattr(kernels, "_lacking", lambda: "")
     monkeypatch.setattr(kernels, "apply_liger_kernel", replace)
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)  # undone
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)  # restored
     expected = states_and_gradients(decoder("llama"))["states"]
     for _ in range(2):
         assert fuse_kernels(decoder("llama"), GPU)
@@ -70,10 +70,10 @@ def test_what_is_replaced_for_the_whole_process_is_put_back(monkeypatch: pytest.
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("num_tokens", [40, 4500])  # many norms of short heads at once are another kernel
+@pytest.mark.parametrize("num_tokens", [40, 4500])  # many norms of short heads run in another kernel
 @pytest.mark.parametrize("kind", sorted(kernels.KINDS))
 def test_fused_kernels_compute_what_the_decoder_does(kind: str, num_tokens: int) -> None:
-    """In fp32, states and the gradient of every weight; in bf16 as near to fp32 as the decoder's own code."""
+    """In fp32 the states and all gradients agree; in bf16 they are as near to fp32 as those of the decoder's code."""
     plain = decoder(kind).to(GPU)
     exact = states_and_gradients(plain, num_tokens)
     own = states_and_gradients(decoder(kind).to(GPU, torch.bfloat16), num_tokens)
@@ -82,13 +82,13 @@ def test_fused_kernels_compute_what_the_decoder_does(kind: str, num_tokens: int)
     assert fuse_kernels(in_bf16, GPU)
     fused, half = states_and_gradients(plain, num_tokens), states_and_gradients(in_bf16, num_tokens)
 
-    def error(of: dict[str, Tensor], name: str) -> float:
-        return float((of[name] - exact[name]).norm() / exact[name].norm())
+    def error(values: dict[str, Tensor], name: str) -> float:
+        return float((values[name] - exact[name]).norm() / exact[name].norm())
 
     for name in exact:
         assert error(fused, name) < 1e-4, name
         assert error(half, name) < 2 * error(own, name) + 1e-3, name
 
-    on_cpu = decoder(kind)  # made after transformers' file was touched
+    on_cpu = decoder(kind)  # built after transformers' module was changed
     assert error({"states": states_and_gradients(on_cpu, num_tokens)["states"].to(GPU)}, "states") < 1e-4
     assert modeling_llama.LlamaRMSNorm.__name__ == "LlamaRMSNorm"

@@ -14,7 +14,7 @@ from tests.support.drafts import dead_process, draft_of
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A random causal LLM of three layers with its tokenizer, as somebody's folder would hold it."""
+    """The folder of a random causal LLM of three layers with its tokenizer."""
     torch.manual_seed(1)
     tokenizer = tiny_tokenizer()
     sizes = LlamaConfig(
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "llm"
 
 
-def test_tiny_is_the_same_every_time_and_leaves_the_generator_alone() -> None:
+def test_tiny_is_always_the_same_and_draws_no_random_number() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     a, b = (load_llm(LLMSettings(name="tiny"), Path("unused"))[0] for _ in range(2))
@@ -55,7 +55,7 @@ def test_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "folder"])
-def test_more_layers_than_there_are(name: str, folder: Path, tmp_path: Path) -> None:
+def test_more_layers_than_the_model_has(name: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_layers = 9, but .* has [23]"):
         load_llm(LLMSettings(name=name if name == "tiny" else str(folder), num_layers=9), tmp_path)
 
@@ -102,8 +102,8 @@ def test_tiny_tokenizer_is_deterministic_and_reads_prompts_in_few_tokens() -> No
 
 @pytest.mark.slow
 def test_smollm2_is_converted_once_and_whole(tmp_path: Path) -> None:
-    """The GGUF's 30 layers of 576, in safetensors; what a killed process left half-written is gone. The same file named
-    by its path is the same conversion.
+    """The GGUF is converted to safetensors once, also if it is named by its path. The draft of a killed process is
+    removed.
     """
     gguf = package_path("package:smollm2")
     leftover = draft_of(tmp_path / f"{gguf.stem}-{sha256_of(gguf)[:16]}", dead_process())

@@ -1,4 +1,4 @@
-"""Adapters: no change at the start, gradients wherever they shall be, and one plain layer in the end."""
+"""Adapters change nothing at first, get their gradients, and are merged into plain layers at the end."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def fill(model: MLRMModel) -> None:
-    """As if B had been trained."""
+    """Fill the adapters with random numbers, as if B had been trained."""
     torch.manual_seed(1)
     for parameter in adapters(model).values():
         parameter.normal_(std=0.1)
 
 
 def test_the_worked_example() -> None:
-    """(alpha / rank) B A = 2 [[1], [3]] [[1, 2]] = [[2, 4], [6, 12]], and W = I: the layer is [[3, 4], [6, 13]]."""
+    """(alpha / rank) B A = 2 [[1], [3]] [[1, 2]] = [[2, 4], [6, 12]], and W = I, so the layer is [[3, 4], [6, 13]]."""
     llm = nn.Sequential()
     llm.add_module("layer", nn.Linear(2, 2))
     nn.init.eye_(llm.layer.weight)
@@ -46,7 +46,7 @@ def test_the_worked_example() -> None:
 
 
 def test_a_sum_in_bf16_is_rounded_once() -> None:
-    """The neighbour of W = 1 is 1 + 2^-7, the middle 1 + 2^-8: 2^-9 + 2^-12 is lost, 2^-8 + 2^-11 goes up."""
+    """In bf16 the number after W = 1 is 1 + 2^-7: a sum of 2^-9 + 2^-12 is lost, one of 2^-8 + 2^-11 is rounded up."""
     llm = nn.Sequential()
     llm.add_module("layer", nn.Linear(1, 1, bias=False))
     add_adapters(llm, LoRASettings(rank=1, alpha=1), 0)
@@ -76,15 +76,15 @@ def test_every_linear_layer_of_the_decoder_is_adapted_and_nothing_changes_yet() 
     assert all(3 in p.shape for p in adapters(model).values())
 
 
-def test_the_same_seed_makes_the_same_adapters_and_leaves_the_callers_random_numbers_alone() -> None:
-    made = []
+def test_the_same_seed_makes_the_same_adapters_and_draws_none_of_the_callers_numbers() -> None:
+    weights = []
     for seed in (0, 0, 1):
         model, _ = tiny_model()
         state = torch.random.get_rng_state()
         add_adapters(model.llm, LoRASettings(), seed)
         assert torch.equal(torch.random.get_rng_state(), state)
-        made.append(torch.cat([p.detach().reshape(-1) for p in adapters(model).values()]))
-    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+        weights.append(torch.cat([p.detach().reshape(-1) for p in adapters(model).values()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_chosen_layers() -> None:
@@ -99,7 +99,7 @@ def test_chosen_layers() -> None:
 
 
 def test_gradient_checkpointing_gives_adapters_the_same_gradients() -> None:
-    """With frozen word embeddings no input of the LLM's layers need ask for a gradient; A and B get theirs."""
+    """With frozen word embeddings the inputs of the LLM's layers need no gradients, but A and B still get theirs."""
     actual = []
     for checkpointing in (False, True):
         model, processor = tiny_model("basic")

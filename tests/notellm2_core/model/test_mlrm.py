@@ -54,7 +54,7 @@ def test_shapes(pair: tuple[MLRMModel, MLRMProcessor]) -> None:
 
 
 def test_slow_reference(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
-    """One note, by hand: embeddings joined piece by piece, no padding, no mask, Eq. 7 from the raw matrices."""
+    """The reference joins one note's embeddings piece by piece, without padding and mask, and applies Eq. 7 by hand."""
     model, processor = notellm2
     note = processor.encode(LONG)
     patches, pooled = (torch.from_numpy(f.astype(np.float32)) for f in features(1))
@@ -76,7 +76,7 @@ def test_slow_reference(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", METHODS)
 def test_padding_does_not_matter(method: str, attention: str) -> None:
-    """Left, right, none: the same embeddings, and the same gradients on the word embeddings."""
+    """Left, right and no padding give the same embeddings and the same gradients of the word embeddings."""
     model, processor = tiny_model(method, attention=attention)
     notes, (patches, pooled) = [SHORT, LONG, EMPTY], features(3)
     outputs, gradients = [], []
@@ -91,7 +91,7 @@ def test_padding_does_not_matter(method: str, attention: str) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
     close(outputs[0].multimodal, outputs[1].multimodal)
     close(outputs[0].visual, outputs[1].visual)
-    for i, note in enumerate(notes):  # alone, without padding: an embedding does not depend on its batch either
+    for i, note in enumerate(notes):  # alone, so an embedding does not depend on its batch either
         one = processor.collate([processor.encode(note)], patches[i : i + 1], pooled[i : i + 1], np.array([True]))
         assert one.attention_mask.all()
         close(embed(model, one).multimodal[0], outputs[0].multimodal[i])
@@ -125,7 +125,7 @@ def test_image_input_sees_no_text_and_text_input_no_image(pair: tuple[MLRMModel,
 
 
 def test_without_image_every_module_still_runs(pair: tuple[MLRMModel, MLRMProcessor]) -> None:
-    """v and the visual words are zeros; all parameters have gradients, so that all ranks reduce the same ones."""
+    """v and the visual words are zeros. All parameters have gradients, because all ranks must reduce the same ones."""
     model, processor = pair
     batch = processor.collate([processor.encode(SHORT)], None, None, np.array([False]))
     states = model.states(batch)
@@ -134,7 +134,7 @@ def test_without_image_every_module_still_runs(pair: tuple[MLRMModel, MLRMProces
     output = model(batch)
     (output.multimodal.sum() + (0 if output.visual is None else output.visual.sum())).backward()
     without = {name for name, p in model.named_parameters() if p.grad is None}
-    assert without == {"tau"}  # tau is the loss's
+    assert without == {"tau"}  # only the loss reads tau
     assert model.connector is None or not model.connector.first.weight.grad.any()
 
 
@@ -146,9 +146,8 @@ def test_parameter_groups_are_a_partition(pair: tuple[MLRMModel, MLRMProcessor])
     assert [name for name, _ in groups["tau"]] == ["tau"]
     assert all(name.startswith("llm.") for name, _ in groups["llm"])
     method = METHODS[model.config.method]
-    has = {"connector": method.visual_prompt, "fusion": method.late_fusion, "projector": True}
-    parts = {part for part, there in has.items() if there}
-    assert {name.split(".")[0] for name, _ in groups["new"]} == parts
+    is_part = {"connector": method.visual_prompt, "fusion": method.late_fusion, "projector": True}
+    assert {name.split(".")[0] for name, _ in groups["new"]} == {part for part in is_part if is_part[part]}
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
@@ -167,7 +166,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
 
 def test_bf16_weights_take_fp32_features(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
-    """DeepSpeed turns the weights to bf16; the result stays near the fp32 one (8 bits of mantissa)."""
+    """DeepSpeed casts the weights to bf16; the result stays near that of fp32 (8 bits of mantissa)."""
     model, processor = tiny_model()
     batch = batch_of(processor, [SHORT, LONG])
     full = embed(model, batch).multimodal
@@ -177,7 +176,7 @@ def test_bf16_weights_take_fp32_features(notellm2: tuple[MLRMModel, MLRMProcesso
 
 
 def test_rotary_frequencies_stay_exact_in_bf16(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
-    """They stay in fp32 by every way that casts the model to bf16; weights and everything else are cast."""
+    """Every cast of the model to bf16 leaves the frequencies in fp32, and casts the weights."""
     for cast in (lambda m: nn.Module.to(m, "cpu", torch.bfloat16), lambda m: nn.Sequential(m).bfloat16()[0]):
         model = copy.deepcopy(notellm2[0])
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -204,7 +203,7 @@ def test_batch_moves_whole(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
 
 
 def test_without_visual_prompt_the_image_reaches_the_gate_alone() -> None:
-    """only_late_fusion: no place for the image in the prompt, so the LLM's state is the text's; v brings the image."""
+    """The prompt of only_late_fusion has no image: the LLM's state is the text's, and only v depends on the image."""
     model, processor = tiny_model("only_late_fusion")
     assert not processor.encode(LONG).token_ids.tolist().count(processor.note_tokenizer.new_token_ids[0])
     states = [
@@ -216,7 +215,7 @@ def test_without_visual_prompt_the_image_reaches_the_gate_alone() -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
 def test_connectors_for_ablation_map_every_patch(kind: str) -> None:
-    """L_c = L: a patch goes to its own place in the prompt, by one linear layer or two."""
+    """L_c = L: each patch becomes its own visual word, by one linear layer or two."""
     model, processor = tiny_model(connector=kind)
     batch = batch_of(processor, [SHORT, LONG])
     assert batch.image_mask.sum(1).tolist() == [NUM_PATCHES, NUM_PATCHES]
@@ -229,7 +228,7 @@ def test_connectors_for_ablation_map_every_patch(kind: str) -> None:
 
 
 def test_gate_and_projector_keep_their_precision_under_autocast(notellm2: tuple[MLRMModel, MLRMProcessor]) -> None:
-    """Only the LLM and the connector compute in bf16."""
+    """Under autocast only the LLM and the connector compute in bf16."""
     model, processor = notellm2
     batch = batch_of(processor, [SHORT, LONG])
     with torch.no_grad():
@@ -240,4 +239,4 @@ def test_gate_and_projector_keep_their_precision_under_autocast(notellm2: tuple[
         assert output.multimodal.dtype == torch.float32
         assert torch.equal(states.multimodal, fused)
         assert torch.equal(output.multimodal, model.projector(states.multimodal))
-        assert not torch.equal(output.multimodal, model(batch).multimodal)  # the LLM did
+        assert not torch.equal(output.multimodal, model(batch).multimodal)  # the LLM used bf16

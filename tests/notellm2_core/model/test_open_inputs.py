@@ -1,4 +1,4 @@
-"""The input of a model: stored features, or images for its own vision encoder."""
+"""A model's input: stored features, or images for its own vision encoder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> MLRMProcessor:
 
 
 def test_stored_features(world: World, processor: MLRMProcessor, tmp_path: Path) -> None:
-    """Of three notes and of all eight; the same from the notes as from their tokens."""
+    """Three notes and all eight are opened. The notes and their stored tokens give the same tokens."""
     reader = InputReader(processor, world.inputs)
     notes = reader.open(NOTES)
     assert sorted(notes.tokens) == sorted(notes.image_ids) == NOTES
@@ -50,7 +50,7 @@ def test_stored_features(world: World, processor: MLRMProcessor, tmp_path: Path)
 
 
 def test_images_on_demand(world: World, processor: MLRMProcessor) -> None:
-    """With an encoder, the images are needed, and the store, which is missing, is not."""
+    """A reader with an encoder needs the images, and not the store, which is missing here."""
     encoder = VisionEncoder.from_pretrained(world.inputs.vision)
     inputs = replace(world.with_image_folders, store=world.path("nowhere"))
     notes = InputReader(processor, inputs, encoder).open(NOTES)
@@ -64,7 +64,7 @@ def test_images_on_demand(world: World, processor: MLRMProcessor) -> None:
 
 
 def test_a_saved_model_reads_with_its_own_encoder(world: World, tmp_path: Path) -> None:
-    """A trained encoder has no stored features, a frozen one has. Without images, the first is refused."""
+    """A frozen encoder has stored features, a trained one has none: without image folders its model is refused."""
 
     def read(name: str, inputs: NoteInputs) -> InputReader:
         return load_model_and_reader(tmp_path / name, inputs, 10_000)[1]

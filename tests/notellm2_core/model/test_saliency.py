@@ -1,4 +1,4 @@
-"""Eq. 3-6: by hand, against a loop, and the attention and its gradient against what they must be."""
+"""Eq. 3-6 equal a worked example and a slow loop; the attention and its gradient equal slow references."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ SCORES = ("visual", "text", "other")
 
 
 def test_worked_example() -> None:
-    """2 heads, 4 tokens: a visual one, two of text, then the final compressed word c = 3. Sum over the heads of |A G|:
+    """2 heads, 4 tokens: one visual, two of text, then the final compressed word c = 3. I sums |A G| over the heads:
 
               head 1: A            G           head 2: A         G               I
         row 0  1                 5             1                 5             (diagonal)
@@ -58,13 +58,13 @@ def test_worked_example() -> None:
 
     assert scores(0) == pytest.approx((3, 3.5, 2))
     assert scores(0, 1) == pytest.approx((2.5, 5, 2))
-    nothing, text, other = scores()
-    assert math.isnan(nothing) and (text, other) == pytest.approx((10 / 3, 2))
-    assert scores(0, 3) == scores(0)  # c itself is not among what flows to c
+    visual, text, other = scores()
+    assert math.isnan(visual) and (text, other) == pytest.approx((10 / 3, 2))
+    assert scores(0, 3) == scores(0)  # c does not flow to itself
 
 
 def loop_scores(attention: np.ndarray, gradient: np.ndarray, visual: set[int], real: list[int]) -> list[float]:
-    """Eq. 3-6 for one note as they are printed, pair by pair; `real`: the positions that are no padding, in order."""
+    """Eq. 3-6 for one note as printed, pair by pair. `real`: the positions without padding, in order."""
     c, sets = real[-1], {name: [] for name in SCORES}
     for i in real:
         for j in real:
@@ -81,32 +81,32 @@ def loop_scores(attention: np.ndarray, gradient: np.ndarray, visual: set[int], r
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_equals_the_loop(lengths: list[int], left: bool, num_heads: int, visual_share: float, seed: int) -> None:
-    """Any lengths and positions; values on padding or above the diagonal are never read, even if they are NaN."""
+    """Lengths and positions are arbitrary. Values on padding, and NaN above the diagonal, are never read."""
     rng = np.random.default_rng(seed)
     n, t = len(lengths), max(lengths)
     starts = [t - length if left else 0 for length in lengths]
     real = [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=True)]
     attention, gradient = rng.normal(size=(2, n, num_heads, t, t))
     visual = rng.random((n, t)) < visual_share
-    mask = np.array([[i in places for i in range(t)] for places in real])
+    mask = np.array([[i in positions for i in range(t)] for positions in real])
     attention[:, :, *np.triu_indices(t, 1)] = np.nan
     actual = saliency_scores(
         *(torch.tensor(x) for x in (attention, gradient, visual)),
         torch.tensor(mask.astype(int)),
-        torch.tensor([places[-1] for places in real]),
+        torch.tensor([positions[-1] for positions in real]),
     )
     expected = [loop_scores(attention[i], gradient[i], set(np.flatnonzero(visual[i])), real[i]) for i in range(n)]
     np.testing.assert_allclose(torch.stack(actual).numpy().T, expected, rtol=1e-10)
 
 
 def squares(output: MLRMOutput) -> Tensor:
-    """A loss of each note by itself."""
+    """A loss that is a sum over the notes."""
     total = output.multimodal.square().sum()
     return total if output.visual is None else total + output.visual.square().sum()
 
 
 def contrast(output: MLRMOutput) -> Tensor:
-    """A loss in which every note meets the others, in any order, and in the model's own precision."""
+    """A loss over all pairs of notes, in any order and in the model's precision."""
     unit = functional.normalize(output.multimodal, dim=1)
     return (3 * unit @ unit.T).logsumexp(dim=1).sum()
 
@@ -118,7 +118,7 @@ def one_layer(method: str = "notellm2") -> tuple[MLRMModel, NoteBatch]:
 
 
 def test_the_attention_is_the_softmax_of_the_layer() -> None:
-    """softmax(q k^T / sqrt(d)) worked out from the raw matrices, with rotary positions, for a note without padding."""
+    """The reference is softmax(q k^T / sqrt(d)) from the raw matrices with rotary positions, for an unpadded note."""
     model, batch = one_layer()
     embedded: list[Tensor] = []
     handle = model.llm.register_forward_pre_hook(
@@ -132,12 +132,12 @@ def test_the_attention_is_the_softmax_of_the_layer() -> None:
     angles = torch.arange(len(x))[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
     cos, sin = (f(angles.double()).repeat(1, 2)[:, None] for f in (torch.cos, torch.sin))  # [T, 1, d]
 
-    def turned(y: Tensor) -> Tensor:  # [T, heads, d]
+    def rotated(y: Tensor) -> Tensor:  # [T, heads, d]
         a, b = y.chunk(2, dim=2)
         return y * cos + torch.cat([-b, a], dim=2) * sin
 
-    q = turned((x @ layer.self_attn.q_proj.weight.T).view(len(x), -1, width))
-    k = turned((x @ layer.self_attn.k_proj.weight.T).view(len(x), -1, width))
+    q = rotated((x @ layer.self_attn.q_proj.weight.T).view(len(x), -1, width))
+    k = rotated((x @ layer.self_attn.k_proj.weight.T).view(len(x), -1, width))
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = torch.einsum("ihd,jhd->hij", q, k) / width**0.5
     scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
@@ -145,56 +145,56 @@ def test_the_attention_is_the_softmax_of_the_layer() -> None:
 
 
 def test_the_gradient_is_that_of_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Central differences: a weight of the attention, after its softmax, is moved by +-h and the loss taken again."""
+    """The reference is central differences: an attention weight is changed by +-h after its softmax."""
     model, batch = one_layer()
-    moved = torch.zeros(())
+    change = torch.zeros(())
 
     def eager(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
         groups = module.num_key_value_groups
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        weights = (query @ key.transpose(2, 3) * scaling + mask).softmax(dim=3) + moved
+        weights = (query @ key.transpose(2, 3) * scaling + mask).softmax(dim=3) + change
         return (weights @ value).transpose(1, 2), None
 
-    def norm(module: Any, x: Tensor) -> Tensor:  # fp64 all the way; the original one rounds to fp32
+    def norm(module: Any, x: Tensor) -> Tensor:  # in fp64; the original rounds to fp32
         return functional.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
 
     monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
     ((attention, gradient),) = attention_gradients(model, batch, contrast)
-    moved = torch.zeros_like(attention)
+    change = torch.zeros_like(attention)
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager)
 
-    def loss_moved_by(place: tuple[int, ...], h: float) -> float:
-        moved.zero_()
-        moved[place] = h
+    def changed_loss(position: tuple[int, ...], h: float) -> float:
+        change.zero_()
+        change[position] = h
         with torch.no_grad():
             return contrast(model(batch)).item()
 
     c, v = batch.last_index.tolist(), batch.visual_index.tolist()
     first = batch.image_mask[0].nonzero()[0].item()
-    for place in [(0, 0, c[0], first), (0, 3, c[0], v[0]), (1, 1, c[1], 2), (1, 2, c[1], c[1])]:
-        slope = (loss_moved_by(place, 1e-4) - loss_moved_by(place, -1e-4)) / 2e-4
-        assert gradient[place].item() == pytest.approx(slope, rel=1e-5)
+    for position in [(0, 0, c[0], first), (0, 3, c[0], v[0]), (1, 1, c[1], 2), (1, 2, c[1], c[1])]:
+        slope = (changed_loss(position, 1e-4) - changed_loss(position, -1e-4)) / 2e-4
+        assert gradient[position].item() == pytest.approx(slope, rel=1e-5)
         assert abs(slope) > 1e-6
     assert gradient[0, :, v[0]].abs().max() == 0  # in the last layer, only the row of c is read by this loss
 
 
 @pytest.mark.parametrize("method", ["basic", "notellm2"])
-def test_places(method: str) -> None:
-    """The L_c = 4 visual embeddings, and with mICL the token before <IMG_EMB>."""
+def test_visual_positions(method: str) -> None:
+    """The positions are those of the L_c = 4 visual embeddings and, with mICL, of the token before <IMG_EMB>."""
     _, processor = tiny_model(method)
     batch = batch_of(processor, [SHORT, LONG])
-    for i, places in enumerate(visual_positions(batch)):
-        actual = batch.input_ids[i][places].tolist()
+    for i, positions in enumerate(visual_positions(batch)):
+        actual = batch.input_ids[i][positions].tolist()
         assert actual[:4] == [processor.note_tokenizer.new_token_ids[0]] * 4
         assert len(actual) == (5 if method == "notellm2" else 4)
         if method == "notellm2":
             assert batch.input_ids[i, batch.visual_index[i] + 1] == processor.note_tokenizer.new_token_ids[1]
 
 
-def without_images(processor: MLRMProcessor, notes: list[Note], shown: list[bool]) -> NoteBatch:
-    return processor.collate([processor.encode(n) for n in notes], *features(len(notes)), np.array(shown))
+def without_images(processor: MLRMProcessor, notes: list[Note], has_image: list[bool]) -> NoteBatch:
+    return processor.collate([processor.encode(n) for n in notes], *features(len(notes)), np.array(has_image))
 
 
 def same(a: Measurement, b: Measurement) -> None:
@@ -205,7 +205,7 @@ def same(a: Measurement, b: Measurement) -> None:
 
 @pytest.mark.parametrize("method", ["basic", "notellm2"])
 def test_padding_and_batches_do_not_matter(method: str) -> None:
-    """Left, right, none: the same. Notes in other batches or in another order too, where the loss is each note's."""
+    """Left, right and no padding give the same scores; with a sum as loss, other batches and orders do too."""
     model, processor = tiny_model(method)
     notes, actual = [SHORT, LONG, EMPTY], []
     for side in ("right", "left"):
@@ -221,13 +221,13 @@ def test_padding_and_batches_do_not_matter(method: str) -> None:
     assert measure(model, alone[::-1]).layers[0] == pytest.approx(measure(model, alone).layers[0], rel=1e-9)
     assert len(actual[0].layers) == 2 and actual[0].num_defined == dict.fromkeys(SCORES, 3)
     assert all(score > 0 for score in actual[0].layers[0].values())
-    # In the last layer the loss reads the rows of the compressed words alone: nothing else flows where there is one.
+    # In the last layer the loss reads only the rows of compressed words: with one word, no other flow has a gradient.
     assert (actual[0].layers[1]["other"] == 0) == (method == "basic")
 
 
 def notes_of(batch: NoteBatch, rows: Tensor) -> NoteBatch:
-    there: dict[str, Any] = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return NoteBatch(**{name: value[rows] for name, value in there.items() if value is not None})
+    values: dict[str, Any] = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return NoteBatch(**{name: value[rows] for name, value in values.items() if value is not None})
 
 
 def test_the_order_inside_a_batch_does_not_matter() -> None:
@@ -238,7 +238,7 @@ def test_the_order_inside_a_batch_does_not_matter() -> None:
 
 
 def test_notes_without_an_image_are_left_out_and_counted() -> None:
-    """Their own loss apart, the others' means do not know of them; with no image at all there is no score."""
+    """Notes without an image do not change the means of the others. Without any image no score is defined."""
     model, processor = tiny_model("notellm2")
     mixed = without_images(processor, [SHORT, LONG, EMPTY], [True, False, True])
     actual = measure(model, [(mixed, squares)])
@@ -246,13 +246,13 @@ def test_notes_without_an_image_are_left_out_and_counted() -> None:
     rows = torch.tensor([0, 2])
     for a, b in zip(actual.layers, measure(model, [(notes_of(mixed, rows), squares)]).layers, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
-    nothing = measure(model, [(without_images(processor, [SHORT, LONG], [False, False]), squares)])
-    assert nothing.layers == (dict.fromkeys(SCORES),) * 2
-    assert nothing.num_defined == dict.fromkeys(SCORES, 0)
+    undefined = measure(model, [(without_images(processor, [SHORT, LONG], [False, False]), squares)])
+    assert undefined.layers == (dict.fromkeys(SCORES),) * 2
+    assert undefined.num_defined == dict.fromkeys(SCORES, 0)
 
 
 def test_no_image_embeddings_in_the_llm() -> None:
-    """A prompt without an image: E_v is empty, S_v is None and counted as such, not 0."""
+    """In a prompt without an image E_v is empty, so S_v is None, not 0, and counts as undefined."""
     model, processor = tiny_model("only_late_fusion")
     actual = measure(model, [(batch_of(processor, [LONG]), squares)])
     assert actual.num_defined == {"visual": 0, "text": 1, "other": 1}
@@ -261,9 +261,9 @@ def test_no_image_embeddings_in_the_llm() -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_measuring_leaves_the_model_as_it_was(frozen: bool) -> None:
-    """Weights, gradients, what is trained, mode and kind of attention; also where the whole LLM is frozen, or it fails.
+    """Weights, gradients, trained parts, mode and attention stay, also if the model is frozen or the measuring fails.
 
-    Dropout is off while it measures: twice the same.
+    Dropout is off, so two measurements are equal.
     """
     config = tiny_config("notellm2")
     connector = config.model.connector.model_copy(update={"dropout": 0.5})
@@ -296,7 +296,7 @@ def test_measuring_leaves_the_model_as_it_was(frozen: bool) -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_an_error() -> None:
-    """It must not be taken for a score that is undefined."""
+    """A gradient that is not finite must not count as an undefined score."""
     model, processor = tiny_model("basic")
     nn.init.constant_(model.projector.weight, math.inf)
     with pytest.raises(ValueError, match="not finite"):
@@ -304,7 +304,7 @@ def test_a_gradient_that_is_not_finite_is_an_error() -> None:
 
 
 def test_an_llm_without_attention() -> None:
-    """Mamba has none: one sentence, and the model is as it was."""
+    """Mamba has no attention: the error is one sentence, and the model is unchanged."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 600}
     model, processor = tiny_model("basic")
     config = MLRMConfig(**model.config.to_dict() | {"llm": {"model_type": "mamba", **sizes}, "attention": "eager"})

@@ -1,4 +1,4 @@
-"""The folders of the notes as options of a command, and back."""
+"""NoteInputs as options of a command, and back."""
 
 from argparse import ArgumentParser
 from pathlib import Path
@@ -11,7 +11,7 @@ FOLDERS = ImageFolders(Path("lake/notes"), Path("source"))
 
 
 @pytest.mark.parametrize("image_folders", [None, FOLDERS])
-def test_options_and_back(image_folders: ImageFolders | None) -> None:
+def test_inputs_are_parsed_from_their_options(image_folders: ImageFolders | None) -> None:
     parser = ArgumentParser()
     NoteInputs.add_arguments(parser)
     inputs = NoteInputs(Path("a notes folder"), Path("images"), Path("store"), image_folders)
@@ -29,7 +29,7 @@ def test_only_the_image_folders_are_optional(left_out: str, capsys: pytest.Captu
     parser = ArgumentParser()
     NoteInputs.add_arguments(parser)
     options = NoteInputs(Path("n"), Path("i"), Path("s")).arguments()
-    place = options.index(left_out)
+    position = options.index(left_out)
     with pytest.raises(SystemExit):
-        parser.parse_args(options[:place] + options[place + 2 :])
+        parser.parse_args(options[:position] + options[position + 2 :])
     assert f"required: {left_out}" in capsys.readouterr().err

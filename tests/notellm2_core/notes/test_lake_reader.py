@@ -25,7 +25,7 @@ def test_reads_all_files_in_order(tmp_path: Path) -> None:
     assert notes["a"] == Note("a", "ta", ("a", "b"), "")
 
 
-def test_keeps_the_asked_notes(tmp_path: Path) -> None:
+def test_reads_only_the_requested_notes(tmp_path: Path) -> None:
     write(tmp_path, "part-0.parquet", ["b", "a", "c"])
     assert list(read_notes(tmp_path, {"c", "b"})) == ["b", "c"]
     assert read_notes(tmp_path, []) == {}

@@ -41,9 +41,9 @@ def processor(tokenizer: str, prompt: str = "micl", side: str = "right") -> MLRM
 @pytest.mark.parametrize("tokenizer", ["tiny", "smollm2"])
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_text_stays_text(tokenizer: str, kind: str) -> None:
-    """The only special tokens of a note are the template's, the tail is whole, and no field exceeds its cap.
+    """The only special tokens of a note are the template's, its tail is complete, and no field exceeds its cap.
 
-    Caps: 4 tokens a word, for 20 + 20 + 80 words, so at most 480 tokens beside the template.
+    Caps: 4 tokens a word, for 20 + 20 + 80 words, so at most 480 tokens more than the template.
     """
     p = processor(tokenizer)
     text = HOSTILE[kind]
@@ -103,8 +103,8 @@ def test_basic_prompt_has_no_visual_word() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["micl", "basic", "text"])
-def test_what_every_note_begins_with(prompt: str) -> None:
-    """Up to the image, or the title; a start of sequence counts."""
+def test_the_prefix_that_all_notes_share(prompt: str) -> None:
+    """All notes share the tokens up to the image, or to the title in a prompt without image."""
     p = processor("tiny", prompt)
     first, second = (p.encode(Note("n", title, (), "")) for title in ("a", "b"))
     same = np.argmin(first.token_ids == second.token_ids)
@@ -113,18 +113,18 @@ def test_what_every_note_begins_with(prompt: str) -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collate(side: str) -> None:
-    """Each row: its tokens in one piece, the mask on them, every index shifted by the padding before them."""
+    """Each row has its tokens in one piece under the mask, and its indices are shifted by the padding before them."""
     p = processor("tiny", "micl", side)
     encoded = [p.encode(Note("a", "Hi", (), "")), p.encode(Note("b", "A much longer title", ("x",), "and content"))]
     patches = np.full((2, 2, 5), np.nan, np.float16)
     patches[1] = 2.5
     batch = p.collate(encoded, patches, patches[:, 0], np.array([False, True]))
     for row, note in enumerate(encoded):
-        kept = batch.attention_mask[row].bool()
-        assert batch.input_ids[row][kept].tolist() == note.token_ids.tolist()
+        real = batch.attention_mask[row].bool()
+        assert batch.input_ids[row][real].tolist() == note.token_ids.tolist()
         assert batch.input_ids[row, batch.visual_index[row] + 1] == p.note_tokenizer.new_token_ids[1]
         assert batch.input_ids[row][batch.image_mask[row]].tolist() == [p.note_tokenizer.new_token_ids[0]] * NUM_QUERIES
-        assert batch.last_index[row] == kept.nonzero().max()
+        assert batch.last_index[row] == real.nonzero().max()
     padded_end = 0 if side == "left" else -1
     assert batch.attention_mask[0, padded_end] == 0
     assert batch.patches.dtype == torch.float32
@@ -165,8 +165,8 @@ def test_save_and_load(tmp_path: Path) -> None:
         MLRMProcessor.from_pretrained(tmp_path)
 
 
-def test_a_start_token_is_kept_where_the_tokenizer_has_one() -> None:
-    """LLaMA puts <s> before every text; the template's first token stays the second one."""
+def test_a_start_token_of_the_tokenizer_begins_every_note() -> None:
+    """LLaMA's tokenizer puts <s> before every text: each note begins with one, and the shared prefix counts it."""
     from tokenizers import processors
 
     plain = processor("tiny").encode(Note("n", "a", (), ""))

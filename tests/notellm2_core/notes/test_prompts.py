@@ -10,13 +10,13 @@ from notellm2_core.notes.prompts import PROMPTS, Field, Mark, escape, field_text
 
 
 def rendered(prompt: str) -> str:
-    """The prompt as the paper prints it, with field names for fields."""
+    """The prompt as the paper prints it, with each field's name in its place."""
     pieces = PROMPTS[prompt]  # type: ignore[index]
     return "".join(p.name if isinstance(p, Field) else p.token if isinstance(p, Mark) else p for p in pieces)
 
 
 def test_prompts_are_the_papers() -> None:
-    """Sections 2.2 and 3, with the values in quotes ("json format")."""
+    """The prompts are those of sections 2.2 and 3, with the values in quotes ("json format")."""
     assert rendered("basic") == (
         "Note content: {'image': <IMG>, 'title': 'title', 'topic': 'topic', 'content': 'content'}. "
         'Compress this note into one word:"'
@@ -38,8 +38,8 @@ def test_prompts_are_the_papers() -> None:
         ("今天天气", "auto", "今天"),  # a Han character is a word ...
         ("今天天气 很好 吧", "space", "今天天气 很好"),
         ("かな漢字", "auto", "かな"),
-        ("go去上海", "auto", "go去"),  # ... also beside a Latin word
-        ("안녕 세계 또", "auto", "안녕 세계"),  # Korean is spaced
+        ("go去上海", "auto", "go去"),  # ... also next to a Latin word
+        ("안녕 세계 또", "auto", "안녕 세계"),  # Korean has spaces between words
         ("a bc", "character", "a b"),
         ("مرحبا بالعالم الجميل", "auto", "مرحبا بالعالم"),
         ("", "auto", ""),
@@ -52,7 +52,7 @@ def test_first_two_words(text: str, unit: str, expected: str) -> None:
 
 @given(st.text(max_size=60), st.integers(1, 10))
 @settings(deadline=None)
-def test_truncation_is_a_piece_of_the_text_and_repeats_nothing(text: str, limit: int) -> None:
+def test_a_truncated_text_is_a_piece_of_the_text_and_is_not_cut_again(text: str, limit: int) -> None:
     once = truncate_words(text, limit)
     assert once in text
     assert truncate_words(once, limit) == once
@@ -60,7 +60,7 @@ def test_truncation_is_a_piece_of_the_text_and_repeats_nothing(text: str, limit:
 
 
 def test_escape_keeps_one_line_and_closes_no_quote() -> None:
-    r"""A backslash doubles first, so that \n written by the user stays apart from a line break."""
+    r"""Backslashes are doubled first, so that \n written by the user differs from a line break."""
     assert escape('it\'s "x"\n\\n\r\n\u2028') == 'it\\\'s \\"x\\"\\n\\\\n\\n\\n'
     assert escape("a\ud800b") == "a?b"
 
@@ -78,7 +78,7 @@ def test_topics_are_truncated_together() -> None:
 
 
 def test_a_word_of_a_million_letters_is_cut() -> None:
-    """20 words may take 80 tokens, and no more than 32 characters per token are looked at: 2,560 characters."""
+    """20 words may take 80 tokens, and at most 32 characters per token are read: 2,560 characters."""
     start = time.perf_counter()
     assert len(field_text(Note("n", "x" * 1_000_000, (), ""), "title", TextSettings())) == 2560
     assert time.perf_counter() - start < 0.5

@@ -1,4 +1,4 @@
-"""Tokens on disk: what the tokenizer says, read back without it; refused where they are another's, or damaged."""
+"""Tokens on disk are the tokenizer's, read without it; another tokenizer's or damaged ones are refused."""
 
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from notellm2_core import schema
 from notellm2_core.config.data import TextSettings
 from notellm2_core.model.llm import tiny_tokenizer
 from notellm2_core.model.tokenise import main
-from notellm2_core.notes import token_store as token_table
+from notellm2_core.notes import token_store
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.note_tokenizer import NoteTokenizer
 from notellm2_core.notes.processor import MLRMProcessor
@@ -39,13 +39,13 @@ def notes_of(fields: list[tuple[str, list[str], str]]) -> list[Note]:
 
 @settings(max_examples=40, deadline=None)
 @given(fields=st.lists(st.tuples(texts, st.lists(texts, max_size=3), texts), min_size=1, max_size=9))
-def test_read_as_if_tokenised_one_by_one(
+def test_stored_tokens_are_those_of_each_note(
     fields: list[tuple[str, list[str], str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """For every prompt and kind of input, from one file in batches of 4; so is the number of tokens."""
+    """A file, written in batches of 4, gives each note's tokens and their number for every prompt and kind of input."""
     folder, notes = tmp_path_factory.mktemp("tokens"), notes_of(fields)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_table, "_BATCH_NOTES", 4)
+        patch.setattr(token_store, "_BATCH_NOTES", 4)
         write_tokens(folder, tokenizer(), notes)
     for prompt in ("micl", "basic", "text"):
         reader = processor(prompt)
@@ -54,9 +54,9 @@ def test_read_as_if_tokenised_one_by_one(
         for note in notes:
             for kind in KINDS:
                 expected = reader.encode(note, kind)
-                found = reader.lay_out(table[note.note_id], kind)
-                assert found.token_ids.tolist() == expected.token_ids.tolist()
-                assert (found.image_start, found.visual_index) == (expected.image_start, expected.visual_index)
+                stored = reader.lay_out(table[note.note_id], kind)
+                assert stored.token_ids.tolist() == expected.token_ids.tolist()
+                assert (stored.image_start, stored.visual_index) == (expected.image_start, expected.visual_index)
                 assert reader.num_tokens(table[note.note_id], kind) == len(expected)
 
 
@@ -68,8 +68,8 @@ def test_only_the_named_notes(tmp_path: Path) -> None:
         read_tokens(tmp_path, tokenizer(), ["n1", "n9"])
 
 
-def test_of_another_tokenizer_or_other_settings(tmp_path: Path) -> None:
-    """What changes no token (the prompt, the bounds of short and long) may differ."""
+def test_tokens_of_another_tokenizer_or_other_settings_are_refused(tmp_path: Path) -> None:
+    """Settings that change no token (the prompt, the bounds of short and long) may differ."""
     write_tokens(tmp_path, tokenizer(), notes_of([("a", [], "")]))
     TokenTable(tmp_path / TOKENS_FILE, processor("basic", short_tokens=7).note_tokenizer)
     larger = tiny_tokenizer()
@@ -79,13 +79,13 @@ def test_of_another_tokenizer_or_other_settings(tmp_path: Path) -> None:
             TokenTable(tmp_path / TOKENS_FILE, other)
 
 
-def test_a_saved_processor_reads_them(tmp_path: Path) -> None:
+def test_a_saved_processor_has_the_same_tokens_id(tmp_path: Path) -> None:
     processor().save_pretrained(tmp_path / "model")
     saved = MLRMProcessor.from_pretrained(tmp_path / "model")
     assert saved.note_tokenizer.tokens_id == tokenizer().tokens_id
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_tokens(tmp_path: Path) -> None:
     (tmp_path / TOKENS_FILE).write_bytes(b"ARROW1 and no more")
     with pytest.raises(ValueError, match=r"tokens.arrow cannot be read .*; if it is damaged, move it away"):
         read_tokens(tmp_path, tokenizer())
@@ -97,7 +97,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two notes, the second without text: 12 letters of the tiny tokenizer are as many tokens. No prompt is counted."""
+    """Two notes, the second without text: the tiny tokenizer makes 12 tokens of 12 letters. No prompt is counted."""
     rows = [
         {"note_id": f"n{i}", "title": title, "topics": [], "content": "", "image_path": None, "image": None}
         for i, title in enumerate(["zzzzzzzzzzzz", ""])

@@ -1,4 +1,4 @@
-"""Hard negatives: by hand, against a loop over all notes, and read back for training."""
+"""Hard negatives: computed by hand, equal to a loop over all notes, and read back for training."""
 
 import json
 import subprocess
@@ -29,16 +29,16 @@ def write_world(
     root: Path, vectors: Mapping[str, Any], train: Sequence[Pair], validation: Sequence[Pair] = (),
     groups: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """root/embeddings, root/pairs and, with `groups`, root/sides."""
+    """Write root/embeddings, root/pairs and, with `groups`, root/split."""
     write_shard(root / "embeddings" / "part-00000.parquet", list(vectors), np.stack(list(vectors.values())), {})
     for name, pairs in (("train", train), ("validation", validation)):
         (root / "pairs" / name).mkdir(parents=True)
         rows = [{"query_id": q, "target_id": t, "score": 1.0, "num_users": 1, "rank": 1} for q, t in pairs]
         pq.write_table(pa.Table.from_pylist(rows, schema=schema.RELATED_PAIRS), root / "pairs" / name / "0.parquet")
     if groups is not None:
-        (root / "sides").mkdir()
-        sides = [{"note_id": n, "side": "train", "group_id": g, "in_train_days": True} for n, g in groups.items()]
-        pq.write_table(pa.Table.from_pylist(sides, schema=schema.NOTE_SPLIT), root / "sides" / "0.parquet")
+        (root / "split").mkdir()
+        splits = [{"note_id": n, "side": "train", "group_id": g, "in_train_days": True} for n, g in groups.items()]
+        pq.write_table(pa.Table.from_pylist(splits, schema=schema.NOTE_SPLIT), root / "split" / "0.parquet")
 
 
 def rows_of(out: Path) -> list[tuple[str, str, int]]:
@@ -59,14 +59,14 @@ def world(tmp_path: Path) -> Path:
 
 
 def test_by_hand(world: Path) -> None:
-    """Notes at 0 (a), 10 (b), 25 (c), 45 (d), 70 (e) and 100 (f) degrees; v of a validation pair and the pool's note
-    are no candidates. Ranks 2 to 4 of: a: c d e, b: c d e, c: d a e, d: e b a, e: f c b, f: d c b.
+    """The notes are at 0 (a), 10 (b), 25 (c), 45 (d), 70 (e) and 100 (f) degrees. v of a validation pair and the pool's
+    note are no candidates. The notes at ranks 2 to 4: a: c d e, b: c d e, c: d a e, d: e b a, e: f c b, f: d c b.
 
-    Known positives: a b, c d, d e (of validation), e f, in both directions; in the window are d of c, e of d, f of e.
-    a and c are near-duplicates, so a's relation to b is one of c, and c's to d one of a. This takes c and d of a, c of
-    b, a of c, a of d.
+    The known positives are a b, c d, d e (of validation) and e f, in both directions. In the window are d of c, e of d,
+    f of e. a and c are near-duplicates, so c is related to b as a is, and a to d as c is. This excludes c and d of a, c
+    of b, a of c, a of d.
     """
-    counts = mine(world / "embeddings", world / "pairs", world / "out", world / "sides", 2, 4, "Flat")
+    counts = mine(world / "embeddings", world / "pairs", world / "out", world / "split", 2, 4, "Flat")
     assert rows_of(world / "out") == [
         ("a", "e", 4),
         ("b", "d", 3), ("b", "e", 4),
@@ -93,8 +93,8 @@ def test_by_hand(world: Path) -> None:
     assert sorted(p.name for p in (world / "out").iterdir()) == ["counts.json", "part-00000.parquet"]
 
 
-def test_without_sides_only_pairs_are_excluded(world: Path) -> None:
-    """a's neighbours from rank 2 are negatives: only b, at rank 1, is related. Ranks end at 5: there are 5 others."""
+def test_without_a_note_split_only_pairs_are_excluded(world: Path) -> None:
+    """a's neighbours from rank 2 are negatives: only b, at rank 1, is related. The last rank is 5: a has 5 others."""
     counts = mine(world / "embeddings", world / "pairs", world / "out", None, 2, 1000, "Flat")
     assert [row for row in rows_of(world / "out") if row[0] == "a"] == [("a", n, i + 2) for i, n in enumerate("cdef")]
     assert (counts["last_rank"], counts["excluded_near_duplicates"]) == (5, 0)
@@ -110,7 +110,7 @@ def test_equal_cosines_rank_by_note_id(tmp_path: Path) -> None:
 
 @st.composite
 def worlds(draw: st.DrawFn) -> tuple[dict[str, Any], list[Pair], list[Pair], dict[str, str], int, int]:
-    """Few directions, so that cosines tie; pairs that share notes, and notes in none."""
+    """The vectors have few directions, so that cosines tie. Pairs share notes, and some notes are in no pair."""
     names = draw(st.permutations([f"n{i}" for i in range(draw(st.integers(4, 14)))]))
     directions = [np.array([x, y]) / np.hypot(x, y) for x in range(-2, 3) for y in range(-2, 3) if x or y]
     vectors = {n: draw(st.sampled_from(directions)) for n in names}
@@ -131,14 +131,14 @@ def test_equals_a_loop_over_all_notes(
     related = {pair for a, b in train + validation for pair in ((group[a], group[b]), (group[b], group[a]))}
     unit = {n: np.float32(v).astype(float) for n, v in vectors.items()}
     candidates = sorted({n for pair in train for n in pair})
-    last_there = min(last, len(candidates) - 1)
-    num_asked = min(2 * (last_there + 1), len(candidates))
+    window_end = min(last, len(candidates) - 1)
+    num_searched = min(2 * (window_end + 1), len(candidates))
     expected = []
     for query in candidates:
         cosine = {n: np.float32(unit[query][0] * unit[n][0] + unit[query][1] * unit[n][1]) for n in candidates}
         others = sorted((n for n in candidates if n != query), key=lambda n: (-cosine[n], n))
-        at_end = cosine[others[last_there - 1]] - 1e-6
-        assume(sum(c >= at_end for c in cosine.values()) <= num_asked)  # else the index chooses among equals
+        at_end = cosine[others[window_end - 1]] - 1e-6
+        assume(sum(c >= at_end for c in cosine.values()) <= num_searched)  # else the index chooses among equals
         for rank, other in enumerate(others, start=1):
             same = group[query] == group[other] or (group[query], group[other]) in related
             if first <= rank <= last and not same:
@@ -146,7 +146,7 @@ def test_equals_a_loop_over_all_notes(
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(hard_negatives, "BLOCK_QUERIES", block):
         root = Path(folder)
         write_world(root, vectors, train, validation, groups)
-        counts = mine(root / "embeddings", root / "pairs", root / "out", root / "sides" if grouped else None, first,
+        counts = mine(root / "embeddings", root / "pairs", root / "out", root / "split" if grouped else None, first,
                       last, "Flat")  # fmt: skip
         assert rows_of(root / "out") == expected
         window = len(candidates) * (min(last, len(candidates) - 1) - first + 1)
@@ -154,8 +154,8 @@ def test_equals_a_loop_over_all_notes(
         assert (counts["negatives"], excluded) == (len(expected), window - len(expected))
         note_ids = sorted(vectors, reverse=True)
         if expected:
-            places = read_hard_negatives(root / "out", note_ids)
-            actual = [[note_ids[p] for p in row] for row in places]
+            rows = read_hard_negatives(root / "out", note_ids)
+            actual = [[note_ids[i] for i in row] for row in rows]
             assert actual == [[other for query, other, _ in expected if query == n] for n in note_ids]
 
 
@@ -175,7 +175,7 @@ def test_every_run_writes_the_same_bytes(tmp_path: Path, factory: str) -> None:
     assert files[0] == files[1]
 
 
-def test_a_failed_run_leaves_what_was_there(world: Path) -> None:
+def test_a_failed_run_leaves_the_previous_result(world: Path) -> None:
     arguments = (world / "embeddings", world / "pairs", world / "out", None)
     mine(*arguments, 2, 4, "Flat")
     before = (world / "out" / "part-00000.parquet").read_bytes()
@@ -200,13 +200,13 @@ def test_errors(world: Path) -> None:
     assert not out.exists()
 
 
-def test_reading_refuses_what_is_not_of_these_notes(world: Path) -> None:
+def test_reading_refuses_the_negatives_of_other_notes(world: Path) -> None:
     with pytest.raises(ValueError, match=r"out holds no hard negatives"):
         read_hard_negatives(world / "out", ["a"])
     mine(world / "embeddings", world / "pairs", world / "out", None, 2, 4, "Flat")
-    places = read_hard_negatives(world / "out", ["v", *"fedcba"])
-    assert [p.tolist() for p in places[:2]] == [[], [3, 4, 5]]  # v is held out; f: d, c, b
-    assert {p.dtype for p in places} == {np.dtype(np.int64)}
+    rows = read_hard_negatives(world / "out", ["v", *"fedcba"])
+    assert [row.tolist() for row in rows[:2]] == [[], [3, 4, 5]]  # v is held out; f: d, c, b
+    assert {row.dtype for row in rows} == {np.dtype(np.int64)}
     with pytest.raises(ValueError, match=r"names 2 notes that the training pairs lack \(the first is 'b'\)"):
         read_hard_negatives(world / "out", list("acdf"))
     pq.write_table(schema.HARD_NEGATIVES.empty_table(), world / "out" / "part-00000.parquet")
@@ -226,7 +226,7 @@ def test_the_command_needs_no_torch_and_warns_once(world: Path) -> None:
 
 
 def test_the_command_ends_with_one_sentence(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--embeddings", world / "embeddings", "--pairs", world / "none", "--note-split", world / "sides"]
+    arguments = ["--embeddings", world / "embeddings", "--pairs", world / "none", "--note-split", world / "split"]
     with pytest.raises(SystemExit) as end:
         main([*map(str, arguments), "--out", str(world / "out")])
     assert end.value.code == 2

@@ -25,7 +25,7 @@ def folder(embeddings: Embeddings, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF8,Flat", "PCA8,IVF4,SQ8"])
-def test_what_is_saved_finds_the_notes(embeddings: Embeddings, folder: Path, tmp_path: Path, factory: str) -> None:
+def test_a_saved_index_finds_the_notes(embeddings: Embeddings, folder: Path, tmp_path: Path, factory: str) -> None:
     metadata = build_index(folder, tmp_path / "index", factory)
     assert (metadata["num_notes"], metadata["dim"], metadata["factory"]) == (600, 16, factory)
     index = Index.load(tmp_path / "index")
@@ -40,7 +40,7 @@ def test_what_is_saved_finds_the_notes(embeddings: Embeddings, folder: Path, tmp
 
 
 def test_ann_recall_is_the_share_of_the_exact_neighbours(embeddings: Embeddings) -> None:
-    """Flat finds all. IVF with one probe finds what lies in the query's cell; brute force counts the same."""
+    """Flat finds all neighbours. IVF with one probe finds those in the query's cell; brute force counts as many."""
     assert ann_recall(make_index(embeddings, "Flat"), embeddings, 10) == 100
     index = make_index(embeddings, "IVF16,Flat")
     actual, _ = index.search(embeddings.vectors, 6)
@@ -102,7 +102,7 @@ def test_damage_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_foreign_is_overwritten(folder: Path, tmp_path: Path) -> None:
-    """Not a folder that happens to hold an index.json of its own, not a file."""
+    """A folder with an index.json that is not ours, and a file, are refused."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "index.json").touch()

@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all: with failures, kills and several writers at once."""
+"""Files and folders are written whole or not at all, under failures, kills and several writers at once."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ OLD, NEW = {"a": "old", "b": "old"}, {"a": "new", "deep/c": "new"}
 
 
 def write_in_two(path: Path, text: str) -> None:
-    """Half of it, and then the rest."""
+    """Write the first half of `text`, then the rest."""
     with written_whole(path) as draft:
         draft.write_text(text[: len(text) // 2])
         with draft.open("a") as file:
@@ -72,7 +72,7 @@ def names(folder: Path) -> list[str]:
 
 
 def in_child(action: Callable[[], None]) -> int:
-    """The id of a forked process that does this and exits."""
+    """The id of a forked process that does `action` and exits."""
     child = os.fork()
     if child == 0:
         try:
@@ -84,7 +84,7 @@ def in_child(action: Callable[[], None]) -> int:
 
 
 def killed_at(point: int, action: Callable[[], None]) -> bool:
-    """Whether a process that does `action` got so far as to be killed before its `point`-th access to a file."""
+    """Do `action` in a process that is killed before its `point`-th file access. False if it ended before that."""
 
     def dying() -> None:
         accesses = count()
@@ -123,31 +123,31 @@ def test_a_writer_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), written_whole(path):
         pass  # nothing was written
     with pytest.raises(FileNotFoundError), replaced_folder(out) as draft:
-        draft.rmdir()  # what was moved aside is put back
+        draft.rmdir()  # so `out`, which was moved aside, is put back
     assert path.read_text() == "old" and content_of(out) == OLD and names(tmp_path) == ["file", "folder"]
 
 
 def test_a_file_whose_writer_is_killed_is_the_old_or_the_new(tmp_path: Path) -> None:
-    """At every access to a file in turn. What the killed ones leave is gone with the next that is not."""
-    path, found = tmp_path / "file", []
+    """A writer is killed at each of its file accesses in turn. The next complete write removes what was left."""
+    path, contents = tmp_path / "file", []
     for point in count():
         write_atomically(path, "old")
         killed = killed_at(point, lambda: write_in_two(path, "new"))
-        found.append(path.read_text())
+        contents.append(path.read_text())
         write_in_two(path, "new")
         assert path.read_text() == "new" and names(tmp_path) == ["file"]
         if not killed:
             break
-    assert set(found[:-1]) == {"old", "new"} and found[-1] == "new"
-    assert found == sorted(found, reverse=True)  # first the old, then the new
+    assert set(contents[:-1]) == {"old", "new"} and contents[-1] == "new"
+    assert contents == sorted(contents, reverse=True)  # first the old, then the new
 
 
 @pytest.mark.parametrize("is_removed", [False, True])
 def test_a_folder_whose_writer_is_killed_is_the_old_or_the_new(is_removed: bool, tmp_path: Path) -> None:
-    """At every access to a file in turn. Between the two renames it is not there, until a sweep puts it back; but not
-    half of it, where somebody has removed the new one meanwhile.
+    """A writer is killed at each of its file accesses in turn. Between its two renames the folder is absent, until a
+    sweep puts the old one back. If somebody removes the new one meanwhile, no half of the old one comes back.
     """
-    out, found, num_absent = tmp_path / "out", [], 0
+    out, contents, num_absent = tmp_path / "out", [], 0
     for point in count():
         replace(out, OLD)
         killed = killed_at(point, lambda: replace(out, NEW))
@@ -155,26 +155,26 @@ def test_a_folder_whose_writer_is_killed_is_the_old_or_the_new(is_removed: bool,
         if is_removed and out.exists() and content_of(out) == NEW:
             shutil.rmtree(out)
         sweep(tmp_path)
-        found.append(content_of(out) if out.exists() else None)
-        assert found[-1] in ([OLD, None] if is_removed else [OLD, NEW])
+        contents.append(content_of(out) if out.exists() else None)
+        assert contents[-1] in ([OLD, None] if is_removed else [OLD, NEW])
         replace(out, NEW)
         assert content_of(out) == NEW and names(tmp_path) == ["out"]
         if not killed:
             break
-    assert OLD in found and len(found) > 20 and num_absent == 1
+    assert OLD in contents and len(contents) > 20 and num_absent == 1
 
 
-def test_a_new_folder_whose_writer_is_killed_is_whole_or_not_there(tmp_path: Path) -> None:
-    out, found = tmp_path / "out", []
+def test_a_new_folder_whose_writer_is_killed_is_whole_or_absent(tmp_path: Path) -> None:
+    out, contents = tmp_path / "out", []
     for point in count():
         shutil.rmtree(out, ignore_errors=True)
         killed = killed_at(point, lambda: create(out, NEW))
-        found.append(content_of(out) if out.exists() else None)
+        contents.append(content_of(out) if out.exists() else None)
         create(out, NEW)
         assert content_of(out) == NEW and names(tmp_path) == ["out"]
         if not killed:
             break
-    assert all(content in (None, NEW) for content in found) and None in found and NEW in found[:-1]
+    assert all(content in (None, NEW) for content in contents) and None in contents and NEW in contents[:-1]
 
 
 def test_the_first_of_two_new_folders_stays(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_last_of_two_replacing_folders_stays(tmp_path: Path) -> None:
     assert content_of(tmp_path / "out") == NEW and names(tmp_path) == ["out"]
 
 
-def test_a_folder_that_was_kept_over_a_kill_is_swapped_in(tmp_path: Path) -> None:
+def test_a_work_folder_is_swapped_in(tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / ".partial"
     for content in (OLD, NEW):
         fill(work, content)
@@ -203,12 +203,12 @@ def test_a_folder_that_was_kept_over_a_kill_is_swapped_in(tmp_path: Path) -> Non
         assert content_of(out) == content and names(tmp_path) == ["out"]
     out.rename(tmp_path / "real")
     out.symlink_to("real")
-    replace(out, OLD)  # a link itself is replaced, not what it leads to
+    replace(out, OLD)  # the link itself is replaced, not its target
     assert content_of(out) == OLD and content_of(tmp_path / "real") == NEW and names(tmp_path) == ["out", "real"]
 
 
 def test_two_writers_at_once_write_whole_files(tmp_path: Path) -> None:
-    """Neither removes the other's draft, and a reader sees one content or the other."""
+    """Neither writer removes the other's draft, and a reader sees the content of one of them."""
     path, texts = tmp_path / "file", ["a" * 100_000, "b" * 100_000]
     write_atomically(path, texts[0])
 
@@ -226,7 +226,7 @@ def test_two_writers_at_once_write_whole_files(tmp_path: Path) -> None:
 
 
 def test_drafts_of_the_dead_are_swept(tmp_path: Path) -> None:
-    """Files and folders of this host's dead processes; not those of the living, of other hosts, nor similar names."""
+    """Drafts of this host's dead processes are removed; those of live ones, of other hosts and similar names stay."""
     path, dead = tmp_path / "a.parquet", dead_process()
     gone, elsewhere = draft_of(path, dead), draft_of(path, dead, "another-host")
     alive = [draft_of(path, process) for process in (os.getpid(), 1)]
@@ -251,8 +251,8 @@ def test_no_reader_takes_a_draft_for_a_file(name: str, tmp_path: Path) -> None:
         target.unlink()
 
 
-def test_what_is_written_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file before it is renamed, its folder after that; of a folder all that is in it, but not what links lead to."""
+def test_files_and_folders_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft, with all its files but no targets of links, is synced before its rename, and the parent after it."""
     done: list[str] = []
     fsync, rename, replace_ = os.fsync, os.rename, os.replace
 
@@ -283,7 +283,7 @@ def test_what_is_written_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_disk_that_cannot_sync_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NFS finds a full disk only then."""
+    """On NFS a full disk is noticed only at the sync."""
     path = tmp_path / "file"
     write_atomically(path, "old")
 
@@ -298,7 +298,7 @@ def test_a_disk_that_cannot_sync_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert path.read_text() == "old" and names(tmp_path) == ["file"]
 
 
-def test_a_link_where_the_file_system_can_else_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hard_link_or_else_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, alias = tmp_path / "source", tmp_path / "alias"
     source.write_text("x")
     alias.symlink_to(source)
@@ -317,7 +317,7 @@ def test_a_link_where_the_file_system_can_else_a_copy(tmp_path: Path, monkeypatc
 
 
 def test_the_parquet_files_of_a_folder(tmp_path: Path) -> None:
-    """As Arrow finds them; a folder that is not there has none."""
+    """The files are those that Arrow reads; a missing folder has none."""
     table = pa.table({"x": [1]})
     for name in ("b.parquet", "a.parquet", ".hidden.parquet", "_hidden.parquet"):
         pq.write_table(table, tmp_path / name)
@@ -327,18 +327,18 @@ def test_the_parquet_files_of_a_folder(tmp_path: Path) -> None:
     assert parquet_files(tmp_path / "nowhere") == []
 
 
-def test_a_listing_tells_any_change(tmp_path: Path) -> None:
+def test_a_listing_shows_every_change(tmp_path: Path) -> None:
     """Files in folders and behind links, and broken links, are listed; the content of hidden folders is not."""
     fill(tmp_path, {"a": "1", "deep/b": "22", ".git/c": "3"})
     (tmp_path / "deep" / "lost").symlink_to("nowhere")
-    found = {name: size for name, size, _ in listing(tmp_path)}
-    assert found == {"a": 1, "deep/b": 2, "deep/lost": len("nowhere")}
+    sizes = {name: size for name, size, _ in listing(tmp_path)}
+    assert sizes == {"a": 1, "deep/b": 2, "deep/lost": len("nowhere")}
     before = sorted(listing(tmp_path))
     os.utime(tmp_path / "a", ns=(0, 1))
     assert sorted(listing(tmp_path)) == [("a", 1, 1), *before[1:]]
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no Parquet")
     message = r"x\.parquet cannot be read \(.*\); if it is damaged, move it away"
     with pytest.raises(ValueError, match=message), read_errors(tmp_path / "x.parquet"):
@@ -348,7 +348,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_it_needs_the_standard_library_alone() -> None:
-    """Spark's workers and asset processes import it. -S: without site-packages."""
+    """Spark's workers and asset processes import the module. -S: without site-packages."""
     code = "import sys; import notellm2_core.runtime.files; print(*(m for m in sys.modules if 'notellm2' in m))"
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["notellm2_core", "notellm2_core.runtime", "notellm2_core.runtime.files"]

@@ -1,4 +1,4 @@
-"""A forked command runs like one that was started by itself, and nothing outlives the process that asked for it."""
+"""A forked command runs like a started one, and no process outlives the one that started the server."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_arguments_environment_group_and_errors_are_its_own(server: ForkServer, 
     assert (tmp_path / "errors").read_text() == "on its way\n"
     assert "WORD" not in os.environ
     _start(server, "end", tmp_path).wait()
-    assert _report(tmp_path)["WORD"] is None  # nothing is left of the one before
+    assert _report(tmp_path)["WORD"] is None  # it has nothing of the previous command
 
 
 def test_a_users_error_a_bug_and_a_kill(server: ForkServer, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_users_error_a_bug_and_a_kill(server: ForkServer, tmp_path: Path) -> N
     assert _start(server, "end", tmp_path).wait() == 0
 
 
-def test_nothing_outlives_whoever_started_the_server(tmp_path: Path) -> None:
+def test_no_process_outlives_the_one_that_started_the_server(tmp_path: Path) -> None:
     code = f"""
         import os, sys
         from notellm2_core.runtime.fork_server import ForkServer

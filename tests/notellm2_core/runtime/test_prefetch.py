@@ -7,7 +7,7 @@ from tests.support.waiting import wait_for
 
 
 def test_the_next_item_is_made_while_the_current_one_is_used() -> None:
-    """The next is begun before it is asked for; what it raises is raised where it is asked for."""
+    """The next item is begun before it is requested; its exception is raised when it is requested."""
     begun: list[int] = []
 
     def work(number: int) -> int:
@@ -26,8 +26,9 @@ def test_the_next_item_is_made_while_the_current_one_is_used() -> None:
 
 
 def test_the_wait_for_each_item() -> None:
-    """Items take 0.2 s to make. The first is waited for, the second was made while the first was used, the third not:
-    the second took no time to use."""
+    """Items take 0.2 s to make. The second is made while the first is used for 0.3 s, so it needs no wait. The third is
+    waited for, because the second takes no time to use.
+    """
     items = Prefetcher(time.sleep(0.2) for _ in range(3))
     waits = []
     for number, _ in enumerate(items):

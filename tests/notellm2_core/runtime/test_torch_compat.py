@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-# How much memory 500 products of different shapes leave behind, in MB, after 1,000 others.
+# Prints the memory that 500 products of different shapes leave behind, in MB, after 1,000 others.
 MANY_SHAPES = """
 import notellm2_core.runtime.torch_compat
 import psutil, torch
@@ -28,15 +28,15 @@ def left_behind(**variables: str) -> int:
 
 
 def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
-    """Like a training run, whose batches have a new number of tokens each time."""
-    uncured = left_behind(ONEDNN_PRIMITIVE_CACHE_CAPACITY="4096", LRU_CACHE_CAPACITY="4096")
-    if uncured < 100:
-        pytest.skip(f"this CPU's library keeps little ({uncured} MB)")
-    assert left_behind() < uncured / 3
+    """Each product has a new shape, like the batches of a training run, whose numbers of tokens differ."""
+    uncapped = left_behind(ONEDNN_PRIMITIVE_CACHE_CAPACITY="4096", LRU_CACHE_CAPACITY="4096")
+    if uncapped < 100:
+        pytest.skip(f"this CPU's library keeps little ({uncapped} MB)")
+    assert left_behind() < uncapped / 3
 
 
-def test_no_cycles_are_looked_for_at_the_end() -> None:
-    """What was registered before it is called after it."""
+def test_objects_are_frozen_before_the_exit() -> None:
+    """gc.freeze, which spares the search for cycles at exit, runs first: exit handlers run in reverse order."""
     code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))"
     code += "; import notellm2_core.runtime.torch_compat"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

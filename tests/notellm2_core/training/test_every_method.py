@@ -20,9 +20,9 @@ INIT = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0, "visual_t
 
 @pytest.mark.parametrize(("method", "connector"), [*((m, "qformer") for m in METHODS), ("notellm2", "linear")])
 def test_trained_measured_exported_packaged(method: str, connector: str, world: World, tmp_path: Path) -> None:
-    """Two steps from a balanced start; then saliency, three kinds of input, a package, and notes from outside.
+    """Two steps from a balanced initial model; then saliency, an export of three kinds of input, and a package.
 
-    What a method is without shows: no S_v without visual prompt, no gate without fusion, no L_v without visual word.
+    A method without visual prompt has no S_v, one without fusion no gate, and one without visual word no L_v.
     """
     switches, training = METHODS[method], {"num_steps": 2, "validate_every_steps": 2}
     sizes = {"kind": connector, "num_queries": 2, "num_layers": 1, "hidden_size": 16, "num_heads": 2}
@@ -34,15 +34,16 @@ def test_trained_measured_exported_packaged(method: str, connector: str, world: 
     assert ("loss_v" in summary) == ("visual" in switches.losses)
     assert ("loss_cross" in summary) == ("omni" in switches.losses)
 
-    given = ["--config", str(write_config(tmp_path / "c.yaml", config)), "--model", str(out), *world.inputs.arguments()]
-    saliency.main([*given, "--pairs", str(world.path("pairs")), "--out", str(tmp_path / "saliency")])
+    config_file = write_config(tmp_path / "c.yaml", config)
+    options = ["--config", str(config_file), "--model", str(out), *world.inputs.arguments()]
+    saliency.main([*options, "--pairs", str(world.path("pairs")), "--out", str(tmp_path / "saliency")])
     layers = json.loads((tmp_path / "saliency" / "saliency.json").read_text())["layers"]
     assert all((layer["visual"] is not None) == switches.visual_prompt for layer in layers)
 
-    export.main([*given, "--inputs", "multimodal,image,text", "--out", str(tmp_path / "embeddings")])
+    export.main([*options, "--inputs", "multimodal,image,text", "--out", str(tmp_path / "embeddings")])
     vectors = {k: read_embeddings(tmp_path / "embeddings" / k).vectors for k in ("multimodal", "image", "text")}
     assert all(np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-5) for v in vectors.values())
-    assert np.abs(vectors["multimodal"] - vectors["text"]).max() > 1e-4  # the image counts, wherever it comes in
+    assert np.abs(vectors["multimodal"] - vectors["text"]).max() > 1e-4  # the image changes the vector, by every method
 
     package(out, tmp_path / "package")
     embedder = Embedder.from_pretrained(tmp_path / "package")

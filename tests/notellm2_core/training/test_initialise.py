@@ -1,4 +1,4 @@
-"""The measured start: what each of its three parts is meant to make true."""
+"""The initial model: each setting of `model.init` has its intended effect."""
 
 import subprocess
 import sys
@@ -23,14 +23,14 @@ def mean_cosine(x: torch.Tensor) -> float:
 
 
 def collapsed_states(num: int, width: int) -> torch.Tensor:
-    """A large common part and a little of each one's own, the first dimensions more than the last."""
+    """States with a large common part and small differences, larger in the first dimensions than in the last."""
     generator = torch.Generator().manual_seed(0)
-    own = torch.randn(num, width, generator=generator) * torch.linspace(1, 0.1, width)
-    return 10 * torch.randn(1, width, generator=generator) + own
+    differences = torch.randn(num, width, generator=generator) * torch.linspace(1, 0.1, width)
+    return 10 * torch.randn(1, width, generator=generator) + differences
 
 
 def test_pca_spreads_out_collapsed_states() -> None:
-    """Mean cosine from above 0.95 to about 0; the outputs have mean 0 and covariance I."""
+    """The mean cosine falls from above 0.95 to about 0. The outputs have mean 0 and covariance I."""
     states = collapsed_states(300, 24)
     assert mean_cosine(states) > 0.95
     projector = nn.Linear(24, 8)
@@ -43,32 +43,34 @@ def test_pca_spreads_out_collapsed_states() -> None:
 
 
 def test_pca_with_fewer_notes_than_outputs() -> None:
-    """5 notes have 4 directions; the other rows stay small and alive."""
+    """5 notes have 4 directions; the other rows of the projector are not 0."""
     projector = nn.Linear(24, 8)
     set_pca(projector, collapsed_states(5, 24))
     assert projector.weight.isfinite().all()
     assert (projector.weight.abs().sum(dim=1) > 0).all()
 
 
-def test_directions_that_are_noise_are_not_blown_up() -> None:
-    """Two true directions and one of 1e-4 their size: whitened it would be 1e4 times as loud as it is."""
+def test_directions_of_noise_are_not_amplified() -> None:
+    """A direction of 1e-4 the size of the other two would be amplified by 1e4 if it were whitened."""
     generator = torch.Generator().manual_seed(0)
-    own = torch.randn(200, 3, generator=generator) * torch.tensor([1.0, 0.5, 1e-4])
+    components = torch.randn(200, 3, generator=generator) * torch.tensor([1.0, 0.5, 1e-4])
     projector = nn.Linear(24, 8)
-    set_pca(projector, own @ torch.linalg.qr(torch.randn(24, 24, generator=generator))[0][:3])
+    set_pca(projector, components @ torch.linalg.qr(torch.randn(24, 24, generator=generator))[0][:3])
     assert projector.weight.norm(dim=1).sort(descending=True).values[:3].tolist() == pytest.approx([2, 1, 0], abs=0.3)
 
 
-def make(world: World, cache: Path, **start: object) -> tuple[MLRMModel, PairDataset]:
-    config = tiny_config(init=start)
+def make(world: World, cache: Path, **init: object) -> tuple[MLRMModel, PairDataset]:
+    config = tiny_config(init=init)
     model, processor = build_model(config, cache)
     data = pair_dataset(world, processor, cache)
     initialise(model, data, config)
     return model, data
 
 
-def test_each_part_and_all_together(world: World, tmp_path: Path) -> None:
-    """Off: nothing moves. Gate bias -1. Behind the projector, the branch spreads 0.3 of the LLM. Twice the same."""
+def test_no_settings_and_all_settings(world: World, tmp_path: Path) -> None:
+    """Without settings no weight changes. With all, the gate's bias is -1 and the branch's spread behind the projector
+    is 0.3 of the LLM's. A second initialisation gives the same weights.
+    """
     plain, data = make(world, tmp_path)
     built, _ = build_model(tiny_config(), tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), built.parameters(), strict=True))
@@ -90,7 +92,7 @@ def test_each_part_and_all_together(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gain", [1.0, 0.25])
 def test_visual_words_get_their_share_of_a_words_length(gain: float, world: World, tmp_path: Path) -> None:
-    """Root mean square lengths over the 64 notes of the training pairs, all of which are measured."""
+    """The lengths are root mean squares over the 64 notes of the training pairs, all of which are measured."""
     model, data = make(world, tmp_path, visual_token_gain=gain)
     batch = data.note_batch(data.train_notes)
     with torch.no_grad():
@@ -101,8 +103,8 @@ def test_visual_words_get_their_share_of_a_words_length(gain: float, world: Worl
 
 
 @pytest.mark.slow
-def test_the_command_saves_the_start(world: World, tmp_path: Path) -> None:
-    """The zero-shot row: a complete folder, the same weights as initialise."""
+def test_the_command_saves_the_initial_model(world: World, tmp_path: Path) -> None:
+    """The folder is complete, and has the weights of `initialise`."""
     config = write_config(tmp_path / "c.yaml", tiny_config(init={"pca_projector": True}))
     folders = [*world.inputs.arguments(), "--pairs", str(world.path("pairs"))]
     command = [sys.executable, "-m", "notellm2_core.training.initialise", "--config", str(config), *folders]

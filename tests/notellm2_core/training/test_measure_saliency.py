@@ -1,4 +1,4 @@
-"""Saliency of a model on its training pairs: the loss is that of training, the pairs are the seed's, the command."""
+"""Saliency of a model on training pairs: it uses the training loss, on pairs that the seed draws."""
 
 import json
 from collections.abc import Iterable
@@ -34,68 +34,70 @@ def make(world: World, config: Config, cache: Path) -> tuple[MLRMModel, MLRMProc
     return model, processor, pair_dataset(world, processor, cache)
 
 
-def seen_by(monkeypatch: pytest.MonkeyPatch, model: MLRMModel, data: PairDataset, config: Config) -> list:
-    """The batches that `measure` is given, with the value of their loss."""
-    seen: list[tuple[NoteBatch, float]] = []
+def measured_batches(monkeypatch: pytest.MonkeyPatch, model: MLRMModel, data: PairDataset, config: Config) -> list:
+    """The batches that `measure` gets, with the values of their losses."""
+    measured: list[tuple[NoteBatch, float]] = []
 
     def spy(model: MLRMModel, batches: Iterable[tuple[NoteBatch, Loss]]) -> Measurement:
-        seen.extend((batch, loss(model(batch)).item()) for batch, loss in batches)
+        measured.extend((batch, loss(model(batch)).item()) for batch, loss in batches)
         return Measurement((), {}, 0, 0)
 
     monkeypatch.setattr(saliency, "measure", spy)
     measure_on_training_pairs(model, data, config)
-    return seen
+    return measured
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_loss_is_that_of_the_training_step(
     method: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same batch through the step that is trained: the same loss, alpha, tau and masks of known positives."""
+    """The loss equals that of a training step on the same batch, with its alpha, tau and masks of known positives."""
     config = config_with(8, method, alpha=3.0)
     model, _, data = make(world, config, tmp_path)
-    known = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2
-    labels = BatchLabels(data.labels(np.arange(16)).has, dict(zip(("multimodal", "image", "text"), known, strict=True)))
-    monkeypatch.setattr(data, "labels", lambda rows, masked: labels)  # the pairs of this world are strangers
+    positives = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2
+    labels = BatchLabels(
+        data.labels(np.arange(16)).has, dict(zip(("multimodal", "image", "text"), positives, strict=True))
+    )
+    monkeypatch.setattr(data, "labels", lambda rows, masked: labels)  # this world has no known positives
     with torch.no_grad():
-        model.tau.fill_(6.0)  # above its cap
-        ((batch, actual),) = seen_by(monkeypatch, model, data, config)
+        model.tau.fill_(6.0)  # above the cap
+        ((batch, actual),) = measured_batches(monkeypatch, model, data, config)
         rows = data.train_pairs[batch_schedule(data.train_pairs, 8, 1, config.seed)[0]].reshape(-1)
         embedded = TrainingStep(model, METHODS[method])(data.note_batch(rows, METHODS[method].inputs))
         losses = batch_losses(config, embedded.rows, embedded.tau, labels)
-    expected = losses.multimodal if method == "omni_retrieval" else losses.total  # of omni, what whole notes are for
+    expected = losses.multimodal if method == "omni_retrieval" else losses.total  # omni: its multimodal term
     assert len(batch) == 16 and actual == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(("asked", "sizes"), [(2, [4]), (16, [32]), (17, [18, 18]), (1000, [32, 32])])
+@pytest.mark.parametrize(("num_pairs", "sizes"), [(2, [4]), (16, [32]), (17, [18, 18]), (1000, [32, 32])])
 def test_equal_batches_of_at_most_16_pairs(
-    asked: int, sizes: list[int], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    num_pairs: int, sizes: list[int], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """32 training pairs. 17 pairs: two batches of 9. More than there are: all, once. Another seed, other pairs."""
-    config = config_with(asked, "basic")
+    """17 pairs are two batches of 9. More than the 32 training pairs are all, once. Another seed draws other pairs."""
+    config = config_with(num_pairs, "basic")
     model, _, data = make(world, config, tmp_path)
     with torch.no_grad():
-        first = seen_by(monkeypatch, model, data, config)
-        other = seen_by(monkeypatch, model, data, config.model_copy(update={"seed": 7}))
+        first = measured_batches(monkeypatch, model, data, config)
+        other = measured_batches(monkeypatch, model, data, config.model_copy(update={"seed": 7}))
     assert [len(batch) for batch, _ in first] == sizes
     assert [loss for _, loss in first] != [loss for _, loss in other]
 
 
-def test_one_pair_is_no_contrast(world: World, tmp_path: Path) -> None:
+def test_one_pair_is_refused(world: World, tmp_path: Path) -> None:
     model, _, data = make(world, config_with(1), tmp_path)
     with pytest.raises(ValueError, match="at least 2 training pairs, got 1"):
         measure_on_training_pairs(model, data, config_with(1))
 
 
 def test_the_command(world: World, tmp_path: Path) -> None:
-    """It writes what the function finds: every 8th note has no image and is left out."""
+    """The command writes the function's scores. Every 8th note has no image and is left out."""
     config = config_with(32)
     model, processor, data = make(world, config, tmp_path)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     folders = [*world.inputs.arguments(), "--pairs", str(world.path("pairs"))]
-    given = ["--config", str(write_config(tmp_path / "c.yaml", config)), "--out", str(tmp_path / "out")]
-    main([*folders, "--model", str(tmp_path / "model"), *given])
+    options = ["--config", str(write_config(tmp_path / "c.yaml", config)), "--out", str(tmp_path / "out")]
+    main([*folders, "--model", str(tmp_path / "model"), *options])
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["saliency.json"]
     record = json.loads((tmp_path / "out" / "saliency.json").read_text())
     assert (record["method"], record["num_notes"], record["num_without_image"]) == ("notellm2", 56, 8)

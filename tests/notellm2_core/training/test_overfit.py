@@ -1,4 +1,4 @@
-"""Training memorises 32 random pairs, with every method and every set of trainable parts."""
+"""Training memorises 32 random pairs, with every method and with LoRA."""
 
 import json
 from pathlib import Path
@@ -24,14 +24,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def complete_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Every note has an image and a text, so that each of them alone distinguishes it."""
+    """A world in which every note has an image and a text, so that each of them alone identifies it."""
     return write_world(Path(tmp_path_factory.mktemp("complete")), num_validation=0, complete=True)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_overfits_32_random_pairs(case: str, complete_world: World, tmp_path: Path) -> None:
-    """The notes say nothing of each other; afterwards each finds its partner first among the 64, with room to spare."""
-    rates = {"learning_rate": 3e-3, "new_module_learning_rate": 6e-3, "betas": (0.9, 0.95)}  # few steps: quick moments
+    """The notes of a pair have nothing in common. After training each partner ranks first of 64, with a margin."""
+    rates = {"learning_rate": 3e-3, "new_module_learning_rate": 6e-3, "betas": (0.9, 0.95)}  # moments for few steps
     settings = {"num_steps": 90, "batch_pairs": 32, "zero_stage": 2, **rates}
     config = Config(**tiny_config(settings, **CASES[case]).model_dump() | {"text": SHORT})
     out = train(complete_world, config, tmp_path)

@@ -1,4 +1,4 @@
-"""Training of single parts: frozen parts stay identical to the last bit, and adapters are merged into plain weights."""
+"""Training of single parts: frozen parts keep all bits, and adapters are merged into plain weights."""
 
 from functools import partialmethod
 from pathlib import Path
@@ -21,7 +21,7 @@ from notellm2_core.vision.feature_store import encoder_id
 from tests.support.world import World, pair_dataset, tiny_config, train
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-# Large rates and a large decay: a frozen weight that took part in either would show it.
+# Large rates and a large decay, so that a frozen weight that takes part in either would change.
 RATES = {"learning_rate": 1e-2, "weight_decay": 0.1, "temperature_learning_rate": 1e-2}
 
 
@@ -29,42 +29,43 @@ def settings(lora: dict[str, Any] | None = None, **training: Any) -> Config:
     return tiny_config({"num_steps": 3, "batch_pairs": 4, "zero_stage": 2, **RATES, **training}, lora=lora)
 
 
-def start_of(config: Config, cache: Path) -> dict[str, Tensor]:
+def initial_weights(config: Config, cache: Path) -> dict[str, Tensor]:
     return build_model(config, cache)[0].state_dict()
 
 
 @pytest.mark.parametrize("frozen", PARTS)
 def test_a_frozen_part_stays_and_the_others_move(frozen: str, world: World, tmp_path: Path) -> None:
-    """After three steps of the optimiser; the vision encoder beside the model is the one that there was."""
+    """After three steps only the frozen part is unchanged. The saved vision encoder is that of the stored features."""
     config = settings(trainable=[part for part in PARTS if part != frozen])
     out = train(world, config, tmp_path)
-    before, (model, _) = start_of(config, tmp_path), load_model(out)
+    before, (model, _) = initial_weights(config, tmp_path), load_model(out)
     for part, parameters in parts_of(model).items():
         assert parameters
         for name, parameter in parameters:
             assert torch.equal(parameter, before[name]) == (part == frozen), name
-    encoder = VisionEncoder.from_pretrained(out / "vision")  # computes its checksum anew
+    encoder = VisionEncoder.from_pretrained(out / "vision")  # computes its checksum again
     assert encoder.encoder_id == encoder_id(out) == encoder_id(world.path("images"))
 
 
 def test_the_temperature_alone(world: World, tmp_path: Path) -> None:
-    """No embedding asks for a gradient, also where the precision is measured first."""
+    """Only tau changes, although no embedding has a gradient; the precision is measured first."""
     config = settings(trainable=["temperature"], precision="auto", zero_stage=3)
-    before, (after, _) = start_of(config, tmp_path), load_model(train(world, config, tmp_path))
+    before, (after, _) = initial_weights(config, tmp_path), load_model(train(world, config, tmp_path))
     assert [n for n, w in after.state_dict().items() if not torch.equal(w, before[n])] == ["tau"]
 
 
 @pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32")])
 def test_lora_is_saved_as_a_plain_model(zero_stage: int, precision: str, world: World, tmp_path: Path) -> None:
-    """The adapted layers of the LLM have changed, all of them with gradient checkpointing too, and nothing else of it;
-    the folder has the names of a model without adapters."""
+    """With gradient checkpointing, exactly the adapted layers of the LLM have changed. The folder has the tensor names
+    of a model without adapters.
+    """
     lora = {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "down_proj"]}
     config = settings(lora, zero_stage=zero_stage, precision=precision, gradient_checkpointing=True)
-    before, (after, _) = start_of(config, tmp_path), load_model(train(world, config, tmp_path))
+    before, (after, _) = initial_weights(config, tmp_path), load_model(train(world, config, tmp_path))
     assert after.state_dict().keys() == before.keys()
     changed = {n for n, w in after.state_dict().items() if n.startswith("llm.") and not torch.equal(w, before[n])}
-    of_layer = ("self_attn.q_proj", "mlp.down_proj")
-    assert changed == {f"llm.layers.{i}.{name}.weight" for i in range(2) for name in of_layer}
+    adapted = ("self_attn.q_proj", "mlp.down_proj")
+    assert changed == {f"llm.layers.{i}.{name}.weight" for i in range(2) for name in adapted}
 
 
 def test_merged_and_adapted_models_embed_alike(world: World, tmp_path: Path) -> None:
@@ -89,8 +90,8 @@ def test_merged_and_adapted_models_embed_alike(world: World, tmp_path: Path) -> 
         assert (expected - plain).abs().max() > 1e-2
 
 
-def test_a_stopped_lora_training_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped in its sixth step, it resumes from the checkpoint of the fourth; the weights are the same."""
+def test_a_stopped_lora_run_resumes(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run stopped in its sixth step resumes from the checkpoint of the fourth, and ends with the same weights."""
     config = settings({"rank": 4, "dropout": 0.1}, num_steps=6, checkpoint_every_steps=2)
     straight = train(world, config, tmp_path / "straight")
     steps, step = [], engines.optimizer_step
@@ -111,7 +112,7 @@ def test_a_stopped_lora_training_goes_on(world: World, tmp_path: Path, monkeypat
     assert (resumed / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
 
 
-def test_another_choice_of_parts_is_another_training(world: World, tmp_path: Path) -> None:
+def test_a_run_with_other_parts_is_refused(world: World, tmp_path: Path) -> None:
     train(world, settings({"rank": 4}, num_steps=1), tmp_path)
     (tmp_path / "out" / "training.json").unlink()
     with pytest.raises(ValueError, match="holds a training run with model.lora.rank = 4, not 2"):

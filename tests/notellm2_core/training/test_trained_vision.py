@@ -1,4 +1,4 @@
-"""A trained vision encoder: from images, saved under its new id, and used by all that embed afterwards."""
+"""A trained vision encoder is trained on images, saved under its new id, and used for all later embeddings."""
 
 import json
 from dataclasses import replace
@@ -22,8 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
 
 
 def test_from_images_to_embeddings(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The saved encoder is another one, the export encodes with it what the Embedder does, saliency too; a frozen one
-    stays what it was, and features of another are refused."""
+    """The saved encoder has a new id. Export, saliency and Embedder use it, and refuse features of the old one. A
+    frozen encoder keeps its id.
+    """
     config = tiny_config(
         {"num_steps": 3, "learning_rate": 1e-2, "trainable": [*PARTS, "vision"], "precision": "auto"},
         init={"pca_projector": True},
@@ -62,14 +63,14 @@ def test_from_images_to_embeddings(world: World, tmp_path: Path, capfd: pytest.C
     assert json.loads((tmp_path / "saliency" / "saliency.json").read_text())["num_notes"] > 0
 
 
-def test_it_learns_what_only_the_image_shows(world: World, tmp_path: Path) -> None:
-    """Only the encoder is trained, on notes that differ in their images alone: the loss falls."""
+def test_the_encoder_alone_learns(world: World, tmp_path: Path) -> None:
+    """Only the encoder is trained, with only_late_fusion, where the image reaches only the fusion. The loss falls."""
     config = tiny_config({"num_steps": 40, "learning_rate": 3e-2, "trainable": ["vision"]}, method="only_late_fusion")
     out = train(world, config, tmp_path)
     summary = json.loads((out / "training.json").read_text())
     assert summary["loss_last"] < 0.9 * summary["loss_first"]
 
 
-def test_without_images_it_is_refused(world: World, tmp_path: Path) -> None:
+def test_training_the_encoder_needs_images(world: World, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--image-folders"):
         run(tiny_config({"trainable": ["vision"]}), replace(world.paths(tmp_path), inputs=world.inputs))

@@ -1,4 +1,4 @@
-"""Whole training runs of tiny models: they learn, stop when they must, resume, and leave nothing behind."""
+"""Training runs of tiny models: they learn, stop when they must, resume, and leave no process behind."""
 
 import base64
 import json
@@ -39,8 +39,8 @@ INIT = {"pca_projector": True, "fusion_scale": 0.3, "gate_bias": -1.0}
 
 
 @pytest.mark.slow
-def test_the_figures_of_a_training(world: World, tmp_path: Path) -> None:
-    """training.json and metrics.jsonl. What restarts the clock (validation after 3 and 6 steps) loses no metrics."""
+def test_the_metrics_of_a_training_run(world: World, tmp_path: Path) -> None:
+    """training.json and metrics.jsonl are complete, although validation, after 3 and 6 steps, restarts the clock."""
     settings = {"num_steps": 7, "learning_rate": 3e-3, "log_every_steps": 5, "validate_every_steps": 3}
     out = train(world, tiny_config(settings, init=INIT), tmp_path)
     summary = json.loads((out / "training.json").read_text())
@@ -54,8 +54,9 @@ def test_the_figures_of_a_training(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_frozen_word_embeddings_and_bf16_and_a_finished_folder(world: World, tmp_path: Path) -> None:
-    """Not trained, yet saved; the forward under autocast, the weights in fp32. The same again finds its model, as a
-    run that was killed while it exited must; another training into OUT is refused."""
+    """Frozen word embeddings are saved too. The forward runs under autocast, and the weights stay in fp32. The same run
+    again finds its model, as after a kill at the exit; another run into OUT is refused.
+    """
     parts = [part for part in PARTS if part != "word_embeddings"]
     config = tiny_config({"num_steps": 2, "trainable": parts, "precision": "bf16", "zero_stage": 3})
     out = train(world, config, tmp_path)
@@ -75,8 +76,8 @@ def test_frozen_word_embeddings_and_bf16_and_a_finished_folder(world: World, tmp
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_training(world: World, tmp_path: Path) -> None:
-    """With a learning rate of 1e30 step 2 is NaN: a sentence, the pairs of the batch, and no checkpoint of it."""
+def test_a_loss_that_is_not_finite_stops_training(world: World, tmp_path: Path) -> None:
+    """With a learning rate of 1e30 step 2 is NaN: the run reports it, writes the batch's pairs, and no checkpoint."""
     config = tiny_config({"num_steps": 4, "learning_rate": 1e30, "checkpoint_every_steps": 2})
     with pytest.raises(TrainingError, match=r"of step 2 is .*: lower the learning rates"):
         train(world, config, tmp_path)
@@ -87,8 +88,8 @@ def test_a_loss_that_is_not_finite_stops_the_training(world: World, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_last_step_that_spoils_the_model_stops_the_training(world: World, tmp_path: Path) -> None:
-    """Its own loss is that of the weights before it: only the validation sees what it has made of them."""
+def test_a_last_step_that_spoils_the_model_is_an_error(world: World, tmp_path: Path) -> None:
+    """A step's loss is that of the weights before it, so only the validation measures the weights after the last."""
     config = tiny_config({"num_steps": 1, "learning_rate": 1e30, "warmup_ratio": 0})
     with pytest.raises(TrainingError, match=r"the validation loss of step 1 is nan: lower the learning rates"):
         train(world, config, tmp_path)
@@ -96,8 +97,8 @@ def test_a_last_step_that_spoils_the_model_stops_the_training(world: World, tmp_
 
 
 @pytest.mark.slow
-def test_out_is_looked_at_before_the_training(world: World, tmp_path: Path) -> None:
-    """Not after hours of it: a file, or a folder that holds something else, is refused."""
+def test_out_is_checked_before_training(world: World, tmp_path: Path) -> None:
+    """A file, or a folder with other files, is refused before training, not after hours of it."""
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ValueError, match="out is a file: give --out an empty folder"):
         train(world, tiny_config({"num_steps": 1}), tmp_path)
@@ -110,8 +111,8 @@ def test_out_is_looked_at_before_the_training(world: World, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_model_that_the_disk_does_not_take(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence; with room again, the same command saves what was trained."""
+def test_a_model_that_does_not_fit_on_the_disk(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is one sentence. With room again, the same command saves the trained model."""
 
     def full(*arguments: Any, **options: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -126,20 +127,20 @@ def test_a_model_that_the_disk_does_not_take(world: World, tmp_path: Path, monke
 @pytest.mark.parametrize("content", [b"", b'{"settings', b"[1]", b"{}", b"null", b'{"settings": {}}', b"\xff\xfe"])
 def test_a_damaged_run_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"run.json is damaged .*: give --work a new folder, or move this one away"):
+    with pytest.raises(ValueError, match=r"run.json is damaged .*: give --run-dir a new folder, or move this one away"):
         open_run(tmp_path, {})
 
 
 @pytest.mark.slow
-def test_work_of_another_training_is_refused(world: World, tmp_path: Path) -> None:
-    """What changes the weights must be the same; how often is logged, and what memory is used, need not."""
+def test_a_work_folder_of_another_run_is_refused(world: World, tmp_path: Path) -> None:
+    """Settings that change the weights must be equal; those of logging and memory may differ."""
     train(world, tiny_config({"num_steps": 2}), tmp_path)
     (tmp_path / "out" / "training.json").unlink()
-    with pytest.raises(ValueError, match=r"training.alpha = 9.0, not 5.0: give --work a new folder"):
+    with pytest.raises(ValueError, match=r"training.alpha = 9.0, not 5.0: give --run-dir a new folder"):
         train(world, tiny_config({"num_steps": 2, "alpha": 5.0}), tmp_path)
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     less_memory = {"micro_batch_tokens": 500, "gradient_checkpointing": True, "log_every_steps": 1}
-    train(world, tiny_config({"num_steps": 2, **less_memory}), tmp_path)  # killed while saving: done again
+    train(world, tiny_config({"num_steps": 2, **less_memory}), tmp_path)  # the model is saved again, as after a kill
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
@@ -155,19 +156,20 @@ def test_precision_auto_is_one_of_two(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_as_never_killed(world: World, tmp_path: Path) -> None:
-    """kill -9 of torchrun after the first checkpoint: the ranks die with it, and the same command again ends with the
-    weights of an uninterrupted run, bit for bit, with two ranks."""
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
+    """After kill -9 of torchrun behind the first checkpoint, its two ranks die too. The same command again ends with
+    the weights of an uninterrupted run, bit for bit.
+    """
     settings = {"num_steps": 40, "batch_pairs": 4, "zero_stage": 2, "num_ranks": 2, "log_every_steps": 5}
-    every = {"checkpoint_every_steps": 4, "validate_every_steps": 20}
-    config = write_config(tmp_path / "c.yaml", tiny_config({**settings, **every}, init=INIT))
+    intervals = {"checkpoint_every_steps": 4, "validate_every_steps": 20}
+    config = write_config(tmp_path / "c.yaml", tiny_config({**settings, **intervals}, init=INIT))
     run_ranks(2, rank_checks.train, config, world.root, tmp_path / "straight")
 
     paths = world.paths(tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = launch_command(config, TrainingSettings(num_ranks=2), paths)
     killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    checkpoints = paths.work / "checkpoints"
+    checkpoints = paths.run_dir / "checkpoints"
     until(lambda: list(checkpoints.glob("step-*")) or killed.poll() is not None)
     assert killed.poll() is None, "it ended before it could be killed"
     ranks = children(killed.pid)
@@ -178,31 +180,31 @@ def test_killed_and_resumed_is_as_never_killed(world: World, tmp_path: Path) -> 
     assert 0 < max(int(p.name.removeprefix("step-")) for p in checkpoints.glob("step-*")) < 40
     assert not (paths.out / "training.json").exists()
 
-    heard = tmp_path / "pipes"  # as Dagster Pipes would listen
+    messages = tmp_path / "pipes"  # of Dagster Pipes
     context = {"extras": {}, "run_id": "r", "retry_number": 0, "job_name": None, "asset_keys": None}
     (tmp_path / "context").write_text(json.dumps(context))
     environment |= {
         "DAGSTER_PIPES_CONTEXT": encode_param({"path": str(tmp_path / "context")}),
-        "DAGSTER_PIPES_MESSAGES": encode_param({"path": str(heard)}),
+        "DAGSTER_PIPES_MESSAGES": encode_param({"path": str(messages)}),
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = [m["params"]["message"] for m in map(json.loads, heard.read_text().splitlines()) if m["method"] == "log"]
-    assert said[-1].startswith("step 40/40, 0 s to go: validation_loss")
+    log = [m["params"]["message"] for m in map(json.loads, messages.read_text().splitlines()) if m["method"] == "log"]
+    assert log[-1].startswith("step 40/40, 0 s to go: validation_loss")
     weights = [(d / "model.safetensors").read_bytes() for d in (paths.out, tmp_path / "straight" / "out")]
     assert weights[0] == weights[1]
-    steps = [line["step"] for line in read_metrics(paths.work / "metrics.jsonl") if "loss" in line]
+    steps = [line["step"] for line in read_metrics(paths.run_dir / "metrics.jsonl") if "loss" in line]
     assert steps == sorted(set(steps)) and {1, 40} <= set(steps)
     assert len(list(checkpoints.glob("step-*"))) == 2
 
 
 @pytest.mark.slow
 def test_two_nodes(world: World, tmp_path: Path) -> None:
-    """Two launchers that meet at an address, a rank each: the model of two ranks of one node, bit for bit."""
+    """Two launchers with a rank each, which meet at an address, make the bits of two ranks on one node."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+        rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
     settings = {"num_steps": 3, "batch_pairs": 4, "zero_stage": 2}
-    nodes = tiny_config({**settings, "num_nodes": 2, "rendezvous": meeting})
+    nodes = tiny_config({**settings, "num_nodes": 2, "rendezvous": rendezvous})
     config = write_config(tmp_path / "nodes.yaml", nodes)
     run_ranks(2, rank_checks.train, config, world.root, tmp_path / "one")
     paths = world.paths(tmp_path)
@@ -215,7 +217,7 @@ def test_two_nodes(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_by_deepspeeds_launcher(world: World, tmp_path: Path) -> None:
-    """What it runs on every node of a hostfile, by ssh, starts the ranks here without."""
+    """DeepSpeed's launcher runs this command on each node of a hostfile by ssh. It runs here without ssh."""
     training = {"num_steps": 2, "batch_pairs": 4, "num_nodes": 2, "hostfile": "hosts"}
     config = write_config(tmp_path / "c.yaml", tiny_config(training))
     command = launch_command(config, TrainingSettings(num_nodes=2, hostfile=Path("hosts")), world.paths(tmp_path))
@@ -223,8 +225,8 @@ def test_by_deepspeeds_launcher(world: World, tmp_path: Path) -> None:
         port = free.getsockname()[1]
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
     launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={ranks}", f"--master_port={port}"]
-    its_own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
-    environment = {name: value for name, value in os.environ.items() if name not in its_own}
+    launcher_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher_variables}
     done = subprocess.run(
         [*launcher, *command[command.index("--no_local_rank") :]],
         env=environment, capture_output=True, text=True, timeout=200,
@@ -236,7 +238,7 @@ def test_by_deepspeeds_launcher(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
-    """A folder without pairs: one sentence on stderr, no traceback of ours."""
+    """A folder without pairs is one sentence on stderr, without a traceback of our code."""
     config = write_config(tmp_path / "c.yaml", tiny_config())
     command = launch_command(config, TrainingSettings(), replace(world.paths(tmp_path), pairs=tmp_path))
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
@@ -245,8 +247,8 @@ def test_user_errors_end_in_one_line(world: World, tmp_path: Path) -> None:
     assert done.stderr.splitlines().count(f"error: {line}") == 1 and "in load_pair_dataset" not in done.stderr
 
 
-def test_two_trainings_do_not_share_a_work_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A second one is refused while the first lives, and welcome when that was killed, though it takes its time."""
+def test_two_runs_do_not_share_a_work_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A second run is refused while the first lives. If the first is killed meanwhile, the second starts."""
     code = "import sys, time, pathlib; from notellm2_core.training.state.run_folder import locked\n"
     code += f"with locked(pathlib.Path({str(tmp_path)!r})): print('locked', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
@@ -257,17 +259,17 @@ def test_two_trainings_do_not_share_a_work_folder(tmp_path: Path, capfd: pytest.
         killer.start()
         with locked(tmp_path):
             assert not killer.is_alive()
-    said = f"another training run uses {tmp_path}: waiting"
-    assert [line.startswith(said) for line in capfd.readouterr().err.splitlines()] == [True, True]
+    message = f"another training run uses {tmp_path}: waiting"
+    assert [line.startswith(message) for line in capfd.readouterr().err.splitlines()] == [True, True]
 
 
-def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:
-    """Lines after the checkpoint, and a line cut short, are removed; seconds continue; means are over the new steps."""
+def test_progress_removes_lines_after_the_checkpoint(tmp_path: Path) -> None:
+    """Lines after the checkpoint, and a cut line, are removed. Seconds continue, and means are over the new steps."""
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": s, "loss": 9.0, "seconds": 10.0 * s, "eta_s": 1.0} for s in (1, 2, 3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
-    heard: list[str] = []
-    progress = Progress(path, 2, 4, log=heard.append)
+    log: list[str] = []
+    progress = Progress(path, 2, 4, log=log.append)
     progress.add(8, 90, 990, {"loss": 1.0})
     progress.add(8, 70, 770, {"loss": 2.0})
     progress.report_steps(4)
@@ -277,13 +279,13 @@ def test_progress_takes_back_what_a_killed_run_wrote(tmp_path: Path) -> None:
     assert last["loss"] == 1.5 and last["seconds"] >= 20
     assert last["notes_per_s"] == pytest.approx(8 * last["steps_per_s"], rel=1e-3)
     assert progress.series("loss") == [9.0, 9.0, 1.5]
-    assert len(heard) == 1 and heard[0].startswith("step 4/4, 0 s to go: loss 1.5")
+    assert len(log) == 1 and log[0].startswith("step 4/4, 0 s to go: loss 1.5")
 
 
-def test_a_disk_that_fills_up_within_a_line_costs_no_figures(
+def test_a_disk_that_fills_up_within_a_line_loses_no_metrics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """10 bytes of the second line fit (a limit on file sizes in place of a full disk); the third report writes both."""
+    """10 bytes of the second line fit (a limit on file sizes acts as a full disk). The third report writes both."""
     path = tmp_path / "metrics.jsonl"
     progress = Progress(path, 0, 3)
     progress.report(1, {"loss": 1.0})
@@ -299,12 +301,14 @@ def test_a_disk_that_fills_up_within_a_line_costs_no_figures(
     progress.report(3, {"loss": 3.0})
     progress.close()
     assert [line["step"] for line in map(json.loads, path.read_text().splitlines())] == [1, 2, 3]
-    path.write_text(path.read_text().replace('{"step": 2, ', '{"step": 2, {"step": 2, '))  # as was written once
+    path.write_text(path.read_text().replace('{"step": 2, ', '{"step": 2, {"step": 2, '))  # as once written
     assert [line["step"] for line in read_metrics(path)] == [1, 3]
 
 
-def test_a_disk_that_is_full_at_the_start_stops_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a killed run wrote after its last checkpoint is taken back with the first report instead."""
+def test_a_disk_that_is_full_at_the_start_does_not_stop_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines of a killed run after its last checkpoint are then removed with the first report."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 9.0, "seconds": 1.0}) + "\n" for step in (1, 2, 3)))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -321,7 +325,7 @@ def test_a_disk_that_is_full_at_the_start_stops_no_training(tmp_path: Path, caps
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_data_wait(slow: bool, tmp_path: Path) -> None:
-    """Nearly all of the time where a batch takes 0.1 s to make and 0 to use, nearly none the other way round."""
+    """The share is near 1 if a batch takes 0.1 s to make and 0 to use, and near 0 if it is the other way round."""
     path = tmp_path / "metrics.jsonl"
     progress = Progress(path, 0, 8)
     making, using = (0.1, 0.0) if slow else (0.0, 0.1)
@@ -335,10 +339,10 @@ def test_data_wait(slow: bool, tmp_path: Path) -> None:
     progress.close()
     share, next_share = progress.series("data_wait")
     assert share > 0.9 if slow else share < 0.1
-    assert next_share == 0  # waits count once
+    assert next_share == 0  # each wait counts once
 
 
-def test_lines_that_are_no_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Invalid lines in the curves do not stop a training run."""
     path = tmp_path / "metrics.jsonl"
     good = b'{"step": 1, "loss": 9.0, "seconds": 1.0}\n'
@@ -348,7 +352,7 @@ def test_lines_that_are_no_metrics(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-def test_curves_reach_mlflow_and_a_dead_server_stops_nothing(
+def test_curves_reach_mlflow_and_a_dead_server_does_not_stop_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mlflow import MlflowClient
@@ -374,7 +378,7 @@ def test_curves_reach_mlflow_and_a_dead_server_stops_nothing(
 
 
 def test_recall_of_validation() -> None:
-    """Query 0: rows 1, 2, 3 score 0.8, 1, 0. Its target 1 has rank 2 (row 0, the query, does not count)."""
+    """For query 0, rows 1, 2 and 3 score 0.8, 1 and 0, so target 1 has rank 2. (The query, row 0, does not count.)"""
     x = torch.tensor([[1.0, 0.0], [0.8, 0.6], [2.0, 0.0], [0.0, 1.0]])
     pairs = torch.tensor([[0, 1]])
     assert recall_at(x, pairs, 1) == 0.0

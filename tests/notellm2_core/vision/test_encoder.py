@@ -28,7 +28,7 @@ def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def small_clip(tmp_path_factory):
-    """A registered open_clip model small enough for tests, and a checkpoint file of it: (model, file)."""
+    """A small registered open_clip model and a checkpoint file of it: (model, file)."""
     open_clip = library("open_clip")
     folder = tmp_path_factory.mktemp("clip")
     cfg = {
@@ -71,18 +71,18 @@ def test_parameter_count_of_the_papers_encoder():
 
 
 def test_clip_features_are_those_before_the_projection(small_clip):
-    """patches = ln_post's output without the class token; global feature @ projection = CLIP's own image feature."""
+    """The patches are ln_post's output without the class token; global feature @ projection is CLIP's image feature."""
     model, file = small_clip
     encoder = load_vision_encoder(VisionSettings(name=SMALL_CLIP, pretrained=str(file)))
     pixels = torch.randn(3, 3, 32, 32)
-    seen = []
-    handle = model.visual.ln_post.register_forward_hook(lambda module, args, output: seen.append(output))
+    outputs = []
+    handle = model.visual.ln_post.register_forward_hook(lambda module, args, output: outputs.append(output))
     with torch.no_grad():
         expected = model.encode_image(pixels)
     handle.remove()
     patches, pooled = encoder(pixels)
     assert patches.shape == (3, 16, 16) and pooled.shape == (3, 16)
-    torch.testing.assert_close(patches, seen[0][:, 1:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(patches, outputs[0][:, 1:], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(pooled @ model.visual.proj, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -97,20 +97,20 @@ def test_an_open_clip_folder_is_read_with_its_preprocessing(small_clip, tmp_path
     pre = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize_mode": "squash"}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": raw, "preprocess_cfg": pre}))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
-    (tmp_path / "config.json").write_text('{"model_type": "clip"}')  # a hub's folder may serve transformers as well
-    (tmp_path / "model.safetensors").write_bytes(b"not looked at")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')  # a folder of the hub may be for transformers too
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
     encoder = load_vision_encoder(VisionSettings(name="anything", pretrained=str(tmp_path)))
     assert encoder.architecture.preprocess.resize == "squash"
     assert encoder.architecture.preprocess.std == (0.25, 0.25, 0.25)
     same = load_vision_encoder(VisionSettings(name=SMALL_CLIP, pretrained=str(file)))
     pixels = torch.randn(2, 3, 32, 32)
     assert torch.equal(encoder(pixels)[0], same(pixels)[0])
-    assert encoder.encoder_id != same.encoder_id  # other preprocessing: other features
+    assert encoder.encoder_id != same.encoder_id  # because of the preprocessing
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
 def test_timm_checkpoint_file(tmp_path, name):
-    """The file holds a classifier; the features are timm's own, the global one is what its classifier reads."""
+    """The file holds a classifier. The features are timm's, and its classifier reads the global one."""
     torch.manual_seed(0)
     model = library("timm").create_model(name, num_classes=5).eval()
     torch.save(model.state_dict(), tmp_path / "model.pt")
@@ -124,7 +124,7 @@ def test_timm_checkpoint_file(tmp_path, name):
 
 
 def test_efficientnet_from_pip():
-    """Its global feature is the mean of its 7 x 7 map; ReLU6 bounds both; the image matters."""
+    """EfficientNet's global feature is the mean of its 7 x 7 map. ReLU6 bounds both, and they depend on the image."""
     pytest.importorskip(PACKAGES["package:efficientnet-lite0"].module)
     encoder = load_vision_encoder(LITE0)
     pixels = torch.stack([encoder.preprocess(random_image(256, 171)), encoder.preprocess(Image.new("RGB", (90, 120)))])
@@ -191,7 +191,7 @@ def test_a_file_of_another_model_is_one_line(small_clip, tmp_path):
     "vision",
     [VisionSettings(), VisionSettings(library="timm", name="test_vit.r160_in1k", pretrained=None)],
 )
-def test_no_hub_says_what_was_tried_and_what_to_do(vision, monkeypatch, tmp_path):
+def test_an_unreachable_hub_is_named_with_the_setting_that_helps(vision, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -243,7 +243,7 @@ def test_a_saved_encoder_that_was_changed_is_refused(tmp_path):
 
 
 def test_frozen():
-    """Also inside a module that trains: eval mode, no gradient, nothing for an optimiser, same bits."""
+    """A frozen encoder inside a module in training stays in eval mode, has no gradients, and gives the same bits."""
     encoder = load_vision_encoder(TINY)
     pixels = torch.randn(2, 3, 32, 32)
     before = encoder(pixels)
@@ -255,8 +255,8 @@ def test_frozen():
     assert torch.equal(patches, before[0]) and torch.equal(pooled, before[1])
 
 
-def test_tiny_tells_colours_and_shapes_apart():
-    """Another colour moves the global feature by over a tenth of its length, another shape by over a fiftieth. The
+def test_tiny_distinguishes_colours_and_shapes():
+    """Another colour changes the global feature by over a tenth of its length, another shape by over a fiftieth. The
     weights do not depend on the caller's random state.
     """
     encoder = load_vision_encoder(TINY)
@@ -273,7 +273,7 @@ def test_tiny_tells_colours_and_shapes_apart():
     assert (feature("red", "ellipse") - base).norm() > 0.02 * base.norm()
 
 
-def test_id_is_of_the_weights_not_of_their_place(small_clip, tmp_path):
+def test_the_id_depends_on_the_weights_and_not_on_their_path(small_clip, tmp_path):
     copy = tmp_path / "elsewhere.pt"
     copy.write_bytes(Path(small_clip[1]).read_bytes())
     ids = {
@@ -288,7 +288,7 @@ def test_id_is_of_the_weights_not_of_their_place(small_clip, tmp_path):
     width=st.integers(1, 260), height=st.integers(1, 260), crop=st.sampled_from([1.0, 0.875, 0.9]), squash=st.booleans()
 )
 def test_pixels_are_those_of_the_libraries(width, height, crop, squash):
-    """The same as timm's transform, and (without crop_pct) as open_clip's, for shapes up to 8:1."""
+    """For shapes up to 8:1 the pixels equal those of timm's transform, and (without crop_pct) of open_clip's."""
     if max(width, height) > 8 * min(width, height):
         width = height
     library("timm"), library("open_clip")
@@ -310,8 +310,8 @@ def test_pixels_are_those_of_the_libraries(width, height, crop, squash):
         )
 
 
-def test_a_line_of_pixels_is_not_blown_up():
-    """A 1 x 20,000 image would become 224 x 4,480,000 before the crop; its middle becomes the whole."""
+def test_a_line_of_pixels_is_not_enlarged_as_a_whole():
+    """A 20,000 x 1 image would be resized to 640,000 x 32 before the crop; only its middle is resized."""
     image = Image.new("RGB", (20_000, 1), "white")
     image.paste("red", (9_990, 0, 10_010, 1))
     pixels = to_pixels(image, Preprocess(size_px=32))

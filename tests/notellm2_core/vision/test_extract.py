@@ -38,7 +38,7 @@ def image_id(data: bytes) -> str:
 
 
 class World:
-    """A source with images, its notes, a configuration with the tiny encoder, a store."""
+    """A source with images, its notes, a configuration with the tiny encoder, and a store."""
 
     def __init__(self, root: Path) -> None:
         self.source, self.notes, self.store = root / "source", root / "notes", root / "store"
@@ -82,8 +82,8 @@ def values(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[None]]:
     return rng.normal(size=(n, 3, 2)).astype(np.float32), rng.normal(size=(n, 2)).astype(np.float32), [None] * n
 
 
-def test_store_gives_back_rows_in_the_order_asked_for(store, monkeypatch):
-    """Two parts with row groups of two rows (8 numbers x 2 bytes each); any order, repeats too, also when reopened."""
+def test_store_returns_rows_in_the_requested_order(store, monkeypatch):
+    """Two parts have row groups of two rows (8 numbers x 2 bytes each). Any order with repeats works, also reopened."""
     monkeypatch.setattr(feature_store, "_ROW_GROUP_BYTES", 32)
     for seed, ids in enumerate(["abcde", "fghijkl"]):
         store.append(list(ids), *values(len(ids), seed))
@@ -97,17 +97,17 @@ def test_store_gives_back_rows_in_the_order_asked_for(store, monkeypatch):
     reopened = FeatureStore(store.root)
     assert (reopened.num_patches, reopened.width) == (3, 2)
     assert reopened.image_ids() == set("abcdefghijkl")
-    for asked in ("a", "l", "lafgecb", "aab", "abcdefghijkl", ""):
-        found = FeatureStore(store.root).load(list(asked))
-        assert found.image_ids == tuple(asked)
-        assert found.patches.dtype == found.global_feature.dtype == np.float16
-        assert found.patches.shape == (len(asked), 3, 2) and found.global_feature.shape == (len(asked), 2)
-        for i, letter in enumerate(asked):
-            assert np.array_equal(found.patches[i], expected[letter][0].astype(np.float16))
-            assert np.array_equal(found.global_feature[i], expected[letter][1].astype(np.float16))
+    for letters in ("a", "l", "lafgecb", "aab", "abcdefghijkl", ""):
+        loaded = FeatureStore(store.root).load(list(letters))
+        assert loaded.image_ids == tuple(letters)
+        assert loaded.patches.dtype == loaded.global_feature.dtype == np.float16
+        assert loaded.patches.shape == (len(letters), 3, 2) and loaded.global_feature.shape == (len(letters), 2)
+        for i, letter in enumerate(letters):
+            assert np.array_equal(loaded.patches[i], expected[letter][0].astype(np.float16))
+            assert np.array_equal(loaded.global_feature[i], expected[letter][1].astype(np.float16))
 
 
-def test_store_sees_what_another_writer_added(store):
+def test_store_sees_parts_of_other_writers(store):
     store.append(["a"], *values(1))
     reader = FeatureStore(store.root)
     assert reader.image_ids() == {"a"}
@@ -135,13 +135,13 @@ def test_store_refuses(store, tmp_path):
 
 
 def test_a_damaged_part_is_refused_by_name(store):
-    """One flipped bit among the features is found by the page checksums; a cut file, other columns: at the opening."""
+    """Page checksums find a flipped bit among the features. A cut file and other columns are refused at the opening."""
     store.append(list("abcd"), *values(4))
     part = next(store.root.glob("part-*"))
     good = part.read_bytes()
     needle = values(4)[0].astype(np.float16)[2].tobytes()
-    at = good.index(needle)  # so small a page is not compressed
-    part.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    position = good.index(needle)  # so small a page is not compressed
+    part.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
     with pytest.raises(ValueError, match=rf"{part.name} cannot be read .*move it away and run again"):
         FeatureStore(store.root).load(["a"])
     part.write_bytes(good[:-9])
@@ -174,7 +174,7 @@ def test_leftovers_of_dead_writers_are_removed(store):
 
 
 def test_images_that_the_store_has_lost_are_counted(store, tmp_path):
-    """A part was deleted, then the whole store."""
+    """A part is deleted, then the whole store."""
     store.append(["a", "b"], *values(2))
     store.append(["c"], *values(1))
     images = tmp_path / "images"
@@ -191,8 +191,8 @@ def test_images_that_the_store_has_lost_are_counted(store, tmp_path):
 
 
 def test_the_whole_run(world, tmp_path):
-    """Every status, paths and bytes, one image under three names: computed once, and equal to the encoder's own
-    answer in fp16.
+    """Notes with images of every status, as paths and bytes. One image under three names is computed once, and its
+    features are the encoder's in fp16.
     """
     first, second = png(1), png(2)
     (world.source / "a.png").write_bytes(first)
@@ -232,14 +232,14 @@ def test_the_whole_run(world, tmp_path):
     )
     assert VisionEncoder.from_pretrained(tmp_path / "out" / "vision").encoder_id == encoder.encoder_id
     assert world.open_store().root.name == encoder.encoder_id
-    found = world.open_store().load([one, two])
+    loaded = world.open_store().load([one, two])
     pixels = torch.stack([encoder.preprocess(Image.open(io.BytesIO(d)).convert("RGB")) for d in (first, second)])
     patches, pooled = encoder(pixels)
-    np.testing.assert_allclose(found.patches, patches.numpy(), rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(found.global_feature, pooled.numpy(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(loaded.patches, patches.numpy(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(loaded.global_feature, pooled.numpy(), rtol=1e-3, atol=1e-3)
 
 
-def test_the_second_run_computes_what_is_new_only(world, tmp_path, monkeypatch):
+def test_the_second_run_computes_only_new_images(world, tmp_path, monkeypatch):
     encoded = []
     real = VisionEncoder.forward
     monkeypatch.setattr(VisionEncoder, "forward", lambda self, x: encoded.append(len(x)) or real(self, x))
@@ -253,15 +253,15 @@ def test_the_second_run_computes_what_is_new_only(world, tmp_path, monkeypatch):
     world.write_notes([("n6", None, png(6)), ("n7", None, png(0))], "part-1.parquet")
     third = world.run(tmp_path / "three")
     assert (third["computed"], third["reused"], third["distinct_images"], encoded) == (1, 6, 7, [4, 2, 1])
-    # a stricter limit holds for what is in the store, too
+    # a stricter limit also holds for images in the store
     world.config.write_text(world.config.read_text().replace("10000", "100"))
     strict = world.run(tmp_path / "four")
     assert (strict["too_large"], strict["ok"], strict["reused"]) == (8, 0, 0)
 
 
 def test_killed_in_the_middle(world, tmp_path):
-    """kill -9 when at least two parts of four images are there; the next run computes the rest only, and the store
-    then holds the same bits as that of a run nobody disturbed.
+    """After kill -9 behind at least two parts of four images, the next run computes only the rest, and the store then
+    holds the same bits as that of an uninterrupted run.
     """
     total = 600
     for i in range(total):

@@ -1,4 +1,4 @@
-"""Vision encoders of transformers, against the library's own models and processors, and against open_clip."""
+"""Vision encoders of transformers equal the library's models and processors, and open_clip's."""
 
 import json
 from pathlib import Path
@@ -27,9 +27,9 @@ SQUARE = {"size": {"height": 32, "width": 32}}
 SHORTEST = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
 CLIP = hf.CLIPImageProcessor(**SHORTEST)
 TEXT = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-PROJECTED = WITH_MLP | {"projection_dim": 8}  # as the dual config's
+PROJECTED = WITH_MLP | {"projection_dim": 8}  # as in the dual config
 
-# name -> (config, image processor); where the config is a dual one, the checkpoint is the dual model's
+# name -> (config, image processor); a dual config makes a checkpoint of the dual model
 MODELS = {
     "clip": (hf.CLIPConfig(text_config=TEXT, vision_config=WITH_MLP, projection_dim=8), CLIP),
     "clip_vision": (hf.CLIPVisionConfig(**PROJECTED), CLIP),
@@ -49,7 +49,7 @@ def vision(name: Path | str) -> VisionSettings:
 
 
 def saved(folder: Path, kind: str) -> tuple[Path, Any]:
-    """A checkpoint of random weights, biases and norms included, and the model in it."""
+    """A checkpoint with random weights, biases and norms, and its model."""
     settings, processor = MODELS[kind]
     torch.manual_seed(0)
     model = hf.AutoModel.from_config(settings).eval()
@@ -73,8 +73,8 @@ def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_features_are_the_models_own(kind: str, tmp_path: Path) -> None:
-    """16 patches ((32 / 8)^2): no class and no register token among them, all after the last layer norm; the global
-    feature is the pooled output. Dimensions and architecture are known from the two JSON files alone.
+    """The 16 = (32 / 8)^2 patches come after the last layer norm, without class and register tokens. The global feature
+    is the pooled output. The two JSON files alone give dimensions and architecture.
     """
     folder, whole = saved(tmp_path / "model", kind)
     encoder = load_vision_encoder(vision(folder))
@@ -89,7 +89,7 @@ def test_features_are_the_models_own(kind: str, tmp_path: Path) -> None:
     assert patches.shape == (3, 16, 16)
     torch.testing.assert_close(patches, tokens[:, tokens.shape[1] - 16 :], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(pooled, expected.pooler_output, rtol=1e-5, atol=1e-6)
-    if "siglip" not in kind:  # the class token after the norm is the first
+    if "siglip" not in kind:  # the first token is the class token
         torch.testing.assert_close(pooled, tokens[:, 0], rtol=1e-5, atol=1e-6)
     (folder / "model.safetensors").unlink()
     assert vision_dims(vision(folder)) == (16, 16)
@@ -128,10 +128,10 @@ def open_clip_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         parts |= {f"{layer}.layer_norm1": f"{block}.ln_1", f"{layer}.layer_norm2": f"{block}.ln_2"}
         parts |= {f"{layer}.mlp.fc1": f"{block}.mlp.c_fc", f"{layer}.mlp.fc2": f"{block}.mlp.c_proj"}
         parts |= {f"{layer}.self_attn.out_proj": f"{block}.attn.out_proj"}
-        for what in ("weight", "bias"):
-            joined = [weights[f"{layer}.self_attn.{p}_proj.{what}"] for p in "qkv"]
-            renamed[f"{block}.attn.in_proj_{what}"] = torch.cat(joined)
-    return renamed | {f"{b}.{what}": weights[f"{a}.{what}"] for a, b in parts.items() for what in ("weight", "bias")}
+        for kind in ("weight", "bias"):
+            joined = [weights[f"{layer}.self_attn.{p}_proj.{kind}"] for p in "qkv"]
+            renamed[f"{block}.attn.in_proj_{kind}"] = torch.cat(joined)
+    return renamed | {f"{b}.{kind}": weights[f"{a}.{kind}"] for a, b in parts.items() for kind in ("weight", "bias")}
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
@@ -157,8 +157,8 @@ def test_clip_is_the_same_through_open_clip(quick_gelu: bool, tmp_path: Path) ->
     assert dropped_projection_parameters(architecture) == dropped_projection_parameters(ours.architecture) == 16 * 8
 
 
-def test_the_same_clip_out_of_three_kinds_of_checkpoint(tmp_path: Path) -> None:
-    """The dual model; its vision part alone; that under the names that transformers 4 wrote."""
+def test_three_kinds_of_checkpoint_give_the_same_clip(tmp_path: Path) -> None:
+    """The checkpoints: the dual model, its vision part, and that part under the names that transformers 4 wrote."""
     dual, model = saved(tmp_path / "dual", "clip")
     alone = architecture_files(tmp_path / "alone", *MODELS["clip_vision"])
     model.vision_model.save_pretrained(alone, is_main_process=True)
@@ -170,7 +170,8 @@ def test_the_same_clip_out_of_three_kinds_of_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_papers_encoders_with_and_without_their_projection() -> None:
-    """Width w, layers n, MLP m, patch p, L patches: 3ppw + w + (L+1)w + 2 * 2w + n(4w + 4ww + 4w + 2wm + m + w).
+    """With width w, n layers, MLP m, patch p and L patches, the parameters are
+    3ppw + w + (L+1)w + 2 * 2w + n(4w + 4ww + 4w + 2wm + m + w).
 
     ViT-B-16: w = 768, m = 3072, L = 196: 85,799,424, and its projection 768 * 512. ViT-bigG-14: w = 1664, n = 48,
     m = 8192, L = 256: 1,842,777,344, and its projection 1664 * 1280.
@@ -190,9 +191,10 @@ def test_the_papers_encoders_with_and_without_their_projection() -> None:
 
 
 def test_sizes_of_real_architectures(tmp_path: Path) -> None:
-    """Their config.json and preprocessor_config.json as on the hub, on the meta device. openai/clip-vit-base-patch16
-    has the 85,799,424 parameters of open_clip's ViT-B-16, and 768 * 512 in its visual_projection. DINOv2 sees 224
-    pixels although it was made for 518: (224 / 14)^2 patches.
+    """Architectures with the config.json and preprocessor_config.json of the hub, on the meta device.
+
+    openai/clip-vit-base-patch16 has the 85,799,424 parameters of open_clip's ViT-B-16, and 768 * 512 in its
+    visual_projection. DINOv2 was made for 518 pixels, but its processor makes 224: (224 / 14)^2 patches.
     """
     clip = hf.CLIPConfig(vision_config={"patch_size": 16}, projection_dim=512)
     dinov2 = hf.Dinov2Config(image_size=518), hf.BitImageProcessor(size={"shortest_edge": 256})
@@ -214,9 +216,11 @@ def test_sizes_of_real_architectures(tmp_path: Path) -> None:
 @settings(max_examples=15, deadline=None)
 @given(width=st.integers(4, 200), height=st.integers(4, 200), resized=st.integers(32, 60), resample=st.integers(2, 3))
 def test_pixels_are_those_of_the_library(width: int, height: int, resized: int, resample: int) -> None:
-    """Equal to its Pillow processors, for shapes up to 8:1. Its torchvision ones, the default, round otherwise between
-    the two passes of a resize: less than a grey level on average, even on noise. DINOv3's has no Pillow twin and rounds
-    nothing: less than two grey levels anywhere.
+    """For shapes up to 8:1 our pixels equal those of the library's Pillow processors.
+
+    Its torchvision processors, the default, round differently between the two passes of a resize, so the mean
+    difference is below one grey level, even on noise. DINOv3's has no Pillow variant and does not round: the difference
+    is below two grey levels everywhere.
     """
     if max(width, height) > 8 * min(width, height):
         width = height
@@ -230,10 +234,10 @@ def test_pixels_are_those_of_the_library(width: int, height: int, resized: int, 
         levels = 255 * torch.tensor(processor.image_std).view(3, 1, 1)
         theirs = processor(image, return_tensors="pt")["pixel_values"][0]
         assert ours.shape == theirs.shape
-        apart = ((ours - theirs) * levels).abs()
-        assert apart.mean() < 1
+        difference = ((ours - theirs) * levels).abs()
+        assert difference.mean() < 1
         if name == "DINOv3ViT":
-            assert apart.max() < 2
+            assert difference.max() < 2
         else:
             pillow = getattr(hf, f"{name}ImageProcessorPil")(**how)(image, return_tensors="pt")["pixel_values"][0]
             torch.testing.assert_close(ours, torch.as_tensor(pillow), rtol=0, atol=1e-5)
@@ -254,7 +258,7 @@ def test_pixels_are_those_of_the_library(width: int, height: int, resized: int, 
         ({"image_processor_type": "Siglip2ImageProcessor"}, "image_processor_type = Siglip2ImageProcessor"),
     ],
 )
-def test_preprocessing_that_cannot_be_followed_is_refused(changes: dict[str, Any], message: str, tmp_path: Path):
+def test_unsupported_preprocessing_is_refused(changes: dict[str, Any], message: str, tmp_path: Path):
     architecture_files(tmp_path, *MODELS["clip_vision"])
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -262,7 +266,7 @@ def test_preprocessing_that_cannot_be_followed_is_refused(changes: dict[str, Any
         vision_dims(vision(tmp_path))
 
 
-def test_a_kernel_that_overshoots_is_not_dinov3s() -> None:
+def test_a_bicubic_dinov3_processor_is_refused() -> None:
     with pytest.raises(ValueError, match="resample = bicubic in a DINOv3ViTImageProcessor"):
         preprocess_of(hf.DINOv3ViTImageProcessor(**SQUARE, resample=3), "somebody/dinov3")
 
@@ -282,8 +286,8 @@ def test_models_without_patch_features(other: Any, message: str, tmp_path: Path)
         vision_dims(vision(architecture_files(tmp_path, other, CLIP)))
 
 
-def test_what_a_folder_may_lack(tmp_path: Path) -> None:
-    """config.json, preprocessor_config.json, weights, a tensor, a tensor's shape: one line each, no random tower."""
+def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
+    """A missing tensor, shape, weight file or JSON file is an error of one line; no tower keeps random weights."""
     folder, _ = saved(tmp_path / "model", "dinov2")
     good = load_file(folder / "model.safetensors")
     name = "encoder.layer.1.mlp.fc1.bias"
@@ -321,8 +325,8 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path, monkeypatc
     assert "\n" not in str(e.value)
 
 
-def test_pretrained_has_no_meaning_here() -> None:
-    """Left out, it is openai for open_clip alone."""
+def test_pretrained_is_not_for_transformers() -> None:
+    """The default of `pretrained` is openai for open_clip only."""
     assert VisionSettings().pretrained == "openai" and VisionSettings(name="ViT-L-14").pretrained == "openai"
     assert vision("x").pretrained is None
     with pytest.raises(ValueError, match="'laion' is no folder that save_pretrained wrote.* leave pretrained out"):

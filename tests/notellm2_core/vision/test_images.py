@@ -34,7 +34,7 @@ def noise(width: int = 20, height: int = 10) -> Image.Image:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels."""
+    """A PNG whose header has this size, without pixels."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     empty = b"IDAT" + zlib.compress(b"")
     chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (body, empty, b"IEND")]
@@ -66,7 +66,7 @@ def test_transparent_palette_is_white_where_transparent():
 
 
 def test_alpha_is_composited_on_white():
-    """Half-transparent black (alpha 128 of 255) on white: 255 * (1 - 128 / 255) = 127."""
+    """Half-transparent black (alpha 128 of 255) on white is 255 * (1 - 128 / 255) = 127."""
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 128))
     image.putpixel((1, 0), (0, 0, 0, 0))
     assert rgb(encode(image, "PNG"))[0].tolist() == [[127] * 3, [255] * 3]
@@ -82,7 +82,7 @@ def test_rgb_with_a_transparent_colour():
 
 
 def test_cmyk():
-    """Ink 0 is white; full black ink is black; full cyan has no red."""
+    """No ink is white, full black ink is black, and full cyan has no red."""
     image = Image.new("CMYK", (24, 8), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (8, 0, 16, 8))
     image.paste((255, 0, 0, 0), (16, 0, 24, 8))
@@ -93,7 +93,7 @@ def test_cmyk():
 
 
 def test_grey_of_1_8_and_16_bits():
-    """16 bits keep their range: 65535 -> 255, 32768 -> 127.5 -> 128, 257 -> 1, 0 -> 0."""
+    """16 bits are scaled to 8: 65535 -> 255, 32768 -> 127.5 -> 128, 257 -> 1, 0 -> 0."""
     assert rgb(encode(Image.new("1", (2, 2), 1), "PNG")).min() == 255
     assert (rgb(encode(Image.new("L", (2, 2), 77), "PNG")) == 77).all()
     deep = Image.fromarray(np.array([[65535, 32768, 257, 0]], np.uint16))
@@ -102,7 +102,7 @@ def test_grey_of_1_8_and_16_bits():
 
 
 def test_grey_of_32_bits_and_floats_is_stretched():
-    """Without a declared range the darkest is 0, the brightest 255; not-a-number counts as 0."""
+    """Without a declared range the darkest value becomes 0 and the brightest 255; nan counts as 0."""
     floats = Image.fromarray(np.array([[-1.0, 0.0, 1.0]], np.float32))
     assert rgb(encode(floats, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
     ints = Image.fromarray(np.array([[0, 100_000, 200_000]], np.int32))
@@ -121,7 +121,7 @@ def test_animations_give_their_first_frame(fmt):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation):
-    """A image whose pixels were stored turned comes back upright: the red corner is top left, the size 20 x 10."""
+    """An image whose pixels are stored turned is read upright: the red corner is top left, the size 20 x 10."""
     upright = Image.new("RGB", (20, 10), "white")
     upright.paste("red", (0, 0, 5, 5))
     undo = {
@@ -138,7 +138,7 @@ def test_exif_orientation(orientation):
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
-def test_truncated_is_broken_not_half_grey(fmt):
+def test_a_truncated_image_is_broken_not_half_grey(fmt):
     data = encode(noise(64, 64), fmt)
     for share in (0.3, 0.6, 0.9):
         assert decode(data[: int(len(data) * share)], MAX)[0] == "broken"
@@ -147,12 +147,12 @@ def test_truncated_is_broken_not_half_grey(fmt):
 @pytest.mark.parametrize(
     "data", [b"x", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF"]
 )
-def test_what_is_no_bitmap_is_broken(data):
+def test_other_files_are_broken(data):
     assert read_image(Path("."), None, data, MAX) == ("broken", None, None)
 
 
-def test_a_bomb_is_never_decoded(monkeypatch):
-    """A 60-byte file that claims 30,000 x 30,000 pixels, and one pixel over the limit; the limit itself is allowed."""
+def test_a_decompression_bomb_is_not_decoded(monkeypatch):
+    """Small files whose headers claim 30,000 x 30,000 or 1,000 x 1,001 pixels are refused; the limit of 10^6 is not."""
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     assert decode(png_header(30_000, 30_000), MAX) == ("too_large", None)
     assert decode(png_header(1000, 1001), MAX) == ("too_large", None)
@@ -160,7 +160,7 @@ def test_a_bomb_is_never_decoded(monkeypatch):
     assert check_header(png_header(0, 5), MAX) == "broken"
 
 
-def test_pillows_own_bound_gives_way(monkeypatch):
+def test_pillows_bound_is_raised_to_ours(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     data = encode(noise(30, 30), "PNG")
     assert decode(data, MAX)[0] == "too_large"  # 900 pixels > 2 * 100
@@ -172,13 +172,13 @@ def test_pillows_own_bound_gives_way(monkeypatch):
 def test_id_is_the_hash_of_the_bytes(tmp_path):
     data = encode(noise(), "PNG")
     (tmp_path / "a.png").write_bytes(data)
-    for found in (read_image(tmp_path, "a.png", None, MAX), read_image(tmp_path, None, data, MAX)):
-        assert found[:2] == ("ok", hashlib.sha256(data).hexdigest())
+    for result in (read_image(tmp_path, "a.png", None, MAX), read_image(tmp_path, None, data, MAX)):
+        assert result[:2] == ("ok", hashlib.sha256(data).hexdigest())
     assert read_image(tmp_path, "a.png", b"", MAX)[0] == "broken"  # bytes in the table win over the path
 
 
 def test_paths(tmp_path):
-    """Where a path leads decides; a link may stay inside, and nothing outside is opened."""
+    """The target of a path decides: a link may lead to a file inside the source, and no file outside is opened."""
     source = tmp_path / "source"
     (source / "images" / "deep").mkdir(parents=True)
     data = encode(noise(), "PNG")
@@ -227,7 +227,7 @@ def test_a_source_behind_a_link_is_no_escape(tmp_path):
 
 
 def test_a_file_too_long_for_its_pixels_is_not_read(tmp_path, monkeypatch):
-    """At most 8 bytes per allowed pixel and 1 MiB: 10 pixels allow 1,048,656 bytes."""
+    """A file may have 8 bytes per allowed pixel plus 1 MiB: 10 pixels allow 1,048,656 bytes."""
     with (tmp_path / "huge.png").open("wb") as f:
         f.truncate(1_048_657)
     monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("read"))
@@ -236,22 +236,22 @@ def test_a_file_too_long_for_its_pixels_is_not_read(tmp_path, monkeypatch):
     assert fetch(tmp_path, None, b"x" * 1_048_656, 10).status == "ok"
 
 
-@pytest.mark.filterwarnings("ignore")  # what Pillow says of damaged TIFFs, and of bombs
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged TIFFs and of bombs
 @settings(max_examples=150, deadline=None)
 @given(fmt=st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"]), seed=st.integers(0, 10**6))
 def test_damaged_bytes_never_raise(fmt, seed):
-    """Whatever is overwritten in a file: an RGB image or a reason."""
+    """A file with any overwritten bytes gives an RGB image or a reason."""
     rng = np.random.default_rng(seed)
     data = bytearray(encode(noise(16, 16), fmt))
-    for at in rng.integers(0, len(data), rng.integers(1, 20)):
-        data[at] = rng.integers(0, 256)
+    for position in rng.integers(0, len(data), rng.integers(1, 20)):
+        data[position] = rng.integers(0, 256)
     status, image = decode(bytes(data), MAX)
     assert status in ("ok", "broken", "too_large")
     assert (image is not None and image.mode == "RGB") == (status == "ok")
 
 
 def test_perceptual_hash():
-    """Most copies of other quality, size or format share it; other images do not, and a single colour has none."""
+    """Most copies of other quality, size or format share the hash. Other images do not; a single colour has none."""
 
     def clouds(seed: int) -> Image.Image:
         values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Images by image id, from bytes in the notes or from files beside them."""
+"""Images by image id, from bytes in the notes table or from files of the source."""
 
 import hashlib
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.support.world import png_of
 
 
 def test_bytes_and_files(tmp_path: Path) -> None:
-    """Notes a and c share an image, d has none, e is not asked for; of the files, one changes afterwards."""
+    """Notes a and c share an image, d has none, e is not requested. A file that changes afterwards is an error."""
     first, second = png_of(1), png_of(2)
     ids = {data: hashlib.sha256(data).hexdigest() for data in (first, second)}
     (tmp_path / "b.png").write_bytes(second)

@@ -1,4 +1,4 @@
-"""Images cropped once: what a step takes of them is what the encoder would make of the image itself."""
+"""Pixels cropped once are those that the encoder's preprocessing makes of the image."""
 
 from pathlib import Path
 
@@ -15,21 +15,22 @@ from tests.support.world import World, tiny_config
 
 def test_a_step_takes_distinct_images(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load_vision_encoder(tiny_config().model.vision)
-    how = encoder.architecture.preprocess
+    preprocess = encoder.architecture.preprocess
     note_images = read_note_images(world.path("images"))
     images = NoteImages(world.with_image_folders.image_folders, note_images, note_images, 10_000)
-    table = PixelTable.build(images, how, tmp_path)
+    table = PixelTable.build(images, preprocess, tmp_path)
     assert len(table.rows) == sum(image is not None for image in note_images.values())
 
-    pixels, which = table.take(np.array([3, -1, 5, 3]))
-    assert len(pixels) == 2 and which.tolist() == [0, -1, 1, 0]
+    pixels, image_index = table.take(np.array([3, -1, 5, 3]))
+    assert len(pixels) == 2 and image_index.tolist() == [0, -1, 1, 0]
     image = images.decode(images.read([images.image_ids[5]])[0])
-    assert torch.equal(normalise(torch.from_numpy(pixels[1]), how), encoder.preprocess(image))
-    pixels, which = table.take(np.array([-1, -1]))
-    assert not pixels.any() and len(pixels) == 1 and which.tolist() == [-1, -1]
+    assert torch.equal(normalise(torch.from_numpy(pixels[1]), preprocess), encoder.preprocess(image))
+    pixels, image_index = table.take(np.array([-1, -1]))
+    assert not pixels.any() and len(pixels) == 1 and image_index.tolist() == [-1, -1]
 
-    monkeypatch.setattr(images, "read", None)  # it is there already
-    again = PixelTable.build(images, how, tmp_path)
+    monkeypatch.setattr(images, "read", None)  # the table exists, so no image is read
+    again = PixelTable.build(images, preprocess, tmp_path)
     assert again.rows == table.rows and np.array_equal(again.values, table.values)
-    empty = PixelTable.build(NoteImages(world.with_image_folders.image_folders, note_images, [], 10_000), how, tmp_path)
-    assert empty.take(np.array([-1]))[0].shape == (1, how.size_px, how.size_px, 3)
+    no_images = NoteImages(world.with_image_folders.image_folders, note_images, [], 10_000)
+    empty = PixelTable.build(no_images, preprocess, tmp_path)
+    assert empty.take(np.array([-1]))[0].shape == (1, preprocess.size_px, preprocess.size_px, 3)

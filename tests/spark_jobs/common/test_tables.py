@@ -19,11 +19,9 @@ def test_the_same_rows_in_another_order_make_the_same_bytes(frame: Frame, tmp_pa
     assert [(tmp_path / "a" / f).read_bytes() for f in files] == [(tmp_path / "b" / f).read_bytes() for f in files]
 
 
-def test_a_table_has_as_many_files_as_asked_for_also_after_a_join(
-    spark: SparkSession, frame: Frame, tmp_path: Path
-) -> None:
-    """The rows of a join lie by its column already: Spark would leave out a repartition by that, and merge small
-    partitions.
+def test_a_table_has_num_files_files_even_after_a_join(spark: SparkSession, frame: Frame, tmp_path: Path) -> None:
+    """A join has partitioned its rows by its column already. Spark would skip a repartition by that column, and merge
+    small partitions.
     """
     rows = [(f"n{i}", f"n{i}", i / 3, i) for i in range(50)]
     joined = frame(SCORES, rows).hint("shuffle_hash").join(frame(SCORES, rows).select("query_id"), "query_id")
@@ -50,11 +48,11 @@ def test_a_missing_or_damaged_table_is_named(spark: SparkSession, tmp_path: Path
     damage(tmp_path / "pages" / "not good.parquet")
     with pytest.raises(ValueError, match=r"pages/not good\.parquet is damaged"), readable(tmp_path / "pages"):
         read_table(spark, tmp_path / "pages").distinct().count()
-    with pytest.raises(ZeroDivisionError), readable("x"):  # nothing else is touched
+    with pytest.raises(ZeroDivisionError), readable("x"):  # other errors pass
         _ = 1 / 0
 
 
-def test_replacing_takes_the_place_of_a_former_result_only(tmp_path: Path) -> None:
+def test_replacing_replaces_only_a_previous_result(tmp_path: Path) -> None:
     out, log, part = tmp_path / "deep" / "out", tmp_path / "log", "part-00000.parquet"
     for number in (1, 2):
         with replacing(out, log, ["a"]) as new:
@@ -87,8 +85,8 @@ def test_replacing_takes_the_place_of_a_former_result_only(tmp_path: Path) -> No
     refuses(out / "thesis.tex", log, ["a"], "is a file")
 
 
-def test_the_most_frequent_values_stand_for_all(frame: Frame) -> None:
-    """a three times, null twice, then b before c: both once."""
+def test_top_counts_names_the_most_frequent_values(frame: Frame) -> None:
+    """a occurs three times, null twice, b and c once: b comes first."""
     df = frame("event string", [(e,) for e in ["c", "a", None, "a", "b", "a", None]])
     assert top_counts(df, "event", 2) == {"a": 3, "": 2, "(others)": 2}
     assert list(top_counts(df, "event", 4).items()) == [("a", 3), ("", 2), ("b", 1), ("c", 1)]

@@ -1,4 +1,4 @@
-"""Eq. 2 in numpy, without Spark: from interactions to lists, from lists to scores."""
+"""Eq. 2 in numpy, without Spark: from interactions to histories, from histories to scores."""
 
 from collections import defaultdict
 from fractions import Fraction
@@ -20,19 +20,19 @@ def scored(
     rows: Rows, simultaneous: bool = False, max_notes: int | None = None, num_blocks: int = 1, at_a_time: int = 1 << 22
 ) -> tuple[dict[tuple[int, int], tuple[float, int]], Capped]:
     columns = [np.array([NEVER if v is None else v for v in column], np.int64) for column in zip(*rows, strict=True)]
-    lists, capped = histories(*columns, "not earlier" if simultaneous else "later", max_notes)
+    built, capped = histories(*columns, "not earlier" if simultaneous else "later", max_notes)
     blocks = defaultdict(list)
-    for block, chunk in lists.chunks(num_blocks):
+    for block, chunk in built.chunks(num_blocks):
         blocks[block].append(chunk)
-    found: dict[tuple[int, int], tuple[float, int]] = {}
+    scores: dict[tuple[int, int], tuple[float, int]] = {}
     for block, chunks in blocks.items():
         last = (-1, -1)
         for pairs in pair_scores(pa.Table.from_batches(chunks, HISTORIES), at_a_time):
             for query, target, score, users in zip(*(c.tolist() for c in pairs), strict=True):
-                assert query % num_blocks == block and last < (query, target)  # in order, none twice
+                assert query % num_blocks == block and last < (query, target)  # in order, each pair once
                 last = (query, target)
-                found[last] = (score, users)
-    return found, capped
+                scores[last] = (score, users)
+    return scores, capped
 
 
 def by_definition(rows: Rows, simultaneous: bool, max_notes: int | None = None) -> Scores:
@@ -52,7 +52,7 @@ def by_definition(rows: Rows, simultaneous: bool, max_notes: int | None = None) 
             for b_at, b in clicked:
                 if a != b and (a_at <= b_at if simultaneous else a_at < b_at):
                     sums[a, b].append(Fraction(1, len(clicks[user])))
-    return {pair: (sum(of, Fraction()), len(of)) for pair, of in sums.items()}
+    return {pair: (sum(shares, Fraction()), len(shares)) for pair, shares in sums.items()}
 
 
 row = st.tuples(st.integers(0, 4), st.integers(0, 6), st.integers(0, 5), st.none() | st.integers(0, 5))
@@ -69,37 +69,36 @@ row = st.tuples(st.integers(0, 4), st.integers(0, 6), st.integers(0, 5), st.none
 def test_equals_the_definition(
     rows: Rows, simultaneous: bool, max_notes: int | None, num_blocks: int, at_a_time: int
 ) -> None:
-    """Any rows, ties, cap, number of blocks and size of the chunks that a query may be spread over."""
-    found, _ = scored(rows, simultaneous, max_notes, num_blocks, at_a_time)
+    """The rows, ties, cap, number of blocks and size of the chunks are arbitrary; a query may span several chunks."""
+    scores, _ = scored(rows, simultaneous, max_notes, num_blocks, at_a_time)
     expected = by_definition(rows, simultaneous, max_notes)
-    assert found.keys() == expected.keys()
+    assert scores.keys() == expected.keys()
     for pair, (score, users) in expected.items():
-        assert found[pair][1] == users
-        assert found[pair][0] == float(score)  # rounded once
+        assert scores[pair][1] == users
+        assert scores[pair][0] == float(score)  # rounded once
 
 
 @settings(max_examples=100, deadline=None)
 @given(rows=st.lists(row, min_size=1, max_size=60), max_notes=st.integers(1, 3))
 def test_no_score_loses_more_than_the_bound(rows: Rows, max_notes: int) -> None:
-    found, capped = scored(rows, max_notes=max_notes)
+    scores, capped = scored(rows, max_notes=max_notes)
     whole = by_definition(rows, simultaneous=False)
-    losses = [float(score) - found.get(pair, (0.0, 0))[0] for pair, (score, _) in whole.items()]
+    losses = [float(score) - scores.get(pair, (0.0, 0))[0] for pair, (score, _) in whole.items()]
     by_note = sum(float(capped.note_loss[capped.clicked == c].max(initial=0.0)) for c in (False, True))
     assert max(losses, default=0.0) <= min(capped.loss, by_note) + 1e-12
     assert (capped.users == 0) == (capped.loss == 0.0) == (len(capped.note) == 0)
 
 
 def test_worked_example_of_a_cap() -> None:
-    """One user: views 0, 1, 2 at times 0, 1, 2 and clicks 3, 4, 5 at 3, 4, 5, so N_u = 3, and it has viewed six notes.
+    """One user views 0, 1, 2 at times 0, 1, 2 and clicks 3, 4, 5 at 3, 4, 5. N_u is 3, and it has viewed six notes.
 
-    With two notes kept, the views are those of 4 and 5, the clicks those on 4 and 5, and of the twelve pairs only
-    4 -> 5 is left, with 1/3. What every other pair has lost is 1/3, the bound. The views of 0 to 3 are lost and the
-    click on 3.
+    With `max_notes` = 2, the views of 4 and 5 are left, and the clicks on 4 and 5. One of the twelve pairs is left,
+    4 -> 5, with 1/3. Every other pair loses 1/3, which is the bound. The views of 0 to 3 are cut, and the click on 3.
     """
     rows: Rows = [(0, n, n, None) for n in range(3)] + [(0, n, n, n) for n in range(3, 6)]
     assert len(scored(rows)[0]) == 12
-    found, capped = scored(rows, max_notes=2)
-    assert found == {(4, 5): (pytest.approx(1 / 3), 1)} and (capped.users, capped.loss) == (1, pytest.approx(1 / 3))
+    scores, capped = scored(rows, max_notes=2)
+    assert scores == {(4, 5): (pytest.approx(1 / 3), 1)} and (capped.users, capped.loss) == (1, pytest.approx(1 / 3))
     assert list(zip(capped.note, capped.clicked, strict=True)) == [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1)]
     assert capped.note_loss == pytest.approx([1 / 3] * 5)
 
@@ -107,7 +106,7 @@ def test_worked_example_of_a_cap() -> None:
 @settings(max_examples=100, deadline=None)
 @given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=60))
 def test_a_score_is_the_exact_sum_rounded_once(sizes: list[int]) -> None:
-    """A user for each size: it views note 0, and then clicks note 1 and as many others as make its N_u."""
+    """There is a user for each size N_u. It views note 0, and then clicks N_u notes, the first of which is note 1."""
     rows: Rows = [(user, 0, 0, None) for user in range(len(sizes))]
     rows += [(user, 1 + n, 1, 1) for user, size in enumerate(sizes) for n in range(size)]
     exact = sum((Fraction(1, size) for size in sizes), Fraction())

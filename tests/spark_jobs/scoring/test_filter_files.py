@@ -1,4 +1,4 @@
-"""What happens to a file of scores inside a Spark task, without Spark."""
+"""A file of scores inside a Spark task, tested without Spark."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,15 +32,15 @@ def write_scores(file: Path, rows: Sequence[Sequence[Any]], row_group_size: int 
 
 
 def test_counts(tmp_path: Path) -> None:
-    """r is in the pool; of the three pairs left two have more than two users."""
+    """r is in the pool. Three pairs are left, and two of them have more than two users."""
     file = write_scores(tmp_path / "scores.parquet", PAIRS)
-    sides = [("q", "train", "q", True), *((n, "train", n, True) for n in "abc"), ("r", "pool", "r", True)]
-    write_rows(tmp_path / "sides" / "x.parquet", NOTE_SPLIT, sides)
-    of = CandidateFilter(tmp_path / "sides", "train", min_users=3)
-    [counted] = [batch.to_pylist() for batch in of.count(file)]
-    wanted = bins(np.array([2.0, 4.0])).tolist()
-    assert counted == [{"pairs_on_side": 3, "most_users": 4, "bins": wanted, "counts": [1, 1]}]
-    values = [batch.to_pydict() for batch in of.values(file, np.array(wanted[:1]))]
+    splits = [("q", "train", "q", True), *((n, "train", n, True) for n in "abc"), ("r", "pool", "r", True)]
+    write_rows(tmp_path / "split" / "x.parquet", NOTE_SPLIT, splits)
+    candidates = CandidateFilter(tmp_path / "split", "train", min_users=3)
+    [counts] = [batch.to_pylist() for batch in candidates.count(file)]
+    score_bins = bins(np.array([2.0, 4.0])).tolist()
+    assert counts == [{"pairs_on_side": 3, "most_users": 4, "bins": score_bins, "counts": [1, 1]}]
+    values = [batch.to_pydict() for batch in candidates.values(file, np.array(score_bins[:1]))]
     assert values == [{"value": [2.0], "count": [1]}, {"value": [], "count": []}]  # of two row groups
 
 
@@ -49,8 +49,8 @@ def test_a_target_that_nobody_clicked_is_no_candidate(tmp_path: Path) -> None:
     write_rows(tmp_path / "clicks" / "x.parquet", TARGET_CLICKS, [("b", 4), ("c", 2)])
     with pytest.raises(ValueError, match=r"popularity_power = 1.0 needs the clicks"):
         CandidateFilter(popularity_power=1.0)
-    of = CandidateFilter(clicks=tmp_path / "clicks", popularity_power=1.0)
-    rows = [row for batch in of.strongest(file, 0.0, 9.0, 9) for row in batch.to_pylist()]
+    candidates = CandidateFilter(clicks=tmp_path / "clicks", popularity_power=1.0)
+    rows = [row for batch in candidates.strongest(file, 0.0, 9.0, 9) for row in batch.to_pylist()]
     assert [(r["target_id"], r["score"]) for r in rows] == [("b", 0.5), ("c", 1.0)]
 
 
@@ -65,19 +65,19 @@ rows = st.dictionaries(st.tuples(ids, ids), st.tuples(st.integers(1, 4), st.inte
 def test_strongest_of_each_row_group(
     pairs: dict[tuple[str, str], tuple[int, int]], row_group_size: int, low: int, more: int, top_t: int
 ) -> None:
-    """Against sorted(): the order of ids is that of their bytes, in any order in the file."""
+    """The result is that of sorted(). Ids are ordered by their bytes, whichever order they have in the file."""
     table = [(*pair, float(score), users) for pair, (score, users) in pairs.items()]
     with TemporaryDirectory() as folder:
         file = write_scores(Path(folder) / "scores.parquet", table, row_group_size)
-        found = [b.to_pylist() for b in CandidateFilter(min_users=2).strongest(file, low, low + more, top_t)]
+        actual = [b.to_pylist() for b in CandidateFilter(min_users=2).strongest(file, low, low + more, top_t)]
     expected, within = [], []
     for start in range(0, len(table), row_group_size):
         group = [r for r in table[start : start + row_group_size] if r[3] >= 2 and low <= r[2] <= low + more]
         group.sort(key=lambda r: (r[0].encode(), -r[2], r[1].encode()))
         expected += [r for i, r in enumerate(group) if sum(other[0] == r[0] for other in group[:i]) < top_t]
         within.append(len(group))
-    assert sorted(tuple(r.values())[:4] for batch in found for r in batch) == sorted(expected)
-    assert [sum(r["chosen_from"] for r in batch) for batch in found] == within
+    assert sorted(tuple(r.values())[:4] for batch in actual for r in batch) == sorted(expected)
+    assert [sum(r["chosen_from"] for r in batch) for batch in actual] == within
 
 
 def test_score_files(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ NULLABLE = pa.schema([field.with_nullable(True) for field in SCORES])
         (("q", "a", float("inf"), 1), "scores.parquet holds scores that are infinite or NaN"),
     ],
 )
-def test_what_is_no_score_is_refused(tmp_path: Path, row: tuple[Any, ...], message: str) -> None:
+def test_invalid_scores_are_refused(tmp_path: Path, row: tuple[Any, ...], message: str) -> None:
     file = write_rows(tmp_path / "scores.parquet", NULLABLE, [*PAIRS, row])
     with pytest.raises(BadInput, match=message):
         list(CandidateFilter().count(file))
@@ -148,9 +148,9 @@ def test_one_row_group_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytes
         return whole(self, i, *more, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", spy)
-    found = CandidateFilter().strongest(file, 0.0, 9.0, 9)
+    batches = CandidateFilter().strongest(file, 0.0, 9.0, 9)
     for number in range(len(PAIRS)):
-        assert next(found).num_rows == 1 and read == list(range(number + 1))
+        assert next(batches).num_rows == 1 and read == list(range(number + 1))
 
 
 def test_a_damaged_page_and_a_file_that_is_gone(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_damaged_page_and_a_file_that_is_gone(tmp_path: Path) -> None:
 
 
 def damage(file: Path) -> Path:
-    """Its first page's bytes overwritten."""
+    """Overwrite the bytes of the first page of `file`."""
     content = bytearray(file.read_bytes())
     content[8:60] = b"\xff" * 52
     file.write_bytes(content)

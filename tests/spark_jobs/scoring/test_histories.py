@@ -1,4 +1,4 @@
-"""Interactions to lists; that their pairs are those of Eq. 2 is shown in test_pair_scores.py."""
+"""From interactions to histories. test_eq2.py shows that the pairs of the histories are those of Eq. 2."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ ROWS = [  # user, note, first view, last click
     (0, 5, 1, None),
     (0, 6, 2, 4),
     (0, 7, 3, 3),
-    (0, 6, 4, 6),  # of another period: the click on 6 is the later one, its view the earlier
+    (0, 6, 4, 6),  # of another partition: the later click on 6 and its earlier view count
     (1, 5, 9, 9),
 ]
 
 
-def lists_of(
+def histories_of(
     rows: list[tuple[int, int, int, int | None]], follows: Follows, max_notes: int | None = None
 ) -> tuple[Histories, Capped]:
     columns = (np.array([NEVER if v is None else v for v in column], np.int64) for column in zip(*rows, strict=True))
@@ -32,18 +32,18 @@ def lists_of(
         ("any", [6, 7], [0, 0], [7, 6]),
     ],
 )
-def test_lists_of_one_user(follows: Follows, views: list[int], skips: list[int], clicks: list[int]) -> None:
+def test_histories_of_one_user(follows: Follows, views: list[int], skips: list[int], clicks: list[int]) -> None:
     rows = [row for row in ROWS if row[0] == 0 and (follows != "any" or row[3] is not None)]
-    lists, _ = lists_of(rows, follows)
-    [(block, chunk)] = lists.chunks(1)
+    built, _ = histories_of(rows, follows)
+    [(block, chunk)] = built.chunks(1)
     expected = {"num_clicked": 2, "views": views, "skips": skips, "clicks": clicks}
     assert block == 0 and chunk.schema == HISTORIES and chunk.to_pylist() == [expected]
 
 
 def test_a_block_has_its_views_and_the_clicks_that_follow_them() -> None:
-    """Of user 1 nothing is left: its only click is on what it viewed last. Block 1 has the notes 5 and 7."""
-    lists, _ = lists_of(ROWS, "later")
-    chunks: dict[int, list[dict[str, Any]]] = {block: chunk.to_pylist() for block, chunk in lists.chunks(2)}
+    """User 1 has no pair: its only click is on the note that it viewed last. Block 1 has the notes 5 and 7."""
+    built, _ = histories_of(ROWS, "later")
+    chunks: dict[int, list[dict[str, Any]]] = {block: chunk.to_pylist() for block, chunk in built.chunks(2)}
     assert chunks == {
         0: [{"num_clicked": 2, "views": [6], "skips": [0], "clicks": [7, 6]}],
         1: [{"num_clicked": 2, "views": [5, 7], "skips": [0, 1], "clicks": [7, 6]}],
@@ -51,9 +51,9 @@ def test_a_block_has_its_views_and_the_clicks_that_follow_them() -> None:
 
 
 def test_disjoint_losses_do_not_add_up() -> None:
-    """A thousand users view eleven notes each, all different, and click a last one. What may go is 1, not 1000."""
+    """A thousand users view eleven notes each, all different, and click the last. A score loses at most 1, not 1000."""
     rows = [(u, 20 * u + n, n, None if n < 10 else 99) for u in range(1000) for n in range(11)]
-    capped = lists_of(rows, "later", max_notes=10)[1]
+    capped = histories_of(rows, "later", max_notes=10)[1]
     assert capped.users == 1000 and capped.loss == 1000.0 and capped.note_loss.tolist() == [1.0] * 1000
 
 

@@ -16,26 +16,26 @@ parts = st.lists(st.lists(numbers, max_size=20), min_size=1, max_size=4).filter(
 @given(parts=parts, shares=st.lists(st.floats(0, 1), min_size=1, max_size=4))
 def test_quantiles_are_those_of_numpy(parts: list[list[float]], shares: list[float]) -> None:
     arrays = [np.array(part) for part in parts]
-    counts, looked_at = Counter[int](), 0
+    counts, num_bins = Counter[int](), 0
     for part in arrays:
         counts.update(bin_counts(part))
 
-    def values(wanted: Ints) -> tuple[Floats, Ints]:
-        nonlocal looked_at
-        found = Counter[float]()
+    def count_values(bin_numbers: Ints) -> tuple[Floats, Ints]:
+        nonlocal num_bins
+        by_value = Counter[float]()
         for part in arrays:
-            found.update(dict(zip(*value_counts(part, wanted), strict=True)))
-        looked_at = len(wanted)
-        return np.array(list(found)), np.array(list(found.values()))
+            by_value.update(dict(zip(*value_counts(part, bin_numbers), strict=True)))
+        num_bins = len(bin_numbers)
+        return np.array(list(by_value)), np.array(list(by_value.values()))
 
-    found = quantiles(shares, counts, values)
-    assert found == pytest.approx(np.quantile(np.concatenate(arrays), shares).tolist(), rel=1e-12, abs=1e-300)
-    assert looked_at <= 2 * len(shares)  # and so the second pass sees few numbers
+    actual = quantiles(shares, counts, count_values)
+    assert actual == pytest.approx(np.quantile(np.concatenate(arrays), shares).tolist(), rel=1e-12, abs=1e-300)
+    assert num_bins <= 2 * len(shares)  # so the second pass sees few numbers
 
 
 @given(st.lists(numbers, min_size=1))
-def test_bins_keep_the_order(some: list[float]) -> None:
-    ordered = np.sort(np.array(some))
+def test_bins_keep_the_order(values: list[float]) -> None:
+    ordered = np.sort(np.array(values))
     assert (np.diff(bins(ordered)) >= 0).all()
 
 

@@ -1,4 +1,4 @@
-"""What happens inside a Spark task, without Spark: Arrow batches in, Arrow batches and files out."""
+"""Eq. 2 inside a Spark task, tested without Spark: Arrow batches in, Arrow batches and files out."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def note_ids(tmp_path: Path) -> Path:
 
 
 def batch(rows: list[tuple[object, ...]]) -> pa.RecordBatch:
-    """As Spark sends it."""
+    """An Arrow batch as Spark sends it."""
     types = [pa.string(), pa.string(), pa.int64(), pa.int64()]
     names = ["user_id", "note_id", "first_view", "last_click"]
     columns = zip(*rows, strict=True)
@@ -49,14 +49,14 @@ def batch(rows: list[tuple[object, ...]]) -> pa.RecordBatch:
 def written(
     chunks: list[pa.RecordBatch], note_ids: Path, out: Path, scoring: ScoringSettings
 ) -> list[dict[str, object]]:
-    """The chunks brought together by block, as Spark does it, and each block written."""
+    """Group the chunks by block, as Spark does, and write each block. Returns BLOCK_METRICS."""
     rows = pa.Table.from_batches(chunks, HISTORY_CHUNKS)
     blocks = sorted(set(rows["block"].to_pylist()))
     out.mkdir(exist_ok=True)
     metrics = []
     for block in blocks:
-        of_block = rows.filter(pa.compute.equal(rows["block"], block)).to_batches()
-        metrics += write_scores(iter(of_block), note_ids, out, scoring)
+        batches = rows.filter(pa.compute.equal(rows["block"], block)).to_batches()
+        metrics += write_scores(iter(batches), note_ids, out, scoring)
     return pa.Table.from_batches(metrics, BLOCK_METRICS).to_pylist()
 
 
@@ -91,8 +91,9 @@ def test_no_rows_make_no_file(note_ids: Path, tmp_path: Path) -> None:
 
 
 def test_a_cap_is_counted(note_ids: Path, tmp_path: Path) -> None:
-    """Of u and of v, the note viewed last and the one clicked last are kept, both B. u (N = 1) loses the view of A, v
-    (N = 2) the view of C and the click on it: no score loses more than 1 (A's) + 1/2 (C's), for any users."""
+    """The note that u and v viewed last, and clicked last, is B, so B is left. u (N = 1) loses the view of A; v (N = 2)
+    loses the view of C and the click on it. For any users, no score loses more than 1 (A's) + 1/2 (C's).
+    """
     scoring = ScoringSettings(max_user_notes=1)
     metrics = merged_metrics(
         written([*build_histories(iter([batch(ROWS)]), note_ids, 1, scoring)], note_ids, tmp_path / "out", scoring)
@@ -106,19 +107,19 @@ scores = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=60)
 @settings(max_examples=50, deadline=None)
 @given(blocks=st.lists(scores, min_size=1, max_size=4))
 def test_merged_metrics(blocks: list[list[float]]) -> None:
-    """Quantiles are real scores rounded down to 1 %, in any split into blocks; the histogram counts every pair."""
+    """In any split into blocks, quantiles are real scores rounded down to 1 %, and the histogram counts every pair."""
     rows = []
     for block in blocks:
         metrics, number = _BlockMetrics(), np.arange(len(block))
         metrics.add(Pairs(number, number, np.array(block), number + 1))
         rows.append(dict(zip(BLOCK_METRICS.names, (*metrics.row(), 0, 0.0, 0.0, 0.0), strict=True)))
     merged = merged_metrics(rows)
-    every = sorted(score for block in blocks for score in block)
-    assert merged["pairs"] == len(every) and merged["max_users"] == max(map(len, blocks))
-    assert merged["score"]["max"] == every[-1]
+    ordered = sorted(score for block in blocks for score in block)
+    assert merged["pairs"] == len(ordered) and merged["max_users"] == max(map(len, blocks))
+    assert merged["score"]["max"] == ordered[-1]
     for name, share in (("min", 0), ("p50", 0.5), ("p90", 0.9)):
-        exact = every[max(0, int(np.ceil(share * len(every))) - 1)]
+        exact = ordered[max(0, int(np.ceil(share * len(ordered))) - 1)]
         assert exact * 0.99 <= merged["score"][name] <= exact
     edges, pairs = merged["histogram"]["edges"], merged["histogram"]["pairs"]
-    assert edges[0] <= every[0] and every[-1] < edges[-1]
-    assert pairs == np.histogram(every, edges)[0].tolist()
+    assert edges[0] <= ordered[0] and ordered[-1] < edges[-1]
+    assert pairs == np.histogram(ordered, edges)[0].tolist()

@@ -1,4 +1,4 @@
-"""Records which settings each stage reads. With this folder on PYTHONPATH, Python imports this file at its start.
+"""Records which settings each stage reads. Python imports this file at its start if this folder is on PYTHONPATH.
 
 While this process, or one that it has started, publishes a dataset, the dotted name of every setting that is read is
 written as a line of FOLDER/<dataset>/<process>. FOLDER is the environment variable RECORD_SETTINGS. Passing on a whole
@@ -53,13 +53,13 @@ def _install() -> None:
         register(config, "")
         return config
 
-    address = Catalog.settings
+    settings = Catalog.settings
 
     def unrecorded(self: Catalog, name: str) -> Any:
-        """Not recorded: an address reads the settings of the lineage, not those that the stage's code reads."""
+        """Settings read for a fingerprint are not recorded: the lineage lists them, the code may not read them."""
         stage = os.environ.pop(STAGE, None)
         try:
-            return address(self, name)
+            return settings(self, name)
         finally:
             if stage is not None:
                 os.environ[STAGE] = stage
@@ -71,7 +71,7 @@ def _install() -> None:
     @contextmanager
     def recorded(self: Lake, name: str, *args: Any, **options: Any) -> Iterator[Any]:
         with publish(self, name, *args, **options) as draft:
-            if STAGE in os.environ:  # a dataset that a stage publishes on its way is part of that stage
+            if STAGE in os.environ:  # a dataset that a stage publishes itself is part of that stage
                 yield draft
                 return
             os.environ[STAGE] = name

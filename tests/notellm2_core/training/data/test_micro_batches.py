@@ -1,4 +1,4 @@
-"""The division of a batch: every note once, equally many on every rank, and a limit on tokens."""
+"""A batch is divided: each note once, equal numbers on all ranks, and a limit on tokens."""
 
 import time
 
@@ -14,7 +14,7 @@ tokens = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 
 
 def test_worked_example() -> None:
-    """Dealt from the longest on: 5 to rank 0, 4 and 2 to rank 1, 1 to rank 0."""
+    """Notes are dealt from the longest on: 5 to rank 0, 4 and 2 to rank 1, 1 to rank 0."""
     shares = plan(np.array([5, 1, 4, 2]), 2)
     assert [[part.tolist() for part in share] for share in shares] == [[[0, 1]], [[2, 3]]]
     shares = plan(np.array([5, 1, 4, 2]), 2, max_tokens=5)
@@ -40,14 +40,17 @@ def test_plan(num_tokens: list[int], num_ranks: int, max_tokens: int | None) -> 
 
 
 def test_waits_for_micro_batches_add_up() -> None:
-    """Three that take 0.1 s to make and none to use, asked for twice as GradCache does: 0.6 s. One is made ahead."""
+    """Three batches take 0.1 s each to make and no time to use. GradCache reads them twice, so it waits for 0.6 s.
 
-    def made(notes: np.ndarray) -> str:
+    The one micro-batch of a share that is not divided is made ahead, so it needs no wait.
+    """
+
+    def make(notes: np.ndarray) -> str:
         time.sleep(0.1)
         return str(notes)
 
-    several = Share(np.arange(3), torch.arange(3), 3, 3, 0.0, [np.array([i]) for i in range(3)], made, None)  # type: ignore[arg-type]
+    several = Share(np.arange(3), torch.arange(3), 3, 3, 0.0, [np.array([i]) for i in range(3)], make, None)  # type: ignore[arg-type]
     assert list(several.micro_batches()) == list(several.micro_batches()) == ["[0]", "[1]", "[2]"]
     assert 0.5 < several.seconds_waited < 1.5
-    one = Share(np.arange(1), torch.arange(1), 1, 1, 0.0, [np.array([0])], made, made(np.arange(1)))  # type: ignore[arg-type]
+    one = Share(np.arange(1), torch.arange(1), 1, 1, 0.0, [np.array([0])], make, make(np.arange(1)))  # type: ignore[arg-type]
     assert list(one.micro_batches()) == ["[0]"] and one.seconds_waited == 0

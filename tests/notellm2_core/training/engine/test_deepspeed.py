@@ -15,13 +15,13 @@ from tests.support.world import tiny_config
 
 
 def test_learning_rate_of_ten_steps() -> None:
-    """Warm-up over 2 of 10 steps, then down by 1/8 a step; the last step is not lost to a rate of 0."""
+    """The rate warms up over 2 of 10 steps, then falls by 1/8 a step; in the last step it is not 0."""
     factors = [learning_rate_factor(step, 10, 0.2) for step in range(10)]
     assert factors == pytest.approx([1 / 2, 1, 8 / 8, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 
 
 def test_learning_rate_of_the_paper() -> None:
-    """7,956 steps, ratio 0.1: the peak of 3e-6 after ceil(795.6) = 796 steps; the rates sum to about 0.012."""
+    """In 7,956 steps with ratio 0.1, the peak of 3e-6 comes after ceil(795.6) = 796 steps. The sum is about 0.012."""
     factors = [learning_rate_factor(step, 7956, 0.1) for step in range(7956)]
     assert factors.index(1.0) == 795
     assert factors[-1] == pytest.approx(1 / 7160)
@@ -30,17 +30,18 @@ def test_learning_rate_of_the_paper() -> None:
 
 
 def test_the_paper_as_a_deepspeed_dictionary() -> None:
-    """Table 8: B = 128 over 8 GPUs is 16 pairs each, ZeRO-3, bf16, AdamW."""
-    made = deepspeed_config(TrainingSettings(), "bf16", 8, on_gpu=True)
-    assert made["train_micro_batch_size_per_gpu"] == 16
-    assert made["zero_optimization"]["stage"] == 3
-    assert made["bf16"] == {"enabled": True}
-    assert made["gradient_clipping"] == 1.0
-    optimizer = made["optimizer"]["params"]
+    """Table 8: B = 128 over 8 GPUs is 16 pairs each, with ZeRO-3, bf16 and AdamW."""
+    dictionary = deepspeed_config(TrainingSettings(), "bf16", 8, on_gpu=True)
+    assert dictionary["train_micro_batch_size_per_gpu"] == 16
+    assert dictionary["zero_optimization"]["stage"] == 3
+    assert dictionary["bf16"] == {"enabled": True}
+    assert dictionary["gradient_clipping"] == 1.0
+    optimizer = dictionary["optimizer"]["params"]
     assert (optimizer["lr"], optimizer["betas"], optimizer["eps"]) == (3e-6, [0.9, 0.999], 1e-8)
     assert optimizer["weight_decay"] == 1e-3 and optimizer["torch_adam"]
-    added_up = deepspeed_config(TrainingSettings(zero_stage=0, micro_batch_tokens=9), "bf16", 2, on_gpu=True)
-    assert added_up["data_types"] == {"grad_accum_dtype": "fp32"} and added_up["zero_optimization"]["stage"] == 2
+    accumulating = deepspeed_config(TrainingSettings(zero_stage=0, micro_batch_tokens=9), "bf16", 2, on_gpu=True)
+    assert accumulating["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert accumulating["zero_optimization"]["stage"] == 2
     on_cpu = deepspeed_config(TrainingSettings(), "bf16", 2, on_gpu=False)
     assert on_cpu["bf16"] == {"enabled": False}  # fp32 weights; the forward runs under autocast
     with pytest.raises(ValueError, match=r"batch_pairs = 128 cannot be divided among 3 ranks"):
@@ -48,7 +49,7 @@ def test_the_paper_as_a_deepspeed_dictionary() -> None:
 
 
 def test_groups_have_their_rates_and_decay() -> None:
-    """LLM and new modules with and without decay, tau without; every trained weight in exactly one group."""
+    """The LLM and the new modules have groups with and without decay, tau one without. Each weight is in one group."""
     config = tiny_config({"trainable": [part for part in PARTS if part != "word_embeddings"]})
     model, _ = build_model(config, Path())
     set_trained(model, config)
@@ -71,7 +72,7 @@ def test_groups_have_their_rates_and_decay() -> None:
     assert all(grouped[id(p)]["weight_decay"] == 0 for n, p in trained.items() if "quer" in n.rsplit(".", 1)[-1])
 
 
-def test_adapters_go_with_the_llm() -> None:
+def test_adapters_are_in_the_llms_group() -> None:
     config = tiny_config({"trainable": ["llm", "temperature"]}, lora={"rank": 2})
     model, _ = build_model(config, Path())
     set_trained(model, config)
@@ -97,12 +98,12 @@ def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text == (
         "-m torch.distributed.run --standalone --nproc-per-node 2 -m notellm2_core.training --config c.yaml"
         " --notes /data/notes --images /data/images --store /data/store --pairs /data/pairs"
-        " --work /data/work --out /data/out --train-days 2025-01-05 2025-01-19"
+        " --run-dir /data/work --out /data/out --train-days 2025-01-05 2025-01-19"
         " --mlflow-uri sqlite:///m.db --mlflow-run-id r1"
     )
-    everything = Paths(replace(inputs, image_folders=ImageFolders(data / "n", data / "s")), *[data] * 3, data / "hard")
-    assert " ".join(launch_command(Path("c.yaml"), TrainingSettings(), everything)).endswith(
-        "--image-folders /data/n /data/s --pairs /data --work /data --out /data --hard-negatives /data/hard"
+    all_paths = Paths(replace(inputs, image_folders=ImageFolders(data / "n", data / "s")), *[data] * 3, data / "hard")
+    assert " ".join(launch_command(Path("c.yaml"), TrainingSettings(), all_paths)).endswith(
+        "--image-folders /data/n /data/s --pairs /data --run-dir /data --out /data --hard-negatives /data/hard"
     )
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert launch_command(Path("c.yaml"), TrainingSettings(num_ranks=10_000), paths)[:2] == ["env", "OMP_NUM_THREADS=1"]

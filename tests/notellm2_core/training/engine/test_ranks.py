@@ -1,4 +1,4 @@
-"""One global batch gives one result: plain torch in one process against DeepSpeed on several ranks."""
+"""A global batch gives the same result in plain torch in one process and with DeepSpeed on several ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,9 @@ def reference(world: World, variant: str) -> dict[str, Any]:
 def test_ranks_agree_with_one_process(
     num_ranks: int, stages: tuple[int, ...], variant: str, world: World, tmp_path: Path
 ) -> None:
-    """Loss, every gradient (tau's too), the clipped norm, and the weights after AdamW; and a resume is exact.
+    """Loss, all gradients (tau's too), the clipped norm and the weights after AdamW agree; a resume is exact.
 
-    "adapters": with frozen parts, which stay to the last bit, and with adapters, which end in W + (alpha / rank) B A.
+    "adapters" has frozen parts, which keep all bits, and adapters, which are merged into W + (alpha / rank) B A.
     """
     one = reference(world, variant)
     run_ranks(num_ranks, rank_checks.check_stages, world.root, tmp_path, stages, variant)
@@ -74,16 +74,16 @@ def test_ranks_agree_with_one_process(
         for name, expected in one["grads"].items():
             actual = result["grads"][name].reshape(expected.shape)
             size = expected.norm().item()
-            off, allowed = (actual - expected).norm().item(), (1e-4 if name == "tau" else 1e-5) * size + 1e-9
-            assert off <= allowed, f"{name}: off by {off} of {size}"
-            # Half a gradient would not pass for all of it. (A bias of keys has none: softmax does not see it.)
-            assert allowed < size / 4 or name.endswith("key.bias"), f"{name}: {size} is nothing to compare"
-        assert result["grads"]["tau"].abs().item() > 1e-3  # the comparison above is not one of zeros
+            error, allowed = (actual - expected).norm().item(), (1e-4 if name == "tau" else 1e-5) * size + 1e-9
+            assert error <= allowed, f"{name}: off by {error} of {size}"
+            # Half of a gradient would not pass. (A bias of keys has none, because softmax ignores it.)
+            assert allowed < size / 4 or name.endswith("key.bias"), f"{name}: {size} is too small to compare"
+        assert result["grads"]["tau"].abs().item() > 1e-3  # so zeros are not compared
         for name, expected in one["weights"].items():
             if name not in one["grads"]:
                 assert torch.equal(result["weights"][name], expected), name
                 continue
-            # Where a gradient is nearly 0, Adam's first step is its sign: rounding decides. Elsewhere they agree.
+            # If a gradient is nearly 0, Adam's first step is its sign, which rounding decides. Others agree.
             gradient = one["grads"][name]
             firm = gradient.abs() > 1e-2 * gradient.square().mean().sqrt()
             actual = result["weights"][name][firm]  # a step is 1e-3 or more
@@ -93,8 +93,8 @@ def test_ranks_agree_with_one_process(
 
 @pytest.mark.slow
 def test_the_precision_of_gpus(world: World, tmp_path: Path) -> None:
-    """Weights in bf16, gradients of micro-batches added up in fp32: equal to fp32 except for the 8 bits of every
-    product, and a resume is exact. ZeRO-2 takes the place of 0 and 1.
+    """With weights in bf16 and gradients of micro-batches summed in fp32, the results equal those of fp32 up to the 8
+    bits of each product, and a resume is exact. ZeRO-2 replaces 0 and 1.
     """
     one = reference(world, "gradcache")
     run_ranks(2, rank_checks.check_stages, world.root, tmp_path, (0, 3), "gradcache", "bf16")
@@ -109,7 +109,7 @@ def test_the_precision_of_gpus(world: World, tmp_path: Path) -> None:
 
 
 def check_merged(weights: dict[str, Any], plain: dict[str, Any], adapted: bool) -> None:
-    """Against the formula, with alpha = 16 and rank = 4."""
+    """The merged weights are those of the formula, with alpha = 16 and rank = 4."""
     bases = [n.removesuffix(".base_layer.weight") for n in weights if n.endswith(".base_layer.weight")]
     assert len(bases) == (14 if adapted else 0) and not any("lora" in n or "base_layer" in n for n in plain)
     for name in bases:

@@ -15,23 +15,24 @@ from tests.support.world import World, pair_dataset, tiny_config
 
 
 def test_operations_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny LLM: 2 layers of 64 x 64 (query, output), 2 of 32 x 64 (key, value), 3 of 128 x 64, 2 norms, and a norm.
-    6 operations per weight and token, and 12 x 2 layers x 64 for two tokens that see each other: half of the
-    squares of ten notes' 100 tokens."""
+    """The tiny LLM has 2 layers of 64 x 64 (query, output), 2 of 32 x 64 (key, value), 3 of 128 x 64, 2 norms, and a
+    final norm. It takes 6 operations per weight and token, and 12 x 2 layers x 64 per pair of tokens of a note: half of
+    the squares of ten notes of 100 tokens.
+    """
     model, _ = build_model(tiny_config(), tmp_path)
     weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64) + 64
-    speed = Throughput(model, torch.device("cpu"), 1)
+    throughput = Throughput(model, torch.device("cpu"), 1)
     squares = 10 * 100**2
-    metrics = speed.metrics(num_tokens=1000, num_squares=squares, seconds=2)
+    metrics = throughput.metrics(num_tokens=1000, num_squares=squares, seconds=2)
     assert metrics["tokens_per_s"] == 500
     assert metrics["tflops"] == pytest.approx(1000 * (6 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
-    model.llm.requires_grad_(False)  # 4 of the 6 operations are left
+    model.llm.requires_grad_(False)  # 4 of the 6 operations remain
     frozen = Throughput(model, torch.device("cpu"), 1).metrics(num_tokens=1000, num_squares=squares, seconds=2)[
         "tflops"
     ]
     assert frozen == pytest.approx(1000 * (4 * weights + 6 * 2 * 64 * 100) / 2 / 1e12)
     assert model.connector is not None
-    model.connector.requires_grad_(False)  # and nothing is sent back through the LLM: 2
+    model.connector.requires_grad_(False)  # no backward through the LLM: 2 remain
     forward = Throughput(model, torch.device("cpu"), 1).metrics(num_tokens=1000, num_squares=squares, seconds=2)[
         "tflops"
     ]
@@ -45,21 +46,22 @@ def test_operations_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_heads_wider_than_the_model(tmp_path: Path) -> None:
-    """As a Qwen3's: what attention computes has the width of its heads, here 4 of 32 in a model of 64 numbers."""
+    """Attention's operations count the width of its heads, as in Qwen3: here 4 heads of 32 in a model of width 64."""
     model, _ = build_model(tiny_config(), tmp_path)
     assert model.llm.config.num_attention_heads == 4
     flops = []
     for width in (16, 32):
         model.llm.config.head_dim = width
-        speed = Throughput(model, torch.device("cpu"), 1)
-        flops.append(1e12 * speed.metrics(num_tokens=0, num_squares=1000, seconds=1)["tflops"])
+        throughput = Throughput(model, torch.device("cpu"), 1)
+        flops.append(1e12 * throughput.metrics(num_tokens=0, num_squares=1000, seconds=1)["tflops"])
     assert flops == pytest.approx([1000 * 6 * 2 * 4 * 16, 1000 * 6 * 2 * 4 * 32])
 
 
 @pytest.mark.parametrize("method", ["notellm2", "omni_retrieval"])
 def test_padding(method: Literal["notellm2", "omni_retrieval"], world: World, tmp_path: Path, one_rank: None) -> None:
-    """Nothing is padded where notes are packed; else the share of the places that are not read. Omni-Retrieval reads a
-    note three times: three rows, none of which attends to another."""
+    """`padding` is 0 for packed notes, and else the share of padded positions. Omni-Retrieval reads a note three times,
+    as three rows that do not attend to each other.
+    """
     device, inputs = set_up_processes(), get_method(method).inputs
     for attention in ("sdpa", "eager"):
         llm = {"name": "tiny", "attention": attention}
@@ -71,7 +73,7 @@ def test_padding(method: Literal["notellm2", "omni_retrieval"], world: World, tm
         assert len(lengths) == 8 * len(inputs) and share.num_squares == lengths.square().sum()
         assert len(batches) == len(share.micro_batch_notes) > 1
         real = sum(int(batch.attention_mask.sum()) for batch in batches)
-        wasted = 1 - real / sum(batch.attention_mask.numel() for batch in batches)
-        assert share.num_tokens == real and 0 < wasted < 1
-        expected = 0 if attention == "sdpa" else wasted
+        padded_share = 1 - real / sum(batch.attention_mask.numel() for batch in batches)
+        assert share.num_tokens == real and 0 < padded_share < 1
+        expected = 0 if attention == "sdpa" else padded_share
         assert Throughput(model, device, 1).padding(share) == pytest.approx(expected)

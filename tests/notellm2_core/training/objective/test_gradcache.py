@@ -1,4 +1,4 @@
-"""Micro-batches, with dropout, against all of them in one graph. (On ranks under ZeRO: test_ranks.py.)"""
+"""Gradients of micro-batches with dropout equal those of one graph. (On ranks under ZeRO: test_ranks.py.)"""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from notellm2_core.training.objective.views import Embedded
 
 
 class Engine(nn.Module):
-    """As much of DeepSpeed's engine as GradCache uses, around a model with dropout."""
+    """The part of DeepSpeed's engine that GradCache uses, around a model with dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Engine(nn.Module):
 
 
 def test_gradients_with_dropout_are_those_of_one_graph() -> None:
-    """Three micro-batches of 4, 4 and 2 notes; each is embedded twice with the same dropout, another one in each."""
+    """Three micro-batches of 4, 4 and 2 notes have different dropout; both passes of a micro-batch have the same."""
     x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
     batches = [SimpleNamespace(x=part) for part in x.split([4, 4, 2])]
     seeds = [11, 12, 13]

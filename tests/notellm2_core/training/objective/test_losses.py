@@ -1,4 +1,4 @@
-"""Eq. 1, 8 and 9 against numbers worked out by hand and against a loop that follows the paper line by line."""
+"""Eq. 1, 8 and 9 equal worked examples, and a loop that follows the paper line by line."""
 
 import math
 
@@ -34,7 +34,7 @@ def loop_loss(
     num_paired: int | None = None,
     count: bool = False,
 ) -> Tensor:
-    """Eq. 1, one row and one column at a time, in fp64; rows of `x` look for their related note in `y`."""
+    """Eq. 1, one row and one column at a time, in fp64; the positive of a row of `x` is in `y`."""
     y, valid_y = (x, valid) if y is None or valid_y is None else (y, valid_y)
     x, y, tau = x.double(), y.double(), tau.double().squeeze()
 
@@ -55,7 +55,7 @@ def loop_loss(
 
 
 def test_worked_example() -> None:
-    """Two pairs, equal inside, orthogonal across, scale e^tau = 2: each row is -log(e^2 / (e^2 + 2))."""
+    """Two pairs of equal notes, orthogonal to each other, at scale e^tau = 2: each row is -log(e^2 / (e^2 + 2))."""
     x = torch.tensor([[1.0, 0.0], [5.0, 0.0], [0.0, 1.0], [0.0, 0.1]])  # lengths do not matter
     tau = torch.tensor([math.log(2)])
     each = math.log(1 + 2 * math.exp(-2))
@@ -64,18 +64,18 @@ def test_worked_example() -> None:
     known[0, 2] = True  # row 0 has one negative left: log(1 + e^-2)
     expected = (math.log(1 + math.exp(-2)) + 3 * each) / 4
     assert contrastive_loss(x, tau, PairMasks(false_negatives=known)).item() == pytest.approx(expected, abs=1e-6)
-    # As a positive it has a score of 0, beside 2: log(e^2 + 2) - 1.
+    # As a second positive it has the score 0, so the mean of the positives is 1: log(e^2 + 2) - 1.
     expected = (math.log(math.exp(2) + 2) - 1 + 3 * each) / 4
     assert contrastive_loss(x, tau, PairMasks(also_positive=known)).item() == pytest.approx(expected, abs=1e-6)
-    # A fifth row like the first two, a negative of all and no query: rows 0 and 1 have another e^2, the others a 1.
+    # A fifth row, equal to the first two, is a negative of all and no query: it adds e^2 to rows 0 and 1, 1 to others.
     five = torch.cat([x, x[:1]])
     expected = (math.log(2 + 2 * math.exp(-2)) + math.log(1 + 3 * math.exp(-2))) / 2
     assert contrastive_loss(five, tau, num_paired=4).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_info_nce_worked_example() -> None:
-    """Logits 2, 0, 0, and the first is the positive: log(e^2 + 2) - 2 with both others as negatives, log(e^2 + 1) - 2
-    with one, and log(e^2 + 2) - (2 + 0) / 2 where one is a positive too. The third query does not count.
+    """Logits 2, 0, 0, with the first as positive: the loss is log(e^2 + 2) - 2 with both others as negatives,
+    log(e^2 + 1) - 2 with one, and log(e^2 + 2) - (2 + 0) / 2 if one is a positive too. The third query does not count.
     """
     logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [5.0, 1.0, -7.0]], requires_grad=True)
     positive, both = torch.tensor([0, 1, 2]), ~torch.eye(3, dtype=torch.bool)
@@ -102,8 +102,8 @@ def test_equals_the_loop(
     num_pairs: int, dim: int, seed: int, tau: float, known_share: float, valid_share: float, repeats: int, more: int,
     count: bool, other: bool,
 ) -> None:  # fmt: skip
-    """Loss and every gradient, for any number of pairs, `more` rows after them, `other` candidates or the same, any
-    masks, and ties: `repeats` rows in a row share a vector.
+    """The loss and all gradients equal the loop's, for any number of pairs, `more` rows after them, `other` candidates
+    or the same, any masks, and ties: `repeats` rows in a row share a vector.
     """
     generator = torch.Generator().manual_seed(seed)
     n = 2 * num_pairs + more
@@ -123,11 +123,11 @@ def test_equals_the_loop(
         for value, inputs in ((loss, actual), (loop, expected))
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    assert other or not ours[0][~valid].any()  # a note without an image is not moved by L_v
+    assert other or not ours[0][~valid].any()  # L_v has no gradient for a note without an image
 
 
 def test_gradients_by_finite_differences() -> None:
-    """Of the rows and of tau, with masks, in fp64 steps through the loop (so to 1e-4)."""
+    """Gradients of a row and of tau, with masks, equal finite differences of the loop in fp64, to 1e-4."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 5, generator=generator)
     known = torch.rand(8, 8, generator=generator) < 0.2
@@ -135,14 +135,14 @@ def test_gradients_by_finite_differences() -> None:
     contrastive_loss(rows, tau, PairMasks(false_negatives=known)).backward()
     valid = torch.ones(8, dtype=torch.bool)
 
-    def at(x: Tensor, tau: float) -> float:
+    def loss_at(x: Tensor, tau: float) -> float:
         return loop_loss(x.double(), torch.tensor(tau, dtype=torch.float64), known, valid).item()
 
     step = torch.zeros(8, 5, dtype=torch.float64)
     step[3, 2] = 1e-4
     assert rows.grad is not None and tau.grad is not None
-    assert rows.grad[3, 2].item() == pytest.approx((at(x + step, 1.0) - at(x - step, 1.0)) / 2e-4, abs=1e-4)
-    assert tau.grad.item() == pytest.approx((at(x, 1.0 + 1e-4) - at(x, 1.0 - 1e-4)) / 2e-4, abs=1e-4)
+    assert rows.grad[3, 2].item() == pytest.approx((loss_at(x + step, 1.0) - loss_at(x - step, 1.0)) / 2e-4, abs=1e-4)
+    assert tau.grad.item() == pytest.approx((loss_at(x, 1.0 + 1e-4) - loss_at(x, 1.0 - 1e-4)) / 2e-4, abs=1e-4)
 
 
 def test_no_query_left_gives_zero_and_no_nan() -> None:
@@ -169,8 +169,8 @@ def test_odd_number_of_rows_is_an_error() -> None:
 def test_eq_8_and_9_worked_example() -> None:
     """Scale e^tau = 2. Multimodal: (1,0), (1,0), (0,1), (0,1), each row log(1 + 2 e^-2) = 0.2395 (see above).
 
-    Visual, all rows alike: every score is 2, so each row finds its partner among 3 equals: log 3 = 1.0986. With row 3
-    without an image, rows 0 and 1 have two candidates, log 2 = 0.6931, row 2 has no partner and row 3 asks nothing.
+    Visual: all rows are equal, so every score is 2 and each row has 3 equal candidates: log 3 = 1.0986. If row 3 has no
+    image, rows 0 and 1 have two candidates, log 2 = 0.6931, row 2 has no positive and row 3 is no query.
     Eq. 9 with alpha = 3: (1.0986 + 3 x 0.2395) / 4 = 0.4543, and (0.6931 + 3 x 0.2395) / 4 = 0.3529.
     """
     m, v = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.ones(4, 2)
@@ -191,7 +191,7 @@ def test_eq_8_and_9_worked_example() -> None:
 def test_eq_8_and_9_equal_the_loop(
     num_pairs: int, seed: int, share: float, repeats: int, alpha: float, count: bool
 ) -> None:
-    """Any number of pairs, ties, masks that differ by view, notes without an image, any alpha."""
+    """The losses equal the loop's for any number of pairs, any alpha, ties, masks per view, and notes without image."""
     generator = torch.Generator().manual_seed(seed)
     n = 2 * num_pairs
     m, v = torch.randn(2, n, 4, generator=generator)[:, torch.arange(n) // repeats]
@@ -213,7 +213,7 @@ def test_eq_8_and_9_equal_the_loop(
 )  # fmt: skip
 @settings(max_examples=30, deadline=None)
 def test_omni_retrieval_equals_nine_loops(num_pairs: int, seed: int, share: float, repeats: int, count: bool) -> None:
-    """The mean of the nine directed losses; `repeats` rows share a vector, so that scores tie."""
+    """The loss is the mean of the nine directed losses. `repeats` rows share a vector, so scores tie."""
     generator = torch.Generator().manual_seed(seed)
     n, kinds = 2 * num_pairs, ("multimodal", "image", "text")
     x = {k: torch.randn(n, 4, generator=generator)[torch.arange(n) // repeats] for k in kinds}
@@ -234,11 +234,11 @@ def test_omni_retrieval_equals_nine_loops(num_pairs: int, seed: int, share: floa
 
 
 def test_omni_retrieval_worked_example() -> None:
-    """Two pairs, all inputs alike: (1,0), (1,0), (0,1), (0,1) at scale 2, so each of the nine terms is log(1 + 2/e^2).
+    """Two pairs with equal inputs, (1,0), (1,0), (0,1), (0,1) at scale 2: each of the nine terms is log(1 + 2/e^2).
 
-    Without row 3's image: where images are looked for, rows 0 and 1 have one wrong note less, log(1 + 1/e^2), row 2
-    has no candidate, and row 3 finds row 2 among the same number as before; where images look, row 3 does not. So
-    image to image is log(1 + 1/e^2); text or whole to image (2 log(1 + 1/e^2) + log(1 + 2/e^2)) / 3; all others
+    Without row 3's image: if images are the candidates, rows 0 and 1 have one negative less, log(1 + 1/e^2), row 2 has
+    no positive, and row 3 has as many candidates as before. If images are the queries, row 3 is none. So image to image
+    is log(1 + 1/e^2), text or whole to image is (2 log(1 + 1/e^2) + log(1 + 2/e^2)) / 3, and all others are
     log(1 + 2/e^2).
     """
     x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
@@ -254,7 +254,7 @@ def test_omni_retrieval_worked_example() -> None:
 @given(num_pairs=st.integers(1, 6), seed=st.integers(0, 10_000), method=st.sampled_from(sorted(METHODS)))
 @settings(max_examples=40, deadline=None)
 def test_the_order_of_the_pairs_does_not_matter(num_pairs: int, seed: int, method: str) -> None:
-    """Pairs change places, and the two notes of a pair: the same loss for every method."""
+    """The loss of every method stays if pairs, and the two notes of a pair, change places."""
     generator = torch.Generator().manual_seed(seed)
     n = 2 * num_pairs
     views = {k: torch.randn(n, 4, generator=generator) for k in ("multimodal", "visual", "image", "text")}
@@ -263,15 +263,15 @@ def test_the_order_of_the_pairs_does_not_matter(num_pairs: int, seed: int, metho
     known = {k: torch.rand(n, n, generator=generator) < 0.2 for k in ("multimodal", "image", "text")}
     has = {k: torch.rand(n, generator=generator) < 0.8 for k in ("image", "text")}
     order = torch.randperm(num_pairs, generator=generator)
-    order = torch.stack([2 * order + 1, 2 * order], dim=1).flatten()  # and the pairs turned round
-    moved = BatchLabels({k: v[order] for k, v in has.items()}, {k: v[order][:, order] for k, v in known.items()})
+    order = torch.stack([2 * order + 1, 2 * order], dim=1).flatten()  # both notes of a pair change places
+    reordered = BatchLabels({k: v[order] for k, v in has.items()}, {k: v[order][:, order] for k, v in known.items()})
     before = method_losses(METHODS[method], views, TAU, 9.0, BatchLabels(has, known), (2,))
-    after = method_losses(METHODS[method], {k: v[order] for k, v in views.items()}, TAU, 9.0, moved, (2,))
+    after = method_losses(METHODS[method], {k: v[order] for k, v in views.items()}, TAU, 9.0, reordered, (2,))
     assert after.total.item() == pytest.approx(before.total.item(), rel=1e-4, abs=1e-6)
 
 
 def test_matryoshka_is_the_mean_over_the_lengths() -> None:
-    """Lengths 4, 2 and 1 of D = 4: the mean of three losses, each on embeddings cut and normalised again."""
+    """With lengths 4, 2 and 1 of D = 4 the loss is the mean of three, each on embeddings cut and normalised again."""
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     labels = BatchLabels({"image": torch.ones(8, dtype=torch.bool)}, None)
     losses = method_losses(METHODS["basic"], {"multimodal": x}, TAU, 9.0, labels, dims=(2, 1))
@@ -282,7 +282,7 @@ def test_matryoshka_is_the_mean_over_the_lengths() -> None:
 
 @pytest.mark.parametrize(("tau", "pull", "expected"), [(3.0, -1.0, -1.0), (5.0, -1.0, 0.0), (5.0, 1.0, 1.0)])
 def test_tau_is_capped_at_a_scale_of_100(tau: float, pull: float, expected: float) -> None:
-    """Below ln 100 nothing changes; above, the value is ln 100 and only a gradient that lowers tau passes."""
+    """Below ln 100 tau does not change. Above, its value is ln 100, and only a gradient that lowers tau passes."""
     weight = torch.tensor([tau], requires_grad=True)
     capped = capped_tau(weight)
     assert capped.item() == pytest.approx(min(tau, MAX_TAU))
