@@ -209,9 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Mine hard negatives for the training pairs.")
     parser.add_argument("--embeddings", type=Path, required=True, help="folder of the notes' embeddings")
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
-    parser.add_argument(
-        "--note-split", type=Path, help="folder of the dataset note_split, which knows near-duplicates"
-    )
+    parser.add_argument("--note-split", type=Path, help="folder of the dataset note_split, which knows near-duplicates")
     add_options(parser, HardNegativeSettings, "first_rank", "last_rank", "factory")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
