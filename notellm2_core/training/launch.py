@@ -57,8 +57,8 @@ def launch_command(
 ) -> list[str]:
     """The training command, ready for `subprocess` or a shell.
 
-    It is torchrun, to be started on each node; or, with a hostfile, DeepSpeed's launcher, which reaches the nodes by
-    ssh.
+    One rank is started directly. Several are started by torchrun, on each node; or, with a hostfile, by DeepSpeed's
+    launcher, which reaches the nodes by ssh.
     """
     module, num_ranks = "notellm2_core.training", training.num_ranks
     if training.hostfile is not None:

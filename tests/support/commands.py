@@ -16,7 +16,8 @@ def main() -> None:
         "pid": os.getpid(),
         "group": os.getpgid(0),
         "WORD": os.environ.get("WORD"),
-        "torch": "torch" in sys.modules,
+        "SET_BY_IMPORT": os.environ.get("SET_BY_IMPORT"),
+        "preloaded": "tests.support.preloaded" in sys.modules,
     }
     Path(out).write_text(json.dumps(start))
     if how == "crash":

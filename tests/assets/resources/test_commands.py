@@ -11,7 +11,9 @@ import dagster as dg
 import psutil
 import pytest
 
-from assets.resources.commands import run_command
+from assets.resources import commands
+from assets.resources.commands import forked_commands, run_command
+from notellm2_core.runtime.fork_server import Child, can_fork
 from tests.support.waiting import wait_for
 
 
@@ -44,6 +46,36 @@ def test_a_crash_shows_its_traceback(tmp_path: Path) -> None:
     failure = _failure(_step(tmp_path, [sys.executable, "-c", "1 / 0"]))
     assert failure is not None and "exit code 1" in str(failure.description)
     assert "ZeroDivisionError" in str(failure.metadata)  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not can_fork(), reason="a machine with a GPU forks no commands")
+def test_commands_are_forked_and_start_by_themselves_where_the_server_has_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_PRELOADED", ())
+    started = []
+    start = commands._start
+    monkeypatch.setattr(commands, "_start", lambda *arguments: started.append(start(*arguments)) or started[-1])
+    command = [sys.executable, "-m", "notellm2_core.model.tokenise"]
+    with forked_commands():
+        for number in range(2):
+            failure = _failure(_step(tmp_path, command))
+            assert failure is not None and "required: --config, --notes, --out" in str(failure.metadata)  # type: ignore[attr-defined]
+            if number == 0:
+                assert isinstance(started[0], Child)
+                forks = commands._FORKS.get()
+                assert forks is not None
+                forks.server._process.kill()
+                forks.server._process.wait()
+    assert isinstance(started[1], subprocess.Popen)
+
+
+def test_a_command_never_takes_itself_for_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export would then write its share of the notes, and no other rank the rest."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    code = "import os; assert not {'RANK', 'WORLD_SIZE'} & set(os.environ)"
+    assert _step(tmp_path, [sys.executable, "-c", code]).success
 
 
 def test_nothing_outlives_a_killed_step(tmp_path: Path) -> None:
