@@ -11,12 +11,17 @@ from xdist.scheduler import LoadFileScheduling
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+    from tests.support.cluster import Cluster
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # so that no test waits for an unreachable hub
 
-# One worker runs a unit as a whole, in this order: the finished graph and the Spark session are made once.
+# One worker runs a unit as a whole, in this order: the finished graph, the cluster and the Spark session are made once.
+# The ranks come before Spark's tests because on a fresh machine the graph's first test makes an archive that these use.
 UNITS = {
     "tests/pipelines/": "graph",
+    "tests/spark_jobs/test_cluster.py": "graph",
+    "tests/notellm2_core/training/engine/test_ranks.py": "ranks",
     "tests/spark_jobs/": "spark",
     "tests/assets/resources/test_incremental.py": "spark",
 }
@@ -65,3 +70,19 @@ def spark() -> Iterator["SparkSession"]:
     del os.environ["JDK_JAVA_OPTIONS"]
     yield session
     session.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Cluster"]:
+    """One standalone Spark cluster for all tests of a worker."""
+    from tests.support.cluster import standalone_cluster
+
+    with standalone_cluster(tmp_path_factory.mktemp("spark") / "cluster") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def connect_server(cluster: "Cluster") -> Iterator[str]:
+    """The address of a Spark Connect server on the cluster."""
+    with cluster.connect_server() as remote:
+        yield remote

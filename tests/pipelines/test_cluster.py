@@ -1,12 +1,10 @@
 """The graph with Spark on a standalone cluster makes the same datasets as locally, so no model is trained again."""
 
-from pathlib import Path
-
 import pytest
 
 from notellm2_core.lake.lineage import STAGES
 from tests.pipelines.conftest import Workplace
-from tests.support.cluster import standalone_cluster
+from tests.support.cluster import Cluster
 
 BY_SPARK = {"raw_events", "notes", "interactions", "cooccurrence", "note_split", "related_pairs", "pair_datasets"}
 
@@ -18,12 +16,12 @@ def contents(workplace: Workplace) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_same_datasets_through_spark_connect(
-    finished: Workplace, copy_of_finished: Workplace, tmp_path: Path
+    finished: Workplace, copy_of_finished: Workplace, cluster: Cluster, connect_server: str
 ) -> None:
     copy_of_finished.forget("ingestion", "log_partition", *BY_SPARK)
-    with standalone_cluster(tmp_path / "cluster") as cluster, cluster.connect_server() as remote:
-        code, output = copy_of_finished.recall(SPARK_REMOTE=remote)
-        assert min(cluster.tasks()) > 0
+    before = cluster.tasks()
+    code, output = copy_of_finished.recall(SPARK_REMOTE=connect_server)
     assert code == 0, output[-6000:]
+    assert all(now > earlier for now, earlier in zip(cluster.tasks(), before, strict=True))
     assert {name for name in STAGES if f" {name}: made at" in output} == BY_SPARK
     assert contents(copy_of_finished) == contents(finished)

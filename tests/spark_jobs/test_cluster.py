@@ -11,7 +11,7 @@ from pyspark.sql import SparkSession
 
 from spark_jobs import cooccurrence, related_pairs
 from tests.spark_jobs.test_source import write_csv
-from tests.support.cluster import standalone_cluster
+from tests.support.cluster import Cluster
 
 
 @pytest.fixture
@@ -23,7 +23,12 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_the_same_bytes_as_in_local_mode(
-    log: Path, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    log: Path,
+    spark: SparkSession,
+    cluster: Cluster,
+    connect_server: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The jobs run by spark-submit, and by Spark Connect: a server on the cluster, and a client that has no JVM."""
 
@@ -36,22 +41,21 @@ def test_the_same_bytes_as_in_local_mode(
 
     jobs = {"cooccurrence": cooccurrence, "related_pairs": related_pairs}
     outs = {name: tmp_path / name for name in ("submitted", "connected", "local")}
-    with standalone_cluster(tmp_path / "cluster") as cluster:
 
-        def run(*command: str, **more: str) -> None:
-            done = subprocess.run(command, env=cluster.environment | more, capture_output=True, text=True, cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
+    def run(*command: str, **more: str) -> None:
+        done = subprocess.run(command, env=cluster.environment | more, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
 
-        for name, options in arguments(outs["submitted"]).items():
-            run(*cluster.submit, str(jobs[name].__file__), *options)
-        submitted_tasks = cluster.tasks()
-        assert min(submitted_tasks) > 0
-        with cluster.connect_server() as remote:
-            for name, options in arguments(outs["connected"]).items():
-                package = str(Path(jobs[name].__file__).parents[1])
-                run(sys.executable, "-m", jobs[name].__name__, *options, SPARK_REMOTE=remote, PYTHONPATH=package)
-            assert all(now > before for now, before in zip(cluster.tasks(), submitted_tasks, strict=True))
-
+    tasks = [cluster.tasks()]
+    for name, options in arguments(outs["submitted"]).items():
+        run(*cluster.submit, str(jobs[name].__file__), *options)
+    tasks.append(cluster.tasks())
+    for name, options in arguments(outs["connected"]).items():
+        package = str(Path(jobs[name].__file__).parents[1])
+        run(sys.executable, "-m", jobs[name].__name__, *options, SPARK_REMOTE=connect_server, PYTHONPATH=package)
+    tasks.append(cluster.tasks())
+    for worker in zip(*tasks, strict=True):
+        assert worker[0] < worker[1] < worker[2]  # both workers had tasks, both times
     for name, options in arguments(outs["local"]).items():
         monkeypatch.setattr(jobs[name], "spark_session", lambda name: spark)
         monkeypatch.setattr(sys, "argv", [name, *options])

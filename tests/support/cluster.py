@@ -1,4 +1,4 @@
-"""A standalone Spark cluster, a master and two workers on loopback."""
+"""A standalone Spark cluster, a master and two workers on loopback, with room for two applications at once."""
 
 import os
 import socket
@@ -12,12 +12,15 @@ from pathlib import Path
 import pyspark
 
 from spark_jobs.common.session import java_home
-from tests.support.jvm import quick_jvm
+from tests.support.jvm import UNCOMPILED, quick_jvm
 from tests.support.waiting import wait_for
 
 SPARK = Path(pyspark.__file__).parent
 HOST = "127.0.0.1"
-SETTINGS = {"spark.executor.memory": "600m", "spark.driver.host": HOST, "spark.ui.enabled": "false"}
+SETTINGS = {
+    "spark.executor.memory": "600m", "spark.executor.cores": "1", "spark.cores.max": "2",  # one on each worker
+    "spark.driver.host": HOST, "spark.ui.enabled": "false",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,7 @@ class Cluster:
     def submit(self) -> list[str]:
         """The start of a spark-submit command: all but the application and its arguments."""
         settings = SETTINGS | {"spark.sql.shuffle.partitions": "2"}
-        options = [part for key, value in settings.items() for part in ("--conf", f"{key}={value}")]
-        return [str(SPARK / "bin" / "spark-submit"), "--master", self.address, *options]
+        return [str(SPARK / "bin" / "spark-submit"), "--master", self.address, *_options(settings)]
 
     def tasks(self) -> list[int]:
         """Number of tasks that each worker has begun so far. Tasks that ran elsewhere do not count."""
@@ -59,7 +61,14 @@ class Cluster:
         """A Spark Connect server on the cluster: its address, as SPARK_REMOTE takes it."""
         port = free_port()
         server = "--class", "org.apache.spark.sql.connect.service.SparkConnectServer"
-        command = *self.submit, *server, "--conf", f"spark.connect.grpc.binding.port={port}", "spark-internal"
+        command = (
+            *self.submit,
+            *_options(UNCOMPILED),
+            *server,
+            "--conf",
+            f"spark.connect.grpc.binding.port={port}",
+            "spark-internal",
+        )
         with self.process("server", *command) as log:
             wait_for(lambda: "Spark Connect server started" in log.read_text())
             yield f"sc://{HOST}:{port}"
@@ -72,14 +81,18 @@ def standalone_cluster(folder: Path) -> Iterator[Cluster]:
     cluster = Cluster(folder, f"spark://{HOST}:{port}")
     start = str(SPARK / "bin" / "spark-class")
     master = "org.apache.spark.deploy.master.Master", "--host", HOST, "--port", str(port), "--webui-port", "0"
-    worker = "org.apache.spark.deploy.worker.Worker", "--host", HOST, "--webui-port", "0", "--cores", "1"
+    worker = "org.apache.spark.deploy.worker.Worker", "--host", HOST, "--webui-port", "0", "--cores", "2"
     with ExitStack() as running:
         log = running.enter_context(cluster.process("master", start, *master))
         for n in range(2):
-            own = "--memory", "1g", "--work-dir", str(folder / f"worker{n}"), cluster.address
+            own = "--memory", "2g", "--work-dir", str(folder / f"worker{n}"), cluster.address
             running.enter_context(cluster.process(f"worker{n}", start, *worker, *own))
         wait_for(lambda: log.read_text().count("Registering worker") == 2)
         yield cluster
+
+
+def _options(settings: dict[str, str]) -> list[str]:
+    return [part for key, value in settings.items() for part in ("--conf", f"{key}={value}")]
 
 
 def free_port() -> int:

@@ -104,7 +104,7 @@ def test_reused_vectors_depend_on_no_kill_and_no_rank(tmp_path: Path) -> None:
     assert export_of("bcde", (0, 1)) == list("bcde")
     assert export_of("abcde", (0, 2), (1, 2)) == ["a"]  # the second rank starts after the first
     assert export_of("0abcde", (0, 3)) == ["0"]  # rank 0 of 3 alone, as after a kill
-    assert (tmp_path / ".earlier").exists()
+    assert (tmp_path / ".former").exists()
     assert export_of("0abcde", (0, 1)) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"part-0000{n}.parquet" for n in range(3)]
 

@@ -107,7 +107,7 @@ def test_a_stopped_command_resumes(release: Release, tmp_path: Path, monkeypatch
         embed.embed_notes(release.model, release.source, out)
     assert not out.exists()
     draft_of(tmp_path / ".out.partial" / "part-00002.parquet", dead_process()).write_bytes(b"half a shard")
-    (tmp_path / ".out.partial" / ".earlier").mkdir()
+    (tmp_path / ".out.partial" / ".former").mkdir()
     assert embed.embed_notes(release.model, release.source, out)["reused"] == 12
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and len(list(out.iterdir())) == 4
     assert embed.embed_notes(release.model, release.source, out)["reused"] == 20
