@@ -8,7 +8,6 @@ from assets.resources.arguments import note_inputs, write_config
 from assets.resources.steps import Step
 from notellm2_core.embeddings.table import read_note_ids
 from notellm2_core.runtime.files import link_or_copy, parquet_files
-from notellm2_core.schema import NOTES_TABLE
 from notellm2_core.training.launch import torchrun
 
 MULTIMODAL = "multimodal"
@@ -27,7 +26,8 @@ def export(step: Step, model: Path, kinds: Sequence[str], note_ids: Path | None 
     subset: list[str | Path] = ["--note-ids", note_ids] if note_ids else []
     step.command([*launcher, "--config", write_config(catalog), *note_inputs(step).arguments(), "--model", model,
                   "--inputs", ",".join(kinds), "--out", step.work, "--reuse", *earlier, *subset])  # fmt: skip
-    num_notes = len(read_note_ids(note_ids or step.path("notes", NOTES_TABLE)))
+    all_notes = step.inputs["note_tokens"].manifest.metrics["notes"]
+    num_notes = len(read_note_ids(note_ids)) if note_ids else all_notes
     for kind in kinds:
         (step.out / kind).mkdir()
         for shard in parquet_files(step.work / kind):
