@@ -11,11 +11,13 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from notellm2_core import schema
+from notellm2_core.config.baselines import BASELINES, encoders
 from notellm2_core.config.data import TextSettings
 from notellm2_core.config.settings import Config, EvaluationSettings
 from notellm2_core.embeddings.shards import write_shard
 from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.evaluation.evaluate import (
+    SCORES,
     evaluate,
     evaluate_embeddings,
     image_reader,
@@ -177,3 +179,14 @@ def test_neighbours(lake: Path) -> None:
 def test_an_oracle_without_its_columns(lake: Path, config: Config) -> None:
     with pytest.raises(ValueError, match=r"lacks the columns \['text_key', 'image_key'\]"):
         evaluate({}, lake / "notes", lake / "pairs", config, lake, lake / "clicks.parquet", lake / "clicks.parquet")
+
+
+def test_every_baseline_has_scores_or_embeddings() -> None:
+    """A row of BASELINES without either would be missing from the table, and nobody would notice."""
+    assert {*BASELINES} == {*SCORES, *encoders(BASELINES), "zero_shot"}
+    assert {*SCORES}.isdisjoint(encoders(BASELINES))
+
+
+def test_an_unknown_baseline_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown baseline 'tfidf'; choose from random, popularity, bm25, minilm"):
+        EvaluationSettings(baselines=("random", "tfidf"))
