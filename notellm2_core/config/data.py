@@ -164,8 +164,9 @@ class HoldOutSettings(Section):
 
     by: Literal["time", "hash"] = Field(
         "time",
-        description="`time`: the pool is the notes without events in the training days. `hash`: a hash assigns each "
-        "group of near-duplicates to training or to the pool.",
+        description="`time`: the pool is the notes with events in the test days that have none in the training days, "
+        "nor a near-duplicate with events there. `hash`: a hash assigns each group of near-duplicates to training or "
+        "to the pool.",
     )
     pool_share: float = Field(
         0.3, gt=0, lt=1, description="Share of the near-duplicate groups that form the pool, with `by: hash`."
@@ -190,7 +191,11 @@ class CheckSettings(Section):
     """Thresholds of the blocking asset checks. A run that misses one stops."""
 
     max_dropped_share: float = Field(
-        0.2, ge=0, le=1, description="Largest share of the notes, or of the events, in quarantine."
+        0.2,
+        ge=0,
+        le=1,
+        description="Largest share of notes and of events in quarantine, of rows without a readable time, and of "
+        "unusable images.",
     )
     min_train_pairs: int = Field(50, ge=1, description="Fewest training pairs.")
     min_test_pairs: int = Field(20, ge=1, description="Fewest test pairs.")
