@@ -14,7 +14,7 @@ from notellm2_core.config.data import (
 from notellm2_core.config.model import ModelSettings
 from notellm2_core.config.section import Section
 from notellm2_core.config.settings import ExportSettings, ReportSettings, SaliencySettings
-from notellm2_core.config.training import RunSettings, TrainingSettings
+from notellm2_core.config.training import HardNegativeSettings, RunSettings, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ STAGES: Mapping[str, Stage] = {
     "initial_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
     "hard_negatives": Stage(
         ("initial_model", "note_tokens", "vision_features", "pair_datasets", "note_split"),
-        ("training.hard_negatives", "training.precision", *_EXPORT),
+        (*settings_of("training.hard_negatives", HardNegativeSettings, but=("num",)), "training.precision", *_EXPORT),
     ),
     "checkpoint": Stage(
         ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"),

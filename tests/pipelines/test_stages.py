@@ -17,6 +17,7 @@ FREE = ("name", "lake", "spark", "tracking", "source.path", "export.num_ranks",
 ONLY_LOOKED_AT = {
     ("initial_model", "model.license"),  # for a card that eval_recall and `notellm2 package` write again
     ("checkpoint", "model.license"),
+    ("hard_negatives", "training.hard_negatives.num"),  # whether it is 0: the dataset is then empty by configuration
 }
 
 
