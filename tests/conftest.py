@@ -1,10 +1,12 @@
 """Two workers share the tests: one of them makes each expensive fixture, and the longest units start first."""
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from coverage import Coverage
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
@@ -57,6 +59,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: first.index(name) if (name := unit(item.nodeid)) in first else len(first))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Slow tests are not measured: trace functions slow Python by half, and most of these start processes anyway."""
+    measurement = Coverage.current()
+    if measurement is None or item.get_closest_marker("slow") is None:
+        return (yield)
+    measurement.stop()
+    try:
+        return (yield)
+    finally:
+        measurement.start()
+
+
 @pytest.fixture(scope="session")
 def spark() -> Iterator["SparkSession"]:
     """One Spark session for all tests of a worker."""
@@ -86,3 +101,7 @@ def connect_server(cluster: "Cluster") -> Iterator[str]:
     """The address of a Spark Connect server on the cluster."""
     with cluster.connect_server() as remote:
         yield remote
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what collection has imported stays: garbage collections need not look at it again

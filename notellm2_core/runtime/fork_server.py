@@ -12,6 +12,7 @@ environment, and with the variables that the imports set and it does not. It end
 with the process that started it, however they die.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -97,6 +98,7 @@ def main() -> None:
         before = dict(os.environ)
         for name in sys.argv[2:]:
             importlib.import_module(name)
+        gc.freeze()  # a command's garbage collections pass over what was imported
         set_by_imports = {name: value for name, value in os.environ.items() if before.get(name) != value}
         while True:
             request, descriptors, *_ = socket.recv_fds(connection, _MAX_REQUEST_BYTES, 1)

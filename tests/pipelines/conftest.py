@@ -132,7 +132,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """A workplace where the whole graph was made without a kill. Its settings/ lists the settings that each stage read
     (tests/support/recorder).
     """
-    workplace = make_workplace(tmp_path_factory.mktemp("finished"))
+    workplace = make_workplace(tmp_path_factory.mktemp("finished"), {"export.num_ranks": 1})
     recorder = {"PYTHONPATH": str(ROOT / "tests/support/recorder"), "RECORD_SETTINGS": str(workplace.home / "settings")}
     code, output = workplace.recall(**recorder)
     assert code == 0, output[-6000:]
@@ -141,7 +141,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 @pytest.fixture
 def copy_of_finished(finished: Workplace, tmp_path: Path) -> Workplace:
-    """The same lake in another home: datasets that a test removes there are made again, embeddings by one rank."""
-    workplace = make_workplace(tmp_path / "copy", {"export.num_ranks": 1})
+    """The same lake in another home: datasets that a test removes there are made again, embeddings by two ranks."""
+    workplace = make_workplace(tmp_path / "copy")
     shutil.copytree(finished.home / "lake", workplace.home / "lake", ignore=shutil.ignore_patterns(".work"))
     return workplace
