@@ -26,6 +26,10 @@ UNITS = {
     "tests/notellm2_core/training/engine/test_ranks.py": "ranks",
     "tests/spark_jobs/": "spark",
     "tests/assets/resources/test_incremental.py": "spark",
+    "tests/notellm2_core/training/test_training.py": "training",
+    "tests/notellm2_core/training/test_overfit.py": "overfit",
+    "tests/notellm2_core/training/state/test_checkpoints.py": "checkpoints",
+    "tests/notellm2_core/model/test_llm.py": "llm",
 }
 
 
