@@ -5,6 +5,7 @@ header gives its size, and an unusable image is never replaced by a black one.
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -67,7 +68,7 @@ def fetch(source: Path, image_path: str | None, data: bytes | None, max_pixels: 
             return EncodedImage("not_found")
         try:
             root = source.resolve()
-            path = (root / image_path).resolve()
+            path = Path(os.path.realpath(root / image_path))  # Path.resolve raises for a loop, before Python 3.13
             if Path(image_path).is_absolute() or not path.is_relative_to(root):
                 return EncodedImage("escapes")
             if not path.is_file():  # a pipe or a device would block
@@ -75,7 +76,7 @@ def fetch(source: Path, image_path: str | None, data: bytes | None, max_pixels: 
             if path.stat().st_size > max_bytes:
                 return EncodedImage("too_large")
             data = path.read_bytes()
-        except (OSError, RuntimeError):  # no permission, a disk error, a name that is too long, a loop of links
+        except OSError:  # no permission, a disk error, a name that is too long
             return EncodedImage("broken")
     if len(data) > max_bytes:
         return EncodedImage("too_large")
