@@ -30,10 +30,8 @@ def main() -> int:
     for version in (v for v in VERSIONS if v != this):
         python = interpreter(version)
         problems = [*available(version), *closed(version, pins), *(compiled(python) if python else ())]
-        what = "lock" if python is None else "code and lock"
-        print(
-            f"Python {version}: {what} fit" if not problems else "\n".join(f"Python {version}: {p}" for p in problems)
-        )
+        for line in problems or ["code and lock fit" if python else "the lock fits"]:
+            print(f"Python {version}: {line}")
         if python is None:
             print(f"Python {version}: no interpreter here, the code is not compiled")
         fits &= not problems

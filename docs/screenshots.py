@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from PIL import Image
+
 from notellm2_core.config.load import config_in_force
 from notellm2_core.lake.catalog import Catalog
 
@@ -44,6 +46,7 @@ def browse(url: str, *options: str) -> str:
 
 def screenshot(url: str, out: Path, width: int = 1600, height: int = 900) -> None:
     browse(url, f"--window-size={width},{height}", f"--screenshot={out}")
+    Image.open(out).convert("RGB").quantize(256).save(out, optimize=True)  # half the size or less
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from notellm2_core.runtime.processes import die_with_parent
 _TAIL_BYTES = 65_536
 # Imports that take the commands' first seconds; the commands' own modules are not among them.
 _PRELOADED = ("notellm2_core.training.data.dataset", "notellm2_core.model.build", "timm")
-# Of a launcher that started us: a command would take itself for one of its ranks.
+# Variables of a surrounding launcher: with them, a command would act as one of its ranks.
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FORKS: ContextVar["_Forks | None"] = ContextVar("forks", default=None)
 
@@ -51,7 +51,7 @@ def forked_commands() -> Iterator[None]:
 
 
 def import_ahead() -> None:
-    """Start the imports of `forked_commands` now, beside whatever comes before the first command."""
+    """Start the imports of `forked_commands` now, so that they run while other work comes before the first command."""
     if (forks := _FORKS.get()) is not None:
         _ = forks.server
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from assets.resources.arguments import note_inputs, write_config
 from assets.resources.steps import Step
 from notellm2_core.embeddings.table import read_note_ids
@@ -32,7 +34,7 @@ def export(step: Step, model: Path, kinds: Sequence[str], note_ids: Path | None 
         (step.out / kind).mkdir()
         for shard in parquet_files(step.work / kind):
             link_or_copy(shard, step.out / kind / shard.name)
-        num_embedded = len(read_note_ids(step.out / kind))
+        num_embedded = sum(pq.read_metadata(shard).num_rows for shard in parquet_files(step.out / kind))
         if num_embedded != num_notes:
             raise RuntimeError(f"the export has {num_embedded} {kind} vectors of {num_notes} notes")
 

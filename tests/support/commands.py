@@ -17,7 +17,7 @@ def main() -> None:
         "group": os.getpgid(0),
         "WORD": os.environ.get("WORD"),
         "SET_BY_IMPORT": os.environ.get("SET_BY_IMPORT"),
-        "preloaded": "tests.support.preloaded" in sys.modules,
+        "preloaded": "tests.support.import_marker" in sys.modules,
     }
     Path(out).write_text(json.dumps(start))
     if how == "crash":

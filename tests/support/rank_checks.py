@@ -191,5 +191,5 @@ def _as_on_gpus(
 
 
 def train(config_file: Path, root: Path, folder: Path) -> None:
-    """Do a training run as the command does, with work/ and out/ below `folder`."""
+    """Train as the command does, with work/ and out/ below `folder`."""
     run(load_config(config_file), World(root).paths(folder))

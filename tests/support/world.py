@@ -105,7 +105,7 @@ def png_of(seed: int) -> bytes:
 
 
 def train(world: World, config: Config, folder: Path) -> Path:
-    """Do a training run in this process, with work/ and out/ below `folder`. Returns out/."""
+    """Train in this process, with work/ and out/ below `folder`. Returns out/."""
     run(config, world.paths(folder))
     return folder / "out"
 

@@ -22,7 +22,7 @@ COMMAND = "tests.support.commands"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
-    with ForkServer(["tests.support.preloaded"], os.environ) as server:
+    with ForkServer(["tests.support.import_marker"], os.environ) as server:
         yield server
 
 
