@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 
+from assets.resources.commands import import_ahead
 from assets.resources.demo_source import ensure_source
 from assets.resources.incremental import LogPartition, ingestions, reduced_partitions
 from assets.resources.partitions import require_partitions
@@ -49,6 +50,7 @@ def notes(step: Step) -> Metrics:
     """Usable notes; the others are in quarantine, with their reasons."""
     from spark_jobs.clean import prepare_notes
 
+    import_ahead()  # for the commands that will read these notes
     with step.spark() as spark:
         return prepare_notes(spark, step.catalog.source, step.out)
 

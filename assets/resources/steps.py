@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from assets.resources.commands import import_ahead, run_command
+from assets.resources.commands import run_command
 from assets.resources.metadata import file_metadata
 from assets.resources.pipeline import Pipeline, spark_session, user_errors
 from assets.resources.tracking import TrackedRun, tracked_names, tracked_run
@@ -158,7 +158,6 @@ def _publish(context: dg.AssetExecutionContext, catalog: Catalog, make: Make) ->
     }
     with tracked_run(context, catalog.config.tracking, catalog.lake.root, tags) as run, user_errors():
         if existing is None:
-            import_ahead()
             upstream = {n: d.manifest.fingerprint for n, d in inputs.items()}
             with catalog.lake.publish(name, fingerprint, upstream, catalog.settings(name)) as draft:
                 draft.metrics |= make(Step(context, catalog, inputs, draft, run))

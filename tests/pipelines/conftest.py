@@ -22,6 +22,7 @@ from notellm2_core.runtime.files import sha256_of
 from tests.support.jvm import UNCOMPILED, quick_jvm
 
 ROOT = Path(__file__).parents[2]
+RECALL = (sys.executable, "-W", "ignore", "-m", "pipelines.recall")  # make recall
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Workplace:
         return code, self.log.read_text()
 
     def recall(self, **env: str) -> tuple[int, str]:
-        return self.run(sys.executable, "-W", "ignore", "-m", "pipelines.recall", **env)
+        return self.run(*RECALL, **env)
 
     @property
     def log(self) -> Path:

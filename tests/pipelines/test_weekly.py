@@ -1,9 +1,8 @@
-"""The whole graph with Spark, two DeepSpeed ranks, FAISS and MLflow on sqlite; then kills at five places."""
+"""The whole graph with Spark, two DeepSpeed ranks, FAISS and MLflow on sqlite; then kills at six places."""
 
-import os
 import re
-import signal
 import socket
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +11,11 @@ import dagster as dg
 import psutil
 import pytest
 
-from tests.pipelines.conftest import Workplace, make_workplace
+from tests.pipelines.conftest import RECALL, Workplace, make_workplace
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.slow
+MATERIALIZE = (str(Path(sys.executable).parent / "dagster"), "asset", "materialize", "--select")
 
 
 def test_recall_ends_with_a_table_and_a_second_run_makes_nothing_again(finished: Workplace) -> None:
@@ -51,12 +51,11 @@ def test_every_materialization_is_a_child_run_with_its_tags(finished: Workplace)
 def test_asset_materialize_works_by_itself_and_names_a_missing_dataset(
     copy_of_finished: Workplace, tmp_path: Path
 ) -> None:
-    command = (str(Path(sys.executable).parent / "dagster"), "asset", "materialize", "--select", "eval_recall")
     copy_of_finished.forget("eval_recall")
-    code, output = copy_of_finished.run(*command)
+    code, output = copy_of_finished.run(*MATERIALIZE, "eval_recall")
     assert code == 0, output[-3000:]
     empty = make_workplace(tmp_path / "empty", {"window.end": "2025-01-26"})
-    code, output = empty.run(*command)
+    code, output = empty.run(*MATERIALIZE, "eval_recall")
     assert code != 0
     assert re.search(r"has not been made yet for this configuration and window; run: make recall CONFIG=", output)
     assert "RETRY" not in output
@@ -74,18 +73,6 @@ def _training_ranks(workplace: Workplace) -> list[psutil.Process]:
     return ranks
 
 
-class Recall:
-    """`make recall` in the background."""
-
-    def __init__(self, workplace: Workplace) -> None:
-        self.workplace = workplace
-        self.process = workplace.start(sys.executable, "-W", "ignore", "-m", "pipelines.recall")
-
-    def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
 def _same_as(finished: Workplace, killed: Workplace) -> None:
     expected, actual = finished.files(), killed.files()
     assert set(actual) == set(expected)
@@ -93,57 +80,54 @@ def _same_as(finished: Workplace, killed: Workplace) -> None:
     wait_for(lambda: not killed.processes(), 20)
 
 
-def test_a_killed_rank_is_tried_again_and_a_killed_run_leaves_no_process_and_the_next_one_completes(
+def test_a_killed_rank_and_a_killed_step_are_tried_again_and_a_killed_run_leaves_no_process(
     finished: Workplace, copy_of_finished: Workplace
 ) -> None:
+    """Kills training in a run of the schedule's kind, where each step has its own process, then in `make recall`. The
+    next run completes it.
+    """
+
+    def kill(run: subprocess.Popen) -> None:
+        run.kill()
+        run.wait()
+        wait_for(lambda: not copy_of_finished.processes(), 20)
+        assert copy_of_finished.catalog.find("checkpoint") is None
+
     copy_of_finished.forget("checkpoint", "note_embeddings", "faiss_index", "eval_recall")
-    run = Recall(copy_of_finished)
+    run = copy_of_finished.start(*MATERIALIZE, "checkpoint")
+    ranks = wait_for(lambda: _training_ranks(copy_of_finished))
+    (step,) = [p for p in psutil.Process(run.pid).children() if "--multiprocessing-fork" in p.cmdline()]
+    step.kill()
+    wait_for(lambda: set(_training_ranks(copy_of_finished)) - set(ranks))
+    kill(run)
+
+    run = copy_of_finished.start(*RECALL)
     ranks = wait_for(lambda: _training_ranks(copy_of_finished))
     ranks[0].kill()
     wait_for(lambda: set(_training_ranks(copy_of_finished)) - set(ranks))
-    run.kill()
-    wait_for(lambda: not copy_of_finished.processes(), 20)
-    assert copy_of_finished.catalog.find("checkpoint") is None
+    kill(run)
+
     code, output = copy_of_finished.recall()
     assert code == 0, output[-5000:]
     _same_as(finished, copy_of_finished)
     with dg.DagsterInstance.from_config(str(copy_of_finished.home)) as instance:
-        statuses = [run.status for run in instance.get_runs()]
-    assert dg.DagsterRunStatus.STARTED not in statuses and dg.DagsterRunStatus.CANCELED in statuses
-
-
-def test_no_step_outlives_its_killed_run_and_a_killed_step_is_tried_again(
-    finished: Workplace, copy_of_finished: Workplace
-) -> None:
-    """The schedule runs each step in its own process, as here."""
-    copy_of_finished.forget("checkpoint")
-    command = (str(Path(sys.executable).parent / "dagster"), "asset", "materialize", "--select", "checkpoint")
-    run = copy_of_finished.start(*command)
-    wait_for(lambda: _training_ranks(copy_of_finished))
-    run.kill()
-    run.wait()
-    wait_for(lambda: not copy_of_finished.processes(), 20)
-    assert copy_of_finished.catalog.find("checkpoint") is None
-    run = copy_of_finished.start(*command)
-    wait_for(lambda: _training_ranks(copy_of_finished))
-    (step,) = [p for p in psutil.Process(run.pid).children() if "--multiprocessing-fork" in p.cmdline()]
-    step.kill()
-    assert run.wait(timeout=300) == 0, copy_of_finished.log.read_text()[-5000:]
-    _same_as(finished, copy_of_finished)
+        runs = instance.get_runs(dg.RunsFilter(job_name="weekly_retrain"))
+    assert {run.status for run in runs} == {dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.SUCCESS}
 
 
 @pytest.mark.spark
 def test_a_run_killed_while_spark_writes_is_completed_and_a_killed_jvm_is_tried_again(
     finished: Workplace, copy_of_finished: Workplace
 ) -> None:
-    copy_of_finished.forget("interactions", "cooccurrence", "note_split", "related_pairs", "pair_datasets")
+    copy_of_finished.forget("interactions", "cooccurrence", "related_pairs")
     lake = copy_of_finished.home / "lake"
-    run = Recall(copy_of_finished)
+    run = copy_of_finished.start(*RECALL)
     wait_for(lambda: list((lake / "cooccurrence").glob(".*")))
     run.kill()
+    run.wait()
     wait_for(lambda: not copy_of_finished.processes(), 30)
     leftovers = set(lake.glob("*/.*"))
-    run = Recall(copy_of_finished)
+    run = copy_of_finished.start(*RECALL)
 
     def killed_a_jvm() -> bool:
         drafts = set(lake.glob("*/.*")) - leftovers
@@ -155,7 +139,7 @@ def test_a_run_killed_while_spark_writes_is_completed_and_a_killed_jvm_is_tried_
         return False
 
     wait_for(killed_a_jvm)
-    assert run.process.wait(timeout=300) == 0, copy_of_finished.log.read_text()[-5000:]
+    assert run.wait(timeout=300) == 0, copy_of_finished.log.read_text()[-5000:]
     assert not set(lake.glob("*/.*"))
     _same_as(finished, copy_of_finished)
 
@@ -167,8 +151,9 @@ def test_a_silent_tracking_server_neither_stops_nor_delays_the_run(copy_of_finis
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        command = (str(Path(sys.executable).parent / "dagster"), "asset", "materialize", "--select", "faiss_index")
-        code, output = copy_of_finished.run(*command, MLFLOW_TRACKING_URI=uri, MLFLOW_HTTP_REQUEST_TIMEOUT="2")
+        code, output = copy_of_finished.run(
+            *MATERIALIZE, "faiss_index", MLFLOW_TRACKING_URI=uri, MLFLOW_HTTP_REQUEST_TIMEOUT="2"
+        )
     assert code == 0, output[-3000:]
     assert "this step is not tracked" in output
 

@@ -18,7 +18,7 @@ from spark_jobs.common.session import java_home, spark_session
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".pytest_cache" / "java"
 
-_SMALL = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # no time for its compilers to pay off
+SMALL = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # no time for its compilers to pay off
 UNCOMPILED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
 
 
@@ -32,17 +32,17 @@ def quick_jvm() -> str:
     version = subprocess.run([f"{java_home()}/bin/java", "-version"], capture_output=True, text=True, check=True).stderr
     (major,) = re.findall(r'version "(\d+)', version)
     make, use = ("AOTCacheOutput", "AOTCache") if int(major) >= 25 else ("ArchiveClassesAtExit", "SharedArchiveFile")
-    key = f"{version}{_SMALL}{pyspark.__file__}{pyspark.__version__}"
+    key = f"{version}{SMALL}{pyspark.__file__}{pyspark.__version__}"
     archive = FOLDER / hashlib.sha256(key.encode()).hexdigest()[:16]
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not archive.exists():
             with written_whole(archive) as draft:
-                command = [sys.executable, "-m", "tests.support.jvm", f"{_SMALL} -XX:{make}={draft}"]
+                command = [sys.executable, "-m", "tests.support.jvm", f"{SMALL} -XX:{make}={draft}"]
                 subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
                 draft.touch()
-    return f"{_SMALL} -XX:{use}={archive} -Xlog:disable" if archive.stat().st_size else _SMALL
+    return f"{SMALL} -XX:{use}={archive} -Xlog:disable" if archive.stat().st_size else SMALL
 
 
 def _typical_jobs(options: str) -> None:

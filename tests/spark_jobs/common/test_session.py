@@ -14,6 +14,7 @@ from pyspark.sql import SparkSession
 
 from spark_jobs.common import session
 from spark_jobs.common.session import java_home
+from tests.support.jvm import SMALL, quick_jvm
 
 ROOT = Path(__file__).parents[3]
 
@@ -82,7 +83,7 @@ def test_a_job_runs_without_java_and_in_silence(tmp_path: Path) -> None:
     command = ["--scores", str(tmp_path / "scores"), "--out", str(tmp_path / "out"), "--low", "0.1", "--up", "9"]
     done = subprocess.run(
         [sys.executable, "-m", "spark_jobs.related_pairs", *command, "--top-t", "3"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, env={**os.environ, "JDK_JAVA_OPTIONS": SMALL}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["pairs"] == 1
@@ -98,7 +99,7 @@ def test_the_jvm_ends_with_a_killed_parent_and_its_scratch_is_swept(
         "import time; from spark_jobs.common.session import spark_session; s = spark_session('victim');"
         "print(s._jvm.java.lang.ProcessHandle.current().pid(), flush=True); time.sleep(600)"
     )
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "JDK_JAVA_OPTIONS": quick_jvm()}
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
     assert parent.stdout is not None
     jvm = int(parent.stdout.readline())
