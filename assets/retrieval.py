@@ -18,9 +18,8 @@ def initial_embeddings(step: Step) -> Metrics:
 @dataset("retrieval", {"pytorch", "parquet"}, on=GPU)
 def note_embeddings(step: Step) -> Metrics:
     """Embeddings of all notes by the fine-tuned model; for the pool also with image-only and text-only input."""
-    model = step.path("checkpoint")
-    export(step, model, [MULTIMODAL])
-    export(step, model, [kind for kind in INPUTS if kind != MULTIMODAL], step.path("pair_datasets", POOL_TABLE))
+    pool = step.path("pair_datasets", POOL_TABLE)
+    export(step, step.path("checkpoint"), INPUTS, single_modality_note_ids=pool)
     return export_metrics(step.out)
 
 

@@ -16,25 +16,33 @@ MULTIMODAL = "multimodal"
 INPUTS = (MULTIMODAL, "image", "text")
 
 
-def export(step: Step, model: Path, kinds: Sequence[str], note_ids: Path | None = None) -> None:
+def export(
+    step: Step,
+    model: Path,
+    kinds: Sequence[str],
+    note_ids: Path | None = None,
+    single_modality_note_ids: Path | None = None,
+) -> None:
     """Embed `note_ids` (None: all notes) by `model` with each kind of input, and link the shards into the dataset.
 
-    The shards are written in `step.work`, so a killed export resumes. Vectors of unchanged notes are reused from the
-    earlier datasets of this asset, which are listed before the export starts.
+    `single_modality_note_ids`: the notes of the inputs image and text; None: the same. The shards are written in
+    `step.work`, so a killed export resumes. Vectors of unchanged notes are reused from the earlier datasets of this
+    asset, which are listed before the export starts.
     """
     config, catalog = step.config, step.catalog
     earlier = [dataset.path for dataset in catalog.lake.datasets(step.name)]
     launcher = torchrun("notellm2_core.inference.export", config.export.num_ranks or config.training.num_ranks)
-    subset: list[str | Path] = ["--note-ids", note_ids] if note_ids else []
+    subsets = {"--note-ids": note_ids, "--single-modality-note-ids": single_modality_note_ids}
     step.command([*launcher, "--config", write_config(catalog), *note_inputs(step).arguments(), "--model", model,
-                  "--inputs", ",".join(kinds), "--out", step.work, "--reuse", *earlier, *subset])  # fmt: skip
-    all_notes = step.inputs["note_tokens"].manifest.metrics["notes"]
-    num_notes = len(read_note_ids(note_ids)) if note_ids else all_notes
+                  "--inputs", ",".join(kinds), "--out", step.work, "--reuse", *earlier,
+                  *(part for option, subset in subsets.items() if subset for part in (option, subset))])  # fmt: skip
     for kind in kinds:
         (step.out / kind).mkdir()
         for shard in parquet_files(step.work / kind):
             link_or_copy(shard, step.out / kind / shard.name)
         num_embedded = sum(pq.read_metadata(shard).num_rows for shard in parquet_files(step.out / kind))
+        subset = note_ids if kind == MULTIMODAL else single_modality_note_ids or note_ids
+        num_notes = len(read_note_ids(subset)) if subset else step.inputs["note_tokens"].manifest.metrics["notes"]
         if num_embedded != num_notes:
             raise RuntimeError(f"the export has {num_embedded} {kind} vectors of {num_notes} notes")
 

@@ -1,7 +1,8 @@
 """Exports the embeddings of notes: sharded, resumable, of multimodal, image-only or text-only inputs.
 
     python -m notellm2_core.inference.export --config FILE --model DIR --notes DIR --images DIR --store DIR
-        [--note-ids PARQUET] --inputs multimodal,image,text --out DIR [--reuse DIR ...] [--image-folders NOTES SOURCE]
+        --inputs multimodal,image,text [--note-ids PARQUET] [--single-modality-note-ids PARQUET] --out DIR
+        [--reuse DIR ...] [--image-folders NOTES SOURCE]
 
 writes OUT/<inputs>/part-00000.parquet (schema.embeddings: unit vectors, fp32). Under torchrun, each rank writes every
 WORLD_SIZE-th shard on its own device, on one machine or on several that share OUT.
@@ -20,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from notellm2_core.config.load import load_config
 from notellm2_core.config.settings import Config
-from notellm2_core.embeddings.shards import EmbeddingKey, plan_shards, write_shards
+from notellm2_core.embeddings.shards import EmbeddingKey, ShardPlan, plan_shards, write_shards
 from notellm2_core.embeddings.table import read_note_ids
 from notellm2_core.inference.batch_embedder import VECTORS_VERSION, BatchEmbedder, FeatureSource
 from notellm2_core.lake import lake
@@ -56,17 +57,21 @@ def weight_files(model_dir: Path) -> dict[str, str]:
 
 
 def export(
-    config: Config, model_dir: Path, inputs: NoteInputs, kinds: Sequence[InputKind], out: Path,
-    note_ids: Sequence[str] | None = None, reuse: Sequence[Path] = (),
-) -> dict[str, Any]:  # fmt: skip
-    """Embed the notes (or only `note_ids`) for each kind of input into OUT/<kind>. Returns counts and notes per second.
+    config: Config,
+    model_dir: Path,
+    inputs: NoteInputs,
+    note_ids: Mapping[InputKind, Collection[str] | None],
+    out: Path,
+    reuse: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Embed the notes `note_ids[kind]` (None: all) for each kind of input into OUT/<kind>.
 
-    Vectors are reused if OUT, or one of the earlier exports `reuse`, has them from the same model and content.
-
-    Raises ValueError if model, notes and images do not belong together.
+    Vectors are reused if OUT, or one of the earlier exports `reuse`, has them from the same model and content. Returns
+    counts and notes per second. Raises ValueError if a note is missing, or model, notes and images do not belong
+    together.
     """
     model, reader = load_model_and_reader(model_dir, inputs, config.source.max_image_pixels)
-    notes = reader.open(note_ids)
+    notes = _open_all(reader, note_ids.values())
     if missing := notes.tokens.keys() - notes.image_ids.keys():
         raise ValueError(
             f"{len(missing)} notes are not in {inputs.images}: run notellm2_core.vision.extract on them first."
@@ -88,14 +93,25 @@ def export(
         "reused": {},  # of this rank's shards, the number of reused vectors
         "notes_per_second": {},
     }
-    for kind in kinds:
+    for kind, wanted in note_ids.items():
         version = [VECTORS_VERSION, weights, reader.encoder_id, kind, str(dtype), config.export.batch_notes]
         model_id = fingerprint([*version, "fused"] if fused else version)
         key = EmbeddingKey(model_id, partial(_content_ids, notes, kind))
-        earlier = [folder / kind for folder in reuse]
-        num_reused, notes_per_second = _export_kind(embedder, kind, key, out / kind, config.export.shard_notes, earlier)
+        plan = plan_shards(out / kind, list(notes.tokens if wanted is None else wanted), key, config.export.shard_notes)
+        num_reused, notes_per_second = _export_kind(embedder, kind, plan, [folder / kind for folder in reuse])
         counts["reused"][kind], counts["notes_per_second"][kind] = num_reused, notes_per_second
     return counts
+
+
+def _open_all(reader: InputReader, note_ids: Collection[Collection[str] | None]) -> OpenInputs:
+    """The inputs of all these notes. Raises ValueError if one is missing."""
+    wanted: set[str] = set().union(*(ids for ids in note_ids if ids is not None))
+    if None not in note_ids:
+        return reader.open(wanted)
+    notes = reader.open()
+    if missing := wanted - notes.tokens.keys():
+        raise ValueError(f"{len(missing)} notes are not in {reader.inputs.notes}, among them {min(missing)!r}.")
+    return notes
 
 
 def _feature_source(notes: OpenInputs, reader: InputReader, config: Config, device: torch.device) -> FeatureSource:
@@ -114,19 +130,17 @@ def _content_ids(notes: OpenInputs, kind: InputKind, note_ids: Sequence[str]) ->
     return content_ids
 
 
-def _export_kind(
-    embedder: BatchEmbedder, kind: InputKind, key: EmbeddingKey, out: Path, shard_notes: int, reuse: Sequence[Path]
-) -> tuple[int, float]:
+def _export_kind(embedder: BatchEmbedder, kind: InputKind, plan: ShardPlan, reuse: Sequence[Path]) -> tuple[int, float]:
     """Write this rank's shards. Returns how many of their vectors were reused, and all ranks' notes per second."""
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    total = -(-len(embedder.notes) // num_ranks)
+    num_notes = sum(len(shard.note_ids) for shard in plan.shards)
+    total = -(-num_notes // num_ranks)
     with tqdm(total=total, desc=f"embed {kind}", unit="notes", disable=rank != 0) as progress:
 
         def embed(note_ids: Sequence[str]) -> np.ndarray:
             return embedder.embed(note_ids, kind, progress)
 
         start = time.monotonic()
-        plan = plan_shards(out, list(embedder.notes), key, shard_notes)
         num_reused = write_shards(plan, embed, rank, num_ranks, progress, reuse)
         seconds = max(time.monotonic() - start, 1e-6)
     num_embedded = sum(len(shard.note_ids) for shard in plan.shards[rank::num_ranks]) - num_reused
@@ -162,6 +176,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a trained (or initial) model")
     NoteInputs.add_arguments(parser)
     parser.add_argument("--note-ids", type=Path, help="Parquet with a note_id column, or pairs; default: all notes")
+    parser.add_argument(
+        "--single-modality-note-ids", type=Path, help="the notes of the inputs image and text; default: as --note-ids"
+    )
     parser.add_argument("--inputs", default="multimodal", help="comma-separated list of multimodal, image, text")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
@@ -169,10 +186,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     with user_errors():
-        counts = export(
-            load_config(args.config), args.model, NoteInputs.of(args), parse_inputs(args.inputs), args.out,
-            read_note_ids(args.note_ids) if args.note_ids else None, args.reuse,
-        )  # fmt: skip
+        note_ids = read_note_ids(args.note_ids) if args.note_ids else None
+        of_one_modality = read_note_ids(args.single_modality_note_ids) if args.single_modality_note_ids else note_ids
+        by_kind = {k: note_ids if k == "multimodal" else of_one_modality for k in parse_inputs(args.inputs)}
+        counts = export(load_config(args.config), args.model, NoteInputs.of(args), by_kind, args.out, args.reuse)
         if os.environ.get("RANK", "0") == "0":
             json.dump(counts, sys.stdout)
             print()

@@ -1,6 +1,7 @@
 """The whole graph with Spark, two DeepSpeed ranks, FAISS and MLflow on sqlite; then kills at six places."""
 
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def _same_as(finished: Workplace, killed: Workplace) -> None:
 def test_a_killed_rank_and_a_killed_step_are_tried_again_and_a_killed_run_leaves_no_process(
     finished: Workplace, copy_of_finished: Workplace
 ) -> None:
-    """Kills training in a run of the schedule's kind, where each step has its own process, then in `make recall`. The
+    """Kills training in `make recall`, then in a run of the schedule's kind, where each step has its own process. The
     next run completes it.
     """
 
@@ -94,16 +95,17 @@ def test_a_killed_rank_and_a_killed_step_are_tried_again_and_a_killed_run_leaves
         assert copy_of_finished.catalog.find("checkpoint") is None
 
     copy_of_finished.forget("checkpoint", "note_embeddings", "faiss_index", "eval_recall")
+    run = copy_of_finished.start(*RECALL)
+    ranks = wait_for(lambda: _training_ranks(copy_of_finished))
+    ranks[0].kill()
+    wait_for(lambda: set(_training_ranks(copy_of_finished)) - set(ranks))
+    kill(run)
+
+    shutil.rmtree(copy_of_finished.home / "lake" / ".work")  # training starts anew
     run = copy_of_finished.start(*MATERIALIZE, "checkpoint")
     ranks = wait_for(lambda: _training_ranks(copy_of_finished))
     (step,) = [p for p in psutil.Process(run.pid).children() if "--multiprocessing-fork" in p.cmdline()]
     step.kill()
-    wait_for(lambda: set(_training_ranks(copy_of_finished)) - set(ranks))
-    kill(run)
-
-    run = copy_of_finished.start(*RECALL)
-    ranks = wait_for(lambda: _training_ranks(copy_of_finished))
-    ranks[0].kill()
     wait_for(lambda: set(_training_ranks(copy_of_finished)) - set(ranks))
     kill(run)
 

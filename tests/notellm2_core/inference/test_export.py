@@ -129,6 +129,24 @@ def test_only_the_named_notes(world: Path, tmp_path: Path, capsys: pytest.Captur
     assert (counts["notes"], counts["notes_without_image"], counts["precision"]) == (3, 1, "float32")
 
 
+def test_inputs_of_one_modality_have_notes_of_their_own(
+    world: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def embed(*note_ids: str) -> None:
+        pq.write_table(pa.table({"note_id": note_ids}), tmp_path / "ids.parquet")
+        options = ["--inputs", "multimodal,text", "--single-modality-note-ids", str(tmp_path / "ids.parquet")]
+        export.main(arguments(world, tmp_path / "out", *options))
+
+    embed("n20", "n04")
+    assert read_embeddings(tmp_path / "out" / "text").note_ids == ("n04", "n20")
+    assert read_embeddings(tmp_path / "out" / "multimodal").note_ids == read_embeddings(whole / "text").note_ids
+    for absent in (["n20", "n99"], []):
+        with pytest.raises(SystemExit):
+            embed(*absent)
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert ("1 notes are not in" if absent else "there are no notes to embed") in message
+
+
 def test_a_complete_export_computes_nothing(
     world: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -239,7 +239,11 @@ def test_drafts_of_the_dead_are_swept(tmp_path: Path) -> None:
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=30).filter(lambda n: n.strip(".")))
+@given(
+    name=st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=30).filter(
+        lambda n: n.strip(".")
+    )
+)
 def test_no_reader_takes_a_draft_for_a_file(name: str, tmp_path: Path) -> None:
     for target in (tmp_path / name, tmp_path / f"{name}.parquet"):
         with written_whole(target) as draft, draft_folder(target) as folder:

@@ -13,6 +13,7 @@ from notellm2_core.config.training import PARTS
 from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.inference.embedder import Embedder
 from notellm2_core.inference.export import export
+from notellm2_core.notes.processor import InputKind
 from notellm2_core.training import measure_saliency as saliency
 from notellm2_core.training.run import run
 from notellm2_core.vision.encoder import VisionEncoder
@@ -44,8 +45,9 @@ def test_from_images_to_embeddings(world: World, tmp_path: Path, capfd: pytest.C
     assert "vision encoder (trained)" in (out / "README.md").read_text()
 
     with pytest.raises(ValueError, match="trained with vision encoder"):
-        export(config, out, world.inputs, ("image",), tmp_path / "embeddings")
-    counts = export(config, out, world.with_image_folders, ("image", "multimodal"), tmp_path / "embeddings")
+        export(config, out, world.inputs, {"image": None}, tmp_path / "embeddings")
+    all_notes: dict[InputKind, None] = {"image": None, "multimodal": None}
+    counts = export(config, out, world.with_image_folders, all_notes, tmp_path / "embeddings")
     assert counts["images"] == "encoded anew"
     rows = pq.read_table(world.path("notes")).to_pylist()
     notes = [{k: row[k] for k in ("title", "topics", "content", "image")} for row in rows]
