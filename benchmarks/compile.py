@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from notellm2_core.config.settings import Config
 from notellm2_core.model.build import build_model
-from notellm2_core.model.packing import PACKED_SDPA
+from notellm2_core.model.packed_attention import PACKED_SDPA
 from notellm2_core.model.trainable import set_trained
 from notellm2_core.notes.processor import MLRMProcessor
 from notellm2_core.training.engine import deepspeed as engines

@@ -24,7 +24,8 @@ from notellm2_core.config.methods import get_method
 from notellm2_core.config.model import ConnectorSettings
 from notellm2_core.model.connector import Connector, init_linear
 from notellm2_core.model.fusion import LateFusion
-from notellm2_core.model.packing import PACKED_SDPA, can_be_packed, packed_states
+from notellm2_core.model.packed_attention import PACKED_SDPA
+from notellm2_core.model.packed_llm import can_be_packed, packed_states
 from notellm2_core.notes.processor import MLRMProcessor, NoteBatch
 from notellm2_core.runtime.pretrained import require_complete
 

@@ -15,7 +15,7 @@ from notellm2_core.config.model import LLMSettings
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.model.llm import llm_architecture, load_llm, tiny_tokenizer
 from notellm2_core.model.mlrm import MLRMModel
-from notellm2_core.model.packing import PACKED_SDPA
+from notellm2_core.model.packed_attention import PACKED_SDPA
 from notellm2_core.notes.processor import MLRMProcessor
 from tests.support.tiny_model import EMPTY, LONG, SHORT, batch_of, features, tiny_config
 

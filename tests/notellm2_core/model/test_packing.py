@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from notellm2_core.model.packing import PACKED_SDPA, Packing, can_be_packed, packed_states
+from notellm2_core.model.packed_attention import PACKED_SDPA
+from notellm2_core.model.packed_llm import can_be_packed, packed_states
+from notellm2_core.model.packing import Packing
 from tests.notellm2_core.model.test_decoders import DECODERS, PADDED, architecture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

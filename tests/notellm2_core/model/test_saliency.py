@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 
 from notellm2_core.model.build import build_model
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel, MLRMOutput
-from notellm2_core.model.packing import PACKED_SDPA
+from notellm2_core.model.packed_attention import PACKED_SDPA
 from notellm2_core.model.saliency import Measurement, attention_gradients, measure, saliency_scores, visual_positions
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.processor import MLRMProcessor, NoteBatch
