@@ -227,7 +227,8 @@ def _without_autocast(states: Tensor) -> AbstractContextManager[None]:
     """Inside, modules compute in the precision of their weights.
 
     The states of all notes are nearly the same vector (cosines of 0.94 to 0.999); what distinguishes notes is the small
-    rest. Rounding the states to bf16 before the gate and the projector costs a third of the demo's recall.
+    rest. Rounding them to bf16 before the gate and the projector loses much of it: the demo's first loss is then 7.53,
+    not the 7.32 of fp32.
     """
     context: AbstractContextManager[None] = torch.autocast(states.device.type, enabled=False)
     return context
