@@ -127,7 +127,7 @@ def _open(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
         return "too_large", None
     except MemoryError:
         raise
-    except Exception:  # as in `decode`
+    except Exception:  # as in `to_rgb`
         return "broken", None
     status = _check_size(image, max_pixels)
     return status, image if status == "ok" else None
