@@ -83,11 +83,13 @@ def standalone_cluster(folder: Path) -> Iterator[Cluster]:
     master = "org.apache.spark.deploy.master.Master", "--host", HOST, "--port", str(port), "--webui-port", "0"
     worker = "org.apache.spark.deploy.worker.Worker", "--host", HOST, "--webui-port", "0", "--cores", "2"
     with ExitStack() as running:
-        log = running.enter_context(cluster.process("master", start, *master))
+        running.enter_context(cluster.process("master", start, *master))
+        logs = []
         for n in range(2):
             own = "--memory", "2g", "--work-dir", str(folder / f"worker{n}"), cluster.address
-            running.enter_context(cluster.process(f"worker{n}", start, *worker, *own))
-        wait_for(lambda: log.read_text().count("Registering worker") == 2)
+            logs.append(running.enter_context(cluster.process(f"worker{n}", start, *worker, *own)))
+        # Not the master's log: it also counts a worker that came before the master was elected and so must come again.
+        wait_for(lambda: all("Successfully registered with master" in log.read_text() for log in logs))
         yield cluster
 
 
