@@ -157,8 +157,8 @@ def test_precision_auto_is_one_of_two(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
-    """After kill -9 of torchrun behind the first checkpoint, its two ranks die too. The same command again ends with
-    the weights of an uninterrupted run, bit for bit.
+    """After kill -9 of torchrun, when the first checkpoint exists, its two ranks die too. The same command again ends
+    with the weights of an uninterrupted run, bit for bit.
     """
     settings = {"num_steps": 24, "batch_pairs": 4, "zero_stage": 2, "num_ranks": 2, "log_every_steps": 5}
     intervals = {"checkpoint_every_steps": 4, "validate_every_steps": 12}
