@@ -10,23 +10,24 @@ from typing import Any
 
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
-from pyspark.sql import types as T
 
 from notellm2_core.config.data import EventSettings
-from notellm2_core.schema import EVENTS, NOTES, NOTES_TABLE, QUARANTINE, QUARANTINE_TABLE, SOURCE_NOTE_COLUMNS
+from notellm2_core.schema import EVENTS, NOTES, NOTES_TABLE, QUARANTINE, QUARANTINE_TABLE
+from notellm2_core.tables.source import NOTES as SOURCE_NOTES
+from notellm2_core.tables.source import find_table
 from spark_jobs.common.tables import aggregates, counts_by, read_table, readable, write_table
-from spark_jobs.source import read_source_notes, trimmed
+from spark_jobs.source import read_source_notes
 
 IGNORED = "ignored_event"  # the reason of rows that the settings ignore; they are not faulty, so not quarantined
 
 
 def prepare_notes(spark: SparkSession, source: Path, out: Path) -> dict[str, Any]:
-    """`source/notes.parquet` -> `out/notes` (NOTES) and `out/quarantine`.
+    """The notes of `source` -> `out/notes` (NOTES) and `out/quarantine`.
 
     Returns rows, notes, with_text, with_image (a path or bytes), and dropped {reason: rows}. Raises ValueError where
     no note is usable.
     """
-    with readable(source / "notes.parquet"):
+    with readable(source):
         raw = read_source_notes(spark, source)
         rows = raw.count()
         notes, quarantine = clean_notes(raw)
@@ -37,15 +38,15 @@ def prepare_notes(spark: SparkSession, source: Path, out: Path) -> dict[str, Any
         written, notes=F.count("*"), with_text=F.count_if(_has_text()), with_image=F.count_if(_has_image(written))
     )
     if not counts["notes"]:
-        raise ValueError(f"{source / 'notes.parquet'} holds no usable note ({rows} rows).")
+        raise ValueError(f"{find_table(source, SOURCE_NOTES)} holds no usable note ({rows} rows).")
     return {"rows": rows, **counts, "dropped": counts_by(read_table(spark, out / QUARANTINE_TABLE), "reason")}
 
 
 def clean_notes(raw: DataFrame) -> tuple[DataFrame, DataFrame]:
     """Source notes (with `position`) -> (NOTES, QUARANTINE).
 
-    Topics may be a list or '|'-separated text. Missing text becomes "". Among rows with the same id, the last in file
-    order counts. A note needs text or an image. Reasons: null_note_id, duplicate_note_id, empty_note.
+    Missing text becomes "". Among rows with the same id, the last in file order counts. A note needs text or an image.
+    Reasons: malformed_row, null_note_id, duplicate_note_id, empty_note.
     """
     labelled = _label_notes(raw)
     usable = labelled.filter("reason IS NULL").select(NOTES.names)
@@ -53,37 +54,35 @@ def clean_notes(raw: DataFrame) -> tuple[DataFrame, DataFrame]:
 
 
 def _label_notes(raw: DataFrame) -> DataFrame:
-    """Source notes with the columns of NOTES, `row` (the row in JSON) and the `reason` to drop it (null: none)."""
-    text = [F.coalesce(F.col(c).cast("string"), F.lit("")).alias(c) for c in ("title", "content")]
-    path = trimmed(F.col("image_path").cast("string")) if "image_path" in raw.columns else F.lit(None).cast("string")
-    image = F.col("image").cast("binary") if "image" in raw.columns else F.lit(None).cast("binary")
-    source_columns = [c for c in (*SOURCE_NOTE_COLUMNS, "image_path") if c in raw.columns]
+    """Source notes with the columns of NOTES, `row` and the `reason` to drop it (null: none)."""
+    text = [F.coalesce(c, F.lit("")).alias(c) for c in ("title", "content")]
     notes = raw.select(
-        trimmed(F.col("note_id").cast("string")).alias("note_id"),
+        "note_id",
         *text,
-        _topics(raw.schema["topics"].dataType).alias("topics"),
-        path.alias("image_path"),
-        F.when(F.length(image) > 0, image).alias("image"),
-        F.to_json(F.struct(*source_columns), {"ignoreNullFields": "false"}).alias("row"),
+        F.coalesce("topics", F.array().cast("array<string>")).alias("topics"),
+        _trimmed(F.col("image_path")).alias("image_path"),
+        F.when(F.length("image") > 0, F.col("image")).alias("image"),
+        "malformed",
+        "row",
         "position",
     )
     later = F.row_number().over(Window.partitionBy("note_id").orderBy(F.desc("position"))) - 1
     return notes.withColumn(
         "reason",
-        F.when(F.isnull("note_id"), "null_note_id")
+        F.when(F.col("malformed"), "malformed_row")
+        .when(F.isnull("note_id"), "null_note_id")
         .when(later > 0, "duplicate_note_id")
         .when(~_has_text() & ~_has_image(notes), "empty_note"),
     )
 
 
-def _topics(kind: T.DataType) -> Column:
-    column = F.col("topics") if isinstance(kind, T.ArrayType) else F.split(F.col("topics").cast("string"), r"\|")
-    named = F.filter(F.transform(column.cast("array<string>"), trimmed), F.isnotnull)
-    return F.coalesce(named, F.array().cast("array<string>"))
+def _trimmed(text: Column) -> Column:
+    """`text` without white space at its ends; null if empty."""
+    return F.nullif(F.btrim(text, F.lit(" \t\r\n")), F.lit(""))
 
 
 def _has_text() -> Column:
-    return F.isnotnull(trimmed(F.concat("title", "content", F.array_join("topics", ""))))
+    return F.isnotnull(_trimmed(F.concat("title", "content", F.array_join("topics", ""))))
 
 
 def _has_image(notes: DataFrame) -> Column:

@@ -23,7 +23,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from datetime import date
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,6 @@ from notellm2_core.schema import SCORES, TEST, TEST_CLICKS, TRAIN, TRAIN_CLICKS
 from spark_jobs.clean import label_events, split_labelled, within
 from spark_jobs.common.session import absolute_path, spark_session
 from spark_jobs.common.tables import counts_by, num_files, read_table, readable, replacing, top_counts, write_table
-from spark_jobs.ingest import ingest_events
 from spark_jobs.interactions import interactions
 from spark_jobs.scoring.score_blocks import (
     BLOCK_METRICS,
@@ -52,7 +50,7 @@ from spark_jobs.scoring.score_blocks import (
     write_note_ids,
     write_scores,
 )
-from spark_jobs.source import event_files, files_by_types, read_source_events
+from spark_jobs.source import read_source_events
 
 
 def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -> dict[str, Any]:
@@ -164,9 +162,7 @@ def main() -> None:
         settings = settings_from(args, EventSettings, ignored_events=None, max_events_per_day=None)
         scoring = settings_from(args, ScoringSettings)
         spark = spark_session("cooccurrence")
-        groups = files_by_types(args.events, event_files(args.events))
-        ingested = (ingest_events(read_source_events(spark, args.events, files)) for files in groups)
-        raw = reduce(DataFrame.union, ingested).persist()
+        raw = read_source_events(spark, args.events).persist()
         names = top_counts(raw, "event")
         in_days = F.isnull("timestamp") | within(args.start, args.end)
         labelled = label_events(raw.filter(in_days), settings).persist()

@@ -15,12 +15,13 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from notellm2_core.config.data import Partition
-from notellm2_core.schema import SOURCE_EVENT_COLUMNS
+from notellm2_core.tables.source import EVENTS, find_table
 from spark_jobs.common.tables import counts_by, literal, readable, summed_counts, top_counts, write_partitions
-from spark_jobs.source import MALFORMED, event_files, event_time, find_events, read_source_events, trimmed
+from spark_jobs.source import event_files, read_source_events
 
 UNDATED = "undated"  # the partition of rows without a plausible time
 _PLAUSIBLE = ("1970-01-02", "2099-12-31 23:59:59.999999")
+_RAW_COLUMNS = ("user_id", "note_id", "event", "timestamp", "malformed", "row")
 Span = tuple[date, date]  # days [start, end)
 
 
@@ -34,14 +35,12 @@ def ingest(
     """Raw events -> `out/<partition>/*.parquet`; rows with an unreadable or absurd time -> `out/undated/`.
 
     A partition is named by its first day (the Sunday, or January 1st). `files`: those of `event_files(source)` to
-    ingest, with equal types; None: all. Returns files, rows {partition: rows}, days {day: rows}, and events
+    ingest; None: all. Returns files, rows {partition: rows}, days {day: rows}, and events
     {name: rows} (`top_counts`). Raises ValueError for a source that cannot be used.
     """
     files = list(files or event_files(source))
-    with readable(find_events(source)):
-        ingested = ingest_events(read_source_events(spark, source, files), unit)
-        absurd = ~F.col("timestamp").between(*(F.lit(bound).cast("timestamp") for bound in _PLAUSIBLE))
-        ingested = ingested.withColumn("partition", F.when(absurd, UNDATED).otherwise(F.col("partition")))
+    with readable(source):
+        ingested = with_partition(read_source_events(spark, source, files), unit)
         write_partitions(ingested, out, "partition", ["timestamp", "user_id", "note_id", "event", "row"])
     if not any(out.rglob("*.parquet")):
         return {"files": files, "rows": {}, "days": {}, "events": {}}
@@ -59,31 +58,15 @@ def ingest(
     }
 
 
-def ingest_events(events: DataFrame, unit: Partition = "week") -> DataFrame:
-    """Source events -> user_id, note_id, event (trimmed; "" becomes null), timestamp (UTC; null: unreadable),
-    malformed, row and partition.
-
-    `row` is the unchanged row in JSON: the columns of the contract, or the whole line of a CSV whose number of fields
-    differs from the header's. Such a line is malformed, and so is a row with bytes that are not UTF-8. The other
-    columns of such a row are null.
-    """
-    line = F.col(MALFORMED) if MALFORMED in events.columns else F.lit(None).cast("string")
-    unchanged = F.to_json(F.struct(*SOURCE_EVENT_COLUMNS), {"ignoreNullFields": "false"})
-    ids = {c: trimmed(F.col(c).cast("string")) for c in ("user_id", "note_id", "event")}
-    read = ids | {"timestamp": event_time(events.schema["timestamp"].dataType)}
-    malformed = F.isnotnull(line) | F.concat_ws("", *ids.values()).contains(
-        "\ufffd"
-    )  # Spark's replacement for bytes that are not UTF-8
+def with_partition(events: DataFrame, unit: Partition = "week") -> DataFrame:
+    """Source events with `partition`: the first day of the week or year, or UNDATED without a plausible time."""
     if unit == "week":  # date_trunc's week starts on Monday, ours on Sunday
         first_day = F.date_trunc("week", F.col("timestamp") + F.expr("INTERVAL 1 DAY")) - F.expr("INTERVAL 1 DAY")
     else:
         first_day = F.date_trunc(unit, "timestamp")
-    partition = F.date_format(first_day, "yyyy-MM-dd")
-    return events.select(
-        *(F.when(~malformed, value).alias(name) for name, value in read.items()),
-        malformed.alias("malformed"),
-        F.when(F.isnull(line), unchanged).otherwise(F.to_json(F.struct(line.alias("line")))).alias("row"),
-    ).withColumn("partition", F.coalesce(partition, F.lit(UNDATED)))
+    plausible = F.col("timestamp").between(*(F.lit(bound).cast("timestamp") for bound in _PLAUSIBLE))
+    partition = F.when(plausible, F.date_format(first_day, "yyyy-MM-dd")).otherwise(UNDATED)
+    return events.select(*_RAW_COLUMNS, partition.alias("partition"))
 
 
 def ingestion_metrics(source: Path, ingestions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -96,11 +79,11 @@ def ingestion_metrics(source: Path, ingestions: Sequence[Mapping[str, Any]]) -> 
     """
     rows, days, events = (summed_counts(metrics[key] for metrics in ingestions) for key in ("rows", "days", "events"))
     if not rows:
-        raise ValueError(f"{find_events(source)} holds no rows.")
+        raise ValueError(f"{find_table(source, EVENTS)} holds no rows.")
     if not days:
         raise ValueError(
-            f"no timestamp of {find_events(source)} is readable and between {_PLAUSIBLE[0]} and 2099; use Unix seconds "
-            "or ISO 8601."
+            f"no timestamp of {find_table(source, EVENTS)} is readable and between {_PLAUSIBLE[0]} and 2099; use Unix "
+            "seconds or ISO 8601."
         )
     sizes = [sum(metrics["rows"].values()) for metrics in ingestions]
     shares = [

@@ -29,7 +29,7 @@ LogPartition = tuple[str, tuple[date, date] | None]  # its name and its days [st
 def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog: Catalog) -> list[Dataset]:
     """The ingestions of the source's files, each file once. New and changed files are ingested now."""
     from spark_jobs.ingest import ingest
-    from spark_jobs.source import event_files, files_by_types
+    from spark_jobs.source import event_files
 
     source, partition = catalog.source, catalog.config.source.partition
     stats = {file: (source / file).stat() for file in event_files(source)}
@@ -42,7 +42,7 @@ def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog
             reused.append(ingestion)
             new = {file: stat for file, stat in new.items() if file not in its_files}
     context.log.info(f"{len(files)} files of events, {len(files) - len(new)} of them ingested before")
-    groups = _groups(files_by_types(source, list(new)))
+    groups = _groups(list(new))
     ingested = []
     for number, group in enumerate(groups, start=1):
         settings = {**origin, "files": {file: new[file] for file in group}}
@@ -54,10 +54,10 @@ def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog
     return reused + ingested
 
 
-def _groups(by_types: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Files that are ingested together: one file each; from more than _MAX_INGESTIONS files, several of equal types."""
-    size = -(-sum(map(len, by_types)) // _MAX_INGESTIONS)
-    return [list(files[start : start + size]) for files in by_types for start in range(0, len(files), size)]
+def _groups(files: Sequence[str]) -> list[list[str]]:
+    """Files that are ingested together: one file each; from more than _MAX_INGESTIONS files, several."""
+    size = -(-len(files) // _MAX_INGESTIONS)
+    return [list(files[start : start + size]) for start in range(0, len(files), size)]
 
 
 def reduced_partitions(

@@ -21,7 +21,7 @@ from notellm2_core.runtime.files import listing, write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.nested import get_setting
 from notellm2_core.runtime.packaged_weights import weights_version
-from notellm2_core.schema import SOURCE_EVENTS
+from notellm2_core.tables.source import EVENTS, is_table
 
 
 class MissingDataset(LakeError):
@@ -82,7 +82,7 @@ class Catalog:
             raise ValueError(f"source.path {self.source} is not a folder; set source.path, or SOURCE=..., to your data")
         files: dict[str, list[Any]] = {"raw_events": [], "notes": []}
         for file in sorted(listing(self.source)):
-            files["raw_events" if file[0].split("/")[0] in SOURCE_EVENTS else "notes"].append(file)
+            files["raw_events" if is_table(file[0].split("/")[0], EVENTS) else "notes"].append(file)
         return {name: fingerprint([str(self.source.resolve()), listed]) for name, listed in files.items()}
 
     @cached_property

@@ -1,0 +1,197 @@
+"""What a column of a user's table may hold, and how it is read.
+
+A column has a logical type, a Kind. Several Arrow types carry a kind; `read_column` turns each of them into one
+canonical type, or refuses it with a sentence. All readers of a user's tables go through it, so that the graph and the
+commands read the same values. Nothing that could lose a digit is read: no floats as ids, no 32-bit floats as times.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+from notellm2_core.tables.times import read_times
+
+WHITE_SPACE = " \t\r\n"  # trimmed from ids and topics
+NO_ID = ("", r"\N", "NULL", "null", "None", "nan", "NaN", "<NA>", "NaT")  # what writers put where there is no id
+TOPIC_DELIMITER = "|"
+
+
+class Kind(StrEnum):
+    """A logical type; the value is what error messages call it."""
+
+    ID = "text or whole numbers"  # -> string, trimmed; null: no id
+    TEXT = "text"  # -> string
+    TEXTS = "text or a list of texts"  # -> list<string>, each trimmed and not empty; null: no list
+    TIME = "text, numbers or timestamps"  # -> timestamp[us, UTC]; null: unreadable
+    BYTES = "bytes"  # -> binary
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a user's table.
+
+    `in_every_part`: every part of the table has to have it. Otherwise its values are null in the parts that lack it.
+    `required`: at least one part has to have it.
+    """
+
+    name: str
+    kind: Kind
+    required: bool = True
+    in_every_part: bool = False
+
+    @property
+    def canonical(self) -> pa.DataType:
+        """The type of its values once they are read."""
+        return CANONICAL[self.kind]
+
+
+def read_column(column: pa.Array, kind: Kind) -> pa.Array:
+    """The values of `column`, a `plain_column`, in the canonical type of `kind`.
+
+    Raises ValueError, without a name, where its type carries no such values.
+    """
+    if pt.is_null(column.type):
+        return pa.nulls(len(column), CANONICAL[kind])
+    if (read := _READERS[kind](column)) is None:
+        raise ValueError(f"has type {column.type}, not {kind.value}")
+    return read
+
+
+def read_text(column: pa.Array) -> pa.Array:
+    """The values of `column`, a `plain_column`, as text for people to read."""
+    if pt.is_nested(column.type) or pt.is_binary(column.type):
+        return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
+    return pc.cast(column, pa.string())
+
+
+def plain_column(column: pa.Array) -> pa.Array:
+    """`column` without the encodings that say nothing about its values: dictionaries, views, large offsets, ..."""
+    kind = column.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return plain_column(column.storage)
+    if pt.is_dictionary(kind):
+        return plain_column(column.dictionary_decode())
+    if pt.is_run_end_encoded(kind):
+        return plain_column(pc.run_end_decode(column))
+    if pt.is_large_string(kind) or pt.is_string_view(kind):
+        return pc.cast(column, pa.string())
+    if pt.is_large_binary(kind) or pt.is_binary_view(kind) or pt.is_fixed_size_binary(kind):
+        return pc.cast(column, pa.binary())
+    if _is_list_view(kind):
+        return pa.array(column.to_pylist(), pa.list_(kind.value_type))
+    if pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
+        return pc.cast(column, pa.list_(kind.value_type))
+    return column
+
+
+def valid_utf8(column: pa.Array) -> tuple[pa.Array, pa.Array | None]:
+    """A plain column of text, or of lists of text, with U+FFFD for bytes that are not UTF-8, and where those are.
+
+    Both [n]; None: nowhere.
+    """
+    is_list = pt.is_list(column.type) and pt.is_string(column.type.value_type)
+    if not is_list and not pt.is_string(column.type):
+        return column, None
+    try:
+        column.validate(full=True)
+        return column, None
+    except pa.ArrowInvalid:
+        values = column.cast(pa.list_(pa.binary()) if is_list else pa.binary()).to_pylist()
+    texts = [_decoded(value) for value in values]
+    broken = [_encoded(text) != value for text, value in zip(texts, values, strict=True)]
+    return pa.array(texts, column.type), pa.array(broken)
+
+
+def _decoded(value: Any) -> Any:
+    return [_decoded(v) for v in value] if isinstance(value, list) else value and value.decode(errors="replace")
+
+
+def _encoded(text: Any) -> Any:
+    return [_encoded(t) for t in text] if isinstance(text, list) else text and text.encode()
+
+
+def _is_list_view(kind: pa.DataType) -> bool:
+    return pt.is_list_view(kind) or pt.is_large_list_view(kind)
+
+
+def _read_id(column: pa.Array) -> pa.Array | None:
+    kind = column.type
+    if (pt.is_decimal(kind) and kind.scale == 0) or pt.is_integer(kind):
+        return pc.cast(column, pa.string())
+    if not pt.is_string(kind):
+        return None
+    trimmed = pc.utf8_trim(column, WHITE_SPACE)
+    return pc.if_else(pc.is_in(trimmed, pa.array(NO_ID)), pa.scalar(None, pa.string()), trimmed)
+
+
+def _read_text(column: pa.Array) -> pa.Array | None:
+    return column if pt.is_string(column.type) else None
+
+
+def _read_texts(column: pa.Array) -> pa.Array | None:
+    if pt.is_string(column.type):
+        return pa.array([topics_of_text(text) for text in column.to_pylist()], CANONICAL[Kind.TEXTS])
+    if not pt.is_list(column.type):
+        return None
+    if pt.is_null(column.type.value_type):
+        return pc.cast(column, CANONICAL[Kind.TEXTS])
+    if (values := _read_id(plain_column(column.values))) is None:
+        return None
+    lists = pa.ListArray.from_arrays(column.offsets, values, mask=pc.is_null(column))
+    return pa.array(
+        [None if row is None else [topic for topic in row if topic] for row in lists.to_pylist()],
+        CANONICAL[Kind.TEXTS],
+    )
+
+
+_QUOTED = r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+_LIST_AS_TEXT = re.compile(rf"\[\s*(?:{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*,?\s*)?\]", re.DOTALL)
+
+
+def topics_of_text(text: str | None) -> list[str] | None:
+    """The topics in a text: separated by '|', or the text of a list, as JSON or Python write it."""
+    if text is None:
+        return None
+    stripped = text.strip(WHITE_SPACE)
+    topics = text.split(TOPIC_DELIMITER)
+    if _LIST_AS_TEXT.fullmatch(stripped):
+        try:
+            topics = json.loads(stripped)
+        except ValueError:
+            topics = ast.literal_eval(stripped)
+    return [topic for part in topics if (topic := part.strip(WHITE_SPACE))]
+
+
+def _read_time(column: pa.Array) -> pa.Array | None:
+    return read_times(column)
+
+
+def _read_bytes(column: pa.Array) -> pa.Array | None:
+    """Bytes, or the struct{bytes, path} of Hugging Face's datasets."""
+    if pt.is_struct(column.type) and "bytes" in [field.name for field in column.type]:
+        return _read_bytes(plain_column(pc.struct_field(column, "bytes")))
+    return column if pt.is_binary(column.type) else None
+
+
+CANONICAL: dict[Kind, pa.DataType] = {
+    Kind.ID: pa.string(),
+    Kind.TEXT: pa.string(),
+    Kind.TEXTS: pa.list_(pa.string()),
+    Kind.TIME: pa.timestamp("us", "UTC"),
+    Kind.BYTES: pa.binary(),
+}
+_READERS: dict[Kind, Callable[[pa.Array], Any]] = {
+    Kind.ID: _read_id,
+    Kind.TEXT: _read_text,
+    Kind.TEXTS: _read_texts,
+    Kind.TIME: _read_time,
+    Kind.BYTES: _read_bytes,
+}

@@ -1,0 +1,178 @@
+"""The file formats of a user's tables: which files are its parts, which columns a part has, and its rows.
+
+Parquet, CSV, TSV and JSON Lines are read; the text formats also compressed by gzip, bzip2 or zstd. A reader yields
+Arrow batches of the columns that are asked for, as they are stored, plus LINE.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from notellm2_core.runtime.files import is_hidden
+from notellm2_core.tables.columns import Kind
+from notellm2_core.tables.csv_rows import BLOCK_BYTES, LINE, csv_names, csv_rows
+from notellm2_core.tables.json_rows import json_names, json_rows
+
+FORMATS = "Parquet, CSV (.csv), TSV (.tsv) and JSON Lines (.jsonl), the last three also as .gz, .bz2 or .zst"
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_JSON_LINES = (".jsonl", ".ndjson")
+_ROWS, _IMAGE_ROWS = 1 << 16, 1 << 8  # rows of Parquet in memory at a time
+_LOGS = {"_delta_log": "Delta", ".hoodie": "Hudi", "metadata": "Iceberg"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one task reads: a file, or one row group of a Parquet file. `first_row`: the number of rows before it."""
+
+    file: Path
+    group: int | None = None
+    first_row: int = 0
+
+
+def table_files(path: Path) -> list[Path]:
+    """The parts of a table: the file `path` itself, or all visible files below the folder `path`, sorted.
+
+    Raises ValueError for a table format whose files are no rows by themselves, and for a file of no format of FORMATS.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist.")
+    if path.is_file():
+        _suffixes(path)
+        return [path]
+    for log, name in _LOGS.items():
+        if (path / log).is_dir() and (name != "Iceberg" or any((path / log).glob("*.metadata.json"))):
+            raise ValueError(
+                f"{path} is a {name} table, whose log decides which of its files count. It is not read: export it as "
+                "plain Parquet."
+            )
+    files: list[Path] = []
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        files += [Path(folder) / name for name in names if not is_hidden(name)]
+    for file in files:
+        _suffixes(file)
+    return sorted(files)
+
+
+def _suffixes(file: Path) -> tuple[str, str | None]:
+    """The suffix of the format, and the compression. Raises ValueError for another file."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    compression = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    kind = suffixes[-2 if compression else -1] if len(suffixes) > (compression is not None) else ""
+    if kind in _DELIMITERS or kind in _JSON_LINES:
+        return kind, compression
+    if (kind in (".parquet", ".pq") and not compression) or _starts_like_parquet(file):
+        return ".parquet", None
+    raise ValueError(f"{file} has none of the formats that are read: {FORMATS}.")
+
+
+def _starts_like_parquet(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == b"PAR1"
+
+
+def splits(file: Path) -> list[Split]:
+    """The parts of a file that tasks can read side by side. Raises ValueError for a damaged Parquet file."""
+    if not is_parquet(file):
+        return [Split(file)]
+    with parquet_file(file) as parquet:
+        rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+    return [Split(file, group, sum(rows[:group])) for group in range(len(rows))]
+
+
+def is_parquet(file: Path) -> bool:
+    """Whether `file`, one of `table_files`, is Parquet."""
+    return _suffixes(file)[0] == ".parquet"
+
+
+def parquet_file(file: Path) -> pq.ParquetFile:
+    """The open Parquet file. Raises ValueError naming it where it is damaged."""
+    try:
+        return pq.ParquetFile(file)
+    except (OSError, pa.ArrowException) as e:
+        raise ValueError(f"{file} is damaged, or no Parquet ({_first_line(e)}).") from e
+
+
+def column_types(file: Path) -> dict[str, pa.DataType]:
+    """The types of a Parquet file's columns. Raises ValueError for a damaged file."""
+    with parquet_file(file) as parquet:
+        return dict(zip(parquet.schema_arrow.names, parquet.schema_arrow.types, strict=True))
+
+
+def column_names(file: Path, folder: Path) -> list[str]:
+    """The columns of a part of the table in `folder`; partition folders (event=click/) are columns, too.
+
+    Raises ValueError for an empty or damaged file.
+    """
+    names = list(column_types(file)) if is_parquet(file) else _text_names(file)
+    return names + [name for name in partition_values(file, folder) if name not in names]
+
+
+def partition_values(file: Path, folder: Path) -> dict[str, str]:
+    """The columns that the names of folders below `folder` give: event=click/ is event = "click" in its files."""
+    parts = file.relative_to(folder).parts[:-1] if file != folder else ()
+    return dict(part.split("=", 1) for part in parts if "=" in part)
+
+
+def read_split(split: Split, kinds: Mapping[str, Kind], folder: Path) -> Iterator[pa.RecordBatch]:
+    """The rows of `split` in file order: the columns named in `kinds`, as they are stored, and LINE.
+
+    Columns that the file lacks are left out. Raises ValueError naming the file if it is damaged, or a value of JSON
+    that its column cannot have.
+    """
+    constants = partition_values(split.file, folder)
+    stored = {name: kinds[name] for name in column_names(split.file, split.file) if name in kinds}
+    try:
+        for batch in _stored_rows(split, stored):
+            for name in kinds:
+                if name in constants and name not in stored:
+                    batch = batch.append_column(name, pa.repeat(constants[name], len(batch)))
+            yield batch
+    except (OSError, EOFError, pa.ArrowException) as e:
+        raise ValueError(_reason(split.file, e)) from e
+
+
+def _stored_rows(split: Split, kinds: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
+    kind, compression = _suffixes(split.file)
+    if kind == ".parquet":
+        with parquet_file(split.file) as parquet:
+            groups = [*range(parquet.num_row_groups)] if split.group is None else [split.group]
+            rows = _IMAGE_ROWS if Kind.BYTES in kinds.values() else _ROWS
+            for batch in parquet.iter_batches(rows, row_groups=groups, columns=list(kinds), use_threads=False):
+                yield batch.append_column(LINE, pa.nulls(len(batch), pa.string()))
+        return
+    with pa.input_stream(str(split.file), compression=compression) as stream:
+        if kind in _DELIMITERS:
+            yield from csv_rows(stream, _DELIMITERS[kind], list(kinds))
+        else:
+            yield from json_rows(stream, kinds)
+
+
+def _text_names(file: Path) -> list[str]:
+    """The columns of a CSV, TSV or JSON Lines file. Raises ValueError for an empty or damaged one."""
+    kind, compression = _suffixes(file)
+    try:
+        with pa.input_stream(str(file), compression=compression) as stream:
+            names = csv_names(stream, _DELIMITERS[kind]) if kind in _DELIMITERS else json_names(stream)
+    except (OSError, EOFError) as e:
+        raise ValueError(_reason(file, e)) from e
+    if not names:
+        raise ValueError(f"{file} is empty." if kind in _DELIMITERS else f"{file} holds no JSON objects.")
+    return names
+
+
+def _reason(file: Path, error: Exception) -> str:
+    """One sentence on a file that cannot be read to its end."""
+    text = _first_line(error)
+    if "straddling object" in text or "out of sync" in text:
+        return f"{file} has a row of more than {BLOCK_BYTES >> 20} MB: a quote in it is opened and never closed."
+    return f"{file} is damaged, or not of the format its name says ({text})."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,179 @@
+"""Times in a user's table, of any form, as UTC timestamps in microseconds.
+
+A time is one of
+  - a number: Unix time in seconds (absolute value below 1e11), milliseconds (below 1e14), microseconds (below 1e17) or
+    nanoseconds. The unit is unambiguous for times after 1973-03-03; earlier times are read correctly only in seconds;
+  - a date as eight digits (20250119), as text or as a number;
+  - ISO 8601 text: a date, or a date and time with or without an offset (none: UTC). Names of zones are not read,
+    because many stand for several: CST is Chicago and Shanghai;
+  - a timestamp or date of Arrow, of any unit (without a zone: UTC).
+Any other value, and any time outside the years 1 to 9999, is unreadable: null. Floats need 64 bits: with 32, they have
+no single seconds in this century.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+TIME = pa.timestamp("us", "UTC")
+_FIRST, _LAST = -62135596800000000, 253402300799999999  # 0001-01-01 .. 9999-12-31, the range of Python's datetime
+_PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
+_WHOLE = r"^[+-]?\d{1,18}$"
+_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+_DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(\.0*)?$"  # as seconds, all would be in August 1970
+_USUAL_ISO = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d:\d\d(\.\d{1,6})?)?$"
+_ISO = (
+    r"^(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})"
+    r"(?:[T ](?P<hour>\d{1,2}):(?P<minute>\d{1,2})(?::(?P<second>\d{1,2})(?:\.(?P<fraction>\d{0,9})\d*)?)?"
+    r" ?(?P<zone>Z|UTC|GMT|(?P<sign>[+-])(?P<zone_hour>\d{1,2})(?::?(?P<zone_minute>\d\d))?)?)?$"
+)
+
+
+def read_times(column: pa.Array) -> pa.Array | None:
+    """The times of `column` as timestamp[us, UTC], null where unreadable. None: its type carries no times."""
+    kind = column.type
+    if pt.is_timestamp(kind):
+        return _times(*_scaled(pc.cast(column, pa.int64()), kind.unit))
+    if pt.is_date32(kind):
+        return _times(*_days(pc.cast(column, pa.int32())))
+    if pt.is_date64(kind):
+        return _times(*_scaled(pc.cast(column, pa.int64()), "ms"))
+    if pt.is_integer(kind) or (pt.is_decimal(kind) and kind.scale == 0):
+        return _times(*_unix(_int64(column)))
+    if pt.is_float64(kind) or pt.is_decimal(kind):
+        return _times(*_of_floats(pc.cast(column, pa.float64(), safe=False)))
+    return _of_text(column) if pt.is_string(kind) else None
+
+
+def _times(micros: np.ndarray, is_valid: np.ndarray) -> pa.Array:
+    """`micros` [n] int64 as times; null where not `is_valid` or outside the years 1 to 9999."""
+    valid = is_valid & (micros >= _FIRST) & (micros <= _LAST)
+    return pa.array(micros, pa.int64(), mask=~valid).cast(TIME)
+
+
+def _numpy(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a primitive column, 0 where null, and where it is valid. Both [n]."""
+    is_valid = column.is_valid().to_numpy(zero_copy_only=False)
+    return pc.fill_null(column, 0).to_numpy(zero_copy_only=False), is_valid
+
+
+def _int64(column: pa.Array) -> pa.Array:
+    """Whole numbers as int64; null where they do not fit: no time is that large."""
+    if pt.is_uint64(column.type) or pt.is_decimal(column.type):
+        bound = pa.scalar(2**63 - 1).cast(column.type) if pt.is_uint64(column.type) else None
+        if bound is None:
+            return pa.array([v if v is None or abs(v) < 2**63 else None for v in column.to_pylist()], pa.int64())
+        column = pc.if_else(pc.less_equal(column, bound), column, pa.scalar(None, column.type))
+    return pc.cast(column, pa.int64())
+
+
+def _scaled(column: pa.Array, unit: str) -> tuple[np.ndarray, np.ndarray]:
+    """Times [n] in `unit` since 1970 -> microseconds, rounded down, and where they are in range."""
+    values, is_valid = _numpy(column)
+    if unit == "ns":
+        return values // 1000, is_valid
+    factor = _PER_UNIT[unit]
+    in_range = (values >= _FIRST // factor) & (values <= _LAST // factor)
+    return np.where(in_range, values, 0) * factor, is_valid & in_range
+
+
+def _days(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    values, is_valid = _numpy(column)
+    return values.astype(np.int64) * 86_400_000_000, is_valid
+
+
+def _unix(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers as times (see the module docstring) -> microseconds, and where they are readable."""
+    values, is_valid = _numpy(column)
+    size = np.abs(np.where(values == np.iinfo(np.int64).min, 0, values))
+    micros = np.where(size < 10**17, values, (values + 500) // 1000)
+    micros = np.where(size < 10**14, np.where(size < 10**14, values, 0) * 1000, micros)
+    micros = np.where(size < 10**11, np.where(size < 10**11, values, 0) * 1_000_000, micros)
+    is_date = (values >= 19_000_101) & (values <= 20_991_231) & _is_day_and_month(values)
+    if is_date.any():
+        dates, exists = _calendar(values // 10_000, values // 100 % 100, values % 100)
+        micros, is_valid = np.where(is_date, dates, micros), is_valid & (exists | ~is_date)
+    return micros, is_valid
+
+
+def _is_day_and_month(values: np.ndarray) -> np.ndarray:
+    month, day = values // 100 % 100, values % 100
+    return (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)
+
+
+def _of_floats(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    values, is_valid = _numpy(column)
+    is_finite = np.isfinite(values) & (np.abs(values) < 1e300)
+    values = np.where(is_finite, values, 0.0)
+    whole = (values == np.floor(values)) & (np.abs(values) < 2**53)
+    micros, readable = _unix(pa.array(np.where(whole, values, 0).astype(np.int64)))
+    size = np.abs(values)
+    scale = np.select([size < 1e11, size < 1e14, size < 1e17], [1e6, 1e3, 1.0], 1e-3)
+    scaled = values * scale
+    in_range = np.abs(scaled) < 2**62
+    rounded = np.where(in_range, np.floor(np.abs(scaled) + 0.5) * np.sign(scaled), 0).astype(np.int64)
+    return np.where(whole, micros, rounded), is_valid & is_finite & np.where(whole, readable, in_range)
+
+
+def _calendar(year: np.ndarray, month: np.ndarray, day: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first microsecond of these days, and where they exist. All [n]."""
+    exists = (year >= 1) & (year <= 9999) & (month >= 1) & (month <= 12) & (day >= 1)
+    months = np.where(exists, (year - 1970) * 12 + month - 1, 0).astype("datetime64[M]")
+    days = months.astype("datetime64[D]") + np.where(exists, day - 1, 0)
+    exists &= days.astype("datetime64[M]") == months  # the 31st of a month of 30 days is in the next one
+    return days.astype("datetime64[us]").astype(np.int64), exists
+
+
+def _of_text(column: pa.Array) -> pa.Array:
+    """Each of the forms is read for all values that have it."""
+    text = pc.utf8_trim(column, " \t\r\n")
+    result = pa.nulls(len(text), TIME)
+    readers = ((_DIGITS, _of_dates), (_WHOLE, _of_whole), (_NUMBER, _of_numbers), (_USUAL_ISO, _of_usual_iso),
+               (_ISO, _of_iso))  # fmt: skip
+    rest = text.is_valid()
+    for form, read in readers:
+        has_form = pc.and_(rest, pc.fill_null(pc.match_substring_regex(text, form), False))
+        if pc.any(has_form).as_py():
+            result = pc.replace_with_mask(result, has_form, read(text.filter(has_form)))
+            rest = pc.and_not(rest, has_form)
+    return result
+
+
+def _of_dates(text: pa.Array) -> pa.Array:
+    return _times(*_unix(pc.cast(pc.utf8_slice_codeunits(text, 0, 8), pa.int64())))
+
+
+def _of_whole(text: pa.Array) -> pa.Array:
+    return _times(*_unix(pc.cast(pc.utf8_ltrim(text, "+"), pa.int64())))
+
+
+def _of_numbers(text: pa.Array) -> pa.Array:
+    return _times(*_of_floats(pc.cast(pc.utf8_ltrim(text, "+"), pa.float64())))
+
+
+def _of_usual_iso(text: pa.Array) -> pa.Array:
+    try:
+        return _times(*_numpy(pc.cast(pc.cast(text, pa.timestamp("us")), pa.int64())))
+    except pa.ArrowInvalid:  # one of them does not exist
+        return _of_iso(text)
+
+
+def _of_iso(text: pa.Array) -> pa.Array:
+    parts = pc.extract_regex(text, _ISO)
+
+    def number(name: str) -> np.ndarray:
+        digits: Any = parts.field(name)
+        return pc.cast(pc.if_else(pc.equal(digits, ""), "0", digits), pa.int64()).to_numpy(zero_copy_only=False)
+
+    micros, exists = _calendar(number("year"), number("month"), number("day"))
+    hour, minute, second = (number(name) for name in ("hour", "minute", "second"))
+    exists &= (hour < 24) & (minute < 60) & (second < 60)
+    zone_hour, zone_minute = number("zone_hour"), number("zone_minute")
+    exists &= (zone_hour <= 18) & (zone_minute < 60)
+    fraction = pc.cast(pc.utf8_slice_codeunits(pc.utf8_rpad(parts.field("fraction"), 6, "0"), 0, 6), pa.int64())
+    offset = (zone_hour * 60 + zone_minute) * np.where(pc.equal(parts.field("sign"), "-"), -1, 1)
+    seconds = hour * 3600 + (minute - offset) * 60 + second
+    return _times(micros + seconds * 1_000_000 + fraction.to_numpy(zero_copy_only=False), exists)
