@@ -55,7 +55,8 @@ class NoteTable:
         return [
             fingerprint([
                 r.note.title, r.note.topics, r.note.content, r.image_path,
-                _stamp(self.images / r.image_path) if r.image_path else [*_stamp(r.split.file), r.split.first_row + r.position],
+                _stamp(self.images / r.image_path) if r.image_path
+                else [*_stamp(r.split.file), r.split.first_row + r.position],
             ])
             for r in (self._rows[i] for i in note_ids)
         ]  # fmt: skip

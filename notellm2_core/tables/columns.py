@@ -8,7 +8,7 @@ commands read the same values. Nothing that could lose a digit is read: no float
 import ast
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -141,15 +141,15 @@ def _read_texts(column: pa.Array) -> pa.Array | None:
         return pa.array([topics_of_text(text) for text in column.to_pylist()], CANONICAL[Kind.TEXTS])
     if not pt.is_list(column.type):
         return None
-    if pt.is_null(column.type.value_type):
-        return pc.cast(column, CANONICAL[Kind.TEXTS])
-    if (values := _read_id(plain_column(column.values))) is None:
+    items = plain_column(pa.array([], column.type.value_type))
+    if not pt.is_null(items.type) and _read_id(items) is None:
         return None
-    lists = pa.ListArray.from_arrays(column.offsets, values, mask=pc.is_null(column))
-    return pa.array(
-        [None if row is None else [topic for topic in row if topic] for row in lists.to_pylist()],
-        CANONICAL[Kind.TEXTS],
-    )
+    return pa.array([None if row is None else _trimmed(row) for row in column.to_pylist()], CANONICAL[Kind.TEXTS])
+
+
+def _trimmed(topics: Sequence[Any]) -> list[str]:
+    texts = (str(topic).strip(WHITE_SPACE) for topic in topics if topic is not None)
+    return [text for text in texts if text]
 
 
 _QUOTED = r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
@@ -161,13 +161,13 @@ def topics_of_text(text: str | None) -> list[str] | None:
     if text is None:
         return None
     stripped = text.strip(WHITE_SPACE)
-    topics = text.split(TOPIC_DELIMITER)
+    topics: list[str] = text.split(TOPIC_DELIMITER)
     if _LIST_AS_TEXT.fullmatch(stripped):
         try:
             topics = json.loads(stripped)
         except ValueError:
             topics = ast.literal_eval(stripped)
-    return [topic for part in topics if (topic := part.strip(WHITE_SPACE))]
+    return _trimmed(topics)
 
 
 def _read_time(column: pa.Array) -> pa.Array | None:

@@ -107,10 +107,10 @@ def column_types(file: Path) -> dict[str, pa.DataType]:
 def column_names(file: Path, folder: Path) -> list[str]:
     """The columns of a part of the table in `folder`; partition folders (event=click/) are columns, too.
 
-    Raises ValueError for an empty or damaged file.
+    An empty text file has none. Raises ValueError for a damaged file.
     """
     names = list(column_types(file)) if is_parquet(file) else _text_names(file)
-    return names + [name for name in partition_values(file, folder) if name not in names]
+    return names and names + [name for name in partition_values(file, folder) if name not in names]
 
 
 def partition_values(file: Path, folder: Path) -> dict[str, str]:
@@ -154,16 +154,13 @@ def _stored_rows(split: Split, kinds: Mapping[str, Kind]) -> Iterator[pa.RecordB
 
 
 def _text_names(file: Path) -> list[str]:
-    """The columns of a CSV, TSV or JSON Lines file. Raises ValueError for an empty or damaged one."""
+    """The columns of a CSV, TSV or JSON Lines file; [] for an empty one. Raises ValueError for a damaged one."""
     kind, compression = _suffixes(file)
     try:
         with pa.input_stream(str(file), compression=compression) as stream:
-            names = csv_names(stream, _DELIMITERS[kind]) if kind in _DELIMITERS else json_names(stream)
+            return csv_names(stream, _DELIMITERS[kind]) if kind in _DELIMITERS else json_names(stream)
     except (OSError, EOFError) as e:
         raise ValueError(_reason(file, e)) from e
-    if not names:
-        raise ValueError(f"{file} is empty." if kind in _DELIMITERS else f"{file} holds no JSON objects.")
-    return names
 
 
 def _reason(file: Path, error: Exception) -> str:

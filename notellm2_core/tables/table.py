@@ -80,14 +80,17 @@ class Table:
 
 
 def open_table(path: Path, columns: Sequence[Column], names: Mapping[str, str] | None = None) -> Table:
-    """The table `path`, a file or a folder, after a look at the columns of every part.
+    """The table `path`, a file or a folder, after a look at the columns of every part. Empty parts are left out.
 
     Raises ValueError naming the file and the column where a required one is missing or has a wrong type.
     """
-    table = Table(path, tuple(columns), tuple(table_files(path)), names or {})
-    if not table.files:
+    files = table_files(path)
+    if not files:
         raise ValueError(f"{path} holds no files.")
-    present = {file: column_names(file, path) for file in table.files}
+    present = {file: its_names for file in files if (its_names := column_names(file, path))}
+    if not present:
+        raise ValueError(f"{path} is empty.")
+    table = Table(path, tuple(columns), tuple(present), names or {})
     for column in columns:
         name = table._stored(column)
         without = [file for file, its_names in present.items() if name not in its_names]

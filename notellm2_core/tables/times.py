@@ -20,6 +20,7 @@ import pyarrow.types as pt
 
 TIME = pa.timestamp("us", "UTC")
 _FIRST, _LAST = -62135596800000000, 253402300799999999  # 0001-01-01 .. 9999-12-31, the range of Python's datetime
+_MIN, _MAX = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
 _WHOLE = r"^[+-]?\d{1,18}$"
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
@@ -88,10 +89,13 @@ def _days(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 def _unix(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Whole numbers as times (see the module docstring) -> microseconds, and where they are readable."""
     values, is_valid = _numpy(column)
-    size = np.abs(np.where(values == np.iinfo(np.int64).min, 0, values))
-    micros = np.where(size < 10**17, values, (values + 500) // 1000)
-    micros = np.where(size < 10**14, np.where(size < 10**14, values, 0) * 1000, micros)
-    micros = np.where(size < 10**11, np.where(size < 10**11, values, 0) * 1_000_000, micros)
+    size = np.where(values == _MIN, _MAX, np.abs(values))
+    nanoseconds = values // 1000 + (values % 1000 >= 500)
+    micros = np.select(
+        [size < 10**11, size < 10**14, size < 10**17],
+        [np.where(size < 10**11, values, 0) * 1_000_000, np.where(size < 10**14, values, 0) * 1000, values],
+        nanoseconds,
+    )
     is_date = (values >= 19_000_101) & (values <= 20_991_231) & _is_day_and_month(values)
     if is_date.any():
         dates, exists = _calendar(values // 10_000, values // 100 % 100, values % 100)

@@ -139,7 +139,7 @@ def test_user_errors_are_one_line(release: Release, tmp_path: Path, capsys: pyte
     out.parent.mkdir()
     assert "holds no notes" in error(capsys, release, tmp_path, out)
     pq.write_table(pa.table({"note_id": ["a"]}), tmp_path / "n.parquet")
-    assert "no column title" in error(capsys, release, tmp_path / "n.parquet", out)
+    assert "lacks the column title" in error(capsys, release, tmp_path / "n.parquet", out)
     assert "dim = 99" in error(capsys, release, release.source, out, "--dim", "99")
     assert "batch_notes = 0" in error(capsys, release, release.source, out, "--batch-notes", "0")
     with pytest.raises(ValueError, match="inputs = 'img'; choose one of multimodal, image, text"):
