@@ -56,7 +56,7 @@ def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog
 
 def _groups(files: Sequence[str]) -> list[list[str]]:
     """Files that are ingested together: one file each; from more than _MAX_INGESTIONS files, several."""
-    size = -(-len(files) // _MAX_INGESTIONS)
+    size = max(1, -(-len(files) // _MAX_INGESTIONS))
     return [list(files[start : start + size]) for start in range(0, len(files), size)]
 
 

@@ -101,10 +101,3 @@ def test_groups(num_files: int, sizes: list[int]) -> None:
     files = [f"events/{i:02d}.parquet" for i in range(num_files)]
     groups = _groups([files] if files else [])
     assert [len(g) for g in groups] == sizes and [f for g in groups for f in g] == files
-
-
-def test_only_files_with_the_same_columns_are_ingested_together() -> None:
-    columns = {f"{i:03d}": "text" if i % 2 else "number" for i in range(130)}
-    groups = _groups([[f for f in columns if columns[f] == kind] for kind in ("number", "text")])
-    assert {len(g) for g in groups} == {3, 2} and sorted(f for g in groups for f in g) == sorted(columns)
-    assert all(len({columns[f] for f in g}) == 1 for g in groups)
