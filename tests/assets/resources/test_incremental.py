@@ -99,5 +99,5 @@ def test_only_the_new_week_is_read(spark: SparkSession, tmp_path: Path) -> None:
 def test_groups(num_files: int, sizes: list[int]) -> None:
     """Each file is an ingestion by itself, unless that makes more than 64."""
     files = [f"events/{i:02d}.parquet" for i in range(num_files)]
-    groups = _groups([files] if files else [])
+    groups = _groups(files)
     assert [len(g) for g in groups] == sizes and [f for g in groups for f in g] == files
