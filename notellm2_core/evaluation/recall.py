@@ -12,11 +12,12 @@ P: pairs, Q: queries of a chunk, M: notes of the pool, d: embedding width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from notellm2_core.embeddings.table import Embeddings
+from notellm2_core.evaluation.pairs import Pairs
 
 # Scores [Q, M] of queries against the whole pool, in the pool's order.
 ScoreRows = Callable[[Sequence[str]], np.ndarray]
@@ -26,27 +27,18 @@ CHUNK_POOL = 1 << 16  # pool rows converted to fp64 at a time
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Related pairs (query -> target), in the order of every per-pair array [P]."""
-
-    query_ids: tuple[str, ...]
-    target_ids: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.query_ids)
-
-
-@dataclass(frozen=True)
 class Ranks:
-    """The rank of each pair's target among its candidates, the pool without the query. All arrays are [P] int64."""
+    """The rank of each pair's target among its candidates, the pool without the query. All arrays are [P]."""
 
-    higher: np.ndarray  # candidates that score strictly higher than the target
-    ties: np.ndarray  # other candidates with exactly the target's score
-    candidates: np.ndarray  # number of candidates, the target included
+    higher: np.ndarray  # int64: candidates that score strictly higher than the target
+    ties: np.ndarray  # int64: other candidates with exactly the target's score
+    candidates: np.ndarray  # int64: number of candidates, the target included
+    queries: np.ndarray  # int64: a number for each query
+    relevance: np.ndarray  # float64: of the target, above 0
 
     def select(self, mask: np.ndarray) -> "Ranks":
         """The pairs where `mask` [P] is true."""
-        return Ranks(self.higher[mask], self.ties[mask], self.candidates[mask])
+        return Ranks(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,7 @@ def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, ch
     """The ranks of all pairs by any score function: `score_rows(queries)` returns [Q, M] in the order of `pool_ids`.
 
     `chunk`: queries scored at a time (default: as CHUNK_SCORES allows). Raises ValueError if the pool repeats a note, a
-    target is not in it, a pair relates a note to itself, or a score is not finite.
+    target is not in it, a pair relates a note to itself or comes twice, or a score is not finite.
     """
     column = {note_id: c for c, note_id in enumerate(pool_ids)}
     if len(column) != len(pool_ids):
@@ -79,6 +71,8 @@ def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, ch
     selves = [q for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True) if q == t]
     if selves:
         raise ValueError(f"{len(selves)} pairs relate a note to itself (the first is {selves[0]!r}); remove them.")
+    if repeated := len(pairs) - len(set(zip(pairs.query_ids, pairs.target_ids, strict=True))):
+        raise ValueError(f"{repeated} pairs are repetitions; name each pair once.")
 
     pairs_of: dict[str, list[int]] = {}
     for n, query in enumerate(pairs.query_ids):
@@ -106,7 +100,10 @@ def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, ch
                 higher[index] -= (own > target)[:, 0]
                 ties[index] -= (own == target)[:, 0]
                 candidates[index] -= 1
-    return Ranks(higher, ties, candidates)
+    query_of = np.zeros(len(pairs), dtype=np.int64)
+    for number, index in enumerate(pairs_of.values()):
+        query_of[index] = number
+    return Ranks(higher, ties, candidates, query_of, np.array(pairs.relevance or [1.0] * len(pairs)))
 
 
 def cosine_rows(queries: Embeddings, pool: Embeddings) -> ScoreRows:
@@ -148,8 +145,7 @@ def recall_at(ranks: Ranks, ks: Sequence[int]) -> list[Recall]:
 
     With h notes higher and t ties, that is (k - h) / (t + 1), clipped to [0, 1]. Raises ValueError for a k below 1.
     """
-    if any(k < 1 for k in ks):
-        raise ValueError(f"evaluation.ks = {list(ks)}: every k must be 1 or more.")
+    require_ks(ks)
     num_pairs = len(ranks.higher)
     if num_pairs == 0:
         return [Recall(k, 0, None, None, None) for k in ks]
@@ -167,3 +163,9 @@ def recall_at(ranks: Ranks, ks: Sequence[int]) -> list[Recall]:
         )
         for k in ks
     ]
+
+
+def require_ks(ks: Sequence[int]) -> None:
+    """Raises ValueError for a k below 1."""
+    if any(k < 1 for k in ks):
+        raise ValueError(f"evaluation.ks = {list(ks)}: every k must be 1 or more.")
