@@ -17,7 +17,7 @@ def read_ids(source: Path, name: str, column: pa.ChunkedArray) -> pa.Array:
     if pt.is_dictionary(ids.type):
         ids = ids.dictionary_decode()
     kind = ids.type
-    is_text = pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)
+    is_text = pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind) or pt.is_null(kind)
     if not (is_text or pt.is_integer(kind) or (pt.is_decimal(kind) and kind.scale == 0)):
         raise ValueError(f"{source}, column {name} has type {kind}; ids are text or whole numbers.")
     texts = pc.utf8_trim(pc.cast(ids, pa.string()), " \t\r\n")

@@ -115,12 +115,15 @@ def evaluate(
     return build_report(ranks, masks, ks, len(pool_ids), {"chance": chance, "mean_cosine": cosines})
 
 
-def evaluate_embeddings(embeddings: Path, pairs: Path, ks: Sequence[int]) -> dict[str, Any]:
+def evaluate_embeddings(
+    embeddings: Path, pairs: Path, ks: Sequence[int], queries: Path | None = None
+) -> dict[str, Any]:
     """The exact metrics of one folder of embeddings, in percent, as a JSON object.
 
-    pairs: see `evaluation.pairs`. The candidates are the notes of `pairs`/pool if it exists, as in `eval_recall`, else
-    all embedded notes; the query is never one. Raises ValueError for pairs that cannot be ranked, and where none is
-    left.
+    pairs: see `evaluation.pairs`. queries: the embeddings of the queries, if they are no notes; their ids may then
+    equal those of notes. The candidates are the notes of `pairs`/pool if it exists, as in `eval_recall`, else all
+    embedded notes; a query that is a note is no candidate. Raises ValueError for pairs that cannot be ranked, and where
+    none is relevant.
     """
     table, read = read_embeddings(embeddings), read_pairs(pairs)
     test = read.pairs
@@ -130,7 +133,8 @@ def evaluate_embeddings(embeddings: Path, pairs: Path, ks: Sequence[int]) -> dic
     if (pairs / POOL_TABLE).is_dir():
         ids = sorted(read_note_ids(pairs / POOL_TABLE))
         pool = Embeddings(tuple(ids), table.vectors[table.rows(ids)])
-    ranks = target_ranks(table, pool, test)
+    query_table = table if queries is None else read_embeddings(queries)
+    ranks = target_ranks(query_table, pool, test, queries_are_notes=queries is None)
     recalls = recall_at(ranks, ks)
     return {
         "num_pairs": len(test),

@@ -67,7 +67,7 @@ def ranking_metrics(ranks: Ranks, ks: Sequence[int]) -> dict[str, float | None]:
         return dict.fromkeys(["mrr", *names])
     groups = _tied_groups(ranks)
     last = int((groups.higher + groups.size).max())
-    reciprocals = np.cumsum([0.0, *(1 / np.arange(1, last + 1))])  # [last + 1] sums of 1 / rank
+    reciprocals = np.cumsum(np.append(0, 1 / np.arange(1, last + 1)))  # [last + 1] sums of 1 / rank
     values = {"mrr": _mrr(groups, last, reciprocals)}
     for k in ks:
         values |= {
@@ -136,13 +136,13 @@ def _reciprocal_of_first(higher: int, size: int, targets: int, within: int) -> f
     If the first i - 1 places have no target, the next has one with probability m / (n - i + 1).
     """
     remaining = size - np.arange(min(within, size - targets + 1))  # n - i + 1
-    none_before = np.cumprod([1.0, *(1 - targets / remaining[:-1])])
+    none_before = np.cumprod(np.append(1, 1 - targets / remaining[:-1]))
     return float((none_before * targets / remaining / (higher + size + 1 - remaining)).sum())
 
 
 def _dcg(groups: _Groups, k: int, last: int) -> np.ndarray:
     """[Q]. A tied target has the mean discount of the n ranks, 0 for those beyond k."""
-    discounts = np.cumsum([0.0, *(1 / np.log2(np.arange(2, last + 2)))])  # [last + 1] sums over the ranks
+    discounts = np.cumsum(np.append(0, 1 / np.log2(np.arange(2, last + 2))))  # [last + 1] sums over the ranks
     mean = (discounts[groups.higher + groups.within(k)] - discounts[groups.higher]) / groups.size
     return groups.per_query(groups.gain * mean)
 

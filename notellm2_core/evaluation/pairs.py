@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from notellm2_core.embeddings.ids import read_ids
-from notellm2_core.runtime.files import is_hidden, read_errors
+from notellm2_core.runtime.files import parquet_files, read_errors
 from notellm2_core.schema import TEST
 
 BEIR = ("query-id", "corpus-id", "score")
@@ -64,9 +64,10 @@ def read_pairs(path: Path) -> PairTable:
     Raises ValueError naming the file where it has no such form, a column or a type is wrong, or an id is missing.
     """
     files = _files(path)
-    parts = [_of_parquet(file) if _is_parquet(file) else (_of_text(file), None) for file in files]
+    is_text = len(files) == 1 and not _is_parquet(files[0])
+    parts = [_of_text(files[0])] if is_text else _of_parquet(files)
     rows = pa.concat_tables(table for table, _ in parts)
-    queries = pa.chunked_array([pc.unique(table["query"] if ids is None else ids) for table, ids in parts], pa.string())
+    queries = pa.chunked_array([queries for _, queries in parts], pa.string())
     positive = rows.filter(pc.greater(rows["relevance"], 0))
     keys = ["query", "target"]
     pairs = positive.group_by(keys).aggregate([("relevance", "max")]).sort_by([(key, "ascending") for key in keys])
@@ -89,10 +90,9 @@ def _files(path: Path) -> list[Path]:
     if (path / f"{TEST}.tsv").is_file():
         return [path / f"{TEST}.tsv"]
     folder = path / TEST if (path / TEST).is_dir() else path
-    files = [f for f in folder.rglob("*.parquet") if not any(map(is_hidden, f.relative_to(folder).parts))]
-    if not files:
+    if not (files := parquet_files(folder)):
         raise ValueError(f"{folder} holds no *.parquet and no {TEST}.tsv; name the file itself: {FORMS}.")
-    return sorted(files)
+    return files
 
 
 def _is_parquet(file: Path) -> bool:
@@ -100,11 +100,19 @@ def _is_parquet(file: Path) -> bool:
         return start.read(4) == b"PAR1"
 
 
-def _of_parquet(file: Path) -> tuple[pa.Table, pa.Array]:
-    """The rows (_ROWS), and the ids of all queries, also of those whose list of targets is empty."""
-    with read_errors(file):
-        names = pq.read_schema(file).names
-    query, target, grade = _layout(file, names)
+def _of_parquet(files: list[Path]) -> list[tuple[pa.Table, pa.Array]]:
+    """Of each file the rows (_ROWS), and the ids of all queries, also of those whose list of targets is empty."""
+    layouts = {file: _layout(file) for file in files}
+    first = layouts[files[0]]
+    if other := next((file for file in files if layouts[file] != first), None):
+        raise ValueError(
+            f"{files[0]} has the columns {', '.join(first)}, {other} has {', '.join(layouts[other])}: the parts of a "
+            "table of pairs need the same ones."
+        )
+    return [_of_part(file, *first) for file in files]
+
+
+def _of_part(file: Path, query: str, target: str, grade: str | None = None) -> tuple[pa.Table, pa.Array]:
     with read_errors(file):
         table = pq.read_table(file, columns=[name for name in (query, target, grade) if name])
     query_ids, targets = read_ids(file, query, table[query]), table[target]
@@ -118,14 +126,16 @@ def _of_parquet(file: Path) -> tuple[pa.Table, pa.Array]:
     return pa.Table.from_arrays([of_target, read_ids(file, target, targets), relevance], schema=_ROWS), query_ids
 
 
-def _layout(file: Path, names: list[str]) -> tuple[str, str, str | None]:
-    """The columns of query, target and relevance (None: there is none)."""
+def _layout(file: Path) -> tuple[str, ...]:
+    """The columns of query and target, and of the relevance if there is one."""
+    with read_errors(file):
+        names = pq.read_schema(file).names
     for query, target, grades in LAYOUTS:
         if query in names and target in names:
             present = [grade for grade in grades if grade in names]
             if len(present) > 1:
                 raise ValueError(f"{file} has the columns {' and '.join(present)}: which of them is the relevance?")
-            return query, target, present[0] if present else None
+            return query, target, *present
     raise ValueError(f"{file} needs the columns query_id and target_id, it has {names}.")
 
 
@@ -146,8 +156,8 @@ def _relevance(file: Path, name: str, column: pa.ChunkedArray) -> pa.Array:
     return grades
 
 
-def _of_text(file: Path) -> pa.Table:
-    """The rows (_ROWS) of a file of TREC or BEIR."""
+def _of_text(file: Path) -> tuple[pa.Table, pa.Array]:
+    """The rows (_ROWS) of a file of TREC or BEIR, and the ids of all queries."""
     rows: list[tuple[str, str, float]] = []
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
@@ -160,7 +170,8 @@ def _of_text(file: Path) -> pa.Table:
                     rows.append(_row(row, is_beir, f"{file}, line {number}"))
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"{file} is neither Parquet nor a text of pairs ({e}); {FORMS}.") from e
-    return pa.Table.from_pylist([dict(zip(_ROWS.names, row, strict=True)) for row in rows], schema=_ROWS)
+    table = pa.Table.from_pylist([dict(zip(_ROWS.names, row, strict=True)) for row in rows], schema=_ROWS)
+    return table, table["query"].combine_chunks()
 
 
 def _row(fields: list[str], is_beir: bool, place: str) -> tuple[str, str, float]:

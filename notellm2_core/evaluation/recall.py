@@ -52,11 +52,18 @@ class Recall:
     optimistic: float | None  # the target comes first
 
 
-def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, chunk: int | None = None) -> Ranks:
+def count_ranks(
+    score_rows: ScoreRows,
+    pool_ids: Sequence[str],
+    pairs: Pairs,
+    chunk: int | None = None,
+    queries_are_notes: bool = True,
+) -> Ranks:
     """The ranks of all pairs by any score function: `score_rows(queries)` returns [Q, M] in the order of `pool_ids`.
 
-    `chunk`: queries scored at a time (default: as CHUNK_SCORES allows). Raises ValueError if the pool repeats a note, a
-    target is not in it, a pair relates a note to itself or comes twice, or a score is not finite.
+    chunk: queries scored at a time (default: as CHUNK_SCORES allows). queries_are_notes: a query's id names a note, so
+    the query is no candidate. Raises ValueError if the pool repeats a note, a target is not in it, a pair relates a
+    note to itself or comes twice, or a score is not finite.
     """
     column = {note_id: c for c, note_id in enumerate(pool_ids)}
     if len(column) != len(pool_ids):
@@ -69,7 +76,7 @@ def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, ch
     if missing:
         raise ValueError(f"the targets of {len(missing)} pairs are not in the pool (the first is {missing[0]!r}).")
     selves = [q for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True) if q == t]
-    if selves:
+    if selves and queries_are_notes:
         raise ValueError(f"{len(selves)} pairs relate a note to itself (the first is {selves[0]!r}); remove them.")
     if repeated := len(pairs) - len(set(zip(pairs.query_ids, pairs.target_ids, strict=True))):
         raise ValueError(f"{repeated} pairs are repetitions; name each pair once.")
@@ -95,7 +102,7 @@ def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, ch
             higher[index] = (row > target).sum(axis=1)
             ties[index] = (row == target).sum(axis=1) - 1  # except the target itself
             candidates[index] = len(pool_ids)
-            if query in column:  # the query is no candidate: subtract it
+            if queries_are_notes and query in column:  # the query is no candidate: subtract it
                 own = row[column[query]]
                 higher[index] -= (own > target)[:, 0]
                 ties[index] -= (own == target)[:, 0]
@@ -125,8 +132,13 @@ def cosine_rows(queries: Embeddings, pool: Embeddings) -> ScoreRows:
     return rows
 
 
-def target_ranks(queries: Embeddings, pool: Embeddings, pairs: Pairs, chunk: int | None = None) -> Ranks:
-    """The ranks of the targets by cosine. Raises ValueError with the number of pairs whose notes lack an embedding."""
+def target_ranks(
+    queries: Embeddings, pool: Embeddings, pairs: Pairs, chunk: int | None = None, queries_are_notes: bool = True
+) -> Ranks:
+    """The ranks of the targets by cosine (see `count_ranks`).
+
+    Raises ValueError with the number of pairs whose notes lack an embedding.
+    """
     missing = [
         t if q in queries.positions else q
         for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True)
@@ -137,7 +149,7 @@ def target_ranks(queries: Embeddings, pool: Embeddings, pairs: Pairs, chunk: int
             f"{queries.prefix}{len(missing)} of {len(pairs)} pairs have a note without embedding (the first is "
             f"{missing[0]!r}): export the embeddings of all their notes."
         )
-    return count_ranks(cosine_rows(queries, pool), pool.note_ids, pairs, chunk)
+    return count_ranks(cosine_rows(queries, pool), pool.note_ids, pairs, chunk, queries_are_notes)
 
 
 def recall_at(ranks: Ranks, ks: Sequence[int]) -> list[Recall]:

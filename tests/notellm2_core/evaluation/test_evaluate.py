@@ -172,6 +172,23 @@ def test_ids_may_be_whole_numbers(tmp_path: Path) -> None:
     assert (report["per_query"]["mrr"], report["per_pair"]["mrr"]) == (pytest.approx(75), pytest.approx(200 / 3))
 
 
+def test_queries_that_are_no_notes(lake: Path, tmp_path: Path) -> None:
+    """As in BEIR: the query "n00" is not the note n00. It has the vector of topic 1, whose six notes tie; n06 is one.
+
+    With the query's own vectors MRR is the mean of 1 / 1 .. 1 / 6. Among the notes, n00 is of topic 0: the five others
+    of it are higher, n06 has the ranks 6 to 30 alike, and the note x of no topic ties too.
+    """
+    write_shard(tmp_path / "queries.parquet", ["n00"], np.eye(6)[[1]], {})
+    (tmp_path / "qrels").write_text("n00 0 n06 1\n")
+    report = evaluate_embeddings(lake / "embeddings", tmp_path / "qrels", [1], tmp_path / "queries.parquet")
+    assert report["per_query"]["mrr"] == pytest.approx(100 * sum(1 / rank for rank in range(1, 7)) / 6)
+    among_notes = evaluate_embeddings(lake / "embeddings", tmp_path / "qrels", [1])
+    assert among_notes["per_query"]["mrr"] == pytest.approx(100 * sum(1 / rank for rank in range(6, 31)) / 25)
+    (tmp_path / "qrels").write_text("n00 0 n00 1\n")
+    itself = evaluate_embeddings(lake / "embeddings", tmp_path / "qrels", [1], tmp_path / "queries.parquet")
+    assert itself["per_query"]["mrr"] < 100 / 6
+
+
 def test_no_pair_is_no_result(lake: Path, tmp_path: Path) -> None:
     (tmp_path / "qrels").write_text("n00 0 n01 0\n")
     with pytest.raises(ValueError, match="qrels holds no relevant pair"):

@@ -42,6 +42,8 @@ def test_the_parts_of_a_folder_may_have_ids_of_different_types(tmp_path: Path) -
     parquet(tmp_path / "a.parquet", query_id=[12, 2**63 - 1], target_id=["a", " b "])
     parquet(tmp_path / "b.parquet", query_id=["x"], target_id=pa.array([2**64 - 1], pa.uint64()), extra=[0.5])
     (tmp_path / "_SUCCESS").touch()
+    (tmp_path / "pool").mkdir()
+    parquet(tmp_path / "pool" / "a.parquet", note_id=["a"])
     assert read_pairs(tmp_path).pairs == Pairs(("12", str(2**63 - 1), "x"), ("a", "b", str(2**64 - 1)))
 
 
@@ -55,6 +57,23 @@ def test_a_row_may_list_several_targets(tmp_path: Path, kind: pa.DataType) -> No
     assert read.left_out == NOTHING | {"queries_without_target": 1}
     read = read_pairs(parquet(tmp_path / "p.parquet", query_id=[1, 4, 5], target_id=lists, label=[0, 1, 3]))
     assert (read.pairs, read.left_out["irrelevant_pairs"]) == (Pairs(("5",), ("1",), (3.0,)), 2)
+
+
+def test_a_part_without_any_target(tmp_path: Path) -> None:
+    """Where all lists are empty, pandas writes lists of nothing."""
+    parquet(tmp_path / "a.parquet", query_id=["a"], target_id=pa.array([[]], pa.list_(pa.null())))
+    parquet(tmp_path / "b.parquet", query_id=["b"], target_id=[["c", "d"]])
+    read = read_pairs(tmp_path)
+    assert read.pairs == Pairs(("b", "b"), ("c", "d"))
+    assert read.left_out == NOTHING | {"queries_without_target": 1}
+
+
+def test_parts_of_which_some_have_a_label_are_refused(tmp_path: Path) -> None:
+    """Without it, nobody knows whether a pair is relevant."""
+    parquet(tmp_path / "a.parquet", query_id=["a"], target_id=["b"], label=[0])
+    parquet(tmp_path / "b.parquet", query_id=["a"], target_id=["c"])
+    with pytest.raises(ValueError, match=r"a\.parquet has the columns query_id, target_id, label, \S*b\.parquet has"):
+        read_pairs(tmp_path)
 
 
 def test_lists_of_fixed_size(tmp_path: Path) -> None:
