@@ -56,9 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
     search.add_argument("--k", type=int, default=10)
     search.set_defaults(run=_index_search)
 
-    evaluate = commands.add_parser("evaluate", help="print the exact recall of pairs, as JSON")
+    evaluate = commands.add_parser("evaluate", help="print the exact metrics of pairs or qrels, as JSON")
     evaluate.add_argument("--embeddings", type=Path, required=True)
-    evaluate.add_argument("--pairs", type=Path, required=True)
+    evaluate.add_argument("--pairs", type=Path, required=True, help="Parquet, or qrels of TREC or BEIR")
+    evaluate.add_argument("--queries", type=Path, help="the queries' embeddings, if they are no notes of --embeddings")
     add_options(evaluate, ReportSettings, "ks")
     evaluate.set_defaults(run=_evaluate)
 
@@ -122,8 +123,12 @@ def _index_search(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from notellm2_core.evaluation.evaluate import evaluate_embeddings
+    from notellm2_core.evaluation.pairs import LEFT_OUT
 
-    print(json.dumps(evaluate_embeddings(options.embeddings, options.pairs, options.ks)))
+    metrics = evaluate_embeddings(options.embeddings, options.pairs, options.ks, options.queries)
+    if left_out := ", ".join(f"{metrics[name]} {name.replace('_', ' ')}" for name in LEFT_OUT if metrics[name]):
+        print(f"warning: {options.pairs} holds rows that are not counted: {left_out}", file=sys.stderr)
+    print(json.dumps(metrics))
 
 
 if __name__ == "__main__":

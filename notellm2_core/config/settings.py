@@ -47,7 +47,7 @@ class ReportSettings(Section):
     """What `eval_recall` reports."""
 
     ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        (100, 1000, 10000), min_length=1, description="The k of each Recall@k (paper: section 2.3)."
+        (100, 1000, 10000), min_length=1, description="The k of Recall@k (paper: section 2.3) and of the other metrics."
     )
     baselines: tuple[
         Annotated[str, AfterValidator(require_baseline), Field(json_schema_extra={"enum": [*BASELINES]})], ...

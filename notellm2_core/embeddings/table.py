@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from notellm2_core.embeddings.ids import read_ids
 from notellm2_core.runtime.files import parquet_files
 
 
@@ -67,7 +68,7 @@ def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Em
         vectors = vectors.reshape(-1, vector_type.list_size)
         if parts and vectors.shape[1] != parts[0].shape[1]:
             raise ValueError(f"{file} has width {vectors.shape[1]}, {files[0]} has {parts[0].shape[1]}: two releases?")
-        file_ids = table["note_id"].to_pylist()
+        file_ids = read_ids(file, "note_id", table["note_id"]).to_pylist()
         if note_ids is not None:
             keep = np.fromiter((i in note_ids for i in file_ids), dtype=bool, count=len(file_ids))
             file_ids, vectors = [i for i, k in zip(file_ids, keep, strict=True) if k], vectors[keep]
@@ -116,4 +117,4 @@ def read_note_ids(path: Path) -> list[str]:
     if not names.issuperset(columns):
         raise ValueError(f"{path} has no column note_id, and no query_id and target_id.")
     table = pq.read_table(path, columns=columns)
-    return list(dict.fromkeys(note_id for column in table.columns for note_id in column.to_pylist()))
+    return list(dict.fromkeys(note_id for name in columns for note_id in read_ids(path, name, table[name]).to_pylist()))

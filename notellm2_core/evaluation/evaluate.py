@@ -19,13 +19,15 @@ from notellm2_core.baselines.popularity import popularity_rows, random_rows, rea
 from notellm2_core.config.settings import Config
 from notellm2_core.embeddings.table import Embeddings, mean_cosine, read_embeddings, read_note_ids, truncate_dims
 from notellm2_core.evaluation.contact_sheet import ImageReader, Neighbour, SheetRow, contact_sheet
+from notellm2_core.evaluation.metrics import each_pair, ranking_metrics
 from notellm2_core.evaluation.oracle import KEYS, Oracle
-from notellm2_core.evaluation.recall import Pairs, Ranks, ScoreRows, cosine_rows, count_ranks, recall_at, target_ranks
+from notellm2_core.evaluation.pairs import read_pairs
+from notellm2_core.evaluation.recall import Ranks, ScoreRows, cosine_rows, count_ranks, recall_at, target_ranks
 from notellm2_core.evaluation.report import Report, build_report
 from notellm2_core.evaluation.slices import load_tokenizer, slice_masks, token_lengths
 from notellm2_core.notes.lake_reader import read_notes
 from notellm2_core.notes.note import Note
-from notellm2_core.schema import POOL_TABLE, TEST
+from notellm2_core.schema import POOL_TABLE
 from notellm2_core.vision.images import allow_pixels, read_image
 
 NEIGHBOURS = 5  # per row of the contact sheet
@@ -55,23 +57,6 @@ SCORES: dict[str, tuple[str, Callable[[BaselineInputs], ScoreRows]]] = {
 }
 
 
-def read_pairs(path: Path) -> Pairs:
-    """Pairs of a Parquet file, of a folder of Parquet, or of its sub-folder test/, sorted by (query, target).
-
-    Raises ValueError if `path` does not exist or lacks a column.
-    """
-    path = path / TEST if (path / TEST).is_dir() else path
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; the pairs are Parquet with the columns query_id and target_id.")
-    names = pq.ParquetDataset(path).schema.names
-    if not {"query_id", "target_id"} <= set(names):
-        raise ValueError(f"{path} needs the columns query_id and target_id, it has {names}.")
-    table = pq.read_table(path, columns=["query_id", "target_id"]).sort_by(
-        [("query_id", "ascending"), ("target_id", "ascending")]
-    )
-    return Pairs(tuple(table["query_id"].to_pylist()), tuple(table["target_id"].to_pylist()))
-
-
 def read_cold(pool: Path) -> frozenset[str]:
     """The cold notes of the pool: no interaction in the training days. Empty if the table lacks that column."""
     if "in_train_days" not in pq.ParquetDataset(pool).schema.names:
@@ -96,7 +81,7 @@ def evaluate(
     clicks: TARGET_CLICKS, which the popularity row ranks by. oracle: the source's oracle.parquet, if it has one.
     Raises ValueError for pairs that cannot be ranked, and for a popularity baseline without `clicks`.
     """
-    test, pool_ids = read_pairs(pairs), sorted(read_note_ids(pairs / POOL_TABLE))
+    test, pool_ids = read_pairs(pairs).pairs, sorted(read_note_ids(pairs / POOL_TABLE))
     note_ids = {*pool_ids, *test.query_ids, *test.target_ids}
     texts = read_notes(notes, note_ids)
 
@@ -130,24 +115,37 @@ def evaluate(
     return build_report(ranks, masks, ks, len(pool_ids), {"chance": chance, "mean_cosine": cosines})
 
 
-def evaluate_embeddings(embeddings: Path, pairs: Path, ks: Sequence[int]) -> dict[str, Any]:
-    """Exact Recall@k of one folder of embeddings, in percent, as a JSON object.
+def evaluate_embeddings(
+    embeddings: Path, pairs: Path, ks: Sequence[int], queries: Path | None = None
+) -> dict[str, Any]:
+    """The exact metrics of one folder of embeddings, in percent, as a JSON object.
 
-    The candidates are the notes of `pairs`/pool if it exists, as in `eval_recall`, else all embedded notes; the query
-    is never one. Raises ValueError for pairs that cannot be ranked.
+    pairs: see `evaluation.pairs`. queries: the embeddings of the queries, if they are no notes; their ids may then
+    equal those of notes. The candidates are the notes of `pairs`/pool if it exists, as in `eval_recall`, else all
+    embedded notes; a query that is a note is no candidate. Raises ValueError for pairs that cannot be ranked, and where
+    none is relevant.
     """
-    table, test = read_embeddings(embeddings), read_pairs(pairs)
+    table, read = read_embeddings(embeddings), read_pairs(pairs)
+    test = read.pairs
+    if not len(test):
+        raise ValueError(f"{pairs} holds no relevant pair.")
     pool = table
     if (pairs / POOL_TABLE).is_dir():
         ids = sorted(read_note_ids(pairs / POOL_TABLE))
         pool = Embeddings(tuple(ids), table.vectors[table.rows(ids)])
-    recalls = recall_at(target_ranks(table, pool, test), ks)
+    query_table = table if queries is None else read_embeddings(queries)
+    ranks = target_ranks(query_table, pool, test, queries_are_notes=queries is None)
+    recalls = recall_at(ranks, ks)
     return {
         "num_pairs": len(test),
+        "num_queries": len(set(test.query_ids)),
+        **read.left_out,
         "pool_notes": len(pool.note_ids),
         "recall": {str(r.k): r.expected for r in recalls},
         "recall_pessimistic": {str(r.k): r.pessimistic for r in recalls},
         "recall_optimistic": {str(r.k): r.optimistic for r in recalls},
+        "per_pair": ranking_metrics(each_pair(ranks), ks),
+        "per_query": ranking_metrics(ranks, ks),
     }
 
 
@@ -158,7 +156,7 @@ def neighbour_sheet(
 
     `num_queries` queries are drawn at random by `seed`, not picked.
     """
-    test, pool_ids = read_pairs(pairs), sorted(read_note_ids(pairs / POOL_TABLE))
+    test, pool_ids = read_pairs(pairs).pairs, sorted(read_note_ids(pairs / POOL_TABLE))
     table = read_embeddings(embeddings, {*pool_ids, *test.query_ids})
     pool = Embeddings(tuple(pool_ids), table.vectors[table.rows(pool_ids)])
     distinct = sorted(set(test.query_ids))

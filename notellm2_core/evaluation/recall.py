@@ -12,11 +12,12 @@ P: pairs, Q: queries of a chunk, M: notes of the pool, d: embedding width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from notellm2_core.embeddings.table import Embeddings
+from notellm2_core.evaluation.pairs import Pairs
 
 # Scores [Q, M] of queries against the whole pool, in the pool's order.
 ScoreRows = Callable[[Sequence[str]], np.ndarray]
@@ -26,27 +27,18 @@ CHUNK_POOL = 1 << 16  # pool rows converted to fp64 at a time
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Related pairs (query -> target), in the order of every per-pair array [P]."""
-
-    query_ids: tuple[str, ...]
-    target_ids: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.query_ids)
-
-
-@dataclass(frozen=True)
 class Ranks:
-    """The rank of each pair's target among its candidates, the pool without the query. All arrays are [P] int64."""
+    """The rank of each pair's target among its candidates, the pool without the query. All arrays are [P]."""
 
-    higher: np.ndarray  # candidates that score strictly higher than the target
-    ties: np.ndarray  # other candidates with exactly the target's score
-    candidates: np.ndarray  # number of candidates, the target included
+    higher: np.ndarray  # int64: candidates that score strictly higher than the target
+    ties: np.ndarray  # int64: other candidates with exactly the target's score
+    candidates: np.ndarray  # int64: number of candidates, the target included
+    queries: np.ndarray  # int64: a number for each query
+    relevance: np.ndarray  # float64: of the target, above 0
 
     def select(self, mask: np.ndarray) -> "Ranks":
         """The pairs where `mask` [P] is true."""
-        return Ranks(self.higher[mask], self.ties[mask], self.candidates[mask])
+        return Ranks(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -60,11 +52,18 @@ class Recall:
     optimistic: float | None  # the target comes first
 
 
-def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, chunk: int | None = None) -> Ranks:
+def count_ranks(
+    score_rows: ScoreRows,
+    pool_ids: Sequence[str],
+    pairs: Pairs,
+    chunk: int | None = None,
+    queries_are_notes: bool = True,
+) -> Ranks:
     """The ranks of all pairs by any score function: `score_rows(queries)` returns [Q, M] in the order of `pool_ids`.
 
-    `chunk`: queries scored at a time (default: as CHUNK_SCORES allows). Raises ValueError if the pool repeats a note, a
-    target is not in it, a pair relates a note to itself, or a score is not finite.
+    chunk: queries scored at a time (default: as CHUNK_SCORES allows). queries_are_notes: a query's id names a note, so
+    the query is no candidate. Raises ValueError if the pool repeats a note, a target is not in it, a pair relates a
+    note to itself or comes twice, or a score is not finite.
     """
     column = {note_id: c for c, note_id in enumerate(pool_ids)}
     if len(column) != len(pool_ids):
@@ -77,8 +76,10 @@ def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, ch
     if missing:
         raise ValueError(f"the targets of {len(missing)} pairs are not in the pool (the first is {missing[0]!r}).")
     selves = [q for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True) if q == t]
-    if selves:
+    if selves and queries_are_notes:
         raise ValueError(f"{len(selves)} pairs relate a note to itself (the first is {selves[0]!r}); remove them.")
+    if repeated := len(pairs) - len(set(zip(pairs.query_ids, pairs.target_ids, strict=True))):
+        raise ValueError(f"{repeated} pairs are repetitions; name each pair once.")
 
     pairs_of: dict[str, list[int]] = {}
     for n, query in enumerate(pairs.query_ids):
@@ -101,12 +102,15 @@ def count_ranks(score_rows: ScoreRows, pool_ids: Sequence[str], pairs: Pairs, ch
             higher[index] = (row > target).sum(axis=1)
             ties[index] = (row == target).sum(axis=1) - 1  # except the target itself
             candidates[index] = len(pool_ids)
-            if query in column:  # the query is no candidate: subtract it
+            if queries_are_notes and query in column:  # the query is no candidate: subtract it
                 own = row[column[query]]
                 higher[index] -= (own > target)[:, 0]
                 ties[index] -= (own == target)[:, 0]
                 candidates[index] -= 1
-    return Ranks(higher, ties, candidates)
+    query_of = np.zeros(len(pairs), dtype=np.int64)
+    for number, index in enumerate(pairs_of.values()):
+        query_of[index] = number
+    return Ranks(higher, ties, candidates, query_of, np.array(pairs.relevance or [1.0] * len(pairs)))
 
 
 def cosine_rows(queries: Embeddings, pool: Embeddings) -> ScoreRows:
@@ -128,8 +132,13 @@ def cosine_rows(queries: Embeddings, pool: Embeddings) -> ScoreRows:
     return rows
 
 
-def target_ranks(queries: Embeddings, pool: Embeddings, pairs: Pairs, chunk: int | None = None) -> Ranks:
-    """The ranks of the targets by cosine. Raises ValueError with the number of pairs whose notes lack an embedding."""
+def target_ranks(
+    queries: Embeddings, pool: Embeddings, pairs: Pairs, chunk: int | None = None, queries_are_notes: bool = True
+) -> Ranks:
+    """The ranks of the targets by cosine (see `count_ranks`).
+
+    Raises ValueError with the number of pairs whose notes lack an embedding.
+    """
     missing = [
         t if q in queries.positions else q
         for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True)
@@ -140,7 +149,7 @@ def target_ranks(queries: Embeddings, pool: Embeddings, pairs: Pairs, chunk: int
             f"{queries.prefix}{len(missing)} of {len(pairs)} pairs have a note without embedding (the first is "
             f"{missing[0]!r}): export the embeddings of all their notes."
         )
-    return count_ranks(cosine_rows(queries, pool), pool.note_ids, pairs, chunk)
+    return count_ranks(cosine_rows(queries, pool), pool.note_ids, pairs, chunk, queries_are_notes)
 
 
 def recall_at(ranks: Ranks, ks: Sequence[int]) -> list[Recall]:
@@ -148,8 +157,7 @@ def recall_at(ranks: Ranks, ks: Sequence[int]) -> list[Recall]:
 
     With h notes higher and t ties, that is (k - h) / (t + 1), clipped to [0, 1]. Raises ValueError for a k below 1.
     """
-    if any(k < 1 for k in ks):
-        raise ValueError(f"evaluation.ks = {list(ks)}: every k must be 1 or more.")
+    require_ks(ks)
     num_pairs = len(ranks.higher)
     if num_pairs == 0:
         return [Recall(k, 0, None, None, None) for k in ks]
@@ -167,3 +175,9 @@ def recall_at(ranks: Ranks, ks: Sequence[int]) -> list[Recall]:
         )
         for k in ks
     ]
+
+
+def require_ks(ks: Sequence[int]) -> None:
+    """Raises ValueError for a k below 1."""
+    if any(k < 1 for k in ks):
+        raise ValueError(f"evaluation.ks = {list(ks)}: every k must be 1 or more.")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from notellm2_core.config.baselines import BASELINES
+from notellm2_core.evaluation.metrics import each_pair, ranking_metrics
 from notellm2_core.evaluation.recall import Ranks, Recall, recall_at
 
 # The order of the table: baselines, trained methods, and last the oracle, which cannot be beaten.
@@ -20,12 +21,15 @@ DIGITS = 1  # of a percentage in the table
 
 @dataclass(frozen=True)
 class Row:
-    """Recall@k of one method with one kind of input on one slice."""
+    """The metrics of one method with one kind of input on one slice, whose pairs are the relevant ones."""
 
     method: str
     inputs: str  # "multimodal" | "image" | "text" | "" (reads no note)
     slice: str
     recalls: tuple[Recall, ...]
+    num_queries: int
+    per_pair: Mapping[str, float | None]  # `ranking_metrics`, each pair a query of its own
+    per_query: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Report:
         raise ValueError(f"the report has no Recall@{k} of {method} with {inputs or 'no'} input on slice {slice!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of recall.json. Recalls are in percent; null if a slice has no pairs."""
+        """The content of recall.json. Metrics are in percent; null if a slice has no pairs."""
 
         def by_k(row: Row, name: str) -> dict[str, float | None]:
             return {str(r.k): getattr(r, name) for r in row.recalls}
@@ -70,6 +74,9 @@ class Report:
                     "recall": by_k(row, "expected"),
                     "recall_pessimistic": by_k(row, "pessimistic"),
                     "recall_optimistic": by_k(row, "optimistic"),
+                    "num_queries": row.num_queries,
+                    "per_pair": dict(row.per_pair),
+                    "per_query": dict(row.per_query),
                 }
                 for row in self.rows
             ],
@@ -86,11 +93,23 @@ def build_report(
 ) -> Report:
     """The report of `ranks`, by (method, inputs), on the slices of `masks`, by name [P]."""
     rows = tuple(
-        Row(method, inputs, name, tuple(recall_at(ranks[method, inputs].select(mask), ks)))
+        _row(method, inputs, name, ranks[method, inputs].select(mask), ks)
         for method, inputs in sorted(ranks, key=_order(list(ranks)))
         for name, mask in masks.items()
     )
     return Report(rows, tuple(ks), {n: int(m.sum()) for n, m in masks.items()}, pool_notes, context or {})
+
+
+def _row(method: str, inputs: str, slice: str, ranks: Ranks, ks: Sequence[int]) -> Row:
+    return Row(
+        method,
+        inputs,
+        slice,
+        recalls=tuple(recall_at(ranks, ks)),
+        num_queries=len(np.unique(ranks.queries)),
+        per_pair=ranking_metrics(each_pair(ranks), ks),
+        per_query=ranking_metrics(ranks, ks),
+    )
 
 
 def label(method: str) -> str:
@@ -99,34 +118,61 @@ def label(method: str) -> str:
 
 
 def to_markdown(report: Report, slices: Sequence[str] = TABLE_SLICES) -> str:
-    """The table for people: a row per method and input, Recall@k in percent by slice, the best in bold.
-
-    Oracles are never bold. An empty slice has dashes.
-    """
-    cells = {
-        (r.method, r.inputs, r.slice, c.k): None if c.expected is None else round(c.expected, DIGITS)
-        for r in report.rows
-        for c in r.recalls
+    """The tables for people, in percent: Recall@k by slice (the paper's), and the other metrics on all pairs."""
+    counts = ", ".join(f"{_words(name)} {report.num_pairs[name]:,}" for name in slices)
+    recalls = {
+        f"{_words(name)} R@{k}": {(r.method, r.inputs): r.recalls[n].expected for r in report.rows if r.slice == name}
+        for name in slices
+        for n, k in enumerate(report.ks)
     }
-    lines = list(dict.fromkeys((r.method, r.inputs) for r in report.rows))
-    columns = [(name, k) for name in slices for k in report.ks]
-    best = {
-        (name, k): max((cells[m, i, name, k] or 0 for m, i in lines if m not in LAST), default=0) for name, k in columns
+    rows, k = [r for r in report.rows if r.slice == "all"], min(report.ks)
+    names = {"mrr": "MRR", f"ndcg@{k}": f"nDCG@{k}", f"map@{k}": f"MAP@{k}", f"hit_rate@{k}": f"hit rate@{k}",
+             f"recall@{k}": f"R@{k}"}  # fmt: skip
+    others = {title: {(r.method, r.inputs): r.per_query[name] for r in rows} for name, title in names.items()}
+    others |= {
+        f"{names[name]} per pair": {(r.method, r.inputs): r.per_pair[name] for r in rows}
+        for name in ("mrr", f"ndcg@{k}")
     }
+    num_queries = rows[0].num_queries if rows else 0
+    lines = [
+        f"Recall@k in percent over a pool of {report.pool_notes:,} notes. Test pairs: {counts}.",
+        "",
+        *_table(recalls),
+        "",
+        f"All pairs, in percent: means over the {num_queries:,} queries, each with all of its targets; the last two "
+        "columns are means over the pairs.",
+        "",
+        *_table(others),
+        "",
+    ]
+    return "\n".join(lines)
 
-    def cell(method: str, inputs: str, name: str, k: int) -> str:
-        value = cells[method, inputs, name, k]
+
+def _table(columns: Mapping[str, Mapping[tuple[str, str], float | None]]) -> list[str]:
+    """Lines of Markdown with a row per (method, input). `columns`: the values by heading."""
+    rows = next(iter(columns.values()))
+    table = [["method", "input", *columns], ["---", "---", *["---:"] * len(columns)]]
+    cells = zip(*map(_cells, columns.values()), strict=True)
+    table += [[label(method), inputs or "–", *row] for (method, inputs), row in zip(rows, cells, strict=True)]
+    return ["| " + " | ".join(row) + " |" for row in table]
+
+
+def _cells(column: Mapping[tuple[str, str], float | None]) -> list[str]:
+    """A column of a table. The best value is bold, except an oracle's; None is a dash."""
+    values = {row: None if value is None else round(value, DIGITS) for row, value in column.items()}
+    best = max((value or 0 for (method, _), value in values.items() if method not in LAST), default=0)
+
+    def cell(method: str, value: float | None) -> str:
         if value is None:
             return "–"
         text = f"{value:.{DIGITS}f}"
-        return f"**{text}**" if method not in LAST and value > 0 and value == best[name, k] else text
+        return f"**{text}**" if method not in LAST and value == best > 0 else text
 
-    counts = ", ".join(f"{name.replace('_', ' ')} {report.num_pairs[name]:,}" for name in slices)
-    head = ["method", "input", *(f"{name.replace('_', ' ')} R@{k}" for name, k in columns)]
-    table = [head, ["---", "---", *["---:"] * len(columns)]]
-    table += [[label(m), i or "–", *(cell(m, i, name, k) for name, k in columns)] for m, i in lines]
-    title = f"Recall@k in percent over a pool of {report.pool_notes:,} notes. Test pairs: {counts}."
-    return "\n".join([title, "", *("| " + " | ".join(row) + " |" for row in table), ""])
+    return [cell(method, value) for (method, _), value in values.items()]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def to_plot(report: Report, slice: str = "all") -> bytes:
@@ -148,10 +194,31 @@ def to_plot(report: Report, slice: str = "all") -> bytes:
         panel.spines[["top", "right"]].set_visible(False)
     if rows:
         panels[0].invert_yaxis()
-    figure.suptitle(f"{slice.replace('_', ' ')}: {report.num_pairs[slice]:,} pairs", fontsize=10)
+    figure.suptitle(f"{_words(slice)}: {report.num_pairs[slice]:,} pairs", fontsize=10)
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()
+
+
+def run_metrics(report: Report) -> dict[str, Any]:
+    """What MLflow and the asset's page show: Recall@k by method, input, slice and k, in percent.
+
+    Under "per_query" are MRR and, at the smallest k, nDCG of all pairs, by method and input. Cold slices that are empty
+    or equal to all pairs are left out.
+    """
+    whole = report.num_pairs["all"]
+    redundant = {name for name, num in report.num_pairs.items() if name.startswith("cold_") and num in (0, whole)}
+    main = {"mrr": "mrr", f"ndcg@{min(report.ks)}": f"ndcg_at_{min(report.ks)}"}
+    metrics: dict[str, Any] = {}
+    for row in (row for row in report.rows if row.slice not in redundant):
+        inputs = row.inputs or "-"
+        metrics.setdefault(row.method, {}).setdefault(inputs, {})[row.slice] = {
+            str(recall.k): recall.expected for recall in row.recalls if recall.expected is not None
+        }
+        if row.slice == "all" and row.num_queries:
+            per_query = {title: row.per_query[name] for name, title in main.items()}
+            metrics.setdefault("per_query", {}).setdefault(row.method, {})[inputs] = per_query
+    return metrics
 
 
 def _order(rows: list[tuple[str, str]]) -> Any:

@@ -9,7 +9,7 @@ from notellm2_core.config.baselines import encoders
 from notellm2_core.config.settings import Config
 from notellm2_core.evaluation import saliency_report
 from notellm2_core.evaluation.evaluate import evaluate, image_reader, neighbour_sheet
-from notellm2_core.evaluation.report import Report, to_markdown, to_plot
+from notellm2_core.evaluation.report import run_metrics, to_markdown, to_plot
 
 ORACLE = "oracle.parquet"
 
@@ -32,7 +32,8 @@ class ReportInputs:
 def write_report(config: Config, inputs: ReportInputs, out: Path) -> dict[str, Any]:
     """Evaluate, and write the files of the report into `out`; those of the saliency only if it was measured.
 
-    Returns Recall@k by method, input and slice, in percent, nested: {"notellm2": {"multimodal": {"all": {"10": ...}}}}.
+    Returns Recall@k by method, input and slice, in percent, nested: {"notellm2": {"multimodal": {"all": {"10": ...}}}},
+    and MRR and nDCG of the means over the queries, {"per_query": {"notellm2": {"multimodal": {"mrr": ...}}}}.
     """
     folders: dict[tuple[str, str], Path] = {
         (config.model.method, folder.name): folder for folder in _inputs(inputs.embeddings)
@@ -61,20 +62,8 @@ def write_report(config: Config, inputs: ReportInputs, out: Path) -> dict[str, A
         config.seed,
     )
     (out / "neighbours.jpg").write_bytes(sheet)
-    return _recalls(report)
+    return run_metrics(report)
 
 
 def _inputs(embeddings: Path) -> list[Path]:
     return sorted(p for p in embeddings.iterdir() if p.is_dir())
-
-
-def _recalls(report: Report) -> dict[str, Any]:
-    """Recall@k by method, input, slice and k, without cold slices that are empty or equal to all pairs."""
-    whole = report.num_pairs["all"]
-    redundant = {name for name in ("cold_query", "cold_target") if report.num_pairs[name] in (0, whole)}
-    recalls: dict[str, Any] = {}
-    for row in (row for row in report.rows if row.slice not in redundant):
-        recalls.setdefault(row.method, {}).setdefault(row.inputs or "-", {})[row.slice] = {
-            str(recall.k): recall.expected for recall in row.recalls if recall.expected is not None
-        }
-    return recalls

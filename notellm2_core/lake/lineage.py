@@ -84,7 +84,7 @@ STAGES: Mapping[str, Stage] = {
         ("note_embeddings", "faiss_index", "initial_embeddings", "baseline_embeddings", "pair_datasets", "cooccurrence",
          "checkpoint", "notes", "saliency"),
         (*settings_of("evaluation", ReportSettings), *settings_of("text", LengthSettings), "seed", "model.license"),
-        version=2,
+        version=3,
     ),
 }  # fmt: skip
 

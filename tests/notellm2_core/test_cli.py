@@ -50,7 +50,22 @@ def test_index_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     rows = {"query_id": ["a", "a"], "target_id": ["b", "c"], "score": [1.0, 1.0], "num_users": [1, 1], "rank": [1, 2]}
     pq.write_table(pa.table(rows, schema=schema.RELATED_PAIRS), pairs / "part.parquet")
     main(["evaluate", "--embeddings", str(embeddings), "--pairs", str(pairs), "--ks", "1,2"])
-    assert json.loads(capsys.readouterr().out)["recall"] == {"1": 50.0, "2": 100.0}
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["recall"] == {"1": 50.0, "2": 100.0} and not printed.err
+
+
+def test_evaluate_reads_qrels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """a -> c has rank 2; b -> a has rank 1 and comes twice; a -> b is irrelevant. So MRR is (1/2 + 1) / 2."""
+    (tmp_path / "qrels.txt").write_text("a 0 c 2\na 0 b 0\nb 0 a 1\nb 0 a 1\n")
+    embeddings = str(_embeddings(tmp_path / "embeddings"))
+    main(["evaluate", "--embeddings", embeddings, "--pairs", str(tmp_path / "qrels.txt"), "--ks", "1"])
+    printed = capsys.readouterr()
+    metrics = json.loads(printed.out)
+    assert metrics["per_query"]["mrr"] == 75
+    assert (metrics["num_pairs"], metrics["duplicate_pairs"], metrics["irrelevant_pairs"]) == (2, 1, 1)
+    assert printed.err == (
+        f"warning: {tmp_path / 'qrels.txt'} holds rows that are not counted: 1 duplicate pairs, 1 irrelevant pairs\n"
+    )
 
 
 def test_user_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,8 +22,8 @@ from notellm2_core.evaluation.evaluate import (
     evaluate_embeddings,
     image_reader,
     neighbour_sheet,
-    read_pairs,
 )
+from notellm2_core.evaluation.pairs import read_pairs
 
 NUM_TOPICS, PER_TOPIC = 5, 6
 NUM_NOTES = NUM_TOPICS * PER_TOPIC
@@ -146,16 +146,59 @@ def test_one_folder_on_its_own(lake: Path, pairs: str, pool_notes: int) -> None:
     assert report["recall"] == {"1": pytest.approx(20), "5": 100}
     assert report["recall_pessimistic"] == {"1": 0, "5": 100}
     assert report["recall_optimistic"] == {"1": 100, "5": 100}
+    # One target per query, at each of the ranks 1 to 5 alike.
+    assert report["per_pair"] == report["per_query"]
+    assert report["per_query"]["mrr"] == pytest.approx(100 * (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 5)
+    assert report["per_query"]["ndcg@1"] == pytest.approx(20)
 
 
-def test_pairs_are_read_in_one_order(lake: Path, tmp_path: Path) -> None:
-    pairs = read_pairs(lake / "pairs")
-    assert pairs == read_pairs(lake / "pairs" / "test" / "0.parquet")
+def test_ids_may_be_whole_numbers(tmp_path: Path) -> None:
+    """In the pairs, the pool and the embeddings, of different types. Angles: 1 and 2 are next to each other, 3 is far.
+
+    1 -> 2 has rank 1, 1 -> 3 rank 2, 2 -> 3 rank 2. Per query, MRR is (1 + 1/2) / 2, per pair (1 + 1/2 + 1/2) / 3.
+    """
+    angles = np.deg2rad([0, 10, 180, 90])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    embedding = pa.FixedSizeListArray.from_arrays(vectors.ravel(), 2)
+    (tmp_path / "pairs" / "pool").mkdir(parents=True)
+    pq.write_table(pa.table({"note_id": [1, 2, 3, 4], "embedding": embedding}), tmp_path / "embeddings.parquet")
+    pq.write_table(pa.table({"note_id": pa.array([1, 2, 3], pa.uint8())}), tmp_path / "pairs" / "pool" / "0.parquet")
+    (tmp_path / "pairs" / "test").mkdir()
+    pairs = pa.table({"query_id": pa.array([1, 1, 2], pa.int32()), "target_id": ["2", "3", "3"]})
+    pq.write_table(pairs, tmp_path / "pairs" / "test" / "0.parquet")
+    report = evaluate_embeddings(tmp_path / "embeddings.parquet", tmp_path / "pairs", [1])
+    assert (report["num_pairs"], report["num_queries"], report["pool_notes"]) == (3, 2, 3)
+    assert report["recall"] == {"1": pytest.approx(100 / 3)}
+    assert (report["per_query"]["mrr"], report["per_pair"]["mrr"]) == (pytest.approx(75), pytest.approx(200 / 3))
+
+
+def test_queries_that_are_no_notes(lake: Path, tmp_path: Path) -> None:
+    """As in BEIR: the query "n00" is not the note n00. It has the vector of topic 1, whose six notes tie; n06 is one.
+
+    With the query's own vectors MRR is the mean of 1 / 1 .. 1 / 6. Among the notes, n00 is of topic 0: the five others
+    of it are higher, n06 has the ranks 6 to 30 alike, and the note x of no topic ties too.
+    """
+    write_shard(tmp_path / "queries.parquet", ["n00"], np.eye(6)[[1]], {})
+    (tmp_path / "qrels").write_text("n00 0 n06 1\n")
+    report = evaluate_embeddings(lake / "embeddings", tmp_path / "qrels", [1], tmp_path / "queries.parquet")
+    assert report["per_query"]["mrr"] == pytest.approx(100 * sum(1 / rank for rank in range(1, 7)) / 6)
+    among_notes = evaluate_embeddings(lake / "embeddings", tmp_path / "qrels", [1])
+    assert among_notes["per_query"]["mrr"] == pytest.approx(100 * sum(1 / rank for rank in range(6, 31)) / 25)
+    (tmp_path / "qrels").write_text("n00 0 n00 1\n")
+    itself = evaluate_embeddings(lake / "embeddings", tmp_path / "qrels", [1], tmp_path / "queries.parquet")
+    assert itself["per_query"]["mrr"] < 100 / 6
+
+
+def test_no_pair_is_no_result(lake: Path, tmp_path: Path) -> None:
+    (tmp_path / "qrels").write_text("n00 0 n01 0\n")
+    with pytest.raises(ValueError, match="qrels holds no relevant pair"):
+        evaluate_embeddings(lake / "embeddings", tmp_path / "qrels", [1])
+
+
+def test_pairs_are_read_in_one_order(lake: Path) -> None:
+    pairs = read_pairs(lake / "pairs").pairs
+    assert pairs == read_pairs(lake / "pairs" / "test" / "0.parquet").pairs
     assert pairs.query_ids == tuple(sorted(pairs.query_ids))
-    with pytest.raises(ValueError, match="does not exist"):
-        read_pairs(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="needs the columns query_id and target_id"):
-        read_pairs(lake / "clicks.parquet")
 
 
 def test_neighbours(lake: Path) -> None:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from notellm2_core.embeddings.table import Embeddings
-from notellm2_core.evaluation.recall import Pairs, Ranks, count_ranks, recall_at, target_ranks
+from notellm2_core.evaluation.pairs import Pairs
+from notellm2_core.evaluation.recall import Ranks, count_ranks, recall_at, target_ranks
 
 
 def table(vectors: np.ndarray, prefix: str = "n") -> Embeddings:
@@ -33,6 +34,7 @@ def test_worked_example() -> None:
     assert ranks.higher.tolist() == [0, 1, 3]
     assert ranks.ties.tolist() == [0, 1, 0]
     assert ranks.candidates.tolist() == [4, 4, 4]
+    assert (ranks.queries.tolist(), ranks.relevance.tolist()) == ([0, 0, 0], [1, 1, 1])
     two = recall_at(ranks, [2])[0]
     assert (two.expected, two.pessimistic, two.optimistic) == pytest.approx((50, 100 / 3, 200 / 3))
     assert recall_at(ranks, [4])[0].expected == 100
@@ -73,7 +75,7 @@ def test_equals_argsort_for_every_chunk(seed: int, n: int, chunk: int | None) ->
     """Duplicated rows make ties. The slow reference computes each pair's scores alone, in fp64 rounded to fp32."""
     rng = np.random.default_rng(seed)
     vectors = unit(rng, n, 8)[rng.integers(0, n, n)]
-    pairs = [(int(a), int(b)) for a, b in rng.integers(0, n, (12, 2)) if a != b]
+    pairs = list(dict.fromkeys((int(a), int(b)) for a, b in rng.integers(0, n, (12, 2)) if a != b))
     embeddings = table(vectors)
     ranks = target_ranks(
         embeddings, embeddings, Pairs(tuple(f"n{a}" for a, _ in pairs), tuple(f"n{b}" for _, b in pairs)), chunk
@@ -97,7 +99,7 @@ def test_copies_of_a_vector_tie_at_any_place_in_a_large_block() -> None:
 
 
 def test_selecting_pairs_and_no_pairs() -> None:
-    ranks = Ranks(np.array([0, 5]), np.array([0, 0]), np.array([9, 9]))
+    ranks = Ranks(np.array([0, 5]), np.array([0, 0]), np.array([9, 9]), np.array([0, 1]), np.ones(2))
     assert recall_at(ranks.select(np.array([True, False])), [1])[0].expected == 100
     nothing = recall_at(ranks.select(np.array([False, False])), [1, 10])
     assert [(r.num_pairs, r.expected, r.pessimistic) for r in nothing] == [(0, None, None)] * 2
@@ -115,5 +117,7 @@ def test_errors_name_the_count() -> None:
         count_ranks(lambda q: np.full((1, 2), np.nan), ["a", "b"], Pairs(("q",), ("b",)))
     with pytest.raises(ValueError, match=r"1 notes come twice in the pool \(the first is 'a'\)"):
         count_ranks(lambda q: np.zeros((1, 2)), ["a", "a"], Pairs(("q",), ("a",)))
+    with pytest.raises(ValueError, match="2 pairs are repetitions"):
+        count_ranks(lambda q: np.zeros((1, 2)), ["a", "b"], Pairs(("a",) * 3, ("b",) * 3))
     with pytest.raises(ValueError, match="evaluation.ks"):
-        recall_at(Ranks(np.zeros(1), np.zeros(1), np.ones(1)), [0])
+        recall_at(Ranks(np.zeros(1), np.zeros(1), np.ones(1), np.zeros(1), np.ones(1)), [0])

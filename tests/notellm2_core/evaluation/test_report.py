@@ -9,11 +9,11 @@ from PIL import Image
 
 from notellm2_core.evaluation.contact_sheet import MAX_BYTES, WIDTH, Neighbour, SheetRow, _font, _wrap, contact_sheet
 from notellm2_core.evaluation.recall import Ranks
-from notellm2_core.evaluation.report import Report, build_report, to_markdown, to_plot
+from notellm2_core.evaluation.report import Report, build_report, run_metrics, to_markdown, to_plot
 
 
-def ranks(*higher: int) -> Ranks:
-    return Ranks(np.array(higher), np.zeros(len(higher), dtype=int), np.full(len(higher), 50))
+def ranks(*higher: int, ties: tuple[int, ...] = (0, 0), queries: tuple[int, ...] = (0, 1)) -> Ranks:
+    return Ranks(np.array(higher), np.array(ties), np.full(len(ties), 50), np.array(queries), np.ones(len(ties)))
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def report() -> Report:
             ("notellm2", "text"): ranks(9, 0),
             ("notellm2", "multimodal"): ranks(0, 1),
             ("zero_shot", "image"): ranks(20, 1),
-            ("bm25", "text"): Ranks(np.array([0, 0]), np.array([0, 4]), np.array([50, 50])),
+            ("bm25", "text"): ranks(0, 0, ties=(0, 4)),
             ("random", ""): ranks(30, 40),
         },
         {name: mask.astype(bool) for name, mask in masks.items()},
@@ -44,7 +44,7 @@ def test_table(report: Report) -> None:
     lines = to_markdown(report).splitlines()
     assert "pool of 51 notes. Test pairs: all 2, short query 1, short target 0" in lines[0]
     assert lines[2].startswith("| method | input | all R@1 | all R@2 | short query R@1 |")
-    assert lines[4:] == [
+    assert lines[4:10] == [
         "| random | – | 0.0 | 0.0 | 0.0 | 0.0 | – | – |",
         "| BM25 | text | **60.0** | 70.0 | 20.0 | 40.0 | – | – |",
         "| zero-shot | image | 0.0 | 50.0 | 0.0 | **100.0** | – | – |",
@@ -52,10 +52,53 @@ def test_table(report: Report) -> None:
         "| notellm2, fine-tuned | text | 50.0 | 50.0 | **100.0** | **100.0** | – | – |",
         "| oracle | text | 100.0 | 100.0 | 100.0 | 100.0 | – | – |",
     ]
+    assert lines[10] == "" and lines[11].startswith("All pairs, in percent: means over the 2 queries")
+
+
+def test_the_other_metrics_in_a_table() -> None:
+    """A query has the targets of rank 1 and 4, another one that of rank 2. k = 2, the smallest.
+
+    MRR: per query (1 + 1/2) / 2, per pair (1 + 1/4 + 1/2) / 3. nDCG@2: the first query finds 1 of 1 + 1 / log2(3) =
+    1.6309, the second 0.6309; per pair (1 + 0 + 0.6309) / 3. MAP@2: (1/2 + 1/2) / 2. Recall@2: (1/2 + 1) / 2.
+    """
+    mine = ranks(0, 3, 1, ties=(0, 0, 0), queries=(0, 0, 1))
+    report = build_report({("m", "text"): mine}, {"all": np.ones(3, dtype=bool)}, (4, 2), 51)
+    assert to_markdown(report, ["all"]).splitlines()[6:] == [
+        "All pairs, in percent: means over the 2 queries, each with all of its targets; the last two columns are means "
+        "over the pairs.",
+        "",
+        "| method | input | MRR | nDCG@2 | MAP@2 | hit rate@2 | R@2 | MRR per pair | nDCG@2 per pair |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| m, fine-tuned | text | **75.0** | **62.2** | **50.0** | **100.0** | **75.0** | **58.3** | **54.4** |",
+    ]
+
+
+def test_metrics_of_the_run(report: Report) -> None:
+    """Recall of every slice with pairs, and two metrics of all pairs. BM25: ranks 1, and 1 to 5 alike; its MRR is
+    (1 + 137/300) / 2, and its nDCG@1 (1 + 1/5) / 2.
+    """
+    metrics = run_metrics(report)
+    assert metrics["bm25"]["text"] == {
+        "all": {"1": pytest.approx(60), "2": pytest.approx(70)},
+        "short_query": {"1": pytest.approx(20), "2": pytest.approx(40)},
+        "short_target": {},
+    }
+    assert metrics["per_query"]["bm25"]["text"] == {
+        "mrr": pytest.approx(100 * 437 / 600),
+        "ndcg_at_1": pytest.approx(60),
+    }
+    assert metrics["random"]["-"]["all"] == {"1": 0, "2": 0}
 
 
 def test_json(report: Report) -> None:
     raw = json.loads(json.dumps(report.to_dict()))
+    metrics = {  # one target, at each of the ranks 1 to 5 alike
+        "mrr": pytest.approx(100 * 137 / 300),
+        "recall@1": pytest.approx(20), "hit_rate@1": pytest.approx(20), "mrr@1": pytest.approx(20),
+        "ndcg@1": pytest.approx(20), "map@1": pytest.approx(20),
+        "recall@2": pytest.approx(40), "hit_rate@2": pytest.approx(40), "mrr@2": pytest.approx(30),
+        "ndcg@2": pytest.approx(20 + 20 / np.log2(3)), "map@2": pytest.approx(30),
+    }  # fmt: skip
     bm25 = next(r for r in raw["rows"] if r["method"] == "bm25" and r["slice"] == "short_query")
     assert bm25 == {
         "method": "bm25",
@@ -65,10 +108,14 @@ def test_json(report: Report) -> None:
         "recall": {"1": pytest.approx(20), "2": pytest.approx(40)},
         "recall_pessimistic": {"1": 0, "2": 0},
         "recall_optimistic": {"1": 100, "2": 100},
+        "num_queries": 1,
+        "per_pair": metrics,
+        "per_query": metrics,
     }
     assert raw["chance"] == {"1": 2.0}
     empty = next(r for r in raw["rows"] if r["slice"] == "short_target")
     assert (empty["num_pairs"], empty["recall"]) == (0, {"1": None, "2": None})
+    assert (empty["num_queries"], empty["per_query"]["mrr"]) == (0, None)
 
 
 def test_lookup(report: Report) -> None:

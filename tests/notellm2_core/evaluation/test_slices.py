@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from notellm2_core.evaluation.recall import Pairs
+from notellm2_core.evaluation.pairs import Pairs
 from notellm2_core.evaluation.slices import load_tokenizer, slice_masks, token_lengths
 from notellm2_core.notes.note import Note
 
