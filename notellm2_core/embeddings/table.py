@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from notellm2_core.embeddings.ids import read_ids
 from notellm2_core.runtime.files import parquet_files
+from notellm2_core.tables.ids import read_ids
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from notellm2_core.embeddings.ids import read_ids
 from notellm2_core.runtime.files import parquet_files, read_errors
 from notellm2_core.schema import TEST
+from notellm2_core.tables.ids import read_ids
 
 BEIR = ("query-id", "corpus-id", "score")
 # Columns of query and target, and those that may hold the relevance.

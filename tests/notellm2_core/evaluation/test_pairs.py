@@ -133,7 +133,7 @@ def test_qrels_of_beir_as_parquet(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"query": ["a"], "target_id": ["b"]}, "needs the columns query_id and target_id, it has"),
-        ({"query_id": [1.0], "target_id": ["b"]}, "column query_id has type double; ids are text or whole numbers"),
+        ({"query_id": [1.0], "target_id": ["b"]}, "column query_id has type double, not text or whole numbers"),
         ({"query_id": ["a"], "target_id": [[1.5]]}, "column target_id has type double"),
         ({"query_id": ["a", None], "target_id": ["b", "c"]}, "column query_id has no id in 1 of 2 rows"),
         ({"query_id": ["a", "b"], "target_id": ["b", " "]}, "column target_id has no id in 1 of 2 rows"),
