@@ -1,5 +1,7 @@
 """The columns and file names of every dataset, in the order of the data flow. All code takes them from here.
 
+The tables that the user brings are described in `notellm2_core.tables.source`.
+
 Imports only pyarrow, so that `spark_jobs` and the asset processes need no torch. Raise `SCHEMA_VERSION` whenever a
 column changes its name, type or meaning: older lakes are then refused with one sentence instead of being misread.
 """
@@ -7,12 +9,6 @@ column changes its name, type or meaning: older lakes are then refused with one 
 import pyarrow as pa
 
 SCHEMA_VERSION = 2
-
-# --- source: the user's data; extra columns are ignored -------------------------------------------------------------
-SOURCE_NOTE_COLUMNS = ("note_id", "title", "topics", "content")  # plus one of SOURCE_IMAGE_COLUMNS, or no image at all
-SOURCE_IMAGE_COLUMNS = ("image_path", "image")  # path relative to the source folder, or the encoded bytes
-SOURCE_EVENTS = ("events.csv.gz", "events.csv", "events")  # one of these
-SOURCE_EVENT_COLUMNS = ("user_id", "note_id", "timestamp", "event")
 
 # --- lake: notes and events -----------------------------------------------------------------------------------------
 NOTES = pa.schema(

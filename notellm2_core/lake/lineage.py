@@ -47,8 +47,8 @@ _TRAINING = (
 
 
 STAGES: Mapping[str, Stage] = {
-    "raw_events": Stage((), ("source.partition",), version=8),
-    "notes": Stage((), ()),
+    "raw_events": Stage((), ("source.partition",), version=9),
+    "notes": Stage((), (), version=2),
     "interactions": Stage(("raw_events", "notes"), (*settings_of("source", EventSettings), "window"), version=4),
     "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=3),
     "cooccurrence": Stage(("interactions",), settings_of("pairs", ScoringSettings), version=4),
@@ -90,7 +90,7 @@ STAGES: Mapping[str, Stage] = {
 
 
 # The parts of the log have versions of their own; raise with them the version of raw_events or of interactions.
-INGESTION_VERSION = 3  # spark_jobs.source, spark_jobs.ingest
+INGESTION_VERSION = 4  # notellm2_core.tables, spark_jobs.source, spark_jobs.ingest
 PARTITION_VERSION = 2  # spark_jobs.clean, spark_jobs.interactions
 WORLD_VERSION = 1  # notellm2_core.demo
 RENAMED = {  # earlier names of datasets, which nothing reads any more

@@ -34,11 +34,8 @@ _MISSING_MODULE = (
 _SQL_SETTINGS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
-    "spark.sql.legacy.parquet.nanosAsLong": "true",  # Spark refuses nanoseconds otherwise, and pandas writes them
     "spark.sql.adaptive.enabled": "true",
     "spark.sql.caseSensitive": "true",  # columns title and Title are different
-    "spark.sql.csv.parser.columnPruning.enabled": "false",  # too many fields are noticed only if all are read
-    "spark.sql.sources.partitionColumnTypeInference.enabled": "false",  # note_id=007/ is text
 }
 
 

@@ -25,7 +25,6 @@ _UNREADABLE = (
     "is not a Parquet file",
 )
 _DAMAGED_FILE = re.compile(r"reading file file:/*(/\S+?)\.?\s+SQLSTATE")
-_STRANGE_COLUMN = re.compile(r"\[(?:PARQUET_TYPE_ILLEGAL|UNSUPPORTED_TIME_TYPE)\] (.*?)\.? SQLSTATE")
 
 
 class BadInput(ValueError):
@@ -110,9 +109,7 @@ def readable(path: Path | str) -> Iterator[None]:
             raise ValueError(bad_input[1]) from e
         if any(sign in str(e) for sign in _UNREADABLE):
             path = unquote(file[1]) if (file := _DAMAGED_FILE.search(str(e))) else path
-            raise ValueError(f"{path} is damaged, or not of the format its name says; replace it.") from e
-        if column := _STRANGE_COLUMN.search(str(e)):
-            raise ValueError(f"{path} has a column that Spark cannot read ({column[1]}); leave it out.") from e
+            raise ValueError(f"{path} is damaged, or not of the format its name says.") from e
         raise
 
 

@@ -143,7 +143,7 @@ def score_files(scores: Path) -> list[Path]:
         try:
             columns = pq.read_schema(file)
         except (OSError, pa.ArrowException) as e:
-            raise ValueError(f"{file} is damaged, or no Parquet; replace it.") from e
+            raise ValueError(f"{file} is damaged, or no Parquet.") from e
         for field in SCORES:
             if columns.names.count(field.name) != 1:
                 lacks = "has more than one" if field.name in columns.names else "lacks the"
@@ -175,7 +175,7 @@ def _read(file: Path) -> Iterator[pa.RecordBatch]:
         try:
             table = parquet.read_row_group(i, SCORES.names)
         except (OSError, pa.ArrowException) as e:
-            raise BadInput(f"{file} is damaged; replace it.") from e
+            raise BadInput(f"{file} is damaged.") from e
         if with_nulls := [name for name in SCORES.names if table[name].null_count]:
             raise BadInput(f"{file} holds nulls in the column {with_nulls[0]}; leave them out.")
         columns = [table[name].dictionary_encode() if name in _IDS else table[name] for name in SCORES.names]

@@ -17,7 +17,7 @@ from notellm2_core.demo.logs import DAY, simulate
 from notellm2_core.demo.texts import poor_titles, write_note
 from notellm2_core.demo.words import SENTENCES, THEMES, TITLES
 from notellm2_core.demo.world import lay_out
-from notellm2_core.schema import SOURCE_EVENT_COLUMNS, SOURCE_NOTE_COLUMNS
+from notellm2_core.tables.source import EVENT_COLUMNS, NOTE_COLUMNS
 
 TEST_WEEK = pd.Timestamp("2025-01-19", tz="UTC")
 
@@ -94,11 +94,14 @@ def test_more_users_leave_notes_and_images_alone(tmp_path: Path) -> None:
 def test_source_contract(world: tuple[Path, dict[str, int]]) -> None:
     folder, counts = world
     notes = pq.read_table(folder / "notes.parquet")
-    assert notes.column_names == [*SOURCE_NOTE_COLUMNS, "image_path"] and notes.num_rows == 600
+    assert (
+        notes.column_names == [column.name for column in NOTE_COLUMNS if column.name != "image"]
+        and notes.num_rows == 600
+    )
     assert len(set(notes["note_id"].to_pylist())) == 600
     assert all(notes["title"].to_pylist())
     events = pd.read_csv(folder / "events.csv.gz")
-    assert tuple(events.columns) == SOURCE_EVENT_COLUMNS and len(events) == counts["num_events"]
+    assert list(events.columns) == [column.name for column in EVENT_COLUMNS] and len(events) == counts["num_events"]
     assert set(events.event) == {"view", "click"}
     oracle = pq.read_table(folder / "oracle.parquet")
     assert oracle.column_names == ["note_id", "text_key", "image_key"]

@@ -158,5 +158,5 @@ def test_command(
     with pytest.raises(SystemExit):
         run(*paths, "--low", 2, "--up", 30, "--top-t", 3)
     file = scored / "scores" / "train" / "part-00001.parquet"
-    assert capsys.readouterr().err.splitlines()[-1] == f"error: {file} is damaged; replace it."
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {file} is damaged."
     assert (scored / "out" / "part-00000.parquet").read_bytes() == before
