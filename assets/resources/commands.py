@@ -19,6 +19,7 @@ import dagster as dg
 from notellm2_core.runtime.errors import ERROR_FILE
 from notellm2_core.runtime.fork_server import Child, ForkServer, can_fork
 from notellm2_core.runtime.processes import die_with_parent
+from notellm2_core.runtime.progress import TO_TERMINAL
 
 _TAIL_BYTES = 65_536
 # Imports that take the commands' first seconds; the commands' own modules are not among them.
@@ -90,6 +91,8 @@ def run_command(context: dg.AssetExecutionContext, command: Sequence[str], repor
 
 def _environment() -> dict[str, str]:
     ours = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
+    if sys.stderr.isatty():  # `_forward` copies the command's errors to it
+        ours[TO_TERMINAL] = "1"
     # Passive: on a busy machine, threads that spin while waiting take cores from threads that work.
     return {"OMP_WAIT_POLICY": "PASSIVE", **ours, "PYTHONUNBUFFERED": "1"}
 

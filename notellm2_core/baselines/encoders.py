@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from notellm2_core.embeddings.shards import EmbeddingKey, plan_shards, write_shards
 from notellm2_core.embeddings.table import read_note_ids
@@ -21,6 +20,7 @@ from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import sha256_of
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.packaged_weights import PACKAGES, package_path
+from notellm2_core.runtime.progress import ProgressBar
 
 BATCH_NOTES = 32
 SHARD_NOTES = 4096
@@ -48,7 +48,7 @@ def export_encoder(encoder: str, notes: dict[str, Note], out: Path) -> None:
         raise ValueError(f"encoder {encoder!r} can be loaded neither as a folder nor from the hub: {e}") from e
     files = sorted(Path(location).rglob("*.safetensors"))
     weights = {p.name: sha256_of(p) for p in files} or location
-    progress = tqdm(total=len(notes), desc=encoder, unit="notes")
+    progress = ProgressBar(total=len(notes), desc=encoder, unit="notes")
 
     def embed(ids: Sequence[str]) -> np.ndarray:
         order = sorted(range(len(ids)), key=lambda n: (len(plain_text(notes[ids[n]])), ids[n]))

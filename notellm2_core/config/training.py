@@ -1,7 +1,7 @@
 """Training settings: what is trained, how, and how a training run is executed."""
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -16,12 +16,9 @@ def _in_order(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     return tuple(part for part in get_args(Part) if part in parts)
 
 
-class HardNegativeSettings(Section):
-    """Notes that a model ranks near a pair's query although they are unrelated to it. They are negatives of every query
-    in the batch. The paper has none.
-    """
+class MiningSettings(Section):
+    """Mining: the notes that a model ranks near a pair's query although they are unrelated to it."""
 
-    num: int = Field(0, ge=0, description="Hard negatives of each pair. 0: none (paper).")
     first_rank: int = Field(
         10, gt=0, description="Lowest rank among the query's neighbours to take: closer ones may be related."
     )
@@ -32,10 +29,23 @@ class HardNegativeSettings(Section):
     factory: str = Field("HNSW32", description="FAISS factory string of the index that is searched for them.")
 
     @model_validator(mode="after")
-    def _window(self) -> "HardNegativeSettings":
+    def _window(self) -> Self:
         if self.first_rank > self.last_rank:
             raise ValueError(f"first_rank = {self.first_rank} is above last_rank = {self.last_rank}")
         return self
+
+
+class HardNegativeSettings(MiningSettings):
+    """Notes that look related to a pair's query and are not. They are negatives of every query in the batch. The paper
+    has none.
+    """
+
+    num: int = Field(0, ge=0, description="Hard negatives of each pair. 0: none (paper).")
+    file: Path | None = Field(
+        None,
+        description="Hard negatives of your own in place of mined ones: a Parquet or CSV file with the columns note_id "
+        "and negative_id (text or whole numbers). null: they are mined.",
+    )
 
 
 class RunSettings(Section):
@@ -72,14 +82,45 @@ class RunSettings(Section):
         description="Minutes between checkpoints, where these pass before the steps. null: only steps count.",
     )
     num_checkpoints: int = Field(2, gt=0, description="Number of checkpoints to keep, the latest ones.")
-    validate_every_steps: int = Field(500, gt=0, description="Steps between validations.")
     log_every_steps: int = Field(10, gt=0, description="Steps between points of the curves.")
 
 
-class TrainingSettings(RunSettings):
+class SelectionSettings(Section):
+    """Validation during a run, and which of the run's weights become the model. Before the first step, the model is
+    validated too.
+    """
+
+    validate_every_steps: int = Field(500, gt=0, description="Steps between validations.")
+    select: Literal["best", "last"] = Field(
+        "last",
+        description="`last`: the weights after the last step (paper). `best`: those of the validation with the highest "
+        "recall, the first of equals.",
+    )
+    patience: int | None = Field(
+        None,
+        gt=0,
+        description="Early stopping: the run ends after this many validations in a row without a higher recall than "
+        "the best before. The learning rates follow the planned number of steps. null: it never ends early.",
+    )
+
+    @property
+    def selects(self) -> bool:
+        """Whether the validations decide which weights become the model."""
+        return self.select == "best" or self.patience is not None
+
+
+class TrainingSettings(SelectionSettings, RunSettings):
     """Fine-tuning (appendix A of the paper)."""
 
-    num_steps: int = Field(7956, gt=0, description="Optimiser steps (paper: Table 8).")
+    num_steps: int | None = Field(
+        7956, gt=0, description="Optimiser steps (paper: Table 8). null: num_epochs says how many."
+    )
+    num_epochs: int | None = Field(
+        None,
+        gt=0,
+        description="Passes over the training pairs, in place of num_steps. An epoch is (training pairs / batch_pairs) "
+        "steps, rounded up. null: num_steps.",
+    )
     batch_pairs: int = Field(
         128, gt=1, description="Pairs of a batch, B, over all ranks; a multiple of their number (paper: Table 8)."
     )
@@ -126,3 +167,19 @@ class TrainingSettings(RunSettings):
         "(false-negative masking). `count`: positives. `ignore`: negatives (paper).",
     )
     hard_negatives: HardNegativeSettings = HardNegativeSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_replace_the_default_steps(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("num_epochs") is not None:
+            return {"num_steps": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingSettings":
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError(
+                f"training.num_steps = {self.num_steps} and training.num_epochs = {self.num_epochs} are two ways to "
+                "say how long to train: set one of them"
+            )
+        return self

@@ -4,7 +4,7 @@ from functools import reduce
 
 from notellm2_core.config.methods import get_method
 from notellm2_core.config.settings import Config
-from notellm2_core.config.training import Part
+from notellm2_core.config.training import MiningSettings, Part
 
 
 def unused_settings(config: Config) -> list[str]:
@@ -25,6 +25,7 @@ def unused_settings(config: Config) -> list[str]:
     no_measurement = "" if measures_notes else ": no setting of model.init that measures notes is on"
     no_swing = "" if config.pairs.score == "swing" else by_score
     no_negatives = "" if negatives.num else f" with training.hard_negatives.num = {negatives.num}"
+    no_mining = "" if negatives.file is None else f" with training.hard_negatives.file = {negatives.file}"
     causes = {
         "pairs.swing_alpha": no_swing,
         "pairs.swing_max_users": no_swing,
@@ -38,7 +39,8 @@ def unused_settings(config: Config) -> list[str]:
         "model.connector.kind": no_connector,
         "training.alpha": "" if "visual" in method.losses else by_method,
         "model.lora": untrained("llm"),
-        **{f"training.hard_negatives.{n}": no_negatives for n in type(negatives).model_fields if n != "num"},
+        **{f"training.hard_negatives.{n}": no_negatives or no_mining for n in MiningSettings.model_fields},
+        "training.hard_negatives.file": no_negatives,
         "training.new_module_learning_rate": untrained("connector", "fusion", "projector"),
         "training.temperature_learning_rate": untrained("temperature"),
     }

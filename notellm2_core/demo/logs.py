@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
+
+from notellm2_core.runtime.progress import ProgressBar
 
 DAY = 86_400  # seconds
 MIN_TASTES, MAX_TASTES = 2, 4  # topics that a user likes
@@ -44,7 +45,7 @@ def simulate(
     num_tastes = np.minimum(rng.integers(MIN_TASTES, MAX_TASTES + 1, num_users), max(1, num_topics // TOPICS_PER_TASTE))
 
     days = []
-    for day in tqdm(range(num_days), desc="demo logs", unit="day"):
+    for day in ProgressBar(range(num_days), desc="demo logs", unit="day"):
         age = (day - published)[by_topic]
         weight = np.where(age >= 0, appeal[by_topic] * np.exp(-age / FRESHNESS_DAYS), 0.0)
         cumulative = np.concatenate([[0.0], np.cumsum(weight)])

@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from notellm2_core.config.data import DemoSettings
 from notellm2_core.demo.images import STYLES, draw_image
@@ -37,6 +36,7 @@ from notellm2_core.demo.logs import DAY, Impressions, simulate
 from notellm2_core.demo.texts import poor_titles, write_note
 from notellm2_core.demo.words import THEMES
 from notellm2_core.runtime.files import written_whole
+from notellm2_core.runtime.progress import ProgressBar
 
 FIRST_DAY = np.datetime64("2025-01-05T00:00:00")  # a Sunday, when weeks begin; days are counted from here, in UTC
 MIN_NOTES_PER_TOPIC = 20  # a small world has fewer topics, so that each has training and test notes
@@ -157,7 +157,7 @@ def _write_events(
 
 
 def _write_images(folder: Path, seed: int, layout: Layout) -> None:
-    for i in tqdm(range(len(layout.topic)), desc="demo images", unit="image"):
+    for i in ProgressBar(range(len(layout.topic)), desc="demo images", unit="image"):
         if layout.image[i] == "missing":
             continue
         path = folder / f"{note_id(i)}.jpg"

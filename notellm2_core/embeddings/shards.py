@@ -8,15 +8,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from notellm2_core import schema
 from notellm2_core.runtime.files import link_or_copy, new_folder, parquet_files, written_whole
+from notellm2_core.runtime.progress import ProgressBar
 
 EARLIER_FOLDER = ".former"  # in an export's folder: the shards of earlier exports, until this one is complete
 _REUSED = "reused"
@@ -94,7 +93,7 @@ def write_shards(
     embed: Callable[[Sequence[str]], np.ndarray],
     rank: int = 0,
     num_ranks: int = 1,
-    progress: "tqdm[Any] | None" = None,
+    progress: ProgressBar | None = None,
     reuse: Sequence[Path] = (),
 ) -> int:
     """Write every num_ranks-th shard of the plan. Returns the number of reused vectors.
@@ -211,7 +210,7 @@ def _text(metadata: Mapping[bytes, bytes] | None) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in (metadata or {}).items()}
 
 
-def _skip(progress: "tqdm[Any] | None", num_notes: int) -> None:
+def _skip(progress: ProgressBar | None, num_notes: int) -> None:
     if progress is not None and not progress.disable:
         progress.initial += num_notes
         progress.update(num_notes)

@@ -5,16 +5,16 @@ Shapes: N notes of a batch, d embedding width.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional
-from tqdm import tqdm
 
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.processor import FieldTokens, InputKind, MLRMProcessor, NoteBatch
 from notellm2_core.runtime.prefetch import Prefetcher
+from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.vision.feature_store import Features
 
 VECTORS_VERSION = 1  # raise it when code changes the vectors of the same weights: old vectors are then not reused
@@ -41,7 +41,7 @@ class BatchEmbedder:
     batch_notes: int
     device: torch.device
 
-    def embed(self, note_ids: Sequence[str], inputs: InputKind, progress: "tqdm[Any] | None" = None) -> np.ndarray:
+    def embed(self, note_ids: Sequence[str], inputs: InputKind, progress: ProgressBar | None = None) -> np.ndarray:
         """Unit vectors [len(note_ids), d] in fp32, in the order given.
 
         Notes of similar length share a batch, so that little is computed on padding. Padding is masked, so a vector

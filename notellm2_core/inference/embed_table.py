@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from notellm2_core.config.settings import ExportSettings
 from notellm2_core.embeddings.shards import EARLIER_FOLDER, EmbeddingKey, plan_shards, write_shards
@@ -25,6 +24,7 @@ from notellm2_core.notes.processor import InputKind
 from notellm2_core.notes.source_reader import read_note_table
 from notellm2_core.runtime.files import is_draft, link_or_copy, parquet_files, swap_in
 from notellm2_core.runtime.fingerprint import fingerprint
+from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.vision.images import STATUSES
 
 _SHARD = re.compile(r"part-\d{5,}\.parquet")
@@ -67,7 +67,7 @@ def embed_notes(
         vectors = [embedder.embed(c, inputs, batch_notes, dim, folder=table.images, progress=progress) for c in chunks]
         return np.concatenate(vectors)
 
-    with tqdm(total=len(table.note_ids), desc=f"embed {inputs}", unit="notes") as progress:
+    with ProgressBar(total=len(table.note_ids), desc=f"embed {inputs}", unit="notes") as progress:
         start = time.monotonic()
         key = EmbeddingKey(_MARK + fingerprint(version), table.content_ids)
         plan = plan_shards(work, table.note_ids, key, ExportSettings().shard_notes)

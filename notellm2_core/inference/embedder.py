@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from notellm2_core.config.data import SourceSettings
 from notellm2_core.config.model import VisionSettings
@@ -29,6 +28,7 @@ from notellm2_core.model.kernels import fuse_kernels
 from notellm2_core.model.mlrm import MLRMConfig, MLRMModel
 from notellm2_core.notes.note import NoteLike, NoteWithImage, as_note
 from notellm2_core.notes.processor import InputKind, MLRMProcessor, require_input_kind
+from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.vision.encoder import VisionEncoder
 from notellm2_core.vision.images import Status
 from notellm2_core.vision.on_demand import ImageFeatures
@@ -79,7 +79,7 @@ class Embedder:
         dim: int | None = None,
         *,
         folder: Path | None = None,
-        progress: "tqdm[Any] | None" = None,
+        progress: ProgressBar | None = None,
     ) -> np.ndarray:
         """Unit vectors [N, d] in fp32; with `dim`, their first `dim` dimensions, normalised again.
 
@@ -109,7 +109,7 @@ class Embedder:
         inputs: InputKind,
         batch_notes: int,
         folder: Path | None,
-        progress: "tqdm[Any] | None",
+        progress: ProgressBar | None,
     ) -> np.ndarray:
         features, image_ids = self.read_images(notes, inputs, folder)
         names = [str(n) for n in range(len(notes))]  # notes may lack ids, or share them

@@ -29,7 +29,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from notellm2_core.config.load import load_config
 from notellm2_core.config.settings import Config
@@ -45,6 +44,7 @@ from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import sha256_of
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.processes import die_with_parent, is_torchrun_rank
+from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.vision.feature_store import FeatureStore
 from notellm2_core.vision.on_demand import OnDemandFeatures
 
@@ -135,7 +135,7 @@ def _export_kind(embedder: BatchEmbedder, kind: InputKind, plan: ShardPlan, reus
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     num_notes = sum(len(shard.note_ids) for shard in plan.shards)
     total = -(-num_notes // num_ranks)
-    with tqdm(total=total, desc=f"embed {kind}", unit="notes", disable=rank != 0) as progress:
+    with ProgressBar(total=total, desc=f"embed {kind}", unit="notes", disable=rank != 0) as progress:
 
         def embed(note_ids: Sequence[str]) -> np.ndarray:
             return embedder.embed(note_ids, kind, progress)

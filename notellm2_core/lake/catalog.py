@@ -7,6 +7,7 @@ computed again, and embeddings of one model can never meet the index of another.
 
 import json
 import os
+from collections.abc import Container
 from datetime import date, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any
 from notellm2_core.config.baselines import encoders
 from notellm2_core.config.settings import Config
 from notellm2_core.lake.lake import WORK_FOLDER, Dataset, Lake, LakeError
-from notellm2_core.lake.lineage import RENAMED, STAGES, WORLD_VERSION
+from notellm2_core.lake.lineage import RENAMED, STAGES, WORLD_VERSION, stage_settings
 from notellm2_core.lake.window import Days, ResolvedWindow, first_day_of_week, last_complete_week_end
-from notellm2_core.runtime.files import listing, write_atomically
+from notellm2_core.runtime.files import listing, sha256_of, write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
-from notellm2_core.runtime.nested import get_setting
 from notellm2_core.runtime.packaged_weights import weights_version
 from notellm2_core.tables.source import EVENTS, is_table
+
+_OWN_NEGATIVES = "training.hard_negatives.file"
 
 
 class MissingDataset(LakeError):
@@ -104,13 +106,12 @@ class Catalog:
 
     def settings(self, name: str) -> dict[str, Any]:
         """The settings that `name` itself depends on."""
-        if self._is_empty(name):
-            return {}
-        tree = self.config.model_dump(mode="json")
-        settings = {key: get_setting(tree, key) for key in STAGES[name].settings}
-        versions = {key: weights_version(weights) for key, weights in self._weights(name)}
+        settings = stage_settings(name, self.config)
+        versions = {key: weights_version(weights) for key, weights in self._weights(name, settings)}
         if any(version is not None for version in versions.values()):
             settings["weights"] = {key: version for key, version in versions.items() if version is not None}
+        if _OWN_NEGATIVES in settings:
+            settings[_OWN_NEGATIVES] = _content(Path(settings[_OWN_NEGATIVES]))
         if name in ("raw_events", "notes"):
             settings["source"] = self.source_fingerprints[name]
         if name == "interactions":
@@ -120,22 +121,17 @@ class Catalog:
         return settings
 
     def _inputs(self, name: str) -> tuple[str, ...]:
-        return () if self._is_empty(name) else STAGES[name].inputs
+        """The inputs that `name` is made from with these settings. The others do not count: they trigger no retrain."""
+        return tuple(n for n in STAGES[name].inputs if STAGES[name].counts(n, self.config))
 
-    def _is_empty(self, name: str) -> bool:
-        """Whether `name` is empty by configuration. Its inputs then do not count, so they cannot trigger a retrain."""
-        return name == "hard_negatives" and not self.config.training.hard_negatives.num
-
-    def _weights(self, name: str) -> list[tuple[str, str | None]]:
+    def _weights(self, name: str, settings: Container[str]) -> list[tuple[str, str | None]]:
         """The pretrained weights that `name` is made with: pairs of a setting and the weights that it names."""
         model = self.config.model
         names = {"model.llm": model.llm.name, "model.vision": model.vision.pretrained or model.vision.name}
-        if name == "hard_negatives":
-            folder = self.config.training.hard_negatives.model
-            return [("training.hard_negatives.model", None if folder is None else str(folder))]
+        if (folder := self.config.training.hard_negatives.model) is not None:
+            names["training.hard_negatives.model"] = str(folder)
         if name == "baseline_embeddings":
             return [(f"evaluation.baselines.{name}", name) for name in encoders(self.config.evaluation.baselines)]
-        settings = STAGES[name].settings
         return [(key, weights) for key, weights in names.items() if key in settings or f"{key}.name" in settings]
 
     def fingerprint(self, name: str) -> str:
@@ -174,3 +170,11 @@ class Catalog:
     def work(self) -> Path:
         """The folder of unfinished work that runs resume, such as training checkpoints. It holds no dataset."""
         return self.lake.root / WORK_FOLDER
+
+
+def _content(file: Path) -> str:
+    """The SHA-256 of the hard negatives' file. Raises ValueError if it cannot be read."""
+    try:
+        return sha256_of(file)
+    except OSError as e:
+        raise ValueError(f"{_OWN_NEGATIVES} = {file} cannot be read: {e.strerror}") from e

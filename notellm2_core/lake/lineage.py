@@ -1,7 +1,8 @@
 """The lineage: one row per dataset with its inputs, the settings that its code reads, and the version of its code."""
 
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from notellm2_core.config.data import (
     EventSettings,
@@ -13,8 +14,11 @@ from notellm2_core.config.data import (
 )
 from notellm2_core.config.model import ModelSettings
 from notellm2_core.config.section import Section
-from notellm2_core.config.settings import ExportSettings, ReportSettings, SaliencySettings
-from notellm2_core.config.training import HardNegativeSettings, RunSettings, TrainingSettings
+from notellm2_core.config.settings import Config, ExportSettings, ReportSettings, SaliencySettings
+from notellm2_core.config.training import MiningSettings, RunSettings, SelectionSettings, TrainingSettings
+from notellm2_core.runtime.nested import get_setting
+
+Condition = Callable[[Config], bool]
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,30 @@ class Stage:
     inputs: tuple[str, ...]  # the datasets that it reads
     settings: tuple[str, ...]  # dotted names of the settings that its code reads, without those of its inputs
     version: int = 1  # raise it when the code that makes the dataset changes its result
+    when: Mapping[str, Condition] = field(default_factory=dict)  # inputs and settings that are read only under one
+
+    def counts(self, name: str, config: Config) -> bool:
+        """Whether the input or setting `name` is read with these settings. One that is not makes nothing stale."""
+        return name not in self.when or self.when[name](config)
 
 
 def settings_of(section: str, group: type[Section], *, but: Container[str] = ()) -> tuple[str, ...]:
     """The dotted names of all settings of `group` in `section`: a new setting enters all rows that list its group."""
     return tuple(f"{section}.{name}" for name in group.model_fields if name not in but)
+
+
+def stage_settings(name: str, config: Config) -> dict[str, Any]:
+    """The settings that the dataset `name` itself depends on, by their dotted names."""
+    tree, stage = config.model_dump(mode="json"), STAGES[name]
+    return {key: get_setting(tree, key) for key in stage.settings if stage.counts(key, config)}
+
+
+def _mines(config: Config) -> bool:
+    return config.training.hard_negatives.num > 0 and config.training.hard_negatives.file is None
+
+
+def _reads_negatives(config: Config) -> bool:
+    return config.training.hard_negatives.num > 0 and config.training.hard_negatives.file is not None
 
 
 _WORDS = settings_of("text", WordSettings)
@@ -44,6 +67,18 @@ _TRAINING = (
     *settings_of("training", TrainingSettings, but=(*RunSettings.model_fields, "hard_negatives")),
     "training.hard_negatives.num",  # how many a pair takes; the dataset hard_negatives holds the candidates
 )
+_SELECTION: Mapping[str, Condition] = {
+    "training.num_epochs": lambda config: config.training.num_epochs is not None,
+    **dict.fromkeys(settings_of("training", SelectionSettings), lambda config: config.training.selects),
+}
+
+
+_MINING = (*settings_of("training.hard_negatives", MiningSettings), "training.precision", *_EXPORT)
+_HARD_NEGATIVES: Mapping[str, Condition] = {
+    **dict.fromkeys(("initial_model", "note_tokens", "vision_features", *_MINING), _mines),
+    **dict.fromkeys(("pair_datasets", "note_split"), lambda config: config.training.hard_negatives.num > 0),
+    "training.hard_negatives.file": _reads_negatives,
+}
 
 
 STAGES: Mapping[str, Stage] = {
@@ -63,11 +98,11 @@ STAGES: Mapping[str, Stage] = {
     "initial_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
     "hard_negatives": Stage(
         ("initial_model", "note_tokens", "vision_features", "pair_datasets", "note_split"),
-        (*settings_of("training.hard_negatives", HardNegativeSettings, but=("num",)), "training.precision", *_EXPORT),
+        (*_MINING, "training.hard_negatives.file"), when=_HARD_NEGATIVES,
     ),
     "checkpoint": Stage(
         ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"),
-        (*_MODEL, "model.lora", *_TRAINING),
+        (*_MODEL, "model.lora", *_TRAINING), when=_SELECTION,
         version=7,
     ),
     "initial_embeddings": Stage(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from notellm2_core.config.load import load_config
 from notellm2_core.notes.lake_reader import iter_notes, num_notes
@@ -20,6 +19,7 @@ from notellm2_core.notes.note import Note
 from notellm2_core.notes.note_tokenizer import NoteTokenizer
 from notellm2_core.notes.token_store import TokenTable, write_tokens
 from notellm2_core.runtime.errors import user_errors
+from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.schema import COUNTS_FILE, TOKENS_FILE
 
 
@@ -30,7 +30,7 @@ def tokenise(tokenizer: NoteTokenizer, notes: Path, out: Path) -> dict[str, Any]
     """
 
     def with_progress() -> Iterator[Note]:
-        yield from tqdm(iter_notes(notes), total=num_notes(notes), desc="tokens", unit="note", mininterval=1)
+        yield from ProgressBar(iter_notes(notes), total=num_notes(notes), desc="tokens", unit="note")
 
     write_tokens(out, tokenizer, with_progress())
     table = TokenTable(out / TOKENS_FILE, tokenizer)

@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from notellm2_core.config.options import add_options
 from notellm2_core.config.training import HardNegativeSettings
@@ -31,6 +30,7 @@ from notellm2_core.embeddings.table import Embeddings, read_embeddings
 from notellm2_core.retrieval.known_pairs import KnownPairs, read_columns, read_known_pairs
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import write_atomically, written_whole
+from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.schema import COUNTS_FILE, HARD_NEGATIVES
 
 BLOCK_QUERIES = 4096  # searched at a time
@@ -69,7 +69,7 @@ def mine(
     with (
         written_whole(out / "part-00000.parquet") as draft,
         pq.ParquetWriter(draft, HARD_NEGATIVES) as writer,
-        tqdm(total=len(ids), unit="note") as progress,
+        ProgressBar(total=len(ids), unit="note") as progress,
     ):
         for start in range(0, len(ids), BLOCK_QUERIES):
             queries = np.arange(start, min(start + BLOCK_QUERIES, len(ids)))

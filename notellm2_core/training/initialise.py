@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from notellm2_core.config.load import load_config
 from notellm2_core.config.settings import Config
@@ -36,6 +35,7 @@ from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.notes.processor import NoteBatch
 from notellm2_core.runtime.errors import user_errors
+from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset, model_cache
 from notellm2_core.training.launch import TRAIN_DAYS_HELP
 from notellm2_core.training.state.save import save_model
@@ -74,7 +74,8 @@ def initialise(model: MLRMModel, data: PairDataset, config: Config, encoder: Vis
     if init.visual_token_gain is not None:
         scale_visual_words(model, map(batch_of, batches), init.visual_token_gain)
     silent = dist.is_initialized() and dist.get_rank() > 0
-    states, branch = _states(model, map(batch_of, tqdm(batches, desc="initial states", unit="batch", disable=silent)))
+    progress = ProgressBar(batches, desc="initial states", unit="batch", disable=silent)
+    states, branch = _states(model, map(batch_of, progress))
     if init.pca_projector:
         set_pca(model.projector, states)
     if model.fusion is not None and branch is not None:

@@ -26,12 +26,14 @@ from notellm2_core.training.engine import deepspeed as engines
 from notellm2_core.training.engine.deepspeed import Precision
 from notellm2_core.training.engine.throughput import Throughput
 from notellm2_core.training.launch import Paths
+from notellm2_core.training.learning import learned_nothing
 from notellm2_core.training.objective.gradcache import Step
-from notellm2_core.training.objective.losses import BatchLabels
+from notellm2_core.training.objective.losses import BatchLabels, chance_loss
 from notellm2_core.training.state.checkpoints import Checkpoints
 from notellm2_core.training.state.metrics import Progress
+from notellm2_core.training.state.selection import Selection
 from notellm2_core.training.step import batch_gradient, prepare
-from notellm2_core.training.validation import validate, validation_sample
+from notellm2_core.training.validation import RECALL, validate, validation_sample
 from notellm2_core.vision.encoder import VisionEncoder
 
 
@@ -56,6 +58,7 @@ class Run:
     engine: Any  # DeepSpeed's, around the TrainingStep of model and encoder
     first_step: int  # how many steps were done when the run resumed
     checkpoints: Checkpoints
+    selection: Selection
     progress: Progress
     throughput: Throughput
 
@@ -63,17 +66,21 @@ class Run:
 def train(run: Run) -> None:
     """Every step from `run.first_step` to the last, with reports, validation and checkpoints in between.
 
-    Raises TrainingError on every rank if a loss or a gradient is not finite.
+    Raises TrainingError on every rank if a loss or a gradient is not finite, OSError if the best weights cannot be
+    written.
     """
     config, training, data, engine, progress = run.config, run.config.training, run.data, run.engine, run.progress
-    validation_pairs = validation_sample(data, config.seed)
+    num_steps, validation_pairs = len(run.batches), validation_sample(data, config.seed)
     notes_of_steps = data.train_pairs[run.batches].reshape(len(run.batches), -1)  # [steps, 2B], pair k: 2k and 2k + 1
 
     def batch_of(step: int) -> tuple[Share, BatchLabels]:
         notes = data.with_hard_negatives(notes_of_steps[step], training.hard_negatives.num, (config.seed, step))
         return prepare(data, notes, config, run.device)
 
-    steps = range(run.first_step, training.num_steps)
+    if run.first_step == 0 and len(validation_pairs):
+        progress.report(0, validate(engine, data, validation_pairs, config, run.device), in_every_log=True)
+        progress.restart_clock()
+    steps = range(run.first_step, run.first_step if run.selection.stops(run.first_step) else num_steps)
     batches = Prefetcher(map(batch_of, steps))  # the CPU makes the next one while the device is busy
     for step, (share, labels) in zip(steps, batches, strict=True):
         # ---------------------------------------------------------------------------------------------------------
@@ -84,16 +91,16 @@ def train(run: Run) -> None:
 
         # ---------------------------------------------------------------------------------------------------------
         # step the optimizer
-        factor = engines.learning_rate_factor(step, training.num_steps, training.warmup_ratio)
+        factor = engines.learning_rate_factor(step, num_steps, training.warmup_ratio)
         engines.set_learning_rate(engine.optimizer, factor)
         grad_norm = engines.optimizer_step(engine)
         _require_finite(run, step, share.notes, "gradient norm", grad_norm)
 
         # ---------------------------------------------------------------------------------------------------------
         # report
-        done, last = step + 1, step + 1 == training.num_steps
-        metrics = _metrics(gradient, training.learning_rate * factor, grad_norm)
-        metrics |= {"padding": run.throughput.padding(share)}
+        done, last = step + 1, step + 1 == num_steps
+        metrics = _metrics(gradient, labels, training.learning_rate * factor, grad_norm)
+        metrics["padding"] = run.throughput.padding(share)
         seconds_waited = batches.seconds_waited + share.seconds_waited
         progress.add(len(share.notes), share.num_tokens, share.num_squares, metrics, seconds_waited)
         if done == 1 or done % training.log_every_steps == 0 or last:
@@ -106,7 +113,9 @@ def train(run: Run) -> None:
             scores = validate(engine, data, validation_pairs, config, run.device)
             # No other check sees the weights after the last update.
             _require_finite(run, step, share.notes, "validation loss", scores["validation_loss"])
-            progress.report(done, scores)
+            progress.report(done, scores, in_every_log=True)
+            _judge(run, done, scores[RECALL])
+            last = last or run.selection.stops(done)
             progress.restart_clock()
 
         # ---------------------------------------------------------------------------------------------------------
@@ -116,12 +125,27 @@ def train(run: Run) -> None:
             progress.report_steps(done)
             run.checkpoints.save(engine, done)
             progress.restart_clock()
+        if last:
+            break
     run.checkpoints.close()
 
 
-def _metrics(gradient: Step, learning_rate: float, grad_norm: float) -> dict[str, float]:
-    losses = gradient.losses
+def _judge(run: Run, done: int, recall: float) -> None:
+    """After a validation: keep the best weights, and report a run that ends early or learns nothing."""
+    run.selection.add(done, recall, run.engine.module, run.checkpoints.resumable_steps())
+    if warning := learned_nothing(run.progress, run.config.training, len(run.batches), done):
+        run.progress.say(f"warning: {warning}")
+    if run.selection.stops(done) and done < len(run.batches):
+        run.progress.say(
+            f"training ends after step {done} of {len(run.batches)} (training.patience): the best validation recall is "
+            f"that of step {run.selection.best_step}"
+        )
+
+
+def _metrics(gradient: Step, labels: BatchLabels, learning_rate: float, grad_norm: float) -> dict[str, float]:
+    losses, chance = gradient.losses, chance_loss(labels).item()
     metrics = {"loss": losses.total.item(), "loss_m": losses.multimodal.item()}
+    metrics["loss_vs_chance"] = metrics["loss_m"] / chance if chance else 1.0  # 0: no note has a negative
     if losses.visual is not None:
         metrics["loss_v"] = losses.visual.item()
     if losses.cross is not None:
@@ -147,7 +171,13 @@ def _require_finite(run: Run, step: int, notes: np.ndarray, quantity: str, value
         pairs = [ids[i : i + 2] for i in range(0, num_paired, 2)]
         report = {"step": step + 1, "what": quantity, "value": repr(value), "pairs": pairs}
         write_atomically(file, json.dumps(report | {"hard_negatives": ids[num_paired:]}))
-    raise TrainingError(
-        f"the {quantity} of step {step + 1} is {value}: lower the learning rates or use precision: fp32 "
-        f"(pairs in {file})"
-    )
+    advice = _advice(run, step, quantity)
+    raise TrainingError(f"the {quantity} of step {step + 1} is {value}: {advice} (pairs in {file})")
+
+
+def _advice(run: Run, step: int, quantity: str) -> str:
+    """What can help against a value that is not finite. Before the first update, no learning rate is the cause."""
+    advice = "lower the learning rates, or raise training.warmup_ratio"
+    if step == 0 and quantity != "validation loss":
+        advice = "no weight has changed yet, so check the weights that training starts from, and the image features"
+    return f"{advice}; or use training.precision = fp32" if run.precision == "bf16" else advice

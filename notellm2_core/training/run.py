@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from notellm2_core.config.settings import Config
-from notellm2_core.lake.lineage import STAGES
+from notellm2_core.lake.lineage import stage_settings
 from notellm2_core.model.build import build_model
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.open_inputs import InputReader
@@ -21,21 +21,23 @@ from notellm2_core.model.trainable import set_trained
 from notellm2_core.notes.processor import MLRMProcessor
 from notellm2_core.runtime.files import write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
-from notellm2_core.runtime.nested import flatten, get_setting
+from notellm2_core.runtime.nested import flatten
 from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset, model_cache
-from notellm2_core.training.data.sampler import batch_schedule
+from notellm2_core.training.data.sampler import batch_schedule, planned_steps
 from notellm2_core.training.engine import deepspeed as engines
 from notellm2_core.training.engine.deepspeed import Precision
 from notellm2_core.training.engine.precision import choose_precision
 from notellm2_core.training.engine.throughput import Throughput
 from notellm2_core.training.initialise import initialise
 from notellm2_core.training.launch import NO_REPORTS, Paths, Reports
+from notellm2_core.training.learning import learned_nothing
 from notellm2_core.training.loop import Run, TrainingError, train
 from notellm2_core.training.state.checkpoints import Checkpoints
 from notellm2_core.training.state.metrics import MlflowCurves, Progress
 from notellm2_core.training.state.reshard import load_resharded
 from notellm2_core.training.state.run_folder import locked, open_run
 from notellm2_core.training.state.save import DONE, save_model
+from notellm2_core.training.state.selection import Selection
 from notellm2_core.training.step import idle_step
 from notellm2_core.vision.encoder import VisionEncoder
 
@@ -93,6 +95,11 @@ def prepare(config: Config, paths: Paths, reports: Reports) -> Prepared | None:
         reader = InputReader(processor, paths.inputs, encoder, config.source.max_image_pixels)
         hard_negatives = paths.hard_negatives if training.hard_negatives.num else None
         data = load_pair_dataset(reader, paths.pairs, paths.run_dir, hard_negatives)
+    if training.selects and not len(data.validation_pairs):
+        raise ValueError(
+            f"training.select = {training.select} with training.patience = {training.patience} needs validation pairs, "
+            f"and {paths.pairs} has none: raise split.validation_share"
+        )
     if encoder is not None and dist.get_rank() == 0:
         text = "the vision encoder is trained: every step encodes its images, and their stored features are not read"
         print(text, file=sys.stderr)
@@ -138,7 +145,8 @@ def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, d
         initialise(model, data, config, encoder)
     model.train()
     engines.broadcast_new_modules(model, device)
-    batches = batch_schedule(data.content_ids(data.train_pairs), training.batch_pairs, training.num_steps, config.seed)
+    num_steps = planned_steps(training, len(data.train_pairs))
+    batches = batch_schedule(data.content_ids(data.train_pairs), training.batch_pairs, num_steps, config.seed)
     precision = _precision(config, paths, prepared, batches[0], device)
     throughput = Throughput(model, device, num_ranks)
     engine = engines.make_engine(model, config, precision, encoder)
@@ -150,7 +158,7 @@ def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, d
     progress = Progress(
         paths.run_dir / "metrics.jsonl",
         first_step,
-        training.num_steps,
+        num_steps,
         enabled=rank == 0,
         log=reports.log,
         curves=_curves(config, reports),
@@ -170,6 +178,7 @@ def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, d
         engine=engine,
         first_step=first_step,
         checkpoints=checkpoints,
+        selection=Selection(paths.run_dir / "best", training, first_step),
         progress=progress,
         throughput=throughput,
     )
@@ -190,15 +199,17 @@ def _precision(
 
 def finish(run: Run, train_days: Sequence[str] | None) -> None:
     """Save the trained model, its card and training.json."""
+    run.selection.restore(run.engine.module)
     vision = run.paths.inputs.vision if run.encoder is None else run.encoder
     save_model(run.model, run.processor, vision, run.paths.out, run.config, train_days, _training_summary(run))
 
 
 def run_settings(config: Config, data: PairDataset) -> dict[str, Any]:
     """Everything that changes the weights by more than rounding: settings by their dotted names, and the pairs."""
-    tree = config.model_dump(mode="json")
-    settings = {key: get_setting(tree, key) for key in STAGES["checkpoint"].settings}
+    settings = stage_settings("checkpoint", config)
     fingerprints = {"training pairs": fingerprint([data.train_pairs.tolist(), data.note_ids])}
+    if config.training.selects:
+        fingerprints["validation pairs"] = fingerprint(data.validation_pairs.tolist())
     if data.hard_negatives is not None:
         fingerprints["hard negatives"] = fingerprint([negatives.tolist() for negatives in data.hard_negatives])
     return {**flatten(settings), **fingerprints}
@@ -212,16 +223,19 @@ def _curves(config: Config, reports: Reports) -> MlflowCurves | None:
 
 def _training_summary(run: Run) -> dict[str, Any]:
     """The main metrics of the run, for training.json and the model card; {} for a run that has reported no step."""
-    losses, notes_per_s = run.progress.series("loss"), run.progress.series("notes_per_s")
+    progress, training = run.progress, run.config.training
+    losses, notes_per_s, steps = progress.series("loss"), progress.series("notes_per_s"), progress.last_step
     if not losses:
         return {}
+    chosen = run.selection.chosen_step(steps)
     summary: dict[str, Any] = {
-        "steps": run.config.training.num_steps,
-        "seconds": round(run.progress.seconds, 1),
+        "steps": steps,
+        "chosen_step": chosen,  # whose weights are saved
+        "seconds": round(progress.seconds, 1),
         "notes_per_s": round(sum(notes_per_s) / len(notes_per_s), 2),
         "precision": run.precision,
         "num_ranks": dist.get_world_size(),
-        "zero_stage": run.config.training.zero_stage,
+        "zero_stage": training.zero_stage,
         "settings": fingerprint(run.settings),
         "num_train_pairs": len(run.data.train_pairs),
         "num_train_notes": len(run.data.train_notes),
@@ -230,6 +244,8 @@ def _training_summary(run: Run) -> dict[str, Any]:
         "loss_last": losses[-1],
     }
     for key in ("loss_m", "loss_v", "loss_cross", "tau", "gate_mean", "validation_loss", "validation_recall_at_10"):
-        if series := run.progress.series(key):
+        if series := progress.series(key, last=chosen):
             summary[key] = series[-1]
+    if warning := learned_nothing(progress, training, len(run.batches), steps):
+        summary["warning"] = warning
     return summary

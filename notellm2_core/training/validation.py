@@ -24,6 +24,7 @@ from notellm2_core.training.state.save import gathered
 
 MAX_PAIRS = 1024  # enough for 2 points of recall, and quick
 RECALL_K = 10
+RECALL = f"validation_recall_at_{RECALL_K}"
 
 
 def validation_sample(data: PairDataset, seed: int) -> np.ndarray:
@@ -50,7 +51,7 @@ def validate(
     multimodal = views_of(get_method(config.model.method), rows)["multimodal"]
     return {
         "validation_loss": total / note_index.size,
-        f"validation_recall_at_{RECALL_K}": recall_at(multimodal, torch.from_numpy(note_index), RECALL_K),
+        RECALL: recall_at(multimodal, torch.from_numpy(note_index), RECALL_K),
     }
 
 

@@ -26,6 +26,7 @@ from notellm2_core.config.load import load_config
 from notellm2_core.config.settings import Config
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import parquet_files, read_errors
+from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.schema import COUNTS_FILE, NOTE_IMAGES_FILE, VISION_FOLDER
 from notellm2_core.vision import images
 from notellm2_core.vision.feature_store import Features, FeatureStore
@@ -135,15 +136,13 @@ def compute(
     encoder: "VisionEncoder", store: FeatureStore, notes: Path, source: Path, config: Config, part_images: int
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Bring the store up to date with the images of the notes. Returns the table (schema.NOTE_IMAGES) and counts."""
-    from tqdm import tqdm
-
     extractor = FeatureExtractor(encoder, store, source, config, part_images)
     total = sum(pq.read_metadata(file).num_rows for file in _note_files(notes))
     rows: list[tuple[str, str | None, str | None, str]] = []
     with ThreadPoolExecutor(max_workers=min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
         max_waiting = 2 * config.model.vision.batch_size
         prepared = _in_order(pool, extractor.prepare, _read_notes(notes), max_waiting)
-        for note in tqdm(prepared, total=total, desc="vision features", unit="note", mininterval=1):
+        for note in ProgressBar(prepared, total=total, desc="vision features", unit="note"):
             extractor.encode(note)
             image_hash = None if note.image_id is None else extractor.perceptual_hash(note.image_id)
             rows.append((note.note_id, note.image_id, image_hash, note.status))

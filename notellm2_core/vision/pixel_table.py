@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.memory_map import memory_mapped
+from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.vision.architecture import Preprocess
 from notellm2_core.vision.encoder import resize_and_crop
 from notellm2_core.vision.note_images import NoteImages
@@ -45,7 +45,7 @@ class PixelTable:
         def fill(values: np.ndarray) -> None:
             chunks = range(0, len(image_ids), _CHUNK_IMAGES)
             with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-                for i in tqdm(chunks, desc="images", unit="chunk", disable=len(chunks) < 2):
+                for i in ProgressBar(chunks, desc="images", unit="chunk", disable=len(chunks) < 2):
                     rows = pool.map(to_row, note_images.read(image_ids[i : i + _CHUNK_IMAGES]))
                     values[i : i + _CHUNK_IMAGES] = np.stack(list(rows))
 

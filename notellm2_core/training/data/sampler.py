@@ -1,11 +1,25 @@
 """Which pairs each training step sees: a function of the seed and the step."""
 
+import math
 from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
 
+from notellm2_core.config.training import TrainingSettings
+
 _LOOKAHEAD_BATCHES = 4  # how long a pair may wait for a batch that has neither of its notes
+
+
+def planned_steps(training: TrainingSettings, num_pairs: int) -> int:
+    """`training.num_steps`, or the steps of `training.num_epochs` over `num_pairs` training pairs.
+
+    Worked example: 3 epochs of 100 pairs in batches of 16 are 3 * ceil(6.25) = 21 steps.
+    """
+    if training.num_steps is not None:
+        return training.num_steps
+    assert training.num_epochs is not None
+    return training.num_epochs * math.ceil(num_pairs / training.batch_pairs)
 
 
 def batch_schedule(pairs: np.ndarray, batch_pairs: int, num_steps: int, seed: int) -> np.ndarray:

@@ -148,6 +148,15 @@ def contrastive_loss(
         return info_nce(logits, positive, is_negative, is_query, also_positive)
 
 
+def chance_loss(labels: BatchLabels) -> Tensor:
+    """The multimodal loss of a model that gives all notes the same embedding: ln(2B - 1) without known positives and
+    hard negatives, as Eq. 1 then compares 2B - 1 equal similarities. A scalar.
+    """
+    has_image = labels.has["image"]
+    same, tau = has_image.new_ones(len(has_image), 1, dtype=torch.float32), has_image.new_zeros(1, dtype=torch.float32)
+    return contrastive_loss(same, tau, labels.masks("multimodal"), num_paired=labels.num_paired)
+
+
 def note_losses(
     multimodal: Tensor,
     visual: Tensor | None,

@@ -60,7 +60,7 @@ class Checkpoints:
         if step % self._every_steps == 0 or self._every_minutes is None:
             return step % self._every_steps == 0
         late = dist.get_rank() == 0 and time.monotonic() - self._last_save >= 60 * self._every_minutes
-        return bool(_summed(torch.tensor([int(late)]))[0])
+        return bool(summed(torch.tensor([int(late)]))[0])
 
     def save(self, engine: Any, step: int) -> None:
         """Start to save the state of `engine` after `step` steps, once the previous save is complete."""
@@ -68,7 +68,7 @@ class Checkpoints:
         self._last_save = time.monotonic()
         draft = self.folder / f"draft-{step}"
         error = self._prepare(draft, step) if dist.get_rank() == 0 else None
-        if _summed(torch.tensor([int(error is not None)]))[0]:
+        if summed(torch.tensor([int(error is not None)]))[0]:
             _warn(f"no checkpoint after step {step} ({error or 'see the first rank'}); training continues")
             return
         copies = _Copies()
@@ -110,7 +110,7 @@ class Checkpoints:
         error = None if busy else self._writing.exception()
         is_disk_error = isinstance(error, OSError)
         states = torch.tensor([busy, is_disk_error, error is not None and not is_disk_error], dtype=torch.int64)
-        num_busy, num_without_disk, num_broken = _summed(states).tolist()
+        num_busy, num_without_disk, num_broken = summed(states).tolist()
         if num_busy:
             return
         step, self._step, self._writing = self._step, None, None
@@ -150,6 +150,10 @@ class Checkpoints:
         """Wait for this rank's writer: nothing is written after the run has ended."""
         self._writer.shutdown()
 
+    def resumable_steps(self) -> set[int]:
+        """The steps of the checkpoints that are whole, and of the one that is being written."""
+        return {*self._steps(), *([] if self._step is None else [self._step])}
+
     def _steps(self) -> list[int]:
         names = (p.name.removeprefix("step-") for p in self.folder.glob("step-*"))
         return sorted(int(name) for name in names if name.isdigit())
@@ -166,7 +170,7 @@ class Checkpoints:
             listed = {}
         mine = sorted(listed)[dist.get_rank() :: dist.get_world_size()]
         wrong = not listed or any(_checksum(checkpoint / name) != listed[name] for name in mine)
-        return not _summed(torch.tensor([int(wrong)]))[0]
+        return not summed(torch.tensor([int(wrong)]))[0]
 
 
 class _Copies:
@@ -231,7 +235,7 @@ def _checksum(path: Path) -> list[Any]:
         return []
 
 
-def _summed(values: torch.Tensor) -> torch.Tensor:
+def summed(values: torch.Tensor) -> torch.Tensor:
     """The sum over the ranks, on the CPU."""
     on_device = values.cuda() if dist.get_backend() == "nccl" else values
     dist.all_reduce(on_device)

@@ -1,6 +1,7 @@
-"""Reports the metrics of a training run: a bar in the terminal, RUN_DIR/metrics.jsonl, Dagster's log, MLflow's curves.
+"""Reports the metrics of a training run: in the terminal, RUN_DIR/metrics.jsonl, Dagster's log and MLflow's curves.
 
-The file is the record; the others are views of it and never stop or delay the run.
+The file is the record; the others are views of it and never stop or delay the run. A terminal, the file and MLflow get
+every report; a log gets one in ten seconds, and all of validations.
 """
 
 import json
@@ -14,9 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from notellm2_core.runtime.files import write_atomically
+from notellm2_core.runtime.progress import LINE_SECONDS, ProgressBar, in_terminal
 
 Metrics = Mapping[str, float]
 _MLFLOW_CLOSE_SECONDS = 15
@@ -46,9 +46,8 @@ class Progress:
         self._lines: list[dict[str, Any]] = []
         self._window: list[Metrics] = []
         self._start = self._window_start = time.monotonic()
-        self._bar = tqdm(
-            total=num_steps, initial=first_step, desc="training", unit="step", file=sys.stderr, disable=not enabled
-        )
+        self._bar = ProgressBar(total=num_steps, initial=first_step, desc="training", unit="steps", disable=not enabled)
+        self._last_line = self._start  # when a line went to the log
         if enabled:
             self._lines = [line for line in read_metrics(path) if line["step"] <= first_step]
         self._num_written = self._num_bytes = 0  # of these lines in the file
@@ -87,21 +86,33 @@ class Progress:
         """Start a new window: time between the steps (validation, saves) does not count in the throughput."""
         self._window, self._window_start = [], time.monotonic()
 
-    def report(self, step: int, metrics: Metrics) -> None:
-        """Report `metrics` after `step` steps."""
+    def report(self, step: int, metrics: Metrics, in_every_log: bool = False) -> None:
+        """Report `metrics` after `step` steps. `in_every_log`: also in a log that has just had a line."""
         if not self.enabled:
             return
-        eta = (time.monotonic() - self._start) / max(step - self._first_step, 1) * (self._num_steps - step)
-        line = {"step": step, **metrics, "seconds": round(self.seconds, 2), "eta_s": round(eta, 1)}
+        line = {"step": step, **metrics, "seconds": round(self.seconds, 2)}
+        text = f"step {step}/{self._num_steps}"
+        if num_done := step - self._first_step:
+            line["eta_s"] = round((time.monotonic() - self._start) / num_done * (self._num_steps - step), 1)
+            text += f", {line['eta_s']:.0f} s to go"
         self._lines.append(line)
         self._write()
         values = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-        text = f"step {step}/{self._num_steps}, {eta:.0f} s to go: {values}"
-        tqdm.write(text, file=sys.stderr)
-        if self._log is not None:
-            self._log(text)
+        self.say(f"{text}: {values}", in_every_log or step == self._num_steps)
         if self._curves is not None:
             self._curves.send(step, metrics)
+
+    def say(self, text: str, in_every_log: bool = True) -> None:
+        """Write a line to the terminal or the log. `in_every_log`: also to a log that has just had a line."""
+        if not self.enabled:
+            return
+        is_due = in_every_log or time.monotonic() - self._last_line >= LINE_SECONDS
+        if is_due or in_terminal():
+            self._bar.write_line(text)
+        if is_due:
+            self._last_line = time.monotonic()
+            if self._log is not None:
+                self._log(text)
 
     def _rewrite(self) -> None:
         """Reduce the file to these lines. If the disk is full, the next report removes the others."""
@@ -125,9 +136,15 @@ class Progress:
         except OSError as e:
             _warn(f"{self._path} could not be written ({e}); trying again with the next report")
 
-    def series(self, key: str) -> list[float]:
-        """All values of one metric so far, in order."""
-        return [line[key] for line in self._lines if key in line]
+    def series(self, key: str, first: int = 0, last: int | None = None) -> list[float]:
+        """The values of one metric after the steps `first` to `last` (None: so far), in order."""
+        lines = [line for line in self._lines if first <= line["step"] and (last is None or line["step"] <= last)]
+        return [line[key] for line in lines if key in line]
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was reported; 0 before the first."""
+        return max((line["step"] for line in self._lines), default=0)
 
     def close(self) -> None:
         self._bar.close()

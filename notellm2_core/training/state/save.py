@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -99,29 +99,55 @@ def full_weights(model: nn.Module) -> dict[str, Tensor] | None:
     The tensors have their whole shapes: under ZeRO-3 one parameter at a time is gathered from the ranks. tau is at most
     ln 100.
     """
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    weights = _whole(model.named_parameters())
+    if weights is None:
+        return None
+    if "tau" in weights:
+        weights["tau"].clamp_(max=MAX_TAU)
     saved = model.state_dict()
+    return weights | {name: b.detach().cpu() for name, b in model.named_buffers() if name in saved}
+
+
+def trained_weights(module: nn.Module) -> dict[str, Tensor] | None:
+    """Name -> tensor of every trained parameter of `module`, as `full_weights`; adapters stay apart."""
+    return _whole((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
+def load_trained(module: nn.Module, weights: Mapping[str, Tensor] | None) -> None:
+    """Give `module` the `trained_weights` that rank 0 has, for saving it: the optimiser keeps its own.
+
+    Called on all ranks. Without ZeRO-3 the other ranks keep their weights, which nobody saves.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            with gathered([parameter], modifier_rank=0):
+                if weights is not None:
+                    parameter.data.copy_(weights[name])
+
+
+def _whole(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor] | None:
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
     weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         with gathered([parameter]):
             if is_first:
                 weights[name] = parameter.detach().cpu().clone()
-    if "tau" in weights:
-        weights["tau"].clamp_(max=MAX_TAU)
-    buffers = {name: b.detach().cpu() for name, b in model.named_buffers() if name in saved}
-    return weights | buffers if is_first else None
+    return weights if is_first else None
 
 
-def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-    """Inside, these parameters are complete on every rank, at every ZeRO stage."""
+def gathered(parameters: Sequence[nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager[None]:
+    """Inside, these parameters are complete on every rank, at every ZeRO stage.
+
+    `modifier_rank`: the rank whose changes all ranks have afterwards, under ZeRO-3.
+    """
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
-    return _gathered(parameters)
+    return _gathered(parameters, modifier_rank)
 
 
 @contextmanager
-def _gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _gathered(parameters: Sequence[nn.Parameter], modifier_rank: int | None) -> Iterator[None]:
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(parameters)):
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=modifier_rank):
         yield
