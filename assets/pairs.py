@@ -12,9 +12,10 @@ def cooccurrence(step: Step) -> Metrics:
     """Eq. 2: how strongly viewing one note leads to clicking another, in the training and in the test days."""
     from spark_jobs.cooccurrence import score
 
-    scoring = ScoringSettings.of(step.config.pairs)
+    scoring, window = ScoringSettings.of(step.config.pairs), step.catalog.window
+    ends = {"train": window.train.end, "test": window.test.end}
     with step.spark() as spark:
-        return score(spark, windows=step.path("interactions"), out=step.out, scoring=scoring)
+        return score(spark, windows=step.path("interactions"), out=step.out, scoring=scoring, ends=ends)
 
 
 @dataset("pairs", SPARK_KINDS, on=SPARK)

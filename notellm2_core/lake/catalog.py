@@ -19,7 +19,7 @@ from notellm2_core.lake.lineage import RENAMED, STAGES, WORLD_VERSION
 from notellm2_core.lake.window import Days, ResolvedWindow, first_day_of_week, last_complete_week_end
 from notellm2_core.runtime.files import listing, write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
-from notellm2_core.runtime.nested import get_setting
+from notellm2_core.runtime.nested import get_settings
 from notellm2_core.runtime.packaged_weights import weights_version
 from notellm2_core.schema import SOURCE_EVENTS
 
@@ -107,7 +107,7 @@ class Catalog:
         if self._is_empty(name):
             return {}
         tree = self.config.model_dump(mode="json")
-        settings = {key: get_setting(tree, key) for key in STAGES[name].settings}
+        settings = get_settings(tree, STAGES[name].settings)
         versions = {key: weights_version(weights) for key, weights in self._weights(name)}
         if any(version is not None for version in versions.values()):
             settings["weights"] = {key: version for key, version in versions.items() if version is not None}

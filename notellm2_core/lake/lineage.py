@@ -4,6 +4,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from notellm2_core.config.data import (
+    ClickTimeSettings,
     EventSettings,
     FilterSettings,
     HoldOutSettings,
@@ -49,7 +50,11 @@ _TRAINING = (
 STAGES: Mapping[str, Stage] = {
     "raw_events": Stage((), ("source.partition",), version=8),
     "notes": Stage((), ()),
-    "interactions": Stage(("raw_events", "notes"), (*settings_of("source", EventSettings), "window"), version=4),
+    "interactions": Stage(
+        ("raw_events", "notes"),
+        (*settings_of("source", EventSettings), *settings_of("pairs", ClickTimeSettings), "window"),
+        version=4,
+    ),
     "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=3),
     "cooccurrence": Stage(("interactions",), settings_of("pairs", ScoringSettings), version=4),
     "note_split": Stage(("notes", "interactions", "vision_features"), settings_of("split", HoldOutSettings), version=3),

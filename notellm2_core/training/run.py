@@ -21,7 +21,7 @@ from notellm2_core.model.trainable import set_trained
 from notellm2_core.notes.processor import MLRMProcessor
 from notellm2_core.runtime.files import write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
-from notellm2_core.runtime.nested import flatten, get_setting
+from notellm2_core.runtime.nested import flatten, get_settings
 from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset, model_cache
 from notellm2_core.training.data.sampler import batch_schedule
 from notellm2_core.training.engine import deepspeed as engines
@@ -197,7 +197,7 @@ def finish(run: Run, train_days: Sequence[str] | None) -> None:
 def run_settings(config: Config, data: PairDataset) -> dict[str, Any]:
     """Everything that changes the weights by more than rounding: settings by their dotted names, and the pairs."""
     tree = config.model_dump(mode="json")
-    settings = {key: get_setting(tree, key) for key in STAGES["checkpoint"].settings}
+    settings = get_settings(tree, STAGES["checkpoint"].settings)
     fingerprints = {"training pairs": fingerprint([data.train_pairs.tolist(), data.note_ids])}
     if data.hard_negatives is not None:
         fingerprints["hard negatives"] = fingerprint([negatives.tolist() for negatives in data.hard_negatives])
