@@ -62,7 +62,7 @@ STAGES: Mapping[str, Stage] = {
     "pair_datasets": Stage(("related_pairs", "note_split"), ("split.validation_share",), version=2),
     "data_card": Stage(
         ("raw_events", "notes", "interactions", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",),
-        version=2,
+        version=3,
     ),
     "note_tokens": Stage(("notes",), (*_WORDS, "model.llm.name"), version=2),
     "initial_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
