@@ -181,6 +181,8 @@ def main() -> None:
             raise ValueError(f"--start {args.start} is not before --end {args.end}.")
         settings = settings_from(args, EventSettings, ignored_events=None, max_events_per_day=None)
         scoring = settings_from(args, ScoringSettings)
+        if scoring.half_life_days is not None and args.end is None:
+            raise ValueError("--half-life-days counts back from --end; name it.")
         spark = spark_session("cooccurrence")
         groups = files_by_types(args.events, event_files(args.events))
         ingested = (ingest_events(read_source_events(spark, args.events, files)) for files in groups)

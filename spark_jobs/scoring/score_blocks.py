@@ -102,6 +102,8 @@ def build_histories(
     view, click = rows["first_view"].to_numpy(), rows["last_click"].fill_null(NEVER).to_numpy()
     built: Histories
     if timing is not None:
+        # A limit needs every view and click: rows that were reduced to the first and the last would give wrong scores.
+        assert timing.max_gap is None or ((click == NEVER) | (click == view)).all()
         weight = rows[CLICK_WEIGHT.name].to_numpy()
         built, capped = timed_histories(TimedRows(user, note, view, click, weight), timing)
     else:

@@ -60,15 +60,14 @@ class Timing:
 
     @classmethod
     def of(cls, scoring: ScoringSettings, end: date | None, weighted: bool) -> "Timing | None":
-        """None where Eq. 2 or Swing is asked for. `end`: the day after the window's last. `weighted`: clicks are.
+        """None where Eq. 2 or Swing is asked for. `end`: the day after the window's last, which a half-life needs.
 
-        Raises ValueError for a half-life without an end.
+        `weighted`: whether clicks have weights.
         """
         is_timed = weighted or scoring.max_minutes is not None or scoring.half_life_days is not None
         if scoring.score == "swing" or not is_timed:
             return None
-        if scoring.half_life_days is not None and end is None:
-            raise ValueError("pairs.half_life_days (--half-life-days) counts from the window's end; set --end.")
+        assert end is not None or scoring.half_life_days is None
         midnight = datetime.combine(end or date(1970, 1, 1), datetime.min.time(), UTC)
         return cls(
             max_gap=None if scoring.max_minutes is None else int(min(scoring.max_minutes * 6e7, 2.0**61)),

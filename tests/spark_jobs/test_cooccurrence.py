@@ -294,6 +294,14 @@ def test_command(
     assert sorted(swing) == [("A", "B", pytest.approx(1 / 6), 2), ("B", "A", pytest.approx(1 / 6), 2)]  # 1/2 / (1 + 2)
     assert json.loads(capsys.readouterr().out)["max_loss"] is None
 
+    timed = ("--max-minutes", "0.05", "--half-life-days", "1", "--end", "1970-01-02", "--event-weights", "buy=4")
+    quick = write_csv(tmp_path / "quick.csv", ["u,A,1,seen", "u,B,4,buy", "u,C,8,buy", "v,A,0,seen", "v,B,9,buy"])
+    run(monkeypatch, "--events", quick, "--out", tmp_path / "timed", *names, *timed)  # in 3 seconds: A->B of u, N = 2
+    [pair] = pq.read_table(tmp_path / "timed").to_pylist()
+    aged = 2 ** (4 / 86400 - 1)
+    assert pair == {"query_id": "A", "target_id": "B", "score": pytest.approx(4 / 2 * aged, rel=1e-14), "num_users": 1}
+    capsys.readouterr()
+
     folder = tmp_path / "parquet"  # two files of other types, and then one that is damaged
     folder.mkdir()
     for name, ids, times in (("a", ["1", "1"], ["1970-01-01", "1970-01-02"]), ("b", [1, 2], [172800, 0])):
@@ -307,6 +315,17 @@ def test_command(
     (folder / "b.parquet").write_text("PAR1")
     fails("b.parquet is damaged", "--events", folder, "--out", tmp_path / "none")
 
+    fails(
+        "at most 0.01 minutes after viewing",
+        "--events",
+        quick,
+        "--out",
+        tmp_path / "none",
+        *names,
+        "--max-minutes",
+        ".01",
+    )
+    fails("counts back from --end", "--events", quick, "--out", tmp_path / "none", *names, "--half-life-days", "7")
     fails("no clicks; set --click-events", "--events", log, "--out", tmp_path / "none")
     fails(
         "is not before --end",

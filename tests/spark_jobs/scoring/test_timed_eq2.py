@@ -160,5 +160,3 @@ def test_timing_of_the_settings() -> None:
     expected = Timing(max_gap=90_000_000, half_life=2 * day, end=3 * day, simultaneous=True, max_notes=7)
     assert Timing.of(scoring, date(1970, 1, 4), weighted=False) == expected
     assert Timing.of(ScoringSettings(), None, weighted=True) == Timing(None, None, 0, max_notes=2000)
-    with pytest.raises(ValueError, match="set --end"):
-        Timing.of(ScoringSettings(half_life_days=1), None, weighted=False)
