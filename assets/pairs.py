@@ -12,9 +12,10 @@ def cooccurrence(step: Step) -> Metrics:
     """Eq. 2: how strongly viewing one note leads to clicking another, in the training and in the test days."""
     from spark_jobs.cooccurrence import score
 
-    scoring = ScoringSettings.of(step.config.pairs)
+    scoring, window = ScoringSettings.of(step.config.pairs), step.catalog.window
+    ends = {"train": window.train.end, "test": window.test.end}
     with step.spark() as spark:
-        return score(spark, windows=step.path("interactions"), out=step.out, scoring=scoring)
+        return score(spark, windows=step.path("interactions"), out=step.out, scoring=scoring, ends=ends)
 
 
 @dataset("pairs", SPARK_KINDS, on=SPARK)
@@ -65,16 +66,17 @@ def pair_datasets(step: Step) -> Metrics:
 
 @dataset("pairs", {"numpy"}, show={"data card": ["data_card.md", "data_card.png"]})
 def data_card(step: Step) -> Metrics:
-    """The data card of this release: Table 1, what was dropped, the spread of scores, pairs and clicks."""
-    from notellm2_core.evaluation.data_card import write_data_card
+    """The data card of this release: Table 1, what was dropped, the spread of scores, pairs and clicks, and advice."""
+    from notellm2_core.evaluation.data_card import CardInputs, write_data_card
 
-    window = step.catalog.window
-    return write_data_card(
+    inputs = CardInputs(
         notes=step.path("notes", NOTES_TABLE),
         pairs=step.path("pair_datasets"),
         clicks=step.path("cooccurrence"),
-        out=step.out,
         manifests={name: upstream.manifest.metrics for name, upstream in step.inputs.items()},
-        window={"train": window.train.iso(), "test": window.test.iso()},
-        unit=step.config.text.word_unit,
+        window=step.catalog.window,
     )
+    table, advice = write_data_card(inputs, step.out, step.config.text.word_unit, step.config.pairs)
+    for sentence in advice:
+        step.context.log.warning(sentence)
+    return table

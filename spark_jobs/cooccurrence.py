@@ -37,7 +37,7 @@ from notellm2_core.config.data import EventSettings, ScoringSettings
 from notellm2_core.config.options import add_options, settings_from
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import parquet_files
-from notellm2_core.schema import SCORES, TEST, TEST_CLICKS, TRAIN, TRAIN_CLICKS
+from notellm2_core.schema import CLICK_WEIGHT, SCORES, TEST, TEST_CLICKS, TRAIN, TRAIN_CLICKS
 from spark_jobs.clean import label_events, split_labelled, within
 from spark_jobs.common.session import absolute_path, spark_session
 from spark_jobs.common.tables import counts_by, num_files, read_table, readable, replacing, top_counts, write_table
@@ -50,10 +50,13 @@ from spark_jobs.scoring.score_blocks import (
     write_note_ids,
     write_scores,
 )
+from spark_jobs.scoring.timed_histories import Timing
 from spark_jobs.source import read_source_events
 
 
-def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -> dict[str, Any]:
+def cooccurrence(
+    interactions: DataFrame, out: Path, scoring: ScoringSettings, end: date | None = None
+) -> dict[str, Any]:
     """Eq. 2: s(A -> B) = sum over u in U(A -> B) of 1 / N_u. INTERACTIONS -> SCORES in the new folder `out`.
 
     U(A -> B) holds the users whose first view of A is earlier than (`simultaneous`: not later than) their last click on
@@ -64,6 +67,10 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -
     counts all clicked notes. `score = "swing"` computes another score from the same clicks
     (`spark_jobs.scoring.swing`).
 
+    With `max_minutes`, `half_life_days` (counted from the day `end`, which is the window's end) or CLICK_WEIGHT,
+    clicks follow within a limit and have weights (`spark_jobs.scoring.timed_histories`). A limit needs an interaction
+    for each time that a user viewed or clicked a note (`spark_jobs.interactions.reduced`).
+
     The workers write `out`: one file per block of queries, sorted by query and target, with the same bytes on every
     run.
 
@@ -73,17 +80,20 @@ def cooccurrence(interactions: DataFrame, out: Path, scoring: ScoringSettings) -
     """
     num_blocks = num_files(interactions.sparkSession)
     micros = (F.unix_micros(c).alias(c) for c in ("first_view", "last_click"))
-    rows = interactions.select("user_id", "note_id", *micros)
+    weighted = CLICK_WEIGHT.name in interactions.columns
+    timing = Timing.of(scoring, end, weighted)
+    weights = [] if timing is None else [F.col(CLICK_WEIGHT.name) if weighted else F.lit(1.0).alias(CLICK_WEIGHT.name)]
+    rows = interactions.select("user_id", "note_id", *micros, *weights)
     out = out.resolve()  # workers have another working directory
     out.mkdir(parents=True)
     note_ids = out / ".note_ids.arrow"
     write_note_ids(rows.select("note_id").distinct().toArrow()["note_id"], note_ids)
 
     def build(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return build_histories(batches, note_ids, num_blocks, scoring)
+        return build_histories(batches, note_ids, num_blocks, scoring, timing)
 
     def write(chunks: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return write_scores(chunks, note_ids, out, scoring)
+        return write_scores(chunks, note_ids, out, scoring, timing)
 
     chunks = rows.repartition(num_blocks, "user_id").mapInArrow(build, from_arrow_schema(HISTORY_CHUNKS))
     blocks = chunks.repartitionById(num_blocks, "block").mapInArrow(write, from_arrow_schema(BLOCK_METRICS))
@@ -109,21 +119,23 @@ def target_clicks(interactions: DataFrame) -> DataFrame:
     return clicks.groupBy("note_id").agg(F.count_distinct("user_id").alias("num_users"))
 
 
-def score(spark: SparkSession, windows: Path, out: Path, scoring: ScoringSettings) -> dict[str, Any]:
+def score(
+    spark: SparkSession, windows: Path, out: Path, scoring: ScoringSettings, ends: Mapping[str, date]
+) -> dict[str, Any]:
     """`windows/{train,test}` (INTERACTIONS) -> `out/{train,test}` (SCORES), `out/{train,test}_clicks` (TARGET_CLICKS).
 
-    Equal windows are computed once. Returns the counts of `cooccurrence` by window. Raises ValueError naming the
-    settings that leave a window without pairs.
+    `ends`: the day after each window. Equal windows are computed once. Returns the counts of `cooccurrence` by window.
+    Raises ValueError naming the settings that leave a window without pairs.
     """
     counts: dict[str, Any] = {}
     for window in ("train", "test"):
-        if window == "test" and _same_files(windows / TRAIN, windows / TEST):
+        if window == "test" and ends[TRAIN] == ends[TEST] and _same_files(windows / TRAIN, windows / TEST):
             shutil.copytree(out / TRAIN, out / TEST)
             shutil.copytree(out / TRAIN_CLICKS, out / TEST_CLICKS)
             counts["test"] = counts["train"]
             break
         table = read_table(spark, windows / window)
-        counts[window] = cooccurrence(table, out / window, scoring)
+        counts[window] = cooccurrence(table, out / window, scoring, ends[window])
         _require_pairs(counts[window], scoring, f"{window} window")
         write_table(target_clicks(table), out / f"{window}_clicks", ["note_id"])
     return counts
@@ -136,7 +148,12 @@ def _require_pairs(counts: Mapping[str, Any], scoring: ScoringSettings, where: s
     if scoring.score == "swing":
         raise ValueError(f"{where}: no two users clicked the same two notes; set {longer}, or pairs.score.")
     by_day = "" if scoring.simultaneous else "pairs.simultaneous (--simultaneous) for times by the day, or "
-    raise ValueError(f"{where}: no user clicked one note after viewing another; set {by_day}{longer}.")
+    if scoring.max_minutes is None:
+        raise ValueError(f"{where}: no user clicked one note after viewing another; set {by_day}{longer}.")
+    raise ValueError(
+        f"{where}: no user clicked one note at most {scoring.max_minutes:g} minutes after viewing another; raise "
+        f"pairs.max_minutes (--max-minutes), or set {by_day}{longer}."
+    )
 
 
 def _same_files(a: Path, b: Path) -> bool:
@@ -150,8 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m spark_jobs.cooccurrence", description="Eq. 2 over behaviour logs.")
     parser.add_argument("--events", type=absolute_path, required=True, help="events.csv(.gz), Parquet, or a source")
     parser.add_argument("--out", type=absolute_path, required=True, help="folder for the scores")
-    add_options(parser, EventSettings, "view_events", "click_events")
+    add_options(parser, EventSettings, "view_events", "click_events", "event_weights")
     add_options(parser, ScoringSettings, "simultaneous", "score", "swing_alpha", "swing_max_users")
+    add_options(parser, ScoringSettings, "max_minutes", "half_life_days")
     add_options(parser, ScoringSettings, "max_user_notes", default="all")
     parser.add_argument("--start", type=date.fromisoformat, help="first day, YYYY-MM-DD")
     parser.add_argument("--end", type=date.fromisoformat, help="the day after the last one")
@@ -161,6 +179,8 @@ def main() -> None:
             raise ValueError(f"--start {args.start} is not before --end {args.end}.")
         settings = settings_from(args, EventSettings, ignored_events=None, max_events_per_day=None)
         scoring = settings_from(args, ScoringSettings)
+        if scoring.half_life_days is not None and args.end is None:
+            raise ValueError("--half-life-days counts back from --end; name it.")
         spark = spark_session("cooccurrence")
         raw = read_source_events(spark, args.events).persist()
         names = top_counts(raw, "event")
@@ -173,7 +193,7 @@ def main() -> None:
                 f"{args.events}: no clicks; set --click-events, --start, --end. Event names: {names}. "
                 f"Dropped: {dropped}."
             )
-        counts = cooccurrence(interactions(events, settings), out, scoring)
+        counts = cooccurrence(interactions(events, settings), out, scoring, args.end)
         _require_pairs(counts, scoring, str(args.events))
         print(json.dumps({"rows": raw.count(), "events": names, "dropped": counts_by(quarantine, "reason"), **counts}))
 

@@ -3,6 +3,9 @@
 `reduce_partitions` reduces a partition of the log once, for all windows that it will be part of. `join_partitions`
 concatenates a window's partitions and drops robots and unknown notes, which a single partition cannot identify. A user
 and note may therefore have several rows: the earliest first view and the latest last click count.
+
+A limit between view and click needs every time: a user and note then have a row per time. Weights of clicks need the
+last click of each weight: a row per weight, in the column CLICK_WEIGHT.
 """
 
 import shutil
@@ -20,17 +23,13 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from notellm2_core.config.data import EventSettings
-from notellm2_core.schema import INTERACTIONS, QUARANTINE, QUARANTINE_TABLE, TEST, TRAIN
+from notellm2_core.schema import CLICK_WEIGHT, INTERACTIONS, QUARANTINE, QUARANTINE_TABLE, TEST, TRAIN
 from spark_jobs.clean import IGNORED, label_events, split_labelled, within
 from spark_jobs.common.tables import aggregates, num_files, read_table, summed_counts, write_partitions, write_table
 
 _Rows = Sequence[Any]  # collected from Spark
 _NUM_NAMES = 20  # most event names that are reported
-_TABLES = {
-    "interactions": INTERACTIONS,
-    "robots": pa.schema([pa.field("user_id", pa.string(), nullable=False)]),
-    "quarantine": QUARANTINE,
-}
+_ROBOTS = pa.schema([pa.field("user_id", pa.string(), nullable=False)])
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,15 @@ class Window:
 
 
 def interactions(events: DataFrame, settings: EventSettings) -> DataFrame:
-    """EVENTS -> INTERACTIONS, one row per event: every event is a view; click events are also a click."""
+    """EVENTS -> INTERACTIONS, one row per event: every event is a view; click events are also a click.
+
+    With `event_weights`, CLICK_WEIGHT is added: the weight of the click, 1 if its event has none.
+    """
     clicked = F.col("event").isin(*settings.click_events)
+    weight = F.lit(1.0)
+    for name, its_weight in (settings.event_weights or {}).items():
+        weight = F.when(F.col("event") == name, its_weight).otherwise(weight)
+    weights = [] if settings.event_weights is None else [F.when(clicked, weight).alias(CLICK_WEIGHT.name)]
     return events.select(
         "user_id",
         "note_id",
@@ -52,7 +58,32 @@ def interactions(events: DataFrame, settings: EventSettings) -> DataFrame:
         F.when(clicked, F.col("timestamp")).alias("last_click"),
         F.lit(1).cast("bigint").alias("events"),
         clicked.cast("bigint").alias("clicks"),
+        *weights,
         *(c for c in events.columns if c == "partition"),
+    )
+
+
+def reduced(rows: DataFrame, every_time: bool) -> DataFrame:
+    """`interactions`, one row per event -> one row per partition, user and note.
+
+    With CLICK_WEIGHT, one for each of its values. With `every_time`, one for each time, with the largest weight.
+    """
+    keys = [c for c in rows.columns if c in ("partition", "user_id", "note_id")]
+    largest = []
+    if CLICK_WEIGHT.name in rows.columns:
+        if every_time:
+            largest.append(F.max(CLICK_WEIGHT.name).alias(CLICK_WEIGHT.name))
+        else:
+            keys.append(CLICK_WEIGHT.name)
+    if every_time:
+        keys.append("first_view")
+    else:
+        largest.append(F.min("first_view").alias("first_view"))
+    return rows.groupBy(*keys).agg(
+        *largest,
+        F.max("last_click").alias("last_click"),
+        F.sum("events").alias("events"),
+        F.sum("clicks").alias("clicks"),
     )
 
 
@@ -62,12 +93,13 @@ def reduce_partitions(
     days: Mapping[str, tuple[date, date] | None],
     out: Path,
     settings: EventSettings,
+    every_time: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Ingested partitions by name -> `out/NAME/interactions` (INTERACTIONS), `robots` (user_id), `quarantine` for each.
 
     Tables without rows are not written. `days`: the days [start, end) of each partition that count; None: the rows are
     undated, and all go to the quarantine. A user with more than `max_events_per_day` events on a day is a robot. Its
-    interactions are written, and `join_partitions` drops them.
+    interactions are written, and `join_partitions` drops them. `every_time`: see `reduced`.
 
     Returns for each partition rows (on the days), ignored_event, dropped {reason: rows}, events {name: rows},
     first_day and last_day.
@@ -77,21 +109,12 @@ def reduce_partitions(
         (_labelled(spark, path, days[partition], settings, partition) for partition, path in ingested.items()),
     ).persist()
     events, quarantine = split_labelled(labelled)
-    reduced = (
-        interactions(events, settings)
-        .groupBy("partition", "user_id", "note_id")
-        .agg(
-            F.min("first_view").alias("first_view"),
-            F.max("last_click").alias("last_click"),
-            F.sum("events").alias("events"),
-            F.sum("clicks").alias("clicks"),
-        )
-    )
     with_duplicates = labelled.filter("reason IS NULL OR reason = 'duplicate_event'")
     by_day = with_duplicates.groupBy("partition", "user_id", F.to_date("timestamp")).count()
     max_by_day = settings.max_events_per_day or 1 << 62
     robots = by_day.filter(F.col("count") > max_by_day).select("partition", "user_id").distinct()
-    tables = {"interactions": (reduced, ["user_id", "note_id"]), "robots": (robots, ["user_id"]),
+    rows = reduced(interactions(events, settings), every_time).select("partition", *_columns(settings).names)
+    tables = {"interactions": (rows, _order(rows)), "robots": (robots, ["user_id"]),
               "quarantine": (quarantine, ["reason", "row"])}  # fmt: skip
     for name, (table, sort) in tables.items():
         write_partitions(table, out / f".{name}", "partition", sort)
@@ -158,17 +181,19 @@ def join_partitions(
     clicks, users, notes, first_day, last_day. Raises ValueError for a window without events or without clicks.
     """
     all_partitions = {**undated, **train.partitions, **test.partitions}
-    robots = _read(spark, all_partitions, "robots").distinct().withColumn("robot", F.lit(True))
+    columns = _columns(settings)
+    robots = _read(spark, all_partitions, "robots", _ROBOTS).distinct().withColumn("robot", F.lit(True))
     note_ids = read_table(spark, notes).select("note_id", F.lit(True).alias("is_known"))
 
     def labelled(partitions: Mapping[Path, Any]) -> DataFrame:
-        table = _read(spark, partitions, "interactions").join(robots, "user_id", "left")
+        table = _read(spark, partitions, "interactions", columns).join(robots, "user_id", "left")
         reason = F.when(F.col("robot"), "robot").when(F.isnull("is_known"), "unknown_note")
         return table.join(note_ids, "note_id", "left").withColumn("reason", reason)
 
     faulty = labelled(all_partitions).filter("reason IS NOT NULL").persist()
     row = F.to_json(F.struct(*INTERACTIONS.names), {"ignoreNullFields": "false"}).alias("row")
-    quarantine = _read(spark, all_partitions, "quarantine").select(QUARANTINE.names).union(faulty.select("reason", row))
+    quarantine = _read(spark, all_partitions, "quarantine", QUARANTINE).select(QUARANTINE.names)
+    quarantine = quarantine.union(faulty.select("reason", row))
     write_table(quarantine, out / QUARANTINE_TABLE, ["row", "reason"], num_files(spark))
     dropped = summed_counts(metrics["dropped"] for metrics in all_partitions.values())
     dropped.update(_events_by_reason(faulty))
@@ -185,17 +210,26 @@ def join_partitions(
             counts["test"] = counts["train"]
             break
         table = labelled(window.partitions)
-        clean = table.filter("reason IS NULL").select(INTERACTIONS.names)
-        write_table(clean, out / name, ["user_id", "note_id", "first_view"], num_files(spark))
+        clean = table.filter("reason IS NULL").select(columns.names)
+        write_table(clean, out / name, _order(clean), num_files(spark))
         counts[name] = _counts(read_table(spark, out / name), window)
         _require(counts[name], name, window, settings, table, note_ids)
     return counts
 
 
-def _read(spark: SparkSession, partitions: Mapping[Path, Any], table: str) -> DataFrame:
+def _columns(settings: EventSettings) -> pa.Schema:
+    return INTERACTIONS if settings.event_weights is None else INTERACTIONS.append(CLICK_WEIGHT)
+
+
+def _order(rows: DataFrame) -> list[str]:
+    """The columns that put interactions into one order: those that are no counts."""
+    return [c for c in rows.columns if c not in ("partition", "events", "clicks")]
+
+
+def _read(spark: SparkSession, partitions: Mapping[Path, Any], table: str, columns: pa.Schema) -> DataFrame:
     """The rows of `table` of all partitions; a partition without that table has none."""
     folders = [partition / table for partition in partitions if (partition / table).exists()]
-    return read_table(spark, *folders) if folders else spark.createDataFrame([], from_arrow_schema(_TABLES[table]))
+    return read_table(spark, *folders) if folders else spark.createDataFrame([], from_arrow_schema(columns))
 
 
 def _events_by_reason(labelled: DataFrame) -> dict[str, int]:

@@ -71,11 +71,12 @@ def reduced_partitions(
     """The reduced dataset of each of `partitions` of `raw`, on its days. Missing ones are computed inside `draft`."""
     from spark_jobs.interactions import reduce_partitions
 
-    events = EventSettings.of(catalog.config.source)
+    events, limit = EventSettings.of(catalog.config.source), catalog.config.pairs.max_minutes
+    by_time = {} if limit is None else {"every_time": True}
 
     def settings(partition: str, days: tuple[date, date] | None) -> dict[str, Any]:
         files = [entry["sha256"] for file, entry in raw.manifest.files.items() if Path(file).parts[0] == partition]
-        return {"version": PARTITION_VERSION, "files": files, "days": days, **events.model_dump()}
+        return {"version": PARTITION_VERSION, "files": files, "days": days, **by_time, **events.model_dump()}
 
     keys = {partition: fingerprint(settings(*partition)) for partition in partitions}
     missing = {key: partition for partition, key in keys.items() if catalog.lake.find("log_partition", key) is None}
@@ -88,6 +89,7 @@ def reduced_partitions(
             days={key: days for key, (_, days) in missing.items()},
             out=work,
             settings=events,
+            **by_time,
         )
         inputs = {"raw_events": raw.manifest.fingerprint}
         for key, partition in missing.items():

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from notellm2_core.config.section import Section, no_address
+from notellm2_core.config.section import Section, is_null, no_address
 
 Partition = Literal["week", "year"]
 WordUnit = Literal["auto", "space", "character"]
@@ -39,11 +39,19 @@ class EventSettings(Section):
         description="A user with more events on any day is a robot, and none of its events counts. null: no limit "
         "(paper).",
     )
+    event_weights: dict[str, Annotated[float, Field(gt=0, le=1e9)]] | None = Field(
+        None,
+        exclude_if=is_null,
+        description="How much a click counts, by event name of click_events, such as `{purchase: 5}`; the others count "
+        "1. null: all count 1 (paper).",
+    )
 
     @model_validator(mode="after")
     def _events(self) -> "EventSettings":
         if both := {*(self.ignored_events or ())} & {*self.view_events, *self.click_events}:
             raise ValueError(f"{min(both)} is in ignored_events and in view_events or click_events")
+        if others := {*(self.event_weights or ())} - {*self.click_events}:
+            raise ValueError(f"{min(others)} is in event_weights and not in click_events")
         return self
 
     @property
@@ -92,7 +100,19 @@ class WindowSettings(Section):
     )
 
 
-class ScoringSettings(Section):
+class ClickTimeSettings(Section):
+    """When a click follows a view."""
+
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        exclude_if=is_null,
+        description="Most minutes between a view and the click that follows it. null: no limit (paper).",
+    )
+
+
+class ScoringSettings(ClickTimeSettings):
     """How strongly two notes are related."""
 
     score: Literal["cooccurrence", "swing"] = Field(
@@ -120,6 +140,14 @@ class ScoringSettings(Section):
         gt=0,
         description="Notes of each user that make pairs: this many with the latest first view, and this many with the "
         "latest click. null: all (paper).",
+    )
+    half_life_days: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        exclude_if=is_null,
+        description="A click counts half as much as one that is this many days later. One at the window's end counts "
+        "1, so scores become smaller. null: all clicks count the same (paper).",
     )
 
 

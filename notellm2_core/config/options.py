@@ -17,8 +17,8 @@ def add_options(
 ) -> None:
     """Add an option `--the-name` for each of the settings `names` of `group` (`num_notes`: `--notes`).
 
-    On the command line, a list is written with commas, and null may be written `all`. `default`: replaces the
-    declaration's.
+    On the command line, a list is written with commas, a mapping as `a=1,b=2`, and null may be written `all`.
+    `default`: replaces the declaration's.
     """
     for name in names:
         field, flag = group.model_fields[name], f"--{name.removeprefix('num_').replace('_', '-')}"
@@ -57,12 +57,21 @@ def _reader(field: FieldInfo) -> Callable[[str], Any]:
     declared: Any = Annotated[field.annotation, field]  # with its bounds
     adapter = TypeAdapter(declared)
     is_list = isinstance(field.default, tuple)
+    is_mapping = any(get_origin(kind) is dict for kind in get_args(field.annotation))
 
     def read(text: str) -> Any:
-        value = [word for part in text.split(",") if (word := part.strip())] if is_list else text
+        value: Any = text
+        if is_list:
+            value = _words(text)
+        elif is_mapping and "=" in text:
+            value = {name.strip(): number for name, _, number in (word.rpartition("=") for word in _words(text))}
         try:
             return adapter.validate_python(None if value in ("null", "all") else value)
         except ValidationError as e:
             raise argparse.ArgumentTypeError(f"{text}: {e.errors()[0]['msg']}") from e
 
     return read
+
+
+def _words(text: str) -> list[str]:
+    return [word for part in text.split(",") if (word := part.strip())]

@@ -20,6 +20,14 @@ class Section(BaseModel):
         return cls(**{name: getattr(section, name) for name in cls.model_fields})
 
 
+def is_null(value: Any) -> bool:
+    """For `Field(None, exclude_if=is_null)`: while the setting is null, no dump holds it.
+
+    A setting that is added to a stage so leaves the fingerprints of the datasets that were made before it.
+    """
+    return value is None
+
+
 def no_address(value: Any) -> Any:
     """`value`, unchanged. Raises ValueError for an address like s3://bucket (docs/decisions/0005)."""
     if "://" in str(value):

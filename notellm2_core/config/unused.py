@@ -23,13 +23,16 @@ def unused_settings(config: Config) -> list[str]:
     no_connector = "" if method.visual_prompt else by_method
     no_qformer = no_connector or ("" if kind == "qformer" else f" with model.connector.kind = {kind}")
     no_measurement = "" if measures_notes else ": no setting of model.init that measures notes is on"
-    no_swing = "" if config.pairs.score == "swing" else by_score
+    no_swing, no_order = ("", by_score) if config.pairs.score == "swing" else (by_score, "")
     no_negatives = "" if negatives.num else f" with training.hard_negatives.num = {negatives.num}"
     no_mining = "" if negatives.file is None else f" with training.hard_negatives.file = {negatives.file}"
     causes = {
         "pairs.swing_alpha": no_swing,
         "pairs.swing_max_users": no_swing,
-        "pairs.simultaneous": "" if no_swing else by_score,
+        "pairs.simultaneous": no_order,
+        "pairs.max_minutes": no_order,
+        "pairs.half_life_days": no_order,
+        "source.event_weights": no_order,
         "split.pool_share": "" if config.split.by == "hash" else f" with split.by = {config.split.by}",
         "model.init.fusion_scale": no_fusion,
         "model.init.gate_bias": no_fusion,

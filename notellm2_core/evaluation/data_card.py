@@ -1,11 +1,13 @@
 """The data card of a release: the rows of Table 1, what was dropped, the spread of scores, pairs and clicks.
 
-The card is made from the outputs of the Spark jobs and the metrics in their manifests, without Spark and torch.
+The card is made from the outputs of the Spark jobs and the metrics in their manifests, without Spark and torch. It
+ends with what the data foretell (`data_advice`).
 """
 
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from notellm2_core.config.data import WordUnit
+from notellm2_core.config.data import PairSettings, WordUnit
+from notellm2_core.evaluation.data_advice import data_advice
+from notellm2_core.lake.window import ResolvedWindow
 from notellm2_core.notes.prompts import count_words
 from notellm2_core.runtime.files import parquet_files
 from notellm2_core.schema import POOL_TABLE
@@ -29,30 +33,32 @@ _TEXTS = {
 }
 
 
-def write_data_card(
-    *,
-    notes: Path,
-    pairs: Path,
-    clicks: Path,
-    out: Path,
-    manifests: Mapping[str, Metrics],
-    window: Mapping[str, Sequence[str]],
-    unit: WordUnit,
-) -> dict[str, Any]:
-    """Write data_card.md, data_card.png and data_card.json into `out`; returns the rows of Table 1, by split.
+@dataclass(frozen=True)
+class CardInputs:
+    """What a data card is made from."""
 
-    `pairs`: the folder of train, validation, test and pool that `spark_jobs.split` wrote. `clicks`: the folder of
-    train_clicks and test_clicks. `manifests`: the metrics of raw_events, notes, interactions, cooccurrence,
-    related_pairs and pair_datasets. `window`: the first day and the day after the last one, for train and test. `unit`:
-    text.word_unit.
+    notes: Path
+    pairs: Path  # the folder of train, validation, test and pool that `spark_jobs.split` wrote
+    clicks: Path  # the folder of train_clicks and test_clicks
+    manifests: Mapping[str, Metrics]  # of raw_events, notes, interactions, cooccurrence, related_pairs, pair_datasets
+    window: ResolvedWindow
+
+
+def write_data_card(
+    inputs: CardInputs, out: Path, unit: WordUnit, settings: PairSettings
+) -> tuple[dict[str, Any], list[str]]:
+    """Write data_card.md, data_card.png and data_card.json into `out`.
+
+    `unit`: text.word_unit. Returns the rows of Table 1, by split, and the sentences of `data_advice`.
     """
+    pairs, manifests = inputs.pairs, inputs.manifests
     train, test = (_pairs(pairs, *names) for names in (("train", "validation"), ("test",)))
     members = {
         "train": pc.unique(pa.chunked_array([*train["query_id"].chunks, *train["target_id"].chunks], pa.string())),
         "test": pq.read_table(pairs / POOL_TABLE, columns=["note_id"])["note_id"].combine_chunks(),
     }
     table = {
-        split: {"notes": len(ids), "pairs": len(split_pairs), **_texts(notes, ids, unit)}
+        split: {"notes": len(ids), "pairs": len(split_pairs), **_texts(inputs.notes, ids, unit)}
         for (split, ids), split_pairs in zip(members.items(), (train, test), strict=True)
     }
     spread = {
@@ -61,19 +67,23 @@ def write_data_card(
         "queries per target, test": _counts(test["target_id"]),
     }
     users = {
-        name: np.sort(pq.read_table(clicks / f"{name}_clicks")["num_users"].to_numpy())[::-1]
+        name: np.sort(pq.read_table(inputs.clicks / f"{name}_clicks")["num_users"].to_numpy())[::-1]
         for name in ("train", "test")
     }
     related_scores = {"train": train["score"].to_numpy(), "test": test["score"].to_numpy()}
-    card = {"table": table, "window": {name: list(days) for name, days in window.items()}}
+    window = {"train": inputs.window.train.iso(), "test": inputs.window.test.iso()}
+    days = inputs.window.train
+    advice = data_advice(train, test.num_rows, (days.start, days.end), settings)
+    card = {"table": table, "window": {name: list(days) for name, days in window.items()}, "advice": advice}
     (out / "data_card.json").write_text(json.dumps(card, indent=1))
-    (out / "data_card.md").write_text(_markdown(table, spread, users, manifests, window))
+    lines = [*_markdown(table, spread, users, manifests, window), *_advice(advice)]
+    (out / "data_card.md").write_text("\n".join(lines))
     (out / "data_card.png").write_bytes(_plot(spread, users, related_scores, manifests["cooccurrence"]))
-    return table
+    return table, advice
 
 
 def _pairs(folder: Path, *names: str) -> pa.Table:
-    columns = ["query_id", "target_id", "score"]
+    columns = ["query_id", "target_id", "score", "num_users"]
     return pa.concat_tables([pq.read_table(folder / name, columns=columns) for name in names])
 
 
@@ -104,12 +114,12 @@ def _markdown(
     users: Mapping[str, npt.NDArray[np.int64]],
     manifests: Mapping[str, Metrics],
     window: Mapping[str, Sequence[str]],
-) -> str:
+) -> list[str]:
     raw, interactions, scores, related = (
         manifests[n] for n in ("raw_events", "interactions", "cooccurrence", "related_pairs")
     )
     days = {name: f"{start} to {end} (exclusive)" for name, (start, end) in window.items()}
-    lines = [
+    return [
         f"# Data card: training days {days['train']}, test days {days['test']}",
         "",
         f"The log of {raw['rows']:,} rows begins on {raw['first_day']} and ends on {raw['covered_until']}.",
@@ -154,7 +164,10 @@ def _markdown(
         ]),
         "",
     ]  # fmt: skip
-    return "\n".join(lines)
+
+
+def _advice(sentences: Sequence[str]) -> list[str]:
+    return ["## What to change", "", *(f"- {sentence}" for sentence in sentences), ""] if sentences else []
 
 
 def _loss(value: float | None) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from notellm2_core.config.data import (
+    ClickTimeSettings,
     EventSettings,
     FilterSettings,
     HoldOutSettings,
@@ -16,7 +17,7 @@ from notellm2_core.config.model import ModelSettings
 from notellm2_core.config.section import Section
 from notellm2_core.config.settings import Config, ExportSettings, ReportSettings, SaliencySettings
 from notellm2_core.config.training import MiningSettings, RunSettings, SelectionSettings, TrainingSettings
-from notellm2_core.runtime.nested import get_setting
+from notellm2_core.runtime.nested import get_settings
 
 Condition = Callable[[Config], bool]
 
@@ -43,7 +44,7 @@ def settings_of(section: str, group: type[Section], *, but: Container[str] = ())
 def stage_settings(name: str, config: Config) -> dict[str, Any]:
     """The settings that the dataset `name` itself depends on, by their dotted names."""
     tree, stage = config.model_dump(mode="json"), STAGES[name]
-    return {key: get_setting(tree, key) for key in stage.settings if stage.counts(key, config)}
+    return get_settings(tree, (key for key in stage.settings if stage.counts(key, config)))
 
 
 def _mines(config: Config) -> bool:
@@ -84,7 +85,11 @@ _HARD_NEGATIVES: Mapping[str, Condition] = {
 STAGES: Mapping[str, Stage] = {
     "raw_events": Stage((), ("source.partition",), version=9),
     "notes": Stage((), (), version=2),
-    "interactions": Stage(("raw_events", "notes"), (*settings_of("source", EventSettings), "window"), version=4),
+    "interactions": Stage(
+        ("raw_events", "notes"),
+        (*settings_of("source", EventSettings), *settings_of("pairs", ClickTimeSettings), "window"),
+        version=4,
+    ),
     "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=3),
     "cooccurrence": Stage(("interactions",), settings_of("pairs", ScoringSettings), version=4),
     "note_split": Stage(("notes", "interactions", "vision_features"), settings_of("split", HoldOutSettings), version=3),
@@ -92,7 +97,7 @@ STAGES: Mapping[str, Stage] = {
     "pair_datasets": Stage(("related_pairs", "note_split"), ("split.validation_share",), version=2),
     "data_card": Stage(
         ("raw_events", "notes", "interactions", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",),
-        version=2,
+        version=3,
     ),
     "note_tokens": Stage(("notes",), (*_WORDS, "model.llm.name"), version=2),
     "initial_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),

@@ -1,6 +1,6 @@
 """Nested mappings by dotted names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -12,8 +12,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def get_setting(tree: Any, key: str) -> Any:
-    """The value at a dotted name. Raises KeyError where there is none."""
-    for part in key.split("."):
-        tree = tree[part]
-    return tree
+def get_settings(tree: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The values at dotted names. A name that the tree lacks has none: a dump leaves some settings out while null."""
+    sections = ((name, *_section(tree, name)) for name in names)
+    return {name: section[key] for name, section, key in sections if key in section}
+
+
+def _section(tree: Any, name: str) -> tuple[Mapping[str, Any], str]:
+    *sections, key = name.split(".")
+    for section in sections:
+        tree = tree[section]
+    return tree, key

@@ -18,6 +18,7 @@ from spark_jobs.scoring.arrays import Floats, Ints, ragged, run_starts
 
 Follows = Literal["later", "not earlier", "any"]
 
+_INT32 = pa.int32()
 NEVER = np.iinfo(np.int64).min  # last_click of a note that was not clicked
 HISTORIES = pa.schema(
     [
@@ -32,13 +33,16 @@ _CLICKS_AT_A_TIME = 1 << 22  # in one chunk, so that it is a small row for Spark
 
 @dataclass(frozen=True)
 class Capped:
-    """The views and clicks that the cap `max_notes` has cut. Cutting a user takes at most 1 / N_u from any score."""
+    """The views and clicks that the cap `max_notes` has cut.
+
+    Cutting a user takes at most its share from any score: 1 / N_u, times the largest weight of its clicks.
+    """
 
     users: int  # users with a cut view or click
-    loss: float  # the sum of 1 / N_u over these users
+    loss: float  # the sum of these users' shares
     note: Ints  # [C] notes that were cut from a user's views or clicks
     clicked: npt.NDArray[np.bool_]  # [C] whether the note was cut from the clicks
-    note_loss: Floats  # [C] the sum of 1 / N_u over the users from whom the note was cut
+    note_loss: Floats  # [C] the sum of the shares of the users from whom the note was cut
 
 
 NOTHING_CAPPED = Capped(0, 0.0, np.empty(0, np.int64), np.empty(0, bool), np.empty(0))
@@ -75,9 +79,9 @@ class Histories:
         num_clicks = self.end[users] - begin
         columns = [
             pa.array(self.num_clicked[users], pa.int32()),
-            _ragged(self.view[views], num_views),
-            _ragged(start - np.repeat(begin, num_views), num_views),
-            _ragged(self.click[ragged(begin, num_clicks)], num_clicks),
+            lists(self.view[views], num_views),
+            lists(start - np.repeat(begin, num_views), num_views),
+            lists(self.click[ragged(begin, num_clicks)], num_clicks),
         ]
         return pa.record_batch(columns, schema=HISTORIES)
 
@@ -96,7 +100,7 @@ def histories(
     if follows == "any":
         first_view = last_click
     clicked = last_click > NEVER
-    time = _ranks(np.concatenate([first_view, last_click[clicked]]))
+    time = ranks(np.concatenate([first_view, last_click[clicked]]))
     viewed_at, clicked_at = user << 32 | time[: len(user)], user[clicked] << 32 | time[len(user) :]
     order = np.argsort(clicked_at, kind="stable")  # notes ascend within a user, so ties are ordered by number
     clicked_at, click = clicked_at[order], note[clicked][order]
@@ -111,24 +115,29 @@ def histories(
     capped = NOTHING_CAPPED
     if max_notes is not None:
         start = np.maximum(start, end[user] - max_notes)
-        is_kept[_earliest(viewed_at, user, num_viewed, max_notes)] = False
+        is_kept[earliest(viewed_at, user, num_viewed, max_notes)] = False
         clicker = np.repeat(np.arange(num_users), num_clicked)
         lost = np.arange(len(click)) < (end - max_notes)[clicker]
         cut = (num_clicked > 0) & (num_viewed > max_notes)
-        capped = _capped(num_clicked, cut, user[~is_kept], note[~is_kept], clicker[lost], click[lost])
+        most = np.where(num_clicked > 0, 1.0 / np.maximum(num_clicked, 1), 0.0)
+        capped = capped_loss(most, cut, (user[~is_kept], note[~is_kept]), (clicker[lost], click[lost]))
     is_kept &= start < end[user]
     return Histories(user[is_kept], note[is_kept], start[is_kept], click, end, num_clicked), capped
 
 
-def _capped(
-    num_clicked: Ints, cut: npt.NDArray[np.bool_], viewer: Ints, view: Ints, clicker: Ints, click: Ints
+def capped_loss(
+    most: Floats, cut: npt.NDArray[np.bool_], views: tuple[Ints, Ints], clicks: tuple[Ints, Ints]
 ) -> Capped:
-    """`Capped` from the cut views (viewer, view) and the cut clicks (clicker, click); `cut` [U]: the capped users."""
-    counts = num_clicked[viewer] > 0  # a user without clicks adds to no score
+    """`Capped` from the views and clicks that were cut, as users and notes. `cut` [U]: the capped users.
+
+    `most` [U]: the most that a user adds to a score; 0 for a user without clicks.
+    """
+    (viewer, view), (clicker, click) = views, clicks
+    counts = most[viewer] > 0
     user, note = np.append(viewer[counts], clicker), np.append(view[counts], click)
     clicked = np.arange(len(user)) >= counts.sum()
-    key, loss = summed(note << 1 | clicked, 1.0 / num_clicked[user])
-    return Capped(int(cut.sum()), float((1.0 / np.sort(num_clicked[cut])).sum()), key >> 1, key % 2 == 1, loss)
+    key, loss = summed(note << 1 | clicked, most[user])
+    return Capped(int(cut.sum()), float(-np.sort(-most[cut]).sum()), key >> 1, key % 2 == 1, loss)
 
 
 def _merged(user: Ints, note: Ints, first_view: Ints, last_click: Ints) -> tuple[Ints, Ints, Ints, Ints]:
@@ -145,14 +154,14 @@ def _merged(user: Ints, note: Ints, first_view: Ints, last_click: Ints) -> tuple
     )
 
 
-def _earliest(viewed_at: Ints, user: Ints, num_viewed: Ints, max_notes: int) -> Ints:
+def earliest(viewed_at: Ints, user: Ints, num_viewed: Ints, max_notes: int) -> Ints:
     """The indices of each user's views before its latest `max_notes`."""
     order = np.argsort(viewed_at, kind="stable")  # by user, time, note
     from_end = np.cumsum(num_viewed)[user] - np.arange(len(user))  # sorting moves views within their user only
     return order[from_end > max_notes]
 
 
-def _ranks(values: Ints) -> Ints:
+def ranks(values: Ints | Floats) -> Ints:
     """The rank of each value among the distinct values."""
     order = np.argsort(values)
     ordered = values[order]
@@ -168,6 +177,7 @@ def summed(key: Ints, value: Floats) -> tuple[Ints, Floats]:
     return key[order][first], np.add.reduceat(value[order], first) if len(first) else value
 
 
-def _ragged(values: Ints, lengths: Ints) -> pa.ListArray:
+def lists(values: Ints | Floats, lengths: Ints, kind: pa.DataType = _INT32) -> pa.ListArray:
+    """Lists of these lengths, which hold `values` in their order."""
     offsets = np.append(0, np.cumsum(lengths))
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.int32()))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind))

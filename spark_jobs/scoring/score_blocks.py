@@ -2,7 +2,8 @@
 
 `build_histories` turns the interactions of whole users into histories (`histories.py`); `write_scores` turns the
 histories of one block of queries into a file of scores (`eq2.py`). In between, a note is its index among the ids that
-`write_note_ids` wrote to a file, which every worker memory-maps.
+`write_note_ids` wrote to a file, which every worker memory-maps. Given a Timing, `timed_histories.py` and
+`timed_eq2.py` take the place of the two.
 """
 
 import math
@@ -18,11 +19,13 @@ import pyarrow.parquet as pq
 
 from notellm2_core.config.data import ScoringSettings
 from notellm2_core.runtime.files import written_whole
-from notellm2_core.schema import SCORES
+from notellm2_core.schema import CLICK_WEIGHT, SCORES
 from spark_jobs.scoring.eq2 import Pairs, pair_scores
-from spark_jobs.scoring.histories import HISTORIES, NEVER, histories, summed
+from spark_jobs.scoring.histories import HISTORIES, NEVER, Follows, Histories, histories, summed
 from spark_jobs.scoring.quantiles import SHARES, bin_counts, lower_ends
 from spark_jobs.scoring.swing import swing_scores
+from spark_jobs.scoring.timed_eq2 import timed_scores
+from spark_jobs.scoring.timed_histories import TIMED_HISTORIES, TimedRows, Timing, timed_histories
 
 _INTERACTIONS = pa.schema(
     [
@@ -32,6 +35,7 @@ _INTERACTIONS = pa.schema(
         pa.field("last_click", pa.int64()),  # null: not clicked
     ]
 )
+_TIMED_INTERACTIONS = _INTERACTIONS.append(CLICK_WEIGHT)
 HISTORY_CHUNKS = pa.schema(
     [
         pa.field("block", pa.int32()),
@@ -76,24 +80,35 @@ def _read_note_ids(file: Path) -> pa.StringArray:
 
 
 def build_histories(
-    batches: Iterator[pa.RecordBatch], note_ids: Path, num_blocks: int, scoring: ScoringSettings
+    batches: Iterator[pa.RecordBatch],
+    note_ids: Path,
+    num_blocks: int,
+    scoring: ScoringSettings,
+    timing: Timing | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """_INTERACTIONS of whole users -> HISTORY_CHUNKS: by block, their histories and what the cap cut from its notes."""
-    rows = pa.Table.from_batches([b.cast(_INTERACTIONS) for b in batches], _INTERACTIONS)
+    """_INTERACTIONS of whole users -> HISTORY_CHUNKS: by block, their histories and what the cap cut from its notes.
+
+    Given a `timing`, the interactions have CLICK_WEIGHT, too.
+    """
+    columns = _INTERACTIONS if timing is None else _TIMED_INTERACTIONS
+    rows = pa.Table.from_batches([b.cast(columns) for b in batches], columns)
     if scoring.score == "swing":
         rows = rows.filter(pc.is_valid(rows["last_click"]))
     if not rows.num_rows:
         return
     users, notes = (_numbered(rows[name]) for name in ("user_id", "note_id"))
     numbers = pc.index_in(notes.dictionary, _read_note_ids(note_ids)).to_numpy()
-    built, capped = histories(
-        users.indices.to_numpy().astype(np.int64),
-        numbers[notes.indices.to_numpy()].astype(np.int64),
-        rows["first_view"].to_numpy(),
-        rows["last_click"].fill_null(NEVER).to_numpy(),
-        "any" if scoring.score == "swing" else "not earlier" if scoring.simultaneous else "later",
-        scoring.max_user_notes,
-    )
+    user, note = users.indices.to_numpy().astype(np.int64), numbers[notes.indices.to_numpy()].astype(np.int64)
+    view, click = rows["first_view"].to_numpy(), rows["last_click"].fill_null(NEVER).to_numpy()
+    built: Histories
+    if timing is not None:
+        # A limit needs every view and click: rows that were reduced to the first and the last would give wrong scores.
+        assert timing.max_gap is None or ((click == NEVER) | (click == view)).all()
+        weight = rows[CLICK_WEIGHT.name].to_numpy()
+        built, capped = timed_histories(TimedRows(user, note, view, click, weight), timing)
+    else:
+        follows: Follows = "any" if scoring.score == "swing" else "not earlier" if scoring.simultaneous else "later"
+        built, capped = histories(user, note, view, click, follows, scoring.max_user_notes)
     for block, chunk in built.chunks(num_blocks):
         yield _row(HISTORY_CHUNKS, block, _bytes(chunk), None, 0, 0.0)
     for block in np.unique(capped.note % num_blocks).tolist():
@@ -109,7 +124,11 @@ def _numbered(ids: pa.ChunkedArray) -> pa.DictionaryArray:
 
 
 def write_scores(
-    chunks: Iterator[pa.RecordBatch], note_ids: Path, out: Path, scoring: ScoringSettings
+    chunks: Iterator[pa.RecordBatch],
+    note_ids: Path,
+    out: Path,
+    scoring: ScoringSettings,
+    timing: Timing | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """HISTORY_CHUNKS of one block -> its file of SCORES in `out`, by query and target; yields one row of BLOCK_METRICS.
 
@@ -118,11 +137,11 @@ def write_scores(
     rows = [row for batch in chunks for row in batch.to_pylist()]
     if not rows:
         return
-    table = _table(HISTORIES, (row["histories"] for row in rows))
+    table = _table(HISTORIES if timing is None else TIMED_HISTORIES, (row["histories"] for row in rows))
     ids = _read_note_ids(note_ids)
     file = out / f"part-{rows[0]['block']:05d}.parquet"
     metrics = _BlockMetrics()
-    scored = _scored(table, scoring)
+    scored = _scored(table, scoring) if timing is None else timed_scores(table)
     pairs = next(scored, None)
     if pairs is not None:
         with written_whole(file) as draft, _writer(draft) as writer:

@@ -2,10 +2,13 @@ import json
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import date
 from fractions import Fraction
 from itertools import count
+from math import inf
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -14,13 +17,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from notellm2_core import schema
 from notellm2_core.config.data import EventSettings, ScoringSettings
 from spark_jobs import cooccurrence as job
 from spark_jobs.common.tables import write_table
 from spark_jobs.cooccurrence import cooccurrence, score, target_clicks
-from spark_jobs.interactions import interactions
+from spark_jobs.interactions import interactions, reduced
 from tests.spark_jobs.conftest import EVENTS, Frame, at, rows_of
 from tests.spark_jobs.test_source import write_csv
 
@@ -31,12 +35,13 @@ Scores = Callable[..., list[tuple[Any, ...]]]
 
 @pytest.fixture
 def scores_of(spark: SparkSession, tmp_path: Path) -> Scores:
-    """A function that runs `cooccurrence` and returns the rows that it writes."""
+    """A function that runs `cooccurrence` on events or interactions and returns the rows that it writes."""
     numbers = count()
 
-    def compute(events: DataFrame, **settings: Any) -> list[tuple[Any, ...]]:
+    def compute(rows: DataFrame, end: date | None = None, **settings: Any) -> list[tuple[Any, ...]]:
         out = tmp_path / f"scores{next(numbers)}"
-        counts = cooccurrence(interactions(events, NAMES), out, ScoringSettings(**settings))
+        rows = interactions(rows, NAMES) if "event" in rows.columns else rows
+        counts = cooccurrence(rows, out, ScoringSettings(**settings), end)
         assert {f.name[:5] for f in out.iterdir()} <= {"part-"}  # nothing hidden is left
         rows = [tuple(r.values()) for file in sorted(out.iterdir()) for r in pq.read_table(file).to_pylist()]
         assert counts["pairs"] == len(rows) and counts["queries"] == len({r[0] for r in rows})
@@ -45,19 +50,32 @@ def scores_of(spark: SparkSession, tmp_path: Path) -> Scores:
     return compute
 
 
-def brute_force(log: Log, simultaneous: bool) -> dict[tuple[str, str], tuple[Fraction, int]]:
-    """Eq. 2, literally: for every ordered pair of notes, the users who saw A and later clicked B."""
+def brute_force(
+    log: Log,
+    simultaneous: bool,
+    weights: Mapping[str, int] = MappingProxyType({"click": 1}),
+    most: float = inf,
+    weight_at: Callable[[int], Fraction] = lambda time: Fraction(1),
+) -> dict[tuple[str, str], tuple[Fraction, int]]:
+    """Eq. 2, literally: for every ordered pair of notes, the users who saw A and later clicked B.
+
+    `weights`: of the events that are clicks. `most`: seconds between the two. `weight_at`: the weight of a click by its
+    time. Of several clicks of a user that follow a view, the one that weighs most counts.
+    """
     clicked = defaultdict(set)
     for user, note, _, event in log:
-        if event == "click":
+        if event in weights:
             clicked[user].add(note)
-    users = defaultdict(set)
+    users: dict[tuple[str, str], dict[str, Fraction]] = defaultdict(dict)
     for user, a, seen_at, _ in log:
         for other, b, clicked_at, name in log:
             followed = seen_at <= clicked_at if simultaneous else seen_at < clicked_at
-            if user == other and a != b and name == "click" and followed:
-                users[a, b].add(user)
-    return {pair: (sum(Fraction(1, len(clicked[u])) for u in us), len(us)) for pair, us in users.items()}
+            if user == other and a != b and name in weights and followed and clicked_at - seen_at <= most:
+                weight = weights[name] * weight_at(clicked_at)
+                users[a, b][user] = max(weight, users[a, b].get(user, Fraction(0)))
+    return {
+        pair: (sum((w / len(clicked[u]) for u, w in us.items()), Fraction()), len(us)) for pair, us in users.items()
+    }
 
 
 def test_worked_example(frame: Frame, scores_of: Scores) -> None:
@@ -131,6 +149,87 @@ def test_equals_the_definition(frame: Frame, scores_of: Scores, logs: list[Log],
         assert scores[pair][0] == pytest.approx(float(value), rel=1e-12)
 
 
+def test_worked_example_with_times_and_weights(frame: Frame, scores_of: Scores) -> None:
+    """One user of 2024-01-01; the numbers are minutes. N = 3 (B, C, D).
+
+    view A 0, like B 10, view A 20, buy C 30, view C 40, like D 55, like B 70, buy B 100
+
+    Pairs with A, by the clicks that follow its views at 0 and 20: B by the likes at 10 and 70 and the purchase at 100,
+    C by the purchase at 30, D by the like at 55.
+    At most 15 minutes: A->B (0, 10) and A->C (20, 30). After B, seen first at 10: nothing. C, seen at 30 and 40: C->D
+    (40, 55). D, seen at 55: D->B (55, 70). The first view of C and the last click on B would lose C->D and D->B.
+    A purchase counts 4: A->B 4/3 (the purchase at 100), A->C 4/3, A->D 1/3, ... Within 15 minutes, A->B is by a like.
+    A half-life of 1/24 days: at the end of the day, 24:00, a click at minute m counts 2 ** (m / 60 - 24).
+    """
+    log = [("A", 0, "view"), ("B", 10, "like"), ("A", 20, "view"), ("C", 30, "buy"), ("C", 40, "view"),
+           ("D", 55, "like"), ("B", 70, "like"), ("B", 100, "buy")]  # fmt: skip
+    events = frame(EVENTS, [("u", note, at(60 * minute), name) for note, minute, name in log])
+    names = {"view_events": ["view"], "click_events": ["like", "buy"], "event_weights": {"buy": 4}}
+    rows = interactions(events, EventSettings(**names))
+    within = {("A", "B"): 1, ("A", "C"): 4, ("C", "D"): 1, ("D", "B"): 1}
+    assert {(q, t): s for q, t, s, _ in scores_of(rows, max_minutes=15)} == pytest.approx(
+        {pair: weight / 3 for pair, weight in within.items()}, rel=1e-15
+    )
+    everything = {(a, b): 4 if b in "BC" else 1 for a, b in ("AB", "AC", "AD", "BC", "BD", "CB", "CD", "DB")}
+    assert {(q, t): s for q, t, s, _ in scores_of(reduced(rows, False))} == pytest.approx(
+        {pair: weight / 3 for pair, weight in everything.items()}, rel=1e-15
+    )
+    rows = interactions(events, EventSettings(**names | {"event_weights": None}))
+    last = {"B": 100, "C": 30, "D": 55}
+    aged = scores_of(reduced(rows, False), end=date(2024, 1, 2), half_life_days=1 / 24)
+    assert {(q, t): s for q, t, s, _ in aged} == pytest.approx(
+        {(a, b): 2 ** (last[b] / 60 - 24) / 3 for a, b in everything}, rel=1e-15
+    )
+
+
+times_and_weights = st.fixed_dictionaries(
+    {
+        "max_minutes": st.none() | st.integers(1, 3),
+        "half_life_days": st.none() | st.just(1 / 12),
+        "weights": st.none() | st.fixed_dictionaries({"click": st.integers(1, 3), "buy": st.integers(1, 9)}),
+        "simultaneous": st.booleans(),
+    }
+)
+minute = st.tuples(
+    st.sampled_from(["u1", "u2", "u3"]),
+    st.sampled_from(["A", "B", "C", "D"]),
+    st.integers(0, 9),
+    st.sampled_from(["view", "click", "buy"]),
+)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(logs=st.lists(st.lists(minute, max_size=16), min_size=25, max_size=25), options=times_and_weights)
+def test_times_and_weights_equal_the_definition(
+    frame: Frame, scores_of: Scores, logs: list[Log], options: dict[str, Any]
+) -> None:
+    """Many small logs, of ten minutes in two partitions that are reduced by themselves, against all of their events."""
+    weights, half_life = options["weights"], options["half_life_days"]
+    expected = {
+        (f"{i}{a}", f"{i}{b}"): value
+        for i, log in enumerate(logs)
+        for (a, b), value in brute_force(
+            log,
+            options["simultaneous"],
+            weights or {"click": 1, "buy": 1},
+            options["max_minutes"] or inf,
+            lambda minute: Fraction(1) if half_life is None else Fraction(2 ** ((minute - 1440) / 120)),
+        ).items()
+    }
+    names = EventSettings(view_events=("view",), click_events=("click", "buy"), event_weights=weights)
+    rows = [(f"{i}{u}", f"{i}{n}", at(60 * t), e) for i, log in enumerate(logs) for u, n, t, e in log]
+    events = frame(EVENTS, rows).withColumn("partition", F.col("timestamp") < F.lit(at(300)))
+    limit = options["max_minutes"]
+    scores = scores_of(
+        reduced(interactions(events, names), every_time=limit is not None).drop("partition"),
+        end=date(2024, 1, 2),
+        **{key: value for key, value in options.items() if key != "weights"},
+    )
+    assert {(q, t): n for q, t, _, n in scores} == {pair: users for pair, (_, users) in expected.items()}
+    for query, target, score_, _ in scores:
+        assert score_ == pytest.approx(float(expected[query, target][0]), rel=1e-12)
+
+
 def test_sums_are_exact_and_do_not_depend_on_order(frame: Frame, scores_of: Scores) -> None:
     """Users with N_u = 1 .. 40 who all saw A and then clicked B: the score is the harmonic number H_40."""
     rows = [(f"u{n}", "A", at(0), "view") for n in range(1, 41)]
@@ -151,7 +250,8 @@ def test_score_computes_equal_windows_once(
         write_table(interactions(clicks_in_train, NAMES), tmp_path / "other" / window, ["user_id"])
     calls = []
     monkeypatch.setattr(job, "cooccurrence", lambda *a: calls.append(a) or cooccurrence(*a))
-    counts = score(spark, tmp_path / "same", tmp_path / "out", ScoringSettings())
+    ends = dict.fromkeys(("train", "test"), date(2024, 1, 2))
+    counts = score(spark, tmp_path / "same", tmp_path / "out", ScoringSettings(), ends)
     assert len(calls) == 1 and counts["test"] == counts["train"]
     assert counts["train"]["pairs"] == 1 and counts["train"]["score"]["max"] == 1.0
     for table in ("train", "test"):
@@ -160,7 +260,7 @@ def test_score_computes_equal_windows_once(
     with pytest.raises(
         ValueError, match="test window: no user clicked one note after viewing another; set pairs.simult"
     ):
-        score(spark, tmp_path / "other", tmp_path / "out2", ScoringSettings())
+        score(spark, tmp_path / "other", tmp_path / "out2", ScoringSettings(), ends)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -194,6 +294,14 @@ def test_command(
     assert sorted(swing) == [("A", "B", pytest.approx(1 / 6), 2), ("B", "A", pytest.approx(1 / 6), 2)]  # 1/2 / (1 + 2)
     assert json.loads(capsys.readouterr().out)["max_loss"] is None
 
+    timed = ("--max-minutes", "0.05", "--half-life-days", "1", "--end", "1970-01-02", "--event-weights", "buy=4")
+    quick = write_csv(tmp_path / "quick.csv", ["u,A,1,seen", "u,B,4,buy", "u,C,8,buy", "v,A,0,seen", "v,B,9,buy"])
+    run(monkeypatch, "--events", quick, "--out", tmp_path / "timed", *names, *timed)  # in 3 seconds: A->B of u, N = 2
+    [pair] = pq.read_table(tmp_path / "timed").to_pylist()
+    aged = 2 ** (4 / 86400 - 1)
+    assert pair == {"query_id": "A", "target_id": "B", "score": pytest.approx(4 / 2 * aged, rel=1e-14), "num_users": 1}
+    capsys.readouterr()
+
     folder = tmp_path / "parquet"  # two files of other types, and then one that is damaged
     folder.mkdir()
     for name, ids, times in (("a", ["1", "1"], ["1970-01-01", "1970-01-02"]), ("b", [1, 2], [172800, 0])):
@@ -207,6 +315,17 @@ def test_command(
     (folder / "b.parquet").write_text("PAR1")
     fails("b.parquet is damaged", "--events", folder, "--out", tmp_path / "none")
 
+    fails(
+        "at most 0.01 minutes after viewing",
+        "--events",
+        quick,
+        "--out",
+        tmp_path / "none",
+        *names,
+        "--max-minutes",
+        ".01",
+    )
+    fails("counts back from --end", "--events", quick, "--out", tmp_path / "none", *names, "--half-life-days", "7")
     fails("no clicks; set --click-events", "--events", log, "--out", tmp_path / "none")
     fails(
         "is not before --end",

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import date
+from datetime import UTC, date, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from pyspark.sql import SparkSession
 from notellm2_core import schema
 from notellm2_core.config.data import EventSettings
 from spark_jobs.ingest import UNDATED, Span, ingest, ingestion_metrics, partitions_between
-from spark_jobs.interactions import Window, join_partitions, reduce_partitions
+from spark_jobs.interactions import Window, interactions, join_partitions, reduce_partitions, reduced
+from tests.spark_jobs.conftest import EVENTS, Frame
 from tests.spark_jobs.test_source import write_csv
 
 NAMES = {"view_events": ["view"], "click_events": ["click"], "ignored_events": ["share"], "max_events_per_day": None}
@@ -37,6 +38,7 @@ def joined(
     train: Span = TRAIN,
     test: Span = TEST,
     note_ids: Sequence[str] = ("n1", "n2"),
+    every_time: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
     """Reduce the partitions `raw` of a log with the metrics `log`, and join them to windows in the new folder `out`."""
@@ -47,14 +49,14 @@ def joined(
     undated: list[tuple[str, Span | None]] = [(UNDATED, None)] if (raw / UNDATED).exists() else []
     days = {f"{partition} {span}": span for partition, span in [*overlaps[train], *overlaps[test], *undated]}
     paths = {name: raw / name.split(" ")[0] for name in days}
-    metrics = reduce_partitions(spark, paths, days, out / "partitions", settings)
+    metrics = reduce_partitions(spark, paths, days, out / "partitions", settings, every_time)
 
-    def reduced(partitions: Sequence[tuple[str, Span | None]]) -> dict[Path, dict[str, Any]]:
+    def metrics_of(partitions: Sequence[tuple[str, Span | None]]) -> dict[Path, dict[str, Any]]:
         names = [f"{partition} {span}" for partition, span in partitions]
         return {out / "partitions" / name: metrics[name] for name in names}
 
-    train_window, test_window = (Window(*span, reduced(overlaps[span])) for span in (train, test))
-    return join_partitions(spark, train_window, test_window, reduced(undated), out / "notes", out, settings)
+    train_window, test_window = (Window(*span, metrics_of(overlaps[span])) for span in (train, test))
+    return join_partitions(spark, train_window, test_window, metrics_of(undated), out / "notes", out, settings)
 
 
 def prepared(spark: SparkSession, folder: Path, lines: list[str], **options: Any) -> dict[str, Any]:
@@ -140,6 +142,38 @@ def test_equal_windows_and_other_names(spark: SparkSession, tmp_path: Path) -> N
     assert counts["test"] == counts["train"] and counts["train"]["clicks"] == 1
     for name in ("train", "test"):
         assert pq.read_table(tmp_path / "out" / name).num_rows == 1
+
+
+def test_rows_by_time_and_by_weight(spark: SparkSession, frame: Frame, tmp_path: Path) -> None:
+    """What a limit between view and click needs, and what weights need. A purchase weighs 5, a like 1.
+
+    The events of a user and a note, by day of January: 1 view, 2 like, 2 buy, 3 like, 4 view, 9 buy (the next week).
+    """
+    log = [(1, "view"), (2, "like"), (2, "buy"), (3, "like"), (4, "view"), (9, "buy")]
+    names = {"click_events": ["like", "buy"], "event_weights": {"buy": 5}}
+    events = frame(EVENTS, [("u1", "n1", datetime(2024, 1, day, tzinfo=UTC), event) for day, event in log])
+
+    def days(table: pa.Table) -> list[tuple[int | float | None, ...]]:
+        columns = [
+            c for c in ("first_view", "last_click", "events", "clicks", "click_weight") if c in table.column_names
+        ]
+        rows = table.select(columns).to_pylist()
+        return sorted((tuple(getattr(v, "day", v) for v in row.values()) for row in rows), key=str)
+
+    def rows(every_time: bool, **changes: Any) -> list[tuple[int | float | None, ...]]:
+        return days(reduced(interactions(events, EventSettings(**NAMES | names | changes)), every_time).toArrow())
+
+    assert rows(False, event_weights=None) == [(1, 9, 6, 4)]
+    assert rows(True, event_weights=None) == [
+        (1, None, 1, 0), (2, 2, 2, 2), (3, 3, 1, 1), (4, None, 1, 0), (9, 9, 1, 1)
+    ]  # fmt: skip
+    assert rows(False) == [(1, None, 2, 0, None), (2, 3, 2, 2, 1.0), (2, 9, 2, 2, 5.0)]
+    by_time = [(1, None, 1, 0, None), (2, 2, 2, 2, 5.0), (3, 3, 1, 1, 1.0), (4, None, 1, 0, None), (9, 9, 1, 1, 5.0)]
+    assert rows(True) == by_time
+    lines, both = [f"u1,n1,2024-01-0{day},{event}" for day, event in log], (TRAIN[0], TEST[1])
+    counts = prepared(spark, tmp_path, lines, train=both, test=both, every_time=True, **names)
+    assert (counts["train"]["events"], counts["train"]["clicks"]) == (6, 4)
+    assert days(pq.read_table(tmp_path / "out" / "test")) == by_time
 
 
 def test_an_empty_window_names_the_setting_and_the_days_of_the_data(spark: SparkSession, tmp_path: Path) -> None:

@@ -94,6 +94,16 @@ def test_only_the_new_week_is_read(spark: SparkSession, tmp_path: Path) -> None:
     assert scores(fresh) == after
     assert fresh.catalog.dataset("interactions").manifest.metrics == metrics
 
+    # A limit between view and click needs other partitions, which then serve every limit.
+    changes = CHANGES | {"source.path": str(source), "lake": str(fresh.catalog.lake.root)}
+    unlimited, pairs = fresh.catalog.dataset("cooccurrence").manifest.metrics["train"]["pairs"], []
+    for minutes in (5000, 500):
+        limited = make_workplace(tmp_path / f"limit{minutes}", changes | {"pairs.max_minutes": minutes})
+        materialize(limited)
+        assert num_partitions(limited.catalog.lake) == {"ingestion": 3, "log_partition": 6}
+        pairs.append(limited.catalog.dataset("cooccurrence").manifest.metrics["train"]["pairs"])
+    assert 0 < pairs[1] < pairs[0] < unlimited
+
 
 @pytest.mark.parametrize(("num_files", "sizes"), [(0, []), (3, [1, 1, 1]), (64, [1] * 64), (65, [2] * 32 + [1])])
 def test_groups(num_files: int, sizes: list[int]) -> None:

@@ -29,6 +29,8 @@ def test_every_kind_of_option() -> None:
     events = parsed("--view-events", "seen, all ,", "--click-events", "all", group=EventSettings)
     assert settings_from(events, EventSettings).view_events == ("seen", "all")
     assert settings_from(events, EventSettings).click_events == ("all",)
+    weights = parsed("--click-events", "like,a=b", "--event-weights", "like=2, a=b=.5", group=EventSettings)
+    assert settings_from(weights, EventSettings).event_weights == {"like": 2.0, "a=b": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -39,17 +41,25 @@ def test_every_kind_of_option() -> None:
         (["--swing-alpha", "inf"], "argument --swing-alpha: inf: Input should be a finite number"),
         (["--max-user-notes", "some"], "argument --max-user-notes: some: Input should be a valid integer"),
         (["--bounds", "x"], "argument --bounds: x: Input should be 'absolute' or 'quantile'"),
+        (["--event-weights", "buy=0"], "argument --event-weights: buy=0: Input should be greater than 0"),
+        (["--event-weights", "buy=nan"], "argument --event-weights: buy=nan: Input should be"),
+        (["--event-weights", "buy"], "argument --event-weights: buy: Input should be a valid dictionary"),
     ],
 )
 def test_a_wrong_value_names_its_option(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit):
-        parsed(*arguments)
+        parsed(*arguments, group=EventSettings if "--event-weights" in arguments else PairSettings)
     assert message in capsys.readouterr().err
 
 
 def test_options_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match=r"^low = 3.0 is above up = 2.0$"):
         settings_from(parsed("--low", "3", "--up", "2"), FilterSettings)
+
+
+def test_weights_of_events_that_are_no_clicks() -> None:
+    with pytest.raises(ValueError, match=r"^buy is in event_weights and not in click_events$"):
+        settings_from(parsed("--event-weights", "buy=2", group=EventSettings), EventSettings)
 
 
 def test_help_has_the_description_and_the_default() -> None:

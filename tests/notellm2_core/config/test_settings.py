@@ -154,6 +154,14 @@ def test_a_setting_without_effect_is_reported(tmp_path: Path) -> None:
     ]
 
 
+def test_settings_that_swing_does_not_read() -> None:
+    order = {"pairs.max_minutes": 30, "pairs.half_life_days": 7, "source.event_weights": {"click": 2}}
+    assert unused_settings(load_config(CONFIGS[0], order)) == []
+    assert unused_settings(load_config(CONFIGS[0], order | {"pairs.score": "swing"})) == [
+        f"{name} has no effect with pairs.score = swing" for name in order
+    ]
+
+
 def test_which_parts_are_trained() -> None:
     """All parts are trained by default, with LoRA all except the word embeddings. Named parts have a fixed order."""
     assert load_config(CONFIGS[0], {"training.trainable": None}).trainable_parts == PARTS

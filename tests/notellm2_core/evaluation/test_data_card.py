@@ -1,13 +1,16 @@
 """The data card against numbers counted by hand."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from notellm2_core.evaluation.data_card import write_data_card
+from notellm2_core.config.data import PairSettings
+from notellm2_core.evaluation.data_card import CardInputs, write_data_card
+from notellm2_core.lake.window import Days, ResolvedWindow
 
 NOTES = [
     {"note_id": "a", "title": "one two", "topics": ["x y", "z"], "content": "a b c d"},
@@ -56,21 +59,17 @@ def test_data_card(tmp_path: Path) -> None:
     write(tmp_path / "notes", NOTES)
     pairs = {"train": ["ab", "ca"], "validation": ["bd"], "test": ["cd"]}
     for name, edges in pairs.items():
-        write(tmp_path / "pairs" / name, [{"query_id": q, "target_id": t, "score": 0.6} for q, t in edges])
+        write(
+            tmp_path / "pairs" / name, [{"query_id": q, "target_id": t, "score": 0.6, "num_users": 1} for q, t in edges]
+        )
     write(tmp_path / "pairs" / "pool", [{"note_id": "c"}, {"note_id": "d"}])
     for name in ("train", "test"):
         clicks = [{"note_id": note, "num_users": users} for note, users in {"a": 1, "b": 7, "c": 2}.items()]
         write(tmp_path / "clicks" / f"{name}_clicks", clicks)
     (tmp_path / "out").mkdir()
-    table = write_data_card(
-        notes=tmp_path / "notes",
-        pairs=tmp_path / "pairs",
-        clicks=tmp_path / "clicks",
-        out=tmp_path / "out",
-        manifests=MANIFESTS,
-        window={"train": ("2024-01-01", "2024-01-15"), "test": ("2024-01-15", "2024-01-22")},
-        unit="auto",
-    )
+    window = ResolvedWindow(Days(date(2024, 1, 1), date(2024, 1, 15)), Days(date(2024, 1, 15), date(2024, 1, 22)))
+    folders = (tmp_path / name for name in ("notes", "pairs", "clicks"))
+    table, advice = write_data_card(CardInputs(*folders, MANIFESTS, window), tmp_path / "out", "auto", PairSettings())
     assert table == {
         "train": {
             "notes": 4,
@@ -82,10 +81,13 @@ def test_data_card(tmp_path: Path) -> None:
         },
         "test": {"notes": 2, "pairs": 1, "title_words": 1.0, "topics": 1.0, "topic_words": 2.0, "content_words": 1.5},
     }
-    assert json.loads((tmp_path / "out" / "data_card.json").read_text())["table"] == table
+    written = json.loads((tmp_path / "out" / "data_card.json").read_text())
+    assert (written["table"], written["advice"]) == (table, advice) and len(advice) == 3
+    assert written["window"] == {"train": ["2024-01-01", "2024-01-15"], "test": ["2024-01-15", "2024-01-22"]}
     card = (tmp_path / "out" / "data_card.md").read_text()
     for line in ("| # notes | 4 | 2 |", "| avg. # words per topic | 1.75 | 2.00 |", "| notes | empty_note | 2 |",
                  "| interactions | robot | 3 |", "| a score has lost at most | 0.25 | 0.25 |",
-                 "| users per clicked note, train | 3 | 3.33 | 2 | 7 | 70.0 % |"):  # fmt: skip
+                 "| users per clicked note, train | 3 | 3.33 | 2 | 7 | 70.0 % |", "## What to change",
+                 *(f"- {sentence}" for sentence in advice)):  # fmt: skip
         assert line in card
     assert Image.open(tmp_path / "out" / "data_card.png").width == 1200

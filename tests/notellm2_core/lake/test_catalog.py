@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from notellm2_core.config.docs import sections, settings
 from notellm2_core.config.load import load_config
 from notellm2_core.lake.catalog import Catalog, MissingDataset
 from notellm2_core.lake.lineage import STAGES
@@ -43,6 +44,23 @@ def test_a_setting_changes_its_stage_and_all_after_it_and_nothing_else(tmp_path:
     assert _changed(base, _catalog(tmp_path, index__factory="HNSW8")) == _downstream("faiss_index")
     assert _changed(base, _catalog(tmp_path, window__end="2025-01-19")) == _downstream("interactions")
     assert _changed(base, _catalog(tmp_path, spark__driver_memory="3g")) == set()
+
+
+def test_a_null_setting_that_was_added_later_changes_no_fingerprint(tmp_path: Path) -> None:
+    base, names = _catalog(tmp_path), {"click_events": ["click"], "event_weights": {"click": 2}}
+    for null in ("pairs__max_minutes", "pairs__half_life_days", "source__event_weights"):
+        setting = null.replace("__", ".")
+        assert all(setting not in base.settings(name) for name in STAGES)
+        assert _changed(base, _catalog(tmp_path, **{null: None})) == set()
+    assert _changed(base, _catalog(tmp_path, pairs__max_minutes=30)) == _downstream("interactions")
+    assert _changed(base, _catalog(tmp_path, pairs__half_life_days=7)) == _downstream("cooccurrence")
+    weights = {f"source__{key}": value for key, value in names.items()}
+    assert _changed(base, _catalog(tmp_path, **weights)) == _downstream("interactions")
+
+
+def test_every_row_of_the_lineage_names_settings_or_sections() -> None:
+    known = {*settings(), *(name for name, _ in sections())}
+    assert {key for stage in STAGES.values() for key in stage.settings} <= known
 
 
 def test_without_hard_negatives_training_does_not_depend_on_the_initial_model(
