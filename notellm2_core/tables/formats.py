@@ -98,10 +98,10 @@ def parquet_file(file: Path) -> pq.ParquetFile:
         raise ValueError(f"{file} is damaged, or no Parquet ({_first_line(e)}).") from e
 
 
-def column_types(file: Path) -> dict[str, pa.DataType]:
-    """The types of a Parquet file's columns. Raises ValueError for a damaged file."""
+def column_types(file: Path) -> list[tuple[str, pa.DataType]]:
+    """The columns of a Parquet file with their types. Raises ValueError for a damaged file."""
     with parquet_file(file) as parquet:
-        return dict(zip(parquet.schema_arrow.names, parquet.schema_arrow.types, strict=True))
+        return list(zip(parquet.schema_arrow.names, parquet.schema_arrow.types, strict=True))
 
 
 def column_names(file: Path, folder: Path) -> list[str]:
@@ -109,7 +109,7 @@ def column_names(file: Path, folder: Path) -> list[str]:
 
     An empty text file has none. Raises ValueError for a damaged file.
     """
-    names = list(column_types(file)) if is_parquet(file) else _text_names(file)
+    names = [name for name, _ in column_types(file)] if is_parquet(file) else _text_names(file)
     return names and names + [name for name in partition_values(file, folder) if name not in names]
 
 
@@ -126,7 +126,10 @@ def read_split(split: Split, kinds: Mapping[str, Kind], folder: Path) -> Iterato
     that its column cannot have.
     """
     constants = partition_values(split.file, folder)
-    stored = {name: kinds[name] for name in column_names(split.file, split.file) if name in kinds}
+    names = column_names(split.file, split.file)
+    if _suffixes(split.file)[0] in _JSON_LINES:  # a key may come first in a later line
+        names = [name for name in kinds if name in names or name not in constants]
+    stored = {name: kinds[name] for name in names if name in kinds}
     try:
         for batch in _stored_rows(split, stored):
             for name in kinds:

@@ -62,6 +62,8 @@ def _column(name: str, kind: Kind, rows: Sequence[tuple[int, dict[str, Any]]]) -
     for (number, _), value in zip(rows, values, strict=True):
         if not _is_allowed(value, _VALUES[kind]):
             raise ValueError(f"the column {name} has {json.dumps(value)[:80]} in line {number}, not {kind.value}.")
+    if all(value is None for value in values):
+        return pa.nulls(len(values))
     if kind is Kind.TEXTS:
         return pa.array([_texts(value) for value in values], pa.list_(pa.string()))
     types = {type(value) for value in values if value is not None}

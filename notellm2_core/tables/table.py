@@ -93,11 +93,13 @@ def open_table(path: Path, columns: Sequence[Column], names: Mapping[str, str] |
     table = Table(path, tuple(columns), tuple(present), names or {})
     for column in columns:
         name = table._stored(column)
+        if twice := next((file for file, its_names in present.items() if its_names.count(name) > 1), None):
+            raise ValueError(f"{twice} has the column {name} twice: which of them counts?")
         without = [file for file, its_names in present.items() if name not in its_names]
         if without and (column.in_every_part or (column.required and len(without) == len(table.files))):
             raise ValueError(f"{without[0]} lacks the column {name}; it has {', '.join(present[without[0]])}.")
     for file in filter(is_parquet, table.files):
-        types = column_types(file)
+        types = dict(column_types(file))
         for column in columns:
             if (name := table._stored(column)) in types:
                 empty = pa.schema([(name, types[name])]).empty_table()[name].combine_chunks()

@@ -130,6 +130,23 @@ def test_json_values_of_any_type(tmp_path: Path) -> None:
             rows(open_events(path))
 
 
+def test_a_key_of_json_may_come_first_in_a_later_line(tmp_path: Path) -> None:
+    note = {"note_id": 1, "title": "t", "topics": "a", "content": "c"}
+    lines = [json.dumps(note)] * 1500 + [json.dumps(note | {"image_path": "a.png"})]
+    (tmp_path / "notes.jsonl").write_text("\n".join(lines))
+    assert [r["image_path"] for r in rows(open_notes(tmp_path))] == [None] * 1500 + ["a.png"]
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    names = [*HEADER.split(","), "event"]
+    (tmp_path / "a.csv").write_text(",".join(names) + "\nu,n,1,view,click\n")
+    values = [pa.array(["x"])] * 5
+    pq.write_table(pa.Table.from_arrays(values, names=names), tmp_path / "b.parquet")
+    for name in ("a.csv", "b.parquet"):
+        with pytest.raises(ValueError, match=f"{name} has the column event twice: which of them counts"):
+            open_events(tmp_path / name)
+
+
 def test_what_is_no_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no events: a file or folder events of Parquet, CSV \(\.csv\)"):
         find_table(tmp_path, "events")
