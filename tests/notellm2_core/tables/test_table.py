@@ -174,7 +174,7 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
 
 IDS = st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1), st.text("ab \"',\\\n|é0", max_size=4))
 EVENT_ROWS = st.lists(
-    st.tuples(IDS, IDS, st.integers(0, 4_000_000_000), st.sampled_from(["view", "click"])), max_size=8
+    st.tuples(IDS, IDS, st.integers(21_000_000, 4_000_000_000), st.sampled_from(["view", "click"])), max_size=8
 )
 
 
