@@ -114,7 +114,7 @@ def train(run: Run) -> None:
             # No other check sees the weights after the last update.
             _require_finite(run, step, share.notes, "validation loss", scores["validation_loss"])
             progress.report(done, scores, in_every_log=True)
-            _judge(run, done, scores[RECALL])
+            _judge(run, done, scores[RECALL], len(validation_pairs))
             last = last or run.selection.stops(done)
             progress.restart_clock()
 
@@ -130,10 +130,10 @@ def train(run: Run) -> None:
     run.checkpoints.close()
 
 
-def _judge(run: Run, done: int, recall: float) -> None:
-    """After a validation: keep the best weights, and report a run that ends early or learns nothing."""
+def _judge(run: Run, done: int, recall: float, num_pairs: int) -> None:
+    """Keep the weights if this validation is the best so far; report a run that learns nothing or ends early."""
     run.selection.add(done, recall, run.engine.module, run.checkpoints.resumable_steps())
-    if warning := learned_nothing(run.progress, run.config.training, len(run.batches), done):
+    if warning := learned_nothing(run.progress, run.config.training, len(run.batches), done, num_pairs):
         run.progress.say(f"warning: {warning}")
     if run.selection.stops(done) and done < len(run.batches):
         run.progress.say(

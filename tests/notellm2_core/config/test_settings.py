@@ -53,6 +53,11 @@ def test_the_defaults_are_the_papers(path: Path) -> None:
             "model.start: no such setting; it is called model.init now",
         ),
         ("training: {num_steps: many}", "training.num_steps"),
+        (
+            "training: {num_steps: 5, num_epochs: 2}",
+            "training.num_steps = 5 and training.num_epochs = 2 are two ways to say how long to train: set one of them",
+        ),
+        ("training: {num_steps: null}", "training.num_steps = None and training.num_epochs = None are two ways"),
         ("pairs: {low: 3, up: 1}", "low = 3.0 is above up = 1.0"),
         ("pairs: {bounds: quantile, low: 0.1, up: 30}", "shares in"),
         ("pairs: {low: .nan}", "low = nan and up = 30.0 have to be numbers"),
