@@ -78,7 +78,7 @@ def train(run: Run) -> None:
         return prepare(data, notes, config, run.device)
 
     if run.first_step == 0 and len(validation_pairs):
-        progress.report(0, validate(engine, data, validation_pairs, config, run.device), in_every_log=True)
+        progress.report(0, validate(engine, data, validation_pairs, config, run.device), always=True)
         progress.restart_clock()
     steps = range(run.first_step, run.first_step if run.selection.stops(run.first_step) else num_steps)
     batches = Prefetcher(map(batch_of, steps))  # the CPU makes the next one while the device is busy
@@ -113,7 +113,7 @@ def train(run: Run) -> None:
             scores = validate(engine, data, validation_pairs, config, run.device)
             # No other check sees the weights after the last update.
             _require_finite(run, step, share.notes, "validation loss", scores["validation_loss"])
-            progress.report(done, scores, in_every_log=True)
+            progress.report(done, scores, always=True)
             _judge(run, done, scores[RECALL], len(validation_pairs))
             last = last or run.selection.stops(done)
             progress.restart_clock()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from notellm2_core.config.data import FilterSettings, PairSettings, ScoringSettings
 from notellm2_core.config.load import ConfigError, load_config
@@ -157,6 +158,26 @@ def test_a_setting_without_effect_is_reported(tmp_path: Path) -> None:
         "model.init.gate_bias has no effect with model.method = basic",
         "training.hard_negatives.model has no effect with training.hard_negatives.num = 0",
     ]
+
+
+def test_hard_negatives_of_ones_own_need_no_mining(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "name: c\nmodel: {llm: {name: tiny}}\ntraining: {hard_negatives: {num: 1, file: mine.csv, first_rank: 3}}\n"
+    )
+    assert unused_settings(load_config(path)) == [
+        "training.hard_negatives.first_rank has no effect with training.hard_negatives.file = mine.csv"
+    ]
+
+
+def test_epochs_replace_the_default_number_of_steps(tmp_path: Path) -> None:
+    """A configuration that is written out in full, as for a command, can be read again."""
+    path = tmp_path / "c.yaml"
+    path.write_text("name: c\nmodel: {llm: {name: tiny}}\ntraining: {num_epochs: 3}\n")
+    config = load_config(path)
+    assert (config.training.num_steps, config.training.num_epochs) == (None, 3)
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(path) == config
 
 
 def test_which_parts_are_trained() -> None:

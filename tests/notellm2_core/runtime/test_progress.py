@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from notellm2_core.runtime import progress as module
 from notellm2_core.runtime.progress import TO_TERMINAL
 from notellm2_core.training.state.metrics import Progress
 
@@ -57,22 +56,23 @@ def test_a_terminal_gets_a_bar_also_through_a_pipe() -> None:
 def test_training_logs_at_most_a_line_in_ten_seconds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 1,000 reports in no time the logs get the validation and the last; metrics.jsonl gets all. With a period of 0
-    seconds the logs get all, too.
-    """
+    """Of 1,000 reports in no time the logs get the validation and the last; metrics.jsonl gets all."""
     dagster: list[str] = []
-    for period, expected in (
-        (10, ["step 500/1000", "step 1000/1000"]),
-        (0, [f"step {n}/1000" for n in range(1, 1001)]),
-    ):
-        monkeypatch.setattr("notellm2_core.training.state.metrics.LINE_SECONDS", period)
-        dagster.clear()
-        path = tmp_path / f"{period}.jsonl"
-        progress = Progress(path, 0, 1000, log=dagster.append)
-        for step in range(1, 1001):
-            progress.report(step, {"loss": 1.0}, in_every_log=step == 500)
-        progress.close()
-        lines = capsys.readouterr().err.splitlines()
-        assert [line.split(",")[0] for line in lines] == expected == [line.split(",")[0] for line in dagster]
-        assert len(path.read_text().splitlines()) == 1000
-    assert module.LINE_SECONDS == 10
+    progress = Progress(tmp_path / "metrics.jsonl", 0, 1000, log=dagster.append)
+    for step in range(1, 1001):
+        progress.add(8, 90, 990, {"loss": 1.0})
+        progress.report(step, {"loss": 1.0}, always=step == 500)
+    progress.close()
+    lines = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [line.split(",")[0] for line in dagster] == ["step 500/1000", "step 1000/1000"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1000
+
+    for name in ("runtime.progress", "training.state.metrics"):
+        monkeypatch.setattr(f"notellm2_core.{name}.LINE_SECONDS", 0)
+    progress = Progress(tmp_path / "metrics.jsonl", 0, 1000, log=dagster.append)
+    progress.report(1, {"loss": 2.0})
+    capsys.readouterr()
+    progress.add(8, 90, 990, {"loss": 1.0})
+    assert capsys.readouterr().err.endswith("to go, loss 2\n")  # of the last report
+    assert dagster[-1].startswith("step 1/1000") and dagster[-1].endswith("loss 2")
+    progress.close()
