@@ -64,6 +64,7 @@ STAGES: Mapping[str, Stage] = {
     "hard_negatives": Stage(
         ("initial_model", "note_tokens", "vision_features", "pair_datasets", "note_split"),
         (*settings_of("training.hard_negatives", HardNegativeSettings, but=("num",)), "training.precision", *_EXPORT),
+        version=2,
     ),
     "checkpoint": Stage(
         ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"),
@@ -75,7 +76,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "baseline_embeddings": Stage(("notes", "pair_datasets"), ("evaluation.baselines",)),
     "note_embeddings": Stage(("checkpoint", "note_tokens", "vision_features", "pair_datasets"), _EXPORT),
-    "faiss_index": Stage(("note_embeddings",), ("index",)),
+    "faiss_index": Stage(("note_embeddings",), ("index",), version=2),
     "saliency": Stage(
         ("checkpoint", "note_tokens", "vision_features", "pair_datasets"),
         settings_of("evaluation", SaliencySettings), version=2,

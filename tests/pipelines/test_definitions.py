@@ -74,6 +74,7 @@ def test_checks_block() -> None:
         ("pair_datasets", "enough_pairs"),
         ("checkpoint", "finite_loss"),
         ("note_embeddings", "not_collapsed"),
+        ("faiss_index", "index_recall"),
     }
 
 
