@@ -86,6 +86,17 @@ def not_collapsed(metrics: Metrics, limits: CheckSettings) -> Verdict:
     return cosine <= limits.max_mean_cosine, {"mean_cosine": cosine, "checks.max_mean_cosine": limits.max_mean_cosine}
 
 
+def index_recall(metrics: Metrics, limits: CheckSettings) -> Verdict:
+    """The index finds the share of the exact nearest notes that index.target_recall asks for, at index.search_k."""
+    target, recall = 100 * metrics["target_recall"], metrics["recall"].get(str(metrics["search_k"]))
+    return recall is None or recall >= target, {
+        "recall": recall,
+        "index.search_k": metrics["search_k"],
+        "index.target_recall": metrics["target_recall"],
+        "index.factory": metrics["factory"],
+    }
+
+
 def _check(
     asset: str, judge: Callable[[Metrics, CheckSettings], Verdict], measured_on: str = ""
 ) -> dg.AssetChecksDefinition:
@@ -110,4 +121,5 @@ CHECKS = [
     _check("pair_datasets", enough_pairs),
     _check("checkpoint", finite_loss),
     _check("eval_recall", not_collapsed, measured_on="note_embeddings"),
+    _check("eval_recall", index_recall, measured_on="faiss_index"),
 ]

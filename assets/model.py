@@ -81,7 +81,7 @@ def hard_negatives(step: Step) -> Metrics:
 
 def _check_index_factory(context: dg.AssetExecutionContext, catalog: Catalog) -> None:
     """Refuse a wrong `index.factory` before the training run, not hours later."""
-    from notellm2_core.retrieval.index import empty_index
+    from notellm2_core.retrieval.factory import empty_index
 
     empty_index(catalog.config.model.projection_dim, catalog.config.index.factory)
 

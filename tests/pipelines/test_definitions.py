@@ -74,6 +74,7 @@ def test_checks_block() -> None:
         ("pair_datasets", "enough_pairs"),
         ("checkpoint", "finite_loss"),
         ("eval_recall", "not_collapsed"),
+        ("eval_recall", "index_recall"),
     }
 
 
