@@ -1,4 +1,8 @@
-"""Blocking asset checks: a dataset that fails one stops the run before its downstream assets."""
+"""Blocking asset checks: a dataset that fails one stops the run before its downstream assets.
+
+What is wrong with data stops a run early. What is wrong with a trained model must not hide how good it is: such a check
+stands at the end, on `eval_recall`. The run then fails, so nothing is released, but the table is there.
+"""
 
 from collections.abc import Callable
 from math import isfinite
@@ -82,12 +86,27 @@ def not_collapsed(metrics: Metrics, limits: CheckSettings) -> Verdict:
     return cosine <= limits.max_mean_cosine, {"mean_cosine": cosine, "checks.max_mean_cosine": limits.max_mean_cosine}
 
 
-def _check(asset: str, judge: Callable[[Metrics, CheckSettings], Verdict]) -> dg.AssetChecksDefinition:
+def index_recall(metrics: Metrics, limits: CheckSettings) -> Verdict:
+    """The index finds the share of the exact nearest notes that index.target_recall asks for, at index.search_k."""
+    target, recall = 100 * metrics["target_recall"], metrics["recall"].get(str(metrics["search_k"]))
+    return recall is None or recall >= target, {
+        "recall": recall,
+        "index.search_k": metrics["search_k"],
+        "index.target_recall": metrics["target_recall"],
+        "index.factory": metrics["factory"],
+    }
+
+
+def _check(
+    asset: str, judge: Callable[[Metrics, CheckSettings], Verdict], measured_on: str = ""
+) -> dg.AssetChecksDefinition:
+    """A check that stops the run after `asset`. `measured_on`: the dataset whose metrics it judges; "": `asset`."""
+
     @dg.asset_check(asset=asset, name=judge.__name__, description=judge.__doc__, blocking=True)
     def check(pipeline: Pipeline) -> dg.AssetCheckResult:
         catalog = pipeline.catalog()
         with user_errors():
-            passed, metadata = judge(catalog.dataset(asset).manifest.metrics, catalog.config.checks)
+            passed, metadata = judge(catalog.dataset(measured_on or asset).manifest.metrics, catalog.config.checks)
         return dg.AssetCheckResult(passed=bool(passed), severity=dg.AssetCheckSeverity.ERROR, metadata=metadata)
 
     return check
@@ -101,5 +120,6 @@ CHECKS = [
     _check("pair_datasets", no_leakage),
     _check("pair_datasets", enough_pairs),
     _check("checkpoint", finite_loss),
-    _check("note_embeddings", not_collapsed),
+    _check("eval_recall", not_collapsed, measured_on="note_embeddings"),
+    _check("eval_recall", index_recall, measured_on="faiss_index"),
 ]

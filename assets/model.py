@@ -62,14 +62,18 @@ def initial_model(step: Step) -> Metrics:
 
 @dataset("model", {"pytorch", "faiss", "parquet"}, on=GPU)
 def hard_negatives(step: Step) -> Metrics:
-    """Training notes that look related and are not, if `training.hard_negatives.num` is set."""
+    """Training notes that look related and are not, mined or given, if `training.hard_negatives.num` is set."""
     settings = step.config.training.hard_negatives
     if not settings.num:
         return {}
-    pairs = step.path("pair_datasets")
+    pairs, split = step.path("pair_datasets"), step.path("note_split", SPLIT_TABLE)
+    if settings.file is not None:
+        step.command([*PYTHON, "notellm2_core.retrieval.given_negatives", "--file", settings.file, "--pairs", pairs,
+                      "--note-split", split, "--out", step.out])  # fmt: skip
+        return json.loads((step.out / COUNTS_FILE).read_text())
     export(step, settings.model or step.path("initial_model"), [MULTIMODAL], pairs / TRAIN)
     step.command([*PYTHON, "notellm2_core.retrieval.hard_negatives", "--embeddings", step.out / MULTIMODAL,
-                  "--pairs", pairs, "--note-split", step.path("note_split", SPLIT_TABLE), "--out", step.out,
+                  "--pairs", pairs, "--note-split", split, "--out", step.out,
                   "--first-rank", str(settings.first_rank), "--last-rank", str(settings.last_rank),
                   "--factory", settings.factory])  # fmt: skip
     return json.loads((step.out / COUNTS_FILE).read_text())
@@ -77,7 +81,7 @@ def hard_negatives(step: Step) -> Metrics:
 
 def _check_index_factory(context: dg.AssetExecutionContext, catalog: Catalog) -> None:
     """Refuse a wrong `index.factory` before the training run, not hours later."""
-    from notellm2_core.retrieval.index import empty_index
+    from notellm2_core.retrieval.factory import empty_index
 
     empty_index(catalog.config.model.projection_dim, catalog.config.index.factory)
 

@@ -36,10 +36,6 @@ def baseline_embeddings(step: Step) -> Metrics:
 @dataset("retrieval", {"faiss"}, on=PROCESS)
 def faiss_index(step: Step) -> Metrics:
     """The ANN index of all notes' multimodal embeddings, with its recall against exact search."""
-    from notellm2_core.embeddings.table import read_embeddings
-    from notellm2_core.retrieval.index import Index, ann_recall, build_index
+    from notellm2_core.retrieval.build import build_index
 
-    settings, folder = step.config.index, step.path("note_embeddings", MULTIMODAL)
-    built = build_index(folder, step.out / INDEX_FOLDER, settings.factory)
-    recall = ann_recall(Index.load(step.out / INDEX_FOLDER), read_embeddings(folder), settings.search_k)
-    return {**built, f"ann_recall_at_{settings.search_k}": recall}
+    return build_index(step.path("note_embeddings", MULTIMODAL), step.out / INDEX_FOLDER, step.config.index)

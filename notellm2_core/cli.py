@@ -47,14 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
     build = index_commands.add_parser("build", help="build an index of embeddings")
     build.add_argument("--embeddings", type=Path, required=True)
     build.add_argument("--out", type=Path, required=True)
-    add_options(build, IndexSettings, "factory")
+    add_options(build, IndexSettings, *IndexSettings.model_fields)
     build.set_defaults(run=_index_build)
-    search = index_commands.add_parser("search", help="print the nearest notes of one note, as JSON")
-    search.add_argument("--index", type=Path, required=True)
-    search.add_argument("--embeddings", type=Path, required=True, help="the queries' embeddings")
-    search.add_argument("--note-id", required=True, help="the query note")
-    search.add_argument("--k", type=int, default=10)
-    search.set_defaults(run=_index_search)
+    _add_index_search(index_commands.add_parser("search", help="print the nearest notes of a note, as JSON"))
 
     evaluate = commands.add_parser("evaluate", help="print the exact metrics of pairs or qrels, as JSON")
     evaluate.add_argument("--embeddings", type=Path, required=True)
@@ -106,19 +101,55 @@ def _package(options: argparse.Namespace) -> None:
 
 
 def _index_build(options: argparse.Namespace) -> None:
-    from notellm2_core.retrieval.index import build_index
+    from notellm2_core.retrieval.build import build_index
 
-    print(json.dumps(build_index(options.embeddings, options.out, options.factory)))
+    settings = settings_from(options, IndexSettings)
+    built = build_index(options.embeddings, options.out, settings)
+    recall = built["recall"].get(str(settings.search_k), 100)
+    if recall < 100 * settings.target_recall:
+        print(
+            f"warning: recall@{settings.search_k} is {recall:.1f} %, below --target-recall {settings.target_recall}: "
+            f"{settings.factory} compresses the vectors; use one that keeps more of them, or append ,RFlat",
+            file=sys.stderr,
+        )
+    print(json.dumps(built))
+
+
+def _add_index_search(search: argparse.ArgumentParser) -> None:
+    search.add_argument("--index", type=Path, required=True)
+    search.add_argument("--note-id", help="search for this note; needs --embeddings")
+    search.add_argument("--text", help="search for a note with this title; needs --model")
+    search.add_argument("--image", type=Path, help="search for a note with this image; needs --model")
+    search.add_argument("--queries", type=Path, help="search for each note of this table of embeddings: a line of each")
+    search.add_argument("--embeddings", type=Path, help="table of embeddings that holds --note-id")
+    search.add_argument("--model", help="folder of the model that made the index's vectors, or its hub name")
+    search.add_argument("--k", type=int, default=10, help="number of notes; the note itself is none of them")
+    search.add_argument(
+        "--params", help="FAISS's search parameters, such as efSearch=200, or exhaustive; default: those of the build"
+    )
+    search.set_defaults(run=_index_search)
 
 
 def _index_search(options: argparse.Namespace) -> None:
     from notellm2_core.embeddings.table import read_embeddings
+    from notellm2_core.inference import index_queries
     from notellm2_core.retrieval.index import Index
 
-    table = read_embeddings(options.embeddings)
-    note_ids, scores = Index.load(options.index).search(table.vectors[table.rows([options.note_id])], options.k)
-    hits = zip(note_ids[0], scores[0], strict=True)  # a small index has fewer than k: the others are None
-    print(json.dumps([{"note_id": n, "score": round(float(s), 6)} for n, s in hits if n is not None]))
+    by_note, by_model = options.note_id is not None, bool(options.text or options.image)
+    if by_note + by_model + (options.queries is not None) != 1:
+        raise ValueError("search by one of --note-id, --queries, or --text with or without --image.")
+    for is_needed, name in ((by_note, "embeddings"), (by_model, "model")):
+        if is_needed != (getattr(options, name) is not None):
+            raise ValueError(f"--{name} belongs to --{'note-id' if name == 'embeddings' else 'text and --image'}.")
+    index = Index.load(options.index)
+    if by_note:
+        queries = index_queries.stored_note(options.embeddings, options.note_id)
+    elif by_model:
+        queries = index_queries.new_note(options.model, options.text, options.image, index.faiss_index.d)
+    else:
+        queries = read_embeddings(options.queries)
+    for query, hits in index_queries.find_neighbours(index, queries, options.k, options.params):
+        print(json.dumps(hits if options.queries is None else {"query_id": query, "hits": hits}))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

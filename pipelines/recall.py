@@ -80,20 +80,33 @@ def _run() -> int:
             run_config={"loggers": {"console": {"config": {"log_level": "INFO"}}}},
             raise_on_error=False,
         )
+    if result.success or _is_measured(result):
+        _print_report(Catalog(catalog.config, catalog.week, result.run_id), time.monotonic() - started)
     if not result.success:
+        sys.stdout.flush()
         print(f"\nerror: {_why(result)}", file=sys.stderr)
-        return 1
-    run_catalog = Catalog(catalog.config, catalog.week, result.run_id)
-    report = run_catalog.dataset("eval_recall")
+    return 0 if result.success else 1
+
+
+def _is_measured(result: dg.ExecuteInProcessResult) -> bool:
+    """Whether this run came as far as the recall table. A check on the model may still have failed."""
+    made = (event for event in result.all_events if event.event_type == DagsterEventType.ASSET_MATERIALIZATION)
+    return any(event.asset_key == dg.AssetKey("eval_recall") for event in made)
+
+
+def _print_report(catalog: Catalog, seconds: float) -> None:
+    """The tables, and where the results are."""
+    report, checkpoint = catalog.dataset("eval_recall"), catalog.dataset("checkpoint")
     for name in ("recall.md", "saliency.md"):
         if (report.path / name).exists():
             print(f"\n{(report.path / name).read_text()}")
-    print(f"{time.monotonic() - started:.0f} s. Images of neighbours: {_relative(report.path / 'neighbours.jpg')}")
-    print(f"The model: {_relative(run_catalog.dataset('checkpoint').path)}")
-    print(f"The vectors of all notes: {_relative(run_catalog.dataset('note_embeddings').path / 'multimodal')}")
-    print(f"Their index: {_relative(run_catalog.dataset('faiss_index').path / 'index')}")
+    if warning := checkpoint.manifest.metrics.get("warning"):
+        print(f"warning: {warning}\n")
+    print(f"{seconds:.0f} s. Images of neighbours: {_relative(report.path / 'neighbours.jpg')}")
+    print(f"The model: {_relative(checkpoint.path)}")
+    print(f"The vectors of all notes: {_relative(catalog.dataset('note_embeddings').path / 'multimodal')}")
+    print(f"Their index: {_relative(catalog.dataset('faiss_index').path / 'index')}")
     print("The asset graph, all metrics and the MLflow curves: make dev")
-    return 0
 
 
 def _close_runs_of_the_dead(instance: DagsterInstance) -> None:

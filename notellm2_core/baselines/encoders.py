@@ -67,7 +67,8 @@ def export_encoder(encoder: str, notes: dict[str, Note], out: Path) -> None:
     def content_ids(ids: Sequence[str]) -> list[str]:
         return [fingerprint(plain_text(notes[i])) for i in ids]
 
-    plan = plan_shards(out, list(notes), EmbeddingKey(fingerprint([weights]), content_ids), SHARD_NOTES)
+    model_id = fingerprint([weights])
+    plan = plan_shards(out, list(notes), EmbeddingKey(model_id, content_ids, model_id), SHARD_NOTES)
     with progress:
         write_shards(plan, embed, progress=progress)
 

@@ -40,7 +40,16 @@ class IndexSettings(Section):
     """The FAISS index: inner products of unit vectors."""
 
     factory: str = Field("HNSW32", description="FAISS factory string. `Flat`: exact search.")
-    search_k: int = Field(10, gt=0, description="The index is compared with exact search on this many nearest notes.")
+    search_k: int = Field(
+        10, gt=0, description="Nearest notes that a search usually asks for. The recall of the index is checked there."
+    )
+    target_recall: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="Least share of the exact nearest notes that a search finds. The build chooses the search "
+        "parameters (efSearch, nprobe, ...) for it.",
+    )
 
 
 class ReportSettings(Section):

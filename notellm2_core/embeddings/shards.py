@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from notellm2_core import schema
+from notellm2_core.embeddings.table import WEIGHTS_ID
+from notellm2_core.embeddings.unit_vectors import OF_A_MODEL, require_unit_vectors
 from notellm2_core.runtime.files import link_or_copy, new_folder, parquet_files, written_whole
 from notellm2_core.runtime.progress import ProgressBar
 
@@ -27,14 +29,7 @@ def write_shard(path: Path, note_ids: Sequence[str], vectors: np.ndarray, metada
     Raises ValueError where a vector is not finite or not of unit length.
     """
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-    lengths = np.linalg.norm(vectors, axis=1)
-    wrong = ~(np.abs(lengths - 1) < 1e-3)  # also true for NaN
-    if wrong.any():
-        first = int(np.flatnonzero(wrong)[0])
-        raise ValueError(
-            f"{int(wrong.sum())} embeddings are not unit vectors (note {note_ids[first]!r} has length "
-            f"{lengths[first]}): the model gives NaN or zero there; check its training loss."
-        )
+    require_unit_vectors(vectors, note_ids, reason=OF_A_MODEL)
     dim = vectors.shape[1]
     columns = [
         pa.array(list(note_ids), pa.string()),
@@ -51,6 +46,13 @@ class EmbeddingKey:
 
     model_id: str  # identifies everything that is the same for all notes: the model, the kind of input, the precision
     content_ids: Callable[[Sequence[str]], Sequence[str]]  # maps note ids to keys that change whenever a content does
+    weights_id: str | None = None  # identifies the model alone: vectors can be compared where it is the same
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """The metadata of a shard that says which model made it."""
+        model = {} if self.weights_id is None else {WEIGHTS_ID.decode(): self.weights_id}
+        return {"made_by": self.model_id, **model}
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def write_shards(
             path.unlink()
     _skip(progress, num_skipped)
     for shard, ids in zip(missing, content_ids, strict=True):
-        num_reused = _write_missing(shard, ids, vectors, embed, plan.key.model_id)
+        num_reused = _write_missing(shard, ids, vectors, embed, plan.key.origin)
         _skip(progress, num_reused)
         num_skipped += num_reused
     if all(shard.is_written for shard in plan.shards):
@@ -168,7 +170,7 @@ def _write_missing(
     content_ids: Sequence[str],
     reusable: Mapping[str, np.ndarray],
     embed: Callable[[Sequence[str]], np.ndarray],
-    model_id: str,
+    origin: Mapping[str, str],
 ) -> int:
     """Write `shard`, embedding the notes without a `reusable` vector. Returns the number of reused vectors."""
     new_rows = [row for row, content_id in enumerate(content_ids) if content_id not in reusable]
@@ -182,8 +184,8 @@ def _write_missing(
     for row, content_id in enumerate(content_ids):
         if content_id in reusable:
             vectors[row] = reusable[content_id]
-    origin = {"made_by": model_id, "of": "\n".join(content_ids), _REUSED: str(num_reused)}
-    write_shard(shard.path, shard.note_ids, vectors, {"fingerprint": shard.fingerprint, **origin})
+    contents = {"of": "\n".join(content_ids), _REUSED: str(num_reused)}
+    write_shard(shard.path, shard.note_ids, vectors, {"fingerprint": shard.fingerprint, **origin, **contents})
     return num_reused
 
 

@@ -11,18 +11,29 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 
+from notellm2_core.embeddings.unit_vectors import require_same_model, require_unit_vectors
 from notellm2_core.runtime.files import parquet_files
 from notellm2_core.tables.ids import read_ids
+
+WEIGHTS_ID = b"weights"  # key of a shard's metadata: the model, as `EmbeddingKey.weights_id` names it
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Unit vectors [N, d] in fp32; row i belongs to `note_ids[i]`."""
+    """Unit vectors [N, d] in fp32; row i belongs to `note_ids[i]`.
+
+    Raises ValueError naming the note if a vector is not finite or not of unit length.
+    """
 
     note_ids: tuple[str, ...]
     vectors: np.ndarray
     folder: Path | None = None  # where they were read from, for error messages
+    weights_id: str | None = None  # the model that made them; None: unknown
+
+    def __post_init__(self) -> None:
+        require_unit_vectors(self.vectors, self.note_ids, self.prefix)
 
     @property
     def prefix(self) -> str:
@@ -48,8 +59,8 @@ class Embeddings:
 def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Embeddings:
     """The embeddings in `folder` (its *.parquet, or one file), in file and row order.
 
-    `note_ids`: only these; None: all. Raises ValueError where there are none, columns or widths differ from
-    schema.embeddings, or a note occurs twice.
+    `note_ids`: only these; None: all. Raises ValueError where there are none, a column is missing or of another type,
+    widths or models differ, a vector is no unit vector, or a note occurs twice.
     """
     files = [folder] if folder.is_file() else parquet_files(folder)
     if not files:
@@ -58,25 +69,56 @@ def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Em
         )
     ids: list[str] = []
     parts: list[np.ndarray] = []
+    weights_id, first_known = None, files[0]
     for file in files:
-        table = pq.read_table(file)
-        vector_type = table.schema.field("embedding").type if "embedding" in table.column_names else pa.null()
-        if "note_id" not in table.column_names or not isinstance(vector_type, pa.FixedSizeListType):
-            raise ValueError(f"{file} is not an embedding table: it needs note_id and a fixed-size list embedding.")
-        column = table["embedding"].combine_chunks()
-        vectors = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-        vectors = vectors.reshape(-1, vector_type.list_size)
-        if parts and vectors.shape[1] != parts[0].shape[1]:
-            raise ValueError(f"{file} has width {vectors.shape[1]}, {files[0]} has {parts[0].shape[1]}: two releases?")
+        with pq.ParquetFile(file) as parquet:
+            names, metadata = parquet.schema_arrow.names, parquet.schema_arrow.metadata or {}
+            if missing := {"note_id", "embedding"}.difference(names):
+                raise ValueError(f"{file} is not an embedding table: it has no column {min(missing)}.")
+            table = parquet.read(["note_id", "embedding"])
         file_ids = read_ids(file, "note_id", table["note_id"]).to_pylist()
+        vectors = _vectors(file, file_ids, table["embedding"].combine_chunks())
+        if parts and len(vectors) and vectors.shape[1] != parts[0].shape[1]:
+            raise ValueError(f"{file} has width {vectors.shape[1]}, {files[0]} has {parts[0].shape[1]}: two releases?")
+        if WEIGHTS_ID in metadata:
+            its_weights_id = metadata[WEIGHTS_ID].decode()
+            require_same_model(its_weights_id, weights_id, file, first_known)
+            weights_id, first_known = its_weights_id, first_known if weights_id else file
         if note_ids is not None:
             keep = np.fromiter((i in note_ids for i in file_ids), dtype=bool, count=len(file_ids))
             file_ids, vectors = [i for i, k in zip(file_ids, keep, strict=True) if k], vectors[keep]
         ids.extend(file_ids)
-        parts.append(vectors)
+        if len(vectors) or not parts:
+            parts.append(vectors)
     if len(set(ids)) != len(ids):
         raise ValueError(f"{folder}: {len(ids) - len(set(ids))} notes occur twice; export into an empty folder.")
-    return Embeddings(tuple(ids), np.concatenate(parts), folder)
+    return Embeddings(tuple(ids), np.concatenate(parts), folder, weights_id)
+
+
+def _vectors(file: Path, note_ids: Sequence[str], column: pa.Array) -> np.ndarray:
+    """The vectors [n, d] of the column `embedding`, in fp32.
+
+    Raises ValueError unless it is lists of floats, none null, all of one length.
+    """
+    kind = column.type
+    is_list = pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
+    if not is_list or not pt.is_floating(kind.value_type):
+        raise ValueError(f"{file} is not an embedding table: embedding has type {kind}, not lists of floats.")
+    if column.null_count:
+        row = column.is_null().to_numpy(zero_copy_only=False).argmax()
+        raise ValueError(f"{file}: note {note_ids[row]!r} has no embedding (null).")
+    if pt.is_fixed_size_list(kind):
+        width = kind.list_size
+    else:
+        widths = column.value_lengths().to_numpy()
+        width = int(widths[0]) if len(widths) else 0
+        if (other := np.flatnonzero(widths != width)).size:
+            raise ValueError(
+                f"{file}: the embedding of note {note_ids[other[0]]!r} has width {widths[other[0]]}, that of "
+                f"{note_ids[0]!r} has {width}."
+            )
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    return values.astype(np.float32, copy=False).reshape(len(column), width)
 
 
 def mean_cosine(vectors: np.ndarray, num_pairs: int = 10_000, seed: int = 0) -> float:

@@ -18,7 +18,7 @@ from notellm2_core.config.settings import ExportSettings
 from notellm2_core.embeddings.shards import EARLIER_FOLDER, EmbeddingKey, plan_shards, write_shards
 from notellm2_core.inference.batch_embedder import VECTORS_VERSION, WINDOW_BATCHES
 from notellm2_core.inference.embedder import BATCH_NOTES, Embedder
-from notellm2_core.inference.export import weight_files
+from notellm2_core.inference.export import weight_files, weights_id
 from notellm2_core.model.hub import model_folder
 from notellm2_core.notes.processor import InputKind
 from notellm2_core.notes.source_reader import read_note_table
@@ -54,7 +54,9 @@ def embed_notes(
     _require_own(work, notes)
     embedder = Embedder.from_pretrained(folder)
     embedder.require_options(inputs, batch_notes, dim)  # before anything is written
-    version = [*_vector_version(embedder, folder), inputs, dim, batch_notes]
+    weights, encoder_id = weight_files(folder), embedder.encoder.encoder_id
+    fused = ["fused"] if embedder.is_fused else []
+    version = [VECTORS_VERSION, weights, encoder_id, str(embedder.dtype), *fused, inputs, dim, batch_notes]
     work.mkdir(parents=True, exist_ok=True)
     for shard in parquet_files(out):
         if not (work / shard.name).exists():
@@ -69,7 +71,8 @@ def embed_notes(
 
     with ProgressBar(total=len(table.note_ids), desc=f"embed {inputs}", unit="notes") as progress:
         start = time.monotonic()
-        key = EmbeddingKey(_MARK + fingerprint(version), table.content_ids)
+        model = weights_id(weights, encoder_id)
+        key = EmbeddingKey(_MARK + fingerprint(version), table.content_ids, model)
         plan = plan_shards(work, table.note_ids, key, ExportSettings().shard_notes)
         num_reused = write_shards(plan, embed, progress=progress)
         seconds = max(time.monotonic() - start, 1e-6)
@@ -84,17 +87,6 @@ def embed_notes(
         "device": str(embedder.device),
         "precision": str(embedder.dtype).removeprefix("torch."),
     }
-
-
-def _vector_version(embedder: Embedder, folder: Path) -> list[Any]:
-    """Everything about the model and this machine that changes the vectors."""
-    return [
-        VECTORS_VERSION,
-        weight_files(folder),
-        embedder.encoder.encoder_id,
-        str(embedder.dtype),
-        *(["fused"] if embedder.is_fused else []),
-    ]
 
 
 def _require_own(out: Path, source: Path) -> None:

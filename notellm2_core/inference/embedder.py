@@ -21,6 +21,7 @@ from notellm2_core.config.data import SourceSettings
 from notellm2_core.config.model import VisionSettings
 from notellm2_core.config.settings import ExportSettings
 from notellm2_core.embeddings.table import truncate_dims
+from notellm2_core.embeddings.unit_vectors import OF_A_MODEL, require_unit_vectors
 from notellm2_core.inference.batch_embedder import WINDOW_BATCHES, BatchEmbedder
 from notellm2_core.model.build import load_encoder, load_model, require_its_encoder, require_its_processor
 from notellm2_core.model.hub import model_folder
@@ -85,7 +86,8 @@ class Embedder:
 
         A note whose image cannot be used is embedded without one; `image_statuses` counts it. folder: image paths are
         relative to it, and nothing outside it is read; None: image paths are used unchanged.
-        Raises ValueError for a note with an unknown or invalid field, and as `require_options` does.
+        Raises ValueError for a note with an unknown or invalid field, where the model gives NaN or zero, and as
+        `require_options` does.
         """
         self.require_options(inputs, batch_notes, dim)
         with_images = [as_note(note) for note in notes]
@@ -94,7 +96,10 @@ class Embedder:
         for first in range(0, len(with_images), window):
             chunk = with_images[first : first + window]
             vectors[first : first + len(chunk)] = self._embed(chunk, inputs, batch_notes, folder, progress)
-        return truncate_dims(vectors, dim)
+        vectors = truncate_dims(vectors, dim)
+        names = [n.note.note_id or f"number {row}" for row, n in enumerate(with_images)]
+        require_unit_vectors(vectors, names, reason=OF_A_MODEL)
+        return vectors
 
     def require_options(self, inputs: str, batch_notes: int, dim: int | None) -> None:
         """Raises ValueError for an unknown kind of input, empty batches, or a `dim` out of the model's range."""

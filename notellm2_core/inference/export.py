@@ -56,6 +56,13 @@ def weight_files(model_dir: Path) -> dict[str, str]:
     return {p.name: sha256_of(p) for p in files}
 
 
+def weights_id(weights: Mapping[str, str], encoder_id: str) -> str:
+    """Identifies a model, wherever it lies: its weights, of `weight_files`, and its vision encoder."""
+    return fingerprint(
+        [sorted(checksum for name, checksum in weights.items() if name.endswith(".safetensors")), encoder_id]
+    )
+
+
 def export(
     config: Config,
     model_dir: Path,
@@ -96,7 +103,7 @@ def export(
     for kind, wanted in note_ids.items():
         version = [VECTORS_VERSION, weights, reader.encoder_id, kind, str(dtype), config.export.batch_notes]
         model_id = fingerprint([*version, "fused"] if fused else version)
-        key = EmbeddingKey(model_id, partial(_content_ids, notes, kind))
+        key = EmbeddingKey(model_id, partial(_content_ids, notes, kind), weights_id(weights, reader.encoder_id))
         plan = plan_shards(out / kind, list(notes.tokens if wanted is None else wanted), key, config.export.shard_notes)
         num_reused, notes_per_second = _export_kind(embedder, kind, plan, [folder / kind for folder in reuse])
         counts["reused"][kind], counts["notes_per_second"][kind] = num_reused, notes_per_second

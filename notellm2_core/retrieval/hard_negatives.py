@@ -12,7 +12,6 @@ N: notes of the training pairs, d: embedding width, B: queries of a block, K: th
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from notellm2_core.config.options import add_options
+from notellm2_core.config.settings import IndexSettings
 from notellm2_core.config.training import HardNegativeSettings
 from notellm2_core.embeddings.table import Embeddings, read_embeddings
 from notellm2_core.retrieval.known_pairs import KnownPairs, read_columns, read_known_pairs
@@ -44,13 +44,14 @@ def mine(
 
     The negatives of a note are its neighbours with first_rank <= rank <= last_rank, except known positives,
     near-duplicates (by `note_split`; None: unknown) and notes that are related through a near-duplicate. Ties are
-    broken by note id. If more notes tie at the end of the window than the index returns, FAISS decides which; the
-    choice is deterministic.
+    broken by note id. If more notes tie at the end of the window than the index returns, the index decides which;
+    the choice is deterministic.
 
     Raises ValueError for an empty window, no training pairs, a note without an embedding or a row in `note_split`, or a
     factory that cannot be built from so few notes.
     """
-    from notellm2_core.retrieval.index import ann_recall, make_index  # training reads hard negatives without FAISS
+    from notellm2_core.retrieval.build import make_index  # training reads hard negatives without FAISS
+    from notellm2_core.retrieval.tuning import ann_recall
 
     if not 1 <= first_rank <= last_rank:
         raise ValueError(f"the ranks {first_rank} to {last_rank} are no window: it needs 1 <= first_rank <= last_rank.")
@@ -62,8 +63,8 @@ def mine(
     ids = note_ids.to_pylist()
     table = read_embeddings(embeddings, set(ids))
     table = Embeddings(tuple(ids), table.vectors[table.rows(ids)])
-    index = make_index(table, factory)
-    num_candidates = _widen(index.faiss_index, factory, last_rank, len(ids))
+    num_candidates = min(2 * (last_rank + 1), len(ids))  # notes may tie at the end of the window
+    index = make_index(table, IndexSettings(factory=factory, search_k=num_candidates))
 
     totals = _Totals()
     with (
@@ -73,7 +74,7 @@ def mine(
     ):
         for start in range(0, len(ids), BLOCK_QUERIES):
             queries = np.arange(start, min(start + BLOCK_QUERIES, len(ids)))
-            _, candidates = index.faiss_index.search(table.vectors[queries], num_candidates)  # [B, K]
+            candidates, _ = index.search_rows(table.vectors[queries], num_candidates)  # [B, K]
             rows, cosines = nearest_first(table.vectors, queries, candidates)
             window = slice(first_rank - 1, last_rank)
             block = _Neighbours.of(known_pairs, queries, rows[:, window], cosines[:, window])
@@ -84,7 +85,9 @@ def mine(
             writer.write_table(pa.Table.from_arrays(columns, schema=HARD_NEGATIVES))
             totals.add(block)
             progress.update(len(queries))
-    index_recall = ann_recall(index, table, last_rank, num_queries=200)  # percent of the exact last_rank nearest
+    index_recall = ann_recall(
+        index, table.vectors, last_rank, num_queries=200
+    )  # percent of the exact last_rank nearest
     counts = totals.counts(first_rank, last_rank) | {"index_recall": index_recall}
     write_atomically(out / COUNTS_FILE, json.dumps(counts, indent=1) + "\n")
     return counts
@@ -190,19 +193,6 @@ def read_hard_negatives(folder: Path, note_ids: Sequence[str]) -> list[np.ndarra
     note, negative = indices
     order = np.lexsort((table["rank"].to_numpy(), note))
     return np.split(negative[order], np.cumsum(np.bincount(note, minlength=len(note_ids)))[:-1])
-
-
-def _widen(index: Any, factory: str, last_rank: int, num_notes: int) -> int:
-    """The number of candidates to search for, so that `last_rank` others are found. HNSW's search is widened to it.
-
-    It is twice the number of neighbours, because notes may tie at the end of the window. HNSW keeps 16 candidates by
-    default, however many are searched for; with this width it finds 98 % of clustered notes' first 100 instead of 77 %.
-    """
-    if re.search(r"(^|,)HNSW", factory):  # not the coarse quantiser of IVF256_HNSW32
-        import faiss
-
-        faiss.ParameterSpace().set_index_parameter(index, "efSearch", 2 * (last_rank + 1))
-    return min(2 * (last_rank + 1), num_notes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

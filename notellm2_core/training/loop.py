@@ -78,7 +78,7 @@ def train(run: Run) -> None:
         return prepare(data, notes, config, run.device)
 
     if run.first_step == 0 and len(validation_pairs):
-        progress.report(0, validate(engine, data, validation_pairs, config, run.device), in_every_log=True)
+        progress.report(0, validate(engine, data, validation_pairs, config, run.device), always=True)
         progress.restart_clock()
     steps = range(run.first_step, run.first_step if run.selection.stops(run.first_step) else num_steps)
     batches = Prefetcher(map(batch_of, steps))  # the CPU makes the next one while the device is busy
@@ -113,8 +113,8 @@ def train(run: Run) -> None:
             scores = validate(engine, data, validation_pairs, config, run.device)
             # No other check sees the weights after the last update.
             _require_finite(run, step, share.notes, "validation loss", scores["validation_loss"])
-            progress.report(done, scores, in_every_log=True)
-            _judge(run, done, scores[RECALL])
+            progress.report(done, scores, always=True)
+            _judge(run, done, scores[RECALL], len(validation_pairs))
             last = last or run.selection.stops(done)
             progress.restart_clock()
 
@@ -130,10 +130,10 @@ def train(run: Run) -> None:
     run.checkpoints.close()
 
 
-def _judge(run: Run, done: int, recall: float) -> None:
-    """After a validation: keep the best weights, and report a run that ends early or learns nothing."""
+def _judge(run: Run, done: int, recall: float, num_pairs: int) -> None:
+    """Keep the weights if this validation is the best so far; report a run that learns nothing or ends early."""
     run.selection.add(done, recall, run.engine.module, run.checkpoints.resumable_steps())
-    if warning := learned_nothing(run.progress, run.config.training, len(run.batches), done):
+    if warning := learned_nothing(run.progress, run.config.training, len(run.batches), done, num_pairs):
         run.progress.say(f"warning: {warning}")
     if run.selection.stops(done) and done < len(run.batches):
         run.progress.say(

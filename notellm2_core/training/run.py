@@ -39,6 +39,7 @@ from notellm2_core.training.state.run_folder import locked, open_run
 from notellm2_core.training.state.save import DONE, save_model
 from notellm2_core.training.state.selection import Selection
 from notellm2_core.training.step import idle_step
+from notellm2_core.training.validation import validation_sample
 from notellm2_core.vision.encoder import VisionEncoder
 
 
@@ -246,6 +247,7 @@ def _training_summary(run: Run) -> dict[str, Any]:
     for key in ("loss_m", "loss_v", "loss_cross", "tau", "gate_mean", "validation_loss", "validation_recall_at_10"):
         if series := progress.series(key, last=chosen):
             summary[key] = series[-1]
-    if warning := learned_nothing(progress, training, len(run.batches), steps):
+    num_pairs = len(validation_sample(run.data, run.config.seed))
+    if warning := learned_nothing(progress, training, len(run.batches), steps, num_pairs):
         summary["warning"] = warning
     return summary

@@ -47,3 +47,11 @@ def test_leaks_pairs_loss_and_collapse() -> None:
     assert not passed and shown["checks.min_test_pairs"] == 20
     assert not checks.finite_loss({"loss_last": float("nan")}, LIMITS)[0]
     assert not checks.not_collapsed({"mean_cosine": {"multimodal": 0.96}}, LIMITS)[0]
+
+
+def test_index_recall_at_search_k() -> None:
+    metrics = {"target_recall": 0.95, "search_k": 10, "factory": "HNSW32", "recall": {"1": 90.0, "10": 95.0}}
+    assert checks.index_recall(metrics, LIMITS)[0]
+    passed, shown = checks.index_recall(metrics | {"recall": {"10": 94.9}}, LIMITS)
+    assert not passed and shown["recall"] == 94.9 and shown["index.target_recall"] == 0.95
+    assert checks.index_recall(metrics | {"recall": {}}, LIMITS)[0]  # fewer notes than search_k: all are compared

@@ -43,8 +43,8 @@ def test_index_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out)["num_notes"] == 3
     main(["index", "search", "--index", str(index), "--embeddings", str(embeddings), "--note-id", "a", "--k", "2"])
     hits = json.loads(capsys.readouterr().out)
-    assert [f["note_id"] for f in hits] == ["a", "b"]
-    assert hits[1]["score"] == pytest.approx(0.984808, abs=1e-6)
+    assert [f["note_id"] for f in hits] == ["b", "c"]  # without the note itself
+    assert hits[0]["score"] == pytest.approx(0.984808, abs=1e-6)
     pairs = tmp_path / "pairs"
     pairs.mkdir()
     rows = {"query_id": ["a", "a"], "target_id": ["b", "c"], "score": [1.0, 1.0], "num_users": [1, 1], "rank": [1, 2]}

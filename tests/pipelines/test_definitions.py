@@ -73,7 +73,8 @@ def test_checks_block() -> None:
         ("pair_datasets", "no_leakage"),
         ("pair_datasets", "enough_pairs"),
         ("checkpoint", "finite_loss"),
-        ("note_embeddings", "not_collapsed"),
+        ("eval_recall", "not_collapsed"),
+        ("eval_recall", "index_recall"),
     }
 
 

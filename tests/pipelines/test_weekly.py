@@ -28,6 +28,15 @@ def test_recall_ends_with_a_table_and_a_second_run_makes_nothing_again(finished:
     assert finished.processes() == []
 
 
+def test_a_model_that_fails_its_check_has_a_table_and_no_release(copy_of_finished: Workplace) -> None:
+    workplace = make_workplace(copy_of_finished.home, {"checks.max_mean_cosine": 1e-9})
+    workplace.forget("eval_recall")
+    code, output = workplace.recall()
+    assert code == 1 and "R@10" in output and "eval_recall: made at" in output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: eval_recall: the check not_collapsed failed (mean_cosine = ")
+
+
 def test_every_materialization_is_a_child_run_with_its_tags(finished: Workplace) -> None:
     from mlflow import MlflowClient
 

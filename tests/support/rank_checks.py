@@ -190,6 +190,12 @@ def _as_on_gpus(
     return gpu_config | {"zero_optimization": zero}
 
 
+def train_partitioned(config_file: Path, root: Path, folder: Path) -> None:
+    """`train`, where ZeRO-3 partitions every weight."""
+    engines.deepspeed_config = _as_on_gpus
+    train(config_file, root, folder)
+
+
 def train(config_file: Path, root: Path, folder: Path) -> None:
     """Train as the command does, with work/ and out/ below `folder`."""
     run(load_config(config_file), World(root).paths(folder))

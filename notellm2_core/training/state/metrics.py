@@ -1,7 +1,7 @@
 """Reports the metrics of a training run: in the terminal, RUN_DIR/metrics.jsonl, Dagster's log and MLflow's curves.
 
-The file is the record; the others are views of it and never stop or delay the run. A terminal, the file and MLflow get
-every report; a log gets one in ten seconds, and all of validations.
+The file is the record; the others are views of it and never stop or delay the run. A log gets a line every ten seconds,
+and all validations; a terminal, the file and MLflow get everything.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from notellm2_core.runtime.files import write_atomically
-from notellm2_core.runtime.progress import LINE_SECONDS, ProgressBar, in_terminal
+from notellm2_core.runtime.progress import LINE_SECONDS, ProgressBar
 
 Metrics = Mapping[str, float]
 _MLFLOW_CLOSE_SECONDS = 15
@@ -47,7 +47,7 @@ class Progress:
         self._window: list[Metrics] = []
         self._start = self._window_start = time.monotonic()
         self._bar = ProgressBar(total=num_steps, initial=first_step, desc="training", unit="steps", disable=not enabled)
-        self._last_line = self._start  # when a line went to the log
+        self._last_line = self._start  # when a line went to Dagster's log
         if enabled:
             self._lines = [line for line in read_metrics(path) if line["step"] <= first_step]
         self._num_written = self._num_bytes = 0  # of these lines in the file
@@ -86,8 +86,8 @@ class Progress:
         """Start a new window: time between the steps (validation, saves) does not count in the throughput."""
         self._window, self._window_start = [], time.monotonic()
 
-    def report(self, step: int, metrics: Metrics, in_every_log: bool = False) -> None:
-        """Report `metrics` after `step` steps. `in_every_log`: also in a log that has just had a line."""
+    def report(self, step: int, metrics: Metrics, always: bool = False) -> None:
+        """Report `metrics` after `step` steps. `always`: also in a log that has just had a line."""
         if not self.enabled:
             return
         line = {"step": step, **metrics, "seconds": round(self.seconds, 2)}
@@ -98,21 +98,26 @@ class Progress:
         self._lines.append(line)
         self._write()
         values = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-        self.say(f"{text}: {values}", in_every_log or step == self._num_steps)
+        text = f"{text}: {values}"
+        if always or step == self._num_steps:
+            self.say(text)
+        else:
+            self._bar.show(text, values)
+            if time.monotonic() - self._last_line >= LINE_SECONDS:
+                self._log_line(text)
         if self._curves is not None:
             self._curves.send(step, metrics)
 
-    def say(self, text: str, in_every_log: bool = True) -> None:
-        """Write a line to the terminal or the log. `in_every_log`: also to a log that has just had a line."""
-        if not self.enabled:
-            return
-        is_due = in_every_log or time.monotonic() - self._last_line >= LINE_SECONDS
-        if is_due or in_terminal():
+    def say(self, text: str) -> None:
+        """Write a line to the terminal and every log."""
+        if self.enabled:
             self._bar.write_line(text)
-        if is_due:
-            self._last_line = time.monotonic()
-            if self._log is not None:
-                self._log(text)
+            self._log_line(text)
+
+    def _log_line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        if self._log is not None:
+            self._log(text)
 
     def _rewrite(self) -> None:
         """Reduce the file to these lines. If the disk is full, the next report removes the others."""

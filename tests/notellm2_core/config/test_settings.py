@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from notellm2_core.config.data import FilterSettings, PairSettings, ScoringSettings
 from notellm2_core.config.load import ConfigError, load_config
@@ -53,6 +54,11 @@ def test_the_defaults_are_the_papers(path: Path) -> None:
             "model.start: no such setting; it is called model.init now",
         ),
         ("training: {num_steps: many}", "training.num_steps"),
+        (
+            "training: {num_steps: 5, num_epochs: 2}",
+            "training.num_steps = 5 and training.num_epochs = 2 are two ways to say how long to train: set one of them",
+        ),
+        ("training: {num_steps: null}", "training.num_steps = None and training.num_epochs = None are two ways"),
         ("pairs: {low: 3, up: 1}", "low = 3.0 is above up = 1.0"),
         ("pairs: {bounds: quantile, low: 0.1, up: 30}", "shares in"),
         ("pairs: {low: .nan}", "low = nan and up = 30.0 have to be numbers"),
@@ -160,6 +166,26 @@ def test_settings_that_swing_does_not_read() -> None:
     assert unused_settings(load_config(CONFIGS[0], order | {"pairs.score": "swing"})) == [
         f"{name} has no effect with pairs.score = swing" for name in order
     ]
+
+
+def test_hard_negatives_of_ones_own_need_no_mining(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "name: c\nmodel: {llm: {name: tiny}}\ntraining: {hard_negatives: {num: 1, file: mine.csv, first_rank: 3}}\n"
+    )
+    assert unused_settings(load_config(path)) == [
+        "training.hard_negatives.first_rank has no effect with training.hard_negatives.file = mine.csv"
+    ]
+
+
+def test_epochs_replace_the_default_number_of_steps(tmp_path: Path) -> None:
+    """A configuration that is written out in full, as for a command, can be read again."""
+    path = tmp_path / "c.yaml"
+    path.write_text("name: c\nmodel: {llm: {name: tiny}}\ntraining: {num_epochs: 3}\n")
+    config = load_config(path)
+    assert (config.training.num_steps, config.training.num_epochs) == (None, 3)
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(path) == config
 
 
 def test_which_parts_are_trained() -> None:

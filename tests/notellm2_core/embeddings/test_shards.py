@@ -110,7 +110,7 @@ def test_reused_vectors_depend_on_no_kill_and_no_rank(tmp_path: Path) -> None:
 
 
 def test_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1 embeddings are not unit vectors .note 'b'"):
+    with pytest.raises(ValueError, match="1 of 2 embeddings are not unit vectors .that of note 'b' holds NaN"):
         write_shard(tmp_path / "x.parquet", ["a", "b"], np.array([[1, 0], [np.nan, 0]]), {})
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="holds no embeddings"):

@@ -117,6 +117,43 @@ def test_a_configuration_without_any_source_is_refused(tmp_path: Path) -> None:
         _catalog(tmp_path, source__demo=None).fingerprint("notes")
 
 
+def test_a_setting_that_is_not_read_makes_nothing_stale(tmp_path: Path) -> None:
+    """Validations decide which weights are saved only with `select: best` or `patience`. Written out in the default's
+    words, a setting changes nothing; and the fingerprints are those of before the settings were there.
+    """
+    base = _catalog(tmp_path)
+    defaults = {"training__select": "last", "training__patience": None, "training__num_epochs": None}
+    assert _changed(base, _catalog(tmp_path, **defaults)) == set()
+    assert _changed(base, _catalog(tmp_path, training__validate_every_steps=5)) == set()
+    assert "training.num_epochs" not in base.settings("checkpoint")
+    for name, value in (("select", "best"), ("patience", 3)):
+        chosen = _catalog(tmp_path, **{f"training__{name}": value})
+        assert _changed(base, chosen) == _downstream("checkpoint")
+        every = {f"training__{name}": value, "training__validate_every_steps": 5}
+        assert _changed(chosen, _catalog(tmp_path, **every)) == _downstream("checkpoint")
+    epochs = _catalog(tmp_path, training__num_steps=None, training__num_epochs=2)
+    assert _changed(base, epochs) == _downstream("checkpoint")
+
+
+def test_hard_negatives_of_ones_own_are_known_by_their_content(tmp_path: Path) -> None:
+    """Neither the file's name nor its time counts, nor the model that would mine."""
+    file = tmp_path / "mine.csv"
+    file.write_text("note_id,negative_id\n1,2\n")
+
+    def given(path: Path, **more: object) -> Catalog:
+        return _catalog(tmp_path, training__hard_negatives={"num": 1, "file": str(path)}, **more)
+
+    before = given(file)
+    assert _changed(_catalog(tmp_path), before) == _downstream("hard_negatives")
+    assert set(before.settings("hard_negatives")) == {"training.hard_negatives.file"}
+    assert before._inputs("hard_negatives") == ("pair_datasets", "note_split")
+    assert _changed(before, given(file.rename(tmp_path / "moved.csv"))) == set()
+    file.write_text("note_id,negative_id\n1,3\n")
+    assert _changed(before, given(file)) == _downstream("hard_negatives")
+    with pytest.raises(ValueError, match=r"training.hard_negatives.file = .*/none.csv cannot be read: No such file"):
+        given(tmp_path / "none.csv").fingerprint("hard_negatives")
+
+
 def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> None:
     """A rewritten folder or file, or another package version, changes fingerprints; a model of a hub is not checked."""
     llm, vision = tmp_path / "llm", tmp_path / "vision.pt"

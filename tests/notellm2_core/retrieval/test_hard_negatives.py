@@ -192,7 +192,7 @@ def test_errors(world: Path) -> None:
             mine(embeddings, pairs, out, None, first, last, "Flat")
     with pytest.raises(ValueError, match=r"first_rank = 6, but a note has 5 others in .*train"):
         mine(embeddings, pairs, out, None, 6, 100, "Flat")
-    with pytest.raises(ValueError, match=r"index.factory = 'IVF4096,Flat' cannot be built from 6 vectors"):
+    with pytest.raises(ValueError, match=r"index.factory = 'IVF4096,Flat' cannot be built from 6 distinct vectors"):
         mine(embeddings, pairs, out, None, 1, 3, "IVF4096,Flat")
     write_shard(embeddings / "part-00000.parquet", ["a", "b"], np.eye(2), {})
     with pytest.raises(ValueError, match=r"4 of 6 notes have no embedding \(the first is 'c'\)"):

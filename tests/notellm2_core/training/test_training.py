@@ -101,6 +101,15 @@ def test_a_last_step_that_spoils_the_model_is_an_error(world: World, tmp_path: P
 
 
 @pytest.mark.slow
+def test_an_epoch_is_so_many_steps(world: World, tmp_path: Path) -> None:
+    """32 pairs in batches of 12 are 3 steps: the weights are those of num_steps = 3, bit for bit."""
+    lengths: tuple[dict[str, Any], ...] = ({"num_steps": 3}, {"num_steps": None, "num_epochs": 1})
+    out = [train(world, tiny_config({"batch_pairs": 12, **n}), tmp_path / str(i)) for i, n in enumerate(lengths)]
+    assert (out[0] / "model.safetensors").read_bytes() == (out[1] / "model.safetensors").read_bytes()
+    assert json.loads((out[1] / "training.json").read_text())["steps"] == 3
+
+
+@pytest.mark.slow
 def test_out_is_checked_before_training(world: World, tmp_path: Path) -> None:
     """A file, or a folder with other files, is refused before training, not after hours of it."""
     (tmp_path / "out").write_text("mine")

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from notellm2_core.config.training import TrainingSettings
 from notellm2_core.model.build import build_model
 from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.model.tokenise import tokenise
@@ -17,7 +18,7 @@ from notellm2_core.notes.note import Note
 from notellm2_core.notes.processor import FieldTokens
 from notellm2_core.training.data import sampler
 from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset
-from notellm2_core.training.data.sampler import batch_schedule
+from notellm2_core.training.data.sampler import batch_schedule, planned_steps
 from notellm2_core.vision.feature_table import FeatureTable
 from tests.support.world import World, pair_dataset, tiny_config
 
@@ -34,6 +35,13 @@ def test_epochs_of_disjoint_pairs_are_permutations() -> None:
     for epoch in (batches[:3], batches[3:]):
         assert sorted(epoch.reshape(-1).tolist()) == list(range(12))
     assert batches[:3].tolist() != batches[3:].tolist()
+
+
+def test_the_steps_of_an_epoch_are_rounded_up() -> None:
+    """100 pairs in batches of 16 are 7 steps, 112 too, and 113 are 8."""
+    epochs = TrainingSettings(num_epochs=3, batch_pairs=16)
+    assert [planned_steps(epochs, pairs) for pairs in (1, 16, 100, 112, 113)] == [3, 3, 21, 21, 24]
+    assert planned_steps(TrainingSettings(num_steps=5, batch_pairs=16), 100) == 5
 
 
 @given(st.integers(1, 60), st.integers(3, 80), st.integers(2, 8), st.integers(0, 1000))

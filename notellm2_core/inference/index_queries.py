@@ -1,0 +1,48 @@
+"""What an index is searched for: a stored note, a text, an image, or a table of embeddings."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from notellm2_core.embeddings.table import Embeddings, read_embeddings
+from notellm2_core.retrieval.index import Index
+
+_BLOCK = 1024  # queries searched at a time
+
+
+def stored_note(embeddings: Path, note_id: str) -> Embeddings:
+    """The embedding of one note. Raises ValueError if `embeddings` lacks it."""
+    table = read_embeddings(embeddings, {note_id})
+    table.rows([note_id])  # raises if it is missing
+    return table
+
+
+def new_note(model: str | Path, text: str | None, image: Path | None, dim: int) -> Embeddings:
+    """The embedding of a note that no index has, by a trained model: its title is `text`.
+
+    dim: width of the index; a model with Matryoshka dimensions may have more. Raises ValueError if the image cannot be
+    used.
+    """
+    from notellm2_core.inference.embedder import Embedder
+    from notellm2_core.inference.export import weight_files, weights_id
+    from notellm2_core.model.hub import model_folder
+
+    folder = model_folder(model)
+    embedder = Embedder.from_pretrained(folder)
+    vectors = embedder.embed([{"title": text or "", "image": image}], dim=dim)
+    if image is not None and not embedder.image_statuses["ok"]:
+        raise ValueError(f"the image {image} cannot be used: {next(iter(embedder.image_statuses))}.")
+    return Embeddings(("",), vectors, weights_id=weights_id(weight_files(folder), embedder.encoder.encoder_id))
+
+
+def find_neighbours(
+    index: Index, queries: Embeddings, k: int, params: str | None = None
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each query's note id, with its nearest notes without itself: {"note_id": ..., "score": ...}, best first."""
+    for first in range(0, len(queries.note_ids), _BLOCK):
+        block = slice(first, first + _BLOCK)
+        part = Embeddings(queries.note_ids[block], queries.vectors[block], queries.folder, queries.weights_id)
+        note_ids, scores = index.neighbours(part, k, params)
+        for query, ids, row in zip(part.note_ids, note_ids, scores, strict=True):
+            hits = [{"note_id": i, "score": round(float(s), 6)} for i, s in zip(ids, row, strict=True) if i is not None]
+            yield query, hits

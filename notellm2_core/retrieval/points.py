@@ -1,0 +1,81 @@
+"""Equal vectors are one point of the index. After a search, the points are expanded to the notes that lie there.
+
+A graph of nearest neighbours in which many are equal falls apart, because the links of each lead to the others. As one
+point they cost nothing.
+
+N: notes, P: points, Q: queries, K: points that were found, d: width.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Points:
+    """Which note is at which point. A row is a note's place in the table of embeddings."""
+
+    of_row: np.ndarray  # [N] int64: the point of each note; points are numbered as they first occur
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """[N] all rows, those of a point together, in order."""
+        return np.argsort(self.of_row, kind="stable")
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """[P] the number of notes at each point."""
+        return np.bincount(self.of_row)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """[P] where the notes of each point begin in `rows`."""
+        return np.cumsum(self.sizes) - self.sizes
+
+    def counts(self, points: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """The number of notes at `points` [Q, K] (-1: none), without the rows `own` [Q] (-1: none) -> [Q, K]."""
+        own_points = np.where(own >= 0, self.of_row[own], -2)
+        counts: np.ndarray = np.where(points >= 0, self.sizes[points], 0) - (points == own_points[:, None])
+        return counts
+
+    def expand(self, points: np.ndarray, scores: np.ndarray, k: int, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The k best notes at `points` [Q, K], which are sorted by `scores` [Q, K]: rows and scores, both [Q, k].
+
+        Equal scores are in the order of the rows. `own` [Q]: rows that are left out. Where there are fewer, the row is
+        -1 and the score -inf.
+        """
+        counts = self.counts(points, own)  # [Q, K]
+        is_needed = (np.cumsum(counts, axis=1) - counts < k) & (counts > 0)
+        last = np.where(is_needed, scores, np.inf).min(axis=1, initial=np.inf)  # of the points that are needed
+        query, column = np.nonzero((is_needed | (scores == last[:, None])) & (counts > 0))
+        point = points[query, column]
+        taken = np.minimum(self.sizes[point], k + 1)  # one of them may be left out
+        ends = np.cumsum(taken)
+        within = np.arange(taken.sum()) - np.repeat(ends - taken, taken)
+        row = self.rows[np.repeat(self.starts[point], taken) + within]
+        query, score = np.repeat(query, taken), np.repeat(scores[query, column], taken)
+        others = row != own[query]
+        row, query, score = row[others], query[others], score[others]
+        order = np.lexsort((row, -score, query))
+        row, query, score = row[order], query[order], score[order]
+        rank = np.arange(len(query)) - np.searchsorted(query, query)
+        best = rank < k
+        rows = np.full((len(points), k), -1, dtype=np.int64)
+        best_scores = np.full((len(points), k), -np.inf, dtype=np.float32)
+        rows[query[best], rank[best]] = row[best]
+        best_scores[query[best], rank[best]] = score[best]
+        return rows, best_scores
+
+
+def distinct_points(vectors: np.ndarray) -> tuple[np.ndarray, Points]:
+    """The distinct vectors of `vectors` [N, d], as they first occur [P, d] in fp32, and where each note is."""
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32) + np.float32(0)  # -0.0 becomes 0.0
+    num_notes, dim = vectors.shape
+    width = pa.binary(dim * vectors.itemsize)
+    encoded = pa.FixedSizeBinaryArray.from_buffers(width, num_notes, [None, pa.py_buffer(vectors)]).dictionary_encode()
+    points = Points(encoded.indices.to_numpy().astype(np.int64))
+    if len(encoded.dictionary) == num_notes:
+        return vectors, points
+    return vectors[points.rows[points.starts]], points
