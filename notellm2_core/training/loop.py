@@ -66,8 +66,7 @@ class Run:
 def train(run: Run) -> None:
     """Every step from `run.first_step` to the last, with reports, validation and checkpoints in between.
 
-    Raises TrainingError on every rank if a loss or a gradient is not finite, OSError if the best weights cannot be
-    written.
+    Raises, on every rank, TrainingError if a value is not finite, OSError if the best weights cannot be written.
     """
     config, training, data, engine, progress = run.config, run.config.training, run.data, run.engine, run.progress
     num_steps, validation_pairs = len(run.batches), validation_sample(data, config.seed)
@@ -110,11 +109,7 @@ def train(run: Run) -> None:
         # validate
         if len(validation_pairs) and (done % training.validate_every_steps == 0 or last):
             progress.report_steps(done)
-            scores = validate(engine, data, validation_pairs, config, run.device)
-            # No other check sees the weights after the last update.
-            _require_finite(run, step, share.notes, "validation loss", scores["validation_loss"])
-            progress.report(done, scores, always=True)
-            _judge(run, done, scores[RECALL], len(validation_pairs))
+            _validate(run, done, validation_pairs, share.notes)
             last = last or run.selection.stops(done)
             progress.restart_clock()
 
@@ -130,10 +125,16 @@ def train(run: Run) -> None:
     run.checkpoints.close()
 
 
-def _judge(run: Run, done: int, recall: float, num_pairs: int) -> None:
-    """Keep the weights if this validation is the best so far; report a run that learns nothing or ends early."""
-    run.selection.add(done, recall, run.engine.module, run.checkpoints.resumable_steps())
-    if warning := learned_nothing(run.progress, run.config.training, len(run.batches), done, num_pairs):
+def _validate(run: Run, done: int, pairs: np.ndarray, notes: np.ndarray) -> None:
+    """Validate on `pairs` [V, 2] after `done` steps, the last one on `notes`. Keep the weights if they are the best so
+    far; report a run that learns nothing or ends early.
+    """
+    scores = validate(run.engine, run.data, pairs, run.config, run.device)
+    # No other check sees the weights after the last update.
+    _require_finite(run, done - 1, notes, "validation loss", scores["validation_loss"])
+    run.progress.report(done, scores, always=True)
+    run.selection.add(done, scores[RECALL], run.engine.module, run.checkpoints.resumable_steps())
+    if warning := learned_nothing(run.progress, run.config.training, len(run.batches), done, len(pairs)):
         run.progress.say(f"warning: {warning}")
     if run.selection.stops(done) and done < len(run.batches):
         run.progress.say(

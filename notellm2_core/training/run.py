@@ -30,7 +30,6 @@ from notellm2_core.training.engine.precision import choose_precision
 from notellm2_core.training.engine.throughput import Throughput
 from notellm2_core.training.initialise import initialise
 from notellm2_core.training.launch import NO_REPORTS, Paths, Reports
-from notellm2_core.training.learning import learned_nothing
 from notellm2_core.training.loop import Run, TrainingError, train
 from notellm2_core.training.state.checkpoints import Checkpoints
 from notellm2_core.training.state.metrics import MlflowCurves, Progress
@@ -39,7 +38,7 @@ from notellm2_core.training.state.run_folder import locked, open_run
 from notellm2_core.training.state.save import DONE, save_model
 from notellm2_core.training.state.selection import Selection
 from notellm2_core.training.step import idle_step
-from notellm2_core.training.validation import validation_sample
+from notellm2_core.training.summary import training_summary
 from notellm2_core.vision.encoder import VisionEncoder
 
 
@@ -56,7 +55,8 @@ def run(config: Config, paths: Paths, reports: Reports = NO_REPORTS, train_days:
     Args:
         train_days: first day and (exclusive) end of the log behind the pairs, for the model card.
 
-    Raises ValueError for inputs and settings that do not fit, TrainingError if a loss or a gradient is not finite.
+    Raises ValueError for inputs and settings that do not fit, TrainingError if a loss or a gradient is not finite,
+    OSError if the model or the best weights cannot be written.
     """
     device = engines.set_up_processes()
     with locked(paths.run_dir):
@@ -202,7 +202,7 @@ def finish(run: Run, train_days: Sequence[str] | None) -> None:
     """Save the trained model, its card and training.json."""
     run.selection.restore(run.engine.module)
     vision = run.paths.inputs.vision if run.encoder is None else run.encoder
-    save_model(run.model, run.processor, vision, run.paths.out, run.config, train_days, _training_summary(run))
+    save_model(run.model, run.processor, vision, run.paths.out, run.config, train_days, training_summary(run))
 
 
 def run_settings(config: Config, data: PairDataset) -> dict[str, Any]:
@@ -220,34 +220,3 @@ def _curves(config: Config, reports: Reports) -> MlflowCurves | None:
     if dist.get_rank() or not reports.mlflow_uri or not reports.mlflow_run_id:
         return None
     return MlflowCurves(reports.mlflow_uri, reports.mlflow_run_id, config.tracking.timeout_seconds)
-
-
-def _training_summary(run: Run) -> dict[str, Any]:
-    """The main metrics of the run, for training.json and the model card; {} for a run that has reported no step."""
-    progress, training = run.progress, run.config.training
-    losses, notes_per_s, steps = progress.series("loss"), progress.series("notes_per_s"), progress.last_step
-    if not losses:
-        return {}
-    chosen = run.selection.chosen_step(steps)
-    summary: dict[str, Any] = {
-        "steps": steps,
-        "chosen_step": chosen,  # whose weights are saved
-        "seconds": round(progress.seconds, 1),
-        "notes_per_s": round(sum(notes_per_s) / len(notes_per_s), 2),
-        "precision": run.precision,
-        "num_ranks": dist.get_world_size(),
-        "zero_stage": training.zero_stage,
-        "settings": fingerprint(run.settings),
-        "num_train_pairs": len(run.data.train_pairs),
-        "num_train_notes": len(run.data.train_notes),
-        "num_validation_pairs": len(run.data.validation_pairs),
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
-    }
-    for key in ("loss_m", "loss_v", "loss_cross", "tau", "gate_mean", "validation_loss", "validation_recall_at_10"):
-        if series := progress.series(key, last=chosen):
-            summary[key] = series[-1]
-    num_pairs = len(validation_sample(run.data, run.config.seed))
-    if warning := learned_nothing(progress, training, len(run.batches), steps, num_pairs):
-        summary["warning"] = warning
-    return summary
