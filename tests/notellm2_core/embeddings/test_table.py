@@ -51,9 +51,12 @@ def test_what_is_refused(tmp_path: Path, ids: Any, vectors: Any, message: str) -
 
 
 def test_a_part_without_rows_has_no_width(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", ["a"], pa.array([[0.6, 0.8]]))
-    write(tmp_path / "b.parquet", pa.array([], pa.string()), pa.array([], pa.list_(pa.float32())))
+    write(tmp_path / "a.parquet", pa.array([], pa.string()), pa.array([], pa.list_(pa.float32())))
+    write(tmp_path / "b.parquet", ["a"], pa.array([[0.6, 0.8]]))
     assert read_embeddings(tmp_path).vectors.shape == (1, 2)
+    assert read_embeddings(tmp_path, {"nobody"}).vectors.shape == (0, 2)
+    (tmp_path / "b.parquet").unlink()
+    assert read_embeddings(tmp_path).note_ids == ()
 
 
 def test_lengths_within_the_rounding_of_16_bits() -> None:
