@@ -1,5 +1,7 @@
-"""The GPU benchmark runs on a CPU with the tiny models: its contenders and its table."""
+"""The GPU benchmark runs on a CPU with the tiny models: its contenders and its table. The index benchmark, small."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +29,20 @@ def test_gpu_benchmark_with_tiny_models() -> None:
     inference = ["llm", "plain", "llm-fused", "plain-fused", "llm-training", "export", "export-mixed"]
     assert names == ["contender", "---", *inference, "step-2", "step-3", "text"]
     assert all(float(row[1].replace(",", "")) > 0 for row in rows[2:])
+
+
+def test_index_benchmark_with_few_notes(tmp_path: Path) -> None:
+    """k hits for every k, at the target recall, with and without equal vectors."""
+    sizes = ["--notes", "2000", "--dim", "16", "--queries", "20", "--ks", "1", "50", "1500", "--factories", "HNSW16"]
+    command = [sys.executable, "-W", "ignore", "index.py", *sizes, "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT / "benchmarks", env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "index.json").read_text())
+    assert [(r["data"], r["equal"]) for r in results] == [(d, e) for d in ("clusters", "manifold") for e in (0.0, 0.4)]
+    for row in (row for result in results for row in result["by_k"]):
+        assert row["fewest_hits"] == row["k"]
+        assert min(row["recall_held_out"], row["recall_notes"]) >= 90
+    assert (tmp_path / "index.md").read_text().count("| clusters |") == 6

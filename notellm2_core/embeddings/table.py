@@ -78,7 +78,9 @@ def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Em
             table = parquet.read(["note_id", "embedding"])
         file_ids = read_ids(file, "note_id", table["note_id"]).to_pylist()
         vectors = _vectors(file, file_ids, table["embedding"].combine_chunks())
-        if parts and len(vectors) and vectors.shape[1] != parts[0].shape[1]:
+        if not file_ids:  # its width, if it has one, says nothing
+            continue
+        if parts and vectors.shape[1] != parts[0].shape[1]:
             raise ValueError(f"{file} has width {vectors.shape[1]}, {files[0]} has {parts[0].shape[1]}: two releases?")
         if WEIGHTS_ID in metadata:
             its_weights_id = metadata[WEIGHTS_ID].decode()
@@ -88,11 +90,10 @@ def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Em
             keep = np.fromiter((i in note_ids for i in file_ids), dtype=bool, count=len(file_ids))
             file_ids, vectors = [i for i, k in zip(file_ids, keep, strict=True) if k], vectors[keep]
         ids.extend(file_ids)
-        if len(vectors) or not parts:
-            parts.append(vectors)
+        parts.append(vectors)
     if len(set(ids)) != len(ids):
         raise ValueError(f"{folder}: {len(ids) - len(set(ids))} notes occur twice; export into an empty folder.")
-    return Embeddings(tuple(ids), np.concatenate(parts), folder, weights_id)
+    return Embeddings(tuple(ids), np.concatenate(parts or [np.empty((0, 0), np.float32)]), folder, weights_id)
 
 
 def _vectors(file: Path, note_ids: Sequence[str], column: pa.Array) -> np.ndarray:

@@ -18,6 +18,7 @@ from notellm2_core.baselines.bm25 import BM25
 from notellm2_core.baselines.popularity import popularity_rows, random_rows, read_clicks
 from notellm2_core.config.settings import Config
 from notellm2_core.embeddings.table import Embeddings, mean_cosine, read_embeddings, read_note_ids, truncate_dims
+from notellm2_core.embeddings.unit_vectors import require_same_model
 from notellm2_core.evaluation.contact_sheet import ImageReader, Neighbour, SheetRow, contact_sheet
 from notellm2_core.evaluation.metrics import each_pair, ranking_metrics
 from notellm2_core.evaluation.oracle import KEYS, Oracle
@@ -122,8 +123,8 @@ def evaluate_embeddings(
 
     pairs: see `evaluation.pairs`. queries: the embeddings of the queries, if they are no notes; their ids may then
     equal those of notes. The candidates are the notes of `pairs`/pool if it exists, as in `eval_recall`, else all
-    embedded notes; a query that is a note is no candidate. Raises ValueError for pairs that cannot be ranked, and where
-    none is relevant.
+    embedded notes; a query that is a note is no candidate. Raises ValueError for pairs that cannot be ranked, where
+    none is relevant, and where another model made the queries.
     """
     table, read = read_embeddings(embeddings), read_pairs(pairs)
     test = read.pairs
@@ -134,6 +135,7 @@ def evaluate_embeddings(
         ids = sorted(read_note_ids(pairs / POOL_TABLE))
         pool = Embeddings(tuple(ids), table.vectors[table.rows(ids)])
     query_table = table if queries is None else read_embeddings(queries)
+    require_same_model(query_table.weights_id, table.weights_id, queries, embeddings)
     ranks = target_ranks(query_table, pool, test, queries_are_notes=queries is None)
     recalls = recall_at(ranks, ks)
     return {

@@ -97,8 +97,8 @@ class Embedder:
             chunk = with_images[first : first + window]
             vectors[first : first + len(chunk)] = self._embed(chunk, inputs, batch_notes, folder, progress)
         vectors = truncate_dims(vectors, dim)
-        names = [n.note.note_id or f"number {row}" for row, n in enumerate(with_images)]
-        require_unit_vectors(vectors, names, reason=OF_A_MODEL)
+        note_ids = [note.note.note_id for note in with_images]
+        require_unit_vectors(vectors, note_ids if all(note_ids) else None, reason=OF_A_MODEL)
         return vectors
 
     def require_options(self, inputs: str, batch_notes: int, dim: int | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from notellm2_core.embeddings.table import Embeddings, read_embeddings
 from notellm2_core.retrieval.index import Index
 
-_BLOCK = 1024  # queries searched at a time
+_BLOCK_HITS = 1_000_000  # of the queries that are searched together
 
 
 def stored_note(embeddings: Path, note_id: str) -> Embeddings:
@@ -39,8 +39,10 @@ def find_neighbours(
     index: Index, queries: Embeddings, k: int, params: str | None = None
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Each query's note id, with its nearest notes without itself: {"note_id": ..., "score": ...}, best first."""
-    for first in range(0, len(queries.note_ids), _BLOCK):
-        block = slice(first, first + _BLOCK)
+    k = min(k, len(index.note_ids))
+    num_queries = max(1, _BLOCK_HITS // max(1, k))
+    for first in range(0, len(queries.note_ids), num_queries):
+        block = slice(first, first + num_queries)
         part = Embeddings(queries.note_ids[block], queries.vectors[block], queries.folder, queries.weights_id)
         note_ids, scores = index.neighbours(part, k, params)
         for query, ids, row in zip(part.note_ids, note_ids, scores, strict=True):

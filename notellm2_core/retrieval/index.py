@@ -101,9 +101,9 @@ class Index:
         """`search_rows` with these parameters. Queries of which they find fewer than k notes are compared with all."""
         num_points = min(k + bool((own >= 0).any()), self.faiss_index.ntotal)
         scores, points = search_points(self.faiss_index, queries, num_points, parameters)
-        num_wanted = np.minimum(k, len(self.note_ids) - (own >= 0))
-        lacking = self.points.counts(points, own).sum(axis=1) < num_wanted
-        if lacking.any() and parameters is not None:
+        if parameters is not None and points[:, -1].min(initial=0) < 0:
+            num_wanted = np.minimum(k, len(self.note_ids) - (own >= 0))
+            lacking = self.points.counts(points, own).sum(axis=1) < num_wanted
             scores[lacking], points[lacking] = search_points(self.faiss_index, queries[lacking], num_points, None)
         return self.points.expand(points, scores, k, own)
 

@@ -46,27 +46,46 @@ class Points:
         Equal scores are in the order of the rows. `own` [Q]: rows that are left out. Where there are fewer, the row is
         -1 and the score -inf.
         """
+        if points.shape[1] == k and (own < 0).all() and points.min(initial=0) >= 0 and self._are_single(points):
+            return _ties_by_row(self.rows[self.starts[points]], scores), scores
         counts = self.counts(points, own)  # [Q, K]
         is_needed = (np.cumsum(counts, axis=1) - counts < k) & (counts > 0)
         last = np.where(is_needed, scores, np.inf).min(axis=1, initial=np.inf)  # of the points that are needed
-        query, column = np.nonzero((is_needed | (scores == last[:, None])) & (counts > 0))
+        query, column = np.nonzero(is_needed | ((scores == last[:, None]) & (counts > 0)))
         point = points[query, column]
         taken = np.minimum(self.sizes[point], k + 1)  # one of them may be left out
-        ends = np.cumsum(taken)
-        within = np.arange(taken.sum()) - np.repeat(ends - taken, taken)
+        within = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
         row = self.rows[np.repeat(self.starts[point], taken) + within]
         query, score = np.repeat(query, taken), np.repeat(scores[query, column], taken)
         others = row != own[query]
         row, query, score = row[others], query[others], score[others]
-        order = np.lexsort((row, -score, query))
-        row, query, score = row[order], query[order], score[order]
-        rank = np.arange(len(query)) - np.searchsorted(query, query)
+        row = _ties_by_row(row, score, query)
+        rank = np.arange(len(query)) - np.searchsorted(query, np.arange(len(points)))[query]
         best = rank < k
         rows = np.full((len(points), k), -1, dtype=np.int64)
         best_scores = np.full((len(points), k), -np.inf, dtype=np.float32)
         rows[query[best], rank[best]] = row[best]
         best_scores[query[best], rank[best]] = score[best]
         return rows, best_scores
+
+    def _are_single(self, points: np.ndarray) -> bool:
+        """Whether at each of `points` is one note."""
+        return len(self.sizes) == len(self.of_row) or bool((self.sizes[points] == 1).all())
+
+
+def _ties_by_row(rows: np.ndarray, scores: np.ndarray, query: np.ndarray | None = None) -> np.ndarray:
+    """`rows`, sorted where neighbouring scores of a query are equal: [Q, K], or flat, each with its `query`."""
+    flat, score = rows.ravel(), scores.ravel()
+    is_tie = np.zeros(len(flat), dtype=bool)
+    is_tie[1:] = score[1:] == score[:-1]
+    if query is None:
+        is_tie.reshape(rows.shape)[:, 0] = False
+    else:
+        is_tie[1:] &= query[1:] == query[:-1]
+    if not is_tie.any():
+        return rows
+    order = np.argsort(np.cumsum(~is_tie) * (flat.max() + 1) + flat, kind="stable")  # fast, because nearly sorted
+    return flat[order].reshape(rows.shape)
 
 
 def distinct_points(vectors: np.ndarray) -> tuple[np.ndarray, Points]:

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import faiss
 import numpy as np
@@ -24,7 +23,7 @@ from notellm2_core.retrieval.parameters import Parameters, parameter_ranges
 
 TUNED_KS = (10, 100, 1000, 10_000)  # between two of them, the parameters of the larger one hold
 EXHAUSTIVE_SHARE = 32  # above 1/32 of the points as neighbours, comparing all is as fast
-_NUM_QUERIES = ((100, 500), (10_000, 50))  # largest k, Q: with more neighbours, queries differ less
+_NUM_QUERIES = ((100, 250), (1000, 50), (10_000, 10))  # largest k, Q: with more neighbours, queries differ less
 _STANDARD_ERRORS = 1.64  # by which recall has to lie above the target: then 95 % of samples would have reached it
 _TIE = 2e-6  # scores that are equal up to the rounding of fp32
 _LOWERING_STEPS = 3
@@ -50,15 +49,18 @@ class Sample:
         database = vectors if num_points == len(vectors) else vectors[first_rows]
         rng = np.random.default_rng(seed)
         rows = first_rows[rng.permutation(num_points)[:num_queries]]
-        nearest = _exact(vectors[rows], database, min(2, num_points))[0][:, -1:]
+        num_nearest = min(max_k + 1, num_points)
+        scores, found = faiss.knn(vectors[rows], database, num_nearest, metric=faiss.METRIC_INNER_PRODUCT)
         moves = rng.standard_normal((len(rows), vectors.shape[1]))
-        moves *= np.sqrt(np.maximum(0, 2 - 2 * nearest)) / np.linalg.norm(moves, axis=1, keepdims=True)
-        moved = vectors[rows] + moves
-        moved /= np.linalg.norm(moved, axis=1, keepdims=True)
-        queries = np.concatenate([vectors[rows], moved.astype(np.float32)])
+        distances = np.sqrt(np.maximum(0, 2 - 2 * scores[:, [min(1, num_nearest - 1)]]))  # to the nearest other point
+        moved = vectors[rows] + distances * moves / np.linalg.norm(moves, axis=1, keepdims=True)
+        moved = (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
+        its_scores, its_found = faiss.knn(moved, database, num_nearest, metric=faiss.METRIC_INNER_PRODUCT)
         own = np.concatenate([rows, np.full(len(rows), -1)])
-        scores, found = _exact(queries, database, min(max_k + 1, num_points))
-        return Sample(index, vectors, queries, own, scores, np.cumsum(points.counts(found, own), axis=1))
+        counts = np.cumsum(points.counts(np.concatenate([found, its_found]), own), axis=1)
+        return Sample(
+            index, vectors, np.concatenate([vectors[rows], moved]), own, np.concatenate([scores, its_scores]), counts
+        )
 
     def recalls(self, k: int, parameters: Parameters | None) -> np.ndarray:
         """[2, Q]: the share of each query's exact k nearest notes that are found. A tie with the k-th counts."""
@@ -81,10 +83,6 @@ class Sample:
         for query, own in queries:
             self.index.search_with(query, k, own, parameters)
         return 1000 * (time.perf_counter() - start) / len(queries)
-
-    @cached_property
-    def num_points(self) -> int:
-        return len(self.index.points.sizes)
 
 
 def tune(index: Index, vectors: np.ndarray, search_k: int, target_recall: float) -> tuple[TunedSearch, ...]:
@@ -178,9 +176,3 @@ def _lowest(
             low, high = (low, middle) if reaches(values | {name: middle}) else (middle, high)
         values[name] = high
     return values
-
-
-def _exact(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inner products and rows of the k nearest of `vectors`, both [Q, k]."""
-    scores, rows = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return scores, rows

@@ -189,6 +189,18 @@ def test_queries_that_are_no_notes(lake: Path, tmp_path: Path) -> None:
     assert itself["per_query"]["mrr"] < 100 / 6
 
 
+def test_queries_of_another_model_are_refused(lake: Path, tmp_path: Path) -> None:
+    table = read_embeddings(lake / "embeddings")
+    for name, weights in (("notes", "model-1"), ("queries", "model-2")):
+        write_shard(tmp_path / name / "0.parquet", table.note_ids, table.vectors, {"weights": weights})
+    pairs = lake / "pairs" / "test"
+    assert (
+        evaluate_embeddings(tmp_path / "notes", pairs, [1], lake / "embeddings")["num_pairs"] > 0
+    )  # of no known model
+    with pytest.raises(ValueError, match=r"queries holds vectors of model model-2, .*notes those of model model-1"):
+        evaluate_embeddings(tmp_path / "notes", pairs, [1], tmp_path / "queries")
+
+
 def test_no_pair_is_no_result(lake: Path, tmp_path: Path) -> None:
     (tmp_path / "qrels").write_text("n00 0 n01 0\n")
     with pytest.raises(ValueError, match="qrels holds no relevant pair"):

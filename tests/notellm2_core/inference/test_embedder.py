@@ -151,6 +151,18 @@ def test_wrong_notes_are_refused(embedder: Embedder, note: Any, message: str) ->
         embedder.embed([note])
 
 
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_a_model_that_gives_no_unit_vectors_is_refused(copy: Path, release: Release, value: float) -> None:
+    """The same for all notes at once, and for the first dimensions alone."""
+    embedder = Embedder.from_pretrained(copy)
+    with torch.no_grad():
+        for parameter in embedder.model.projector.parameters():
+            parameter.fill_(value)
+    for dim in (None, 5):
+        with pytest.raises(ValueError, match=r"20 of 20 embeddings .*row 0 .*; the model gives NaN or zero there"):
+            embedder.embed(release.notes, dim=dim)
+
+
 def test_another_vision_encoder_is_refused(copy: Path) -> None:
     """A valid encoder that the model was not trained with has features of the same shape, but of another meaning."""
     own = VisionEncoder.from_pretrained(copy / "vision")
