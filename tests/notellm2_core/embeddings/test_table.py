@@ -32,7 +32,7 @@ def test_types_of_ids_and_vectors(tmp_path: Path, kind: pa.DataType, ids: pa.Arr
 @pytest.mark.parametrize(
     ("ids", "vectors", "message"),
     [
-        (pa.array([1.0, 2.0, 3.0]), VECTORS, r"e.parquet, column note_id has type double; ids are text or whole"),
+        (pa.array([1.0, 2.0, 3.0]), VECTORS, r"e.parquet, column note_id has type double, not text or whole"),
         (pa.array(["a", None, "c"]), VECTORS, r"e.parquet, column note_id has no id in 1 of 3 rows"),
         (["a", "b", "c"], ["x", "y", "z"], r"e.parquet is not an embedding table: embedding has type string"),
         (["a", "b", "c"], [[1], [1], [1]], r"embedding has type list<\w+: int64>, not lists of floats"),
