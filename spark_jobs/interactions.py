@@ -290,8 +290,8 @@ def _require(
         if reason == "unknown_note":
             ids = (aggregates(table, id=F.min("note_id"))["id"] for table in (labelled, note_ids))
             raise ValueError(
-                f"{problem} the log's notes are not in notes.parquet; "
-                "a note_id of the log is {!r}, one of notes.parquet {!r}.".format(*ids)
+                f"{problem} the log's notes are not among the notes; "
+                "a note_id of the log is {!r}, one of the notes {!r}.".format(*ids)
             )
         reasons = ", ".join(f"{rows} {key}" for key, rows in dropped.most_common()) or "nothing"
         raise ValueError(f"{problem} dropped: {reasons}; set window.end (or WEEK) and window.{name}_days.")

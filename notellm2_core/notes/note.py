@@ -7,9 +7,10 @@ from typing import Any
 
 from PIL import Image
 
+from notellm2_core.tables.columns import topics_of_text, trimmed_topics
+
 ImageLike = str | Path | bytes | Image.Image  # a path, the encoded bytes, or an image that Pillow has opened
 FIELDS = ("note_id", "title", "topics", "content", "image")
-WHITE_SPACE = " \t\r\n"  # the pipeline trims it from ids and topics
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,19 @@ def as_note(value: NoteLike) -> NoteWithImage:
 
 
 def parse_topics(value: Iterable[Any] | str | None) -> tuple[str, ...]:
-    """Topics from a list, or from one string separated by '|': trimmed, without empty ones, as the pipeline reads them.
+    """Topics from a list, or from one text (`topics_of_text`): trimmed, without empty ones, as the pipeline reads them.
 
     Raises ValueError where a topic is not text, or `value` is neither a list nor text.
     """
-    if not isinstance(value, Iterable | None):
+    if isinstance(value, str) or value is None:
+        return tuple(topics_of_text(value) or ())
+    if not isinstance(value, Iterable):
         raise ValueError(f"the topics of a note are a list or a text, not {type(value).__name__} {str(value)[:80]!r}.")
-    topics = value.split("|") if isinstance(value, str) else list(value) if value is not None else []
+    topics = list(value)
     wrong = [t for t in topics if t is not None and not isinstance(t, str)]
     if wrong:
         raise ValueError(f"a topic is text, not {type(wrong[0]).__name__} {str(wrong[0])[:80]!r}.")
-    trimmed = (t.strip(WHITE_SPACE) for t in topics if t is not None)
-    return tuple(t for t in trimmed if t)
+    return tuple(trimmed_topics(topics))
 
 
 def plain_text(note: Note) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from notellm2_core.notes.note import WHITE_SPACE, Note, NoteWithImage
+from notellm2_core.notes.note import Note, NoteWithImage
 from notellm2_core.runtime.fingerprint import fingerprint
+from notellm2_core.tables.columns import WHITE_SPACE
 from notellm2_core.tables.formats import Split
 from notellm2_core.tables.source import NOTE_COLUMNS, open_notes
 from notellm2_core.tables.table import MALFORMED, Table

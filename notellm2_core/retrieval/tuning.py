@@ -86,7 +86,7 @@ class Sample:
 
 
 def tune(index: Index, vectors: np.ndarray, search_k: int, target_recall: float) -> tuple[TunedSearch, ...]:
-    """Search parameters for each of TUNED_KS and `search_k`, as far as they are few among the notes [N, d].
+    """Search parameters for those of TUNED_KS and `search_k` that are few beside the notes [N, d].
 
     Where no parameters reach the target, all vectors are compared; where that does not reach it either, because the
     index holds compressed vectors, the parameters give up 1 % of the recall that the index can have.

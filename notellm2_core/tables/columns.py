@@ -144,10 +144,11 @@ def _read_texts(column: pa.Array) -> pa.Array | None:
     items = plain_column(pa.array([], column.type.value_type))
     if not pt.is_null(items.type) and _read_id(items) is None:
         return None
-    return pa.array([None if row is None else _trimmed(row) for row in column.to_pylist()], CANONICAL[Kind.TEXTS])
+    return pa.array([None if row is None else trimmed_topics(row) for row in column.to_pylist()], CANONICAL[Kind.TEXTS])
 
 
-def _trimmed(topics: Sequence[Any]) -> list[str]:
+def trimmed_topics(topics: Sequence[Any]) -> list[str]:
+    """The topics as text, without white space at their ends, null and empty ones."""
     texts = (str(topic).strip(WHITE_SPACE) for topic in topics if topic is not None)
     return [text for text in texts if text]
 
@@ -167,7 +168,7 @@ def topics_of_text(text: str | None) -> list[str] | None:
             topics = json.loads(stripped)
         except ValueError:
             topics = ast.literal_eval(stripped)
-    return _trimmed(topics)
+    return trimmed_topics(topics)
 
 
 def _read_time(column: pa.Array) -> pa.Array | None:

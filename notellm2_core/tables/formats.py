@@ -1,13 +1,14 @@
 """The file formats of a user's tables: which files are its parts, which columns a part has, and its rows.
 
 Parquet, CSV, TSV and JSON Lines are read; the text formats also compressed by gzip, bzip2 or zstd. A reader yields
-Arrow batches of the columns that are asked for, as they are stored, plus LINE.
+Arrow batches of the requested columns, as they are stored, and LINE.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ FORMATS = "Parquet, CSV (.csv), TSV (.tsv) and JSON Lines (.jsonl), the last thr
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _ROWS, _IMAGE_ROWS = 1 << 16, 1 << 8  # rows of Parquet in memory at a time
 _LOGS = {"_delta_log": "Delta", ".hoodie": "Hudi", "metadata": "Iceberg"}
 
@@ -44,19 +46,23 @@ def table_files(path: Path) -> list[Path]:
     if path.is_file():
         _suffixes(path)
         return [path]
-    for log, name in _LOGS.items():
-        if (path / log).is_dir() and (name != "Iceberg" or any((path / log).glob("*.metadata.json"))):
-            raise ValueError(
-                f"{path} is a {name} table, whose log decides which of its files count. It is not read: export it as "
-                "plain Parquet."
-            )
     files: list[Path] = []
     for folder, folders, names in os.walk(path, followlinks=True):
+        _refuse_logs(Path(folder), folders)
         folders[:] = [name for name in folders if not is_hidden(name)]
         files += [Path(folder) / name for name in names if not is_hidden(name)]
     for file in files:
         _suffixes(file)
     return sorted(files)
+
+
+def _refuse_logs(folder: Path, folders: Collection[str]) -> None:
+    for log, name in _LOGS.items():
+        if log in folders and (name != "Iceberg" or any((folder / log).glob("*.metadata.json"))):
+            raise ValueError(
+                f"{folder} is a {name} table, whose log decides which of its files count. It is not read: export it as "
+                "plain Parquet."
+            )
 
 
 def _suffixes(file: Path) -> tuple[str, str | None]:
@@ -113,10 +119,14 @@ def column_names(file: Path, folder: Path) -> list[str]:
     return names and names + [name for name in partition_values(file, folder) if name not in names]
 
 
-def partition_values(file: Path, folder: Path) -> dict[str, str]:
-    """The columns that the names of folders below `folder` give: event=click/ is event = "click" in its files."""
+def partition_values(file: Path, folder: Path) -> dict[str, str | None]:
+    """The columns that the names of folders below `folder` give: event=click/ is event = "click" in its files.
+
+    As Spark and Hive write them: special characters are percent-encoded, and null has a name.
+    """
     parts = file.relative_to(folder).parts[:-1] if file != folder else ()
-    return dict(part.split("=", 1) for part in parts if "=" in part)
+    values = dict(part.split("=", 1) for part in parts if "=" in part)
+    return {unquote(name): None if value == _HIVE_NULL else unquote(value) for name, value in values.items()}
 
 
 def read_split(split: Split, kinds: Mapping[str, Kind], folder: Path) -> Iterator[pa.RecordBatch]:
@@ -134,7 +144,7 @@ def read_split(split: Split, kinds: Mapping[str, Kind], folder: Path) -> Iterato
         for batch in _stored_rows(split, stored):
             for name in kinds:
                 if name in constants and name not in stored:
-                    batch = batch.append_column(name, pa.repeat(constants[name], len(batch)))
+                    batch = batch.append_column(name, pa.repeat(pa.scalar(constants[name], pa.string()), len(batch)))
             yield batch
     except (OSError, EOFError, pa.ArrowException) as e:
         raise ValueError(_reason(split.file, e)) from e

@@ -49,21 +49,22 @@ class Table:
         and the column whose type carries no such values.
         """
         columns = [column for column in self.columns if only is None or column.name in only]
-        stored = {self._stored(column): column for column in columns}
+        stored = {self.stored_name(column): column for column in columns}
         try:
             for batch in read_split(split, {name: column.kind for name, column in stored.items()}, self.path):
                 yield self._canonical(batch, columns, with_row=only is None)
         except ValueError as e:
             raise ValueError(str(e) if str(split.file) in str(e) else f"{split.file}: {e}") from e
 
-    def _stored(self, column: Column) -> str:
+    def stored_name(self, column: Column) -> str:
+        """The name of `column` in the files."""
         return self.names.get(column.name, column.name)
 
     def _canonical(self, batch: pa.RecordBatch, columns: Sequence[Column], with_row: bool) -> pa.RecordBatch:
         malformed = batch.column(LINE).is_valid()
         values, shown = {}, {}
         for column in columns:
-            name = self._stored(column)
+            name = self.stored_name(column)
             values[column.name] = pa.nulls(len(batch), column.canonical)
             if name in batch.schema.names:
                 stored, broken = valid_utf8(plain_column(batch.column(name)))
@@ -75,7 +76,7 @@ class Table:
             values = {name: pc.if_else(malformed, pa.scalar(None, v.type), v) for name, v in values.items()}
         values[MALFORMED] = malformed
         if with_row:
-            values[ROW] = json_rows(shown, batch.column(LINE))
+            values[ROW] = rows_as_json(shown, batch.column(LINE))
         return pa.RecordBatch.from_pydict(values)
 
 
@@ -92,7 +93,7 @@ def open_table(path: Path, columns: Sequence[Column], names: Mapping[str, str] |
         raise ValueError(f"{path} is empty.")
     table = Table(path, tuple(columns), tuple(present), names or {})
     for column in columns:
-        name = table._stored(column)
+        name = table.stored_name(column)
         if twice := next((file for file, its_names in present.items() if its_names.count(name) > 1), None):
             raise ValueError(f"{twice} has the column {name} twice: which of them counts?")
         without = [file for file, its_names in present.items() if name not in its_names]
@@ -101,7 +102,7 @@ def open_table(path: Path, columns: Sequence[Column], names: Mapping[str, str] |
     for file in filter(is_parquet, table.files):
         types = dict(column_types(file))
         for column in columns:
-            if (name := table._stored(column)) in types:
+            if (name := table.stored_name(column)) in types:
                 empty = pa.schema([(name, types[name])]).empty_table()[name].combine_chunks()
                 try:
                     _named(name, plain_column(empty), column.kind)
@@ -117,7 +118,7 @@ def _named(name: str, column: pa.Array, kind: Kind) -> pa.Array:
         raise ValueError(f"the column {name} {e}.") from e
 
 
-def json_rows(columns: Mapping[str, pa.Array], lines: pa.Array) -> pa.Array:
+def rows_as_json(columns: Mapping[str, pa.Array], lines: pa.Array) -> pa.Array:
     """The rows of these plain columns as JSON objects: numbers as numbers, all else as text.
 
     `lines`: a line that is no row becomes {"line": ...}.

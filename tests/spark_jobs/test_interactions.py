@@ -205,4 +205,4 @@ def test_an_empty_window_names_the_setting_and_the_days_of_the_data(spark: Spark
         click_events=["buy"],
         ignored_events=[],
     )
-    fails(r"notes are not in notes.parquet; a note_id of the log is 'n1', one of .* 'N1'", note_ids=["N1", "N2"])
+    fails(r"notes are not among the notes; a note_id of the log is 'n1', one of .* 'N1'", note_ids=["N1", "N2"])

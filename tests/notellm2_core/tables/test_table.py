@@ -96,6 +96,20 @@ def test_tables_with_a_log_of_their_own_are_refused_by_name(log: str, name: str,
     pq.write_table(pa.table({"user_id": [1]}), folder / "a.parquet")
     with pytest.raises(ValueError, match=f"events is a {name} table, whose log decides which of its files count"):
         open_events(tmp_path)
+    (tmp_path / "above").mkdir()
+    folder.rename(tmp_path / "above" / "table")
+    (tmp_path / "above").rename(folder)
+    with pytest.raises(ValueError, match=f"events/table is a {name} table"):
+        open_events(tmp_path)
+
+
+def test_folders_name_columns_as_spark_and_hive_write_them(tmp_path: Path) -> None:
+    """007 is no number, a slash is percent-encoded, and null has a name."""
+    for name, user in (("note_id=007", "a"), ("note_id=x%2Fy%20z", "b"), ("note_id=__HIVE_DEFAULT_PARTITION__", "c")):
+        (tmp_path / "events" / name).mkdir(parents=True)
+        columns = {"user_id": [user], "timestamp": [5], "event": ["view"]}
+        pq.write_table(pa.table(columns), tmp_path / "events" / name / "a.parquet")
+    assert {user: note for user, note, _, _ in events(tmp_path)} == {"a": "007", "b": "x/y z", "c": None}
 
 
 def test_parts_of_parquet_are_united(tmp_path: Path) -> None:
