@@ -20,15 +20,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from notellm2_core.retrieval.known_pairs import KnownPairs, read_known_pairs
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import write_atomically, written_whole
 from notellm2_core.schema import COUNTS_FILE, HARD_NEGATIVES
+from notellm2_core.tables.columns import Column, Kind
+from notellm2_core.tables.table import open_table
 
-COLUMNS = ("note_id", "negative_id")
+_NAMES = ["note_id", "negative_id"]
+COLUMNS = tuple(Column(name, Kind.ID, in_every_part=True) for name in _NAMES)
+_IDS = pa.schema([(name, pa.string()) for name in _NAMES])
 
 
 def take_over(file: Path, pairs: Path, out: Path, note_split: Path | None = None) -> dict[str, Any]:
@@ -66,37 +69,21 @@ def take_over(file: Path, pairs: Path, out: Path, note_split: Path | None = None
 
 
 def read_ids(file: Path) -> pa.Table:
-    """The columns note_id and negative_id of a Parquet file, or of a CSV file (*.csv, *.csv.gz), as text.
+    """The columns note_id and negative_id of the table `file`, as text; null where a row has no id.
 
     Raises ValueError naming the file, and the column where one is missing or holds neither text nor whole numbers.
     """
-    try:
-        if ".csv" in file.suffixes:
-            text = pacsv.ConvertOptions(column_types=dict.fromkeys(COLUMNS, pa.string()))
-            table = pacsv.read_csv(file, convert_options=text)
-        else:
-            table = pq.read_table(file, partitioning=None)
-    except (OSError, pa.ArrowException) as e:
-        raise ValueError(f"{file} cannot be read as Parquet or, by its name, CSV: {e}") from e
-    if missing := [name for name in COLUMNS if name not in table.column_names]:
-        raise ValueError(f"{file} has no column {missing[0]}; hard negatives need {' and '.join(COLUMNS)}")
-    return pa.table({name: _as_text(table[name], name, file) for name in COLUMNS})
-
-
-def _as_text(column: pa.ChunkedArray, name: str, file: Path) -> pa.ChunkedArray:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    if not (is_text or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-        raise ValueError(f"{file}: the column {name} has the type {column.type}; ids are text or whole numbers")
-    return pc.utf8_trim_whitespace(column.cast(kind).cast(pa.string()))
+    table = open_table(file, COLUMNS)
+    batches = [batch for split in table.splits() for batch in table.read(split, _NAMES)]
+    return pa.Table.from_batches([batch.select(_NAMES) for batch in batches], _IDS)
 
 
 def _usable(table: pa.Table, known_pairs: KnownPairs) -> tuple[np.ndarray, dict[str, int]]:
     """The rows [kept, 2] that can be used, as numbers of notes, and how many others there are of each kind."""
     training_notes = known_pairs.note_ids[: known_pairs.num_train]
-    index = [pc.index_in(table[name], value_set=training_notes) for name in COLUMNS]
+    index = [pc.index_in(table[name], value_set=training_notes) for name in _NAMES]
     rows = np.stack([column.fill_null(-1).to_numpy().astype(np.int64) for column in index], axis=1)  # [R, 2]
-    is_null = np.any([pc.fill_null(pc.equal(table[name], ""), True).to_numpy() for name in COLUMNS], axis=0)  # [R]
+    is_null = np.any([table[name].is_null().to_numpy() for name in _NAMES], axis=0)  # [R]
     unknown = (rows < 0) & ~is_null[:, None]
     is_known = ~unknown.any(axis=1) & ~is_null
     known = rows[is_known]
@@ -130,7 +117,9 @@ def _reasons(rows_out: dict[str, int]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Take over hard negatives of your own for the training pairs.")
-    parser.add_argument("--file", type=Path, required=True, help="Parquet or CSV with note_id and negative_id")
+    parser.add_argument(
+        "--file", type=Path, required=True, help="table of note_id and negative_id"
+    )
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--note-split", type=Path, help="folder of note_split, for its near-duplicate groups")
     parser.add_argument("--out", type=Path, required=True)
