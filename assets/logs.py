@@ -59,7 +59,7 @@ def notes(step: Step) -> Metrics:
 def interactions(step: Step) -> Metrics:
     """First views and last clicks per user and note (all that Eq. 2 needs), in the training and in the test days."""
     from spark_jobs.ingest import UNDATED, partitions_between
-    from spark_jobs.interactions import Window, join_partitions
+    from spark_jobs.window import Window, join_partitions
 
     raw, days, source = step.inputs["raw_events"], step.catalog.window, step.config.source
     train, test = (

@@ -1,16 +1,14 @@
 """Interactions: the first view and the last click of each user and note, which are all that Eq. 2 needs.
 
-`reduce_partitions` reduces a partition of the log once, for all windows that it will be part of. `join_partitions`
-concatenates a window's partitions and drops robots and unknown notes, which a single partition cannot identify. A user
-and note may therefore have several rows: the earliest first view and the latest last click count.
+`reduce_partitions` reduces a partition of the log once, for all windows that it will be part of;
+`spark_jobs.window.join_partitions` concatenates a window's partitions. A user and note may therefore have several rows:
+the earliest first view and the latest last click count.
 
 A limit between view and click needs every time: a user and note then have a row per time. Weights of clicks need the
 last click of each weight: a row per weight, in the column CLICK_WEIGHT.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date
 from functools import reduce
 from pathlib import Path
@@ -20,25 +18,14 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import Window as SparkWindow
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import from_arrow_schema
 
 from notellm2_core.config.data import EventSettings
-from notellm2_core.schema import CLICK_WEIGHT, INTERACTIONS, QUARANTINE, QUARANTINE_TABLE, TEST, TRAIN
+from notellm2_core.schema import CLICK_WEIGHT, INTERACTIONS
 from spark_jobs.clean import IGNORED, label_events, split_labelled, within
-from spark_jobs.common.tables import aggregates, num_files, read_table, summed_counts, write_partitions, write_table
+from spark_jobs.common.tables import read_table, write_partitions
 
 _Rows = Sequence[Any]  # collected from Spark
 _NUM_NAMES = 20  # most event names that are reported
-_ROBOTS = pa.schema([pa.field("user_id", pa.string(), nullable=False)])
-
-
-@dataclass(frozen=True)
-class Window:
-    """Days [start, end), and their reduced partitions: folder -> the metrics that `reduce_partitions` returned."""
-
-    start: date
-    end: date
-    partitions: Mapping[Path, Mapping[str, Any]]
 
 
 def interactions(events: DataFrame, settings: EventSettings) -> DataFrame:
@@ -113,8 +100,8 @@ def reduce_partitions(
     by_day = with_duplicates.groupBy("partition", "user_id", F.to_date("timestamp")).count()
     max_by_day = settings.max_events_per_day or 1 << 62
     robots = by_day.filter(F.col("count") > max_by_day).select("partition", "user_id").distinct()
-    rows = reduced(interactions(events, settings), every_time).select("partition", *_columns(settings).names)
-    tables = {"interactions": (rows, _order(rows)), "robots": (robots, ["user_id"]),
+    rows = reduced(interactions(events, settings), every_time).select("partition", *interaction_columns(settings).names)
+    tables = {"interactions": (rows, sort_columns(rows)), "robots": (robots, ["user_id"]),
               "quarantine": (quarantine, ["reason", "row"])}  # fmt: skip
     for name, (table, sort) in tables.items():
         write_partitions(table, out / f".{name}", "partition", sort)
@@ -163,140 +150,11 @@ def _partition_counts(partition: str, by_reason: _Rows, by_event: _Rows, spans: 
     }
 
 
-def join_partitions(
-    spark: SparkSession,
-    train: Window,
-    test: Window,
-    undated: Mapping[Path, Mapping[str, Any]],
-    notes: Path,
-    out: Path,
-    settings: EventSettings,
-) -> dict[str, Any]:
-    """Reduced partitions -> `out/train`, `out/test` (INTERACTIONS) and `out/quarantine`. The windows may be equal.
-
-    A robot in one window is a robot in both. Interactions of robots and with unknown notes go to the quarantine, one
-    row each; `dropped` counts their events.
-
-    Returns rows, ignored_event, dropped {reason: events}, robots (users), and for train and test: events, views,
-    clicks, users, notes, first_day, last_day. Raises ValueError for a window without events or without clicks.
-    """
-    all_partitions = {**undated, **train.partitions, **test.partitions}
-    columns = _columns(settings)
-    robots = _read(spark, all_partitions, "robots", _ROBOTS).distinct().withColumn("robot", F.lit(True))
-    note_ids = read_table(spark, notes).select("note_id", F.lit(True).alias("is_known"))
-
-    def labelled(partitions: Mapping[Path, Any]) -> DataFrame:
-        table = _read(spark, partitions, "interactions", columns).join(robots, "user_id", "left")
-        reason = F.when(F.col("robot"), "robot").when(F.isnull("is_known"), "unknown_note")
-        return table.join(note_ids, "note_id", "left").withColumn("reason", reason)
-
-    faulty = labelled(all_partitions).filter("reason IS NOT NULL").persist()
-    row = F.to_json(F.struct(*INTERACTIONS.names), {"ignoreNullFields": "false"}).alias("row")
-    quarantine = _read(spark, all_partitions, "quarantine", QUARANTINE).select(QUARANTINE.names)
-    quarantine = quarantine.union(faulty.select("reason", row))
-    write_table(quarantine, out / QUARANTINE_TABLE, ["row", "reason"], num_files(spark))
-    dropped = summed_counts(metrics["dropped"] for metrics in all_partitions.values())
-    dropped.update(_events_by_reason(faulty))
-    faulty.unpersist()
-    counts: dict[str, Any] = {
-        "rows": sum(metrics["rows"] for metrics in all_partitions.values()),
-        IGNORED: sum(metrics[IGNORED] for metrics in all_partitions.values()),
-        "dropped": dict(dropped.most_common()),
-        "robots": robots.count(),
-    }
-    for name, window in (("train", train), ("test", test)):
-        if name == "test" and test == train:
-            shutil.copytree(out / TRAIN, out / TEST)
-            counts["test"] = counts["train"]
-            break
-        table = labelled(window.partitions)
-        clean = table.filter("reason IS NULL").select(columns.names)
-        write_table(clean, out / name, _order(clean), num_files(spark))
-        counts[name] = _counts(read_table(spark, out / name), window)
-        _require(counts[name], name, window, settings, table, note_ids)
-    return counts
-
-
-def _columns(settings: EventSettings) -> pa.Schema:
+def interaction_columns(settings: EventSettings) -> pa.Schema:
+    """The columns of interactions under these settings."""
     return INTERACTIONS if settings.event_weights is None else INTERACTIONS.append(CLICK_WEIGHT)
 
 
-def _order(rows: DataFrame) -> list[str]:
+def sort_columns(rows: DataFrame) -> list[str]:
     """The columns that put interactions into one order: those that are no counts."""
     return [c for c in rows.columns if c not in ("partition", "events", "clicks")]
-
-
-def _read(spark: SparkSession, partitions: Mapping[Path, Any], table: str, columns: pa.Schema) -> DataFrame:
-    """The rows of `table` of all partitions; a partition without that table has none."""
-    folders = [partition / table for partition in partitions if (partition / table).exists()]
-    return read_table(spark, *folders) if folders else spark.createDataFrame([], from_arrow_schema(columns))
-
-
-def _events_by_reason(labelled: DataFrame) -> dict[str, int]:
-    """The number of events of the interactions to drop, by reason."""
-    rows = labelled.filter("reason IS NOT NULL").groupBy("reason").sum("events").collect()
-    return dict(sorted((r["reason"], r["sum(events)"]) for r in rows))
-
-
-def _counts(table: DataFrame, window: Window) -> dict[str, Any]:
-    partitions = window.partitions.values()
-    days = {key: [metrics[key] for metrics in partitions if metrics[key]] for key in ("first_day", "last_day")}
-    sums = aggregates(
-        table,
-        events=F.sum("events"),
-        clicks=F.sum("clicks"),
-        users=F.count_distinct("user_id"),
-        notes=F.count_distinct("note_id"),
-    )
-    events, clicks = sums["events"] or 0, sums["clicks"] or 0
-    return {
-        **sums, "events": events, "clicks": clicks, "views": events - clicks,
-        "first_day": min(days["first_day"], default=None), "last_day": max(days["last_day"], default=None),
-    }  # fmt: skip
-
-
-def _require(
-    counts: Mapping[str, Any],
-    name: str,
-    window: Window,
-    settings: EventSettings,
-    labelled: DataFrame,
-    note_ids: DataFrame,
-) -> None:
-    """Raises ValueError naming the setting that leaves the window without events, or without clicks.
-
-    `counts`: what `_counts` returned for the window. `labelled`: its interactions with the `reason` to drop them.
-    """
-    span = f"{window.start} to {window.end} (exclusive)"
-    partitions = window.partitions.values()
-    event_names = ", ".join(summed_counts(metrics["events"] for metrics in partitions))
-    if not counts["events"]:
-        # The valid rows, which joining the partitions dropped. Without any: the rows that reducing them dropped.
-        dropped = summed_counts([_events_by_reason(labelled)])
-        if not dropped:
-            dropped = summed_counts(metrics["dropped"] for metrics in partitions)
-        reason = next(iter(dict(dropped.most_common())), "")
-        problem = f"no usable events in the {name} window, {span}:"
-        if reason == "unknown_event":
-            raise ValueError(
-                f"{problem} the log's event names are {event_names}, the settings know "
-                f"{', '.join(settings.event_names)}; set source.view_events and source.click_events."
-            )
-        if reason == "robot":
-            raise ValueError(
-                f"{problem} most are of robots ({dropped['robot']} of {dropped.total()} valid rows); raise "
-                "source.max_events_per_day."
-            )
-        if reason == "unknown_note":
-            ids = (aggregates(table, id=F.min("note_id"))["id"] for table in (labelled, note_ids))
-            raise ValueError(
-                f"{problem} the log's notes are not among the notes; "
-                "a note_id of the log is {!r}, one of the notes {!r}.".format(*ids)
-            )
-        reasons = ", ".join(f"{rows} {key}" for key, rows in dropped.most_common()) or "nothing"
-        raise ValueError(f"{problem} dropped: {reasons}; set window.end (or WEEK) and window.{name}_days.")
-    if not counts["clicks"]:
-        raise ValueError(
-            f"no clicks in the {name} window, {span}: set source.click_events, now {list(settings.click_events)}, to "
-            f"names that occur ({event_names}), or window.end."
-        )

@@ -117,9 +117,7 @@ def _reasons(rows_out: dict[str, int]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Take over hard negatives of your own for the training pairs.")
-    parser.add_argument(
-        "--file", type=Path, required=True, help="table of note_id and negative_id"
-    )
+    parser.add_argument("--file", type=Path, required=True, help="table of note_id and negative_id")
     parser.add_argument("--pairs", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--note-split", type=Path, help="folder of note_split, for its near-duplicate groups")
     parser.add_argument("--out", type=Path, required=True)

@@ -16,7 +16,8 @@ from pyspark.sql import SparkSession
 from notellm2_core import schema
 from notellm2_core.config.data import EventSettings
 from spark_jobs.ingest import UNDATED, Span, ingest, ingestion_metrics, partitions_between
-from spark_jobs.interactions import Window, interactions, join_partitions, reduce_partitions, reduced
+from spark_jobs.interactions import interactions, reduce_partitions, reduced
+from spark_jobs.window import Window, join_partitions
 from tests.spark_jobs.conftest import EVENTS, Frame
 from tests.spark_jobs.test_source import write_csv
 

@@ -4,13 +4,13 @@ from collections import defaultdict
 from fractions import Fraction
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_jobs.scoring.eq2 import pair_scores
 from spark_jobs.scoring.histories import HISTORIES, NEVER, Capped, histories
+from tests.support.scores import scores_of
 
 Rows = list[tuple[int, int, int, int | None]]  # user, note, a view, a click
 Scores = dict[tuple[int, int], tuple[Fraction, int]]
@@ -21,17 +21,7 @@ def scored(
 ) -> tuple[dict[tuple[int, int], tuple[float, int]], Capped]:
     columns = [np.array([NEVER if v is None else v for v in column], np.int64) for column in zip(*rows, strict=True)]
     built, capped = histories(*columns, "not earlier" if simultaneous else "later", max_notes)
-    blocks = defaultdict(list)
-    for block, chunk in built.chunks(num_blocks):
-        blocks[block].append(chunk)
-    scores: dict[tuple[int, int], tuple[float, int]] = {}
-    for block, chunks in blocks.items():
-        last = (-1, -1)
-        for pairs in pair_scores(pa.Table.from_batches(chunks, HISTORIES), at_a_time):
-            for query, target, score, users in zip(*(c.tolist() for c in pairs), strict=True):
-                assert query % num_blocks == block and last < (query, target)  # in order, each pair once
-                last = (query, target)
-                scores[last] = (score, users)
+    scores = scores_of(built.chunks(num_blocks), HISTORIES, num_blocks, lambda table: pair_scores(table, at_a_time))
     return scores, capped
 
 

@@ -6,7 +6,6 @@ from datetime import date
 from fractions import Fraction
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +14,9 @@ from notellm2_core.config.data import ScoringSettings
 from spark_jobs.scoring.histories import NEVER, Capped
 from spark_jobs.scoring.timed_eq2 import timed_scores
 from spark_jobs.scoring.timed_histories import TIMED_HISTORIES, TimedHistories, TimedRows, Timing, timed_histories
+from tests.support.scores import Scores, scores_of
 
 Row = tuple[int, int, int, int | None, float]  # user, note, a view, a click, the click's weight
-Scores = dict[tuple[int, int], tuple[float, int]]
 
 
 def histories_of(rows: Iterable[Row], timing: Timing) -> tuple[TimedHistories, Capped]:
@@ -28,17 +27,9 @@ def histories_of(rows: Iterable[Row], timing: Timing) -> tuple[TimedHistories, C
 
 def scored(rows: Iterable[Row], timing: Timing, num_blocks: int = 1, at_a_time: int = 1 << 21) -> tuple[Scores, Capped]:
     built, capped = histories_of(rows, timing)
-    blocks = defaultdict(list)
-    for block, chunk in built.chunks(num_blocks):
-        blocks[block].append(chunk)
-    scores: Scores = {}
-    for block, chunks in blocks.items():
-        last = (-1, -1)
-        for pairs in timed_scores(pa.Table.from_batches(chunks, TIMED_HISTORIES), at_a_time):
-            for query, target, score, users in zip(*(c.tolist() for c in pairs), strict=True):
-                assert query % num_blocks == block and last < (query, target)  # in order, each pair once
-                last = (query, target)
-                scores[last] = (score, users)
+    scores = scores_of(
+        built.chunks(num_blocks), TIMED_HISTORIES, num_blocks, lambda table: timed_scores(table, at_a_time)
+    )
     return scores, capped
 
 
