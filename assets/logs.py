@@ -12,7 +12,7 @@ from assets.resources.demo_source import ensure_source
 from assets.resources.incremental import LogPartition, ingestions, reduced_partitions
 from assets.resources.partitions import require_partitions
 from assets.resources.steps import SPARK, Metrics, Step, dataset
-from notellm2_core.config.data import EventSettings
+from notellm2_core.config.source import EventSettings, NoteReadingSettings
 from notellm2_core.config.unused import unused_settings
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.schema import NOTES_TABLE
@@ -52,7 +52,7 @@ def notes(step: Step) -> Metrics:
 
     import_ahead()  # for the commands that will read these notes
     with step.spark() as spark:
-        return prepare_notes(spark, step.catalog.source, step.out)
+        return prepare_notes(spark, step.catalog.source, step.out, NoteReadingSettings.of(step.config.source))
 
 
 @dataset("logs", SPARK_KINDS, on=SPARK)

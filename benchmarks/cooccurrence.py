@@ -39,7 +39,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from recall_seeds import tree_memory
 
-from notellm2_core.config.data import EventSettings, ScoringSettings
+from notellm2_core.config.data import ScoringSettings
+from notellm2_core.config.source import EventSettings
 from notellm2_core.runtime.files import parquet_files
 
 RESULTS = Path(__file__).parent / "results"

@@ -5,9 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-from notellm2_core.config.data import DemoSettings
 from notellm2_core.config.options import add_options, settings_from
 from notellm2_core.config.settings import IndexSettings, ReportSettings
+from notellm2_core.config.source import DemoSettings, NoteReadingSettings, SourceSettings
 from notellm2_core.runtime.errors import user_errors
 
 
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     embed = commands.add_parser("embed", help="embed notes with a trained model")
     embed.add_argument("--model", required=True, help="folder of a trained model, or its hub name")
     embed.add_argument("--notes", type=Path, required=True, help="source folder, Parquet file or folder of Parquet")
+    embed.add_argument("--config", type=Path, help="configuration whose settings of the source say how to read NOTES")
     embed.add_argument("--images", type=Path, help="folder that image_path is relative to; default: the notes' folder")
     embed.add_argument("--out", type=Path, required=True)
     embed.add_argument("--inputs", choices=["multimodal", "image", "text"], default="multimodal")
@@ -80,12 +81,14 @@ def _describe(options: argparse.Namespace) -> None:
 
 
 def _embed(options: argparse.Namespace) -> None:
+    from notellm2_core.config.load import load_config
     from notellm2_core.inference.embed_table import BATCH_NOTES, embed_notes
+    from notellm2_core.notes.source_reader import read_note_table
 
+    source = SourceSettings() if options.config is None else load_config(options.config).source
+    table = read_note_table(options.notes, options.images, reading=NoteReadingSettings.of(source))
     batch_notes = BATCH_NOTES if options.batch_notes is None else options.batch_notes
-    counts = embed_notes(
-        options.model, options.notes, options.out, options.inputs, options.dim, batch_notes, options.images
-    )
+    counts = embed_notes(options.model, table, options.out, options.inputs, options.dim, batch_notes)
     statuses = counts["images"]
     if unusable := {status: n for status, n in statuses.items() if n and status not in ("ok", "missing")}:
         total = sum(unusable.values()) + statuses["ok"]

@@ -9,8 +9,8 @@ from assets import logs
 from assets.checks import CHECKS
 from assets.resources.partitions import log_partitions
 from assets.resources.pipeline import Pipeline
-from notellm2_core.config.data import SourceSettings
 from notellm2_core.config.load import ConfigError, config_in_force
+from notellm2_core.config.source import SourceSettings
 from pipelines.jobs import weekly_retrain, weekly_retrain_schedule
 
 

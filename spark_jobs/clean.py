@@ -11,25 +11,27 @@ from typing import Any
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from notellm2_core.config.data import EventSettings
+from notellm2_core.config.source import NOTE_CONTRACT, EventSettings, NoteReadingSettings
 from notellm2_core.schema import EVENTS, NOTES, NOTES_TABLE, QUARANTINE, QUARANTINE_TABLE
-from notellm2_core.tables.source import NOTES as SOURCE_NOTES
-from notellm2_core.tables.source import find_table
 from spark_jobs.common.tables import aggregates, counts_by, read_table, readable, write_table
 from spark_jobs.source import read_source_notes
 
 IGNORED = "ignored_event"  # the reason of rows that the settings ignore; they are not faulty, so not quarantined
 
 
-def prepare_notes(spark: SparkSession, source: Path, out: Path) -> dict[str, Any]:
+def prepare_notes(
+    spark: SparkSession, source: Path, out: Path, reading: NoteReadingSettings = NOTE_CONTRACT
+) -> dict[str, Any]:
     """The notes of `source` -> `out/notes` (NOTES) and `out/quarantine`.
 
     Returns rows, notes, with_text, with_image (a path or bytes), and dropped {reason: rows}. Raises ValueError where
     no note is usable.
     """
     with readable(source):
-        raw = read_source_notes(spark, source)
+        raw = read_source_notes(spark, source, reading)
         rows = raw.count()
+        if reading.notes is not None and reading.notes.repeated == "join":
+            raw = joined_notes(raw)
         notes, quarantine = clean_notes(raw)
         write_table(notes, out / NOTES_TABLE, ["note_id"])
         write_table(quarantine, out / QUARANTINE_TABLE, ["reason", "row"])
@@ -38,8 +40,25 @@ def prepare_notes(spark: SparkSession, source: Path, out: Path) -> dict[str, Any
         written, notes=F.count("*"), with_text=F.count_if(_has_text()), with_image=F.count_if(_has_image(written))
     )
     if not counts["notes"]:
-        raise ValueError(f"{find_table(source, SOURCE_NOTES)} holds no usable note ({rows} rows).")
+        raise ValueError(f"the notes of {source} hold no usable one ({rows} rows).")
     return {"rows": rows, **counts, "dropped": counts_by(read_table(spark, out / QUARANTINE_TABLE), "reason")}
+
+
+def joined_notes(raw: DataFrame) -> DataFrame:
+    """Source notes, those with one id in one row: their distinct texts in file order, the image of the last."""
+    is_note = F.isnotnull("note_id") & ~F.col("malformed")
+
+    def distinct(value: Column) -> Column:
+        by_position = F.sort_array(F.collect_list(F.struct("position", value.alias("value"))))
+        return F.array_distinct(F.filter(by_position["value"], F.isnotnull))
+
+    texts = [F.array_join(distinct(F.nullif(F.col(name), F.lit(""))), " ").alias(name) for name in ("title", "content")]
+    last = [F.max_by(name, "position").alias(name) for name in ("image_path", "image", "row")]
+    joined = raw.filter(is_note).groupBy("note_id").agg(
+        *texts, F.array_distinct(F.flatten(distinct(F.col("topics")))).alias("topics"), *last,
+        F.lit(False).alias("malformed"), F.max("position").alias("position"),
+    )  # fmt: skip
+    return joined.select(raw.columns).union(raw.filter(~is_note))
 
 
 def clean_notes(raw: DataFrame) -> tuple[DataFrame, DataFrame]:

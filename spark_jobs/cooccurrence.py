@@ -33,8 +33,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from notellm2_core.config.data import EventSettings, ScoringSettings
+from notellm2_core.config.data import ScoringSettings
 from notellm2_core.config.options import add_options, settings_from
+from notellm2_core.config.source import EventSettings
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.files import parquet_files
 from notellm2_core.schema import CLICK_WEIGHT, SCORES, TEST, TEST_CLICKS, TRAIN, TRAIN_CLICKS

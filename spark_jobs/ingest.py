@@ -14,8 +14,8 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from notellm2_core.config.data import Partition
-from notellm2_core.tables.source import EVENTS, find_table
+from notellm2_core.config.source import EVENT_CONTRACT, EventReadingSettings, Partition
+from notellm2_core.tables.source import WEIGHT
 from spark_jobs.common.tables import counts_by, literal, readable, summed_counts, top_counts, write_partitions
 from spark_jobs.source import event_files, read_source_events
 
@@ -31,6 +31,7 @@ def ingest(
     out: Path,
     unit: Partition,
     files: Sequence[str] | None = None,
+    reading: EventReadingSettings = EVENT_CONTRACT,
 ) -> dict[str, Any]:
     """Raw events -> `out/<partition>/*.parquet`; rows with an unreadable or absurd time -> `out/undated/`.
 
@@ -38,9 +39,9 @@ def ingest(
     ingest; None: all. Returns files, rows {partition: rows}, days {day: rows}, and events
     {name: rows} (`top_counts`). Raises ValueError for a source that cannot be used.
     """
-    files = list(files or event_files(source))
+    files = list(files or event_files(source, reading))
     with readable(source):
-        ingested = with_partition(read_source_events(spark, source, files), unit)
+        ingested = with_partition(read_source_events(spark, source, files, reading), unit)
         write_partitions(ingested, out, "partition", ["timestamp", "user_id", "note_id", "event", "row"])
     if not any(out.rglob("*.parquet")):
         return {"files": files, "rows": {}, "days": {}, "events": {}}
@@ -66,7 +67,8 @@ def with_partition(events: DataFrame, unit: Partition = "week") -> DataFrame:
         first_day = F.date_trunc(unit, "timestamp")
     plausible = F.col("timestamp").between(*(F.lit(bound).cast("timestamp") for bound in _PLAUSIBLE))
     partition = F.when(plausible, F.date_format(first_day, "yyyy-MM-dd")).otherwise(UNDATED)
-    return events.select(*_RAW_COLUMNS, partition.alias("partition"))
+    weight = [WEIGHT.name] if WEIGHT.name in events.columns else []
+    return events.select(*_RAW_COLUMNS, *weight, partition.alias("partition"))
 
 
 def ingestion_metrics(source: Path, ingestions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -79,11 +81,11 @@ def ingestion_metrics(source: Path, ingestions: Sequence[Mapping[str, Any]]) -> 
     """
     rows, days, events = (summed_counts(metrics[key] for metrics in ingestions) for key in ("rows", "days", "events"))
     if not rows:
-        raise ValueError(f"{find_table(source, EVENTS)} holds no rows.")
+        raise ValueError(f"the events of {source} have no rows.")
     if not days:
         raise ValueError(
-            f"no timestamp of {find_table(source, EVENTS)} is readable and between {_PLAUSIBLE[0]} and 2099; use Unix "
-            "seconds or ISO 8601."
+            f"no timestamp of the events of {source} is readable and between {_PLAUSIBLE[0]} and 2099; use Unix "
+            "seconds or ISO 8601, or set source.timestamp_format."
         )
     sizes = [sum(metrics["rows"].values()) for metrics in ingestions]
     shares = [

@@ -19,7 +19,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import Window as SparkWindow
 from pyspark.sql import functions as F
 
-from notellm2_core.config.data import EventSettings
+from notellm2_core.config.source import EventSettings
 from notellm2_core.schema import CLICK_WEIGHT, INTERACTIONS
 from spark_jobs.clean import IGNORED, label_events, split_labelled, within
 from spark_jobs.common.tables import read_table, write_partitions

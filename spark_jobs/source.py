@@ -11,6 +11,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from notellm2_core.config.source import EVENT_CONTRACT, NOTE_CONTRACT, EventReadingSettings, NoteReadingSettings
 from notellm2_core.tables.formats import Split
 from notellm2_core.tables.source import open_events, open_notes
 from notellm2_core.tables.table import MALFORMED, ROW, Table
@@ -20,46 +21,55 @@ _POSITION = "position"
 _FILE_ROWS = 1 << 40  # more than a file has
 
 
-def event_files(source: Path) -> list[str]:
+def event_files(source: Path, reading: EventReadingSettings = EVENT_CONTRACT) -> list[str]:
     """The files of the log, relative to `source`. Raises ValueError where there is none, or a column is missing."""
-    return [str(file.relative_to(source)) for file in open_events(source).files]
+    files = [str(file.relative_to(source)) for table in open_events(source, reading) for file in table.files]
+    return list(dict.fromkeys(files))
 
 
-def read_source_events(spark: SparkSession, source: Path, files: Sequence[str] | None = None) -> DataFrame:
+def read_source_events(
+    spark: SparkSession,
+    source: Path,
+    files: Sequence[str] | None = None,
+    reading: EventReadingSettings = EVENT_CONTRACT,
+) -> DataFrame:
     """The events of `source`, a source folder or a table of events: user_id, note_id, timestamp, event, malformed, row.
 
     `row` is the unchanged row in JSON: the columns of the contract, or the line of a text file that is no row. Such a
     row is malformed, and so is one with bytes that are not UTF-8; its other columns are null. `files`: those of its
-    `event_files` to read; None: all. Raises ValueError naming the file, and the column that is missing or has the wrong
-    type.
+    `event_files` to read; None: all. `weight` is a column where `reading` names one. Raises ValueError naming the file,
+    and the column that is missing or has the wrong type.
     """
-    table = open_events(source)
-    return _read(spark, table, None if files is None else [source / file for file in files])
+    wanted = None if files is None else {source / file for file in files}
+    tables = open_events(source, reading)
+    return _read(spark, [(t, [f for f in t.files if wanted is None or f in wanted]) for t in tables])
 
 
-def read_source_notes(spark: SparkSession, source: Path) -> DataFrame:
+def read_source_notes(spark: SparkSession, source: Path, reading: NoteReadingSettings = NOTE_CONTRACT) -> DataFrame:
     """The notes of `source`: the columns of the contract, malformed and row (as of events), and `position`.
 
     `position` orders the rows as in the files. Raises ValueError naming the file, and the column that is missing or has
     the wrong type.
     """
-    return _read(spark, open_notes(source), None)
+    table = open_notes(source, reading)
+    return _read(spark, [(table, table.files)])
 
 
-def _read(spark: SparkSession, table: Table, files: Sequence[Path] | None) -> DataFrame:
-    splits = table.splits(files)
-    schema = pa.schema([(column.name, column.canonical) for column in table.columns])
+def _read(spark: SparkSession, tables: Sequence[tuple[Table, Sequence[Path]]]) -> DataFrame:
+    splits = [(table, split) for table, files in tables for split in table.splits(files)]
+    schema = pa.schema([(column.name, column.canonical) for column in tables[0][0].columns])
     for name, kind in (("malformed", pa.bool_()), ("row", pa.string()), (_POSITION, pa.int64())):
         schema = schema.append(pa.field(name, kind))
     tasks = spark.range(0, len(splits), 1, max(1, len(splits)))
-    return tasks.mapInArrow(partial(_rows_of, table, splits), from_arrow_schema(schema))
+    return tasks.mapInArrow(partial(_rows_of, splits), from_arrow_schema(schema))
 
 
-def _rows_of(table: Table, splits: Sequence[Split], tasks: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _rows_of(splits: Sequence[tuple[Table, Split]], tasks: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for number in (number for task in tasks for number in task.column(0).to_pylist()):
+        table, split = splits[number]
         first = number * _FILE_ROWS
         try:
-            for batch in table.read(splits[number]):
+            for batch in table.read(split):
                 position = pa.array(range(first, first + len(batch)), pa.int64())
                 first += len(batch)
                 columns = {column.name: batch.column(column.name) for column in table.columns}

@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from notellm2_core.config.data import EventSettings
+from notellm2_core.config.source import EventSettings
 from notellm2_core.schema import INTERACTIONS, QUARANTINE, QUARANTINE_TABLE, TEST, TRAIN
 from spark_jobs.clean import IGNORED
 from spark_jobs.common.tables import aggregates, num_files, read_table, summed_counts, write_table

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from notellm2_core.config.data import EventSettings
+from notellm2_core.config.source import EventReadingSettings, EventSettings
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.lake import Dataset, Draft
 from notellm2_core.lake.lineage import INGESTION_VERSION, PARTITION_VERSION
@@ -32,9 +32,11 @@ def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog
     from spark_jobs.source import event_files
 
     source, partition = catalog.source, catalog.config.source.partition
-    stats = {file: (source / file).stat() for file in event_files(source)}
+    reading = EventReadingSettings.of(catalog.config.source)
+    stats = {file: (source / file).stat() for file in event_files(source, reading)}
     files = {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
     origin = {"version": INGESTION_VERSION, "source": str(source.resolve()), "partition": partition}
+    origin |= reading.model_dump(mode="json")
     reused, new = [], files
     for ingestion in catalog.lake.datasets("ingestion"):
         its_files = ingestion.manifest.settings["files"]
@@ -48,7 +50,7 @@ def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog
         settings = {**origin, "files": {file: new[file] for file in group}}
         key = fingerprint(settings)
         with catalog.lake.publish("ingestion", key, {}, settings) as draft:
-            draft.metrics |= ingest(spark, source, draft.path, partition, group)
+            draft.metrics |= ingest(spark, source, draft.path, partition, group, reading)
         context.log.info(f"ingested {number} of {len(groups)}: {', '.join(group)}")
         ingested.append(catalog.lake.open("ingestion", key))
     return reused + ingested

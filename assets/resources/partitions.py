@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from notellm2_core.config.data import SourceSettings
+from notellm2_core.config.source import SourceSettings
 
 
 def log_partitions(source: SourceSettings) -> dg.TimeWindowPartitionsDefinition:

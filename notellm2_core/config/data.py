@@ -1,86 +1,14 @@
-"""Settings of the data: source, window, related pairs, split, checks, and how much of a note's text is read."""
+"""Settings of the data: window, related pairs, split, checks, and how much of a note's text is read."""
 
 import math
 from datetime import date
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from notellm2_core.config.section import Section, is_null, no_address
+from notellm2_core.config.section import Section, is_null
 
-Partition = Literal["week", "year"]
 WordUnit = Literal["auto", "space", "character"]
-
-
-class DemoSettings(Section):
-    """The demo world (`notellm2_core.demo`), generated where `source.path` is null."""
-
-    num_notes: int = Field(2600, ge=50, description="Number of notes.")
-    num_users: int = Field(2500, ge=20, description="Number of users.")
-    num_days: int = Field(21, ge=14, description="Days of behaviour logs.")
-    seed: int = Field(0, description="Seed of the generator.")
-
-
-class EventSettings(Section):
-    """Which events of the log count."""
-
-    view_events: tuple[str, ...] = Field(("view", "click"), description="Event names that count as a view.")
-    click_events: tuple[str, ...] = Field(
-        ("click",), description="Event names that count as a click. A clicked note counts as viewed, too."
-    )
-    ignored_events: tuple[str, ...] | None = Field(
-        (),
-        description="Event names that are neither. Rows with any other name go to the quarantine. null: other names "
-        "are ignored, too.",
-    )
-    max_events_per_day: int | None = Field(
-        5000,
-        gt=0,
-        description="A user with more events on any day is a robot, and none of its events counts. null: no limit "
-        "(paper).",
-    )
-    event_weights: dict[str, Annotated[float, Field(gt=0, le=1e9)]] | None = Field(
-        None,
-        exclude_if=is_null,
-        description="How much a click counts, by event name of click_events, such as `{purchase: 5}`; the others count "
-        "1. null: all count 1 (paper).",
-    )
-
-    @model_validator(mode="after")
-    def _events(self) -> "EventSettings":
-        if both := {*(self.ignored_events or ())} & {*self.view_events, *self.click_events}:
-            raise ValueError(f"{min(both)} is in ignored_events and in view_events or click_events")
-        if others := {*(self.event_weights or ())} - {*self.click_events}:
-            raise ValueError(f"{min(others)} is in event_weights and not in click_events")
-        return self
-
-    @property
-    def event_names(self) -> list[str]:
-        """All event names that the settings list, sorted."""
-        return sorted({*self.view_events, *self.click_events, *(self.ignored_events or ())})
-
-
-class SourceSettings(EventSettings):
-    """Where the notes and logs are, and how to read them."""
-
-    path: Annotated[str | None, BeforeValidator(no_address)] = Field(
-        None,
-        description="Folder of your data ([what it holds](own_data.md)). `make recall SOURCE=...` replaces "
-        "it. null: the demo world.",
-    )
-    demo: DemoSettings | None = Field(
-        DemoSettings(), description="The demo world, which replaces a missing path. null: a path is required."
-    )
-    first_day: date = Field(
-        date(1990, 1, 1),
-        description="First day of the log. Dagster's partitions begin there; nothing else depends on it.",
-    )
-    partition: Partition = Field(
-        "week", description="Length of a partition of the raw events. `year` suits logs that span decades."
-    )
-    max_image_pixels: int = Field(
-        50_000_000, gt=0, description="Most pixels of an image. A larger one is counted as too large and never decoded."
-    )
 
 
 class WindowSettings(Section):

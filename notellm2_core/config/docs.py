@@ -56,9 +56,16 @@ def sections(section: type[Section] = Config, name: str = "") -> Iterator[tuple[
     """Every section by its dotted name; first, without a name, the whole configuration."""
     yield name, section
     for key, field in section.model_fields.items():
-        for kind in (field.annotation, *get_args(field.annotation)):
+        for kind in _kinds(field.annotation):
             if isinstance(kind, type) and issubclass(kind, Section):
                 yield from sections(kind, f"{name}.{key}".lstrip("."))
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types of an annotation: itself, and the arguments of a union or a list."""
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _kinds(argument)
 
 
 def settings() -> dict[str, FieldInfo]:

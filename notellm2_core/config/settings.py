@@ -11,16 +11,10 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from notellm2_core.config.baselines import BASELINES, require_baseline
-from notellm2_core.config.data import (
-    CheckSettings,
-    PairSettings,
-    SourceSettings,
-    SplitSettings,
-    TextSettings,
-    WindowSettings,
-)
+from notellm2_core.config.data import CheckSettings, PairSettings, SplitSettings, TextSettings, WindowSettings
 from notellm2_core.config.model import ModelSettings
 from notellm2_core.config.section import Section, no_address
+from notellm2_core.config.source import SourceSettings
 from notellm2_core.config.training import PARTS, Part, TrainingSettings
 
 

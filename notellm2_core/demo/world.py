@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from notellm2_core.config.data import DemoSettings
+from notellm2_core.config.source import DemoSettings
 from notellm2_core.demo.images import STYLES, draw_image
 from notellm2_core.demo.logs import DAY, Impressions, simulate
 from notellm2_core.demo.texts import poor_titles, write_note

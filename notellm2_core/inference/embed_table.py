@@ -21,7 +21,7 @@ from notellm2_core.inference.embedder import BATCH_NOTES, Embedder
 from notellm2_core.inference.export import weight_files, weights_id
 from notellm2_core.model.hub import model_folder
 from notellm2_core.notes.processor import InputKind
-from notellm2_core.notes.source_reader import read_note_table
+from notellm2_core.notes.source_reader import NoteTable
 from notellm2_core.runtime.files import is_draft, link_or_copy, parquet_files, swap_in
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.progress import ProgressBar
@@ -33,25 +33,23 @@ _MARK = "notellm2-embed-"  # prefix of the fingerprint in a shard that this comm
 
 def embed_notes(
     model: str | Path,
-    notes: Path,
+    table: NoteTable,
     out: Path,
     inputs: InputKind = "multimodal",
     dim: int | None = None,
     batch_notes: int = BATCH_NOTES,
-    images: Path | None = None,
 ) -> dict[str, Any]:
-    """Embed the notes of `notes` (see `read_note_table`) into shards of schema.embeddings, sorted by note id.
+    """Embed the notes of `table` into shards of schema.embeddings, sorted by note id.
 
     Returns counts: notes, reused (vectors taken from an earlier run), dropped notes by reason, images by status and
     notes_per_second (both of the notes embedded now). Raises ValueError if the model or the notes cannot be used, or
     `out` holds anything but a result of this command.
     """
-    table = read_note_table(notes, images)
     folder = model_folder(model)
     work = out.with_name(f".{out.name}.partial")
-    for source in (notes, table.images, folder):
+    for source in (table.path, table.images, folder):
         _require_own(out, source)
-    _require_own(work, notes)
+    _require_own(work, table.path)
     embedder = Embedder.from_pretrained(folder)
     embedder.require_options(inputs, batch_notes, dim)  # before anything is written
     weights, encoder_id = weight_files(folder), embedder.encoder.encoder_id

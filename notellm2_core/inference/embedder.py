@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from notellm2_core.config.data import SourceSettings
 from notellm2_core.config.model import VisionSettings
 from notellm2_core.config.settings import ExportSettings
+from notellm2_core.config.source import SourceSettings
 from notellm2_core.embeddings.table import truncate_dims
 from notellm2_core.embeddings.unit_vectors import OF_A_MODEL, require_unit_vectors
 from notellm2_core.inference.batch_embedder import WINDOW_BATCHES, BatchEmbedder

@@ -15,13 +15,14 @@ from typing import Any
 
 from notellm2_core.config.baselines import encoders
 from notellm2_core.config.settings import Config
+from notellm2_core.config.source import EventReadingSettings, NoteReadingSettings
 from notellm2_core.lake.lake import WORK_FOLDER, Dataset, Lake, LakeError
 from notellm2_core.lake.lineage import RENAMED, STAGES, WORLD_VERSION, stage_settings
 from notellm2_core.lake.window import Days, ResolvedWindow, first_day_of_week, last_complete_week_end
 from notellm2_core.runtime.files import listing, sha256_of, write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.packaged_weights import weights_version
-from notellm2_core.tables.source import EVENTS, is_table
+from notellm2_core.tables.source import used_by
 
 _OWN_NEGATIVES = "training.hard_negatives.file"
 
@@ -83,8 +84,11 @@ class Catalog:
         if not self.source.is_dir():
             raise ValueError(f"source.path {self.source} is not a folder; set source.path, or SOURCE=..., to your data")
         files: dict[str, list[Any]] = {"raw_events": [], "notes": []}
+        readings = NoteReadingSettings.of(self.config.source), EventReadingSettings.of(self.config.source)
         for file in sorted(listing(self.source)):
-            files["raw_events" if is_table(file[0].split("/")[0], EVENTS) else "notes"].append(file)
+            for name, is_used in zip(("notes", "raw_events"), used_by(*readings, file[0]), strict=True):
+                if is_used:
+                    files[name].append(file)
         return {name: fingerprint([str(self.source.resolve()), listed]) for name, listed in files.items()}
 
     @cached_property

@@ -6,7 +6,6 @@ from typing import Any
 
 from notellm2_core.config.data import (
     ClickTimeSettings,
-    EventSettings,
     FilterSettings,
     HoldOutSettings,
     LengthSettings,
@@ -16,6 +15,7 @@ from notellm2_core.config.data import (
 from notellm2_core.config.model import ModelSettings
 from notellm2_core.config.section import Section
 from notellm2_core.config.settings import Config, ExportSettings, ReportSettings, SaliencySettings
+from notellm2_core.config.source import EventReadingSettings, EventSettings, NoteReadingSettings
 from notellm2_core.config.training import MiningSettings, RunSettings, SelectionSettings, TrainingSettings
 from notellm2_core.runtime.nested import get_settings
 
@@ -83,8 +83,8 @@ _HARD_NEGATIVES: Mapping[str, Condition] = {
 
 
 STAGES: Mapping[str, Stage] = {
-    "raw_events": Stage((), ("source.partition",), version=9),
-    "notes": Stage((), (), version=2),
+    "raw_events": Stage((), ("source.partition", *settings_of("source", EventReadingSettings)), version=9),
+    "notes": Stage((), settings_of("source", NoteReadingSettings), version=2),
     "interactions": Stage(
         ("raw_events", "notes"),
         (*settings_of("source", EventSettings), *settings_of("pairs", ClickTimeSettings), "window"),

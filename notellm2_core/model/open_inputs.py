@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from notellm2_core.config.data import SourceSettings
+from notellm2_core.config.source import SourceSettings
 from notellm2_core.model.build import load_encoder, load_model, require_its_encoder
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.notes.inputs import NoteInputs

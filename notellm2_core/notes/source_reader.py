@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from notellm2_core.config.source import NOTE_CONTRACT, NoteReadingSettings
 from notellm2_core.notes.note import Note, NoteWithImage
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.tables.columns import WHITE_SPACE
@@ -42,6 +43,11 @@ class NoteTable:
     _rows: Mapping[str, _Row]
 
     @property
+    def path(self) -> Path:
+        """The table's file or folder, or its source."""
+        return self._table.path
+
+    @property
     def note_ids(self) -> list[str]:
         return list(self._rows)
 
@@ -63,17 +69,23 @@ class NoteTable:
         ]  # fmt: skip
 
 
-def read_note_table(path: Path, images: Path | None = None, note_ids: Collection[str] | None = None) -> NoteTable:
+def read_note_table(
+    path: Path,
+    images: Path | None = None,
+    note_ids: Collection[str] | None = None,
+    reading: NoteReadingSettings = NOTE_CONTRACT,
+) -> NoteTable:
     """The notes of a source folder, or of the table of notes `path`: a file, or a folder of files.
 
     images: the folder that image_path is relative to; None: the folder of the notes. note_ids: only these; None: all.
     Raises ValueError where there is no table, a column is missing or has the wrong type, or no note is left.
     """
-    table = open_notes(path)
+    table = open_notes(path, reading)
     rows: dict[str, _Row] = {}
     dropped: Counter[str] = Counter()
+    texts: dict[str, _Texts] | None = {} if reading.notes is not None and reading.notes.repeated == "join" else None
     for split in table.splits():
-        _read(table, split, rows, dropped, note_ids)
+        _read(table, split, rows, dropped, note_ids, texts)
     without_text = [r for r in rows.values() if not _has_text(r.note) and not r.image_path]
     data = _read_bytes(table, without_text)
     for row in without_text:
@@ -85,10 +97,33 @@ def read_note_table(path: Path, images: Path | None = None, note_ids: Collection
     return NoteTable(images or (path if path.is_dir() else path.parent), dropped, table, rows)
 
 
+class _Texts:
+    """The distinct texts of the rows of one note, in their order."""
+
+    def __init__(self) -> None:
+        self.titles: dict[str, None] = {}
+        self.topics: dict[str, None] = {}
+        self.contents: dict[str, None] = {}
+
+    def joined_with(self, note: Note) -> Note:
+        self.titles |= {note.title: None} if note.title else {}
+        self.topics |= dict.fromkeys(note.topics)
+        self.contents |= {note.content: None} if note.content else {}
+        return Note(note.note_id, " ".join(self.titles), tuple(self.topics), " ".join(self.contents))
+
+
 def _read(
-    table: Table, split: Split, rows: dict[str, _Row], dropped: Counter[str], note_ids: Collection[str] | None
+    table: Table,
+    split: Split,
+    rows: dict[str, _Row],
+    dropped: Counter[str],
+    note_ids: Collection[str] | None,
+    texts: dict[str, _Texts] | None,
 ) -> None:
-    """Adds the notes of one split to `rows`, and counts unusable rows in `dropped`."""
+    """Adds the notes of one split to `rows`, and counts unusable rows in `dropped`.
+
+    `texts`: of the notes so far, where rows with one id are joined; None: the last of them counts.
+    """
     position = 0
     for batch in table.read(split, [name for name in _FIELDS if name != "image"]):
         for row in batch.to_pylist():
@@ -98,9 +133,11 @@ def _read(
             elif note_id is None:
                 dropped["null_note_id"] += 1
             elif note_ids is None or note_id in note_ids:
-                if rows.pop(note_id, None) is not None:
-                    dropped["duplicate_note_id"] += 1
                 note = Note(note_id, row["title"] or "", tuple(row["topics"] or ()), row["content"] or "")
+                if rows.pop(note_id, None) is not None and texts is None:
+                    dropped["duplicate_note_id"] += 1
+                if texts is not None:
+                    note = texts.setdefault(note_id, _Texts()).joined_with(note)
                 rows[note_id] = _Row(note, (row["image_path"] or "").strip(WHITE_SPACE) or None, split, position)
             position += 1
 

@@ -17,20 +17,38 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from notellm2_core.tables.times import read_times
+from notellm2_core.tables.times import NUMBER, read_times, read_written_times
 
 WHITE_SPACE = " \t\r\n"  # trimmed from ids and topics
 NO_ID = ("", r"\N", "NULL", "null", "None", "nan", "NaN", "<NA>", "NaT")  # what writers put where there is no id
-TOPIC_DELIMITER = "|"
+
+
+@dataclass(frozen=True)
+class Forms:
+    """How values are written, where they do not say it themselves."""
+
+    topic_delimiter: str = "|"
+    timestamp_format: str | None = None  # of strptime; None: any of the forms of `times`
+    time_zone: str | None = None  # of times without a zone; None: UTC
+
+
+FETCH = "no run fetches images. Fetch them beforehand, for example with img2dataset, and name the files in image_path"
+
+
+USUAL_FORMS = Forms()
 
 
 class Kind(StrEnum):
     """A logical type; the value is what error messages call it."""
 
     ID = "text or whole numbers"  # -> string, trimmed; null: no id
+    NAME = "text, numbers or booleans"  # -> string, trimmed; null: no name
     TEXT = "text"  # -> string
     TEXTS = "text or a list of texts"  # -> list<string>, each trimmed and not empty; null: no list
+    PIECES = "a text or a list of texts"  # -> list<string>, as TEXTS, but one text is one piece
     TIME = "text, numbers or timestamps"  # -> timestamp[us, UTC]; null: unreadable
+    NUMBER = "numbers"  # -> double; null: no number
+    PATH = "text, the paths of files"  # -> string, trimmed; null: none
     BYTES = "bytes"  # -> binary
 
 
@@ -39,13 +57,14 @@ class Column:
     """A column of a user's table.
 
     `in_every_part`: every part of the table has to have it. Otherwise its values are null in the parts that lack it.
-    `required`: at least one part has to have it.
+    `required`: at least one part has to have it. `may_be_list`: a row may hold several values, each a row of its own.
     """
 
     name: str
     kind: Kind
     required: bool = True
     in_every_part: bool = False
+    may_be_list: bool = False
 
     @property
     def canonical(self) -> pa.DataType:
@@ -53,14 +72,14 @@ class Column:
         return CANONICAL[self.kind]
 
 
-def read_column(column: pa.Array, kind: Kind) -> pa.Array:
+def read_column(column: pa.Array, kind: Kind, forms: Forms = USUAL_FORMS) -> pa.Array:
     """The values of `column`, a `plain_column`, in the canonical type of `kind`.
 
     Raises ValueError, without a name, where its type carries no such values.
     """
     if pt.is_null(column.type):
         return pa.nulls(len(column), CANONICAL[kind])
-    if (read := _READERS[kind](column)) is None:
+    if (read := _READERS[kind](column, forms)) is None:
         raise ValueError(f"has type {column.type}, not {kind.value}")
     return read
 
@@ -122,7 +141,7 @@ def _is_list_view(kind: pa.DataType) -> bool:
     return pt.is_list_view(kind) or pt.is_large_list_view(kind)
 
 
-def _read_id(column: pa.Array) -> pa.Array | None:
+def _read_id(column: pa.Array, forms: Forms) -> pa.Array | None:
     kind = column.type
     if (pt.is_decimal(kind) and kind.scale == 0) or pt.is_integer(kind):
         return pc.cast(column, pa.string())
@@ -132,17 +151,39 @@ def _read_id(column: pa.Array) -> pa.Array | None:
     return pc.if_else(pc.is_in(trimmed, pa.array(NO_ID)), pa.scalar(None, pa.string()), trimmed)
 
 
-def _read_text(column: pa.Array) -> pa.Array | None:
+def _read_name(column: pa.Array, forms: Forms) -> pa.Array | None:
+    """Floats as Python writes them, and booleans as true and false: no id, but the name of an event."""
+    if pt.is_float64(column.type):
+        return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
+    if pt.is_boolean(column.type):
+        return pc.cast(column, pa.string())
+    return _read_id(column, forms)
+
+
+def _read_text(column: pa.Array, forms: Forms) -> pa.Array | None:
     return column if pt.is_string(column.type) else None
 
 
-def _read_texts(column: pa.Array) -> pa.Array | None:
+def _read_texts(column: pa.Array, forms: Forms) -> pa.Array | None:
     if pt.is_string(column.type):
-        return pa.array([topics_of_text(text) for text in column.to_pylist()], CANONICAL[Kind.TEXTS])
+        texts = [topics_of_text(text, forms.topic_delimiter) for text in column.to_pylist()]
+        return pa.array(texts, CANONICAL[Kind.TEXTS])
+    return _read_list(column, forms)
+
+
+def _read_pieces(column: pa.Array, forms: Forms) -> pa.Array | None:
+    if pt.is_list(column.type):
+        return _read_list(column, forms)
+    if (texts := _read_id(column, forms)) is None:
+        return None
+    return pa.array([None if text is None else [text] for text in texts.to_pylist()], CANONICAL[Kind.PIECES])
+
+
+def _read_list(column: pa.Array, forms: Forms) -> pa.Array | None:
     if not pt.is_list(column.type):
         return None
     items = plain_column(pa.array([], column.type.value_type))
-    if not pt.is_null(items.type) and _read_id(items) is None:
+    if not pt.is_null(items.type) and _read_id(items, forms) is None:
         return None
     return pa.array([None if row is None else trimmed_topics(row) for row in column.to_pylist()], CANONICAL[Kind.TEXTS])
 
@@ -157,12 +198,12 @@ _QUOTED = r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
 _LIST_AS_TEXT = re.compile(rf"\[\s*(?:{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*,?\s*)?\]", re.DOTALL)
 
 
-def topics_of_text(text: str | None) -> list[str] | None:
-    """The topics in a text: separated by '|', or the text of a list, as JSON or Python write it."""
+def topics_of_text(text: str | None, delimiter: str = Forms.topic_delimiter) -> list[str] | None:
+    """The topics in a text: separated by `delimiter`, or the text of a list, as JSON or Python write it."""
     if text is None:
         return None
     stripped = text.strip(WHITE_SPACE)
-    topics: list[str] = text.split(TOPIC_DELIMITER)
+    topics: list[str] = text.split(delimiter)
     if _LIST_AS_TEXT.fullmatch(stripped):
         try:
             topics = json.loads(stripped)
@@ -171,28 +212,59 @@ def topics_of_text(text: str | None) -> list[str] | None:
     return trimmed_topics(topics)
 
 
-def _read_time(column: pa.Array) -> pa.Array | None:
-    return read_times(column)
+def _read_time(column: pa.Array, forms: Forms) -> pa.Array | None:
+    if forms.timestamp_format is not None and (pt.is_string(column.type) or pt.is_integer(column.type)):
+        return read_written_times(pc.cast(column, pa.string()), forms.timestamp_format, forms.time_zone)
+    return read_times(column, forms.time_zone)
 
 
-def _read_bytes(column: pa.Array) -> pa.Array | None:
+def _read_number(column: pa.Array, forms: Forms) -> pa.Array | None:
+    if pt.is_boolean(column.type):
+        return pc.cast(pc.cast(column, pa.int8()), pa.float64())
+    if pt.is_string(column.type):
+        text = pc.utf8_trim(column, WHITE_SPACE)
+        is_number = pc.fill_null(pc.match_substring_regex(text, NUMBER), False)
+        return pc.cast(pc.if_else(is_number, text, pa.scalar(None, pa.string())), pa.float64())
+    if pt.is_integer(column.type) or pt.is_floating(column.type) or pt.is_decimal(column.type):
+        return pc.cast(column, pa.float64(), safe=False)
+    return None
+
+
+def _read_path(column: pa.Array, forms: Forms) -> pa.Array | None:
+    if (paths := _read_id(column, forms)) is None:
+        return None
+    addresses = paths.filter(pc.fill_null(pc.match_substring_regex(paths, "^[a-z][a-z0-9]+://"), False))
+    if len(addresses):
+        raise ValueError(f"holds addresses ({addresses[0]}): {FETCH}")
+    return paths
+
+
+def _read_bytes(column: pa.Array, forms: Forms) -> pa.Array | None:
     """Bytes, or the struct{bytes, path} of Hugging Face's datasets."""
     if pt.is_struct(column.type) and "bytes" in [field.name for field in column.type]:
-        return _read_bytes(plain_column(pc.struct_field(column, "bytes")))
+        return _read_bytes(plain_column(pc.struct_field(column, "bytes")), forms)
     return column if pt.is_binary(column.type) else None
 
 
 CANONICAL: dict[Kind, pa.DataType] = {
     Kind.ID: pa.string(),
+    Kind.NAME: pa.string(),
     Kind.TEXT: pa.string(),
     Kind.TEXTS: pa.list_(pa.string()),
+    Kind.PIECES: pa.list_(pa.string()),
     Kind.TIME: pa.timestamp("us", "UTC"),
+    Kind.NUMBER: pa.float64(),
+    Kind.PATH: pa.string(),
     Kind.BYTES: pa.binary(),
 }
-_READERS: dict[Kind, Callable[[pa.Array], Any]] = {
+_READERS: dict[Kind, Callable[[pa.Array, Forms], Any]] = {
     Kind.ID: _read_id,
+    Kind.NAME: _read_name,
     Kind.TEXT: _read_text,
     Kind.TEXTS: _read_texts,
+    Kind.PIECES: _read_pieces,
     Kind.TIME: _read_time,
+    Kind.NUMBER: _read_number,
+    Kind.PATH: _read_path,
     Kind.BYTES: _read_bytes,
 }

@@ -5,8 +5,8 @@ Arrow batches of the requested columns, as they are stored, and LINE.
 """
 
 import os
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from notellm2_core.runtime.files import is_hidden
-from notellm2_core.tables.columns import Kind
-from notellm2_core.tables.csv_rows import BLOCK_BYTES, LINE, csv_names, csv_rows
+from notellm2_core.tables.columns import USUAL_FORMS, Forms, Kind
+from notellm2_core.tables.csv_rows import BLOCK_BYTES, LINE, RFC_4180, CsvLayout, csv_names, csv_rows
 from notellm2_core.tables.json_rows import json_names, json_rows
 
 FORMATS = "Parquet, CSV (.csv), TSV (.tsv) and JSON Lines (.jsonl), the last three also as .gz, .bz2 or .zst"
@@ -36,7 +36,7 @@ class Split:
     first_row: int = 0
 
 
-def table_files(path: Path) -> list[Path]:
+def table_files(path: Path, layout: CsvLayout = RFC_4180) -> list[Path]:
     """The parts of a table: the file `path` itself, or all visible files below the folder `path`, sorted.
 
     Raises ValueError for a table format whose files are no rows by themselves, and for a file of no format of FORMATS.
@@ -44,7 +44,7 @@ def table_files(path: Path) -> list[Path]:
     if not path.exists():
         raise ValueError(f"{path} does not exist.")
     if path.is_file():
-        _suffixes(path)
+        _format(path, layout)
         return [path]
     files: list[Path] = []
     for folder, folders, names in os.walk(path, followlinks=True):
@@ -52,7 +52,7 @@ def table_files(path: Path) -> list[Path]:
         folders[:] = [name for name in folders if not is_hidden(name)]
         files += [Path(folder) / name for name in names if not is_hidden(name)]
     for file in files:
-        _suffixes(file)
+        _format(file, layout)
     return sorted(files)
 
 
@@ -65,8 +65,11 @@ def _refuse_logs(folder: Path, folders: Collection[str]) -> None:
             )
 
 
-def _suffixes(file: Path) -> tuple[str, str | None]:
-    """The suffix of the format, and the compression. Raises ValueError for another file."""
+def _format(file: Path, layout: CsvLayout = RFC_4180) -> tuple[str, str | None]:
+    """The suffix of the format, and the compression. A layout makes a file of any other name a CSV.
+
+    Raises ValueError for a file of another format.
+    """
     suffixes = [suffix.lower() for suffix in file.suffixes]
     compression = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     kind = suffixes[-2 if compression else -1] if len(suffixes) > (compression is not None) else ""
@@ -74,6 +77,8 @@ def _suffixes(file: Path) -> tuple[str, str | None]:
         return kind, compression
     if (kind in (".parquet", ".pq") and not compression) or _starts_like_parquet(file):
         return ".parquet", None
+    if layout != RFC_4180:
+        return ".csv", compression
     raise ValueError(f"{file} has none of the formats that are read: {FORMATS}.")
 
 
@@ -93,7 +98,7 @@ def splits(file: Path) -> list[Split]:
 
 def is_parquet(file: Path) -> bool:
     """Whether `file`, one of `table_files`, is Parquet."""
-    return _suffixes(file)[0] == ".parquet"
+    return _format(file, CsvLayout(delimiter=","))[0] == ".parquet"
 
 
 def parquet_file(file: Path) -> pq.ParquetFile:
@@ -110,12 +115,12 @@ def column_types(file: Path) -> list[tuple[str, pa.DataType]]:
         return list(zip(parquet.schema_arrow.names, parquet.schema_arrow.types, strict=True))
 
 
-def column_names(file: Path, folder: Path) -> list[str]:
+def column_names(file: Path, folder: Path, layout: CsvLayout = RFC_4180) -> list[str]:
     """The columns of a part of the table in `folder`; partition folders (event=click/) are columns, too.
 
     An empty text file has none. Raises ValueError for a damaged file.
     """
-    names = [name for name, _ in column_types(file)] if is_parquet(file) else _text_names(file)
+    names = [name for name, _ in column_types(file)] if is_parquet(file) else _text_names(file, layout)
     return names and names + [name for name in partition_values(file, folder) if name not in names]
 
 
@@ -129,19 +134,33 @@ def partition_values(file: Path, folder: Path) -> dict[str, str | None]:
     return {unquote(name): None if value == _HIVE_NULL else unquote(value) for name, value in values.items()}
 
 
-def read_split(split: Split, kinds: Mapping[str, Kind], folder: Path) -> Iterator[pa.RecordBatch]:
-    """The rows of `split` in file order: the columns named in `kinds`, as they are stored, and LINE.
+@dataclass(frozen=True)
+class Reading:
+    """What is read of a file, and how.
+
+    `kinds`: columns of the file, each with what it has to hold. `lists`: those that may hold lists of it.
+    """
+
+    kinds: Mapping[str, Sequence[Kind]]
+    lists: Collection[str] = ()
+    layout: CsvLayout = RFC_4180
+    forms: Forms = USUAL_FORMS
+
+
+def read_split(split: Split, reading: Reading, folder: Path) -> Iterator[pa.RecordBatch]:
+    """The rows of `split` in file order: the columns of `reading`, as they are stored, and LINE.
 
     Columns that the file lacks are left out. Raises ValueError naming the file if it is damaged, or a value of JSON
     that its column cannot have.
     """
+    kinds = reading.kinds
     constants = partition_values(split.file, folder)
-    names = column_names(split.file, split.file)
-    if _suffixes(split.file)[0] in _JSON_LINES:  # a key may come first in a later line
+    names = column_names(split.file, split.file, reading.layout)
+    if _format(split.file, reading.layout)[0] in _JSON_LINES:  # a key may come first in a later line
         names = [name for name in kinds if name in names or name not in constants]
     stored = {name: kinds[name] for name in names if name in kinds}
     try:
-        for batch in _stored_rows(split, stored):
+        for batch in _stored_rows(split, replace(reading, kinds=stored)):
             for name in kinds:
                 if name in constants and name not in stored:
                     batch = batch.append_column(name, pa.repeat(pa.scalar(constants[name], pa.string()), len(batch)))
@@ -150,30 +169,37 @@ def read_split(split: Split, kinds: Mapping[str, Kind], folder: Path) -> Iterato
         raise ValueError(_reason(split.file, e)) from e
 
 
-def _stored_rows(split: Split, kinds: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
-    kind, compression = _suffixes(split.file)
+def _stored_rows(split: Split, reading: Reading) -> Iterator[pa.RecordBatch]:
+    kind, compression = _format(split.file, reading.layout)
     if kind == ".parquet":
         with parquet_file(split.file) as parquet:
             groups = [*range(parquet.num_row_groups)] if split.group is None else [split.group]
-            rows = _IMAGE_ROWS if Kind.BYTES in kinds.values() else _ROWS
-            for batch in parquet.iter_batches(rows, row_groups=groups, columns=list(kinds), use_threads=False):
+            has_images = any(Kind.BYTES in kinds for kinds in reading.kinds.values())
+            rows, names = _IMAGE_ROWS if has_images else _ROWS, list(reading.kinds)
+            for batch in parquet.iter_batches(rows, row_groups=groups, columns=names, use_threads=False):
                 yield batch.append_column(LINE, pa.nulls(len(batch), pa.string()))
         return
     with pa.input_stream(str(split.file), compression=compression) as stream:
         if kind in _DELIMITERS:
-            yield from csv_rows(stream, _DELIMITERS[kind], list(kinds))
+            yield from csv_rows(stream, _layout(kind, reading.layout), list(reading.kinds))
         else:
-            yield from json_rows(stream, kinds)
+            yield from json_rows(stream, reading.kinds, reading.lists, reading.forms)
 
 
-def _text_names(file: Path) -> list[str]:
+def _layout(kind: str, layout: CsvLayout) -> CsvLayout:
+    return layout if layout.delimiter else replace(layout, delimiter=_DELIMITERS[kind])
+
+
+def _text_names(file: Path, layout: CsvLayout) -> list[str]:
     """The columns of a CSV, TSV or JSON Lines file; [] for an empty one. Raises ValueError for a damaged one."""
-    kind, compression = _suffixes(file)
+    kind, compression = _format(file, layout)
     try:
         with pa.input_stream(str(file), compression=compression) as stream:
-            return csv_names(stream, _DELIMITERS[kind]) if kind in _DELIMITERS else json_names(stream)
+            return csv_names(stream, _layout(kind, layout)) if kind in _DELIMITERS else json_names(stream)
     except (OSError, EOFError) as e:
         raise ValueError(_reason(file, e)) from e
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from e
 
 
 def _reason(file: Path, error: Exception) -> str:

@@ -2,22 +2,27 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.types as pt
 
-from notellm2_core.tables.columns import Kind, topics_of_text
+from notellm2_core.tables.columns import Forms, Kind, read_column
 from notellm2_core.tables.csv_rows import LINE, no_rows
 
 _BATCH_LINES = 50_000
 _NAMED_LINES = 1000
 _VALUES: dict[Kind, tuple[type, ...]] = {
     Kind.ID: (str, int),
+    Kind.NAME: (str, int, float, bool),
     Kind.TEXT: (str,),
     Kind.TEXTS: (str, list),
+    Kind.PIECES: (str, int, list),
     Kind.TIME: (str, int, float),
+    Kind.NUMBER: (str, int, float),
+    Kind.PATH: (str, int),
     Kind.BYTES: (),
 }
 
@@ -30,15 +35,18 @@ def json_names(stream: pa.NativeFile) -> list[str]:
     return list(names)
 
 
-def json_rows(stream: pa.NativeFile, kinds: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
+def json_rows(
+    stream: pa.NativeFile, kinds: Mapping[str, Sequence[Kind]], lists: Collection[str], forms: Forms
+) -> Iterator[pa.RecordBatch]:
     """The columns of all rows, by their names in the file, and LINE.
 
-    Raises ValueError for a value that a column of its kind cannot have, naming its line.
+    `lists`: columns that may hold lists of their kinds' values. Raises ValueError for a value that a column of its
+    kinds cannot have, naming its line.
     """
     lines = _lines(stream)
     while chunk := list(islice(lines, _BATCH_LINES)):
         rows = [(number, row) for number, row in chunk if isinstance(row, dict)]
-        columns = {name: _column(name, kind, rows) for name, kind in kinds.items()}
+        columns = {name: _column(name, its_kinds, name in lists, rows, forms) for name, its_kinds in kinds.items()}
         yield pa.RecordBatch.from_pydict({**columns, LINE: pa.nulls(len(rows), pa.string())})
         if bad := [row for _, row in chunk if isinstance(row, str)]:
             yield no_rows(bad, list(kinds))
@@ -56,31 +64,55 @@ def _lines(stream: pa.NativeFile) -> Iterator[tuple[int, dict[str, Any] | str]]:
         yield number, row if isinstance(row, dict) else line.decode(errors="replace").rstrip("\r\n")
 
 
-def _column(name: str, kind: Kind, rows: Sequence[tuple[int, dict[str, Any]]]) -> pa.Array:
-    """One column of JSON values: lists as lists of text, numbers as numbers, any mixture as text."""
+def _column(
+    name: str, kinds: Sequence[Kind], may_be_list: bool, rows: Sequence[tuple[int, dict[str, Any]]], forms: Forms
+) -> pa.Array:
+    """One column of JSON values: a list where one of them is, numbers as numbers, any mixture as text."""
     values = [row.get(name) for _, row in rows]
     for (number, _), value in zip(rows, values, strict=True):
-        if not _is_allowed(value, _VALUES[kind]):
-            raise ValueError(f"the column {name} has {json.dumps(value)[:80]} in line {number}, not {kind.value}.")
-    if all(value is None for value in values):
-        return pa.nulls(len(values))
-    if kind is Kind.TEXTS:
-        return pa.array([_texts(value) for value in values], pa.list_(pa.string()))
+        for kind in kinds:
+            types = _VALUES[kind]
+            if not _is_allowed(value, (*types, list) if may_be_list else types):
+                raise ValueError(f"the column {name} has {json.dumps(value)[:80]} in line {number}, not {kind.value}.")
+    if any(isinstance(value, list) for value in values):
+        as_list = next((kind for kind in kinds if kind in (Kind.TEXTS, Kind.PIECES)), None)
+        lists = [_as_list(value, as_list, forms) for value in values]
+        items = _scalars([item for row in lists for item in row or ()])
+        as_text = pt.is_string(items.type)
+        texts = [row and [i if i is None or not as_text else _text(i) for i in row] for row in lists]
+        return pa.array(texts, pa.list_(items.type))
+    return _scalars(values)
+
+
+def _scalars(values: Sequence[Any]) -> pa.Array:
     types = {type(value) for value in values if value is not None}
+    if not types:
+        return pa.nulls(len(values))
+    if types == {bool}:
+        return pa.array(values, pa.bool_())
     if types == {float} or types == {int, float}:
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
     if types == {int} and all(value is None or abs(value) < 2**63 for value in values):
         return pa.array(values, pa.int64())
-    return pa.array([None if value is None else str(value) for value in values], pa.string())
+    return pa.array([None if value is None else _text(value) for value in values], pa.string())
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 def _is_allowed(value: Any, types: tuple[type, ...]) -> bool:
     if isinstance(value, list):
-        return list in types and all(_is_allowed(item, (str, int)) for item in value)
-    return value is None or (isinstance(value, types) and not isinstance(value, bool))
+        items = tuple(kind for kind in types if kind is not list)
+        return list in types and all(_is_allowed(item, (*items, int)) for item in value)
+    return value is None or (isinstance(value, types) and (bool in types or not isinstance(value, bool)))
 
 
-def _texts(value: str | list[Any] | None) -> Sequence[str | None] | None:
-    if isinstance(value, list):
-        return [None if item is None else str(item) for item in value]
-    return topics_of_text(value)
+def _as_list(value: Any, kind: Kind | None, forms: Forms) -> list[Any] | None:
+    """A list, or one value as a list: topics that are one text are separated."""
+    if value is None or isinstance(value, list):
+        return value
+    if kind is not None and isinstance(value, str):
+        texts: list[Any] | None = read_column(pa.array([value]), kind, forms)[0].as_py()
+        return texts
+    return [value]

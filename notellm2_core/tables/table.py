@@ -4,17 +4,32 @@ Parts are united by name and type: each part is read with its own columns, in an
 that nobody asks for are never looked at.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.types as pt
 
-from notellm2_core.tables.columns import Column, Kind, plain_column, read_column, read_text, valid_utf8
-from notellm2_core.tables.csv_rows import LINE
+from notellm2_core.config.source import CONDITION
+from notellm2_core.tables.columns import (
+    USUAL_FORMS,
+    Column,
+    Forms,
+    Kind,
+    plain_column,
+    read_column,
+    read_text,
+    valid_utf8,
+)
+from notellm2_core.tables.csv_rows import LINE, RFC_4180, CsvLayout
+from notellm2_core.tables.events_in_rows import exploded, extracted
 from notellm2_core.tables.formats import (
+    Reading,
     Split,
     column_names,
     column_types,
@@ -23,6 +38,8 @@ from notellm2_core.tables.formats import (
     splits,
     table_files,
 )
+from notellm2_core.tables.origins import Origin, Stored, stored_kinds
+from notellm2_core.tables.times import NUMBER
 
 MALFORMED = "_malformed"  # whether the row cannot be read: a line that is none, or bytes that are not UTF-8
 ROW = "_row"  # the unchanged row in JSON, for the quarantine
@@ -31,12 +48,24 @@ _ESCAPED = {"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 @dataclass(frozen=True)
 class Table:
-    """A checked table. `names`: our name of a column -> its name in the files, where they differ."""
+    """A checked table.
+
+    `extract`: columns of text that hold several rows, each with a regular expression whose groups are our columns.
+    `where`: conditions on columns of the files; rows that miss one are no part of the table.
+    """
 
     path: Path
-    columns: tuple[Column, ...]
+    origins: tuple[Origin, ...]
     files: tuple[Path, ...]
-    names: Mapping[str, str] = field(default_factory=dict)
+    layout: CsvLayout = RFC_4180
+    forms: Forms = USUAL_FORMS
+    extract: Mapping[str, str] = field(default_factory=dict)
+    where: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[Column]:
+        """The columns of the contract, in its order."""
+        return [origin.column for origin in self.origins]
 
     def splits(self, files: Sequence[Path] | None = None) -> list[Split]:
         """What tasks read side by side, in the order of the rows. `files`: only these; None: all."""
@@ -48,74 +77,139 @@ class Table:
         `only`: these columns, without ROW. A column that the file lacks is null. Raises ValueError naming the file,
         and the column whose type carries no such values.
         """
-        columns = [column for column in self.columns if only is None or column.name in only]
-        stored = {self.stored_name(column): column for column in columns}
+        origins = [origin for origin in self.origins if only is None or origin.column.name in only]
         try:
-            for batch in read_split(split, {name: column.kind for name, column in stored.items()}, self.path):
-                yield self._canonical(batch, columns, with_row=only is None)
+            for batch in read_split(split, self._reading(origins), self.path):
+                yield self._canonical(batch, origins, with_row=only is None)
         except ValueError as e:
             raise ValueError(str(e) if str(split.file) in str(e) else f"{split.file}: {e}") from e
 
-    def stored_name(self, column: Column) -> str:
-        """The name of `column` in the files."""
-        return self.names.get(column.name, column.name)
+    def check_types(self, file: Path) -> None:
+        """Raises ValueError naming the Parquet file and the column whose type carries no such values."""
+        types, reading = dict(column_types(file)), self._reading(self.origins)
+        for name in [name for name in reading.kinds if name in types]:
+            column = plain_column(pa.schema([(name, types[name])]).empty_table()[name].combine_chunks())
+            if name in reading.lists and pt.is_list(column.type):
+                column = plain_column(column.flatten())
+            for kind in reading.kinds[name]:
+                _named(name, column, kind, self.forms)
 
-    def _canonical(self, batch: pa.RecordBatch, columns: Sequence[Column], with_row: bool) -> pa.RecordBatch:
-        malformed = batch.column(LINE).is_valid()
-        values, shown = {}, {}
-        for column in columns:
-            name = self.stored_name(column)
-            values[column.name] = pa.nulls(len(batch), column.canonical)
-            if name in batch.schema.names:
-                stored, broken = valid_utf8(plain_column(batch.column(name)))
-                values[column.name] = _named(name, stored, column.kind)
+    @cached_property
+    def groups(self) -> set[str]:
+        """The columns that `extract` makes."""
+        return {group for pattern in self.extract.values() for group in re.compile(pattern).groupindex}
+
+    def _reading(self, origins: Sequence[Origin]) -> Reading:
+        stored = stored_kinds([origin for origin in origins if origin.column.name not in self.groups])
+        lists = {name for origin in origins if origin.column.may_be_list for name in origin.kinds}
+        others = dict.fromkeys(self.extract, (Kind.TEXT,)) | dict.fromkeys(self.where, (Kind.NAME,))
+        return Reading({**others, **stored}, lists, self.layout, self.forms)
+
+    def _canonical(self, batch: pa.RecordBatch, origins: Sequence[Origin], with_row: bool) -> pa.RecordBatch:
+        lines = batch.column(LINE)
+        malformed, columns = lines.is_valid(), {}
+        for name in batch.schema.names:
+            if name != LINE:
+                columns[name], broken = valid_utf8(plain_column(batch.column(name)))
                 malformed = malformed if broken is None else pc.or_(malformed, broken)
-                if column.kind is not Kind.BYTES:
-                    shown[name] = stored
+        if self.where:
+            counts = pc.or_(malformed, self._holds(columns, len(lines)))
+            malformed, lines = malformed.filter(counts), lines.filter(counts)
+            columns = {name: column.filter(counts) for name, column in columns.items()}
+        for name, pattern in self.extract.items():
+            texts = columns.pop(name)
+            groups, has_none = extracted(texts, pattern)
+            columns |= groups
+            malformed, lines = pc.or_(malformed, has_none), pc.if_else(has_none, texts, lines)
+        may_be_lists = {*self.groups, *self._reading(origins).lists}
+        if lists := [name for name, column in columns.items() if name in may_be_lists and pt.is_list(column.type)]:
+            columns, malformed, lines = exploded(columns, lists, malformed, lines)
+
+        def read(name: str, kind: Kind) -> pa.Array:
+            if name not in columns:
+                return read_column(pa.nulls(len(lines)), kind)
+            return _named(name, columns[name], kind, self.forms)
+
+        values = {origin.column.name: origin.values(read, len(lines)) for origin in origins}
         if pc.any(malformed).as_py():
             values = {name: pc.if_else(malformed, pa.scalar(None, v.type), v) for name, v in values.items()}
         values[MALFORMED] = malformed
         if with_row:
-            values[ROW] = rows_as_json(shown, batch.column(LINE))
+            bytes_of = {name for origin in origins if origin.column.kind is Kind.BYTES for name in origin.kinds}
+            values[ROW] = rows_as_json({name: c for name, c in columns.items() if name not in bytes_of}, lines)
         return pa.RecordBatch.from_pydict(values)
 
+    def _holds(self, columns: Mapping[str, pa.Array], num_rows: int) -> pa.Array:
+        """Whether each row meets every condition. A null meets none."""
+        holds = pa.repeat(True, num_rows)
+        for name, condition in self.where.items():
+            values = columns.get(name, pa.nulls(num_rows))
+            holds = pc.and_(holds, meets(values, condition))
+        return holds
 
-def open_table(path: Path, columns: Sequence[Column], names: Mapping[str, str] | None = None) -> Table:
-    """The table `path`, a file or a folder, after a look at the columns of every part. Empty parts are left out.
+
+def open_table(path: Path, columns: Sequence[Column]) -> Table:
+    """The table `path`, a file or a folder, with columns of these names. Raises ValueError as `check_table`."""
+    return check_table(Table(path, tuple(Stored(column, column.name) for column in columns), tuple(table_files(path))))
+
+
+def check_table(table: Table) -> Table:
+    """The table without its empty parts, after a look at the columns of every part.
 
     Raises ValueError naming the file and the column where a required one is missing or has a wrong type.
     """
-    files = table_files(path)
-    if not files:
-        raise ValueError(f"{path} holds no files.")
-    present = {file: its_names for file in files if (its_names := column_names(file, path))}
+    if not table.files:
+        raise ValueError(f"{table.path} holds no files.")
+    present = {f: names for f in table.files if (names := column_names(f, table.path, table.layout))}
     if not present:
-        raise ValueError(f"{path} is empty.")
-    table = Table(path, tuple(columns), tuple(present), names or {})
-    for column in columns:
-        name = table.stored_name(column)
-        if twice := next((file for file, its_names in present.items() if its_names.count(name) > 1), None):
-            raise ValueError(f"{twice} has the column {name} twice: which of them counts?")
-        without = [file for file, its_names in present.items() if name not in its_names]
-        if without and (column.in_every_part or (column.required and len(without) == len(table.files))):
-            raise ValueError(f"{without[0]} lacks the column {name}; it has {', '.join(present[without[0]])}.")
+        raise ValueError(f"{table.path} is empty.")
+    for origin in table.origins:
+        if origin.column.name not in table.groups:
+            for name in origin.kinds:
+                _require(name, origin.column, present)
+    for name in (*table.extract, *table.where):
+        _require(name, Column(name, Kind.TEXT, in_every_part=True), present)
+    table = replace(table, files=tuple(present))
     for file in filter(is_parquet, table.files):
-        types = dict(column_types(file))
-        for column in columns:
-            if (name := table.stored_name(column)) in types:
-                empty = pa.schema([(name, types[name])]).empty_table()[name].combine_chunks()
-                try:
-                    _named(name, plain_column(empty), column.kind)
-                except ValueError as e:
-                    raise ValueError(f"{file}: {e}") from e
+        try:
+            table.check_types(file)
+        except ValueError as e:
+            raise ValueError(f"{file}: {e}") from e
     return table
 
 
-def _named(name: str, column: pa.Array, kind: Kind) -> pa.Array:
+def _require(name: str, column: Column, present: Mapping[Path, Sequence[str]]) -> None:
+    """Raises ValueError if files lack the column `name`, which `column` is read from, or have it twice."""
+    if twice := next((file for file, names in present.items() if names.count(name) > 1), None):
+        raise ValueError(f"{twice} has the column {name} twice: which of them counts?")
+    without = [file for file, names in present.items() if name not in names]
+    is_everywhere_missing = len(without) == len(present) and (column.required or name != column.name)
+    if without and (column.in_every_part or is_everywhere_missing):
+        none = "" if column.in_every_part else ", null if there is none"
+        raise ValueError(
+            f"{without[0]} lacks the column {name}; it has {', '.join(present[without[0]])}. "
+            f"source.columns.{column.name} names your column{none}."
+        )
+
+
+def _named(name: str, column: pa.Array, kind: Kind, forms: Forms) -> pa.Array:
     try:
-        return read_column(column, kind)
+        return read_column(column, kind, forms)
     except ValueError as e:
         raise ValueError(f"the column {name} {e}.") from e
+
+
+def meets(values: pa.Array, condition: str) -> pa.Array:
+    """Whether each of `values`, a plain column, meets a condition such as ">= 4"; a null, or no number, does not.
+
+    With a number on its right, the values are numbers; with any other text, they are text.
+    """
+    operator, right = re.findall(CONDITION, condition)[0]
+    compare = {"==": pc.equal, "!=": pc.not_equal, "<": pc.less, "<=": pc.less_equal, ">": pc.greater,
+               ">=": pc.greater_equal}[operator]  # fmt: skip
+    if re.fullmatch(NUMBER, right.strip()):
+        return pc.fill_null(compare(read_column(values, Kind.NUMBER), float(right)), False)
+    return pc.fill_null(compare(read_column(values, Kind.NAME), right.strip()), False)
 
 
 def rows_as_json(columns: Mapping[str, pa.Array], lines: pa.Array) -> pa.Array:

@@ -4,13 +4,16 @@ A time is one of
   - a number: Unix time in seconds (absolute value below 1e11), milliseconds (below 1e14), microseconds (below 1e17) or
     nanoseconds. The unit is unambiguous for times after 1973-03-03; earlier times are read correctly only in seconds;
   - a date as eight digits (20250119), as text or as a number;
-  - ISO 8601 text: a date, or a date and time with or without an offset (none: UTC). Names of zones are not read,
-    because many stand for several: CST is Chicago and Shanghai;
-  - a timestamp or date of Arrow, of any unit (without a zone: UTC).
+  - ISO 8601 text: a date, or a date and time with or without an offset. Names of zones are not read, because many stand
+    for several: CST is Chicago and Shanghai;
+  - a timestamp or date of Arrow, of any unit.
+A time that is no number and has no zone or offset is in the zone that the reader is given, or else in UTC. Where clocks
+are put back, the first of two equal times counts; where they are put forward, a time that is skipped is the hour's end.
 Any other value, and any time outside the years 1 to 9999, is unreadable: null. Floats need 64 bits: with 32, they have
 no single seconds in this century.
 """
 
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -23,9 +26,10 @@ _FIRST, _LAST = -62135596800000000, 253402300799999999  # 0001-01-01 .. 9999-12-
 _MIN, _MAX = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
 _WHOLE = r"^[+-]?\d{1,18}$"
-_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(\.0*)?$"  # as seconds, all would be in August 1970
 _USUAL_ISO = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d:\d\d(\.\d{1,6})?)?$"
+_LOCAL_ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]\d{1,2}:\d{1,2}(:\d{1,2}(\.\d*)?)?)?$"
 _ISO = (
     r"^(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})"
     r"(?:[T ](?P<hour>\d{1,2}):(?P<minute>\d{1,2})(?::(?P<second>\d{1,2})(?:\.(?P<fraction>\d{0,9})\d*)?)?"
@@ -33,20 +37,67 @@ _ISO = (
 )
 
 
-def read_times(column: pa.Array) -> pa.Array | None:
-    """The times of `column` as timestamp[us, UTC], null where unreadable. None: its type carries no times."""
+def read_times(column: pa.Array, zone: str | None = None) -> pa.Array | None:
+    """The times of `column` as timestamp[us, UTC], null where unreadable. None: its type carries no times.
+
+    `zone`: the zone of times that do not say theirs; None: UTC.
+    """
     kind = column.type
     if pt.is_timestamp(kind):
-        return _times(*_scaled(pc.cast(column, pa.int64()), kind.unit))
+        times = _times(*_scaled(pc.cast(column, pa.int64()), kind.unit))
+        return times if kind.tz else _in_zone(times, zone)
     if pt.is_date32(kind):
-        return _times(*_days(pc.cast(column, pa.int32())))
+        return _in_zone(_times(*_days(pc.cast(column, pa.int32()))), zone)
     if pt.is_date64(kind):
-        return _times(*_scaled(pc.cast(column, pa.int64()), "ms"))
+        return _in_zone(_times(*_scaled(pc.cast(column, pa.int64()), "ms")), zone)
     if pt.is_integer(kind) or (pt.is_decimal(kind) and kind.scale == 0):
-        return _times(*_unix(_int64(column)))
+        return _dates_in_zone(_times(*_unix(_int64(column))), column, zone)
     if pt.is_float64(kind) or pt.is_decimal(kind):
-        return _times(*_of_floats(pc.cast(column, pa.float64(), safe=False)))
-    return _of_text(column) if pt.is_string(kind) else None
+        return _dates_in_zone(_times(*_of_floats(pc.cast(column, pa.float64(), safe=False))), column, zone)
+    return _of_text(column, zone) if pt.is_string(kind) else None
+
+
+def read_written_times(column: pa.Array, pattern: str, zone: str | None = None) -> pa.Array:
+    """The times of a column of text in the format `pattern` of strptime, as `read_times`; others are unreadable."""
+    encoded = pc.dictionary_encode(pc.utf8_trim(column, " \t\r\n"))
+    utc, local = ([_parsed(text, pattern, aware) for text in encoded.dictionary.to_pylist()] for aware in (True, False))
+    times = pc.coalesce(pa.array(utc, TIME), _in_zone(pa.array(local, TIME), zone))
+    return times.take(encoded.indices)
+
+
+def _parsed(text: str, pattern: str, aware: bool) -> datetime | None:
+    """The time of `text`, if it can be read and says its zone (`aware`) or does not."""
+    try:
+        time = datetime.strptime(text, pattern)
+    except ValueError:
+        return None
+    if (time.tzinfo is not None) != aware:
+        return None
+    try:
+        return time.astimezone(UTC) if aware else time.replace(tzinfo=UTC)
+    except OverflowError:  # outside the years 1 to 9999
+        return None
+
+
+def _in_zone(times: pa.Array, zone: str | None) -> pa.Array:
+    """`times`, read as UTC, as times of `zone`."""
+    if zone is None:
+        return times
+    import pandas as pd  # it finds the zones where the machine has none of its own
+
+    local = pd.DatetimeIndex(pc.cast(times, pa.timestamp("us")).to_numpy(zero_copy_only=False))
+    is_first = np.ones(len(local), dtype=bool)
+    zoned = local.tz_localize(zone, ambiguous=is_first, nonexistent="shift_forward")
+    return pa.array(zoned.tz_convert("UTC").as_unit("us")).cast(TIME)
+
+
+def _dates_in_zone(times: pa.Array, numbers: pa.Array, zone: str | None) -> pa.Array:
+    """`times` of `numbers`: those that are dates, as times of `zone`."""
+    if zone is None:
+        return times
+    values, _ = _numpy(pc.cast(numbers, pa.float64(), safe=False))
+    whole = np.where(np.abs(values) < 2**53, values, 0).astype(np.int64)
+    return pc.if_else(pa.array((whole == values) & _is_date(whole)), _in_zone(times, zone), times)
 
 
 def _times(micros: np.ndarray, is_valid: np.ndarray) -> pa.Array:
@@ -96,16 +147,17 @@ def _unix(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         [np.where(size < 10**11, values, 0) * 1_000_000, np.where(size < 10**14, values, 0) * 1000, values],
         nanoseconds,
     )
-    is_date = (values >= 19_000_101) & (values <= 20_991_231) & _is_day_and_month(values)
+    is_date = _is_date(values)
     if is_date.any():
         dates, exists = _calendar(values // 10_000, values // 100 % 100, values % 100)
         micros, is_valid = np.where(is_date, dates, micros), is_valid & (exists | ~is_date)
     return micros, is_valid
 
 
-def _is_day_and_month(values: np.ndarray) -> np.ndarray:
+def _is_date(values: np.ndarray) -> np.ndarray:
+    """Which whole numbers [n] are eight digits of a date, which may not exist. As seconds, all would be in 1970."""
     month, day = values // 100 % 100, values % 100
-    return (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)
+    return (values >= 19_000_101) & (values <= 20_991_231) & (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)
 
 
 def _of_floats(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -131,17 +183,17 @@ def _calendar(year: np.ndarray, month: np.ndarray, day: np.ndarray) -> tuple[np.
     return days.astype("datetime64[us]").astype(np.int64), exists
 
 
-def _of_text(column: pa.Array) -> pa.Array:
+def _of_text(column: pa.Array, zone: str | None) -> pa.Array:
     """Each of the forms is read for all values that have it."""
     text = pc.utf8_trim(column, " \t\r\n")
     result = pa.nulls(len(text), TIME)
-    readers = ((_DIGITS, _of_dates), (_WHOLE, _of_whole), (_NUMBER, _of_numbers), (_USUAL_ISO, _of_usual_iso),
-               (_ISO, _of_iso))  # fmt: skip
+    readers = ((_DIGITS, _of_dates, zone), (_WHOLE, _of_whole, None), (NUMBER, _of_numbers, None),
+               (_USUAL_ISO, _of_usual_iso, zone), (_LOCAL_ISO, _of_iso, zone), (_ISO, _of_iso, None))  # fmt: skip
     rest = text.is_valid()
-    for form, read in readers:
+    for form, read, its_zone in readers:
         has_form = pc.and_(rest, pc.fill_null(pc.match_substring_regex(text, form), False))
         if pc.any(has_form).as_py():
-            result = pc.replace_with_mask(result, has_form, read(text.filter(has_form)))
+            result = pc.replace_with_mask(result, has_form, _in_zone(read(text.filter(has_form)), its_zone))
             rest = pc.and_not(rest, has_form)
     return result
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from notellm2_core.cli import main
-from notellm2_core.config.data import DemoSettings
+from notellm2_core.config.source import DemoSettings
 from notellm2_core.demo import generate
 from notellm2_core.demo.images import SIZE, STYLES, draw_image
 from notellm2_core.demo.logs import DAY, simulate

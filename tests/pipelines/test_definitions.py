@@ -12,7 +12,7 @@ import pytest
 
 from assets.resources.partitions import log_partitions, require_partitions
 from assets.resources.pipeline import Pipeline
-from notellm2_core.config.data import SourceSettings
+from notellm2_core.config.source import SourceSettings
 from notellm2_core.lake.lineage import STAGES
 from pipelines.definitions import defs
 

@@ -68,7 +68,7 @@ def test_notes_with_whole_number_ids_lists_and_null_columns(spark: SparkSession,
     )  # fmt: skip
     assert counts["notes"] == 2 and counts["with_image"] == 0
     assert [(n["note_id"], n["title"], n["topics"]) for n in notes] == [("7", "", ["a"]), ("8", "", [])]
-    with pytest.raises(ValueError, match=r"notes\.parquet holds no usable note \(1 rows\)"):
+    with pytest.raises(ValueError, match=r"the notes of .* hold no usable one \(1 rows\)"):
         written_notes(spark, _new(tmp_path), note_id=[None], title=["t"], topics=["a"], content=["c"])
 
 

@@ -20,7 +20,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from notellm2_core import schema
-from notellm2_core.config.data import EventSettings, ScoringSettings
+from notellm2_core.config.data import ScoringSettings
+from notellm2_core.config.source import EventSettings
 from spark_jobs import cooccurrence as job
 from spark_jobs.common.tables import write_table
 from spark_jobs.cooccurrence import cooccurrence, score, target_clicks

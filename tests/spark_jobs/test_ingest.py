@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from notellm2_core.config.data import EventSettings
+from notellm2_core.config.source import EventSettings
 from spark_jobs.clean import label_events
 from spark_jobs.ingest import UNDATED, covered_until, ingest, ingestion_metrics, partitions_between
 from spark_jobs.source import event_files

@@ -14,7 +14,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from notellm2_core import schema
-from notellm2_core.config.data import EventSettings
+from notellm2_core.config.source import EventSettings
 from spark_jobs.ingest import UNDATED, Span, ingest, ingestion_metrics, partitions_between
 from spark_jobs.interactions import interactions, reduce_partitions, reduced
 from spark_jobs.window import Window, join_partitions

@@ -9,6 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
+from notellm2_core.config.source import NoteReadingSettings, SourceSettings
+from notellm2_core.notes.source_reader import read_note_table
+from spark_jobs.clean import prepare_notes
 from spark_jobs.common.tables import readable
 from spark_jobs.ingest import ingest, ingestion_metrics
 from spark_jobs.source import event_files, read_source_events, read_source_notes
@@ -69,11 +72,11 @@ def test_events_that_cannot_be_used_are_named(spark: SparkSession, tmp_path: Pat
     path.touch()
     raises("events.csv is empty")
     write_csv(path, [])
-    raises("events.csv holds no rows")
+    raises("the events of .* have no rows")
     write_csv(path, ["u,n,view"], header="user_id,note_id,event")
     raises("events.csv lacks the column timestamp; it has user_id, note_id, event")
     write_csv(path, ["u,n,never,view"])
-    raises(r"no timestamp of .*events.csv is readable")
+    raises(r"no timestamp of the events of .* is readable")
     path.unlink()
     zipped = write_csv(tmp_path / "events.csv.gz", [f"u{i},n{i % 97},{i * i},view" for i in range(5000)])
     zipped.write_bytes(zipped.read_bytes()[:2000])  # found out by the task that reads it
@@ -125,3 +128,46 @@ def test_a_value_that_only_a_task_meets_is_named(spark: SparkSession, tmp_path: 
                                            + '{"user_id": 1.5}\n')  # fmt: skip
     with pytest.raises(ValueError, match=r"events\.jsonl: the column user_id has 1\.5 in line 3"), readable(tmp_path):
         read_source_events(spark, tmp_path).collect()
+
+
+def test_spark_reads_as_the_settings_say(spark: SparkSession, tmp_path: Path) -> None:
+    """Two tables of events, of which one shares its file with the notes. Each file is read once for each table."""
+    write_csv(tmp_path / "items.csv", ["a,5,first,x", "b,6,second,"], header="item,t,name,tag")
+    write_csv(tmp_path / "log.csv", ["u1,a,7,4.5", "u1,b,8,2"], header="user,item,t,stars")
+    reading = SourceSettings(
+        columns={"note_id": "item", "timestamp": "t", "title": "name", "content": None, "topics": "tag"},
+        notes={"files": "items.csv"},
+        events=[
+            {"files": "log.csv", "columns": {"user_id": "user"}, "event": "rated"},
+            {"files": "log.csv", "columns": {"user_id": "user"}, "event": "liked", "where": {"stars": ">= 4"}},
+            {"files": "items.csv", "columns": {"user_id": "name"}, "event": "made"},
+        ],
+    )
+    assert event_files(tmp_path, reading) == ["log.csv", "items.csv"]
+    read = read_source_events(spark, tmp_path, ["log.csv"], reading).collect()
+    assert sorted((r.user_id, r.note_id, r.event) for r in read) == [
+        ("u1", "a", "liked"), ("u1", "a", "rated"), ("u1", "b", "rated"),
+    ]  # fmt: skip
+    assert read_source_events(spark, tmp_path, None, reading).count() == 5
+    notes = read_source_notes(spark, tmp_path, reading).orderBy("position").collect()
+    assert [(n.note_id, n.title, n.topics, n.content) for n in notes] == [
+        ("a", "first", ["x"], None), ("b", "second", None, None),
+    ]  # fmt: skip
+
+
+def test_rows_of_one_note_are_joined_alike_with_and_without_spark(spark: SparkSession, tmp_path: Path) -> None:
+    """Each distinct text once, in file order; the image of the last row. A row without an id stays one by itself."""
+    lines = ["1,Kite,toys|red,It flies.,1.jpg", "2,Boat,toys,,", "1,Kite,red|sky,High.,", "1,Red kite,,It flies.,2.jpg",
+             ",no id,,,", "short"]  # fmt: skip
+    write_csv(tmp_path / "notes.csv", lines, header="note_id,title,topics,content,image_path")
+    reading = NoteReadingSettings(notes={"repeated": "join"})
+    metrics = prepare_notes(spark, tmp_path, tmp_path / "out", reading)
+    assert metrics["dropped"] == {"malformed_row": 1, "null_note_id": 1}
+    stored = {r.note_id: r for r in spark.read.parquet(str(tmp_path / "out" / "notes")).collect()}
+    kite, boat = ("Kite Red kite", ["toys", "red", "sky"], "It flies. High.", "2.jpg"), ("Boat", ["toys"], "", None)
+    expected = {"1": kite, "2": boat}
+    assert {i: (n.title, n.topics, n.content, n.image_path) for i, n in stored.items()} == expected
+    table = read_note_table(tmp_path, reading=reading)
+    read = {n.note.note_id: n for n in table.notes(table.note_ids)}
+    assert {i: (n.note.title, [*n.note.topics], n.note.content, n.image) for i, n in read.items()} == expected
+    assert dict(table.dropped) == {"malformed_row": 1, "null_note_id": 1}

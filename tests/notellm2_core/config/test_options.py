@@ -4,8 +4,9 @@ import argparse
 
 import pytest
 
-from notellm2_core.config.data import EventSettings, FilterSettings, PairSettings, ScoringSettings
+from notellm2_core.config.data import FilterSettings, PairSettings, ScoringSettings
 from notellm2_core.config.options import add_options, settings_from
+from notellm2_core.config.source import EventSettings
 
 
 def parsed(*arguments: str, group: type[PairSettings] | type[EventSettings] = PairSettings) -> argparse.Namespace:

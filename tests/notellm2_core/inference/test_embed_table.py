@@ -14,6 +14,7 @@ from notellm2_core.cli import main
 from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.inference import embed_table as embed
 from notellm2_core.inference.embedder import Embedder
+from notellm2_core.notes.source_reader import read_note_table
 from notellm2_core.vision.encoder import VisionEncoder
 from tests.support.drafts import dead_process, draft_of
 from tests.support.released import Release, write_release
@@ -71,12 +72,12 @@ def test_the_lakes_form_bytes_and_single_files(release: Release, tmp_path: Path)
            {"note_id": 99, "title": "", "topics": "|", "content": "", "image": None}]  # fmt: skip
     (tmp_path / "notes").mkdir()
     pq.write_table(pa.Table.from_pylist(odd + rows), tmp_path / "notes" / "a.parquet", row_group_size=8)
-    counts = embed.embed_notes(release.model, tmp_path / "notes", tmp_path / "out")
+    counts = embed.embed_notes(release.model, read_note_table(tmp_path / "notes"), tmp_path / "out")
     assert counts["dropped"] == {"null_note_id": 1, "duplicate_note_id": 1, "empty_note": 1}
     table = read_embeddings(tmp_path / "out")
     np.testing.assert_allclose(table.vectors[table.rows([str(n) for n in range(20)])], whole, atol=2e-6)
     file = release.root / "notes" / "notes.parquet"  # the lake's: its images are in the source folder
-    counts = embed.embed_notes(release.model, file, tmp_path / "two", images=release.source)
+    counts = embed.embed_notes(release.model, read_note_table(file, release.source), tmp_path / "two")
     np.testing.assert_allclose(read_embeddings(tmp_path / "two").vectors, whole, atol=2e-6)
 
 
@@ -84,7 +85,7 @@ def test_an_image_alone_makes_a_note(release: Release, tmp_path: Path) -> None:
     image = (release.source / "8.png").read_bytes()
     row = {"note_id": "p", "title": None, "topics": None, "content": None, "image": image}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "n.parquet")
-    counts = embed.embed_notes(release.model, tmp_path / "n.parquet", tmp_path / "out")
+    counts = embed.embed_notes(release.model, read_note_table(tmp_path / "n.parquet"), tmp_path / "out")
     assert (counts["notes"], counts["images"]["ok"]) == (1, 1)
 
 
@@ -104,17 +105,17 @@ def test_a_stopped_command_resumes(release: Release, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Embedder, "embed", stopped)
     with pytest.raises(KeyboardInterrupt):
-        embed.embed_notes(release.model, release.source, out)
+        embed.embed_notes(release.model, read_note_table(release.source), out)
     assert not out.exists()
     draft_of(tmp_path / ".out.partial" / "part-00002.parquet", dead_process()).write_bytes(b"half a shard")
     (tmp_path / ".out.partial" / ".former").mkdir()
-    assert embed.embed_notes(release.model, release.source, out)["reused"] == 12
+    assert embed.embed_notes(release.model, read_note_table(release.source), out)["reused"] == 12
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and len(list(out.iterdir())) == 4
-    assert embed.embed_notes(release.model, release.source, out)["reused"] == 20
+    assert embed.embed_notes(release.model, read_note_table(release.source), out)["reused"] == 20
     assert len(calls) == 5
 
     (release.source / "19.png").write_bytes((release.source / "19.png").read_bytes() + b" ")
-    assert embed.embed_notes(release.model, release.source, out)["reused"] == 19  # one image changed
+    assert embed.embed_notes(release.model, read_note_table(release.source), out)["reused"] == 19  # one image changed
 
 
 def test_only_its_own_result_is_replaced(release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,5 +144,5 @@ def test_user_errors_are_one_line(release: Release, tmp_path: Path, capsys: pyte
     assert "dim = 99" in error(capsys, release, release.source, out, "--dim", "99")
     assert "batch_notes = 0" in error(capsys, release, release.source, out, "--batch-notes", "0")
     with pytest.raises(ValueError, match="inputs = 'img'; choose one of multimodal, image, text"):
-        embed.embed_notes(release.model, release.source, out, "img")  # type: ignore[arg-type]
+        embed.embed_notes(release.model, read_note_table(release.source), out, "img")  # type: ignore[arg-type]
     assert not list(out.parent.iterdir())  # and no half-made folder

@@ -12,13 +12,14 @@ import pytest
 from notellm2_core.cli import main
 from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.inference.embed_table import embed_notes
+from notellm2_core.notes.source_reader import read_note_table
 from tests.support.released import Release, write_release
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
     release = write_release(tmp_path_factory.mktemp("release"))
-    embed_notes(release.model, release.source, release.root / "embeddings")
+    embed_notes(release.model, read_note_table(release.source), release.root / "embeddings")
     main(["index", "build", "--embeddings", str(release.root / "embeddings"), "--out", str(release.root / "index")])
     return release
 
@@ -100,7 +101,7 @@ def test_the_model_is_the_same_wherever_it_lies(release: Release, tmp_path: Path
     main_id = read_embeddings(release.root / "embeddings").weights_id
     export.main([*release.features(), "--inputs", "text", "--out", str(tmp_path / "export")])
     package(release.model, tmp_path / "package", layout="sentence-transformers")
-    embed_notes(tmp_path / "package", release.source, tmp_path / "packaged", "image", dim=5)
+    embed_notes(tmp_path / "package", read_note_table(release.source), tmp_path / "packaged", "image", dim=5)
     for folder in ("export/text", "packaged"):
         assert read_embeddings(tmp_path / folder).weights_id == main_id is not None
 

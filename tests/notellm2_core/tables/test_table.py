@@ -22,15 +22,17 @@ from notellm2_core.tables.table import MALFORMED, ROW, Table
 HEADER = "user_id,note_id,timestamp,event"
 
 
-def rows(table: Table) -> list[dict[str, Any]]:
-    return [row for split in table.splits() for batch in table.read(split) for row in batch.to_pylist()]
+def rows(*tables: Table) -> list[dict[str, Any]]:
+    return [
+        row for table in tables for split in table.splits() for batch in table.read(split) for row in batch.to_pylist()
+    ]
 
 
 def events(path: Path) -> list[tuple[Any, ...]]:
     """(user_id, note_id, Unix seconds, event) of the rows that are not malformed."""
     return [
         (r["user_id"], r["note_id"], r["timestamp"] and r["timestamp"].timestamp(), r["event"])
-        for r in rows(open_events(path))
+        for r in rows(*open_events(path))
         if not r[MALFORMED]
     ]
 
@@ -72,14 +74,14 @@ def test_a_quoted_line_break_is_no_new_row(tmp_path: Path) -> None:
     path.write_text(f'{HEADER},comment\nu9,n1,5,view,"see\nu9,n2,6,click,bye"\nu1,"n ""3""",7,view,\n')
     assert events(path) == [("u9", "n1", 5.0, "view"), ("u1", 'n "3"', 7.0, "view")]
     path.write_text(f'{HEADER}\nu,"n,1,view\n' + "u,n,1,view\n" * 9)
-    assert [r[MALFORMED] for r in rows(open_events(path))] == [True] * 10
+    assert [r[MALFORMED] for r in rows(*open_events(path))] == [True] * 10
 
 
 def test_lines_that_are_no_rows_and_ids_that_are_none(tmp_path: Path) -> None:
     """D6, and values with bytes that are not UTF-8. ROW is what the user wrote."""
     path = tmp_path / "events.csv"
     path.write_bytes(f'{HEADER}\nshort,row\n\\N,NULL,1,view\n"a\\b",n,1,'.encode() + b"caf\xe9\n")
-    read = {r[ROW]: (r["user_id"], r["note_id"], r[MALFORMED]) for r in rows(open_events(path))}
+    read = {r[ROW]: (r["user_id"], r["note_id"], r[MALFORMED]) for r in rows(*open_events(path))}
     assert {tuple(json.loads(row).items()): ids for row, ids in read.items()} == {
         (("line", "short,row"),): (None, None, True),
         (("user_id", None), ("note_id", "NULL"), ("timestamp", "1"), ("event", "view")): (None, None, False),
@@ -141,7 +143,7 @@ def test_json_values_of_any_type(tmp_path: Path) -> None:
     for value in (1.5, True, [1], {}):
         path.write_text("\n".join(map(json.dumps, [*good, {"user_id": value}])))
         with pytest.raises(ValueError, match=r"events\.jsonl: the column user_id has .* in line 3, not text or whole"):
-            rows(open_events(path))
+            rows(*open_events(path))
 
 
 def test_a_key_of_json_may_come_first_in_a_later_line(tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "events" / "x.parquet").unlink()
     (tmp_path / "events" / "x.csv.gz").write_bytes(packed[:2000])
     with pytest.raises(ValueError, match=r"x\.csv\.gz is damaged"):
-        rows(open_events(tmp_path))
+        rows(*open_events(tmp_path))
 
 
 IDS = st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1), st.text("ab \"',\\\n|é0", max_size=4))
