@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -12,6 +13,7 @@ from assets.resources.arguments import feature_store, image_folders, note_inputs
 from assets.resources.commands import run_command
 from assets.resources.export import MULTIMODAL, export
 from assets.resources.steps import GPU, PROCESS, Metrics, Step, dataset
+from notellm2_core.config.settings import Config
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.schema import COUNTS_FILE, NOTES_TABLE, SPLIT_TABLE, TRAIN
 
@@ -89,13 +91,29 @@ def _check_index_factory(context: dg.AssetExecutionContext, catalog: Catalog) ->
 @dataset("model", {"pytorch", "deepspeed", "huggingface"}, on=GPU, before=_check_index_factory)
 def checkpoint(step: Step) -> Metrics:
     """The fine-tuned model (Eq. 1, 7-9; Table 8). A killed training run resumes from its last checkpoint."""
-    from notellm2_core.training.launch import Paths, Reports, launch_command
+    from notellm2_core.training.launch import NO_REPORTS, Paths, Reports, launch_command
+    from notellm2_core.training.trials import choose_rates, has_diverged
 
-    training, catalog = step.config.training, step.catalog
-    hard_negatives = step.path("hard_negatives") if training.hard_negatives.num else None
+    catalog = step.catalog
+    hard_negatives = step.path("hard_negatives") if step.config.training.hard_negatives.num else None
     inputs = note_inputs(step, images=step.config.trains_vision)
-    paths = Paths(inputs, step.path("pair_datasets"), step.work, step.out, hard_negatives)
-    reports = Reports(mlflow_uri=step.run.uri, mlflow_run_id=step.run.run_id)
-    command = launch_command(write_config(catalog), training, paths, reports, catalog.window.train.iso())
-    step.command(command, reports=True)
-    return json.loads((step.out / "training.json").read_text())
+
+    def train(config: Config, run_dir: Path, reports: Reports, *options: str) -> None:
+        paths = Paths(inputs, step.path("pair_datasets"), run_dir, step.out, hard_negatives)
+        file, days = write_config(catalog, config), catalog.window.train.iso()
+        step.command([*launch_command(file, config.training, paths, reports, days), *options], reports=True)
+
+    def try_out(config: Config, run_dir: Path, share: float) -> None:
+        try:
+            train(config, run_dir, NO_REPORTS, "--share", str(share))
+        except dg.Failure:
+            if not has_diverged(run_dir):
+                raise
+
+    config, run_dir = step.config, step.work
+    trials: list[dict[str, Any]] = []
+    if config.training.learning_rate == "auto":
+        config, run_dir, trials = choose_rates(config, step.work, try_out, step.context.log.info)
+    train(config, run_dir, Reports(mlflow_uri=step.run.uri, mlflow_run_id=step.run.run_id))
+    metrics = json.loads((step.out / "training.json").read_text())
+    return {**metrics, "trials": trials} if trials else metrics

@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 
 from assets.resources.steps import Step
+from notellm2_core.config.settings import Config
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.notes.inputs import ImageFolders, NoteInputs
 from notellm2_core.runtime.files import write_atomically
@@ -28,9 +29,9 @@ def feature_store(catalog: Catalog) -> Path:
     return catalog.lake.root / "vision_store"
 
 
-def write_config(catalog: Catalog) -> Path:
-    """The resolved configuration as a file, so that the logged command can be pasted later."""
-    text = yaml.safe_dump(catalog.config.model_dump(mode="json"), sort_keys=False)
+def write_config(catalog: Catalog, config: Config | None = None) -> Path:
+    """A configuration as a file, so that the logged command can be pasted later; None: the catalog's."""
+    text = yaml.safe_dump((config or catalog.config).model_dump(mode="json"), sort_keys=False)
     path = catalog.work / "configs" / f"{catalog.config.name}-{fingerprint(text)}.yaml"
     if not path.exists():
         write_atomically(path, text)

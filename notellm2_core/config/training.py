@@ -1,7 +1,7 @@
 """Training settings: what is trained, how, and how a training run is executed."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -109,6 +109,17 @@ class SelectionSettings(Section):
         return self.select == "best" or self.patience is not None
 
 
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Rates(NamedTuple):
+    """Peak learning rates of the parts of a model."""
+
+    llm: float
+    new_modules: float
+    temperature: float
+
+
 class TrainingSettings(SelectionSettings, RunSettings):
     """Fine-tuning (appendix A of the paper)."""
 
@@ -132,10 +143,11 @@ class TrainingSettings(SelectionSettings, RunSettings):
         description="Precision of the forward and backward pass (paper: Table 8). `auto`: bf16 on a GPU that supports "
         "it, elsewhere the faster of the two, which is measured.",
     )
-    learning_rate: float = Field(
+    learning_rate: Rate | Literal["auto"] = Field(
         3e-6,
-        gt=0,
-        description="Peak learning rate of the LLM, and of the vision encoder where it is trained (paper: Table 8).",
+        description="Peak learning rate of the LLM, and of the vision encoder where it is trained (paper: Table 8). "
+        "`auto`: the best of several by [trial runs](training.md#learning-rates-by-trial), together with that of the "
+        "new modules unless it is set; it takes about two and a half times as long.",
     )
     new_module_learning_rate: float | None = Field(
         None, gt=0, description="Peak learning rate of connector, fusion and projector. null: learning_rate (paper)."
@@ -174,6 +186,16 @@ class TrainingSettings(SelectionSettings, RunSettings):
         if isinstance(values, dict) and values.get("num_epochs") is not None:
             return {"num_steps": None, **values}
         return values
+
+    @property
+    def rates(self) -> Rates:
+        """The peak learning rates. Raises ValueError for `auto`, which only the pipeline's trial runs can resolve."""
+        if self.learning_rate == "auto":
+            raise ValueError(
+                "training.learning_rate = auto has no value here: the asset checkpoint chooses one by trial"
+            )
+        llm = self.learning_rate
+        return Rates(llm, self.new_module_learning_rate or llm, self.temperature_learning_rate or llm)
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingSettings":

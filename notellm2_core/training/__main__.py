@@ -16,7 +16,7 @@ from notellm2_core.config.load import load_config
 from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.processes import die_with_parent, is_torchrun_rank
-from notellm2_core.training.launch import TRAIN_DAYS_HELP, Paths, Reports
+from notellm2_core.training.launch import SHARE_HELP, TRAIN_DAYS_HELP, Paths, Reports
 
 
 def main() -> None:
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="empty folder for the trained model")
     parser.add_argument("--hard-negatives", type=Path, help="folder that notellm2_core.retrieval.hard_negatives wrote")
     parser.add_argument("--train-days", nargs=2, metavar=("START", "END"), help=TRAIN_DAYS_HELP)
+    parser.add_argument("--share", type=float, default=1.0, help=SHARE_HELP)
     parser.add_argument("--mlflow-uri", help="tracking server for the curves")
     parser.add_argument("--mlflow-run-id")
     args = parser.parse_args()
@@ -38,7 +39,9 @@ def main() -> None:
         from notellm2_core.training.run import run  # imports torch: only once the configuration is valid
 
         paths = Paths(NoteInputs.of(args), args.pairs, args.run_dir, args.out, args.hard_negatives)
-        run(config, paths, Reports(log, args.mlflow_uri, args.mlflow_run_id), args.train_days)
+        if not 0 < args.share <= 1:
+            raise ValueError(f"--share {args.share:g} is not above 0 and at most 1.")
+        run(config, paths, Reports(log, args.mlflow_uri, args.mlflow_run_id), args.train_days, args.share)
 
 
 @contextmanager

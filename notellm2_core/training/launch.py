@@ -10,6 +10,7 @@ from notellm2_core.config.training import TrainingSettings
 from notellm2_core.notes.inputs import NoteInputs
 
 TRAIN_DAYS_HELP = "first day and (exclusive) end of the log behind the pairs; for the model card alone"
+SHARE_HELP = "stop after this share of the steps, validated and without a model; a larger share continues; default: 1"
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 import math
 
 from notellm2_core.config.training import TrainingSettings
-from notellm2_core.training.state.metrics import Progress
-from notellm2_core.training.validation import RECALL
+from notellm2_core.training.state.metrics import RECALL, Progress
 
 WINDOW_STEPS = 20
 _MIN_SHARE = 0.98
@@ -36,7 +35,7 @@ def learned_nothing(
     return (
         f"after {done} steps the model has learned nothing: the loss is {share:.3f} times that of equal embeddings, "
         f"and the validation recall is {after:.3f}, {before:.3f} before training. Learning rates that are too high do "
-        f"this: lower training.learning_rate (now {training.learning_rate:g}) and training.new_module_learning_rate, "
+        f"this: lower training.learning_rate (now {training.rates.llm:g}) and training.new_module_learning_rate, "
         f"to a tenth for example, or raise training.warmup_ratio (now {training.warmup_ratio:g}). If the loss has not "
         "moved since the first step, they are too low"
     )

@@ -30,10 +30,11 @@ from notellm2_core.training.learning import learned_nothing
 from notellm2_core.training.objective.gradcache import Step
 from notellm2_core.training.objective.losses import BatchLabels, chance_loss
 from notellm2_core.training.state.checkpoints import Checkpoints
-from notellm2_core.training.state.metrics import Progress
+from notellm2_core.training.state.metrics import RECALL, Progress
+from notellm2_core.training.state.run_folder import NAN_BATCH
 from notellm2_core.training.state.selection import Selection
 from notellm2_core.training.step import batch_gradient, prepare
-from notellm2_core.training.validation import RECALL, validate, validation_sample
+from notellm2_core.training.validation import validate, validation_sample
 from notellm2_core.vision.encoder import VisionEncoder
 
 
@@ -57,6 +58,7 @@ class Run:
     precision: Precision
     engine: Any  # DeepSpeed's, around the TrainingStep of model and encoder
     first_step: int  # how many steps were done when the run resumed
+    end_step: int  # after which the run stops; fewer than len(batches) in a trial
     checkpoints: Checkpoints
     selection: Selection
     progress: Progress
@@ -64,7 +66,7 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Every step from `run.first_step` to the last, with reports, validation and checkpoints in between.
+    """Every step from `run.first_step` to `run.end_step`, with reports, validation and checkpoints in between.
 
     Raises, on every rank, TrainingError if a value is not finite, OSError if the best weights cannot be written.
     """
@@ -79,7 +81,7 @@ def train(run: Run) -> None:
     if run.first_step == 0 and len(validation_pairs):
         progress.report(0, validate(engine, data, validation_pairs, config, run.device), always=True)
         progress.restart_clock()
-    steps = range(run.first_step, run.first_step if run.selection.stops(run.first_step) else num_steps)
+    steps = range(run.first_step, run.first_step if run.selection.stops(run.first_step) else run.end_step)
     batches = Prefetcher(map(batch_of, steps))  # the CPU makes the next one while the device is busy
     for step, (share, labels) in zip(steps, batches, strict=True):
         # ---------------------------------------------------------------------------------------------------------
@@ -97,8 +99,8 @@ def train(run: Run) -> None:
 
         # ---------------------------------------------------------------------------------------------------------
         # report
-        done, last = step + 1, step + 1 == num_steps
-        metrics = _metrics(gradient, labels, training.learning_rate * factor, grad_norm)
+        done, last = step + 1, step + 1 == run.end_step
+        metrics = _metrics(gradient, labels, training.rates.llm * factor, grad_norm)
         metrics["padding"] = run.throughput.padding(share)
         seconds_waited = batches.seconds_waited + share.seconds_waited
         progress.add(len(share.notes), share.num_tokens, share.num_squares, metrics, seconds_waited)
@@ -165,7 +167,7 @@ def _require_finite(run: Run, step: int, notes: np.ndarray, quantity: str, value
     """
     if math.isfinite(value) and value >= 0:  # -1 is DeepSpeed's norm of a gradient that is not finite
         return
-    file = run.paths.run_dir / "nan_batch.json"
+    file = run.paths.run_dir / NAN_BATCH
     if dist.get_rank() == 0:
         ids = [run.data.note_ids[note] for note in notes]
         num_paired = 2 * run.config.training.batch_pairs

@@ -1,6 +1,7 @@
 """A training run: prepare -> resume -> train (loop.py) -> finish."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,13 @@ from notellm2_core.training.summary import training_summary
 from notellm2_core.vision.encoder import VisionEncoder
 
 
-def run(config: Config, paths: Paths, reports: Reports = NO_REPORTS, train_days: Sequence[str] | None = None) -> None:
+def run(
+    config: Config,
+    paths: Paths,
+    reports: Reports = NO_REPORTS,
+    train_days: Sequence[str] | None = None,
+    share: float = 1.0,
+) -> None:
     """Train the model of `config` and save it into `paths.out`. Called on every rank; it starts the process group.
 
     Resumes from the last checkpoint in `paths.run_dir`. The weights are those of an uninterrupted run:
@@ -54,19 +61,22 @@ def run(config: Config, paths: Paths, reports: Reports = NO_REPORTS, train_days:
 
     Args:
         train_days: first day and (exclusive) end of the log behind the pairs, for the model card.
+        share: share of the steps, (0, 1], after which the run stops with a validation and a checkpoint. Below 1, no
+            model is saved; the same run with a larger share continues from there.
 
     Raises ValueError for inputs and settings that do not fit, TrainingError if a loss or a gradient is not finite,
     OSError if the model or the best weights cannot be written.
     """
     device = engines.set_up_processes()
     with locked(paths.run_dir):
-        prepared = prepare(config, paths, reports)
+        prepared = prepare(config, paths, reports, share)
         if prepared is None:
             return
-        this_run = resume(config, paths, reports, prepared, device)
+        this_run = resume(config, paths, reports, prepared, device, share)
         try:
             train(this_run)
-            finish(this_run, train_days)
+            if this_run.end_step == len(this_run.batches):
+                finish(this_run, train_days)
         except TrainingError:  # on every rank at once, so they can still finish the checkpoint that is being written
             this_run.checkpoints.close()
             raise
@@ -87,7 +97,7 @@ class Prepared:
     saved_run: dict[str, Any]  # run.json of the run folder; {} for a new run
 
 
-def prepare(config: Config, paths: Paths, reports: Reports) -> Prepared | None:
+def prepare(config: Config, paths: Paths, reports: Reports, share: float) -> Prepared | None:
     """Load model and data, and check that the folders are this run's. None if its model is saved already."""
     training = config.training
     with engines.first_on_machine():
@@ -96,10 +106,11 @@ def prepare(config: Config, paths: Paths, reports: Reports) -> Prepared | None:
         reader = InputReader(processor, paths.inputs, encoder, config.source.max_image_pixels)
         hard_negatives = paths.hard_negatives if training.hard_negatives.num else None
         data = load_pair_dataset(reader, paths.pairs, paths.run_dir, hard_negatives)
-    if training.selects and not len(data.validation_pairs):
+    if (training.selects or share < 1) and not len(data.validation_pairs):
+        cause = f"training.select = {training.select} with training.patience = {training.patience}"
         raise ValueError(
-            f"training.select = {training.select} with training.patience = {training.patience} needs validation pairs, "
-            f"and {paths.pairs} has none: raise split.validation_share"
+            f"{cause if training.selects else 'training.learning_rate = auto'} needs validation pairs, and "
+            f"{paths.pairs} has none: raise split.validation_share"
         )
     if encoder is not None and dist.get_rank() == 0:
         text = "the vision encoder is trained: every step encodes its images, and their stored features are not read"
@@ -129,8 +140,10 @@ def _is_finished(out: Path, settings: Mapping[str, Any], saved_run: Mapping[str,
     return False
 
 
-def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, device: torch.device) -> Run:
-    """The run at its last checkpoint; without one, before its first step."""
+def resume(
+    config: Config, paths: Paths, reports: Reports, prepared: Prepared, device: torch.device, share: float
+) -> Run:
+    """The run at its last checkpoint; without one, before its first step. It stops after `share` of its steps."""
     training, rank, num_ranks = config.training, dist.get_rank(), dist.get_world_size()
     model, encoder, data = prepared.model, prepared.encoder, prepared.data
     checkpoints = Checkpoints(
@@ -178,6 +191,7 @@ def resume(config: Config, paths: Paths, reports: Reports, prepared: Prepared, d
         precision=precision,
         engine=engine,
         first_step=first_step,
+        end_step=math.ceil(share * num_steps),
         checkpoints=checkpoints,
         selection=Selection(paths.run_dir / "best", training, first_step),
         progress=progress,

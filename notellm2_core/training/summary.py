@@ -7,7 +7,8 @@ import torch.distributed as dist
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.training.learning import learned_nothing
 from notellm2_core.training.loop import Run
-from notellm2_core.training.validation import RECALL, validation_sample
+from notellm2_core.training.state.metrics import RECALL
+from notellm2_core.training.validation import validation_sample
 
 
 def training_summary(run: Run) -> dict[str, Any]:

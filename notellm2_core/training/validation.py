@@ -20,11 +20,10 @@ from notellm2_core.training.objective.gather import gather
 from notellm2_core.training.objective.gradcache import embed
 from notellm2_core.training.objective.losses import capped_tau
 from notellm2_core.training.objective.views import batch_losses, views_of
+from notellm2_core.training.state.metrics import RECALL, RECALL_K
 from notellm2_core.training.state.save import gathered
 
 MAX_PAIRS = 1024  # enough for 2 points of recall, and quick
-RECALL_K = 10
-RECALL = f"validation_recall_at_{RECALL_K}"
 
 
 def validation_sample(data: PairDataset, seed: int) -> np.ndarray:

@@ -123,7 +123,7 @@ def deepspeed_config(training: TrainingSettings, precision: Precision, num_ranks
         "optimizer": {
             "type": "AdamW",
             "params": {
-                "lr": training.learning_rate,
+                "lr": training.rates.llm,
                 "betas": list(training.betas),
                 "eps": training.epsilon,
                 "weight_decay": training.weight_decay,
@@ -142,11 +142,7 @@ def optimizer_groups(
 
     Weight decay applies to matrices: not to tau, biases, norms or the Q-Former's queries.
     """
-    peaks = {
-        "llm": training.learning_rate,
-        "new": training.new_module_learning_rate or training.learning_rate,
-        "tau": training.temperature_learning_rate or training.learning_rate,
-    }
+    peaks = dict(zip(("llm", "new", "tau"), training.rates, strict=True))
     groups: list[dict[str, Any]] = []
     for part, parameters in named.items():
         for decays in (True, False):

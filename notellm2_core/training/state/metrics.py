@@ -19,6 +19,8 @@ from notellm2_core.runtime.files import write_atomically
 from notellm2_core.runtime.progress import LINE_SECONDS, ProgressBar
 
 Metrics = Mapping[str, float]
+RECALL_K = 10
+RECALL = f"validation_recall_at_{RECALL_K}"
 _MLFLOW_CLOSE_SECONDS = 15
 
 

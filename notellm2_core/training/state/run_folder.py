@@ -3,6 +3,7 @@
     RUN_DIR/run.json            settings of the run and the precision it chose
     RUN_DIR/metrics.jsonl       the curves
     RUN_DIR/checkpoints/        to resume a killed run from (checkpoints.py)
+    RUN_DIR/nan_batch.json      the batch of a loss or a gradient that was not finite, which ended the run
 
 All ranks see the same RUN_DIR (across machines: a shared disk).
 """
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+NAN_BATCH = "nan_batch.json"
 
 
 @contextmanager
