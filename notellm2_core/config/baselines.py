@@ -9,14 +9,15 @@ class Baseline:
     """A baseline that `evaluation.baselines` may name."""
 
     label: str  # in tables and plots
-    encoder: bool = False  # a sentence encoder, whose weights have the baseline's name
+    encoder: str | None = None  # the sentence encoder whose embeddings it needs
 
 
 BASELINES: dict[str, Baseline] = {
     "random": Baseline("random"),
     "popularity": Baseline("popularity"),
     "bm25": Baseline("BM25"),
-    "minilm": Baseline("MiniLM", encoder=True),
+    "minilm": Baseline("MiniLM", encoder="minilm"),
+    "bm25_minilm": Baseline("BM25 + MiniLM", encoder="minilm"),
     "zero_shot": Baseline("zero-shot"),
 }
 
@@ -29,5 +30,5 @@ def require_baseline(name: str) -> str:
 
 
 def encoders(names: Iterable[str]) -> list[str]:
-    """Those baselines of `names` that are sentence encoders."""
-    return [name for name in names if BASELINES[name].encoder]
+    """The sentence encoders that the baselines `names` need. Each has a row of its own in the report."""
+    return [*dict.fromkeys(encoder for name in names if (encoder := BASELINES[name].encoder) is not None)]

@@ -5,7 +5,7 @@ Reads datasets of the lake: a folder of pairs with test/ (RELATED_PAIRS) and poo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from notellm2_core.baselines.bm25 import BM25
+from notellm2_core.baselines.hybrid import summed_rows
 from notellm2_core.baselines.popularity import popularity_rows, random_rows, read_clicks
+from notellm2_core.config.baselines import encoders
 from notellm2_core.config.settings import Config
 from notellm2_core.embeddings.table import Embeddings, mean_cosine, read_embeddings, read_note_ids, truncate_dims
 from notellm2_core.embeddings.unit_vectors import require_same_model
@@ -36,12 +38,13 @@ NEIGHBOURS = 5  # per row of the contact sheet
 
 @dataclass(frozen=True)
 class BaselineInputs:
-    """What a baseline without embeddings may know."""
+    """What a baseline may know."""
 
     pool_ids: Sequence[str]
     texts: Mapping[str, Note]  # of the pool and of the test pairs
     clicks: Path | None  # TARGET_CLICKS
     seed: int
+    encoders: Mapping[str, ScoreRows] = field(default_factory=dict)  # by name: cosines of their embeddings
 
 
 def _popularity(data: BaselineInputs) -> ScoreRows:
@@ -50,11 +53,12 @@ def _popularity(data: BaselineInputs) -> ScoreRows:
     return popularity_rows(read_clicks(data.clicks), data.pool_ids)
 
 
-# The baselines without embeddings: the input they read, and their scores.
+# The baselines that are no embeddings: the input they read, and their scores.
 SCORES: dict[str, tuple[str, Callable[[BaselineInputs], ScoreRows]]] = {
     "random": ("", lambda data: random_rows(data.pool_ids, data.seed)),
     "popularity": ("", _popularity),
     "bm25": ("text", lambda data: BM25(data.texts, data.pool_ids).rows),
+    "bm25_minilm": ("text", lambda data: summed_rows(BM25(data.texts, data.pool_ids).rows, data.encoders["minilm"])),
 }
 
 
@@ -88,17 +92,21 @@ def evaluate(
 
     ranks: dict[tuple[str, str], Ranks] = {}
     cosines: dict[str, float] = {}
+    encoder_rows: dict[str, ScoreRows] = {}
+    named_encoders = encoders(config.evaluation.baselines)
     for (method, inputs), folder in embeddings.items():
         table = read_embeddings(folder, note_ids)
         pool = Embeddings(tuple(pool_ids), table.vectors[table.rows(pool_ids)])
         ranks[method, inputs] = target_ranks(table, pool, test)
+        if method in named_encoders:
+            encoder_rows[method] = cosine_rows(table, pool)
         cosines[f"{method} {inputs}"] = mean_cosine(pool.vectors)
         if (method, inputs) == (config.model.method, "multimodal"):
             for dim in config.model.matryoshka_dims:
                 short, short_pool = (replace(e, vectors=truncate_dims(e.vectors, dim)) for e in (table, pool))
                 name = f"{method}, {dim} of {table.vectors.shape[1]} numbers"
                 ranks[name, inputs] = target_ranks(short, short_pool, test)
-    baseline_inputs = BaselineInputs(pool_ids, texts, clicks, config.seed)
+    baseline_inputs = BaselineInputs(pool_ids, texts, clicks, config.seed, encoder_rows)
     for name in config.evaluation.baselines:
         if name in SCORES:
             inputs, score_rows = SCORES[name]

@@ -11,6 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from notellm2_core import schema
+from notellm2_core.baselines.hybrid import summed_rows
 from notellm2_core.config.baselines import BASELINES, encoders
 from notellm2_core.config.data import TextSettings
 from notellm2_core.config.settings import Config, EvaluationSettings
@@ -240,6 +241,25 @@ def test_every_baseline_has_scores_or_embeddings() -> None:
     """A row of BASELINES without either would be missing from the table, and nobody would notice."""
     assert {*BASELINES} == {*SCORES, *encoders(BASELINES), "zero_shot"}
     assert {*SCORES}.isdisjoint(encoders(BASELINES))
+
+
+def test_the_sum_of_two_methods_counts_both_alike() -> None:
+    """Worked example: (1, 2, 3) and (30, 10, 20) have the standard scores (-1, 0, 1) and (1, -1, 0) x sqrt(3/2)."""
+    words, vectors = np.array([[1.0, 2, 3], [5, 5, 5]]), np.array([[30.0, 10, 20], [1, 1, 4]])
+    scores = summed_rows(lambda ids: words, lambda ids: vectors)(["q", "r"])
+    assert scores == pytest.approx(np.array([[0, -(1.5**0.5), 1.5**0.5], [-(0.5**0.5), -(0.5**0.5), 2**0.5]]))
+    assert scores.dtype == np.float32
+    none = summed_rows(lambda ids: words[1:], lambda ids: words[1:])(["r"])
+    assert none.tolist() == [[0, 0, 0]]
+
+
+def test_a_sum_of_baselines_is_a_row(lake: Path, config: Config) -> None:
+    """Words and embeddings know the topic here, and so does their sum. The encoder has a row of its own."""
+    settings = config.model_copy(update={"evaluation": EvaluationSettings(ks=(5,), baselines=("bm25_minilm",))})
+    folders = {("minilm", "text"): lake / "embeddings"}
+    report = evaluate(folders, lake / "notes", lake / "pairs", settings, lake, lake / "clicks.parquet")
+    recalls = {row.method: row.recalls[0].expected for row in report.rows if row.slice == "all"}
+    assert recalls == {"minilm": 100, "bm25_minilm": 100}
 
 
 def test_an_unknown_baseline_is_refused() -> None:
