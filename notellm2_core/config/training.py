@@ -147,7 +147,7 @@ class TrainingSettings(SelectionSettings, RunSettings):
         3e-6,
         description="Peak learning rate of the LLM, and of the vision encoder where it is trained (paper: Table 8). "
         "`auto`: the best of several by [trial runs](training.md#learning-rates-by-trial), together with that of the "
-        "new modules unless it is set; it takes about two and a half times as long.",
+        "new modules unless it is set; it takes about three times as long.",
     )
     new_module_learning_rate: float | None = Field(
         None, gt=0, description="Peak learning rate of connector, fusion and projector. null: learning_rate (paper)."
