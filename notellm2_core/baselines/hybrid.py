@@ -15,7 +15,7 @@ def summed_rows(*methods: ScoreRows) -> ScoreRows:
     """
 
     def rows(query_ids: Sequence[str]) -> np.ndarray:
-        return sum((_standard(method(query_ids)) for method in methods), np.float64(0)).astype(np.float32)
+        return np.sum([_standard(method(query_ids)) for method in methods], axis=0).astype(np.float32)
 
     return rows
 
