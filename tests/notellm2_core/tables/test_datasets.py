@@ -9,7 +9,7 @@ Where each form is described:
 - MicroLens: https://github.com/westlake-repl/MicroLens, Code/IDRec/process_data.ipynb
 - PixelRec: https://github.com/westlake-repl/PixelRec, dataset/readme.md
 - H&M: https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations/data
-- Yoochoose: dataset-README.txt in the archive of https://2015.recsyschallenge.com/challenge.html
+- Yoochoose: dataset-README.txt in the archive of http://2015.recsyschallenge.com/challenge.html
 """
 
 import gzip
