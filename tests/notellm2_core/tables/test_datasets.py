@@ -22,7 +22,7 @@ import pytest
 from notellm2_core.config.load import load_config
 from notellm2_core.config.source import SourceSettings
 from notellm2_core.notes.source_reader import read_note_table
-from notellm2_core.tables.source import open_events
+from notellm2_core.tables.source import open_events, open_notes, used_by
 from notellm2_core.tables.table import MALFORMED
 
 CONFIGS = Path("pipelines/configs/datasets")
@@ -250,3 +250,14 @@ def test_the_events(name: str, tmp_path: Path) -> None:
     ] == (EVENTS[name])
     assert not any(row[MALFORMED] for row in rows)
     assert {row["event"] for row in rows} <= {*reading.event_names}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_notes_and_events_depend_on_their_own_files(name: str, tmp_path: Path) -> None:
+    """A log that grows leaves the notes alone, unless it holds them, as Yoochoose's clicks do."""
+    reading = write_dataset(name, tmp_path)
+    uses = {file: used_by(reading, reading, file) for file in FILES[name]}
+    of_events = {str(file.relative_to(tmp_path)) for table in open_events(tmp_path, reading) for file in table.files}
+    of_notes = {str(file.relative_to(tmp_path)) for file in open_notes(tmp_path, reading).files}
+    assert {file for file, (_, events) in uses.items() if events} == of_events
+    assert {file for file, (notes, _) in uses.items() if not notes} == of_events - of_notes
