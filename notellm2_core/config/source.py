@@ -118,6 +118,12 @@ class TableSettings(Section):
         description="The character before a quote within a quoted field; Spark writes a backslash. null: a quote is "
         "doubled.",
     )
+    null_values: Names | None = Field(
+        None,
+        exclude_if=is_null,
+        description="Fields of CSV or TSV files that hold no value, such as `UNKNOWN`, besides empty ones and `\\N`. "
+        "null: there are none.",
+    )
     where: dict[str, Condition] | None = Field(
         None,
         description="Which rows count, by columns of the files, such as `{rating: '>= 4'}` or `{kind: '== photo'}`; "

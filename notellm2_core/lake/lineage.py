@@ -84,7 +84,7 @@ _HARD_NEGATIVES: Mapping[str, Condition] = {
 
 STAGES: Mapping[str, Stage] = {
     "raw_events": Stage((), ("source.partition", *settings_of("source", EventReadingSettings)), version=9),
-    "notes": Stage((), settings_of("source", NoteReadingSettings), version=2),
+    "notes": Stage((), settings_of("source", NoteReadingSettings), version=3),
     "interactions": Stage(
         ("raw_events", "notes"),
         (*settings_of("source", EventSettings), *settings_of("pairs", ClickTimeSettings), "window"),

@@ -196,10 +196,14 @@ def trimmed_topics(topics: Sequence[Any]) -> list[str]:
 
 _QUOTED = r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
 _LIST_AS_TEXT = re.compile(rf"\[\s*(?:{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*,?\s*)?\]", re.DOTALL)
+_LIST_WITHOUT_QUOTES = re.compile(r"""\[([^]["']*)\]""")
 
 
 def topics_of_text(text: str | None, delimiter: str = Forms.topic_delimiter) -> list[str] | None:
-    """The topics in a text: separated by `delimiter`, or the text of a list, as JSON or Python write it."""
+    """The topics in a text: separated by `delimiter`, or the text of a list, as JSON or Python write it.
+
+    The items of a list of numbers, [27, 9], or of texts without quotes, [tea, red kite], are between its commas.
+    """
     if text is None:
         return None
     stripped = text.strip(WHITE_SPACE)
@@ -209,6 +213,8 @@ def topics_of_text(text: str | None, delimiter: str = Forms.topic_delimiter) -> 
             topics = json.loads(stripped)
         except ValueError:
             topics = ast.literal_eval(stripped)
+    elif bare := _LIST_WITHOUT_QUOTES.fullmatch(stripped):
+        topics = bare[1].split(",")
     return trimmed_topics(topics)
 
 

@@ -28,6 +28,7 @@ class CsvLayout:
     header: tuple[str, ...] | None = None  # the columns of files without a header line
     quote: str | None = '"'  # None: no field is quoted
     escape: str | None = None  # the character before a quote in a quoted field; None: quotes are doubled
+    null_values: tuple[str, ...] = ()  # fields that hold no value, besides empty ones and \N
 
 
 RFC_4180 = CsvLayout()
@@ -67,7 +68,7 @@ def csv_names(stream: pa.NativeFile, layout: CsvLayout) -> list[str]:
 def csv_rows(stream: pa.NativeFile, layout: CsvLayout, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The columns `names` of all rows as text, and LINE.
 
-    Empty fields and `\\N` are null. A repeated header is no row.
+    Empty fields, `\\N` and the layout's null values are null. A repeated header is no row.
     """
     bad_lines: list[str] = []
 
@@ -85,7 +86,7 @@ def csv_rows(stream: pa.NativeFile, layout: CsvLayout, names: Sequence[str]) -> 
         ),
         convert_options=pacsv.ConvertOptions(
             include_columns=list(names), column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True,
-            null_values=["", r"\N"], check_utf8=False,
+            null_values=["", r"\N", *layout.null_values], check_utf8=False,
         ),
     )  # fmt: skip
     for batch in reader:

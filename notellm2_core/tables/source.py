@@ -175,7 +175,7 @@ def has_weights(reading: EventReadingSettings) -> bool:
 
 
 def _open(path: Path, settings: TableSettings, name: str, origins: Sequence[Origin], forms: Forms) -> Table:
-    layout = CsvLayout(settings.delimiter, settings.header, settings.quote, settings.escape)
+    layout = CsvLayout(settings.delimiter, settings.header, settings.quote, settings.escape, settings.null_values or ())
     paths = _table_at(path, settings, name)
     files = tuple(file for each in paths for file in table_files(each, layout))
     extract = settings.extract if isinstance(settings, EventTableSettings) else None

@@ -12,7 +12,7 @@ from notellm2_core.config.settings import Config
 from notellm2_core.config.training import PARTS
 from notellm2_core.config.unused import unused_settings
 
-CONFIGS = sorted(Path("pipelines/configs").glob("*.yaml"))
+CONFIGS = sorted(Path("pipelines/configs").rglob("*.yaml"), key=lambda p: (len(p.parts), p))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

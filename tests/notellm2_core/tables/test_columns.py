@@ -77,6 +77,9 @@ def test_lists_inside_slices_keep_their_rows() -> None:
         ("[]", []),
         ("['x' 'y']", ["['x' 'y']"]),  # numpy's: Python would read one topic xy
         ("[draft] a|b", ["[draft] a", "b"]),
+        ("[27, 9]", ["27", "9"]),
+        ("[red kite,tea]", ["red kite", "tea"]),  # as KuaiRec writes them
+        ("[a, 'b, c']", ["[a, 'b, c']"]),
     ],
 )
 def test_the_text_of_a_list_is_that_list(text: str, topics: list[str]) -> None:

@@ -99,6 +99,15 @@ def test_files_without_a_header_and_with_other_delimiters(tmp_path: Path) -> Non
     assert notes(tmp_path, notes={"files": "spark", "escape": "\\"}) == [("1", "a", ["x"], 'c "d", e', None)]
 
 
+def test_null_values_of_a_table(tmp_path: Path) -> None:
+    """Whole fields alone, with and without quotes, beside those that are always null."""
+    (tmp_path / "notes.csv").write_text('note_id,title,topics,content\n1,UNKNOWN,"-","UNKNOWN"\n-,UNKNOWN x,\\N,\n')
+    assert notes(tmp_path, notes={"null_values": ["UNKNOWN", "-"]}) == [
+        ("1", None, None, None, None), (None, "UNKNOWN x", None, None, None),
+    ]  # fmt: skip
+    assert notes(tmp_path)[0] == ("1", "UNKNOWN", ["-"], "UNKNOWN", None)
+
+
 def test_several_tables_of_events(tmp_path: Path) -> None:
     """Clicks and purchases in files of their own; one file may be two tables. The second's own names win."""
     (tmp_path / "clicks.csv").write_text("session,t,item,bought\ns1,5,a,b\n")
