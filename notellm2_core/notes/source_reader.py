@@ -6,7 +6,7 @@ last of several rows with one id counts, and a note without text and image is dr
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ def read_note_table(
     texts: dict[str, _Texts] | None = {} if reading.notes is not None and reading.notes.repeated == "join" else None
     for split in table.splits():
         _read(table, split, rows, dropped, note_ids, texts)
+    for note_id, its_texts in (texts or {}).items():
+        rows[note_id] = replace(rows[note_id], note=its_texts.joined(note_id))
     without_text = [r for r in rows.values() if not _has_text(r.note) and not r.image_path]
     data = _read_bytes(table, without_text)
     for row in without_text:
@@ -105,11 +107,14 @@ class _Texts:
         self.topics: dict[str, None] = {}
         self.contents: dict[str, None] = {}
 
-    def joined_with(self, note: Note) -> Note:
-        self.titles |= {note.title: None} if note.title else {}
+    def add(self, note: Note) -> None:
+        self.titles[note.title] = None
         self.topics |= dict.fromkeys(note.topics)
-        self.contents |= {note.content: None} if note.content else {}
-        return Note(note.note_id, " ".join(self.titles), tuple(self.topics), " ".join(self.contents))
+        self.contents[note.content] = None
+
+    def joined(self, note_id: str) -> Note:
+        title, content = (" ".join(filter(None, texts)) for texts in (self.titles, self.contents))
+        return Note(note_id, title, tuple(self.topics), content)
 
 
 def _read(
@@ -137,7 +142,7 @@ def _read(
                 if rows.pop(note_id, None) is not None and texts is None:
                     dropped["duplicate_note_id"] += 1
                 if texts is not None:
-                    note = texts.setdefault(note_id, _Texts()).joined_with(note)
+                    texts.setdefault(note_id, _Texts()).add(note)
                 rows[note_id] = _Row(note, (row["image_path"] or "").strip(WHITE_SPACE) or None, split, position)
             position += 1
 
