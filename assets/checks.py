@@ -13,6 +13,7 @@ import dagster as dg
 from assets.resources.pipeline import Pipeline, user_errors
 from assets.resources.steps import Metrics
 from notellm2_core.config.data import CheckSettings
+from notellm2_core.vision.image_status import UNUSABLE, described
 
 Verdict = tuple[bool, dict[str, Any]]
 
@@ -46,14 +47,16 @@ def undated_share(metrics: Metrics, limits: CheckSettings) -> Verdict:
 
 
 def unusable_images(metrics: Metrics, limits: CheckSettings) -> Verdict:
-    """The share of named images that are not found, broken, too large or outside the source is within the limit."""
-    unusable = {status: metrics[status] for status in ("not_found", "broken", "too_large", "escapes")}
+    """The share of named images that cannot be used is within the limit. A truncated image is used."""
+    unusable: Metrics = {status: metrics[status] for status in UNUSABLE}
     num_named = metrics["notes"] - metrics["missing"]
     share = sum(unusable.values()) / num_named if num_named else 0.0
     return share <= limits.max_dropped_share, {
-        "image_path in notes.parquet": "relative to the source; not_found: no such file, escapes: outside the source",
+        "images": described(metrics) or "all are used as a whole",
+        "image_path": "relative to the source",
         "unusable_share": share,
         "checks.max_dropped_share": limits.max_dropped_share,
+        "truncated": metrics["truncated"],
         **unusable,
     }
 

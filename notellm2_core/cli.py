@@ -84,15 +84,15 @@ def _embed(options: argparse.Namespace) -> None:
     from notellm2_core.config.load import load_config
     from notellm2_core.inference.embed_table import BATCH_NOTES, embed_notes
     from notellm2_core.notes.source_reader import read_note_table
+    from notellm2_core.vision.image_status import described
 
     source = SourceSettings() if options.config is None else load_config(options.config).source
     table = read_note_table(options.notes, options.images, reading=NoteReadingSettings.of(source))
     batch_notes = BATCH_NOTES if options.batch_notes is None else options.batch_notes
     counts = embed_notes(options.model, table, options.out, options.inputs, options.dim, batch_notes)
-    statuses = counts["images"]
-    if unusable := {status: n for status, n in statuses.items() if n and status not in ("ok", "missing")}:
-        total = sum(unusable.values()) + statuses["ok"]
-        print(f"warning: of {total} images, not used: {unusable}; --images names their folder", file=sys.stderr)
+    if faults := described(counts["images"]):
+        total = sum(counts["images"].values()) - counts["images"]["missing"]
+        print(f"warning: of {total} images, {faults}; --images names their folder", file=sys.stderr)
     print(json.dumps(counts))
 
 

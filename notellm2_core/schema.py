@@ -94,7 +94,7 @@ NOTE_IMAGES = pa.schema(
         pa.field("note_id", pa.string(), nullable=False),
         pa.field("image_id", pa.string()),  # sha256 of the encoded bytes; null: no usable image
         pa.field("perceptual_hash", pa.string()),  # vision.images.perceptual_hash; null: none
-        pa.field("status", pa.string(), nullable=False),  # one of vision.images.STATUSES
+        pa.field("status", pa.string(), nullable=False),  # one of vision.image_status.STATUSES
     ]
 )
 

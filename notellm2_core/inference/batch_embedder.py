@@ -17,7 +17,7 @@ from notellm2_core.runtime.prefetch import Prefetcher
 from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.vision.feature_store import Features
 
-VECTORS_VERSION = 1  # raise it when code changes the vectors of the same weights: old vectors are then not reused
+VECTORS_VERSION = 2  # raise it when code changes the vectors of the same weights: old vectors are then not reused
 WINDOW_BATCHES = 8  # batches whose notes are sorted by length together, and whose features are in memory together
 _CPU_TOKENS = 2048  # per batch on a CPU: allocating memory for larger ones takes longer than computing them
 

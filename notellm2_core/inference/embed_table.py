@@ -24,8 +24,9 @@ from notellm2_core.notes.processor import InputKind
 from notellm2_core.notes.source_reader import NoteTable
 from notellm2_core.runtime.files import is_draft, link_or_copy, parquet_files, swap_in
 from notellm2_core.runtime.fingerprint import fingerprint
+from notellm2_core.runtime.image_formats import optional_formats
 from notellm2_core.runtime.progress import ProgressBar
-from notellm2_core.vision.images import STATUSES
+from notellm2_core.vision.image_status import STATUSES
 
 _SHARD = re.compile(r"part-\d{5,}\.parquet")
 _MARK = "notellm2-embed-"  # prefix of the fingerprint in a shard that this command wrote
@@ -54,7 +55,8 @@ def embed_notes(
     embedder.require_options(inputs, batch_notes, dim)  # before anything is written
     weights, encoder_id = weight_files(folder), embedder.encoder.encoder_id
     fused = ["fused"] if embedder.is_fused else []
-    version = [VECTORS_VERSION, weights, encoder_id, str(embedder.dtype), *fused, inputs, dim, batch_notes]
+    options = [*fused, *optional_formats(), inputs, dim, batch_notes]
+    version = [VECTORS_VERSION, weights, encoder_id, str(embedder.dtype), *options]
     work.mkdir(parents=True, exist_ok=True)
     for shard in parquet_files(out):
         if not (work / shard.name).exists():

@@ -31,7 +31,7 @@ from notellm2_core.notes.note import NoteLike, NoteWithImage, as_note
 from notellm2_core.notes.processor import InputKind, MLRMProcessor, require_input_kind
 from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.vision.encoder import VisionEncoder
-from notellm2_core.vision.images import Status
+from notellm2_core.vision.image_status import Status
 from notellm2_core.vision.on_demand import ImageFeatures
 
 BATCH_NOTES = ExportSettings().batch_notes

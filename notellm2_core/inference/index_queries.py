@@ -1,11 +1,13 @@
 """What an index is searched for: a stored note, a text, an image, or a table of embeddings."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from notellm2_core.embeddings.table import Embeddings, read_embeddings
 from notellm2_core.retrieval.index import Index
+from notellm2_core.vision.image_status import MEANINGS, UNUSABLE
 
 _BLOCK_HITS = 1_000_000  # of the queries that are searched together
 
@@ -30,8 +32,11 @@ def new_note(model: str | Path, text: str | None, image: Path | None, dim: int) 
     folder = model_folder(model)
     embedder = Embedder.from_pretrained(folder)
     vectors = embedder.embed([{"title": text or "", "image": image}], dim=dim)
-    if image is not None and not embedder.image_statuses["ok"]:
-        raise ValueError(f"the image {image} cannot be used: {next(iter(embedder.image_statuses))}.")
+    (status,) = embedder.image_statuses
+    if image is not None and status in UNUSABLE:
+        raise ValueError(f"the image {image} cannot be used: {status} ({MEANINGS[status]}).")
+    if status == "truncated":
+        warnings.warn(f"the image {image} is {status}: {MEANINGS[status]}", stacklevel=2)
     return Embeddings(("",), vectors, weights_id=weights_id(weight_files(folder), embedder.encoder.encoder_id))
 
 

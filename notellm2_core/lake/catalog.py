@@ -21,6 +21,7 @@ from notellm2_core.lake.lineage import RENAMED, STAGES, WORLD_VERSION, stage_set
 from notellm2_core.lake.window import Days, ResolvedWindow, first_day_of_week, last_complete_week_end
 from notellm2_core.runtime.files import listing, sha256_of, write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
+from notellm2_core.runtime.image_formats import optional_formats
 from notellm2_core.runtime.packaged_weights import weights_version
 from notellm2_core.tables.source import used_by
 
@@ -116,6 +117,8 @@ class Catalog:
             settings["weights"] = {key: version for key, version in versions.items() if version is not None}
         if _OWN_NEGATIVES in settings:
             settings[_OWN_NEGATIVES] = _content(Path(settings[_OWN_NEGATIVES]))
+        if name == "vision_features" and (formats := optional_formats()):
+            settings["image_formats"] = formats
         if name in ("raw_events", "notes"):
             settings["source"] = self.source_fingerprints[name]
         if name == "interactions":

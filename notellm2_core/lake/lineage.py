@@ -90,7 +90,7 @@ STAGES: Mapping[str, Stage] = {
         (*settings_of("source", EventSettings), *settings_of("pairs", ClickTimeSettings), "window"),
         version=4,
     ),
-    "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=3),
+    "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=4),
     "cooccurrence": Stage(("interactions",), settings_of("pairs", ScoringSettings), version=4),
     "note_split": Stage(("notes", "interactions", "vision_features"), settings_of("split", HoldOutSettings), version=3),
     "related_pairs": Stage(("cooccurrence", "note_split"), settings_of("pairs", FilterSettings), version=2),

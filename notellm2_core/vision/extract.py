@@ -30,6 +30,7 @@ from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.schema import COUNTS_FILE, NOTE_IMAGES_FILE, VISION_FOLDER
 from notellm2_core.vision import images
 from notellm2_core.vision.feature_store import Features, FeatureStore
+from notellm2_core.vision.image_status import STATUSES, UNUSABLE, Status
 
 if TYPE_CHECKING:  # readers of the store need no torch
     from torch import Tensor
@@ -46,8 +47,8 @@ class PreparedNote:
     """A note whose image was read and checked."""
 
     note_id: str
-    status: images.Status
-    image_id: str | None = None  # None unless the status is "ok"
+    status: Status
+    image_id: str | None = None  # None unless the image can be used
     perceptual_hash: str | None = None
     pixels: "Tensor | None" = None  # [3, S, S]; None where the store has the features
 
@@ -83,12 +84,13 @@ class FeatureExtractor:
             return PreparedNote(note_id, encoded.status)
         image_id = encoded.image_id
         if image_id in self._hashes:
-            status = images.check_header(encoded.data, self._max_pixels)
-            return PreparedNote(note_id, status, image_id if status == "ok" else None)
+            status = images.check(encoded.data, self._max_pixels)
+            return PreparedNote(note_id, status, None if status in UNUSABLE else image_id)
         status, image = images.decode(encoded.data, self._max_pixels)
         if image is None:
             return PreparedNote(note_id, status)
-        return PreparedNote(note_id, "ok", image_id, images.perceptual_hash(image), self._encoder.preprocess(image))
+        image_hash = None if status == "truncated" else images.perceptual_hash(image)  # else of the grey, too
+        return PreparedNote(note_id, status, image_id, image_hash, self._encoder.preprocess(image))
 
     def encode(self, note: PreparedNote) -> None:
         """Add the note's image to the batch if it is new. A full batch is encoded, and a full part stored."""
@@ -153,7 +155,7 @@ def compute(
     distinct = {image_id for image_id in columns[1] if image_id}
     counts: dict[str, Any] = {
         "notes": len(rows),
-        **{status: statuses[status] for status in images.STATUSES},
+        **{status: statuses[status] for status in STATUSES},
         "distinct_images": len(distinct),
         "computed": len(distinct - extractor.reusable),
         "reused": len(distinct & extractor.reusable),

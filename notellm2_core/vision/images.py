@@ -9,21 +9,27 @@ import os
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
 
 import imagehash
 import numpy as np
 from PIL import Image, ImageOps
 
-Status = Literal["ok", "missing", "not_found", "broken", "too_large", "escapes"]
-STATUSES: tuple[Status, ...] = ("ok", "missing", "not_found", "broken", "too_large", "escapes")
-# Plain bitmaps only: Pillow would run Ghostscript for EPS, and ICO and ICNS can contain a larger image.
+from notellm2_core.runtime.image_formats import optional_formats
+from notellm2_core.vision import jpeg
+from notellm2_core.vision.image_status import Status
+
 Image.init()
+if "HEIF" in optional_formats():
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+# Plain bitmaps only: Pillow would run Ghostscript for EPS, and ICO and ICNS can contain a larger image.
 FORMATS = tuple(  # MPO opens as JPEG; AVIF is not in every build of Pillow
     name
-    for name in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
+    for name in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "HEIF")
     if name in Image.OPEN
 )
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _MAX_BYTES_PER_PIXEL = 8  # 16 bits x 4 channels, uncompressed: the largest file of an image, except for a margin
 _MARGIN_BYTES = 1 << 20
 _MIN_CONTRAST = 8  # of 255 greys; below it, the hash would be a hash of noise
@@ -45,12 +51,12 @@ class EncodedImage:
 def read_image(
     source: Path, image_path: str | None, data: bytes | None, max_pixels: int
 ) -> tuple[Status, str | None, Image.Image | None]:
-    """(status, image id, RGB image) of one note; id and image are None unless the status is "ok"."""
+    """(status, image id, RGB image) of one note; id and image are None unless it can be used."""
     encoded = fetch(source, image_path, data, max_pixels)
     if encoded.status != "ok":
         return encoded.status, None, None
     status, image = decode(encoded.data, max_pixels)
-    return status, encoded.image_id if status == "ok" else None, image
+    return status, None if image is None else encoded.image_id, image
 
 
 def fetch(source: Path, image_path: str | None, data: bytes | None, max_pixels: int) -> EncodedImage:
@@ -83,16 +89,20 @@ def fetch(source: Path, image_path: str | None, data: bytes | None, max_pixels: 
     return EncodedImage("ok", data) if data else EncodedImage("broken")
 
 
-def check_header(data: bytes, max_pixels: int) -> Status:
-    """The status "ok", "broken" or "too_large" from the header alone; the pixels may still be broken."""
-    return _open(data, max_pixels)[0]
+def check(data: bytes, max_pixels: int) -> Status:
+    """The status that `decode` gives for an image that it has decoded before, mostly without decoding it again."""
+    status, image = _open(data, max_pixels)
+    if isinstance(image, jpeg.JpegImageFile) and not data.endswith(jpeg.END):  # truncated, or with trailing bytes
+        return to_rgb(image, max_pixels)[0]
+    return status
 
 
 def decode(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
-    """("ok", RGB image), or ("broken" | "too_large", None).
+    """("ok" | "truncated", RGB image), or ("broken" | "unsupported" | "too_large", None).
 
-    An animation gives its first frame. The EXIF orientation is applied, transparency is composited on white, and greys
-    of more than 8 bits are scaled to 8.
+    A JPEG that ends early is read as far as it goes: its missing part is grey, or coarse if it is progressive. An
+    animation gives its first frame. The EXIF orientation is applied, transparency is composited on white, and greys of
+    more than 8 bits are scaled to 8.
     """
     status, image = _open(data, max_pixels)
     return (status, None) if image is None else to_rgb(image, max_pixels)
@@ -103,8 +113,9 @@ def to_rgb(image: Image.Image, max_pixels: int) -> tuple[Status, Image.Image | N
     if (status := _check_size(image, max_pixels)) != "ok":
         return status, None
     try:
+        status = jpeg.load(image) if isinstance(image, jpeg.JpegImageFile) else "ok"
         image.load()
-        return "ok", _to_rgb(ImageOps.exif_transpose(image))
+        return status, None if status == "broken" else _to_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
     except Exception:  # on damaged bytes, Pillow's decoders raise errors of nearly any type; the caller counts them
@@ -128,9 +139,13 @@ def _open(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
     except MemoryError:
         raise
     except Exception:  # as in `to_rgb`
-        return "broken", None
+        return "unsupported" if _is_heic(data) and "HEIF" not in FORMATS else "broken", None
     status = _check_size(image, max_pixels)
     return status, image if status == "ok" else None
+
+
+def _is_heic(data: bytes) -> bool:
+    return data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> Status:

@@ -20,12 +20,13 @@ from notellm2_core.notes.note import ImageLike
 from notellm2_core.vision import images
 from notellm2_core.vision.encoder import VisionEncoder
 from notellm2_core.vision.feature_store import Features
+from notellm2_core.vision.image_status import Status
 from notellm2_core.vision.note_images import NoteImages
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    status: images.Status
+    status: Status
     image_id: str = ""
     pixels: Tensor | None = None  # [3, S, S]; None where the features are already in memory
 
@@ -37,20 +38,20 @@ class ImageFeatures:
         images.allow_pixels(max_pixels)
         self._encoder, self._max_pixels, self._batch_size = encoder, max_pixels, batch_size
         self._features: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # patches [L, h_v] and global feature [h_v]
+        self._statuses: dict[str, Status] = {}  # of the same images
 
-    def read(
-        self, note_images: Sequence[ImageLike | None], folder: Path | None
-    ) -> list[tuple[images.Status, str | None]]:
-        """Status and image id of each image; the id is None unless the status is "ok".
+    def read(self, note_images: Sequence[ImageLike | None], folder: Path | None) -> list[tuple[Status, str | None]]:
+        """Status and image id of each image; the id is None unless the image can be used.
 
         folder: paths are relative to it, and nothing outside it is read; None: paths are used unchanged. Raises
         ValueError where the encoder's output does not fit into fp16.
         """
-        results: list[tuple[images.Status, str | None]] = []
+        results: list[tuple[Status, str | None]] = []
         with ThreadPoolExecutor(max_workers=min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
             for start in range(0, len(note_images), self._batch_size):
                 batch = list(pool.map(partial(self._prepare, folder), note_images[start : start + self._batch_size]))
                 new_pixels = {p.image_id: p.pixels for p in batch if p.pixels is not None}
+                self._statuses |= {p.image_id: p.status for p in batch if p.pixels is not None}
                 if new_pixels:
                     self._encode(list(new_pixels), torch.stack(list(new_pixels.values())))
                 results += [(p.status, p.image_id or None) for p in batch]
@@ -70,15 +71,15 @@ class ImageFeatures:
             if image is None:
                 return _Prepared(status)
             image_id = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-            return _Prepared("ok", image_id, None if image_id in self._features else self._encoder.preprocess(image))
+            return _Prepared(status, image_id, None if image_id in self._features else self._encoder.preprocess(image))
         encoded = self._fetch(folder, note_image)
         if encoded.status != "ok":
             return _Prepared(encoded.status)
         if encoded.image_id in self._features:
-            return _Prepared("ok", encoded.image_id)
+            return _Prepared(self._statuses[encoded.image_id], encoded.image_id)
         status, image = images.decode(encoded.data, self._max_pixels)
         return (
-            _Prepared(status) if image is None else _Prepared("ok", encoded.image_id, self._encoder.preprocess(image))
+            _Prepared(status) if image is None else _Prepared(status, encoded.image_id, self._encoder.preprocess(image))
         )
 
     def _fetch(self, folder: Path | None, note_image: str | Path | bytes | None) -> images.EncodedImage:

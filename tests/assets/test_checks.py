@@ -4,6 +4,7 @@ import pytest
 
 from assets import checks
 from notellm2_core.config.data import CheckSettings
+from notellm2_core.vision.image_status import STATUSES
 
 LIMITS = CheckSettings()
 
@@ -31,8 +32,11 @@ def test_undated_share() -> None:
 
 
 def test_unusable_images_are_measured_on_the_notes_that_name_one() -> None:
-    metrics = {"notes": 100, "missing": 90, "not_found": 0, "broken": 1, "too_large": 0, "escapes": 1}
+    metrics = dict.fromkeys(STATUSES, 0) | {"notes": 100, "missing": 90, "broken": 1, "escapes": 1}
     assert checks.unusable_images(metrics, LIMITS)[0]
+    assert checks.unusable_images(metrics | {"truncated": 9}, LIMITS)[0]
+    shown = checks.unusable_images(metrics | {"unsupported": 2}, LIMITS)[1]
+    assert "2 unsupported (HEIC, which needs pip install pillow-heif)" in shown["images"]
     passed, shown = checks.unusable_images(metrics | {"escapes": 2}, LIMITS)
     assert not passed and shown["escapes"] == 2 and "checks.max_dropped_share" in shown
     assert checks.unusable_images(metrics | {"missing": 100, "broken": 0, "escapes": 0}, LIMITS)[0]

@@ -46,7 +46,7 @@ def test_the_same_bits_as_the_embedder(release: Release, tmp_path: Path, capsys:
     np.testing.assert_array_equal(table.vectors, Embedder(model, processor, encoder).embed(release.notes))
     printed = capsys.readouterr()
     counts = json.loads(printed.out)
-    assert "warning: of 13 images, not used: {'broken': 1}; --images names their folder\n" in printed.err
+    assert "warning: of 13 images, 1 broken (no image, or a damaged one); --images names their folder" in printed.err
     assert (counts["notes"], counts["reused"], counts["dropped"]) == (20, 0, {})
     assert {k: n for k, n in counts["images"].items() if n} == {"ok": 12, "missing": 7, "broken": 1}
     for inputs, dim in (("text", 4), ("image", None)):
@@ -116,6 +116,11 @@ def test_a_stopped_command_resumes(release: Release, tmp_path: Path, monkeypatch
 
     (release.source / "19.png").write_bytes((release.source / "19.png").read_bytes() + b" ")
     assert embed.embed_notes(release.model, read_note_table(release.source), out)["reused"] == 19  # one image changed
+
+    monkeypatch.setattr(embed, "optional_formats", lambda: ["a format of another package"])
+    assert (
+        embed.embed_notes(release.model, read_note_table(release.source), out)["reused"] == 0
+    )  # more images may be read
 
 
 def test_only_its_own_result_is_replaced(release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The Embedder has the pipeline's vectors, the same bits in a fresh process, and refuses another vision encoder."""
 
+import io
 import json
 import re
 import shutil
@@ -95,6 +96,19 @@ def test_broken_images_are_counted_and_count_as_none(release: Release) -> None:
     vectors = embedder.embed([{"title": "a", "image": i} for i in (None, *wrong)])
     np.testing.assert_allclose(vectors, vectors[[0] * 6], atol=2e-6)
     assert embedder.image_statuses == {"ok": 12, "missing": 8, "broken": 4, "not_found": 2}
+
+
+def test_a_truncated_jpeg_is_used_and_counted(release: Release, tmp_path: Path) -> None:
+    """As a path, bytes and an opened image, also where its features are in memory already; the vectors are equal."""
+    embedder = Embedder.from_pretrained(release.model)
+    out = io.BytesIO()
+    Image.open(release.source / "8.png").resize((64, 64)).save(out, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(data := out.getvalue()[:-300])
+    opened = Image.open(io.BytesIO(data))
+    vectors = embedder.embed([{"title": "a", "image": i} for i in (data, data, tmp_path / "cut.jpg", opened, opened)])
+    np.testing.assert_allclose(vectors, vectors[[0] * 5], atol=2e-6)
+    assert embedder.image_statuses == {"truncated": 5}
+    assert np.abs(vectors[0] - embedder.embed([{"title": "a"}])[0]).max() > 1e-4
 
 
 def test_no_image_outside_the_folder_is_read(release: Release, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from notellm2_core.cli import main
 from notellm2_core.embeddings.table import read_embeddings
+from notellm2_core.inference import index_queries
 from notellm2_core.inference.embed_table import embed_notes
 from notellm2_core.notes.source_reader import read_note_table
 from tests.support.released import Release, write_release
@@ -61,6 +63,14 @@ def test_by_a_text_and_an_image(release: Release, capsys: pytest.CaptureFixture[
         scores = table.vectors @ embedder.embed([note])[0]
         assert hits[0]["note_id"] == table.note_ids[int(scores.argmax())]
         np.testing.assert_allclose([hit["score"] for hit in hits], np.sort(scores)[::-1][:3], atol=1e-5)
+
+
+def test_a_truncated_image_is_searched_for_with_a_warning(release: Release, tmp_path: Path) -> None:
+    Image.open(release.source / "8.png").resize((64, 64)).save(tmp_path / "8.jpg")
+    (tmp_path / "8.jpg").write_bytes((tmp_path / "8.jpg").read_bytes()[:-300])
+    with pytest.warns(UserWarning, match=r"8\.jpg is truncated: used; the file ends early"):
+        query = index_queries.new_note(release.model, None, tmp_path / "8.jpg", 16)
+    assert query.vectors.shape == (1, 16)
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,16 @@ def test_other_weights_of_the_same_name_are_other_datasets(tmp_path: Path) -> No
     assert _catalog(tmp_path, model__llm__name="package:smollm2").settings("checkpoint")["weights"]["model.llm"]
 
 
+def test_a_package_that_reads_more_images_makes_the_features_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("notellm2_core.lake.catalog.optional_formats", list)
+    before = _catalog(tmp_path)
+    assert _changed(before, _catalog(tmp_path)) == set()
+    monkeypatch.setattr("notellm2_core.lake.catalog.optional_formats", lambda: ["HEIF"])
+    assert _changed(before, _catalog(tmp_path)) == _downstream("vision_features")
+
+
 def test_a_missing_dataset_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(MissingDataset, match="^note_embeddings has not been made yet .* run: make recall"):
         _catalog(tmp_path).inputs("eval_recall")

@@ -22,6 +22,7 @@ from notellm2_core.vision import extract as features
 from notellm2_core.vision import feature_store
 from notellm2_core.vision.encoder import VisionEncoder, load_vision_encoder
 from notellm2_core.vision.feature_store import FeatureStore, num_missing, read_note_images
+from notellm2_core.vision.images import decode
 from tests.support.drafts import dead_process, draft_of
 
 ENCODER_BATCH = 4
@@ -30,6 +31,12 @@ ENCODER_BATCH = 4
 def png(seed: int, size: int = 24) -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def jpeg(seed: int, size: int = 48) -> bytes:
+    out = io.BytesIO()
+    Image.open(io.BytesIO(png(seed, size))).save(out, "JPEG")
     return out.getvalue()
 
 
@@ -213,7 +220,8 @@ def test_the_whole_run(world, tmp_path):
     counts = world.run(tmp_path / "out")
     encoder = load_vision_encoder(VisionSettings(library="tiny"))
     assert counts == {
-        "notes": 9, "ok": 4, "missing": 1, "not_found": 1, "broken": 1, "too_large": 1, "escapes": 1,
+        "notes": 9, "ok": 4, "truncated": 0, "missing": 1, "not_found": 1, "broken": 1, "unsupported": 0,
+        "too_large": 1, "escapes": 1,
         "distinct_images": 2, "computed": 2, "reused": 0,
         "encoder_id": encoder.encoder_id, "num_patches": 16, "width": 32,
     }  # fmt: skip
@@ -257,6 +265,26 @@ def test_the_second_run_computes_only_new_images(world, tmp_path, monkeypatch):
     world.config.write_text(world.config.read_text().replace("10000", "100"))
     strict = world.run(tmp_path / "four")
     assert (strict["too_large"], strict["ok"], strict["reused"]) == (8, 0, 0)
+
+
+def test_a_truncated_jpeg_is_used_and_counted_in_every_run(world, tmp_path):
+    """Its features are the encoder's of what can be decoded. It has no perceptual hash, which would be one of the grey
+    part as well: images that end early would all look alike.
+    """
+    whole = jpeg(1)
+    world.write_notes([("n1", None, whole), ("n2", None, whole[:-400]), ("n3", None, whole[:-400])])
+    for run, computed in (("one", 2), ("two", 0)):
+        counts = world.run(tmp_path / run)
+        assert (counts["ok"], counts["truncated"], counts["broken"], counts["computed"]) == (1, 2, 0, computed)
+        rows = pq.read_table(tmp_path / run / "note_images.parquet").to_pylist()
+        assert [row["status"] for row in rows] == ["ok", "truncated", "truncated"]
+        assert [row["perceptual_hash"] is None for row in rows] == [False, True, True]
+    assert rows[1]["image_id"] == rows[2]["image_id"] == image_id(whole[:-400])
+    encoder = load_vision_encoder(VisionSettings(library="tiny"))
+    store = world.open_store()
+    assert store.image_ids() == {image_id(whole), image_id(whole[:-400])}
+    patches, _ = encoder(encoder.preprocess(decode(whole[:-400], 10_000)[1])[None])
+    np.testing.assert_allclose(store.load([image_id(whole[:-400])]).patches, patches.numpy(), rtol=1e-3, atol=1e-3)
 
 
 def test_killed_in_the_middle(world, tmp_path):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from notellm2_core.vision import images
-from notellm2_core.vision.images import check_header, decode, fetch, perceptual_hash, read_image
+from notellm2_core.vision.images import FORMATS, check, decode, fetch, perceptual_hash, read_image, to_rgb
 
 MAX = 1_000_000
 
@@ -137,11 +137,98 @@ def test_exif_orientation(orientation):
     assert np.array_equal(rgb(encode(stored, "PNG", exif=exif)), np.asarray(upright))
 
 
-@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
+@pytest.mark.parametrize("fmt", ["PNG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_a_truncated_image_is_broken_not_half_grey(fmt):
     data = encode(noise(64, 64), fmt)
     for share in (0.3, 0.6, 0.9):
         assert decode(data[: int(len(data) * share)], MAX)[0] == "broken"
+
+
+def clouds(width: int = 100, height: int = 120, seed: int = 0) -> Image.Image:
+    """A smooth image of many colours, none of which is the grey of missing pixels throughout."""
+    values = np.random.default_rng(seed).integers(0, 256, (12, 10, 3), np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_truncated_jpeg_is_read_as_far_as_it_goes(mode):
+    """Of the first 75 % of the bytes: all pixels in the upper half of the image, grey in the lowest fifth.
+
+    libjpeg gives 128 for missing pixels. Of CMYK, which is stored inverted, each of the four is 127, and RGB is then
+    (255 - 127) * (255 - 127) / 255 = 64.
+    """
+    data = encode(clouds().convert(mode), "JPEG", subsampling=0)
+    status, image = decode(data[: len(data) * 3 // 4], MAX)
+    assert status == "truncated" and image is not None and image.mode == "RGB" and image.size == (100, 120)
+    pixels = np.asarray(image).astype(int)
+    assert np.array_equal(pixels[:60], rgb(data)[:60])
+    assert (pixels[96:] == (64 if mode == "CMYK" else 128)).all()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_truncated_pixels_are_those_of_pillows_own_switch(progressive, monkeypatch):
+    """The switch works for the whole process; it is not used, so that a truncated PNG stays broken."""
+    data = encode(clouds(), "JPEG", progressive=progressive)[:-300]
+    status, image = decode(data, MAX)
+    assert status == "truncated" and not ImageFile.LOAD_TRUNCATED_IMAGES
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data))))
+
+
+def test_a_truncated_jpeg_that_was_opened_before_is_counted_each_time():
+    opened = Image.open(io.BytesIO(encode(clouds(), "JPEG")[:2000]))
+    assert [to_rgb(opened, MAX)[0] for _ in range(2)] == ["truncated", "truncated"]
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_every_length_of_a_jpeg(mode, options):
+    """Broken as long as no pixel can be decoded, then truncated, and ok with the last byte, or the last two or three.
+
+    `check` agrees, which looks at the header and at the end of the bytes.
+    """
+    data = encode(clouds(40, 48).convert(mode), "JPEG", **options)
+    statuses = [decode(data[:n], MAX)[0] for n in range(len(data) + 1)]
+    first, last = statuses.index("truncated"), statuses.index("ok")
+    assert statuses == ["broken"] * first + ["truncated"] * (last - first) + ["ok"] * (len(data) + 1 - last)
+    assert first < len(data) * 0.7 and last >= len(data) - 2
+    assert [check(data[:n], MAX) for n in range(first, len(data) + 1)] == statuses[first:]
+    assert check(data + b"trailing bytes", MAX) == decode(data + b"trailing bytes", MAX)[0] == "ok"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_that_ends_within_its_first_line_is_broken(mode):
+    """With a restart marker at the end of each row of blocks, the first one is where the first row ends."""
+    data = encode(clouds(800, 64).convert(mode), "JPEG", restart_marker_rows=1)
+    start, end = data.index(b"\xff\xda"), data.index(b"\xff\xd0")
+    for share in (0, 0.3, 0.6, 0.9):
+        assert decode(data[: int(start + share * (end - start))], MAX) == ("broken", None)
+    assert decode(data[:end], MAX)[0] == "truncated"
+    black = encode(Image.new(mode, (64, 64)), "JPEG")
+    assert decode(black[:-20], MAX)[0] == "truncated"
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1"
+
+
+def test_heic_without_its_package_is_told_apart_from_broken_images(monkeypatch):
+    monkeypatch.setattr(images, "FORMATS", tuple(f for f in FORMATS if f != "HEIF"))
+    assert read_image(Path("."), None, HEIC, MAX) == ("unsupported", None, None)
+    monkeypatch.setattr(images, "FORMATS", (*FORMATS, "HEIF"))
+    assert decode(HEIC, MAX)[0] == "broken"
+    assert decode(HEIC.replace(b"heic", b"isom"), MAX)[0] == "broken"
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_heic(orientation):
+    """Lossless HEIC gives the pixels of PNG up to rounding in YCbCr, upright, and is refused by its header's size."""
+    pytest.importorskip("pillow_heif", reason="pip install pillow-heif")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(clouds(), "HEIF", quality=-1, chroma=444, exif=exif.tobytes())
+    assert np.abs(rgb(data) - rgb(encode(clouds(), "PNG", exif=exif))).max() <= 2
+    assert check(data, MAX) == "ok" and decode(data, 100)[0] == "too_large"
+    assert {decode(data[:n], MAX)[0] for n in (50, 500, len(data) - 50)} == {"broken"}
 
 
 @pytest.mark.parametrize(
@@ -156,8 +243,8 @@ def test_a_decompression_bomb_is_not_decoded(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     assert decode(png_header(30_000, 30_000), MAX) == ("too_large", None)
     assert decode(png_header(1000, 1001), MAX) == ("too_large", None)
-    assert check_header(png_header(1000, 1000), MAX) == "ok"
-    assert check_header(png_header(0, 5), MAX) == "broken"
+    assert check(png_header(1000, 1000), MAX) == "ok"
+    assert check(png_header(0, 5), MAX) == "broken"
 
 
 def test_pillows_bound_is_raised_to_ours(monkeypatch):
@@ -246,21 +333,17 @@ def test_damaged_bytes_never_raise(fmt, seed):
     for position in rng.integers(0, len(data), rng.integers(1, 20)):
         data[position] = rng.integers(0, 256)
     status, image = decode(bytes(data), MAX)
-    assert status in ("ok", "broken", "too_large")
-    assert (image is not None and image.mode == "RGB") == (status == "ok")
+    assert status in ("ok", "truncated", "broken", "too_large")
+    assert (image is not None and image.mode == "RGB") == (status in ("ok", "truncated"))
 
 
 def test_perceptual_hash():
     """Most copies of other quality, size or format share the hash. Other images do not; a single colour has none."""
 
-    def clouds(seed: int) -> Image.Image:
-        values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        return Image.fromarray(values).resize((200, 160), Image.Resampling.BICUBIC)
-
     def is_shared(image: Image.Image, copy: bytes) -> bool:
         return perceptual_hash(decode(copy, MAX)[1]) == perceptual_hash(image)
 
-    images = [clouds(seed) for seed in range(20)]
+    images = [clouds(200, 160, seed) for seed in range(20)]
     for quality, side in ((90, 200), (60, 200), (85, 100)):
         copies = [encode(p.resize((side, side * 4 // 5)), "JPEG", quality=quality) for p in images]
         assert sum(map(is_shared, images, copies)) >= 10
