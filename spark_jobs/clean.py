@@ -24,12 +24,12 @@ def prepare_notes(
 ) -> dict[str, Any]:
     """The notes of `source` -> `out/notes` (NOTES) and `out/quarantine`.
 
-    Returns rows, notes, with_text, with_image (a path or bytes), and dropped {reason: rows}. Raises ValueError where
-    no note is usable.
+    Returns rows, html_rows (from whose texts HTML was cleaned), notes, with_text, with_image (a path or bytes), and
+    dropped {reason: rows}. Raises ValueError where no note is usable.
     """
     with readable(source):
         raw = read_source_notes(spark, source, reading)
-        rows = raw.count()
+        rows = aggregates(raw, rows=F.count("*"), html_rows=F.count_if("html"))
         if reading.notes is not None and reading.notes.repeated == "join":
             raw = joined_notes(raw)
         notes, quarantine = clean_notes(raw)
@@ -40,8 +40,8 @@ def prepare_notes(
         written, notes=F.count("*"), with_text=F.count_if(_has_text()), with_image=F.count_if(_has_image(written))
     )
     if not counts["notes"]:
-        raise ValueError(f"the notes of {source} hold no usable one ({rows} rows).")
-    return {"rows": rows, **counts, "dropped": counts_by(read_table(spark, out / QUARANTINE_TABLE), "reason")}
+        raise ValueError(f"the notes of {source} hold no usable one ({rows['rows']} rows).")
+    return {**rows, **counts, "dropped": counts_by(read_table(spark, out / QUARANTINE_TABLE), "reason")}
 
 
 def joined_notes(raw: DataFrame) -> DataFrame:
@@ -56,7 +56,7 @@ def joined_notes(raw: DataFrame) -> DataFrame:
     last = [F.max_by(name, "position").alias(name) for name in ("image_path", "image", "row")]
     joined = raw.filter(is_note).groupBy("note_id").agg(
         *texts, F.array_distinct(F.flatten(distinct(F.col("topics")))).alias("topics"), *last,
-        F.lit(False).alias("malformed"), F.max("position").alias("position"),
+        F.lit(False).alias("malformed"), F.bool_or("html").alias("html"), F.max("position").alias("position"),
     )  # fmt: skip
     return joined.select(raw.columns).union(raw.filter(~is_note))
 

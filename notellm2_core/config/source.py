@@ -202,6 +202,11 @@ class NoteReadingSettings(ReadingSettings):
         exclude_if=is_null,
         description="What separates topics that are one text. null: `|`.",
     )
+    clean_html: bool = Field(
+        True,
+        description="Whether titles, topics and contents lose the HTML that is found in them: tags go, and entities "
+        "become characters. What only looks like a tag (`a < b`, `<3`) stays. false: texts stay as they are.",
+    )
 
 
 class EventReadingSettings(ReadingSettings):

@@ -7,10 +7,14 @@ from typing import Any
 
 from PIL import Image
 
+from notellm2_core.config.source import NOTE_CONTRACT
 from notellm2_core.tables.columns import topics_of_text, trimmed_topics
+from notellm2_core.tables.html_text import clean_html
+from notellm2_core.tables.source import note_forms
 
 ImageLike = str | Path | bytes | Image.Image  # a path, the encoded bytes, or an image that Pillow has opened
 FIELDS = ("note_id", "title", "topics", "content", "image")
+_FORMS = note_forms(NOTE_CONTRACT)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ NoteLike = Mapping[str, Any] | Note | NoteWithImage
 def as_note(value: NoteLike) -> NoteWithImage:
     """A NoteWithImage from a dict with any of the FIELDS, or from a Note without image. Missing fields are empty.
 
+    The texts of a dict are read as the pipeline reads them by default: HTML is cleaned. A Note is used unchanged.
     Raises ValueError for a field that is unknown or of a wrong type.
     """
     if isinstance(value, NoteWithImage):
@@ -56,7 +61,8 @@ def as_note(value: NoteLike) -> NoteWithImage:
         image = bytes(image)
     if image is not None and not isinstance(image, ImageLike):
         raise ValueError(f"the image of a note is a path, bytes, a PIL image or None, not {type(image).__name__}.")
-    note = Note(texts["note_id"], texts["title"], parse_topics(value.get("topics")), texts["content"])
+    topics = parse_topics(value.get("topics"))
+    note = Note(texts["note_id"], clean_html(texts["title"]), topics, clean_html(texts["content"]))
     return NoteWithImage(note, None if image == "" else image)
 
 
@@ -66,14 +72,14 @@ def parse_topics(value: Iterable[Any] | str | None) -> tuple[str, ...]:
     Raises ValueError where a topic is not text, or `value` is neither a list nor text.
     """
     if isinstance(value, str) or value is None:
-        return tuple(topics_of_text(value) or ())
+        return tuple(topics_of_text(value, _FORMS) or ())
     if not isinstance(value, Iterable):
         raise ValueError(f"the topics of a note are a list or a text, not {type(value).__name__} {str(value)[:80]!r}.")
     topics = list(value)
     wrong = [t for t in topics if t is not None and not isinstance(t, str)]
     if wrong:
         raise ValueError(f"a topic is text, not {type(wrong[0]).__name__} {str(wrong[0])[:80]!r}.")
-    return tuple(trimmed_topics(topics))
+    return tuple(trimmed_topics(topics, _FORMS.clean_html))
 
 
 def plain_text(note: Note) -> str:

@@ -1,7 +1,7 @@
 """Reads notes with their images from a user's table, or from the lake's, without Spark. Imports no torch.
 
-The result equals that of the pipeline (`spark_jobs/clean.py`): ids and topics are trimmed, missing text is empty, the
-last of several rows with one id counts, and a note without text and image is dropped.
+The result equals that of the pipeline (`spark_jobs/clean.py`): ids and topics are trimmed, texts lose their HTML,
+missing text is empty, the last of several rows with one id counts, and a note without text and image is dropped.
 """
 
 from collections import Counter

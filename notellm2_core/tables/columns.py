@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
+from notellm2_core.tables.html_text import clean_html, has_html
 from notellm2_core.tables.times import NUMBER, read_times, read_written_times
 
 WHITE_SPACE = " \t\r\n"  # trimmed from ids and topics
@@ -28,6 +29,7 @@ class Forms:
     """How values are written, where they do not say it themselves."""
 
     topic_delimiter: str = "|"
+    clean_html: bool = False  # whether texts lose their HTML
     timestamp_format: str | None = None  # of strptime; None: any of the forms of `times`
     time_zone: str | None = None  # of times without a zone; None: UTC
 
@@ -161,12 +163,16 @@ def _read_name(column: pa.Array, forms: Forms) -> pa.Array | None:
 
 
 def _read_text(column: pa.Array, forms: Forms) -> pa.Array | None:
-    return column if pt.is_string(column.type) else None
+    if not pt.is_string(column.type):
+        return None
+    if not forms.clean_html or not pc.any(pc.match_substring_regex(column, "[<&]")).as_py():
+        return column
+    return pa.array([text and clean_html(text) for text in column.to_pylist()], pa.string())
 
 
 def _read_texts(column: pa.Array, forms: Forms) -> pa.Array | None:
     if pt.is_string(column.type):
-        texts = [topics_of_text(text, forms.topic_delimiter) for text in column.to_pylist()]
+        texts = [topics_of_text(text, forms) for text in column.to_pylist()]
         return pa.array(texts, CANONICAL[Kind.TEXTS])
     return _read_list(column, forms)
 
@@ -176,7 +182,8 @@ def _read_pieces(column: pa.Array, forms: Forms) -> pa.Array | None:
         return _read_list(column, forms)
     if (texts := _read_id(column, forms)) is None:
         return None
-    return pa.array([None if text is None else [text] for text in texts.to_pylist()], CANONICAL[Kind.PIECES])
+    pieces = [None if text is None else trimmed_topics([text], forms.clean_html) for text in texts.to_pylist()]
+    return pa.array(pieces, CANONICAL[Kind.PIECES])
 
 
 def _read_list(column: pa.Array, forms: Forms) -> pa.Array | None:
@@ -185,13 +192,15 @@ def _read_list(column: pa.Array, forms: Forms) -> pa.Array | None:
     items = plain_column(pa.array([], column.type.value_type))
     if not pt.is_null(items.type) and _read_id(items, forms) is None:
         return None
-    return pa.array([None if row is None else trimmed_topics(row) for row in column.to_pylist()], CANONICAL[Kind.TEXTS])
+    texts = [None if row is None else trimmed_topics(row, forms.clean_html) for row in column.to_pylist()]
+    return pa.array(texts, CANONICAL[Kind.TEXTS])
 
 
-def trimmed_topics(topics: Sequence[Any]) -> list[str]:
-    """The topics as text, without white space at their ends, null and empty ones."""
-    texts = (str(topic).strip(WHITE_SPACE) for topic in topics if topic is not None)
-    return [text for text in texts if text]
+def trimmed_topics(topics: Sequence[Any], clean: bool) -> list[str]:
+    """The topics as text, without white space at their ends, null and empty ones. `clean`: without HTML, too."""
+    texts = (str(topic) for topic in topics if topic is not None)
+    trimmed = ((clean_html(text) if clean else text).strip(WHITE_SPACE) for text in texts)
+    return [text for text in trimmed if text]
 
 
 _QUOTED = r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
@@ -199,23 +208,35 @@ _LIST_AS_TEXT = re.compile(rf"\[\s*(?:{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*,?\s*)?\]
 _LIST_WITHOUT_QUOTES = re.compile(r"""\[([^]["']*)\]""")
 
 
-def topics_of_text(text: str | None, delimiter: str = Forms.topic_delimiter) -> list[str] | None:
-    """The topics in a text: separated by `delimiter`, or the text of a list, as JSON or Python write it.
+def topics_of_text(text: str | None, forms: Forms) -> list[str] | None:
+    """The topics in a text: with a delimiter between them, or the text of a list, as JSON or Python write it.
 
     The items of a list of numbers, [27, 9], or of texts without quotes, [tea, red kite], are between its commas.
     """
     if text is None:
         return None
     stripped = text.strip(WHITE_SPACE)
-    topics: list[str] = text.split(delimiter)
-    if _LIST_AS_TEXT.fullmatch(stripped):
-        try:
-            topics = json.loads(stripped)
-        except ValueError:
-            topics = ast.literal_eval(stripped)
-    elif bare := _LIST_WITHOUT_QUOTES.fullmatch(stripped):
-        topics = bare[1].split(",")
-    return trimmed_topics(topics)
+    if bare := _LIST_WITHOUT_QUOTES.fullmatch(stripped):
+        return trimmed_topics(bare[1].split(","), forms.clean_html)
+    if not _LIST_AS_TEXT.fullmatch(stripped):  # cleaned as a whole, because an entity may contain the delimiter
+        whole = clean_html(text) if forms.clean_html else text
+        return trimmed_topics(whole.split(forms.topic_delimiter), clean=False)
+    try:
+        return trimmed_topics(json.loads(stripped), forms.clean_html)
+    except ValueError:
+        return trimmed_topics(ast.literal_eval(stripped), forms.clean_html)
+
+
+def rows_with_html(column: pa.Array) -> pa.Array:
+    """Whether each of the values of a plain column is, or contains, a text with HTML."""
+    if pt.is_list(column.type):
+        rows = column.to_pylist()
+        return pa.array(
+            [any(isinstance(text, str) and has_html(text) for text in row or ()) for row in rows], pa.bool_()
+        )
+    if not pt.is_string(column.type) or not pc.any(pc.match_substring_regex(column, "[<&]")).as_py():
+        return pa.repeat(False, len(column))
+    return pa.array([text is not None and has_html(text) for text in column.to_pylist()], pa.bool_())
 
 
 def _read_time(column: pa.Array, forms: Forms) -> pa.Array | None:

@@ -128,11 +128,15 @@ def open_notes(path: Path, reading: NoteReadingSettings = NOTE_CONTRACT) -> Tabl
     """
     settings = _note_tables(reading)[0]
     entries = _entries(reading, settings)
-    forms = USUAL_FORMS if reading.topic_delimiter is None else Forms(topic_delimiter=reading.topic_delimiter)
-    table = _open(path, settings, NOTES, [origin(column, entries) for column in NOTE_COLUMNS], forms)
+    table = _open(path, settings, NOTES, [origin(column, entries) for column in NOTE_COLUMNS], note_forms(reading))
     if not {"image", "image_path"} & {*entries}:
         _require_images(table)
     return table
+
+
+def note_forms(reading: NoteReadingSettings) -> Forms:
+    """How the texts of notes are written."""
+    return Forms(reading.topic_delimiter or USUAL_FORMS.topic_delimiter, reading.clean_html)
 
 
 def _require_images(table: Table) -> None:

@@ -24,6 +24,7 @@ from notellm2_core.tables.columns import (
     plain_column,
     read_column,
     read_text,
+    rows_with_html,
     valid_utf8,
 )
 from notellm2_core.tables.csv_rows import LINE, RFC_4180, CsvLayout
@@ -43,6 +44,7 @@ from notellm2_core.tables.times import NUMBER
 
 MALFORMED = "_malformed"  # whether the row cannot be read: a line that is none, or bytes that are not UTF-8
 ROW = "_row"  # the unchanged row in JSON, for the quarantine
+HTML = "_html"  # whether HTML was found in a text of the row, and cleaned
 _ESCAPED = {"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
@@ -72,10 +74,10 @@ class Table:
         return [split for file in (self.files if files is None else files) for split in splits(file)]
 
     def read(self, split: Split, only: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """The rows of `split` in file order: every column in its canonical type, MALFORMED and ROW.
+        """The rows of `split` in file order: every column in its canonical type, MALFORMED, ROW and HTML.
 
-        `only`: these columns, without ROW. A column that the file lacks is null. Raises ValueError naming the file,
-        and the column whose type carries no such values.
+        `only`: these columns, without ROW and HTML. A column that the file lacks is null. Raises ValueError naming the
+        file, and the column whose type carries no such values.
         """
         origins = [origin for origin in self.origins if only is None or origin.column.name in only]
         try:
@@ -137,7 +139,17 @@ class Table:
         if with_row:
             bytes_of = {name for origin in origins if origin.column.kind is Kind.BYTES for name in origin.kinds}
             values[ROW] = rows_as_json({name: c for name, c in columns.items() if name not in bytes_of}, lines)
+            values[HTML] = self._has_html(columns, len(lines))
         return pa.RecordBatch.from_pydict(values)
+
+    def _has_html(self, columns: Mapping[str, pa.Array], num_rows: int) -> pa.Array:
+        """Whether each row has a text from which HTML is cleaned."""
+        found = pa.repeat(False, num_rows)
+        if self.forms.clean_html:
+            texts = [origin for origin in self.origins if origin.column.kind in (Kind.TEXT, Kind.TEXTS)]
+            for name in {name for origin in texts for name in origin.kinds if name in columns}:
+                found = pc.or_(found, rows_with_html(columns[name]))
+        return found
 
     def _holds(self, columns: Mapping[str, pa.Array], num_rows: int) -> pa.Array:
         """Whether each row meets every condition. A null meets none."""

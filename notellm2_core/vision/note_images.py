@@ -7,9 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 
 from PIL import Image
 
+from notellm2_core.config.source import NoteReadingSettings
 from notellm2_core.notes.inputs import ImageFolders
 from notellm2_core.notes.source_reader import read_note_table
 from notellm2_core.vision import images
+
+_OF_THE_LAKE = NoteReadingSettings(clean_html=False)  # its texts have been cleaned
 
 
 class NoteImages:
@@ -29,7 +32,9 @@ class NoteImages:
             if (image_id := image_id_of.get(note_id)) is not None:
                 self._note_of.setdefault(image_id, note_id)
         self._table = (
-            read_note_table(folders.notes, folders.source, {*self._note_of.values()}) if self._note_of else None
+            read_note_table(folders.notes, folders.source, {*self._note_of.values()}, _OF_THE_LAKE)
+            if self._note_of
+            else None
         )
 
     @property

@@ -33,7 +33,7 @@ def test_notes_are_validated_and_the_rest_is_quarantined(spark: SparkSession, tm
     )  # fmt: skip
     assert counts["dropped"] == {"null_note_id": 2, "duplicate_note_id": 1, "empty_note": 1}
     assert {k: v for k, v in counts.items() if k != "dropped"} == {
-        "rows": 8, "notes": 4, "with_text": 3, "with_image": 2,
+        "rows": 8, "html_rows": 0, "notes": 4, "with_text": 3, "with_image": 2,
     }  # fmt: skip
     assert notes == [
         {"note_id": "a", "title": "A", "topics": ["x", "y", "z"], "content": "", "image_path": None, "image": None},

@@ -10,6 +10,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from notellm2_core.config.source import NoteReadingSettings, SourceSettings
+from notellm2_core.notes.note import Note
 from notellm2_core.notes.source_reader import read_note_table
 from spark_jobs.clean import prepare_notes
 from spark_jobs.common.tables import readable
@@ -171,3 +172,21 @@ def test_rows_of_one_note_are_joined_alike_with_and_without_spark(spark: SparkSe
     read = {n.note.note_id: n for n in table.notes(table.note_ids)}
     assert {i: (n.note.title, [*n.note.topics], n.note.content, n.image) for i, n in read.items()} == expected
     assert dict(table.dropped) == {"malformed_row": 1, "null_note_id": 1}
+
+
+def test_html_is_cleaned_alike_with_and_without_spark_and_counted(spark: SparkSession, tmp_path: Path) -> None:
+    """Row b is empty without its tags. The quarantine holds it as it was."""
+    lines = ["a,Tom &amp; Jerry,x &gt; y|<b>z</b>,<p>1 < 2</p><p>你好</p>", "b,<br>,,", "c,x<y,,R&D"]
+    write_csv(tmp_path / "notes.csv", lines, header="note_id,title,topics,content")
+    reading = NoteReadingSettings(notes={"repeated": "join"})
+    metrics = prepare_notes(spark, tmp_path, tmp_path / "out", reading)
+    assert (metrics["rows"], metrics["html_rows"], metrics["notes"], metrics["dropped"]) == (3, 2, 2, {"empty_note": 1})
+    stored = spark.read.parquet(str(tmp_path / "out" / "notes")).orderBy("note_id").collect()
+    table = read_note_table(tmp_path, reading=reading)
+    read = [n.note for n in table.notes(sorted(table.note_ids))]
+    assert [(n.title, n.topics, n.content) for n in stored] == [(n.title, [*n.topics], n.content) for n in read]
+    assert read[0] == Note("a", "Tom & Jerry", ("x > y", "z"), "1 < 2\n你好")
+    (dropped,) = spark.read.parquet(str(tmp_path / "out" / "quarantine")).collect()
+    assert "<br>" in dropped.row
+    metrics = prepare_notes(spark, tmp_path, tmp_path / "plain", NoteReadingSettings(clean_html=False))
+    assert (metrics["html_rows"], metrics["notes"]) == (0, 3)
