@@ -132,7 +132,7 @@ STAGES: Mapping[str, Stage] = {
 # The parts of the log have versions of their own; raise with them the version of raw_events or of interactions.
 INGESTION_VERSION = 4  # notellm2_core.tables, spark_jobs.source, spark_jobs.ingest
 PARTITION_VERSION = 2  # spark_jobs.clean, spark_jobs.interactions
-WORLD_VERSION = 1  # notellm2_core.demo
+WORLD_VERSION = 2  # notellm2_core.demo
 RENAMED = {  # earlier names of datasets, which nothing reads any more
     "events": "interactions",
     "note_sides": "note_split",

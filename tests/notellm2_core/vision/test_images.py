@@ -175,6 +175,14 @@ def test_truncated_pixels_are_those_of_pillows_own_switch(progressive, monkeypat
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data))))
 
 
+def test_of_several_frames_only_the_first_has_to_be_whole():
+    frames = [clouds(seed=seed) for seed in range(2)]
+    data = encode(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    end_of_first = data.index(b"\xff\xd9")
+    assert decode(data[: end_of_first - 300], MAX)[0] == "truncated"
+    assert np.array_equal(rgb(data[:-300]), rgb(data)) and check(data[:-300], MAX) == "ok"
+
+
 def test_a_truncated_jpeg_that_was_opened_before_is_counted_each_time():
     opened = Image.open(io.BytesIO(encode(clouds(), "JPEG")[:2000]))
     assert [to_rgb(opened, MAX)[0] for _ in range(2)] == ["truncated", "truncated"]
