@@ -16,6 +16,7 @@ from notellm2_core.config.source import EventSettings, NoteReadingSettings
 from notellm2_core.config.unused import unused_settings
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.schema import NOTES_TABLE
+from notellm2_core.tables.log import UNDATED, ingestion_metrics, partitions_between
 
 SPARK_KINDS = {"spark", "parquet"}
 
@@ -35,8 +36,6 @@ def raw_events_asset(partitions: dg.TimeWindowPartitionsDefinition) -> dg.Assets
 
 def raw_events(step: Step) -> Metrics:
     """The unchanged behaviour logs: a folder per partition, and one for rows without a readable time."""
-    from spark_jobs.ingest import ingestion_metrics
-
     with step.spark() as spark:
         ingested = ingestions(step.context, spark, step.catalog)
     for ingestion in ingested:
@@ -58,7 +57,6 @@ def notes(step: Step) -> Metrics:
 @dataset("logs", SPARK_KINDS, on=SPARK)
 def interactions(step: Step) -> Metrics:
     """First views and last clicks per user and note (all that Eq. 2 needs), in the training and in the test days."""
-    from spark_jobs.ingest import UNDATED, partitions_between
     from spark_jobs.window import Window, join_partitions
 
     raw, days, source = step.inputs["raw_events"], step.catalog.window, step.config.source

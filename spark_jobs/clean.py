@@ -13,10 +13,9 @@ from pyspark.sql import functions as F
 
 from notellm2_core.config.source import NOTE_CONTRACT, EventSettings, NoteReadingSettings
 from notellm2_core.schema import EVENTS, NOTES, NOTES_TABLE, QUARANTINE, QUARANTINE_TABLE
+from notellm2_core.tables.log import IGNORED
 from spark_jobs.common.tables import aggregates, counts_by, read_table, readable, write_table
 from spark_jobs.source import read_source_notes
-
-IGNORED = "ignored_event"  # the reason of rows that the settings ignore; they are not faulty, so not quarantined
 
 
 def prepare_notes(

@@ -21,7 +21,8 @@ from pyspark.sql import functions as F
 
 from notellm2_core.config.source import EventSettings
 from notellm2_core.schema import CLICK_WEIGHT, INTERACTIONS
-from spark_jobs.clean import IGNORED, label_events, split_labelled, within
+from notellm2_core.tables.log import IGNORED
+from spark_jobs.clean import label_events, split_labelled, within
 from spark_jobs.common.tables import read_table, write_partitions
 
 _Rows = Sequence[Any]  # collected from Spark

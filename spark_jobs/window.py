@@ -17,8 +17,9 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from notellm2_core.config.source import EventSettings
 from notellm2_core.schema import INTERACTIONS, QUARANTINE, QUARANTINE_TABLE, TEST, TRAIN
-from spark_jobs.clean import IGNORED
-from spark_jobs.common.tables import aggregates, num_files, read_table, summed_counts, write_table
+from notellm2_core.tables.log import IGNORED, summed_counts
+from notellm2_core.tables.windows import no_clicks, no_events
+from spark_jobs.common.tables import aggregates, num_files, read_table, write_table
 from spark_jobs.interactions import interaction_columns, sort_columns
 
 _ROBOTS = pa.schema([pa.field("user_id", pa.string(), nullable=False)])
@@ -128,36 +129,19 @@ def _require(
 
     `counts`: what `_counts` returned for the window. `labelled`: its interactions with the `reason` to drop them.
     """
-    span = f"{window.start} to {window.end} (exclusive)"
+    span = (window.start, window.end)
     partitions = window.partitions.values()
-    event_names = ", ".join(summed_counts(metrics["events"] for metrics in partitions))
+    event_names = list(summed_counts(metrics["events"] for metrics in partitions))
     if not counts["events"]:
         # The valid rows, which joining the partitions dropped. Without any: the rows that reducing them dropped.
         dropped = summed_counts([_events_by_reason(labelled)])
         if not dropped:
             dropped = summed_counts(metrics["dropped"] for metrics in partitions)
-        reason = next(iter(dict(dropped.most_common())), "")
-        problem = f"no usable events in the {name} window, {span}:"
-        if reason == "unknown_event":
-            raise ValueError(
-                f"{problem} the log's event names are {event_names}, the settings know "
-                f"{', '.join(settings.event_names)}; set source.view_events and source.click_events."
-            )
-        if reason == "robot":
-            raise ValueError(
-                f"{problem} most are of robots ({dropped['robot']} of {dropped.total()} valid rows); raise "
-                "source.max_events_per_day."
-            )
-        if reason == "unknown_note":
-            ids = (aggregates(table, id=F.min("note_id"))["id"] for table in (labelled, note_ids))
-            raise ValueError(
-                f"{problem} the log's notes are not among the notes; "
-                "a note_id of the log is {!r}, one of the notes {!r}.".format(*ids)
-            )
-        reasons = ", ".join(f"{rows} {key}" for key, rows in dropped.most_common()) or "nothing"
-        raise ValueError(f"{problem} dropped: {reasons}; set window.end (or WEEK) and window.{name}_days.")
+
+        def example_ids() -> tuple[str, str]:
+            of_log, of_notes = (aggregates(table, id=F.min("note_id"))["id"] for table in (labelled, note_ids))
+            return of_log, of_notes
+
+        raise ValueError(no_events(name, span, settings, dropped, event_names, example_ids))
     if not counts["clicks"]:
-        raise ValueError(
-            f"no clicks in the {name} window, {span}: set source.click_events, now {list(settings.click_events)}, to "
-            f"names that occur ({event_names}), or window.end."
-        )
+        raise ValueError(no_clicks(name, span, settings, event_names))

@@ -5,7 +5,7 @@ identical, to the last digit, to one made from scratch.
 """
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,10 @@ from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.lake import Dataset, Draft
 from notellm2_core.lake.lineage import INGESTION_VERSION, PARTITION_VERSION
 from notellm2_core.runtime.fingerprint import fingerprint
+from notellm2_core.tables.log import ingested_together
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
-
-_MAX_INGESTIONS = 64  # in one run
 
 LogPartition = tuple[str, tuple[date, date] | None]  # its name and its days [start, end); None: undated
 
@@ -44,7 +43,7 @@ def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog
             reused.append(ingestion)
             new = {file: stat for file, stat in new.items() if file not in its_files}
     context.log.info(f"{len(files)} files of events, {len(files) - len(new)} of them ingested before")
-    groups = _groups(list(new))
+    groups = ingested_together(list(new))
     ingested = []
     for number, group in enumerate(groups, start=1):
         settings = {**origin, "files": {file: new[file] for file in group}}
@@ -54,12 +53,6 @@ def ingestions(context: dg.AssetExecutionContext, spark: "SparkSession", catalog
         context.log.info(f"ingested {number} of {len(groups)}: {', '.join(group)}")
         ingested.append(catalog.lake.open("ingestion", key))
     return reused + ingested
-
-
-def _groups(files: Sequence[str]) -> list[list[str]]:
-    """Files that are ingested together: one file each; from more than _MAX_INGESTIONS files, several."""
-    size = max(1, -(-len(files) // _MAX_INGESTIONS))
-    return [list(files[start : start + size]) for start in range(0, len(files), size)]
 
 
 def reduced_partitions(

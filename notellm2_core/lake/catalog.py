@@ -18,7 +18,7 @@ from notellm2_core.config.settings import Config
 from notellm2_core.config.source import EventReadingSettings, NoteReadingSettings
 from notellm2_core.lake.lake import WORK_FOLDER, Dataset, Lake, LakeError
 from notellm2_core.lake.lineage import RENAMED, STAGES, WORLD_VERSION, stage_settings
-from notellm2_core.lake.window import Days, ResolvedWindow, first_day_of_week, last_complete_week_end
+from notellm2_core.lake.window import ResolvedWindow, first_day_of_week, last_complete_week_end, resolved_window
 from notellm2_core.runtime.files import listing, sha256_of, write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.image_formats import optional_formats
@@ -103,11 +103,7 @@ class Catalog:
         else:
             ingested = self.dataset("raw_events").manifest.metrics
             end = last_complete_week_end(date.fromisoformat(ingested["covered_until"]))
-        if window.test_days is None:
-            days = Days(end - timedelta(days=window.train_days), end)
-            return ResolvedWindow(days, days)
-        middle = end - timedelta(days=window.test_days)
-        return ResolvedWindow(Days(middle - timedelta(days=window.train_days), middle), Days(middle, end))
+        return resolved_window(window, end)
 
     def settings(self, name: str) -> dict[str, Any]:
         """The settings that `name` itself depends on."""

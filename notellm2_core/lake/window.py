@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from datetime import date, timedelta
 
+from notellm2_core.config.data import WindowSettings
+
 
 @dataclass(frozen=True)
 class Days:
@@ -34,3 +36,12 @@ def last_complete_week_end(last_day: date) -> date:
     A log that ends on a Saturday covers that week; one that ends on a Friday does not.
     """
     return first_day_of_week(last_day + timedelta(days=1))
+
+
+def resolved_window(settings: WindowSettings, end: date) -> ResolvedWindow:
+    """The training and the test days of a window that ends before the day `end`."""
+    if settings.test_days is None:
+        days = Days(end - timedelta(days=settings.train_days), end)
+        return ResolvedWindow(days, days)
+    middle = end - timedelta(days=settings.test_days)
+    return ResolvedWindow(Days(middle - timedelta(days=settings.train_days), middle), Days(middle, end))

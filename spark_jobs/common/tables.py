@@ -2,8 +2,7 @@
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -150,14 +149,6 @@ def counts_by(df: DataFrame, column: str) -> dict[str, int]:
     """Rows per value of `column`, most frequent first; null counts as ""."""
     rows = df.groupBy(F.coalesce(F.col(column), F.lit("")).alias("key")).count().collect()
     return {r["key"]: r["count"] for r in sorted(rows, key=lambda r: (-r["count"], r["key"]))}
-
-
-def summed_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
-    """The sum of several counts, by name."""
-    total: Counter[str] = Counter()
-    for part in counts:
-        total.update(part)
-    return total
 
 
 def top_counts(df: DataFrame, column: str, num: int = 20) -> dict[str, int]:

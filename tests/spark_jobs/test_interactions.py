@@ -15,7 +15,8 @@ from pyspark.sql import SparkSession
 
 from notellm2_core import schema
 from notellm2_core.config.source import EventSettings
-from spark_jobs.ingest import UNDATED, Span, ingest, ingestion_metrics, partitions_between
+from notellm2_core.tables.log import UNDATED, Span, ingestion_metrics, partitions_between
+from spark_jobs.ingest import ingest
 from spark_jobs.interactions import interactions, reduce_partitions, reduced
 from spark_jobs.window import Window, join_partitions
 from tests.spark_jobs.conftest import EVENTS, Frame

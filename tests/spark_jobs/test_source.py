@@ -12,9 +12,10 @@ from pyspark.sql import SparkSession
 from notellm2_core.config.source import NoteReadingSettings, SourceSettings
 from notellm2_core.notes.note import Note
 from notellm2_core.notes.source_reader import read_note_table
+from notellm2_core.tables.log import ingestion_metrics
 from spark_jobs.clean import prepare_notes
 from spark_jobs.common.tables import readable
-from spark_jobs.ingest import ingest, ingestion_metrics
+from spark_jobs.ingest import ingest
 from spark_jobs.source import event_files, read_source_events, read_source_notes
 
 
