@@ -15,6 +15,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="notellm2", description="Multimodal item-to-item recall (NoteLLM-2).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    check = commands.add_parser("check", help="say what a run would make of your notes and events, in seconds")
+    check.add_argument("source", type=Path, nargs="?", metavar="SOURCE", help="folder; default: source.path of CONFIG")
+    check.add_argument("--config", type=Path, help="configuration; default: the defaults of its settings")
+    check.add_argument("--json", action="store_true", help="print all counts and findings as JSON")
+    check.set_defaults(run=_check)
+
     demo = commands.add_parser("demo", help="write the demo world: notes, images and behaviour logs")
     demo.add_argument("--out", type=Path, required=True)
     add_options(demo, DemoSettings, *DemoSettings.model_fields)
@@ -65,6 +71,24 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with user_errors():
         options.run(options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from notellm2_core.check.check import DataSettings, check_source
+    from notellm2_core.check.report import text_of
+    from notellm2_core.config.load import load_config
+
+    sections = {}
+    if options.config is not None:
+        config = load_config(options.config)
+        sections = {name: getattr(config, name) for name in DataSettings.model_fields}
+    settings = DataSettings(**sections)
+    source = options.source or settings.source.path
+    if source is None:
+        raise ValueError("name the folder of your data: notellm2 check SOURCE")
+    report = check_source(Path(source), settings)
+    print(json.dumps(report, default=str) if options.json else text_of(report, settings.source))
+    sys.exit(1 if report["stops"] else 0)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -38,6 +38,7 @@ class NoteTable:
     """Notes by id. Their texts are in memory; their images are read on demand."""
 
     images: Path  # the folder that image_path is relative to
+    num_rows: int
     dropped: Mapping[str, int]  # number of dropped rows, by reason
     _table: Table
     _rows: Mapping[str, _Row]
@@ -50,6 +51,16 @@ class NoteTable:
     @property
     def note_ids(self) -> list[str]:
         return list(self._rows)
+
+    @property
+    def texts(self) -> list[Note]:
+        """The notes without their images."""
+        return [r.note for r in self._rows.values()]
+
+    @property
+    def image_paths(self) -> dict[str, str]:
+        """The image's path of each note that has one, by note id."""
+        return {note_id: r.image_path for note_id, r in self._rows.items() if r.image_path}
 
     def notes(self, note_ids: Sequence[str]) -> list[NoteWithImage]:
         """The notes with their images: the bytes where the table has them, else the path."""
@@ -84,19 +95,18 @@ def read_note_table(
     rows: dict[str, _Row] = {}
     dropped: Counter[str] = Counter()
     texts: dict[str, _Texts] | None = {} if reading.notes is not None and reading.notes.repeated == "join" else None
-    for split in table.splits():
-        _read(table, split, rows, dropped, note_ids, texts)
+    num_rows = sum(_read(table, split, rows, dropped, note_ids, texts) for split in table.splits())
     for note_id, its_texts in (texts or {}).items():
         rows[note_id] = replace(rows[note_id], note=its_texts.joined(note_id))
-    without_text = [r for r in rows.values() if not _has_text(r.note) and not r.image_path]
+    without_text = [r for r in rows.values() if not has_text(r.note) and not r.image_path]
     data = _read_bytes(table, without_text)
     for row in without_text:
         if row.note.note_id not in data:
             del rows[row.note.note_id]
             dropped["empty_note"] += 1
     if not rows:
-        raise ValueError(f"{table.path} holds no usable note ({dropped.total()} rows).")
-    return NoteTable(images or (path if path.is_dir() else path.parent), dropped, table, rows)
+        raise ValueError(f"{table.path} holds no usable note ({num_rows} rows).")
+    return NoteTable(images or (path if path.is_dir() else path.parent), num_rows, dropped, table, rows)
 
 
 class _Texts:
@@ -124,8 +134,8 @@ def _read(
     dropped: Counter[str],
     note_ids: Collection[str] | None,
     texts: dict[str, _Texts] | None,
-) -> None:
-    """Adds the notes of one split to `rows`, and counts unusable rows in `dropped`.
+) -> int:
+    """Adds the notes of one split to `rows`, counts unusable rows in `dropped`, and returns the number of all.
 
     `texts`: of the notes so far, where rows with one id are joined; None: the last of them counts.
     """
@@ -145,6 +155,7 @@ def _read(
                     texts.setdefault(note_id, _Texts()).add(note)
                 rows[note_id] = _Row(note, (row["image_path"] or "").strip(WHITE_SPACE) or None, split, position)
             position += 1
+    return position
 
 
 def _read_bytes(table: Table, rows: Sequence[_Row]) -> dict[str, bytes]:
@@ -161,7 +172,8 @@ def _read_bytes(table: Table, rows: Sequence[_Row]) -> dict[str, bytes]:
     return data
 
 
-def _has_text(note: Note) -> bool:
+def has_text(note: Note) -> bool:
+    """Whether a title, topic or content has more than white space."""
     return bool("".join((note.title, note.content, *note.topics)).strip(WHITE_SPACE))
 
 

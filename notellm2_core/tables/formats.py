@@ -22,6 +22,7 @@ FORMATS = "Parquet, CSV (.csv), TSV (.tsv) and JSON Lines (.jsonl), the last thr
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
+_NAMES = {".parquet": "Parquet", ".csv": "CSV", ".tsv": "TSV", **dict.fromkeys(_JSON_LINES, "JSON Lines")}
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _ROWS, _IMAGE_ROWS = 1 << 16, 1 << 8  # rows of Parquet in memory at a time
 _LOGS = {"_delta_log": "Delta", ".hoodie": "Hudi", "metadata": "Iceberg"}
@@ -80,6 +81,12 @@ def _format(file: Path, layout: CsvLayout = RFC_4180) -> tuple[str, str | None]:
     if layout != RFC_4180:
         return ".csv", compression
     raise ValueError(f"{file} has none of the formats that are read: {FORMATS}.")
+
+
+def format_name(file: Path, layout: CsvLayout = RFC_4180) -> str:
+    """The format of a table's part for people to read, such as `CSV (gzip)`."""
+    suffix, compression = _format(file, layout)
+    return _NAMES[suffix] + (f" ({compression})" if compression else "")
 
 
 def _starts_like_parquet(file: Path) -> bool:

@@ -26,6 +26,10 @@ class Origin(ABC):
         """The columns of the files that are read, each with what it has to hold."""
 
     @abstractmethod
+    def __str__(self) -> str:
+        """Where the values come from, for people to read."""
+
+    @abstractmethod
     def values(self, read: Read, num_rows: int) -> pa.Array:
         """The values [num_rows], in the column's canonical type."""
 
@@ -35,6 +39,9 @@ class Stored(Origin):
     """One column of the files."""
 
     name: str
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
@@ -49,6 +56,9 @@ class Joined(Origin):
     """Several columns: one list of all their texts, or one text with a space between them."""
 
     names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " + ".join(self.names)
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
@@ -72,6 +82,9 @@ class Pattern(Origin):
 
     pattern: str
 
+    def __str__(self) -> str:
+        return self.pattern
+
     @property
     def kinds(self) -> Mapping[str, Kind]:
         return {field[1]: Kind.ID for field in PATTERN_FIELD.finditer(self.pattern)}
@@ -92,6 +105,9 @@ class Constant(Origin):
     """The same value in all rows; None: there is no such column."""
 
     value: str | None
+
+    def __str__(self) -> str:
+        return "none" if self.value is None else f"always {self.value}"
 
     @property
     def kinds(self) -> Mapping[str, Kind]:

@@ -20,7 +20,7 @@ from notellm2_core.config.source import (
 )
 from notellm2_core.tables.columns import FETCH, USUAL_FORMS, Column, Forms, Kind
 from notellm2_core.tables.csv_rows import CsvLayout
-from notellm2_core.tables.formats import FORMATS, column_names, table_files
+from notellm2_core.tables.formats import FORMATS, table_files
 from notellm2_core.tables.origins import Constant, Entry, Origin, origin
 from notellm2_core.tables.table import Table, check_table
 
@@ -126,12 +126,17 @@ def open_notes(path: Path, reading: NoteReadingSettings = NOTE_CONTRACT) -> Tabl
     Raises ValueError naming the file and the column where a required one is missing or has a wrong type, and where
     images are named by address alone.
     """
-    settings = _note_tables(reading)[0]
-    entries = _entries(reading, settings)
-    table = _open(path, settings, NOTES, [origin(column, entries) for column in NOTE_COLUMNS], note_forms(reading))
-    if not {"image", "image_path"} & {*entries}:
+    table = check_table(note_table(path, reading))
+    if not {"image", "image_path"} & {*_entries(reading, _note_tables(reading)[0])}:
         _require_images(table)
     return table
+
+
+def note_table(path: Path, reading: NoteReadingSettings = NOTE_CONTRACT) -> Table:
+    """`open_notes` before its columns are checked. Raises ValueError where there is no such table."""
+    settings = _note_tables(reading)[0]
+    entries = _entries(reading, settings)
+    return _table(path, settings, NOTES, [origin(column, entries) for column in NOTE_COLUMNS], note_forms(reading))
 
 
 def note_forms(reading: NoteReadingSettings) -> Forms:
@@ -141,9 +146,8 @@ def note_forms(reading: NoteReadingSettings) -> Forms:
 
 def _require_images(table: Table) -> None:
     """Raises ValueError where the notes have no image, but a column with the addresses of images."""
-    names = {name for file in table.files for name in column_names(file, table.path, table.layout)}
-    addresses = sorted(name for name in names if _IMAGE_ADDRESS.search(name))
-    if addresses and not {"image", "image_path"} & names:
+    addresses = sorted(name for name in table.stored_names if _IMAGE_ADDRESS.search(name))
+    if addresses and not {"image", "image_path"} & table.stored_names:
         raise ValueError(
             f"{table.path} has the column {addresses[0]} and neither image_path nor image: {FETCH}. Without images, "
             "set source.columns.image_path to null."
@@ -152,6 +156,11 @@ def _require_images(table: Table) -> None:
 
 def open_events(path: Path, reading: EventReadingSettings = EVENT_CONTRACT) -> list[Table]:
     """The tables of events of a source folder, or the table of events `path`. Raises ValueError as `open_notes`."""
+    return [check_table(table) for table in event_tables(path, reading)]
+
+
+def event_tables(path: Path, reading: EventReadingSettings = EVENT_CONTRACT) -> list[Table]:
+    """`open_events` before their columns are checked. Raises ValueError where there is no such table."""
     columns = (*EVENT_COLUMNS, WEIGHT) if has_weights(reading) else EVENT_COLUMNS
     forms = Forms(timestamp_format=reading.timestamp_format, time_zone=reading.time_zone)
     tables = []
@@ -160,7 +169,7 @@ def open_events(path: Path, reading: EventReadingSettings = EVENT_CONTRACT) -> l
         origins = [origin(column, entries) for column in columns]
         if settings.event is not None:
             origins = [Constant(o.column, settings.event) if o.column.name == "event" else o for o in origins]
-        tables.append(_open(path, settings, EVENTS, origins, forms))
+        tables.append(_table(path, settings, EVENTS, origins, forms))
     return tables
 
 
@@ -178,10 +187,10 @@ def has_weights(reading: EventReadingSettings) -> bool:
     return any(WEIGHT.name in (columns or {}) for columns in named)
 
 
-def _open(path: Path, settings: TableSettings, name: str, origins: Sequence[Origin], forms: Forms) -> Table:
+def _table(path: Path, settings: TableSettings, name: str, origins: Sequence[Origin], forms: Forms) -> Table:
     layout = CsvLayout(settings.delimiter, settings.header, settings.quote, settings.escape, settings.null_values or ())
     paths = _table_at(path, settings, name)
     files = tuple(file for each in paths for file in table_files(each, layout))
     extract = settings.extract if isinstance(settings, EventTableSettings) else None
     root = paths[0] if settings.files is None else path
-    return check_table(Table(root, tuple(origins), files, layout, forms, extract or {}, settings.where or {}))
+    return Table(root, tuple(origins), files, layout, forms, extract or {}, settings.where or {})

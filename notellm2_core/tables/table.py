@@ -69,6 +69,15 @@ class Table:
         """The columns of the contract, in its order."""
         return [origin.column for origin in self.origins]
 
+    def names_in(self, file: Path) -> list[str]:
+        """The columns of one of its files. Raises ValueError where it is damaged."""
+        return column_names(file, self.path, self.layout)
+
+    @cached_property
+    def stored_names(self) -> set[str]:
+        """The columns that at least one of its files has. Raises ValueError where one is damaged."""
+        return {name for file in self.files for name in self.names_in(file)}
+
     def splits(self, files: Sequence[Path] | None = None) -> list[Split]:
         """What tasks read side by side, in the order of the rows. `files`: only these; None: all."""
         return [split for file in (self.files if files is None else files) for split in splits(file)]
@@ -172,7 +181,7 @@ def check_table(table: Table) -> Table:
     """
     if not table.files:
         raise ValueError(f"{table.path} holds no files.")
-    present = {f: names for f in table.files if (names := column_names(f, table.path, table.layout))}
+    present = {file: names for file in table.files if (names := table.names_in(file))}
     if not present:
         raise ValueError(f"{table.path} is empty.")
     for origin in table.origins:

@@ -66,27 +66,39 @@ def fetch(source: Path, image_path: str | None, data: bytes | None, max_pixels: 
     leaves the folder (by "..", or through a link). broken: no bytes, or not readable. too_large: more bytes than
     `max_pixels` pixels can take.
     """
-    max_bytes = max_pixels * _MAX_BYTES_PER_PIXEL + _MARGIN_BYTES
+    max_bytes = _max_bytes(max_pixels)
     if data is None:
         if not image_path:
             return EncodedImage("missing")
-        if "\0" in image_path:
-            return EncodedImage("not_found")
+        file = locate(source.resolve(), image_path, max_pixels)
+        if not isinstance(file, Path):
+            return EncodedImage(file)
         try:
-            root = source.resolve()
-            path = Path(os.path.realpath(root / image_path))  # Path.resolve raises for a loop, before Python 3.13
-            if Path(image_path).is_absolute() or not path.is_relative_to(root):
-                return EncodedImage("escapes")
-            if not path.is_file():  # a pipe or a device would block
-                return EncodedImage("not_found")
-            if path.stat().st_size > max_bytes:
-                return EncodedImage("too_large")
-            data = path.read_bytes()
-        except OSError:  # no permission, a disk error, a name that is too long
+            data = file.read_bytes()
+        except OSError:  # no permission, a disk error
             return EncodedImage("broken")
     if len(data) > max_bytes:
         return EncodedImage("too_large")
     return EncodedImage("ok", data) if data else EncodedImage("broken")
+
+
+def locate(root: Path, image_path: str, max_pixels: int) -> Path | Status:
+    """The file `image_path` in the folder `root`, a resolved path, or a status of `fetch`. No byte of it is read."""
+    if "\0" in image_path:
+        return "not_found"
+    try:
+        path = Path(os.path.realpath(root / image_path))  # Path.resolve raises for a loop, before Python 3.13
+        if Path(image_path).is_absolute() or not path.is_relative_to(root):
+            return "escapes"
+        if not path.is_file():  # a pipe or a device would block
+            return "not_found"
+        return "too_large" if path.stat().st_size > _max_bytes(max_pixels) else path
+    except OSError:  # a name that is too long
+        return "broken"
+
+
+def _max_bytes(max_pixels: int) -> int:
+    return max_pixels * _MAX_BYTES_PER_PIXEL + _MARGIN_BYTES
 
 
 def check(data: bytes, max_pixels: int) -> Status:

@@ -12,7 +12,6 @@ from pyspark.sql import SparkSession
 
 from assets.logs import interactions, notes, raw_events_asset
 from assets.pairs import cooccurrence
-from assets.resources.incremental import _groups
 from assets.resources.partitions import log_partitions
 from assets.resources.pipeline import Pipeline
 from notellm2_core.lake.lake import Lake
@@ -103,11 +102,3 @@ def test_only_the_new_week_is_read(spark: SparkSession, tmp_path: Path) -> None:
         assert num_partitions(limited.catalog.lake) == {"ingestion": 3, "log_partition": 6}
         pairs.append(limited.catalog.dataset("cooccurrence").manifest.metrics["train"]["pairs"])
     assert 0 < pairs[1] < pairs[0] < unlimited
-
-
-@pytest.mark.parametrize(("num_files", "sizes"), [(0, []), (3, [1, 1, 1]), (64, [1] * 64), (65, [2] * 32 + [1])])
-def test_groups(num_files: int, sizes: list[int]) -> None:
-    """Each file is an ingestion by itself, unless that makes more than 64."""
-    files = [f"events/{i:02d}.parquet" for i in range(num_files)]
-    groups = _groups(files)
-    assert [len(g) for g in groups] == sizes and [f for g in groups for f in g] == files

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from notellm2_core.tables.log import UNDATED, covered_until, ingestion_metrics, partitions_between
+from notellm2_core.tables.log import UNDATED, covered_until, ingested_together, ingestion_metrics, partitions_between
 
 
 def test_a_broken_file_does_not_hide_behind_good_ones() -> None:
@@ -58,3 +58,11 @@ def test_partitions_of_a_window() -> None:
         days = date(2025, 1, start), date(2025, 1, 1) + timedelta(days=end - 1)
         with pytest.raises(ValueError, match=f"from 2025-01-06 to 2025-01-30, not into the window from {days[0]} to"):
             partitions_between(*days, "week", **ingested)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("num_files", "sizes"), [(0, []), (3, [1, 1, 1]), (64, [1] * 64), (65, [2] * 32 + [1])])
+def test_files_are_ingested_together(num_files: int, sizes: list[int]) -> None:
+    """Each file is an ingestion by itself, unless that makes more than 64."""
+    files = [f"events/{i:02d}.parquet" for i in range(num_files)]
+    groups = ingested_together(files)
+    assert [len(g) for g in groups] == sizes and [f for g in groups for f in g] == files

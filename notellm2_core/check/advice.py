@@ -1,0 +1,183 @@
+"""Which settings would fit the log better: events, window, times, robots and ids."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from datetime import date, timedelta
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from notellm2_core.check import guesses
+from notellm2_core.check.findings import Findings
+from notellm2_core.check.interactions import REASONS, Labelled
+from notellm2_core.check.log import DAY, Log, Place
+from notellm2_core.config.data import PairSettings, WindowSettings
+from notellm2_core.config.source import EventSettings, SourceSettings
+from notellm2_core.lake.window import ResolvedWindow
+from notellm2_core.tables.origins import Stored
+from notellm2_core.tables.table import MALFORMED, ROW, Table
+
+_EXAMPLES = 3
+_FORMAT_EXAMPLES = 200  # enough to tell days from months
+_BATCHES = 20  # of a file that are read again for an example
+_DAY_SHARE = 0.99  # of rows at one time of day, or at two (summer and winter), from which on times are days
+_COMMON_SHARE = 0.01  # of the rows, below which a reason needs no advice
+_FEW_EVENTS = 10_000  # of the windows, below which more days are worth a remark
+_IDS = 1000  # that are compared in other forms
+
+
+def advise_events(log: Log, settings: SourceSettings, findings: Findings) -> None:
+    """Event names that no list has, and lists of which no name occurs."""
+    events = log.events
+    names = {name: rows for name, rows in events.most_common() if name}
+    unlisted = {name: rows for name, rows in names.items() if name not in settings.event_names}
+    has_clicks = any(name in names for name in settings.click_events)
+    has_views = any(name in names for name in settings.view_events)
+    share = f"{_percent(sum(unlisted.values()), events.total())} of the rows"
+    least = guesses.rating_of_a_click(unlisted)
+    if not names or (not unlisted and has_clicks):
+        return
+    if least is not None and settings.events is None and not has_clicks:
+        column = _stored_name(log.tables[0], "event")
+        tables = [{"event": "rated"}, {"event": "liked", "where": {column: f">= {least:g}"}}]
+        findings.change("source.events", tables, "the event names are numbers, such as ratings: a high one is a click")
+        findings.change("source.view_events", ["rated"], "")
+        findings.change("source.click_events", ["liked"], "")
+    elif not has_clicks:
+        clicks = guesses.click_names(unlisted or names)
+        why = f"the log has no {' or '.join(settings.click_events)}, but {_listed(names)}; which of them are clicks?"
+        findings.change("source.click_events", clicks, why)
+        if not has_views:
+            findings.change("source.view_events", list(names), "a click counts as a view, too")
+        elif others := [name for name in unlisted if name not in clicks]:
+            findings.change("source.ignored_events", [*(settings.ignored_events or ()), *others], "in neither list")
+    elif settings.ignored_events is not None:
+        why = f"{share} have these events, which are in no list; or are they views or clicks?"
+        findings.change("source.ignored_events", [*settings.ignored_events, *unlisted], why)
+
+
+def advise_window(log: Mapping[str, Any], window: WindowSettings, findings: Findings) -> None:
+    """A window that fits into the log. `log`: from `ingestion_metrics`."""
+    first, last = date.fromisoformat(log["first_day"]), date.fromisoformat(log["covered_until"])
+    num_days = (last - first).days + 1
+    findings.change("window.end", last + timedelta(days=1), f"the log reaches from {first} to {last}")
+    wanted = window.train_days + (window.test_days or 0)
+    if num_days < wanted:
+        test_days = None if window.test_days is None else max(1, num_days // 3)
+        findings.change("window.train_days", max(1, num_days - (test_days or 0)), f"of the {num_days} days of the log")
+        if test_days is not None:
+            findings.change("window.test_days", test_days, "")
+
+
+def advise_span(log: Mapping[str, Any], window: ResolvedWindow, num_events: int, findings: Findings) -> None:
+    """Training days without a log, and windows that hold little of it."""
+    first = date.fromisoformat(log["first_day"])
+    if first > window.train.start:
+        num_days = (window.train.end - first).days
+        findings.remarks.append(
+            f"The log begins on {first}: only {num_days} of the {(window.train.end - window.train.start).days} "
+            "training days have events."
+        )
+    dated = log["rows"] - log["undated"]
+    days = (window.train.start - first).days
+    if num_events < _FEW_EVENTS and num_events < dated / 2 and days > 0:
+        why = f"the windows hold {num_events:,} of the log's {dated:,} events; {days} earlier days have the others"
+        findings.change("window.train_days", (window.train.end - first).days, why)
+
+
+def advise_times(labelled: Labelled, pairs: PairSettings, findings: Findings) -> None:
+    """Times of day resolution, in which no click is later on the day of the view."""
+    times = labelled.rows.times[labelled.reasons == 0] % DAY
+    if pairs.simultaneous or not len(times):
+        return
+    _, rows = np.unique(times, return_counts=True)
+    if np.sort(rows)[-2:].sum() >= _DAY_SHARE * len(times) and len(times) > 2:
+        findings.change("pairs.simultaneous", True, "the timestamps are days: a click on the day of the view counts")
+
+
+def advise_robots(labelled: Labelled, settings: EventSettings, findings: Findings) -> None:
+    """The busiest user's events, where robots have many of the events."""
+    counts = Counter(dict(zip(REASONS, np.bincount(labelled.reasons + 1, minlength=9)[1:].tolist(), strict=True)))
+    if counts["robot"] > _COMMON_SHARE * counts.total():
+        why = (
+            f"{labelled.robots:,} users with more than {settings.max_events_per_day:,} events on a day have "
+            f"{_percent(counts['robot'], counts.total())} of the events; the busiest has {labelled.most_events:,}. "
+            "If they are people:"
+        )
+        findings.change("source.max_events_per_day", labelled.most_events, why)
+
+
+def advise_ids(labelled: Labelled, note_ids: pa.Array, findings: Findings) -> None:
+    """Ids of events that match no note, with examples of both sides."""
+    rows = labelled.rows
+    is_unknown = labelled.reasons == REASONS.index("unknown_note")
+    num_rows, num_valid = int(is_unknown.sum()), int((labelled.reasons == 0).sum())
+    if num_rows <= _COMMON_SHARE * (num_rows + num_valid):
+        return
+    unknown = rows.note_ids.take(pa.array(np.unique(rows.notes[is_unknown]))).to_pylist()
+    sentence = (
+        f"{_percent(num_rows, num_rows + num_valid)} of the otherwise usable events are of {len(unknown):,} notes that "
+        f"are not among the notes: {_examples(unknown)} in the events, {_examples(note_ids[:3].to_pylist())} in the "
+        "notes"
+    )
+    if same := guesses.same_ids(unknown[:_IDS], note_ids.to_pylist()):
+        sentence += f"; {same[0]} they are the same ({same[1]!r} and {same[2]!r}): write both alike"
+    findings.remarks.append(sentence + ".")
+
+
+def advise_undated(log: Log, num_rows: int, findings: Findings) -> None:
+    """Rows without a plausible time, with examples, and the format of their times if it can be told."""
+    for reason, what in (
+        ("malformed_row", "are malformed"),
+        ("bad_timestamp", "have no readable time"),
+        ("absurd_timestamp", "have a time before 1970-01-02 or after 2099"),
+    ):
+        if not (rows := log.undated[reason]):
+            continue
+        faulty = _faulty_rows(log.places[reason], reason)
+        if reason == "malformed_row":
+            texts = [row.get("line") or json.dumps(row) for row in faulty]
+        else:
+            name = _stored_name(log.places[reason].table, "timestamp")
+            texts = [str(row[name]) for row in faulty if row.get(name) is not None]
+        examples = f", such as {_examples(texts)}" if texts else ""
+        findings.remarks.append(f"{rows:,} rows ({_percent(rows, num_rows)}) {what}{examples}.")
+        if reason == "bad_timestamp" and texts and (pattern := guesses.time_format(texts)):
+            findings.change("source.timestamp_format", pattern, f"reads {_examples(texts[:1])}")
+
+
+def _faulty_rows(place: Place, reason: str) -> list[dict[str, Any]]:
+    """Rows of the batch with this reason, as they are in the file; none where the batch is far behind its start."""
+    if place.batch >= _BATCHES:
+        return []
+    batch = next(islice(place.table.read(place.split), place.batch, None))
+    is_faulty = batch.column(MALFORMED)
+    if reason == "bad_timestamp":
+        is_faulty = pc.and_not(batch.column("timestamp").is_null(), is_faulty)
+    elif reason == "absurd_timestamp":
+        years = pc.year(batch.column("timestamp"))
+        is_faulty = pc.fill_null(pc.or_(pc.less(years, 1971), pc.greater(years, 2099)), False)
+    rows = batch.column(ROW).filter(is_faulty).slice(0, _FORMAT_EXAMPLES).to_pylist()
+    return [json.loads(row) for row in rows]
+
+
+def _stored_name(table: Table, column: str) -> str:
+    """The file's name of `column`."""
+    return next((o.name for o in table.origins if o.column.name == column and isinstance(o, Stored)), column)
+
+
+def _listed(names: Mapping[str, int], most: int = 8) -> str:
+    shown = [f"{name} ({rows:,})" for name, rows in list(names.items())[:most]]
+    return ", ".join([*shown, f"{len(names) - most} others"] if len(names) > most else shown)
+
+
+def _examples(values: list[Any]) -> str:
+    return ", ".join(repr(value[:60]) for value in values[:_EXAMPLES])
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole if whole else 0:.1f} %"
