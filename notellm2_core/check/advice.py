@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from notellm2_core.check import guesses
-from notellm2_core.check.findings import Findings
+from notellm2_core.check.findings import Findings, percent
 from notellm2_core.check.interactions import REASONS, Labelled
-from notellm2_core.check.log import DAY, Log, Place
+from notellm2_core.check.log import DAY, DatedRows, Log, Place
 from notellm2_core.config.data import PairSettings, WindowSettings
-from notellm2_core.config.source import EventSettings, SourceSettings
+from notellm2_core.config.source import EventSettings, EventTableSettings, SourceSettings
 from notellm2_core.lake.window import ResolvedWindow
 from notellm2_core.tables.origins import Stored
 from notellm2_core.tables.table import MALFORMED, ROW, Table
@@ -25,6 +25,7 @@ _EXAMPLES = 3
 _FORMAT_EXAMPLES = 200  # enough to tell days from months
 _BATCHES = 20  # of a file that are read again for an example
 _DAY_SHARE = 0.99  # of rows at one time of day, or at two (summer and winter), from which on times are days
+_TIMES = 1_000_000  # that are looked at
 _COMMON_SHARE = 0.01  # of the rows, below which a reason needs no advice
 _FEW_EVENTS = 10_000  # of the windows, below which more days are worth a remark
 _IDS = 1000  # that are compared in other forms
@@ -37,14 +38,17 @@ def advise_events(log: Log, settings: SourceSettings, findings: Findings) -> Non
     unlisted = {name: rows for name, rows in names.items() if name not in settings.event_names}
     has_clicks = any(name in names for name in settings.click_events)
     has_views = any(name in names for name in settings.view_events)
-    share = f"{_percent(sum(unlisted.values()), events.total())} of the rows"
+    share = f"{percent(sum(unlisted.values()), events.total())} of the rows"
     least = guesses.rating_of_a_click(unlisted)
     if not names or (not unlisted and has_clicks):
         return
-    if least is not None and settings.events is None and not has_clicks:
-        column = _stored_name(log.tables[0], "event")
-        tables = [{"event": "rated"}, {"event": "liked", "where": {column: f">= {least:g}"}}]
-        findings.change("source.events", tables, "the event names are numbers, such as ratings: a high one is a click")
+    if least is not None and len(log.tables) == 1 and not has_clicks:
+        (table,) = settings.events or (EventTableSettings(),)
+        condition = {_stored_name(log.tables[0], "event"): f">= {least:g}"}
+        liked = table.model_copy(update={"event": "liked", "where": {**(table.where or {}), **condition}})
+        tables = [table.model_copy(update={"event": "rated"}), liked]
+        values = [table.model_dump(mode="json", exclude_defaults=True) for table in tables]
+        findings.change("source.events", values, "the event names are numbers, such as ratings: a high one is a click")
         findings.change("source.view_events", ["rated"], "")
         findings.change("source.click_events", ["liked"], "")
     elif not has_clicks:
@@ -61,41 +65,47 @@ def advise_events(log: Log, settings: SourceSettings, findings: Findings) -> Non
 
 
 def advise_window(log: Mapping[str, Any], window: WindowSettings, findings: Findings) -> None:
-    """A window that fits into the log. `log`: from `ingestion_metrics`."""
+    """A window at the end of the log, into which the window of the settings does not reach. `log`: its metrics."""
     first, last = date.fromisoformat(log["first_day"]), date.fromisoformat(log["covered_until"])
-    num_days = (last - first).days + 1
-    findings.change("window.end", last + timedelta(days=1), f"the log reaches from {first} to {last}")
-    wanted = window.train_days + (window.test_days or 0)
-    if num_days < wanted:
-        test_days = None if window.test_days is None else max(1, num_days // 3)
-        findings.change("window.train_days", max(1, num_days - (test_days or 0)), f"of the {num_days} days of the log")
-        if test_days is not None:
-            findings.change("window.test_days", test_days, "")
+    end = last + timedelta(days=1)
+    findings.change("window.end", end, f"the log reaches from {first} to {last}")
+    _fit_days(first, end, window, findings)
 
 
 def advise_span(log: Mapping[str, Any], window: ResolvedWindow, num_events: int, findings: Findings) -> None:
     """Training days without a log, and windows that hold little of it."""
     first = date.fromisoformat(log["first_day"])
-    if first > window.train.start:
-        num_days = (window.train.end - first).days
-        findings.remarks.append(
-            f"The log begins on {first}: only {num_days} of the {(window.train.end - window.train.start).days} "
-            "training days have events."
-        )
+    train_days = (window.train.end - window.train.start).days
+    test_days = None if window.test == window.train else (window.test.end - window.test.start).days
+    if (missing := (first - window.train.start).days) > 0:
+        findings.remarks.append(f"The log begins on {first}: {missing} of the {train_days} training days have none.")
+        if missing > train_days / 2:
+            settings = WindowSettings(train_days=train_days, test_days=test_days)
+            _fit_days(first, window.test.end, settings, findings)
     dated = log["rows"] - log["undated"]
-    days = (window.train.start - first).days
-    if num_events < _FEW_EVENTS and num_events < dated / 2 and days > 0:
-        why = f"the windows hold {num_events:,} of the log's {dated:,} events; {days} earlier days have the others"
-        findings.change("window.train_days", (window.train.end - first).days, why)
+    if num_events < _FEW_EVENTS and num_events < dated / 2 and missing < 0:
+        why = f"the windows hold {num_events:,} of the log's {dated:,} events; {-missing} earlier days have the others"
+        findings.change("window.train_days", train_days - missing, why)
 
 
-def advise_times(labelled: Labelled, pairs: PairSettings, findings: Findings) -> None:
-    """Times of day resolution, in which no click is later on the day of the view."""
-    times = labelled.rows.times[labelled.reasons == 0] % DAY
-    if pairs.simultaneous or not len(times):
+def _fit_days(first: date, end: date, window: WindowSettings, findings: Findings) -> None:
+    """Two thirds of the days of a log for training, where it is shorter than the window."""
+    num_days = (end - first).days
+    if num_days >= window.train_days + (window.test_days or 0):
         return
-    _, rows = np.unique(times, return_counts=True)
-    if np.sort(rows)[-2:].sum() >= _DAY_SHARE * len(times) and len(times) > 2:
+    test_days = None if window.test_days is None else max(1, num_days // 3)
+    findings.change("window.train_days", max(1, num_days - (test_days or 0)), f"of the {num_days} days of the log")
+    if test_days is not None:
+        findings.change("window.test_days", test_days, "")
+
+
+def advise_times(rows: DatedRows, pairs: PairSettings, findings: Findings) -> None:
+    """Times of day resolution, in which no click is later on the day of the view."""
+    times = rows.times[:: max(1, len(rows.times) // _TIMES)] % DAY
+    if pairs.simultaneous or len(times) < 3:
+        return
+    _, counts = np.unique(times, return_counts=True)
+    if np.sort(counts)[-2:].sum() >= _DAY_SHARE * len(times):
         findings.change("pairs.simultaneous", True, "the timestamps are days: a click on the day of the view counts")
 
 
@@ -105,7 +115,7 @@ def advise_robots(labelled: Labelled, settings: EventSettings, findings: Finding
     if counts["robot"] > _COMMON_SHARE * counts.total():
         why = (
             f"{labelled.robots:,} users with more than {settings.max_events_per_day:,} events on a day have "
-            f"{_percent(counts['robot'], counts.total())} of the events; the busiest has {labelled.most_events:,}. "
+            f"{percent(counts['robot'], counts.total())} of the events; the busiest has {labelled.most_events:,}. "
             "If they are people:"
         )
         findings.change("source.max_events_per_day", labelled.most_events, why)
@@ -118,13 +128,14 @@ def advise_ids(labelled: Labelled, note_ids: pa.Array, findings: Findings) -> No
     num_rows, num_valid = int(is_unknown.sum()), int((labelled.reasons == 0).sum())
     if num_rows <= _COMMON_SHARE * (num_rows + num_valid):
         return
-    unknown = rows.note_ids.take(pa.array(np.unique(rows.notes[is_unknown]))).to_pylist()
+    unknown = sorted(rows.note_ids.take(pa.array(np.unique(rows.notes[is_unknown]))).to_pylist())
+    known = note_ids.to_pylist()
     sentence = (
-        f"{_percent(num_rows, num_rows + num_valid)} of the otherwise usable events are of {len(unknown):,} notes that "
-        f"are not among the notes: {_examples(unknown)} in the events, {_examples(note_ids[:3].to_pylist())} in the "
+        f"{percent(num_rows, num_rows + num_valid)} of the otherwise usable events are of {len(unknown):,} notes that "
+        f"are not among the notes: {_examples(unknown)} in the events, {_examples(sorted(known)[:_EXAMPLES])} in the "
         "notes"
     )
-    if same := guesses.same_ids(unknown[:_IDS], note_ids.to_pylist()):
+    if same := guesses.same_ids(unknown[:_IDS], known):
         sentence += f"; {same[0]} they are the same ({same[1]!r} and {same[2]!r}): write both alike"
     findings.remarks.append(sentence + ".")
 
@@ -145,7 +156,7 @@ def advise_undated(log: Log, num_rows: int, findings: Findings) -> None:
             name = _stored_name(log.places[reason].table, "timestamp")
             texts = [str(row[name]) for row in faulty if row.get(name) is not None]
         examples = f", such as {_examples(texts)}" if texts else ""
-        findings.remarks.append(f"{rows:,} rows ({_percent(rows, num_rows)}) {what}{examples}.")
+        findings.remarks.append(f"{rows:,} rows ({percent(rows, num_rows)}) {what}{examples}.")
         if reason == "bad_timestamp" and texts and (pattern := guesses.time_format(texts)):
             findings.change("source.timestamp_format", pattern, f"reads {_examples(texts[:1])}")
 
@@ -177,7 +188,3 @@ def _listed(names: Mapping[str, int], most: int = 8) -> str:
 
 def _examples(values: list[Any]) -> str:
     return ", ".join(repr(value[:60]) for value in values[:_EXAMPLES])
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole if whole else 0:.1f} %"

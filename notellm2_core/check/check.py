@@ -19,11 +19,17 @@ from notellm2_core.check.notes import image_metrics, note_metrics, unusable_coun
 from notellm2_core.check.verdicts import dropped_share, undated_share, unusable_images
 from notellm2_core.config.data import CheckSettings, PairSettings, WindowSettings
 from notellm2_core.config.section import Section
-from notellm2_core.config.source import EventReadingSettings, EventSettings, NoteReadingSettings, SourceSettings
+from notellm2_core.config.source import (
+    EventReadingSettings,
+    EventSettings,
+    EventTableSettings,
+    NoteReadingSettings,
+    SourceSettings,
+)
 from notellm2_core.lake.window import ResolvedWindow, last_complete_week_end, resolved_window
 from notellm2_core.notes.source_reader import read_note_table
 from notellm2_core.tables.log import ingestion_metrics, partitions_between
-from notellm2_core.tables.source import EVENTS, NOTES, event_tables, note_table, open_events, open_notes
+from notellm2_core.tables.source import EVENTS, NOTES, event_tables, find_table, note_table, open_events, open_notes
 from notellm2_core.tables.windows import no_clicks, no_events
 from notellm2_core.vision.image_status import STATUSES
 
@@ -70,10 +76,12 @@ class _Check:
     def notes(self) -> None:
         reading = NoteReadingSettings.of(self.settings.source)
         try:
+            if reading.notes is None or reading.notes.files is None:
+                find_table(self.source, NOTES)
             table = note_table(self.source, reading)
         except ValueError as e:
             self.findings.stops.append(str(e))
-            advise_files(self.source, NOTES, self.findings)
+            advise_files(self.source, NOTES, self.settings.source, self.findings)
             return
         try:
             self._describe(NOTES, [table])
@@ -100,10 +108,12 @@ class _Check:
         source = self.settings.source
         reading = EventReadingSettings.of(source)
         try:
+            if any(table.files is None for table in reading.events or (EventTableSettings(),)):
+                find_table(self.source, EVENTS)
             tables = event_tables(self.source, reading)
         except ValueError as e:
             self.findings.stops.append(str(e))
-            advise_files(self.source, EVENTS, self.findings)
+            advise_files(self.source, EVENTS, source, self.findings)
             return
         try:
             self._describe(EVENTS, tables)
@@ -125,6 +135,7 @@ class _Check:
         source, rows = self.settings.source, sum(log.events.values())
         advice.advise_events(log, source, self.findings)
         advice.advise_undated(log, rows, self.findings)
+        advice.advise_times(log.rows, self.settings.pairs, self.findings)
         self.report["log"] = {"rows": rows, "events": dict(log.events.most_common())}
         try:
             metrics = ingestion_metrics(self.source, [counts.metrics(source.partition) for counts in log.by_file])
@@ -157,8 +168,7 @@ class _Check:
                 break
         passed, shown = dropped_share(metrics, self.settings.checks)
         self._stop_unless(passed, "of the windows' events would be dropped", shown["dropped_share"])
-        advice.advise_span(log_metrics, window, metrics["train"]["events"] + metrics["test"]["events"], self.findings)
-        advice.advise_times(labelled, self.settings.pairs, self.findings)
+        advice.advise_span(log_metrics, window, int((labelled.reasons >= 0).sum()), self.findings)
         advice.advise_robots(labelled, settings, self.findings)
         if self.note_ids is not None:
             advice.advise_ids(labelled, self.note_ids, self.findings)

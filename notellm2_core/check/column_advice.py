@@ -6,27 +6,43 @@ from typing import Any
 
 from notellm2_core.check import guesses
 from notellm2_core.check.findings import Findings
-from notellm2_core.config.source import SourceSettings
+from notellm2_core.config.source import (
+    EventReadingSettings,
+    EventTableSettings,
+    NoteReadingSettings,
+    NoteTableSettings,
+    SourceSettings,
+)
 from notellm2_core.notes.source_reader import NoteTable
 from notellm2_core.tables.formats import column_names
 from notellm2_core.tables.origins import Stored
-from notellm2_core.tables.source import EVENTS, NOTES
+from notellm2_core.tables.source import EVENTS, NOTES, event_tables, note_table
 from notellm2_core.tables.table import Table
 
 _FILES = 20  # of a source without a table, that are looked at
 _IMAGES = 5  # whose paths have to exist for a guess
 
 
-def advise_files(source: Path, name: str, findings: Findings) -> None:
-    """The file of a source that has the columns of the table `name`, which was not found."""
+def advise_files(source: Path, name: str, settings: SourceSettings, findings: Findings) -> None:
+    """The file of a source that may be the table `name`, which was not found, and its columns."""
     wanted = {NOTES: ("note_id", "title"), EVENTS: ("user_id", "note_id")}[name]
     columns = _columns_of_files(source)
     fitting = [file for file, names in columns.items() if all(guesses.column_for(w, names) for w in wanted)]
     if fitting:
         findings.change(f"source.{name}.files", fitting[0], f"it has {', '.join(columns[fitting[0]][:8])}")
+        advise_columns(name, _tables_of(source, name, fitting[0], settings), settings, findings)
     elif columns:
         shown = "; ".join(f"{file}: {', '.join(names[:8])}" for file, names in [*columns.items()][:4])
         findings.remarks.append(f"The source has these tables: {shown}.")
+
+
+def _tables_of(source: Path, name: str, file: str, settings: SourceSettings) -> list[Table]:
+    """`file` as the table `name`."""
+    if name == NOTES:
+        named = settings.model_copy(update={name: NoteTableSettings(files=(file,))})
+        return [note_table(source, NoteReadingSettings.of(named))]
+    named = settings.model_copy(update={name: (EventTableSettings(files=(file,)),)})
+    return event_tables(source, EventReadingSettings.of(named))
 
 
 def _columns_of_files(source: Path) -> dict[str, list[str]]:

@@ -25,3 +25,9 @@ class Findings:
         """Adds a change, unless the setting is to be changed for another reason already."""
         if setting not in (change.setting for change in self.changes):
             self.changes.append(Change(setting, value, why))
+
+
+def percent(part: float, whole: float) -> str:
+    """A share for people to read."""
+    share = 100 * part / whole if whole else 0.0
+    return "under 0.1 %" if 0 < share < 0.1 else f"{share:.1f} %"

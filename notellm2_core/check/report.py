@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, timedelta
+from textwrap import wrap
 from typing import Any
 
 import yaml
 
+from notellm2_core.check.findings import percent
 from notellm2_core.config.source import EventSettings
 
 _WIDTH = 110
@@ -45,7 +47,7 @@ def _tables(title: str, tables: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _notes(report: Mapping[str, Any]) -> Iterator[str]:
     if (notes := report["notes"]) is None:
         return
-    filled = ", ".join(f"{name} {_percent(num, notes['notes'])}" for name, num in notes["filled"].items())
+    filled = ", ".join(f"{name} {percent(num, notes['notes'])}" for name, num in notes["filled"].items())
     yield f"  {notes['rows']:,} rows, {notes['notes']:,} usable notes; filled: {filled}"
     yield f"  dropped: {_counts(notes['dropped'])}"
     images = report["images"]
@@ -55,7 +57,7 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
         yield "  images: none is named"
         return
     else:
-        yield f"  images: {images['named']:,} named; of all files: {_counts(images['found'])}{_where(images)}"
+        yield f"  images: {images['named']:,} named: {_counts(images['found'])}{_where(images)}"
     if images["sampled"]:
         yield f"  of a sample of {images['sampled']:,} images, by their headers: {_counts(images['statuses'])}"
 
@@ -75,7 +77,7 @@ def _log(report: Mapping[str, Any], settings: EventSettings) -> Iterator[str]:
     else:
         yield f"  {log['rows']:,} rows"
     names = [*log["events"].items()]
-    rows = [(name or "(null)", f"{num:,}", _percent(num, log["rows"]), _role(name, settings)) for name, num in names]
+    rows = [(name or "(null)", f"{num:,}", percent(num, log["rows"]), _role(name, settings)) for name, num in names]
     yield from _aligned([("event", "rows", "share", "counts as"), *rows[:_NAMES]], right={1, 2})
     if len(rows) > _NAMES:
         yield f"  and {len(rows) - _NAMES:,} other names"
@@ -112,11 +114,12 @@ def _findings(report: Mapping[str, Any]) -> Iterator[str]:
         if sentences:
             yield ""
             yield title
-            yield from (f"- {sentence}" for sentence in sentences)
+            for sentence in sentences:
+                yield from wrap(sentence, _WIDTH, initial_indent="  - ", subsequent_indent="    ")
     if report["changes"]:
         yield ""
-        yield "Settings to change (proposals: look at each)"
-        yield from yaml_lines(report["changes"])
+        yield "Settings to change; look at each"
+        yield from ("  " + line for line in yaml_lines(report["changes"]))
     if not report["stops"]:
         yield ""
         yield "A run would read this source without stopping."
@@ -124,20 +127,28 @@ def _findings(report: Mapping[str, Any]) -> Iterator[str]:
 
 def yaml_lines(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     """The changes as lines of YAML, each with its reason as a comment."""
-    lines: list[str] = []
-    above: list[str] = []
-    for change in sorted(changes, key=lambda change: [str(part) for part in change["setting"].split(".")[:1]]):
+    tree: dict[str, Any] = {}
+    for change in changes:
         *sections, leaf = change["setting"].split(".")
-        shared = 0
-        while shared < min(len(above), len(sections)) and above[shared] == sections[shared]:
-            shared += 1
-        lines += [f"{'  ' * depth}{sections[depth]}:" for depth in range(shared, len(sections))]
-        value = yaml.safe_dump({leaf: change["value"]}, default_flow_style=None, width=10_000, allow_unicode=True)
-        indent = "  " * len(sections)
-        lines += [f"{indent}# {change['why']}"] if change["why"] else []
-        lines += [indent + line for line in value.rstrip().splitlines()]
-        above = sections
-    return lines
+        section = tree
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[leaf] = change
+    return list(_section_lines(tree))
+
+
+def _section_lines(section: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    for name, entry in section.items():
+        if "setting" not in entry:
+            yield f"{indent}{name}:"
+            yield from _section_lines(entry, indent + "  ")
+            continue
+        value = entry["value"]
+        style = None if isinstance(value, list) else False
+        text = yaml.safe_dump({name: value}, default_flow_style=style, width=10_000, allow_unicode=True)
+        if entry["why"]:
+            yield f"{indent}# {entry['why']}"
+        yield from (indent + line for line in text.splitlines())
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: set[int] = frozenset()) -> Iterator[str]:  # type: ignore[assignment]
@@ -155,10 +166,6 @@ def _shortened(text: str | None, most: int = _CELL) -> str:
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{num:,} {name}" for name, num in counts.items()) or "nothing"
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole if whole else 0:.1f} %"
 
 
 def _bytes(size: float) -> str:

@@ -1,0 +1,80 @@
+"""The labels of events against a slow reference: row by row, with dictionaries."""
+
+from collections import Counter
+from datetime import date, timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from notellm2_core.check.interactions import label
+from notellm2_core.check.log import read_log
+from notellm2_core.config.source import EventSettings
+from notellm2_core.lake.window import Days, ResolvedWindow
+from notellm2_core.tables.source import open_events
+
+DAY0 = date(2024, 1, 1)
+WINDOW = ResolvedWindow(Days(DAY0, DAY0 + timedelta(2)), Days(DAY0 + timedelta(2), DAY0 + timedelta(3)))
+SETTINGS = EventSettings(view_events=("view",), click_events=("click",), ignored_events=("skip",), max_events_per_day=3)
+KNOWN = {"n0", "n1"}
+Row = tuple[str | None, str | None, int, str | None]  # user, note, hours since the first day, event
+ROWS = st.lists(
+    st.tuples(
+        st.sampled_from(["u0", "u0", "u1", "u2", None]), st.sampled_from(["n0", "n1", "n2", None]),
+        st.integers(-6, 80).map(lambda hours: hours // 6 * 6), st.sampled_from(["view", "click", "skip", "mute", None]),
+    ),
+    max_size=40,
+)  # fmt: skip
+
+
+def reference(rows: list[Row]) -> tuple[Counter[str], int]:
+    """Events of the windows by reason ("": usable), and the number of robots."""
+    reasons: Counter[str] = Counter()
+    seen: set[Row] = set()
+    valid: list[Row] = []
+    by_day: Counter[tuple[str | None, int]] = Counter()
+    for row in rows:
+        user, note, hours, event = row
+        if not 0 <= hours < 72:
+            continue
+        if event == "skip":
+            reasons["ignored_event"] += 1
+        elif user is None:
+            reasons["null_user"] += 1
+        elif note is None:
+            reasons["null_note"] += 1
+        elif event not in ("view", "click"):
+            reasons["unknown_event"] += 1
+        else:
+            by_day[user, hours // 24] += 1
+            if row in seen:
+                reasons["duplicate_event"] += 1
+            else:
+                seen.add(row)
+                valid.append(row)
+    robots = {user for (user, _), num in by_day.items() if num > 3}
+    for user, note, _, _ in valid:
+        reasons["robot" if user in robots else "" if note in KNOWN else "unknown_note"] += 1
+    return +reasons, len(robots)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=ROWS, size=st.integers(1, 15))
+def test_labels(rows: list[Row], size: int, tmp_path: Path) -> None:
+    columns = [[row[i] for row in rows] for i in (0, 1, 3)]
+    seconds = [1704067200 + 3600 * row[2] for row in rows]
+    table = pa.table(
+        {"user_id": pa.array(columns[0], pa.string()), "note_id": pa.array(columns[1], pa.string()),
+         "timestamp": pa.array(seconds, pa.int64()), "event": pa.array(columns[2], pa.string())}
+    )  # fmt: skip
+    pq.write_table(table, tmp_path / "events.parquet", row_group_size=size)
+    log = read_log(tmp_path, open_events(tmp_path), SETTINGS)
+    labelled = label(log, WINDOW, pa.array(sorted(KNOWN)), SETTINGS)
+    metrics = labelled.metrics(SETTINGS)
+    reasons, robots = reference(rows)
+    assert metrics["dropped"] == {r: n for r, n in reasons.items() if r not in ("", "ignored_event")}
+    assert metrics["rows"] == reasons.total() and metrics["robots"] == robots
+    assert metrics["ignored_event"] == reasons["ignored_event"]
+    assert metrics["train"]["events"] + metrics["test"]["events"] == reasons[""]
