@@ -15,13 +15,15 @@ _NUM_EXAMPLES = 3
 
 
 def note_metrics(notes: NoteTable) -> dict[str, Any]:
-    """rows, notes, with_text, and dropped {reason: rows}, as `spark_jobs.clean.prepare_notes` counts them; and filled.
+    """The counts of `spark_jobs.clean.prepare_notes`, without with_image; and filled.
 
-    `filled`: the number of notes with a title, topics and content.
+    Returns rows, html_rows, notes, with_text, dropped {reason: rows}, and filled: how many notes have a title, topics
+    and content.
     """
     texts = notes.texts
     return {
         "rows": notes.num_rows,
+        "html_rows": notes.html_rows,
         "notes": len(texts),
         "with_text": sum(map(has_text, texts)),
         "dropped": dict(Counter(notes.dropped).most_common()),

@@ -49,7 +49,8 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
         return
     filled = ", ".join(f"{name} {percent(num, notes['notes'])}" for name, num in notes["filled"].items())
     yield f"  {notes['rows']:,} rows, {notes['notes']:,} usable notes; filled: {filled}"
-    yield f"  dropped: {_counts(notes['dropped'])}"
+    html = f"; HTML is cleaned from the texts of {notes['html_rows']:,}" if notes["html_rows"] else ""
+    yield f"  dropped: {_counts(notes['dropped'])}{html}"
     images = report["images"]
     if images["named"] is None:
         yield f"  images: {images['sampled']:,} in a sample of {images['rows_sampled']:,} rows"

@@ -18,7 +18,7 @@ from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.tables.columns import WHITE_SPACE
 from notellm2_core.tables.formats import Split
 from notellm2_core.tables.source import NOTE_COLUMNS, open_notes
-from notellm2_core.tables.table import MALFORMED, Table
+from notellm2_core.tables.table import HTML, MALFORMED, Table
 
 _FIELDS = tuple(column.name for column in NOTE_COLUMNS)
 
@@ -39,6 +39,7 @@ class NoteTable:
 
     images: Path  # the folder that image_path is relative to
     num_rows: int
+    html_rows: int  # from whose texts HTML was cleaned
     dropped: Mapping[str, int]  # number of dropped rows, by reason
     _table: Table
     _rows: Mapping[str, _Row]
@@ -95,7 +96,8 @@ def read_note_table(
     rows: dict[str, _Row] = {}
     dropped: Counter[str] = Counter()
     texts: dict[str, _Texts] | None = {} if reading.notes is not None and reading.notes.repeated == "join" else None
-    num_rows = sum(_read(table, split, rows, dropped, note_ids, texts) for split in table.splits())
+    counted = [_read(table, split, rows, dropped, note_ids, texts) for split in table.splits()]
+    num_rows, html_rows = (sum(counts[i] for counts in counted) for i in (0, 1))
     for note_id, its_texts in (texts or {}).items():
         rows[note_id] = replace(rows[note_id], note=its_texts.joined(note_id))
     without_text = [r for r in rows.values() if not has_text(r.note) and not r.image_path]
@@ -106,7 +108,7 @@ def read_note_table(
             dropped["empty_note"] += 1
     if not rows:
         raise ValueError(f"{table.path} holds no usable note ({num_rows} rows).")
-    return NoteTable(images or (path if path.is_dir() else path.parent), num_rows, dropped, table, rows)
+    return NoteTable(images or (path if path.is_dir() else path.parent), num_rows, html_rows, dropped, table, rows)
 
 
 class _Texts:
@@ -134,13 +136,16 @@ def _read(
     dropped: Counter[str],
     note_ids: Collection[str] | None,
     texts: dict[str, _Texts] | None,
-) -> int:
-    """Adds the notes of one split to `rows`, counts unusable rows in `dropped`, and returns the number of all.
+) -> tuple[int, int]:
+    """Adds the notes of one split to `rows`, and counts unusable rows in `dropped`.
+
+    Returns the number of all rows, and of those from whose texts HTML was cleaned.
 
     `texts`: of the notes so far, where rows with one id are joined; None: the last of them counts.
     """
-    position = 0
-    for batch in table.read(split, [name for name in _FIELDS if name != "image"]):
+    position = html_rows = 0
+    for batch in table.read(split, [*(name for name in _FIELDS if name != "image"), HTML]):
+        html_rows += batch.column(HTML).true_count
         for row in batch.to_pylist():
             note_id = row["note_id"]
             if row[MALFORMED]:
@@ -155,7 +160,7 @@ def _read(
                     texts.setdefault(note_id, _Texts()).add(note)
                 rows[note_id] = _Row(note, (row["image_path"] or "").strip(WHITE_SPACE) or None, split, position)
             position += 1
-    return position
+    return position, html_rows
 
 
 def _read_bytes(table: Table, rows: Sequence[_Row]) -> dict[str, bytes]:

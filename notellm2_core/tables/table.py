@@ -85,13 +85,13 @@ class Table:
     def read(self, split: Split, only: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The rows of `split` in file order: every column in its canonical type, MALFORMED, ROW and HTML.
 
-        `only`: these columns, without ROW and HTML. A column that the file lacks is null. Raises ValueError naming the
+        `only`: of the columns, ROW and HTML, these. A column that the file lacks is null. Raises ValueError naming the
         file, and the column whose type carries no such values.
         """
         origins = [origin for origin in self.origins if only is None or origin.column.name in only]
         try:
             for batch in read_split(split, self._reading(origins), self.path):
-                yield self._canonical(batch, origins, with_row=only is None)
+                yield self._canonical(batch, origins, (ROW, HTML) if only is None else only)
         except ValueError as e:
             raise ValueError(str(e) if str(split.file) in str(e) else f"{split.file}: {e}") from e
 
@@ -116,7 +116,7 @@ class Table:
         others = dict.fromkeys(self.extract, (Kind.TEXT,)) | dict.fromkeys(self.where, (Kind.NAME,))
         return Reading({**others, **stored}, lists, self.layout, self.forms)
 
-    def _canonical(self, batch: pa.RecordBatch, origins: Sequence[Origin], with_row: bool) -> pa.RecordBatch:
+    def _canonical(self, batch: pa.RecordBatch, origins: Sequence[Origin], marks: Sequence[str]) -> pa.RecordBatch:
         lines = batch.column(LINE)
         malformed, columns = lines.is_valid(), {}
         for name in batch.schema.names:
@@ -145,9 +145,10 @@ class Table:
         if pc.any(malformed).as_py():
             values = {name: pc.if_else(malformed, pa.scalar(None, v.type), v) for name, v in values.items()}
         values[MALFORMED] = malformed
-        if with_row:
+        if ROW in marks:
             bytes_of = {name for origin in origins if origin.column.kind is Kind.BYTES for name in origin.kinds}
             values[ROW] = rows_as_json({name: c for name, c in columns.items() if name not in bytes_of}, lines)
+        if HTML in marks:
             values[HTML] = self._has_html(columns, len(lines))
         return pa.RecordBatch.from_pydict(values)
 

@@ -15,7 +15,7 @@ from spark_jobs.ingest import ingest
 from tests.spark_jobs.test_interactions import joined
 
 NOTES = [
-    "n0,A title,a|b,Some text,",
+    "n0,A title,a|b,Some <b>text</b>,",
     "n1,,,,images/1.jpg",
     "n2,First,,,",
     " n2 ,Last,,,",

@@ -71,7 +71,8 @@ def test_a_good_source_is_understood(tmp_path: Path) -> None:
     report = checked(tmp_path / "s")
     assert not report["stops"] and not report["changes"] and not report["remarks"]
     assert report["notes"] == {
-        "rows": 40, "notes": 40, "with_text": 40, "dropped": {}, "filled": {"title": 40, "topics": 40, "content": 40},
+        "rows": 40, "html_rows": 0, "notes": 40, "with_text": 40, "dropped": {},
+        "filled": {"title": 40, "topics": 40, "content": 40},
     }  # fmt: skip
     events = report["tables"]["events"][0]
     assert [c["type"] for c in events["columns"]] == ["text"] * 4 and events["formats"] == ["CSV"]
