@@ -9,7 +9,8 @@ from pathlib import Path
 SYNONYMS: Mapping[str, Sequence[str]] = {
     "note_id": ("itemid", "item", "articleid", "newsid", "productid", "parentasin", "asin", "movieid", "videoid",
                 "postid", "docid", "trackid", "bookid", "businessid", "photoid", "pid", "iid", "id"),
-    "user_id": ("user", "uid", "visitorid", "reviewerid", "customerid", "memberid", "sessionid", "session"),
+    "user_id": ("user", "uid", "visitorid", "visitor", "customer", "member",
+                "reviewerid", "customerid", "memberid", "sessionid", "session"),
     "timestamp": ("time", "ts", "eventtime", "datetime", "date", "createdat", "tdat", "unixreviewtime",
                   "eventtimestamp", "timems", "day"),
     "event": ("eventtype", "eventname", "action", "actiontype", "behavior", "behaviour", "behaviortype",

@@ -26,7 +26,7 @@ class Labelled:
     reasons: np.ndarray  # [n] places in REASONS; -1: outside of the windows
     undated: Counter[str]  # rows without a plausible time, by reason
     robots: int  # users
-    most_events: int  # of a user on a day
+    most_events: int  # of a robot on a day
 
     def inside(self, days: Days) -> np.ndarray:
         """Which rows are in `days`. [n]"""
@@ -106,24 +106,23 @@ def _inside(rows: DatedRows, days: Days) -> np.ndarray:
 
 
 def _robots(rows: DatedRows, counted: np.ndarray, limit: int | None) -> tuple[np.ndarray, int]:
-    """Which users have more than `limit` of the rows `counted` on a day, and the most that any user has on a day."""
+    """Which users have more than `limit` of the rows `counted` on a day, and the most that any of them has on a day."""
     is_robot = np.zeros(len(rows.user_ids), dtype=bool)
-    if not len(counted):
+    users = rows.users[counted]
+    if limit is None or not np.any(busy := np.bincount(users, minlength=len(is_robot)) > limit):
         return is_robot, 0
-    days = rows.times[counted] // DAY
+    of_busy = busy[users]
+    users, days = users[of_busy].astype(np.int64), rows.times[counted[of_busy]] // DAY
     first, num_days = days.min(), int(np.ptp(days)) + 1
-    users_on_days, num_rows = np.unique(
-        rows.users[counted].astype(np.int64) * num_days + (days - first), return_counts=True
-    )
-    if limit is not None:
-        is_robot[users_on_days[num_rows > limit] // num_days] = True
+    users_on_days, num_rows = np.unique(users * num_days + (days - first), return_counts=True)
+    is_robot[users_on_days[num_rows > limit] // num_days] = True
     return is_robot, int(num_rows.max())
 
 
 def _repeated(rows: DatedRows, counted: np.ndarray) -> np.ndarray:
     """Which of the rows `counted` repeat another one: user, note, time and event are equal."""
     pairs = rows.users[counted].astype(np.int64) << 32 | rows.notes[counted]
-    keys = rows.events[counted], pairs, rows.times[counted]
+    keys = rows.times[counted], rows.events[counted], pairs  # most logs are in the order of time: quickly sorted
     order = np.lexsort(keys)
     is_equal = np.ones(max(len(order) - 1, 0), dtype=bool)
     for key in keys:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from notellm2_core.config.source import EventSettings, Partition
 from notellm2_core.lake.window import first_day_of_week
+from notellm2_core.runtime.prefetch import Prefetcher
 from notellm2_core.tables.formats import Split
 from notellm2_core.tables.log import IGNORED, PLAUSIBLE, UNDATED, ingested_together
 from notellm2_core.tables.table import MALFORMED, Table
@@ -102,7 +103,7 @@ def read_log(source: Path, tables: Sequence[Table], settings: EventSettings) -> 
         names = [column.name for column in table.columns]
         for split in table.splits():
             counts = counts_of[str(split.file.relative_to(source))]
-            for number, batch in enumerate(table.read(split, names)):
+            for number, batch in enumerate(Prefetcher(table.read(split, names))):
                 dated, undated = _count(batch, counts, settings)
                 batches.append(dated)
                 for reason in undated:

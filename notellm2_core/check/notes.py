@@ -1,7 +1,9 @@
 """The notes of a source: how many are usable, what they have, and whether their images can be used."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,12 @@ def image_metrics(source: Path, notes: NoteTable, table: Table, max_pixels: int)
         del statuses["missing"]
         return {"rows_sampled": len(rows), "named": None, "found": None, "sampled": statuses.total(),
                 "statuses": dict(statuses.most_common()), "examples": {}}  # fmt: skip
-    paths, root = list(notes.image_paths.values()), source.resolve()
+    paths, root, realpath = list(notes.image_paths.values()), source.resolve(), cache(os.path.realpath)
     found: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     usable = []
     for path in paths:
-        file = locate(root, path, max_pixels)
+        file = locate(root, path, max_pixels, realpath)
         status: str = "ok" if isinstance(file, Path) else file
         found[status] += 1
         if status == "ok":

@@ -58,14 +58,10 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
         yield "  images: none is named"
         return
     else:
-        yield f"  images: {images['named']:,} named: {_counts(images['found'])}{_where(images)}"
+        yield f"  images: {images['named']:,} named: {_counts(images['found'], images['examples'])}"
     if images["sampled"]:
-        yield f"  of a sample of {images['sampled']:,} images, by their headers: {_counts(images['statuses'])}"
-
-
-def _where(images: Mapping[str, Any]) -> str:
-    examples = [f"{status}: {paths[0]}" for status, paths in images["examples"].items()]
-    return f" ({_shortened(', '.join(examples), 60)})" if examples else ""
+        statuses = _counts(images["statuses"], images["examples"])
+        yield f"  of a sample of {images['sampled']:,} images, by their headers: {statuses}"
 
 
 def _log(report: Mapping[str, Any], settings: EventSettings) -> Iterator[str]:
@@ -165,8 +161,10 @@ def _shortened(text: str | None, most: int = _CELL) -> str:
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{num:,} {name}" for name, num in counts.items()) or "nothing"
+def _counts(counts: Mapping[str, int], examples: Mapping[str, Sequence[str]] | None = None) -> str:
+    """The counts by name, each with the first of its examples."""
+    shown = {name: f" ({_shortened(values[0])})" for name, values in (examples or {}).items()}
+    return ", ".join(f"{num:,} {name}{shown.get(name, '')}" for name, num in counts.items()) or "nothing"
 
 
 def _bytes(size: float) -> str:

@@ -29,6 +29,7 @@ _WHOLE = r"^[+-]?\d{1,18}$"
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(\.0*)?$"  # as seconds, all would be in August 1970
 _USUAL_ISO = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d:\d\d(\.\d{1,6})?)?$"
+_USUAL_ZONED_ISO = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-](0\d|1[0-8]):[0-5]\d)$"
 _LOCAL_ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]\d{1,2}:\d{1,2}(:\d{1,2}(\.\d*)?)?)?$"
 _ISO = (
     r"^(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})"
@@ -188,13 +189,18 @@ def _of_text(column: pa.Array, zone: str | None) -> pa.Array:
     text = pc.utf8_trim(column, " \t\r\n")
     result = pa.nulls(len(text), TIME)
     readers = ((_DIGITS, _of_dates, zone), (_WHOLE, _of_whole, None), (NUMBER, _of_numbers, None),
-               (_USUAL_ISO, _of_usual_iso, zone), (_LOCAL_ISO, _of_iso, zone), (_ISO, _of_iso, None))  # fmt: skip
+               (_USUAL_ISO, _of_usual_iso, zone), (_USUAL_ZONED_ISO, _of_usual_zoned_iso, None),
+               (_LOCAL_ISO, _of_iso, zone), (_ISO, _of_iso, None))  # fmt: skip
     rest = text.is_valid()
     for form, read, its_zone in readers:
         has_form = pc.and_(rest, pc.fill_null(pc.match_substring_regex(text, form), False))
+        if pc.all(has_form).as_py():
+            return _in_zone(read(text), its_zone)
         if pc.any(has_form).as_py():
             result = pc.replace_with_mask(result, has_form, _in_zone(read(text.filter(has_form)), its_zone))
             rest = pc.and_not(rest, has_form)
+        if not pc.any(rest).as_py():
+            break
     return result
 
 
@@ -211,8 +217,16 @@ def _of_numbers(text: pa.Array) -> pa.Array:
 
 
 def _of_usual_iso(text: pa.Array) -> pa.Array:
+    return _of_usual(text, pa.timestamp("us"))
+
+
+def _of_usual_zoned_iso(text: pa.Array) -> pa.Array:
+    return _of_usual(text, TIME)
+
+
+def _of_usual(text: pa.Array, kind: pa.DataType) -> pa.Array:
     try:
-        return _times(*_numpy(pc.cast(pc.cast(text, pa.timestamp("us")), pa.int64())))
+        return _times(*_numpy(pc.cast(pc.cast(text, kind), pa.int64())))
     except pa.ArrowInvalid:  # one of them does not exist
         return _of_iso(text)
 

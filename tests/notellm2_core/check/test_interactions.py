@@ -17,7 +17,7 @@ from notellm2_core.tables.source import open_events
 
 DAY0 = date(2024, 1, 1)
 WINDOW = ResolvedWindow(Days(DAY0, DAY0 + timedelta(2)), Days(DAY0 + timedelta(2), DAY0 + timedelta(3)))
-SETTINGS = EventSettings(view_events=("view",), click_events=("click",), ignored_events=("skip",), max_events_per_day=3)
+SETTINGS = {"view_events": ("view",), "click_events": ("click",), "max_events_per_day": 3}
 KNOWN = {"n0", "n1"}
 Row = tuple[str | None, str | None, int, str | None]  # user, note, hours since the first day, event
 ROWS = st.lists(
@@ -29,17 +29,17 @@ ROWS = st.lists(
 )  # fmt: skip
 
 
-def reference(rows: list[Row]) -> tuple[Counter[str], int]:
+def reference(rows: list[Row], ignored: tuple[str, ...]) -> tuple[Counter[str], int]:
     """Events of the windows by reason ("": usable), and the number of robots."""
     reasons: Counter[str] = Counter()
     seen: set[Row] = set()
     valid: list[Row] = []
     by_day: Counter[tuple[str | None, int]] = Counter()
     for row in rows:
-        user, note, hours, event = row
+        user, note, hours, event = row[0], row[1], row[2], row[3] or ""
         if not 0 <= hours < 72:
             continue
-        if event == "skip":
+        if event in ignored:
             reasons["ignored_event"] += 1
         elif user is None:
             reasons["null_user"] += 1
@@ -61,8 +61,11 @@ def reference(rows: list[Row]) -> tuple[Counter[str], int]:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=ROWS, size=st.integers(1, 15))
-def test_labels(rows: list[Row], size: int, tmp_path: Path) -> None:
+@given(rows=ROWS, size=st.integers(1, 15), ignore_all=st.booleans(), one_window=st.booleans())
+def test_labels(rows: list[Row], size: int, ignore_all: bool, one_window: bool, tmp_path: Path) -> None:
+    events = EventSettings(**SETTINGS, ignored_events=None if ignore_all else ("skip",))  # type: ignore[arg-type]
+    whole = Days(WINDOW.train.start, WINDOW.test.end)
+    window = ResolvedWindow(whole, whole) if one_window else WINDOW
     columns = [[row[i] for row in rows] for i in (0, 1, 3)]
     seconds = [1704067200 + 3600 * row[2] for row in rows]
     table = pa.table(
@@ -70,11 +73,11 @@ def test_labels(rows: list[Row], size: int, tmp_path: Path) -> None:
          "timestamp": pa.array(seconds, pa.int64()), "event": pa.array(columns[2], pa.string())}
     )  # fmt: skip
     pq.write_table(table, tmp_path / "events.parquet", row_group_size=size)
-    log = read_log(tmp_path, open_events(tmp_path), SETTINGS)
-    labelled = label(log, WINDOW, pa.array(sorted(KNOWN)), SETTINGS)
-    metrics = labelled.metrics(SETTINGS)
-    reasons, robots = reference(rows)
+    log = read_log(tmp_path, open_events(tmp_path), events)
+    metrics = label(log, window, pa.array(sorted(KNOWN)), events).metrics(events)
+    reasons, robots = reference(rows, ("skip", "mute", "") if ignore_all else ("skip",))
     assert metrics["dropped"] == {r: n for r, n in reasons.items() if r not in ("", "ignored_event")}
     assert metrics["rows"] == reasons.total() and metrics["robots"] == robots
     assert metrics["ignored_event"] == reasons["ignored_event"]
-    assert metrics["train"]["events"] + metrics["test"]["events"] == reasons[""]
+    assert metrics["train"]["events"] + (not one_window) * metrics["test"]["events"] == reasons[""]
+    assert log.undated == {}
