@@ -4,6 +4,7 @@ The tables are read as the graph reads them (`notellm2_core.tables`), and rows a
 """
 
 from datetime import date
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,14 @@ from notellm2_core.config.source import (
     SourceSettings,
 )
 from notellm2_core.lake.window import ResolvedWindow, last_complete_week_end, resolved_window
-from notellm2_core.notes.source_reader import read_note_table
+from notellm2_core.notes.source_reader import NoteTable, read_note_table
 from notellm2_core.tables.log import ingestion_metrics, partitions_between
 from notellm2_core.tables.source import EVENTS, NOTES, event_tables, find_table, note_table, open_events, open_notes
+from notellm2_core.tables.table import Table
 from notellm2_core.tables.windows import no_clicks, no_events
 from notellm2_core.vision.image_status import STATUSES
+
+_HALF = 0.5  # of the rows; above it, no higher limit is proposed
 
 
 class DataSettings(Section):
@@ -55,7 +59,10 @@ def check_source(source: Path, settings: DataSettings) -> dict[str, Any]:
     check = _Check(source.absolute(), settings)
     check.notes()
     check.events()
-    findings = check.findings
+    findings, share = check.findings, max(check.shares, default=0.0)
+    if not findings.changes and 0 < share < _HALF:
+        why = "only if what is dropped does not matter"
+        findings.change("checks.max_dropped_share", ceil(100 * share) / 100, why)
     return {
         "source": str(source), **check.report, "stops": findings.stops, "remarks": findings.remarks,
         "changes": [vars(change) for change in findings.changes],
@@ -68,6 +75,7 @@ class _Check:
     def __init__(self, source: Path, settings: DataSettings) -> None:
         self.source, self.settings = source, settings
         self.findings = Findings()
+        self.shares: list[float] = []  # that exceed checks.max_dropped_share
         self.note_ids: pa.Array | None = None
         self.report: dict[str, Any] = {
             "tables": {NOTES: [], EVENTS: []}, **dict.fromkeys(("notes", "images", "log", "windows", "interactions"))
@@ -93,14 +101,19 @@ class _Check:
             return
         self.note_ids = pa.array(notes.note_ids, pa.string())
         self.report["notes"] = metrics = note_metrics(notes)
-        limit = self.settings.checks
-        passed, shown = dropped_share(metrics, limit)
+        passed, shown = dropped_share(metrics, self.settings.checks)
         self._stop_unless(passed, "of the notes would be dropped", shown["dropped_share"])
+        try:
+            self._images(notes, table)
+        except ValueError as e:  # a table whose column of images holds no bytes
+            self.findings.stops.append(str(e))
+
+    def _images(self, notes: NoteTable, table: Table) -> None:
         images = image_metrics(self.source, notes, table, self.settings.source.max_image_pixels)
         self.report["images"] = images
-        counts: dict[str, float] = dict.fromkeys(STATUSES, 0.0)
-        counts |= unusable_counts(images, metrics["notes"])
-        passed, shown = unusable_images({"notes": metrics["notes"], **counts}, limit)
+        num_notes = self.report["notes"]["notes"]
+        counts: dict[str, float] = dict.fromkeys(STATUSES, 0.0) | unusable_counts(images, num_notes)
+        passed, shown = unusable_images({"notes": num_notes, **counts}, self.settings.checks)
         self._stop_unless(passed, "of the named images cannot be used", shown["unusable_share"])
         advise_images(self.source, notes, images, table, self.findings)
 
@@ -126,7 +139,7 @@ class _Check:
             return
         self._judge(log)
 
-    def _describe(self, name: str, tables: list[Any]) -> None:
+    def _describe(self, name: str, tables: list[Table]) -> None:
         advise_columns(name, tables, self.settings.source, self.findings)
         self.report["tables"][name] = [describe_table(self.source, table) for table in tables]
 
@@ -184,4 +197,5 @@ class _Check:
     def _stop_unless(self, passed: bool, what: str, share: float) -> None:
         if not passed:
             limit = self.settings.checks.max_dropped_share
+            self.shares.append(share)
             self.findings.stops.append(f"{100 * share:.1f} % {what}; checks.max_dropped_share is {limit:g}.")

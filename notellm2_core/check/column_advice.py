@@ -57,7 +57,7 @@ def _columns_of_files(source: Path) -> dict[str, list[str]]:
 
 def advise_columns(name: str, tables: list[Table], settings: SourceSettings, findings: Findings) -> None:
     """The columns of the contract that `tables` of notes or events lack, and which of theirs they may be."""
-    names = {column: None for table in tables for column in table.names_in(table.files[0])}
+    names = {column: None for table in tables for file in table.files[:1] for column in table.names_in(file)}
     section = f"source.{name}"
     if len(names) == 1 and (delimiter := guesses.delimiter_in(next(iter(names)))):
         findings.change(f"{section}.delimiter", delimiter, f"the only column is called {next(iter(names))[:60]}")

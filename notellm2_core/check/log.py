@@ -143,7 +143,7 @@ def _undated(
         ("bad_timestamp", batch.column("timestamp").is_null()),
         ("absurd_timestamp", rest),
     ):
-        counts[reason] = pc.sum(pc.and_(rest, holds)).as_py()
+        counts[reason] = pc.and_(rest, holds).true_count
         rest = pc.and_not(rest, holds)
     return +counts
 

@@ -51,7 +51,8 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"  {notes['rows']:,} rows, {notes['notes']:,} usable notes; filled: {filled}"
     html = f"; HTML is cleaned from the texts of {notes['html_rows']:,}" if notes["html_rows"] else ""
     yield f"  dropped: {_counts(notes['dropped'])}{html}"
-    images = report["images"]
+    if (images := report["images"]) is None:
+        return
     if images["named"] is None:
         yield f"  images: {images['sampled']:,} in a sample of {images['rows_sampled']:,} rows"
     elif not images["named"]:

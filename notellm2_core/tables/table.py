@@ -242,7 +242,9 @@ def rows_as_json(columns: Mapping[str, pa.Array], lines: pa.Array) -> pa.Array:
     pieces: list[Any] = []
     for name, column in columns.items():
         text = read_text(column)
-        value = text if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) else _quoted(text)
+        value = text if pa.types.is_integer(column.type) else _quoted(text)
+        if pa.types.is_floating(column.type):  # JSON has no number for NaN
+            value = pc.if_else(pc.is_finite(column), text, value)
         key = _quoted(pa.array([name]))[0].as_py()
         pieces += [f"{',' if pieces else '{'}{key}:", pc.fill_null(value, "null")]
     rows = pc.binary_join_element_wise(*pieces, "}", "") if pieces else pa.repeat("{}", len(lines))

@@ -202,6 +202,27 @@ def test_images_of_all_kinds(tmp_path: Path) -> None:
     assert report["stops"] == ["33.3 % of the named images cannot be used; checks.max_dropped_share is 0.2."]
 
 
+def test_a_limit_is_raised_only_if_nothing_else_helps(tmp_path: Path) -> None:
+    """12 of 52 notes have no id: 23.1 %. With 60 of 100 without one, no limit is proposed."""
+    write_source(tmp_path / "s")
+    notes = (tmp_path / "s" / "notes.csv").read_text()
+    (tmp_path / "s" / "notes.csv").write_text(notes + ",A,,,\n" * 12)
+    report = checked(tmp_path / "s")
+    assert report["stops"] == ["23.1 % of the notes would be dropped; checks.max_dropped_share is 0.2."]
+    assert changes(report) == {"checks.max_dropped_share": 0.24}
+    assert not checked(tmp_path / "s", checks={"max_dropped_share": 0.24})["stops"]
+    (tmp_path / "s" / "notes.csv").write_text(notes + ",A,,,\n" * 60)
+    assert checked(tmp_path / "s")["stops"] and not changes(checked(tmp_path / "s"))
+
+
+def test_a_column_of_images_without_bytes_stops(tmp_path: Path) -> None:
+    write_source(tmp_path / "s")
+    (tmp_path / "s" / "notes.csv").write_text("note_id,title,topics,content,image\n1,A,x,C,abc\n")
+    report = checked(tmp_path / "s")
+    assert report["stops"][0].endswith("notes.csv: the column image has type string, not bytes.")
+    assert report["notes"]["notes"] == 1 and "1 usable notes" in text_of(report, DataSettings().source)
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit 0: a run would go through; 1: it would stop; 2: the command cannot be carried out."""
 

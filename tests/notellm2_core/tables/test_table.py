@@ -89,6 +89,14 @@ def test_lines_that_are_no_rows_and_ids_that_are_none(tmp_path: Path) -> None:
     }
 
 
+def test_the_row_of_a_time_that_is_no_number_is_json(tmp_path: Path) -> None:
+    times = [float("nan"), float("-inf"), 1.5, None]
+    columns = {"user_id": ["u"] * 4, "note_id": ["n"] * 4, "timestamp": times, "event": ["view"] * 4}
+    pq.write_table(pa.table(columns), tmp_path / "events.parquet")
+    written = [json.loads(r[ROW])["timestamp"] for r in rows(*open_events(tmp_path / "events.parquet"))]
+    assert written == ["nan", "-inf", 1.5, None]
+
+
 @pytest.mark.parametrize(("log", "name"), [("_delta_log", "Delta"), (".hoodie", "Hudi"), ("metadata", "Iceberg")])
 def test_tables_with_a_log_of_their_own_are_refused_by_name(log: str, name: str, tmp_path: Path) -> None:
     """D3: their log may have removed files that still lie there."""
