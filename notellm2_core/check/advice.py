@@ -1,7 +1,6 @@
 """Which settings would fit the log better: events, window, times, robots and ids."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from datetime import date, timedelta
 from itertools import islice
@@ -111,7 +110,7 @@ def advise_times(rows: DatedRows, pairs: PairSettings, findings: Findings) -> No
 
 def advise_robots(labelled: Labelled, settings: EventSettings, findings: Findings) -> None:
     """The busiest user's events, where robots have many of the events."""
-    counts = Counter(dict(zip(REASONS, np.bincount(labelled.reasons + 1, minlength=9)[1:].tolist(), strict=True)))
+    counts = labelled.counts
     if counts["robot"] > _COMMON_SHARE * counts.total():
         why = (
             f"{labelled.robots:,} users with more than {settings.max_events_per_day:,} events on a day have "

@@ -1,6 +1,7 @@
 """What becomes of each event of the windows, by the rules of `spark_jobs.clean`, `interactions` and `window`."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +29,19 @@ class Labelled:
     robots: int  # users
     most_events: int  # of a robot on a day
 
+    @property
+    def counts(self) -> Counter[str]:
+        """The events of the windows by reason; "": usable."""
+        return _by_reason(self.reasons)
+
     def inside(self, days: Days) -> np.ndarray:
         """Which rows are in `days`. [n]"""
         return _inside(self.rows, days)
 
     def dropped_in(self, days: Days) -> Counter[str]:
         """The events in `days` by the reason that drops them when partitions are joined; without any, when reduced."""
-        counts = np.bincount(self.reasons[self.inside(days)], minlength=len(REASONS)).tolist()
-        dropped = +Counter(dict(zip(REASONS[2:], counts[2:], strict=True)))
+        counts = _by_reason(self.reasons[self.inside(days)])
+        dropped = Counter({reason: rows for reason, rows in counts.items() if reason not in ("", IGNORED)})
         joined = Counter({reason: dropped[reason] for reason in _JOINED if dropped[reason]})
         return joined or dropped
 
@@ -52,9 +58,7 @@ class Labelled:
 
     def metrics(self, settings: EventSettings) -> dict[str, Any]:
         """The counts that `spark_jobs.window.join_partitions` returns, without first_day and last_day."""
-        all_reasons = self.undated + Counter(
-            {r: int(n) for r, n in zip(REASONS, np.bincount(self.reasons + 1, minlength=9)[1:], strict=True)}
-        )
+        all_reasons = self.undated + self.counts
         dropped = {reason: n for reason, n in all_reasons.most_common() if n and reason not in ("", IGNORED)}
         spans = {"train": self.window.train, "test": self.window.test}
         return {
@@ -67,10 +71,20 @@ class Labelled:
 
     def _window_metrics(self, days: Days, settings: EventSettings) -> dict[str, int]:
         usable = self.inside(days) & (self.reasons == 0)
-        is_click = np.isin(self.rows.names, settings.click_events)[self.rows.events[usable]]
+        is_click = _are_in(self.rows.names, settings.click_events)[self.rows.events[usable]]
         events, clicks = int(usable.sum()), int(is_click.sum())
         users, notes = (_num_distinct(codes[usable]) for codes in (self.rows.users, self.rows.notes))
         return {"events": events, "clicks": clicks, "views": events - clicks, "users": users, "notes": notes}
+
+
+def _are_in(names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
+    """Which of `names` are `wanted`. (NumPy's own texts lose zero bytes at their ends.)"""
+    return np.array([name in wanted for name in names], dtype=bool)
+
+
+def _by_reason(reasons: np.ndarray) -> Counter[str]:
+    rows = np.bincount(reasons[reasons >= 0], minlength=len(REASONS)).tolist()
+    return +Counter(dict(zip(REASONS, rows, strict=True)))
 
 
 def label(log: Log, window: ResolvedWindow, note_ids: pa.Array | None, settings: EventSettings) -> Labelled:
@@ -80,14 +94,14 @@ def label(log: Log, window: ResolvedWindow, note_ids: pa.Array | None, settings:
     """
     rows = log.rows
     reasons = np.where(_inside(rows, window.train) | _inside(rows, window.test), 0, -1).astype(np.int8)
-    used = np.isin(rows.names, [*settings.view_events, *settings.click_events])
+    used = _are_in(rows.names, (*settings.view_events, *settings.click_events))
     rest = np.flatnonzero(reasons == 0)
 
     def drop(reason: str, is_dropped: np.ndarray) -> np.ndarray:
         reasons[rest[is_dropped]] = REASONS.index(reason)
         return rest[~is_dropped]
 
-    rest = drop(IGNORED, np.isin(rows.names, ignored_names(rows.names, settings))[rows.events[rest]])
+    rest = drop(IGNORED, _are_in(rows.names, ignored_names(rows.names, settings))[rows.events[rest]])
     rest = drop("null_user", rows.users[rest] < 0)
     rest = drop("null_note", rows.notes[rest] < 0)
     rest = drop("unknown_event", ~used[rows.events[rest]])

@@ -1,6 +1,6 @@
 """The result of a check as text for people: what was understood, what is dropped, what stops a run, what to change."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import date, timedelta
 from textwrap import wrap
 from typing import Any
@@ -23,7 +23,7 @@ def text_of(report: Mapping[str, Any], settings: EventSettings) -> str:
         *_tables("Events", report["tables"]["events"]), *_log(report, settings), *_windows(report),
         *_findings(report),
     ]  # fmt: skip
-    return "\n".join(line.rstrip() for line in sections)
+    return "\n".join(_printable(line).rstrip() for line in sections)
 
 
 def _tables(title: str, tables: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -75,8 +75,10 @@ def _log(report: Mapping[str, Any], settings: EventSettings) -> Iterator[str]:
     else:
         yield f"  {log['rows']:,} rows"
     names = [*log["events"].items()]
-    rows = [(name or "(null)", f"{num:,}", percent(num, log["rows"]), _role(name, settings)) for name, num in names]
-    yield from _aligned([("event", "rows", "share", "counts as"), *rows[:_NAMES]], right={1, 2})
+    rows = [
+        (_shortened(name or None), f"{num:,}", percent(num, log["rows"]), _role(name, settings)) for name, num in names
+    ]
+    yield from _aligned([("event", "rows", "share", "counts as"), *rows[:_NAMES]], right=(1, 2))
     if len(rows) > _NAMES:
         yield f"  and {len(rows) - _NAMES:,} other names"
 
@@ -100,7 +102,7 @@ def _windows(report: Mapping[str, Any]) -> Iterator[str]:
     for name, (first, end) in windows.items():
         last = date.fromisoformat(end) - timedelta(days=1)
         rows.append((name, first, str(last), *(f"{interactions[name][key]:,}" for key in counted)))
-    yield from _aligned(rows, right={3, 4, 5, 6, 7})
+    yield from _aligned(rows, right=(3, 4, 5, 6, 7))
     ignored = f"; ignored: {interactions['ignored_event']:,}" if interactions["ignored_event"] else ""
     yield f"  of {interactions['rows']:,} rows on these days, or without a plausible time"
     robots = f" ({interactions['robots']:,} users are robots)" if interactions["robots"] else ""
@@ -145,11 +147,11 @@ def _section_lines(section: Mapping[str, Any], indent: str = "") -> Iterator[str
         style = None if isinstance(value, list) else False
         text = yaml.safe_dump({name: value}, default_flow_style=style, width=10_000, allow_unicode=True)
         if entry["why"]:
-            yield f"{indent}# {entry['why']}"
+            yield f"{indent}# {_printable(entry['why'])}"
         yield from (indent + line for line in text.splitlines())
 
 
-def _aligned(rows: Sequence[Sequence[str]], right: set[int] = frozenset()) -> Iterator[str]:  # type: ignore[assignment]
+def _aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> Iterator[str]:
     """The rows with columns of equal width; those at the places `right` are aligned to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
@@ -158,8 +160,12 @@ def _aligned(rows: Sequence[Sequence[str]], right: set[int] = frozenset()) -> It
 
 
 def _shortened(text: str | None, most: int = _CELL) -> str:
-    line = "(null)" if text is None else "".join(c if c.isprintable() else " " for c in text)
+    line = "(null)" if text is None else _printable(text)
     return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _counts(counts: Mapping[str, int], examples: Mapping[str, Sequence[str]] | None = None) -> str:

@@ -1,6 +1,8 @@
 """A source that is not ours: what is understood of it, and whether following the advice leads to a run."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -202,6 +204,14 @@ def test_images_of_all_kinds(tmp_path: Path) -> None:
     assert report["stops"] == ["33.3 % of the named images cannot be used; checks.max_dropped_share is 0.2."]
 
 
+def test_names_with_line_breaks_stay_on_a_line(tmp_path: Path) -> None:
+    write_source(tmp_path / "s", event='"a\nb"')
+    report = checked(tmp_path / "s")
+    lines = yaml_lines(report["changes"])
+    assert yaml.safe_load("\n".join(lines))["source"]["click_events"] == ["a\nb"]
+    assert "    a b     600  100.0 %  in no list: quarantine" in text_of(report, DataSettings().source).splitlines()
+
+
 def test_a_limit_is_raised_only_if_nothing_else_helps(tmp_path: Path) -> None:
     """12 of 52 notes have no id: 23.1 %. With 60 of 100 without one, no limit is proposed."""
     write_source(tmp_path / "s")
@@ -221,6 +231,11 @@ def test_a_column_of_images_without_bytes_stops(tmp_path: Path) -> None:
     report = checked(tmp_path / "s")
     assert report["stops"][0].endswith("notes.csv: the column image has type string, not bytes.")
     assert report["notes"]["notes"] == 1 and "1 usable notes" in text_of(report, DataSettings().source)
+
+
+def test_neither_torch_nor_spark_is_imported() -> None:
+    code = "import sys, notellm2_core.check.check; print({'torch', 'pyspark'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,8 @@ Row = tuple[str | None, str | None, int, str | None]  # user, note, hours since 
 ROWS = st.lists(
     st.tuples(
         st.sampled_from(["u0", "u0", "u1", "u2", None]), st.sampled_from(["n0", "n1", "n2", None]),
-        st.integers(-6, 80).map(lambda hours: hours // 6 * 6), st.sampled_from(["view", "click", "skip", "mute", None]),
+        st.integers(-6, 80).map(lambda hours: hours // 6 * 6),
+        st.sampled_from(["view", "click", "skip", "view\0", None]),
     ),
     max_size=40,
 )  # fmt: skip
@@ -75,7 +76,7 @@ def test_labels(rows: list[Row], size: int, ignore_all: bool, one_window: bool, 
     pq.write_table(table, tmp_path / "events.parquet", row_group_size=size)
     log = read_log(tmp_path, open_events(tmp_path), events)
     metrics = label(log, window, pa.array(sorted(KNOWN)), events).metrics(events)
-    reasons, robots = reference(rows, ("skip", "mute", "") if ignore_all else ("skip",))
+    reasons, robots = reference(rows, ("skip", "view\0", "") if ignore_all else ("skip",))
     assert metrics["dropped"] == {r: n for r, n in reasons.items() if r not in ("", "ignored_event")}
     assert metrics["rows"] == reasons.total() and metrics["robots"] == robots
     assert metrics["ignored_event"] == reasons["ignored_event"]
