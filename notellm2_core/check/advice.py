@@ -24,7 +24,7 @@ _EXAMPLES = 3
 _FORMAT_EXAMPLES = 200  # enough to tell days from months
 _BATCHES = 20  # of a file that are read again for an example
 _DAY_SHARE = 0.99  # of rows at one time of day, or at two (summer and winter), from which on times are days
-_TIMES = 1_000_000  # that are looked at
+_TIMES, _FEW_TIMES = 1_000_000, 100  # that are looked at; too few to tell
 _COMMON_SHARE = 0.01  # of the rows, below which a reason needs no advice
 _FEW_EVENTS = 10_000  # of the windows, below which more days are worth a remark
 _IDS = 1000  # that are compared in other forms
@@ -101,7 +101,7 @@ def _fit_days(first: date, end: date, window: WindowSettings, findings: Findings
 def advise_times(rows: DatedRows, pairs: PairSettings, findings: Findings) -> None:
     """Times of day resolution, in which no click is later on the day of the view."""
     times = rows.times[:: max(1, len(rows.times) // _TIMES)] % DAY
-    if pairs.simultaneous or len(times) < 3:
+    if pairs.simultaneous or len(times) < _FEW_TIMES:
         return
     _, counts = np.unique(times, return_counts=True)
     if np.sort(counts)[-2:].sum() >= _DAY_SHARE * len(times):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
 
+from notellm2_core.tables.log import ingestion_metrics
 from spark_jobs.clean import prepare_notes
-from spark_jobs.ingest import ingest, ingestion_metrics
+from spark_jobs.ingest import ingest
 from tests.notellm2_core.tables.test_datasets import NOTES, write_dataset
 from tests.spark_jobs.test_interactions import joined
 
