@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from notellm2_core.config.source import EventSettings
-from notellm2_core.schema import INTERACTIONS, QUARANTINE, QUARANTINE_TABLE, TEST, TRAIN
+from notellm2_core.schema import CLICK_WEIGHT, INTERACTIONS, QUARANTINE, QUARANTINE_TABLE, TEST, TRAIN
 from spark_jobs.clean import IGNORED
 from spark_jobs.common.tables import aggregates, num_files, read_table, summed_counts, write_table
 from spark_jobs.interactions import interaction_columns, sort_columns
@@ -51,12 +51,11 @@ def join_partitions(
     clicks, users, notes, first_day, last_day. Raises ValueError for a window without events or without clicks.
     """
     all_partitions = {**undated, **train.partitions, **test.partitions}
-    columns = interaction_columns(settings)
     robots = _read(spark, all_partitions, "robots", _ROBOTS).distinct().withColumn("robot", F.lit(True))
     note_ids = read_table(spark, notes).select("note_id", F.lit(True).alias("is_known"))
 
     def labelled(partitions: Mapping[Path, Any]) -> DataFrame:
-        table = _read(spark, partitions, "interactions", columns).join(robots, "user_id", "left")
+        table = _read(spark, partitions, "interactions", INTERACTIONS).join(robots, "user_id", "left")
         reason = F.when(F.col("robot"), "robot").when(F.isnull("is_known"), "unknown_note")
         return table.join(note_ids, "note_id", "left").withColumn("reason", reason)
 
@@ -80,7 +79,7 @@ def join_partitions(
             counts["test"] = counts["train"]
             break
         table = labelled(window.partitions)
-        clean = table.filter("reason IS NULL").select(columns.names)
+        clean = table.filter("reason IS NULL").select(interaction_columns(table))
         write_table(clean, out / name, sort_columns(clean), num_files(spark))
         counts[name] = _counts(read_table(spark, out / name), window)
         _require(counts[name], name, window, settings, table, note_ids)
@@ -157,7 +156,8 @@ def _require(
         reasons = ", ".join(f"{rows} {key}" for key, rows in dropped.most_common()) or "nothing"
         raise ValueError(f"{problem} dropped: {reasons}; set window.end (or WEEK) and window.{name}_days.")
     if not counts["clicks"]:
+        by_weight = " Clicks of weight 0 are views." if CLICK_WEIGHT.name in labelled.columns else ""
         raise ValueError(
             f"no clicks in the {name} window, {span}: set source.click_events, now {list(settings.click_events)}, to "
-            f"names that occur ({event_names}), or window.end."
+            f"names that occur ({event_names}), or window.end.{by_weight}"
         )

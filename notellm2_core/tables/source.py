@@ -152,7 +152,7 @@ def _require_images(table: Table) -> None:
 
 def open_events(path: Path, reading: EventReadingSettings = EVENT_CONTRACT) -> list[Table]:
     """The tables of events of a source folder, or the table of events `path`. Raises ValueError as `open_notes`."""
-    columns = (*EVENT_COLUMNS, WEIGHT) if has_weights(reading) else EVENT_COLUMNS
+    columns = (*EVENT_COLUMNS, WEIGHT) if reading.has_weights else EVENT_COLUMNS
     forms = Forms(timestamp_format=reading.timestamp_format, time_zone=reading.time_zone)
     tables = []
     for settings in _event_tables(reading):
@@ -170,12 +170,6 @@ def _entries(reading: ReadingSettings, table: TableSettings) -> dict[str, Entry]
     for columns in (reading.columns, table.columns):
         entries |= {str(name): entry for name, entry in (columns or {}).items()}
     return entries
-
-
-def has_weights(reading: EventReadingSettings) -> bool:
-    """Whether events have the column WEIGHT."""
-    named = (reading.columns, *(table.columns for table in reading.events or ()))
-    return any(WEIGHT.name in (columns or {}) for columns in named)
 
 
 def _open(path: Path, settings: TableSettings, name: str, origins: Sequence[Origin], forms: Forms) -> Table:
