@@ -178,4 +178,5 @@ def _open(path: Path, settings: TableSettings, name: str, origins: Sequence[Orig
     files = tuple(file for each in paths for file in table_files(each, layout))
     extract = settings.extract if isinstance(settings, EventTableSettings) else None
     root = paths[0] if settings.files is None else path
-    return check_table(Table(root, tuple(origins), files, layout, forms, extract or {}, settings.where or {}))
+    table = Table(root, tuple(origins), files, layout, forms, extract or {}, settings.where or {})
+    return check_table(table, setting="source.columns")
