@@ -61,7 +61,10 @@ def find_table(source: Path, table: str) -> Path:
     if not found:
         raise ValueError(f"{source} holds no {table}: a file or folder {table} of {FORMATS}; set source.path.")
     if len(found) > 1:
-        raise ValueError(f"{source} holds both {found[0].name} and {found[1].name}; leave one of them there.")
+        raise ValueError(
+            f"{source} holds both {found[0].name} and {found[1].name}: name the one that counts in "
+            f"source.{table}.files."
+        )
     return found[0]
 
 

@@ -170,7 +170,7 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"events\.csv is empty"):
         open_events(tmp_path)
     (tmp_path / "events").mkdir()
-    with pytest.raises(ValueError, match=r"holds both events and events\.csv; leave one of them there"):
+    with pytest.raises(ValueError, match=r"holds both events and events\.csv: name the .* in source\.events\.files"):
         open_events(tmp_path)
     (tmp_path / "events.csv").unlink()
     with pytest.raises(ValueError, match="events holds no files"):
