@@ -60,8 +60,8 @@ def _refuse_logs(folder: Path, folders: Collection[str]) -> None:
     for log, name in _LOGS.items():
         if log in folders and (name != "Iceberg" or any((folder / log).glob("*.metadata.json"))):
             raise ValueError(
-                f"{folder} is a {name} table, whose log decides which of its files count. It is not read: export it as "
-                "plain Parquet."
+                f"{folder} is a table of {name}, whose log decides which of its files count. It is not read: export it "
+                "as plain Parquet."
             )
 
 
