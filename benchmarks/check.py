@@ -96,7 +96,8 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         "",
         f"{date.today()}, {platform.machine()}, {psutil.cpu_count()} cores, {total} GB, Python "
         f"{platform.python_version()}. Command: `python {' '.join(sys.argv)}`. Processor time is that of all threads; "
-        f"the load average was {os.getloadavg()[0]:.1f}, so the seconds hold other work, too, where it exceeds the cores.",
+        f"the load average was {os.getloadavg()[0]:.1f}, so the seconds hold other work, too, "
+        "where it exceeds the cores.",
         "",
         "| events | rows | notes, each with an image | seconds | processor seconds | peak memory, GB |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

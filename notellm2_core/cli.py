@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     evaluate = commands.add_parser("evaluate", help="print the exact metrics of pairs or qrels, as JSON")
     evaluate.add_argument("--embeddings", type=Path, required=True)
-    evaluate.add_argument("--pairs", type=Path, required=True, help="Parquet, or qrels of TREC or BEIR")
+    evaluate.add_argument("--pairs", type=Path, required=True, help="a table, or qrels of TREC or BEIR")
     evaluate.add_argument("--queries", type=Path, help="the queries' embeddings, if they are no notes of --embeddings")
     add_options(evaluate, ReportSettings, "ks")
     evaluate.set_defaults(run=_evaluate)

@@ -39,7 +39,7 @@ INTERACTIONS = pa.schema(
         pa.field("clicks", pa.int64(), nullable=False),  # the clicks among these events
     ]
 )
-CLICK_WEIGHT = pa.field("click_weight", pa.float64())  # in INTERACTIONS with source.event_weights; null: not clicked
+CLICK_WEIGHT = pa.field("click_weight", pa.float64())  # in INTERACTIONS if clicks have weights; null: no click
 # Dropped rows with the reason: the source's row or, for robots and unknown notes, the interaction.
 QUARANTINE = pa.schema([pa.field("reason", pa.string(), nullable=False), pa.field("row", pa.string(), nullable=False)])
 

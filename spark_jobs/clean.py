@@ -11,9 +11,10 @@ from typing import Any
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from notellm2_core.config.source import NOTE_CONTRACT, EventSettings, NoteReadingSettings
+from notellm2_core.config.source import MAX_WEIGHT, NOTE_CONTRACT, EventSettings, NoteReadingSettings
 from notellm2_core.schema import EVENTS, NOTES, NOTES_TABLE, QUARANTINE, QUARANTINE_TABLE
 from notellm2_core.tables.log import IGNORED
+from notellm2_core.tables.source import WEIGHT
 from spark_jobs.common.tables import aggregates, counts_by, read_table, readable, write_table
 from spark_jobs.source import read_source_notes
 
@@ -111,8 +112,9 @@ def label_events(raw: DataFrame, settings: EventSettings, dated: bool = True) ->
     """Ingested events with the `reason` to drop them; null: none.
 
     The first reason that applies counts: malformed_row, ignored_event, bad_timestamp, absurd_timestamp (all other rows
-    of the undated partition, `dated` = False), null_user, null_note, unknown_event, duplicate_event (all except one of
-    the rows with the same user, note, time and event).
+    of the undated partition, `dated` = False), null_user, null_note, unknown_event, bad_weight (a click whose WEIGHT,
+    if there is that column, is no number from 0 to MAX_WEIGHT), duplicate_event (all except one of the rows with the
+    same user, note, time, event and weight).
     """
     event = F.coalesce("event", F.lit(""))
     used = event.isin(*settings.view_events, *settings.click_events)
@@ -125,17 +127,24 @@ def label_events(raw: DataFrame, settings: EventSettings, dated: bool = True) ->
         .when(F.isnull("note_id"), "null_note")
         .when(~used, "unknown_event")
     )
-    same = Window.partitionBy("user_id", "note_id", "timestamp", "event", "fault").orderBy("row")
+    weights = [WEIGHT.name] if WEIGHT.name in raw.columns else []
+    for weight in weights:
+        is_usable = F.coalesce(F.col(weight).between(0, MAX_WEIGHT), F.lit(False))  # NaN is above all numbers
+        fault = fault.when(event.isin(*settings.click_events) & ~is_usable, "bad_weight")
+    same = Window.partitionBy("user_id", "note_id", "timestamp", "event", *weights, "fault").orderBy("row")
     repeated = F.when(F.row_number().over(same) > 1, "duplicate_event")
     return raw.withColumn("fault", fault).withColumn("reason", F.coalesce("fault", repeated))
 
 
 def split_labelled(labelled: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """Events labelled by `label_events` -> (EVENTS, QUARANTINE), both with `partition` if `labelled` has it."""
+    """Events labelled by `label_events` -> (EVENTS, QUARANTINE), both with `partition` if `labelled` has it.
+
+    The events have WEIGHT if `labelled` has it.
+    """
     faulty = F.isnotnull("reason") & (F.col("reason") != IGNORED)
-    partition = [c for c in labelled.columns if c == "partition"]
+    weights, partition = ([c for c in labelled.columns if c == name] for name in (WEIGHT.name, "partition"))
     events, quarantine = labelled.filter("reason IS NULL"), labelled.filter(faulty)
-    return events.select(*EVENTS.names, *partition), quarantine.select(*QUARANTINE.names, *partition)
+    return events.select(*EVENTS.names, *weights, *partition), quarantine.select(*QUARANTINE.names, *partition)
 
 
 def within(start: date | None, end: date | None) -> Column:

@@ -4,8 +4,8 @@
 `spark_jobs.window.join_partitions` concatenates a window's partitions. A user and note may therefore have several rows:
 the earliest first view and the latest last click count.
 
-A limit between view and click needs every time: a user and note then have a row per time. Weights of clicks need the
-last click of each weight: a row per weight, in the column CLICK_WEIGHT.
+A limit between view and click needs every time: a user and note then have a row per time. Weights of clicks, in the
+column CLICK_WEIGHT, need the clicks that no later one outweighs: a row for each of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,6 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import Window as SparkWindow
 from pyspark.sql import functions as F
@@ -22,6 +21,7 @@ from pyspark.sql import functions as F
 from notellm2_core.config.source import EventSettings
 from notellm2_core.schema import CLICK_WEIGHT, INTERACTIONS
 from notellm2_core.tables.log import IGNORED
+from notellm2_core.tables.source import WEIGHT
 from spark_jobs.clean import label_events, split_labelled, within
 from spark_jobs.common.tables import read_table, write_partitions
 
@@ -32,13 +32,17 @@ _NUM_NAMES = 20  # most event names that are reported
 def interactions(events: DataFrame, settings: EventSettings) -> DataFrame:
     """EVENTS -> INTERACTIONS, one row per event: every event is a view; click events are also a click.
 
-    With `event_weights`, CLICK_WEIGHT is added: the weight of the click, 1 if its event has none.
+    With `event_weights` or the column WEIGHT, CLICK_WEIGHT is added: the weight of the click's event, 1 if it has none,
+    times the weight of its row. A click of weight 0 is a view and no click.
     """
-    clicked = F.col("event").isin(*settings.click_events)
+    has_column = WEIGHT.name in events.columns
     weight = F.lit(1.0)
     for name, its_weight in (settings.event_weights or {}).items():
         weight = F.when(F.col("event") == name, its_weight).otherwise(weight)
-    weights = [] if settings.event_weights is None else [F.when(clicked, weight).alias(CLICK_WEIGHT.name)]
+    weight = weight * F.col(WEIGHT.name) if has_column else weight
+    clicked = F.col("event").isin(*settings.click_events) & (weight > 0)
+    is_weighted = has_column or settings.event_weights is not None
+    weights = [F.when(clicked, weight).alias(CLICK_WEIGHT.name)] if is_weighted else []
     return events.select(
         "user_id",
         "note_id",
@@ -54,7 +58,8 @@ def interactions(events: DataFrame, settings: EventSettings) -> DataFrame:
 def reduced(rows: DataFrame, every_time: bool) -> DataFrame:
     """`interactions`, one row per event -> one row per partition, user and note.
 
-    With CLICK_WEIGHT, one for each of its values. With `every_time`, one for each time, with the largest weight.
+    With CLICK_WEIGHT, one for each click that no later one outweighs: the other rows join the next of these. With
+    `every_time`, one for each time, with the largest weight.
     """
     keys = [c for c in rows.columns if c in ("partition", "user_id", "note_id")]
     largest = []
@@ -62,6 +67,8 @@ def reduced(rows: DataFrame, every_time: bool) -> DataFrame:
         if every_time:
             largest.append(F.max(CLICK_WEIGHT.name).alias(CLICK_WEIGHT.name))
         else:
+            from_last = SparkWindow.partitionBy(*keys).orderBy(F.desc_nulls_last("last_click"))
+            rows = rows.withColumn(CLICK_WEIGHT.name, F.max(CLICK_WEIGHT.name).over(from_last))
             keys.append(CLICK_WEIGHT.name)
     if every_time:
         keys.append("first_view")
@@ -101,7 +108,8 @@ def reduce_partitions(
     by_day = with_duplicates.groupBy("partition", "user_id", F.to_date("timestamp")).count()
     max_by_day = settings.max_events_per_day or 1 << 62
     robots = by_day.filter(F.col("count") > max_by_day).select("partition", "user_id").distinct()
-    rows = reduced(interactions(events, settings), every_time).select("partition", *interaction_columns(settings).names)
+    rows = reduced(interactions(events, settings), every_time)
+    rows = rows.select("partition", *interaction_columns(rows))
     tables = {"interactions": (rows, sort_columns(rows)), "robots": (robots, ["user_id"]),
               "quarantine": (quarantine, ["reason", "row"])}  # fmt: skip
     for name, (table, sort) in tables.items():
@@ -151,9 +159,9 @@ def _partition_counts(partition: str, by_reason: _Rows, by_event: _Rows, spans: 
     }
 
 
-def interaction_columns(settings: EventSettings) -> pa.Schema:
-    """The columns of interactions under these settings."""
-    return INTERACTIONS if settings.event_weights is None else INTERACTIONS.append(CLICK_WEIGHT)
+def interaction_columns(rows: DataFrame) -> list[str]:
+    """The columns of INTERACTIONS, and CLICK_WEIGHT if `rows` has it."""
+    return [c for c in (*INTERACTIONS.names, CLICK_WEIGHT.name) if c in rows.columns]
 
 
 def sort_columns(rows: DataFrame) -> list[str]:

@@ -113,7 +113,7 @@ def related_pairs(
     strongest.unpersist()
     related = pq.read_table(out)
     if related.group_by(["query_id", "target_id"]).aggregate([]).num_rows < related.num_rows:
-        raise ValueError(f"{window.name}: {scores} holds the same pair more than once; leave one of them.")
+        raise ValueError(f"{window.name}: {scores} holds the same pair more than once: a pair has one score.")
     return {
         "pairs_on_side": num_in_split,
         "pairs_with_min_users": bins.total(),

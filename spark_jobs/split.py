@@ -46,8 +46,8 @@ def assign_split(
         if not counts[split] and 2 * largest > num_assigned:
             raise ValueError(
                 f"no note is left for the {split} split: {largest} of the {num_assigned} notes in the other one have "
-                "the same image or the same text, and near-duplicates stay in one split; leave placeholder images out "
-                "of notes.parquet."
+                "the same image or the same text, and near-duplicates stay in one split. A placeholder image makes "
+                "notes near-duplicates; source.columns.image_path: null reads notes without images."
             )
         if not counts[split]:
             raise ValueError(

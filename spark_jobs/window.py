@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from notellm2_core.config.source import EventSettings
-from notellm2_core.schema import INTERACTIONS, QUARANTINE, QUARANTINE_TABLE, TEST, TRAIN
+from notellm2_core.schema import CLICK_WEIGHT, INTERACTIONS, QUARANTINE, QUARANTINE_TABLE, TEST, TRAIN
 from notellm2_core.tables.log import IGNORED, summed_counts
 from notellm2_core.tables.windows import no_clicks, no_events
 from spark_jobs.common.tables import aggregates, num_files, read_table, write_table
@@ -52,12 +52,11 @@ def join_partitions(
     clicks, users, notes, first_day, last_day. Raises ValueError for a window without events or without clicks.
     """
     all_partitions = {**undated, **train.partitions, **test.partitions}
-    columns = interaction_columns(settings)
     robots = _read(spark, all_partitions, "robots", _ROBOTS).distinct().withColumn("robot", F.lit(True))
     note_ids = read_table(spark, notes).select("note_id", F.lit(True).alias("is_known"))
 
     def labelled(partitions: Mapping[Path, Any]) -> DataFrame:
-        table = _read(spark, partitions, "interactions", columns).join(robots, "user_id", "left")
+        table = _read(spark, partitions, "interactions", INTERACTIONS).join(robots, "user_id", "left")
         reason = F.when(F.col("robot"), "robot").when(F.isnull("is_known"), "unknown_note")
         return table.join(note_ids, "note_id", "left").withColumn("reason", reason)
 
@@ -81,7 +80,7 @@ def join_partitions(
             counts["test"] = counts["train"]
             break
         table = labelled(window.partitions)
-        clean = table.filter("reason IS NULL").select(columns.names)
+        clean = table.filter("reason IS NULL").select(interaction_columns(table))
         write_table(clean, out / name, sort_columns(clean), num_files(spark))
         counts[name] = _counts(read_table(spark, out / name), window)
         _require(counts[name], name, window, settings, table, note_ids)
@@ -144,4 +143,4 @@ def _require(
 
         raise ValueError(no_events(name, span, settings, dropped, event_names, example_ids))
     if not counts["clicks"]:
-        raise ValueError(no_clicks(name, span, settings, event_names))
+        raise ValueError(no_clicks(name, span, settings, event_names, CLICK_WEIGHT.name in labelled.columns))

@@ -190,7 +190,7 @@ class _Check:
         days = getattr(labelled.window, name)
         settings, names = EventSettings.of(self.settings.source), labelled.names_in(days)
         if counts["events"]:
-            return no_clicks(name, span, settings, names)
+            return no_clicks(name, span, settings, names, labelled.rows.weights is not None)
         dropped = labelled.dropped_in(days)
         return no_events(name, span, settings, dropped, names, lambda: labelled.example_ids(days, self.note_ids))
 

@@ -10,11 +10,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from notellm2_core.check.log import DAY, EPOCH, DatedRows, Log, ignored_names
-from notellm2_core.config.source import EventSettings
+from notellm2_core.config.source import MAX_WEIGHT, EventSettings
 from notellm2_core.lake.window import Days, ResolvedWindow
 from notellm2_core.tables.log import IGNORED
 
-REASONS = ("", IGNORED, "null_user", "null_note", "unknown_event", "duplicate_event", "robot", "unknown_note")
+REASONS = (
+    "",
+    IGNORED,
+    "null_user",
+    "null_note",
+    "unknown_event",
+    "bad_weight",
+    "duplicate_event",
+    "robot",
+    "unknown_note",
+)
 _JOINED = ("robot", "unknown_note")  # reasons that a single partition cannot know
 
 
@@ -72,6 +82,8 @@ class Labelled:
     def _window_metrics(self, days: Days, settings: EventSettings) -> dict[str, int]:
         usable = self.inside(days) & (self.reasons == 0)
         is_click = _are_in(self.rows.names, settings.click_events)[self.rows.events[usable]]
+        if self.rows.weights is not None:  # a click of weight 0 is a view
+            is_click &= self.rows.weights[usable] > 0
         events, clicks = int(usable.sum()), int(is_click.sum())
         users, notes = (_num_distinct(codes[usable]) for codes in (self.rows.users, self.rows.notes))
         return {"events": events, "clicks": clicks, "views": events - clicks, "users": users, "notes": notes}
@@ -105,6 +117,10 @@ def label(log: Log, window: ResolvedWindow, note_ids: pa.Array | None, settings:
     rest = drop("null_user", rows.users[rest] < 0)
     rest = drop("null_note", rows.notes[rest] < 0)
     rest = drop("unknown_event", ~used[rows.events[rest]])
+    if rows.weights is not None:
+        is_click = _are_in(rows.names, settings.click_events)[rows.events[rest]]
+        is_usable = (rows.weights[rest] >= 0) & (rows.weights[rest] <= MAX_WEIGHT)
+        rest = drop("bad_weight", is_click & ~is_usable)
     is_robot, most_events = _robots(rows, rest, settings.max_events_per_day)
     rest = drop("duplicate_event", _repeated(rows, rest))
     rest = drop("robot", is_robot[rows.users[rest]])
@@ -134,9 +150,15 @@ def _robots(rows: DatedRows, counted: np.ndarray, limit: int | None) -> tuple[np
 
 
 def _repeated(rows: DatedRows, counted: np.ndarray) -> np.ndarray:
-    """Which of the rows `counted` repeat another one: user, note, time and event are equal."""
+    """Which of the rows `counted` repeat another one: user, note, time, event and weight are equal."""
     pairs = rows.users[counted].astype(np.int64) << 32 | rows.notes[counted]
-    keys = rows.times[counted], rows.events[counted], pairs  # most logs are in the order of time: quickly sorted
+    weights = [] if rows.weight_keys is None else [rows.weight_keys[counted]]
+    keys = (
+        *weights,
+        rows.times[counted],
+        rows.events[counted],
+        pairs,
+    )  # most logs are in the order of time: quickly sorted
     order = np.lexsort(keys)
     is_equal = np.ones(max(len(order) - 1, 0), dtype=bool)
     for key in keys:

@@ -19,6 +19,7 @@ from notellm2_core.lake.window import first_day_of_week
 from notellm2_core.runtime.prefetch import Prefetcher
 from notellm2_core.tables.formats import Split
 from notellm2_core.tables.log import IGNORED, PLAUSIBLE, UNDATED, ingested_together
+from notellm2_core.tables.source import WEIGHT
 from notellm2_core.tables.table import MALFORMED, Table
 from notellm2_core.tables.times import TIME
 
@@ -26,7 +27,9 @@ DAY = 86_400_000_000  # in microseconds
 EPOCH = date(1970, 1, 1)
 _FIRST, _LAST = (datetime.fromisoformat(bound).replace(tzinfo=UTC) for bound in PLAUSIBLE)
 _CODES = pa.dictionary(pa.int32(), pa.string())
-_DATED = pa.schema([("user_id", _CODES), ("note_id", _CODES), ("event", _CODES), ("time", pa.int64())])
+_DATED = pa.schema(
+    [("user_id", _CODES), ("note_id", _CODES), ("event", _CODES), ("time", pa.int64()), ("weight", pa.float64())]
+)
 
 
 @dataclass
@@ -61,6 +64,8 @@ class DatedRows:
     user_ids: pa.Array
     note_ids: pa.Array
     names: list[str]  # of events; a null one is ""
+    weights: np.ndarray | None  # of clicks, where the log has them; NaN: none
+    weight_keys: np.ndarray | None  # int64, equal where the weights are
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,8 @@ def read_log(source: Path, tables: Sequence[Table], settings: EventSettings) -> 
                 batches.append(dated)
                 for reason in undated:
                     places.setdefault(reason, Place(table, split, number))
-    return Log(tables, by_file, _as_numbers(batches), places)
+    has_weights = any(column.name == WEIGHT.name for column in tables[0].columns)
+    return Log(tables, by_file, _as_numbers(batches, has_weights), places)
 
 
 def _count(batch: pa.RecordBatch, counts: FileCounts, settings: EventSettings) -> tuple[pa.RecordBatch, Counter[str]]:
@@ -122,7 +128,9 @@ def _count(batch: pa.RecordBatch, counts: FileCounts, settings: EventSettings) -
     undated = Counter() if pc.all(is_plausible).as_py() else _undated(batch, is_plausible, events, settings)
     counts.undated += undated
     columns = {name: pc.dictionary_encode(batch.column(name)) for name in ("user_id", "note_id")}
-    dated = pa.RecordBatch.from_pydict({**columns, "event": events, "time": pc.cast(times, pa.int64())}, _DATED)
+    weights = batch.column(WEIGHT.name) if WEIGHT.name in batch.schema.names else pa.nulls(len(batch), pa.float64())
+    columns |= {"event": events, "time": pc.cast(times, pa.int64()), "weight": weights}
+    dated = pa.RecordBatch.from_pydict(columns, _DATED)
     dated = dated.filter(is_plausible)
     days, rows = np.unique(dated.column("time").to_numpy() // DAY, return_counts=True)
     counts.rows_by_day.update(dict(zip(days.tolist(), rows.tolist(), strict=True)))
@@ -155,15 +163,23 @@ def ignored_names(names: Sequence[str], settings: EventSettings) -> list[str]:
     return [name for name in names if name not in (*settings.view_events, *settings.click_events)]
 
 
-def _as_numbers(batches: Sequence[pa.RecordBatch]) -> DatedRows:
+def _as_numbers(batches: Sequence[pa.RecordBatch], has_weights: bool) -> DatedRows:
     table = pa.Table.from_batches(batches, _DATED).unify_dictionaries()
     codes: dict[str, np.ndarray] = {}
     values: dict[str, pa.Array] = {}
-    for name in _DATED.names[:-1]:
+    for name in ("user_id", "note_id", "event"):
         chunks = table[name].chunks
         codes[name] = pa.chunked_array([pc.fill_null(chunk.indices, -1) for chunk in chunks], pa.int32()).to_numpy()
         values[name] = chunks[0].dictionary if chunks else pa.array([], pa.string())
-    times, names = table["time"].to_numpy(), values["event"].to_pylist()
+    weights, keys = _weights(table["weight"]) if has_weights else (None, None)
     return DatedRows(
-        codes["user_id"], codes["note_id"], codes["event"], times, values["user_id"], values["note_id"], names
-    )
+        codes["user_id"], codes["note_id"], codes["event"], table["time"].to_numpy(), values["user_id"],
+        values["note_id"], values["event"].to_pylist(), weights, keys,
+    )  # fmt: skip
+
+
+def _weights(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The weights, NaN where null, and keys that tell null from NaN, and not 0 from -0."""
+    weights = pc.fill_null(column, float("nan")).to_numpy() + 0.0
+    keys = np.where(np.isnan(weights), np.nan, weights).view(np.int64)
+    return weights, np.where(column.is_null().to_numpy(), -1, keys)  # -1: the bits of no number, and of no other NaN

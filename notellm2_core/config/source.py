@@ -14,6 +14,7 @@ from notellm2_core.config.section import Section, is_null, no_address
 Partition = Literal["week", "year"]
 NoteColumn = Literal["note_id", "title", "topics", "content", "image_path", "image"]
 EventColumn = Literal["user_id", "note_id", "timestamp", "event", "weight"]
+MAX_WEIGHT = 1e9  # of a click
 CONDITION = r"^(==|!=|<=|>=|<|>) *(\S.*)$"
 _JOINED = ("title", "topics", "content")  # columns that several columns of a file may make up
 PATTERN_FIELD = re.compile(r"\{([^{}:]+)(?::\.(\d+))?\}")  # {column} or {column:.LENGTH} in a pattern of image paths
@@ -57,7 +58,7 @@ class EventSettings(Section):
         description="A user with more events on any day is a robot, and none of its events counts. null: no limit "
         "(paper).",
     )
-    event_weights: dict[str, Annotated[float, Field(gt=0, le=1e9)]] | None = Field(
+    event_weights: dict[str, Annotated[float, Field(gt=0, le=MAX_WEIGHT)]] | None = Field(
         None,
         exclude_if=is_null,
         description="How much a click counts, by event name of click_events, such as `{purchase: 5}`; the others count "
@@ -186,7 +187,7 @@ class ReadingSettings(Section):
         description="Your names of the columns, such as `{note_id: item_id}`. `title`, `topics` and `content` may be "
         "lists of columns, whose values are joined; `image_path` may be a pattern, such as `images/{item_id}.jpg` "
         "(`{item_id:.3}`: the first three characters). null: there is no such column. The column `weight`, which "
-        "only this setting can name, says how much a click counts.",
+        "only this setting can name, says how much a click of that row counts, times its event's weight.",
     )
 
 
@@ -229,6 +230,12 @@ class EventReadingSettings(ReadingSettings):
         description="The zone of timestamps that do not say theirs, such as `Asia/Shanghai`; Unix times need none. "
         "null: UTC.",
     )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a column of the events says how much a click counts."""
+        named = (self.columns, *(table.columns for table in self.events or ()))
+        return any("weight" in (columns or {}) for columns in named)
 
     @field_validator("timestamp_format")
     @classmethod

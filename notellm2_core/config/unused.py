@@ -49,7 +49,9 @@ def unused_settings(config: Config) -> list[str]:
     }
     missing_parts: dict[Part, str] = {"fusion": no_fusion, "connector": no_connector}
     trainable = config.training.trainable or ()
+    weights = ["source.columns.weight"] if no_order and config.source.has_weights else []
     return [
+        *(f"{name} has no effect{no_order}" for name in weights),
         *(f"{name} has no effect{cause}" for name, cause in causes.items() if cause and _is_changed(config, name)),
         *(
             f"{part} in training.trainable has no effect{cause}"

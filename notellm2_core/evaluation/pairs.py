@@ -1,41 +1,46 @@
-"""Related pairs as files hold them: the lake's Parquet, a user's Parquet, and qrels as TREC and BEIR write them.
+"""Related pairs as files hold them: tables of any format of `tables.formats`, and qrels as TREC and BEIR write them.
 
 Three forms, recognised by their content:
 
-- Parquet: query_id and target_id, text or whole numbers. A row may list several targets. The column `relevance` or
-  `label`, if there is one, grades them; `score` does not: in the lake, it is that of Eq. 2. BEIR's names are read too.
-- TREC: lines `query iteration target relevance`, separated by blanks; the iteration means nothing.
-- BEIR: tab-separated, with the header query-id, corpus-id, score.
+- A table with the columns query_id and target_id, text or whole numbers. A row may list several targets. The column
+  `relevance` or `label`, if there is one, grades them; `score` does not: in the lake, it is that of Eq. 2.
+- BEIR: a table with the columns query-id, corpus-id, score. As text, it is separated by tabs, whatever its name.
+- TREC: lines `query iteration target relevance` without a header, separated by blanks; the iteration means nothing.
 
 A target with a relevance of 0 or less is not relevant and makes no pair. A repeated pair counts once, with its highest
 relevance.
 """
 
-import csv
+import io
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import pyarrow.types as pt
 
-from notellm2_core.runtime.files import parquet_files, read_errors
-from notellm2_core.schema import TEST
-from notellm2_core.tables.ids import read_ids
+from notellm2_core.runtime.files import is_hidden
+from notellm2_core.schema import TEST, TRAIN, VALIDATION
+from notellm2_core.tables.columns import Column, Kind
+from notellm2_core.tables.csv_rows import RFC_4180, CsvLayout
+from notellm2_core.tables.formats import FORMATS, column_names, is_table_file, open_text
+from notellm2_core.tables.origins import Stored
+from notellm2_core.tables.source import is_table
+from notellm2_core.tables.table import MALFORMED, ROW, Table, check_table
 
 BEIR = ("query-id", "corpus-id", "score")
 # Columns of query and target, and those that may hold the relevance.
 LAYOUTS = (("query_id", "target_id", ("relevance", "label")), (BEIR[0], BEIR[1], (BEIR[2],)))
 FORMS = (
-    "pairs are Parquet with the columns query_id and target_id, lines of TREC (query iteration target relevance), or "
-    "tab-separated with BEIR's header (query-id corpus-id score)"
+    "pairs are a table with the columns query_id and target_id or those of BEIR (query-id, corpus-id, score), as "
+    f"{FORMATS}; or lines of TREC (query iteration target relevance)"
 )
 LEFT_OUT = ("duplicate_pairs", "irrelevant_pairs", "queries_without_target")
 _ROWS = pa.schema([("query", pa.string()), ("target", pa.string()), ("relevance", pa.float64())])
+_OTHER_SPLITS = (TRAIN, VALIDATION, "valid", "dev")
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,13 @@ class PairTable:
 
 
 def read_pairs(path: Path) -> PairTable:
-    """Pairs of a file, of a folder of Parquet, of its sub-folder test/, or of its BEIR file test.tsv.
+    """Pairs of a file, of a folder of files, or of the file or sub-folder `test` of a folder, such as BEIR's test.tsv.
 
     Raises ValueError naming the file where it has no such form, a column or a type is wrong, or an id is missing.
     """
     files = _files(path)
-    is_text = len(files) == 1 and not _is_parquet(files[0])
-    parts = [_of_text(files[0])] if is_text else _of_parquet(files)
-    rows = pa.concat_tables(table for table, _ in parts)
-    queries = pa.chunked_array([queries for _, queries in parts], pa.string())
+    is_trec = len(files) == 1 and _is_trec(files[0])
+    rows, queries = _of_trec(files[0]) if is_trec else _of_tables(path, files)
     positive = rows.filter(pc.greater(rows["relevance"], 0))
     keys = ["query", "target"]
     pairs = positive.group_by(keys).aggregate([("relevance", "max")]).sort_by([(key, "ascending") for key in keys])
@@ -87,104 +90,129 @@ def _files(path: Path) -> list[Path]:
         raise ValueError(f"{path} does not exist; {FORMS}.")
     if path.is_file():
         return [path]
-    if (path / f"{TEST}.tsv").is_file():
-        return [path / f"{TEST}.tsv"]
-    folder = path / TEST if (path / TEST).is_dir() else path
-    if not (files := parquet_files(folder)):
-        raise ValueError(f"{folder} holds no *.parquet and no {TEST}.tsv; name the file itself: {FORMS}.")
+    tests = sorted(entry for entry in path.iterdir() if is_table(entry.name, TEST))
+    if len(tests) > 1:
+        raise ValueError(f"{path} holds both {tests[0].name} and {tests[1].name}: name the one that counts.")
+    if tests and tests[0].is_file():
+        return tests
+    folder = tests[0] if tests else path
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not is_hidden(file.name))
+    if not files:
+        raise ValueError(f"{folder} holds no pairs; {FORMS}.")
+    if other := next((file for file in files if re.split("[-_.]", file.name)[0] in _OTHER_SPLITS), None):
+        raise ValueError(f"{folder} holds {other.name} and no {TEST}: name the file whose pairs count.")
     return files
 
 
-def _is_parquet(file: Path) -> bool:
-    with file.open("rb") as start:
-        return start.read(4) == b"PAR1"
+def _is_trec(file: Path) -> bool:
+    """Whether a text file has lines of TREC: its first one names no columns."""
+    layout = _csv_layout(file)
+    if layout != RFC_4180:
+        return False
+    if not is_table_file(file):
+        return True
+    names = column_names(file, file)
+    line = _first_line(file)
+    return not _present(names) and len(line.split()) == 4 and not line.startswith("{")
 
 
-def _of_parquet(files: list[Path]) -> list[tuple[pa.Table, pa.Array]]:
-    """Of each file the rows (_ROWS), and the ids of all queries, also of those whose list of targets is empty."""
-    layouts = {file: _layout(file) for file in files}
-    first = layouts[files[0]]
-    if other := next((file for file in files if layouts[file] != first), None):
+def _csv_layout(file: Path) -> CsvLayout:
+    """BEIR's tabs need no name that says so."""
+    return CsvLayout(delimiter="\t") if tuple(_first_line(file).split()) == BEIR else RFC_4180
+
+
+def _first_line(file: Path) -> str:
+    """The first line; empty for a file that cannot be read, which its reader reports."""
+    try:
+        with open_text(file) as stream:
+            return io.BufferedReader(stream).readline(1 << 16).decode("utf-8-sig", errors="replace")
+    except OSError:
+        return ""
+
+
+def _of_tables(path: Path, files: Sequence[Path]) -> tuple[pa.Table, pa.Array]:
+    """The rows (_ROWS) of the files, and the ids of all queries, also of those whose list of targets is empty."""
+    names = {file: _columns(file) for file in files}
+    first = names[files[0]]
+    if other := next((file for file in files if names[file] != first), None):
         raise ValueError(
-            f"{files[0]} has the columns {', '.join(first)}, {other} has {', '.join(layouts[other])}: the parts of a "
+            f"{files[0]} has the columns {', '.join(first)}, {other} has {', '.join(names[other])}: the parts of a "
             "table of pairs need the same ones."
         )
-    return [_of_part(file, *first) for file in files]
+    kinds = (Kind.ID, Kind.ID, Kind.NUMBER)
+    columns = [Column(name, kind, may_be_list=name == first[1]) for name, kind in zip(first, kinds, strict=False)]
+    origins = tuple(Stored(column, column.name) for column in columns)
+    table = check_table(Table(path, origins, tuple(files), _csv_layout(files[0])))
+    parts = [_of_part(table, file) for file in table.files]
+    return pa.concat_tables(rows for rows, _ in parts), pa.chunked_array([ids for _, ids in parts], pa.string())
 
 
-def _of_part(file: Path, query: str, target: str, grade: str | None = None) -> tuple[pa.Table, pa.Array]:
-    with read_errors(file):
-        table = pq.read_table(file, columns=[name for name in (query, target, grade) if name])
-    query_ids, targets = read_ids(file, query, table[query]), table[target]
-    relevance = _relevance(file, grade, table[grade]) if grade else pa.array(np.ones(len(table)))
-    of_target = query_ids
-    if _is_list(targets.type):
-        if targets.null_count:
-            raise ValueError(f"{file}, column {target}: {targets.null_count} of {len(table)} rows are null.")
-        row = pc.list_parent_indices(targets)  # of each target
-        of_target, relevance, targets = query_ids.take(row), relevance.take(row), pc.list_flatten(targets)
-    return pa.Table.from_arrays([of_target, read_ids(file, target, targets), relevance], schema=_ROWS), query_ids
-
-
-def _layout(file: Path) -> tuple[str, ...]:
+def _columns(file: Path) -> tuple[str, ...]:
     """The columns of query and target, and of the relevance if there is one."""
-    with read_errors(file):
-        names = pq.read_schema(file).names
+    names = column_names(file, file, _csv_layout(file))
+    if not (present := _present(names)):
+        raise ValueError(
+            f"{file} needs the columns query_id and target_id, it has {', '.join(names) or 'none'}; {FORMS}."
+        )
+    if len(present) > 3:
+        raise ValueError(f"{file} has the columns {' and '.join(present[2:])}: which of them is the relevance?")
+    return present
+
+
+def _present(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that hold query, target and relevance; none if they do not hold pairs."""
     for query, target, grades in LAYOUTS:
         if query in names and target in names:
-            present = [grade for grade in grades if grade in names]
-            if len(present) > 1:
-                raise ValueError(f"{file} has the columns {' and '.join(present)}: which of them is the relevance?")
-            return query, target, *present
-    raise ValueError(f"{file} needs the columns query_id and target_id, it has {names}.")
+            return query, target, *(grade for grade in grades if grade in names)
+    return ()
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in (pt.is_list, pt.is_large_list, pt.is_fixed_size_list, pt.is_list_view,
-                                             pt.is_large_list_view))  # fmt: skip
+def _of_part(table: Table, file: Path) -> tuple[pa.Table, pa.Array]:
+    query, target, *grade = (column.name for column in table.columns)
+    rows, queries = _read(table, file, [query, target, *grade]), _read(table, file, [query])[query]
+    for name in (query, target):
+        if missing := rows[name].null_count:
+            raise ValueError(f"{file}, column {name} has no id in {missing} of {len(rows)} rows.")
+    relevance = rows[grade[0]] if grade else pa.chunked_array([np.ones(len(rows))])
+    if not pc.all(pc.fill_null(pc.is_finite(relevance), False), min_count=0).as_py():
+        raise ValueError(f"{file}, column {grade[0]}: a relevance is no finite number.")
+    return pa.Table.from_arrays([rows[query], rows[target], relevance], schema=_ROWS), queries.combine_chunks()
 
 
-def _relevance(file: Path, name: str, column: pa.ChunkedArray) -> pa.Array:
-    """The column as float64 [n]. A bool is 1 or 0."""
-    kind = column.type
-    if not (pt.is_boolean(kind) or pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind)):
-        raise ValueError(f"{file}, column {name} has type {kind}; a relevance is a number or a bool.")
-    grades = column.combine_chunks()
-    grades = pc.cast(pc.cast(grades, pa.int8()) if pt.is_boolean(kind) else grades, pa.float64())
-    if not pc.all(pc.fill_null(pc.is_finite(grades), False)).as_py():
-        raise ValueError(f"{file}, column {name}: a relevance is null or not finite.")
-    return grades
+def _read(table: Table, file: Path, names: list[str]) -> pa.Table:
+    """The columns `names` of a file. Raises ValueError for a line that is no row."""
+    batches = [batch for split in table.splits([file]) for batch in table.read(split, names)]
+    if any(pc.any(batch.column(MALFORMED)).as_py() for batch in batches):
+        rows = (row for split in table.splits([file]) for row in table.read(split))
+        line = next(line for row in rows for line in row.filter(row.column(MALFORMED)).column(ROW).to_pylist())
+        raise ValueError(f"{file} has a line that is no row: {line[:200]}; {FORMS}.")
+    schema = pa.schema([(column.name, column.canonical) for column in table.columns if column.name in names])
+    return pa.Table.from_batches([batch.select(schema.names) for batch in batches], schema)
 
 
-def _of_text(file: Path) -> tuple[pa.Table, pa.Array]:
-    """The rows (_ROWS) of a file of TREC or BEIR, and the ids of all queries."""
+def _of_trec(file: Path) -> tuple[pa.Table, pa.Array]:
+    """The rows (_ROWS) of a file of TREC, and the ids of all queries."""
     rows: list[tuple[str, str, float]] = []
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            is_beir = tuple(lines.readline().split()) == BEIR
-            if not is_beir:
-                lines.seek(0)
-            fields = csv.reader(lines, delimiter="\t") if is_beir else map(str.split, lines)
-            for number, row in enumerate(fields, start=2 if is_beir else 1):
-                if row:
-                    rows.append(_row(row, is_beir, f"{file}, line {number}"))
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"{file} is neither Parquet nor a text of pairs ({e}); {FORMS}.") from e
+        with open_text(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if fields := line.split():
+                    rows.append(_row(fields, f"{file}, line {number}"))
+    except (UnicodeDecodeError, OSError, EOFError) as e:
+        raise ValueError(f"{file} is neither a table nor a text of pairs ({e}); {FORMS}.") from e
     table = pa.Table.from_pylist([dict(zip(_ROWS.names, row, strict=True)) for row in rows], schema=_ROWS)
     return table, table["query"].combine_chunks()
 
 
-def _row(fields: list[str], is_beir: bool, place: str) -> tuple[str, str, float]:
-    """Query, target and relevance. `place`: file and line, for error messages."""
-    if len(fields) != (3 if is_beir else 4):
+def _row(fields: list[str], place: str) -> tuple[str, str, float]:
+    """Query, target and relevance of a line of TREC. `place`: file and line, for error messages."""
+    if len(fields) != 4:
         raise ValueError(f"{place} has {len(fields)} fields; {FORMS}.")
-    query, target, grade = (field.strip() for field in (fields if is_beir else (fields[0], *fields[2:])))
+    query, _, target, grade = fields
     try:
         relevance = float(grade)
     except ValueError:
         relevance = math.nan
     if not math.isfinite(relevance):
         raise ValueError(f"{place}: the relevance {grade!r} is not a number; {FORMS}.")
-    if not query or not target:
-        raise ValueError(f"{place} lacks an id.")
     return query, target, relevance

@@ -77,7 +77,10 @@ def count_ranks(
         raise ValueError(f"the targets of {len(missing)} pairs are not in the pool (the first is {missing[0]!r}).")
     selves = [q for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True) if q == t]
     if selves and queries_are_notes:
-        raise ValueError(f"{len(selves)} pairs relate a note to itself (the first is {selves[0]!r}); remove them.")
+        raise ValueError(
+            f"{len(selves)} pairs relate a note to itself (the first is {selves[0]!r}), and no query is a candidate. "
+            "--queries names the embeddings of queries that are no notes."
+        )
     if repeated := len(pairs) - len(set(zip(pairs.query_ids, pairs.target_ids, strict=True))):
         raise ValueError(f"{repeated} pairs are repetitions; name each pair once.")
 

@@ -11,7 +11,7 @@ trust_remote_code=True, even if the class is installed and the folder holds no c
 the module instead, which needs no such trust.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from notellm2_core.model.hub import model_folder
 from notellm2_core.notes.note import Note, NoteLike, NoteWithImage, as_note
 from notellm2_core.notes.processor import NoteBatch
 
+_UNREAD = ("backend", "model_kwargs", "processor_kwargs", "tokenizer_kwargs", "config_kwargs")
+
 
 def sentence_transformer(
     name: str | Path,
@@ -43,20 +45,34 @@ def sentence_transformer(
     local_files_only: bool = False,
     **settings: Any,
 ) -> SentenceTransformer:
-    """The model of a folder or hub name, with the arguments of SentenceTransformer. `settings`: e.g. truncate_dim."""
+    """The model of a folder or hub name, with the arguments of SentenceTransformer. `settings`: e.g. truncate_dim.
+
+    `half()` and `bfloat16()` change its precision; the vision encoder stays in fp32. Raises ValueError for a setting
+    that has no effect.
+    """
+    _require_effect(settings)
     module = NoteModule.load(
         str(name), token=token, cache_folder=cache_folder, revision=revision, local_files_only=local_files_only
     )
     return SentenceTransformer(modules=[module], device=device, **settings)
 
 
+def _require_effect(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings of SentenceTransformer that nothing reads here."""
+    unread = [name for name in _UNREAD if settings.get(name) not in (None, "torch")]
+    if unread:
+        raise ValueError(
+            f"{', '.join(unread)} has no effect: PyTorch loads the model, in fp32; .half() or .bfloat16() of the "
+            "loaded model change its precision."
+        )
+
+
 class NoteModule(InputModule):
-    """The whole model as the first and only module."""
+    """The whole model as the first and only module. Its vision encoder is no submodule, so it stays in fp32."""
 
     def __init__(self, embedder: Embedder) -> None:
         super().__init__()
-        self.model, self.encoder = embedder.model, embedder.encoder
-        self.tokenizer = embedder.processor.tokenizer
+        self.model, self.tokenizer = embedder.model, embedder.processor.tokenizer
         self._embedder = embedder
 
     @property
@@ -69,6 +85,7 @@ class NoteModule(InputModule):
         Raises ValueError for a note with an unknown or invalid field.
         """
         notes = [_as_note(i, prompt or "") for i in inputs]
+        self._embedder.encoder.to(next(self.model.parameters()).device)
         features, image_ids = self._embedder.read_images(notes, "multimodal")
         distinct = list(dict.fromkeys(i for i in image_ids if i is not None))
         rows = np.array([-1 if i is None else distinct.index(i) for i in image_ids])  # -1: set to zero by collate
@@ -98,7 +115,7 @@ class NoteModule(InputModule):
             )
         self.model.save_pretrained(output_path)
         self._embedder.processor.save_pretrained(output_path)
-        self.encoder.save_pretrained(Path(output_path) / VISION_FOLDER)
+        self._embedder.encoder.save_pretrained(Path(output_path) / VISION_FOLDER)
 
     @classmethod
     def load(  # the parameters are those of sentence-transformers' Module
@@ -110,9 +127,10 @@ class NoteModule(InputModule):
         revision: str | None = None,
         local_files_only: bool = False,
         init_defaults: dict[str, Any] | None = None,
-        **_: Any,
+        **settings: Any,
     ) -> "NoteModule":
         """The model of a folder or hub name, in fp32 on the CPU; SentenceTransformer moves it to its device."""
+        _require_effect(settings)
         folder = model_folder(
             model_name_or_path,
             revision=revision,

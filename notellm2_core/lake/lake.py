@@ -23,6 +23,7 @@ from notellm2_core.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
 WORK_FOLDER = ".work"  # in a lake: unfinished work that killed runs resume, converted weights; no dataset
+_REMADE = "the next run makes the dataset where its folder is missing"
 _FULL_BYTES = 16 << 20  # a disk with less free space is full: writers allocate blocks of about this size
 
 
@@ -146,20 +147,20 @@ def open_dataset(path: Path) -> Dataset:
     try:
         raw = json.loads(file.read_text())
     except ValueError as e:
-        raise LakeError(f"{file} is not readable as JSON ({e}); delete {path} and run again.") from e
+        raise LakeError(f"{file} is not readable as JSON ({e}); {_REMADE}.") from e
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION or raw.keys() != {f.name for f in fields(Manifest)}:
         raise LakeError(
             f"{path} was written with schema version {version} by other code, this code reads version "
-            f"{SCHEMA_VERSION}: point `lake` at a new folder, or delete {path} and run again."
+            f"{SCHEMA_VERSION}: point `lake` at a new folder."
         )
     manifest = Manifest(**raw)
     foreign = {str(f.relative_to(path)) for f in _files(path)} - {*manifest.files, MANIFEST}
     if foreign:
-        raise LakeError(f"{path / min(foreign)} is not in the manifest of its dataset; move it away and run again.")
+        raise LakeError(f"{path / min(foreign)} is not in the manifest of its dataset, which holds no other files.")
     for name, entry in manifest.files.items():
         if not (path / name).exists() or (path / name).stat().st_size != entry["bytes"]:
-            raise LakeError(f"{path / name} does not match its manifest; delete {path} and run again.")
+            raise LakeError(f"{path / name} does not match its manifest; {_REMADE}.")
     return Dataset(path, manifest)
 
 

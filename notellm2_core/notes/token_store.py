@@ -21,6 +21,7 @@ from notellm2_core.schema import TOKENS_FILE
 
 _BATCH_NOTES = 4096
 _MADE_WITH = b"made_with"
+_COMMAND = "python -m notellm2_core.model.tokenise"  # which makes the file
 
 
 class TokenTable(Mapping[str, FieldTokens]):
@@ -31,7 +32,7 @@ class TokenTable(Mapping[str, FieldTokens]):
 
         Raises ValueError where a note is missing or occurs twice, the file is damaged, or `tokenizer` differs.
         """
-        with read_errors(path), pa.ipc.open_file(pa.memory_map(str(path))) as file:
+        with read_errors(path, _COMMAND), pa.ipc.open_file(pa.memory_map(str(path))) as file:
             batches = [file.get_batch(i) for i in range(file.num_record_batches)]
             made_with = (file.schema.metadata or {}).get(_MADE_WITH, b"").decode()
             if not file.schema.remove_metadata().equals(schema.NOTE_TOKENS):
@@ -39,7 +40,7 @@ class TokenTable(Mapping[str, FieldTokens]):
         if made_with != tokenizer.tokens_id:
             raise ValueError(
                 f"{path} was made with another tokenizer or other text settings than this model's; make it again with "
-                "python -m notellm2_core.model.tokenise"
+                f"{_COMMAND}"
             )
         self._columns = [
             [(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[1:]] for batch in batches
@@ -51,7 +52,7 @@ class TokenTable(Mapping[str, FieldTokens]):
             rows = np.arange(len(ids)) if selected_ids is None else np.flatnonzero(pc.is_in(ids, selected_ids))
             batch_rows = {i: (number, row) for i, row in zip(ids.take(rows).to_pylist(), rows.tolist(), strict=True)}
             if len(batch_rows) < len(rows) or not self._rows.keys().isdisjoint(batch_rows):
-                raise ValueError(f"{path} has a note twice; make it again with python -m notellm2_core.model.tokenise")
+                raise ValueError(f"{path} has a note twice; make it again with {_COMMAND}")
             self._rows |= batch_rows
         if missing_ids := set(note_ids or ()) - self._rows.keys():
             raise ValueError(f"{len(missing_ids)} notes are not in {path}, among them {min(missing_ids)!r}.")

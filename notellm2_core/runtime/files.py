@@ -180,14 +180,18 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
 
 
 @contextmanager
-def read_errors(path: Path) -> Iterator[None]:
-    """Turn an error of reading `path` into a ValueError that names the file."""
+def read_errors(path: Path, made_by: str | None = None) -> Iterator[None]:
+    """Turn an error of reading `path` into a ValueError that names the file.
+
+    `made_by`: the command that makes the file where it is missing; None: it is not ours.
+    """
     from pyarrow import ArrowException  # here, because most importers of this module read no Parquet
 
     try:
         yield
     except (OSError, ValueError, ArrowException) as e:
-        raise ValueError(f"{path} cannot be read ({e}); if it is damaged, move it away and run again") from e
+        remade = f"; {made_by} makes it where it is missing" if made_by else ""
+        raise ValueError(f"{path} cannot be read ({e}){remade}") from e
 
 
 def _hidden_beside(path: Path, kind: str) -> Path:

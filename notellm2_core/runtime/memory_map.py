@@ -28,5 +28,5 @@ def memory_mapped(
         if (table.shape, table.dtype) != (shape, np.dtype(dtype)):
             raise ValueError(f"{table.dtype} {table.shape}, not {np.dtype(dtype)} {shape}")
     except (ValueError, EOFError) as e:
-        raise ValueError(f"{path} is damaged ({e}): delete it and run again") from e
+        raise ValueError(f"{path} is damaged ({e}); a run makes it where it is missing") from e
     return table

@@ -58,9 +58,10 @@ def csv_names(stream: pa.NativeFile, layout: CsvLayout) -> list[str]:
         rows = rows[:-1]  # which may be cut
     sizes = {len(row) for row in rows}
     if len(rows) > 1 and len(names) not in sizes:
+        escaped = " Backslashes before quotes are read with the setting escape." if '\\"' in text.getvalue() else ""
         raise ValueError(
             f"the header has {len(names)} columns, and the first row has {len(rows[0])}: "
-            f"{delimiter.join(names)[:200]} / {delimiter.join(rows[0])[:200]}."
+            f"{delimiter.join(names)[:200]} / {delimiter.join(rows[0])[:200]}.{escaped}"
         )
     return names
 

@@ -61,31 +61,32 @@ def _refuse_logs(folder: Path, folders: Collection[str]) -> None:
     for log, name in _LOGS.items():
         if log in folders and (name != "Iceberg" or any((folder / log).glob("*.metadata.json"))):
             raise ValueError(
-                f"{folder} is a {name} table, whose log decides which of its files count. It is not read: export it as "
-                "plain Parquet."
+                f"{folder} is a table of {name}, whose log decides which of its files count. It is not read: export it "
+                "as plain Parquet."
             )
 
 
-def _format(file: Path, layout: CsvLayout = RFC_4180) -> tuple[str, str | None]:
-    """The suffix of the format, and the compression. A layout makes a file of any other name a CSV.
+def _format(file: Path, layout: CsvLayout = RFC_4180) -> str:
+    """The suffix of the format, without that of its compression. A layout makes a file of any other name a CSV.
 
     Raises ValueError for a file of another format.
     """
     suffixes = [suffix.lower() for suffix in file.suffixes]
-    compression = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
-    kind = suffixes[-2 if compression else -1] if len(suffixes) > (compression is not None) else ""
+    is_compressed = bool(suffixes) and suffixes[-1] in _COMPRESSIONS
+    kind = suffixes[-2 if is_compressed else -1] if len(suffixes) > is_compressed else ""
     if kind in _DELIMITERS or kind in _JSON_LINES:
-        return kind, compression
-    if (kind in (".parquet", ".pq") and not compression) or _starts_like_parquet(file):
-        return ".parquet", None
+        return kind
+    if (kind in (".parquet", ".pq") and not is_compressed) or _starts_like_parquet(file):
+        return ".parquet"
     if layout != RFC_4180:
-        return ".csv", compression
+        return ".csv"
     raise ValueError(f"{file} has none of the formats that are read: {FORMATS}.")
 
 
 def format_name(file: Path, layout: CsvLayout = RFC_4180) -> str:
     """The format of a table's part for people to read, such as `CSV (gzip)`."""
-    suffix, compression = _format(file, layout)
+    suffix = _format(file, layout)
+    compression = None if suffix == ".parquet" else _COMPRESSIONS.get(file.suffix.lower())
     return _NAMES[suffix] + (f" ({compression})" if compression else "")
 
 
@@ -103,9 +104,18 @@ def splits(file: Path) -> list[Split]:
     return [Split(file, group, sum(rows[:group])) for group in range(len(rows))]
 
 
+def is_table_file(file: Path) -> bool:
+    """Whether the name or the start of `file` says that it has one of FORMATS."""
+    try:
+        _format(file)
+    except ValueError:
+        return False
+    return True
+
+
 def is_parquet(file: Path) -> bool:
     """Whether `file`, one of `table_files`, is Parquet."""
-    return _format(file, CsvLayout(delimiter=","))[0] == ".parquet"
+    return _format(file, CsvLayout(delimiter=",")) == ".parquet"
 
 
 def parquet_file(file: Path) -> pq.ParquetFile:
@@ -163,7 +173,7 @@ def read_split(split: Split, reading: Reading, folder: Path) -> Iterator[pa.Reco
     kinds = reading.kinds
     constants = partition_values(split.file, folder)
     names = column_names(split.file, split.file, reading.layout)
-    if _format(split.file, reading.layout)[0] in _JSON_LINES:  # a key may come first in a later line
+    if _format(split.file, reading.layout) in _JSON_LINES:  # a key may come first in a later line
         names = [name for name in kinds if name in names or name not in constants]
     stored = {name: kinds[name] for name in names if name in kinds}
     try:
@@ -177,7 +187,7 @@ def read_split(split: Split, reading: Reading, folder: Path) -> Iterator[pa.Reco
 
 
 def _stored_rows(split: Split, reading: Reading) -> Iterator[pa.RecordBatch]:
-    kind, compression = _format(split.file, reading.layout)
+    kind = _format(split.file, reading.layout)
     if kind == ".parquet":
         with parquet_file(split.file) as parquet:
             groups = [*range(parquet.num_row_groups)] if split.group is None else [split.group]
@@ -186,11 +196,16 @@ def _stored_rows(split: Split, reading: Reading) -> Iterator[pa.RecordBatch]:
             for batch in parquet.iter_batches(rows, row_groups=groups, columns=names, use_threads=False):
                 yield batch.append_column(LINE, pa.nulls(len(batch), pa.string()))
         return
-    with pa.input_stream(str(split.file), compression=compression) as stream:
+    with open_text(split.file) as stream:
         if kind in _DELIMITERS:
             yield from csv_rows(stream, _layout(kind, reading.layout), list(reading.kinds))
         else:
             yield from json_rows(stream, reading.kinds, reading.lists, reading.forms)
+
+
+def open_text(file: Path) -> pa.NativeFile:
+    """The bytes of a text file, decompressed as its name says."""
+    return pa.input_stream(str(file), compression=_COMPRESSIONS.get(file.suffix.lower()))
 
 
 def _layout(kind: str, layout: CsvLayout) -> CsvLayout:
@@ -199,9 +214,9 @@ def _layout(kind: str, layout: CsvLayout) -> CsvLayout:
 
 def _text_names(file: Path, layout: CsvLayout) -> list[str]:
     """The columns of a CSV, TSV or JSON Lines file; [] for an empty one. Raises ValueError for a damaged one."""
-    kind, compression = _format(file, layout)
+    kind = _format(file, layout)
     try:
-        with pa.input_stream(str(file), compression=compression) as stream:
+        with open_text(file) as stream:
             return csv_names(stream, _layout(kind, layout)) if kind in _DELIMITERS else json_names(stream)
     except (OSError, EOFError) as e:
         raise ValueError(_reason(file, e)) from e

@@ -21,7 +21,7 @@ _VALUES: dict[Kind, tuple[type, ...]] = {
     Kind.TEXTS: (str, list),
     Kind.PIECES: (str, int, list),
     Kind.TIME: (str, int, float),
-    Kind.NUMBER: (str, int, float),
+    Kind.NUMBER: (str, int, float, bool),
     Kind.PATH: (str, int),
     Kind.BYTES: (),
 }

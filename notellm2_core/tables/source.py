@@ -61,7 +61,10 @@ def find_table(source: Path, table: str) -> Path:
     if not found:
         raise ValueError(f"{source} holds no {table}: a file or folder {table} of {FORMATS}; set source.path.")
     if len(found) > 1:
-        raise ValueError(f"{source} holds both {found[0].name} and {found[1].name}; leave one of them there.")
+        raise ValueError(
+            f"{source} holds both {found[0].name} and {found[1].name}: name the one that counts in "
+            f"source.{table}.files."
+        )
     return found[0]
 
 
@@ -126,7 +129,7 @@ def open_notes(path: Path, reading: NoteReadingSettings = NOTE_CONTRACT) -> Tabl
     Raises ValueError naming the file and the column where a required one is missing or has a wrong type, and where
     images are named by address alone.
     """
-    table = check_table(note_table(path, reading))
+    table = check_table(note_table(path, reading), setting="source.columns")
     if not {"image", "image_path"} & {*_entries(reading, _note_tables(reading)[0])}:
         _require_images(table)
     return table
@@ -156,12 +159,12 @@ def _require_images(table: Table) -> None:
 
 def open_events(path: Path, reading: EventReadingSettings = EVENT_CONTRACT) -> list[Table]:
     """The tables of events of a source folder, or the table of events `path`. Raises ValueError as `open_notes`."""
-    return [check_table(table) for table in event_tables(path, reading)]
+    return [check_table(table, setting="source.columns") for table in event_tables(path, reading)]
 
 
 def event_tables(path: Path, reading: EventReadingSettings = EVENT_CONTRACT) -> list[Table]:
     """`open_events` before their columns are checked. Raises ValueError where there is no such table."""
-    columns = (*EVENT_COLUMNS, WEIGHT) if has_weights(reading) else EVENT_COLUMNS
+    columns = (*EVENT_COLUMNS, WEIGHT) if reading.has_weights else EVENT_COLUMNS
     forms = Forms(timestamp_format=reading.timestamp_format, time_zone=reading.time_zone)
     tables = []
     for settings in _event_tables(reading):
@@ -179,12 +182,6 @@ def _entries(reading: ReadingSettings, table: TableSettings) -> dict[str, Entry]
     for columns in (reading.columns, table.columns):
         entries |= {str(name): entry for name, entry in (columns or {}).items()}
     return entries
-
-
-def has_weights(reading: EventReadingSettings) -> bool:
-    """Whether events have the column WEIGHT."""
-    named = (reading.columns, *(table.columns for table in reading.events or ()))
-    return any(WEIGHT.name in (columns or {}) for columns in named)
 
 
 def _table(path: Path, settings: TableSettings, name: str, origins: Sequence[Origin], forms: Forms) -> Table:

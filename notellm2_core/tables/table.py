@@ -175,9 +175,10 @@ def open_table(path: Path, columns: Sequence[Column]) -> Table:
     return check_table(Table(path, tuple(Stored(column, column.name) for column in columns), tuple(table_files(path))))
 
 
-def check_table(table: Table) -> Table:
+def check_table(table: Table, setting: str | None = None) -> Table:
     """The table without its empty parts, after a look at the columns of every part.
 
+    `setting`: the one that names columns, for error messages; None: there is none.
     Raises ValueError naming the file and the column where a required one is missing or has a wrong type.
     """
     if not table.files:
@@ -188,9 +189,9 @@ def check_table(table: Table) -> Table:
     for origin in table.origins:
         if origin.column.name not in table.groups:
             for name in origin.kinds:
-                _require(name, origin.column, present)
+                _require(name, origin.column, present, setting)
     for name in (*table.extract, *table.where):
-        _require(name, Column(name, Kind.TEXT, in_every_part=True), present)
+        _require(name, Column(name, Kind.TEXT, in_every_part=True), present, setting)
     table = replace(table, files=tuple(present))
     for file in filter(is_parquet, table.files):
         try:
@@ -200,7 +201,7 @@ def check_table(table: Table) -> Table:
     return table
 
 
-def _require(name: str, column: Column, present: Mapping[Path, Sequence[str]]) -> None:
+def _require(name: str, column: Column, present: Mapping[Path, Sequence[str]], setting: str | None) -> None:
     """Raises ValueError if files lack the column `name`, which `column` is read from, or have it twice."""
     if twice := next((file for file, names in present.items() if names.count(name) > 1), None):
         raise ValueError(f"{twice} has the column {name} twice: which of them counts?")
@@ -208,10 +209,9 @@ def _require(name: str, column: Column, present: Mapping[Path, Sequence[str]]) -
     is_everywhere_missing = len(without) == len(present) and (column.required or name != column.name)
     if without and (column.in_every_part or is_everywhere_missing):
         none = "" if column.in_every_part else ", null if there is none"
-        raise ValueError(
-            f"{without[0]} lacks the column {name}; it has {', '.join(present[without[0]])}. "
-            f"source.columns.{column.name} names your column{none}."
-        )
+        advice = f" {setting}.{column.name} names your column{none}." if setting else ""
+        names = ", ".join(present[without[0]])
+        raise ValueError(f"{without[0]} lacks the column {name}; it has {names}.{advice}")
 
 
 def _named(name: str, column: pa.Array, kind: Kind, forms: Forms) -> pa.Array:

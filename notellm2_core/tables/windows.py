@@ -42,11 +42,12 @@ def no_events(
     return f"{problem} dropped: {reasons}; set window.end (or WEEK) and window.{name}_days."
 
 
-def no_clicks(name: str, days: Span, settings: EventSettings, event_names: Sequence[str]) -> str:
+def no_clicks(name: str, days: Span, settings: EventSettings, event_names: Sequence[str], has_weights: bool) -> str:
     """That the window `name` has no clicks, and which setting to change."""
+    by_weight = " Clicks of weight 0 are views." if has_weights else ""
     return (
         f"no clicks in the {name} window, {_written(days)}: set source.click_events, now "
-        f"{list(settings.click_events)}, to names that occur ({', '.join(event_names)}), or window.end."
+        f"{list(settings.click_events)}, to names that occur ({', '.join(event_names)}), or window.end.{by_weight}"
     )
 
 

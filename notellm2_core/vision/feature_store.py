@@ -20,6 +20,7 @@ from notellm2_core import schema
 from notellm2_core.runtime.files import parquet_files, read_errors, sweep, written_whole
 from notellm2_core.schema import NOTE_IMAGES_FILE, VISION_FOLDER
 
+_COMMAND = "python -m notellm2_core.vision.extract"  # which makes the files
 _STORE_FILE = "store.json"  # the dimensions of the features
 _ROW_GROUP_BYTES = 4 << 20  # small, so that a few images can be read without the whole part
 
@@ -44,11 +45,11 @@ class FeatureStore:
             self.num_patches: int = dimensions["num_patches"]
             self.width: int = dimensions["width"]
         except OSError as e:
-            raise ValueError(
-                f"{root} holds no vision features; compute them with python -m notellm2_core.vision.extract"
-            ) from e
+            raise ValueError(f"{root} holds no vision features; compute them with {_COMMAND}") from e
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{self.root / _STORE_FILE} is damaged ({e!r}); delete it and run again") from e
+            raise ValueError(
+                f"{self.root / _STORE_FILE} is damaged ({e!r}); {_COMMAND} makes it where it is missing"
+            ) from e
         self._rows: dict[str, tuple[Path, int]] = {}  # image id -> its part and row
         self._hashes: dict[str, str | None] = {}
         self._read: set[Path] = set()
@@ -70,7 +71,7 @@ class FeatureStore:
         """The image ids in the store at this moment. Raises ValueError naming a damaged part."""
         for part in parquet_files(self.root):
             if part not in self._read:
-                with read_errors(part), pq.ParquetFile(part, page_checksum_verification=True) as file:
+                with read_errors(part, _COMMAND), pq.ParquetFile(part, page_checksum_verification=True) as file:
                     expected = schema.vision_features(self.num_patches, self.width)
                     if not file.schema_arrow.equals(expected):
                         raise ValueError("other columns than this store has")
@@ -132,7 +133,10 @@ class FeatureStore:
             rows_of_part.setdefault(part, []).append((row, i))
         for part, pairs in rows_of_part.items():
             rows, targets = np.array(sorted(pairs)).T
-            with read_errors(part), pq.ParquetFile(part, memory_map=True, page_checksum_verification=True) as file:
+            with (
+                read_errors(part, _COMMAND),
+                pq.ParquetFile(part, memory_map=True, page_checksum_verification=True) as file,
+            ):
                 first = 0
                 for group in range(file.num_row_groups):
                     last = first + file.metadata.row_group(group).num_rows
@@ -150,7 +154,7 @@ class FeatureStore:
 def read_note_images(path: Path) -> dict[str, str | None]:
     """note_id -> image_id, None where the note has no usable image. `path`: the file, or its folder."""
     path = Path(path) / NOTE_IMAGES_FILE if Path(path).is_dir() else Path(path)
-    with read_errors(path):
+    with read_errors(path, _COMMAND):
         table = pq.read_table(path, columns=["note_id", "image_id"])
     return dict(zip(table["note_id"].to_pylist(), table["image_id"].to_pylist(), strict=True))
 

@@ -89,7 +89,7 @@ def huggingface_architecture(settings: VisionSettings) -> Architecture:
     if FAMILIES[vision.model_type].fixed_size and preprocess.size_px != square_side(vision.image_size):
         raise ValueError(
             f"{name} reads images of {vision.image_size} pixels, its preprocessor_config.json makes them "
-            f"{preprocess.size_px}; correct one of the two."
+            f"{preprocess.size_px}; the two have to agree."
         )
     return Architecture("transformers", _own_fields(whole, vision), preprocess)
 

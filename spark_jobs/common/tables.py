@@ -36,7 +36,8 @@ _BAD_INPUT = re.compile(rf"{BadInput.__name__}: (.+)")
 def write_table(df: DataFrame, out: Path, sort: Sequence[str], num_files: int = 1) -> None:
     """Write `df` to the new folder `out` as at most `num_files` Parquet files, each sorted by `sort`.
 
-    The hash of `sort[0]` decides a row's file, so the same rows make the same files on every run.
+    The hash of `sort[0]` decides a row's file, so every run writes the same rows, in the same order, into the same
+    files.
     """
     # By number: after a join on a column, Spark may skip a repartition by that column and coalesce partitions freely.
     file = F.pmod(F.hash(sort[0]), F.lit(num_files))

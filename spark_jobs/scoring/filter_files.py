@@ -105,7 +105,7 @@ class CandidateFilter:
                 *(batch[name].cast(kind).to_numpy() for name, kind in _NUMBERS.items()),
             )
             if not np.isfinite(pairs.score).all():
-                raise BadInput(f"{file} holds scores that are infinite or NaN; leave them out.")
+                raise BadInput(f"{file} holds scores that are infinite or NaN: a score is a finite number.")
             in_split = pairs.chosen(query_in_split[pairs.query] & target_in_split[pairs.target])
             candidates = in_split.chosen(in_split.num_users >= self.min_users)
             if clicks is not None:
@@ -177,7 +177,7 @@ def _read(file: Path) -> Iterator[pa.RecordBatch]:
         except (OSError, pa.ArrowException) as e:
             raise BadInput(f"{file} is damaged.") from e
         if with_nulls := [name for name in SCORES.names if table[name].null_count]:
-            raise BadInput(f"{file} holds nulls in the column {with_nulls[0]}; leave them out.")
+            raise BadInput(f"{file} holds nulls in the column {with_nulls[0]}: every row needs a value.")
         columns = [table[name].dictionary_encode() if name in _IDS else table[name] for name in SCORES.names]
         yield from pa.table(columns, SCORES.names).unify_dictionaries().combine_chunks().to_batches()
 

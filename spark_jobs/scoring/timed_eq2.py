@@ -4,7 +4,7 @@ As in `eq2.py`, a block holds all pairs of its queries, and sorting packed integ
 its own share, so the integers hold the user instead of N_u, and shares are summed as they come.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,8 +48,9 @@ _NOTHING = _Sums(np.empty(0, np.int64), np.empty(0, np.int64), (np.empty(0),) * 
 def timed_scores(histories: pa.Table, pairs_at_a_time: int = PAIRS_AT_A_TIME) -> Iterator[Pairs]:
     """TIMED_HISTORIES of a block -> its pairs, in chunks, by query and target.
 
-    A share is rounded to 78 binary places and summed in three parts, each exactly while the score is below 2**27. So
-    scores depend neither on the order of users nor on their partitions. A pair whose score is rounded to 0 is left out.
+    A share is rounded to 78 binary places, to fewer where scores may reach 2**27, and summed in three parts, each
+    exactly. So scores depend neither on the order of users nor on their partitions. A pair whose score is rounded to 0
+    is left out.
     """
     if not histories.num_rows:
         return
@@ -73,6 +74,7 @@ def timed_scores(histories: pa.Table, pairs_at_a_time: int = PAIRS_AT_A_TIME) ->
     # The visits of a user to a note are never divided, so that a pair of theirs is seen once.
     last = np.append(np.flatnonzero((rank[1:] != rank[:-1]) | (user[1:] != user[:-1])), len(rank) - 1)
     pair_end, last_rank = np.cumsum(length)[last], rank[last]
+    places = _places(share, table.num_rows)
     carried, low, done = _NOTHING, 0, 0  # carried: the last query, which may continue in the next chunk
     while done < len(last):
         pairs_done = int(pair_end[done - 1]) if done else 0
@@ -83,7 +85,7 @@ def timed_scores(histories: pa.Table, pairs_at_a_time: int = PAIRS_AT_A_TIME) ->
         in_chunk = rank[chunk] - rank[low]
         key = np.repeat(in_chunk << (note_bits + user_bits) | user[chunk], length[chunk])
         which = ragged(begin[chunk], length[chunk])
-        sums = carried.merged(_summed(key | click[which] << user_bits, share[which], user_bits))
+        sums = carried.merged(_summed(key | click[which] << user_bits, share[which], user_bits, places))
         continues = high < len(rank) and rank[high] == rank[high - 1]
         newest = int(in_chunk[-1]) << note_bits
         complete, carried = sums.split(int(np.searchsorted(sums.key, newest)) if continues else len(sums.key), newest)
@@ -93,7 +95,13 @@ def timed_scores(histories: pa.Table, pairs_at_a_time: int = PAIRS_AT_A_TIME) ->
         low, done = high, upto
 
 
-def _summed(key: Ints, share: Floats, user_bits: int) -> _Sums:
+def _places(share: Floats, num_users: int) -> list[int]:
+    """The binary places of the parts of shares, of which any sum is exact: its largest part is below 2**53 units."""
+    too_many = max(0, int(np.frexp(share.max() * num_users)[1]) - 27)
+    return [places - too_many for places in _PLACES]
+
+
+def _summed(key: Ints, share: Floats, user_bits: int, places: Sequence[int]) -> _Sums:
     """`key`: rank of the query, target and user, packed. Of a user's clicks on a target, the largest share counts."""
     order = np.argsort(key)
     key = key[order]
@@ -101,8 +109,8 @@ def _summed(key: Ints, share: Floats, user_bits: int) -> _Sums:
     rest, pair = np.maximum.reduceat(share[order], first), key[first] >> user_bits
     first = run_starts(pair)
     parts = []
-    for places in _PLACES:
-        part = np.rint(rest * 2.0**places) / 2.0**places
+    for num in places:
+        part = np.rint(rest * 2.0**num) / 2.0**num
         parts.append(np.add.reduceat(part, first))
         rest = rest - part
     return _Sums(pair[first], np.diff(np.append(first, len(pair))), tuple(parts))

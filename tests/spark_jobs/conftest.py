@@ -9,6 +9,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 EVENTS = "user_id string, note_id string, timestamp timestamp, event string"
+WEIGHED_EVENTS = f"{EVENTS}, weight double"
 SCORES = "query_id string, target_id string, score double, num_users bigint"
 NOTES = "note_id string, title string, topics array<string>, content string, image_path string, image binary"
 SPLITS = "note_id string, side string, group_id string"

@@ -26,7 +26,7 @@ from spark_jobs import cooccurrence as job
 from spark_jobs.common.tables import write_table
 from spark_jobs.cooccurrence import cooccurrence, score, target_clicks
 from spark_jobs.interactions import interactions, reduced
-from tests.spark_jobs.conftest import EVENTS, Frame, at, rows_of
+from tests.spark_jobs.conftest import EVENTS, WEIGHED_EVENTS, Frame, at, rows_of
 from tests.spark_jobs.test_source import write_csv
 
 NAMES = EventSettings(view_events=["view"], click_events=["click"], ignored_events=None)
@@ -54,7 +54,7 @@ def scores_of(spark: SparkSession, tmp_path: Path) -> Scores:
 def brute_force(
     log: Log,
     simultaneous: bool,
-    weights: Mapping[str, int] = MappingProxyType({"click": 1}),
+    weights: Mapping[str, Fraction] = MappingProxyType({"click": Fraction(1)}),
     most: float = inf,
     weight_at: Callable[[int], Fraction] = lambda time: Fraction(1),
 ) -> dict[tuple[str, str], tuple[Fraction, int]]:
@@ -183,11 +183,31 @@ def test_worked_example_with_times_and_weights(frame: Frame, scores_of: Scores) 
     )
 
 
+def test_worked_example_with_weights_of_rows(frame: Frame, scores_of: Scores) -> None:
+    """Two users; the numbers are minutes, with the weight of the row behind: say, minutes that a video was watched.
+
+    u1  view A 0, click B 10 (8), click B 20 (3), view C 15 (9), click D 30 (0)     N = 1: D, watched for 0, is viewed
+    u2  view A 0, click B 10 (0.5), click C 20 (2)                                  N = 2
+
+    A->B from u1 by the click at 10: 8, from u2: 0.5 / 2. C->B from u1: the click at 20, 3. A->C from u2: 2 / 2, B->C
+    from u2: 2 / 2. Nothing leads to D. With `event_weights`, all of it is doubled.
+    """
+    log = [("u1", "A", 0, "view", None), ("u1", "B", 10, "click", 8.0), ("u1", "B", 20, "click", 3.0),
+           ("u1", "C", 15, "view", 9.0), ("u1", "D", 30, "click", 0.0), ("u2", "A", 0, "view", 1.0),
+           ("u2", "B", 10, "click", 0.5), ("u2", "C", 20, "click", 2.0)]  # fmt: skip
+    events = frame(WEIGHED_EVENTS, [(u, n, at(60 * minute), e, w) for u, n, minute, e, w in log])
+    expected = [("A", "B", 8.25, 2), ("A", "C", 1.0, 1), ("B", "C", 1.0, 1), ("C", "B", 3.0, 1)]
+    assert sorted(scores_of(reduced(interactions(events, NAMES), False))) == expected
+    twice = interactions(events, NAMES.model_copy(update={"event_weights": {"click": 2.0}}))
+    assert sorted(scores_of(reduced(twice, False))) == [(q, t, 2 * s, n) for q, t, s, n in expected]
+
+
 times_and_weights = st.fixed_dictionaries(
     {
         "max_minutes": st.none() | st.integers(1, 3),
         "half_life_days": st.none() | st.just(1 / 12),
-        "weights": st.none() | st.fixed_dictionaries({"click": st.integers(1, 3), "buy": st.integers(1, 9)}),
+        "event_weights": st.none() | st.fixed_dictionaries({"click": st.integers(1, 3), "buy": st.integers(1, 9)}),
+        "has_column": st.booleans(),
         "simultaneous": st.booleans(),
     }
 )
@@ -195,7 +215,7 @@ minute = st.tuples(
     st.sampled_from(["u1", "u2", "u3"]),
     st.sampled_from(["A", "B", "C", "D"]),
     st.integers(0, 9),
-    st.sampled_from(["view", "click", "buy"]),
+    st.sampled_from([f"{name} {weight}" for name in ("view", "click", "buy") for weight in (0, 1, 2.5, 6)]),
 )
 
 
@@ -204,27 +224,41 @@ minute = st.tuples(
 def test_times_and_weights_equal_the_definition(
     frame: Frame, scores_of: Scores, logs: list[Log], options: dict[str, Any]
 ) -> None:
-    """Many small logs, of ten minutes in two partitions that are reduced by themselves, against all of their events."""
-    weights, half_life = options["weights"], options["half_life_days"]
+    """Many small logs, of ten minutes in two partitions that are reduced by themselves, against all of their events.
+
+    An event of the logs is a name and the weight of its row.
+    """
+    event_weights, half_life = options.pop("event_weights"), options["half_life_days"]
+    columns = WEIGHED_EVENTS if options.pop("has_column") else EVENTS
+    weights = {
+        f"{name} {weight}": Fraction(by_name * (weight if columns is WEIGHED_EVENTS else 1))
+        for name, by_name in (event_weights or {"click": 1, "buy": 1}).items()
+        for weight in (0, 1, 2.5, 6)
+    }
+    weights = {name: weight for name, weight in weights.items() if weight}
     expected = {
         (f"{i}{a}", f"{i}{b}"): value
         for i, log in enumerate(logs)
         for (a, b), value in brute_force(
             log,
             options["simultaneous"],
-            weights or {"click": 1, "buy": 1},
+            weights,
             options["max_minutes"] or inf,
             lambda minute: Fraction(1) if half_life is None else Fraction(2 ** ((minute - 1440) / 120)),
         ).items()
     }
-    names = EventSettings(view_events=("view",), click_events=("click", "buy"), event_weights=weights)
-    rows = [(f"{i}{u}", f"{i}{n}", at(60 * t), e) for i, log in enumerate(logs) for u, n, t, e in log]
-    events = frame(EVENTS, rows).withColumn("partition", F.col("timestamp") < F.lit(at(300)))
+    names = EventSettings(view_events=("view",), click_events=("click", "buy"), event_weights=event_weights)
+    rows = [
+        (f"{i}{u}", f"{i}{n}", at(60 * t), e.split()[0], *([float(e.split()[1])] if columns is WEIGHED_EVENTS else []))
+        for i, log in enumerate(logs)
+        for u, n, t, e in log
+    ]
+    events = frame(columns, rows).withColumn("partition", F.col("timestamp") < F.lit(at(300)))
     limit = options["max_minutes"]
     scores = scores_of(
         reduced(interactions(events, names), every_time=limit is not None).drop("partition"),
         end=date(2024, 1, 2),
-        **{key: value for key, value in options.items() if key != "weights"},
+        **options,
     )
     assert {(q, t): n for q, t, _, n in scores} == {pair: users for pair, (_, users) in expected.items()}
     for query, target, score_, _ in scores:

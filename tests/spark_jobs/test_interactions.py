@@ -14,12 +14,12 @@ import pytest
 from pyspark.sql import SparkSession
 
 from notellm2_core import schema
-from notellm2_core.config.source import EventSettings
+from notellm2_core.config.source import EventReadingSettings, EventSettings
 from notellm2_core.tables.log import UNDATED, Span, ingestion_metrics, partitions_between
 from spark_jobs.ingest import ingest
 from spark_jobs.interactions import interactions, reduce_partitions, reduced
 from spark_jobs.window import Window, join_partitions
-from tests.spark_jobs.conftest import EVENTS, Frame
+from tests.spark_jobs.conftest import EVENTS, WEIGHED_EVENTS, Frame
 from tests.spark_jobs.test_source import write_csv
 
 NAMES = {"view_events": ["view"], "click_events": ["click"], "ignored_events": ["share"], "max_events_per_day": None}
@@ -169,13 +169,50 @@ def test_rows_by_time_and_by_weight(spark: SparkSession, frame: Frame, tmp_path:
     assert rows(True, event_weights=None) == [
         (1, None, 1, 0), (2, 2, 2, 2), (3, 3, 1, 1), (4, None, 1, 0), (9, 9, 1, 1)
     ]  # fmt: skip
-    assert rows(False) == [(1, None, 2, 0, None), (2, 3, 2, 2, 1.0), (2, 9, 2, 2, 5.0)]
+    assert rows(False) == [(1, 9, 6, 4, 5.0)]  # the purchase on the 9th outweighs all clicks before it
+    assert rows(False, event_weights={"like": 7}) == [(1, 3, 5, 3, 7.0), (9, 9, 1, 1, 1.0)]
     by_time = [(1, None, 1, 0, None), (2, 2, 2, 2, 5.0), (3, 3, 1, 1, 1.0), (4, None, 1, 0, None), (9, 9, 1, 1, 5.0)]
     assert rows(True) == by_time
     lines, both = [f"u1,n1,2024-01-0{day},{event}" for day, event in log], (TRAIN[0], TEST[1])
     counts = prepared(spark, tmp_path, lines, train=both, test=both, every_time=True, **names)
     assert (counts["train"]["events"], counts["train"]["clicks"]) == (6, 4)
     assert days(pq.read_table(tmp_path / "out" / "test")) == by_time
+
+
+def test_weights_of_rows(frame: Frame) -> None:
+    """A click of weight 0 is a view; weights of views do not count. Clicks by day and weight: 1: 4, 2: 0, 3: 2.5, 5: 3.
+
+    The click on the 5th outweighs that on the 3rd, and that on the 1st outweighs both; the views join it.
+    """
+    log = [(1, "click", 4.0), (2, "click", 0.0), (3, "click", 2.5), (4, "view", None), (5, "click", 3.0)]
+    events = frame(WEIGHED_EVENTS, [("u", "n", datetime(2024, 1, d, tzinfo=UTC), name, w) for d, name, w in log])
+    for event_weights, factor in ((None, 1), ({"click": 2}, 2)):
+        rows = reduced(interactions(events, EventSettings(**NAMES, event_weights=event_weights)), False).collect()
+        assert sorted((r.first_view.day, r.last_click.day, r.events, r.clicks, r.click_weight) for r in rows) == [
+            (1, 1, 3, 1, factor * 4.0), (3, 5, 2, 2, factor * 3.0),
+        ]  # fmt: skip
+
+
+def test_clicks_without_a_usable_weight_are_quarantined(spark: SparkSession, tmp_path: Path) -> None:
+    """Weights of ignored events and of views are not looked at. Rows that differ in their weight are two events."""
+    bad = ["", "many", "nan", "inf", "-1", "1e9999", "1000000001"]
+    lines = [*(f"u1,n1,2024-01-02,click,{weight}" for weight in bad),
+             "u1,n1,2024-01-01,view,", "u1,n1,2024-01-02,share,x",
+             *(f"u1,n2,2024-01-03,click,{weight}" for weight in ("2", "2.0", "1e9", "0"))]  # fmt: skip
+    write_csv(tmp_path / "events.csv", lines, header="user_id,note_id,timestamp,event,value")
+    reading = EventReadingSettings(columns={"weight": "value"})
+    log = ingestion_metrics(tmp_path, [ingest(spark, tmp_path, tmp_path / "raw", "week", None, reading)])
+    counts = joined(spark, tmp_path / "raw", log, tmp_path / "out", test=TRAIN)
+    assert counts["dropped"] == {"bad_weight": len(bad), "duplicate_event": 1} and counts["ignored_event"] == 1
+    assert (counts["train"]["events"], counts["train"]["clicks"]) == (4, 2)
+    rows = pq.read_table(tmp_path / "out" / "train").to_pylist()
+    assert [(r["note_id"], r["events"], r["clicks"], r["click_weight"]) for r in rows] == [
+        ("n1", 1, 0, None), ("n2", 3, 2, 1e9),
+    ]  # fmt: skip
+    quarantine = pq.read_table(tmp_path / "out" / "quarantine").to_pylist()
+    assert {"user_id": "u1", "note_id": "n1", "timestamp": "2024-01-02", "event": "click", "value": "many"} in [
+        json.loads(q["row"]) for q in quarantine
+    ]
 
 
 def test_an_empty_window_names_the_setting_and_the_days_of_the_data(spark: SparkSession, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def open_run(run_dir: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         saved = dict(run["settings"])
         run["precision"]
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged ({e!r}): give --run-dir a new folder, or move this one away") from e
+        raise ValueError(f"{path} is damaged ({e!r}): give --run-dir a new folder") from e
     for key in sorted({*settings, *saved}):
         if saved.get(key) != settings.get(key):
             raise ValueError(

@@ -166,6 +166,10 @@ def test_settings_that_swing_does_not_read() -> None:
     assert unused_settings(load_config(CONFIGS[0], order | {"pairs.score": "swing"})) == [
         f"{name} has no effect with pairs.score = swing" for name in order
     ]
+    for weights in ({"source.columns": {"weight": "price"}}, {"source.events": {"columns": {"weight": "price"}}}):
+        assert unused_settings(load_config(CONFIGS[0], weights | {"pairs.score": "swing"})) == [
+            "source.columns.weight has no effect with pairs.score = swing"
+        ]
 
 
 def test_hard_negatives_of_ones_own_need_no_mining(tmp_path: Path) -> None:

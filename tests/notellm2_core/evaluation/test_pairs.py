@@ -1,5 +1,6 @@
 """Related pairs are read from the lake's Parquet, a user's Parquet, and qrels of TREC and BEIR; the rest is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ NOTHING = dict.fromkeys(LEFT_OUT, 0)
 
 def parquet(file: Path, **columns: Any) -> Path:
     pq.write_table(pa.table(columns), file)
+    return file
+
+
+def packed(file: Path, content: str) -> Path:
+    """`content`, compressed as the name of `file` says."""
+    codec = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}.get(file.suffix)
+    with pa.output_stream(str(file), compression=codec) as stream:
+        stream.write(content.encode())
     return file
 
 
@@ -129,19 +138,76 @@ def test_qrels_of_beir_as_parquet(tmp_path: Path) -> None:
     assert read_pairs(parquet(tmp_path / "p.parquet", **columns)).pairs == Pairs(("q1",), ("3",), (2.0,))
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv.gz", "csv.bz2", "jsonl", "jsonl.zst", "parquet"])
+def test_pairs_are_read_from_any_format(tmp_path: Path, ending: str) -> None:
+    """a -> b twice, a -> c irrelevant, d -> [e, "f g"], and h -> [], which a CSV cannot say."""
+    rows: list[dict[str, Any]] = [
+        {"query_id": "a", "target_id": ["b"], "label": 2}, {"query_id": "a", "target_id": ["b"], "label": 1},
+        {"query_id": "a", "target_id": ["c"], "label": 0}, {"query_id": "d", "target_id": ["e", "f g"], "label": 1},
+        {"query_id": "h", "target_id": [], "label": 1},
+    ]  # fmt: skip
+    file, has_lists = tmp_path / f"pairs.{ending}", ending[:3] not in ("csv", "tsv")
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif has_lists:
+        packed(file, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        lines = [(row["label"], row["query_id"], target) for row in rows for target in row["target_id"]]
+        delimiter = "\t" if ending.startswith("tsv") else ","
+        packed(file, "".join(delimiter.join(map(str, r)) + "\n" for r in [("label", "query_id", "target_id"), *lines]))
+    read = read_pairs(file)
+    assert read.pairs == Pairs(("a", "d", "d"), ("b", "e", "f g"), (2.0, 1.0, 1.0))
+    assert read.left_out == dict(zip(LEFT_OUT, (1, 1, int(has_lists)), strict=True))
+
+
+def test_labels_of_json_may_be_booleans(tmp_path: Path) -> None:
+    rows = [{"query_id": "a", "target_id": target, "label": label} for target, label in (("b", True), ("c", False))]
+    read = read_pairs(packed(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
+    assert (read.pairs, read.left_out["irrelevant_pairs"]) == (Pairs(("a",), ("b",)), 1)
+
+
+@pytest.mark.parametrize("name", ["qrels.gz", "qrels.txt.bz2", "qrels.dev.tsv", "qrels.csv", "qrels.zst", "qrels"])
+def test_qrels_are_recognised_whatever_their_name(tmp_path: Path, name: str) -> None:
+    """TREC's lines have no header (MS MARCO calls them qrels.dev.tsv), BEIR's have one."""
+    trec = packed(tmp_path / name, "7\t0\t9\t1\n8\t0\t9\t2\n")
+    assert read_pairs(trec).pairs == Pairs(("7", "8"), ("9", "9"), (1.0, 2.0))
+    beir = packed(tmp_path / name, "query-id\tcorpus-id\tscore\n7\t9\t1\n")
+    assert read_pairs(beir).pairs == Pairs(("7",), ("9",))
+
+
+def test_the_split_of_a_folder(tmp_path: Path) -> None:
+    """Of a folder with splits, the test pairs are read; without them, none is taken for it."""
+    for split in ("train", "dev"):
+        text(tmp_path / f"{split}.csv", f"query_id,target_id\n{split},x\n")
+    with pytest.raises(ValueError, match=r"holds dev\.csv and no test: name the file whose pairs count"):
+        read_pairs(tmp_path)
+    packed(tmp_path / "test.jsonl.gz", '{"query_id": 1, "target_id": 2}\n')
+    assert read_pairs(tmp_path).pairs == Pairs(("1",), ("2",))
+    text(tmp_path / "test.tsv", "query-id\tcorpus-id\tscore\n")
+    with pytest.raises(ValueError, match=r"holds both test\.jsonl\.gz and test\.tsv: name the one that counts"):
+        read_pairs(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"query": ["a"], "target_id": ["b"]}, "needs the columns query_id and target_id, it has"),
-        ({"query_id": [1.0], "target_id": ["b"]}, "column query_id has type double, not text or whole numbers"),
-        ({"query_id": ["a"], "target_id": [[1.5]]}, "column target_id has type double"),
+        ({"query_id": [1.0], "target_id": ["b"]}, "the column query_id has type double, not text or whole numbers"),
+        ({"query_id": ["a"], "target_id": [[1.5]]}, "the column target_id has type double"),
         ({"query_id": ["a", None], "target_id": ["b", "c"]}, "column query_id has no id in 1 of 2 rows"),
         ({"query_id": ["a", "b"], "target_id": ["b", " "]}, "column target_id has no id in 1 of 2 rows"),
-        ({"query_id": ["a", "b"], "target_id": [["b"], None]}, "column target_id: 1 of 2 rows are null"),
+        ({"query_id": ["a", "b"], "target_id": [["b"], None]}, "column target_id has no id in 1 of 2 rows"),
         ({"query_id": ["a"], "target_id": [["b", None]]}, "column target_id has no id in 1 of 2 rows"),
-        ({"query_id": ["a"], "target_id": ["b"], "label": ["1"]}, "column label has type string; a relevance is a"),
-        ({"query_id": ["a"], "target_id": ["b"], "label": [float("nan")]}, "column label: a relevance is null or not"),
-        ({"query_id": ["a", "b"], "target_id": ["b", "a"], "label": [1, None]}, "column label: a relevance is null"),
+        ({"query_id": ["a"], "target_id": ["b"], "label": ["high"]}, "column label: a relevance is no finite number"),
+        ({"query_id": ["a"], "target_id": ["b"], "label": [[1]]}, "the column label has type list"),
+        (
+            {"query_id": ["a"], "target_id": ["b"], "label": [float("nan")]},
+            "column label: a relevance is no finite number",
+        ),
+        (
+            {"query_id": ["a", "b"], "target_id": ["b", "a"], "label": [1, None]},
+            "column label: a relevance is no finite number",
+        ),
         (
             {"query_id": ["a"], "target_id": ["b"], "label": [1], "relevance": [1]},
             "has the columns relevance and label",
@@ -149,19 +215,19 @@ def test_qrels_of_beir_as_parquet(tmp_path: Path) -> None:
     ],
 )
 def test_parquet_that_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=rf"^\S*p\.parquet,? {message}"):
+    with pytest.raises(ValueError, match=rf"^\S*p\.parquet[,:]? {message}"):
         read_pairs(parquet(tmp_path / "p.parquet", **columns))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("1 0 2 1\n1 0 2 1 0.5 run\n", r"qrels, line 2 has 6 fields; pairs are Parquet with the columns"),
+        ("1 0 2 1\n1 0 2 1 0.5 run\n", r"qrels, line 2 has 6 fields; pairs are a table with the columns"),
         ("1 0 2 high\n", r"qrels, line 1: the relevance 'high' is not a number"),
         ("1 0 2 nan\n", r"qrels, line 1: the relevance 'nan' is not a number"),
-        ("query-id\tcorpus-id\tscore\n1\t2\n", r"qrels, line 2 has 2 fields"),
-        ("query-id\tcorpus-id\tscore\n1\t2\t1\n\t2\t1\n", r"qrels, line 3 lacks an id"),
-        ("query_id,target_id\na,b\n", r"qrels, line 1 has 1 fields; .* tab-separated with BEIR's header"),
+        ("query-id\tcorpus-id\tscore\n1\t2\n", 'qrels has a line that is no row: {"line":"1.*2"}; pairs are a table'),
+        ("query-id\tcorpus-id\tscore\n1\t2\t1\n\t2\t1\n", r"qrels, column query-id has no id in 1 of 2 rows"),
+        ("query_id,target_id\na,b\n", r"qrels, line 1 has 1 fields; .* or those of BEIR"),
     ],
 )
 def test_text_that_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -171,12 +237,22 @@ def test_text_that_is_refused(tmp_path: Path, content: str, message: str) -> Non
 
 def test_what_is_no_file_of_pairs(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\x1f\x8b\x08\x00\xff\xfe")
-    with pytest.raises(ValueError, match="binary is neither Parquet nor a text of pairs"):
+    with pytest.raises(ValueError, match="binary is neither a table nor a text of pairs"):
         read_pairs(tmp_path / "binary")
-    with pytest.raises(ValueError, match=r"holds no \*.parquet and no test.tsv; name the file itself"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no pairs; pairs are a table"):
+        read_pairs(tmp_path / "empty")
+    parquet(tmp_path / "a.parquet", query_id=["a"], target_id=["b"])
+    with pytest.raises(ValueError, match="binary has none of the formats that are read"):
         read_pairs(tmp_path)
+    text(tmp_path / "named.csv", "query,target\na,b\n")
+    with pytest.raises(ValueError, match="named.csv needs the columns query_id and target_id, it has query, target;"):
+        read_pairs(tmp_path / "named.csv")
+    packed(tmp_path / "cut.gz", "1 0 2 1\n" * 9999).write_bytes((tmp_path / "cut.gz").read_bytes()[:30])
+    with pytest.raises(ValueError, match="cut.gz is neither a table nor a text of pairs"):
+        read_pairs(tmp_path / "cut.gz")
     with pytest.raises(ValueError, match="nowhere does not exist"):
         read_pairs(tmp_path / "nowhere")
     (tmp_path / "cut").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="cut cannot be read"):
+    with pytest.raises(ValueError, match="cut is damaged, or no Parquet"):
         read_pairs(tmp_path / "cut")

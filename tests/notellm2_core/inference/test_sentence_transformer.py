@@ -1,6 +1,7 @@
 """The model inside sentence-transformers has the vectors of `Embedder`, and works with the library's functions."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,26 @@ def test_similarity_and_fewer_dimensions(
     np.testing.assert_allclose(short.encode(release.notes), vectors[:, :4], atol=2e-6)
     unit = short.encode(release.notes, normalize_embeddings=True)
     np.testing.assert_allclose(unit, truncate_dims(vectors, 4), atol=1e-5)
+
+
+def test_precision(release: Release, packaged: Path, embedder: Embedder, tmp_path: Path) -> None:
+    """The frozen vision encoder stays as it was trained with, so that a saved model can be loaded again."""
+    vectors = embedder.embed(release.notes)
+    for make in ("half", "bfloat16"):
+        model = getattr(sentence_transformer(packaged, device="cpu"), make)()
+        np.testing.assert_allclose(model.encode(release.notes), vectors, atol=0.02)
+    model.save_pretrained(str(tmp_path), create_model_card=False)
+    np.testing.assert_allclose(sentence_transformer(tmp_path).encode(release.notes), vectors, atol=0.02)
+
+
+@pytest.mark.parametrize("settings", [{"backend": "onnx"}, {"model_kwargs": {"torch_dtype": "float16"}}])
+def test_settings_without_effect_are_refused(packaged: Path, settings: dict[str, Any]) -> None:
+    message = rf"^{min(settings)} has no effect: PyTorch loads the model, in fp32; \.half\(\)"
+    with pytest.raises(ValueError, match=message):
+        sentence_transformer(packaged, device="cpu", **settings)
+    with pytest.raises(ValueError, match=message):
+        SentenceTransformer(str(packaged), trust_remote_code=True, local_files_only=True, **settings)
+    sentence_transformer(packaged, device="cpu", backend="torch", model_kwargs=None)
 
 
 def test_an_evaluator_finds_each_text_first(model: SentenceTransformer) -> None:

@@ -56,6 +56,11 @@ def test_a_null_setting_that_was_added_later_changes_no_fingerprint(tmp_path: Pa
     assert _changed(base, _catalog(tmp_path, pairs__half_life_days=7)) == _downstream("cooccurrence")
     weights = {f"source__{key}": value for key, value in names.items()}
     assert _changed(base, _catalog(tmp_path, **weights)) == _downstream("interactions")
+    assert _changed(base, _catalog(tmp_path, source__columns={"weight": "price"})) == (
+        _downstream("raw_events") | _downstream("notes")
+    )
+    of_events = {"source__events": {"columns": {"weight": "price"}}}
+    assert _changed(base, _catalog(tmp_path, **of_events)) == _downstream("raw_events")
 
 
 def test_every_row_of_the_lineage_names_settings_or_sections() -> None:

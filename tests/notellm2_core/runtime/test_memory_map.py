@@ -38,5 +38,5 @@ def test_a_damaged_file_and_another_shape_are_refused(content: bytes | None, tmp
     np.save(path, np.zeros((3, 3), np.uint8))
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"table.npy is damaged .*delete it"):
+    with pytest.raises(ValueError, match=r"table.npy is damaged .*a run makes it where it is missing"):
         memory_mapped(path, (3, 2), np.uint8, lambda _: None)

@@ -240,6 +240,11 @@ def test_a_second_header_and_fields_that_do_not_fit_the_header(tmp_path: Path) -
     path.write_text(f"{header}\n" + "u,n,1,view,\n" * 3)
     with pytest.raises(ValueError, match=f"the header has 4 columns, and the first row has 5: {header} / u,n,1,view,"):
         events(path)
+    path.write_text(f"{header},text\n" + 'u,n,1,view,"say \\"hi\\", you"\n' * 3)
+    with pytest.raises(
+        ValueError, match="first row has 6: .* Backslashes before quotes are read with the setting escape"
+    ):
+        events(path)
     path.write_text("u;n;1;view\nu;n;1;view\n")
     with pytest.raises(ValueError, match="lacks the column user_id; it has u;n;1;view"):
         events(path)

@@ -104,12 +104,12 @@ def test_tables_with_a_log_of_their_own_are_refused_by_name(log: str, name: str,
     (folder / log).mkdir(parents=True)
     (folder / log / "v1.metadata.json").touch()
     pq.write_table(pa.table({"user_id": [1]}), folder / "a.parquet")
-    with pytest.raises(ValueError, match=f"events is a {name} table, whose log decides which of its files count"):
+    with pytest.raises(ValueError, match=f"events is a table of {name}, whose log decides which of its files count"):
         open_events(tmp_path)
     (tmp_path / "above").mkdir()
     folder.rename(tmp_path / "above" / "table")
     (tmp_path / "above").rename(folder)
-    with pytest.raises(ValueError, match=f"events/table is a {name} table"):
+    with pytest.raises(ValueError, match=f"events/table is a table of {name}"):
         open_events(tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"events\.csv is empty"):
         open_events(tmp_path)
     (tmp_path / "events").mkdir()
-    with pytest.raises(ValueError, match=r"holds both events and events\.csv; leave one of them there"):
+    with pytest.raises(ValueError, match=r"holds both events and events\.csv: name the .* in source\.events\.files"):
         open_events(tmp_path)
     (tmp_path / "events.csv").unlink()
     with pytest.raises(ValueError, match="events holds no files"):

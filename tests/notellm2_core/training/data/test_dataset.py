@@ -210,5 +210,5 @@ def test_a_damaged_feature_table_is_named(world: World, tmp_path: Path) -> None:
     (table,) = tmp_path.glob("features-*.npy")
     for size in (500, 0):
         os.truncate(table, size)
-        with pytest.raises(ValueError, match=r"features-.*.npy is damaged .*: delete it and run again"):
+        with pytest.raises(ValueError, match=r"features-.*.npy is damaged .*; a run makes it where it is missing"):
             pair_dataset(world, processor, tmp_path)
