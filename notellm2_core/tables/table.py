@@ -189,9 +189,13 @@ def check_table(table: Table, setting: str | None = None) -> Table:
     for origin in table.origins:
         if origin.column.name not in table.groups:
             for name in origin.kinds:
-                _require(name, origin.column, present, setting)
-    for name in (*table.extract, *table.where):
-        _require(name, Column(name, Kind.TEXT, in_every_part=True), present, setting)
+                none = "" if origin.column.in_every_part else ", null if there is none"
+                advice = f" {setting}.{origin.column.name} names your column{none}." if setting else ""
+                _require(name, origin.column, present, advice)
+    for its_setting, names in (("extract", table.extract), ("where", table.where)):
+        for name in names:
+            column = Column(name, Kind.TEXT, in_every_part=True)
+            _require(name, column, present, f" The setting {its_setting} names it.")
     table = replace(table, files=tuple(present))
     for file in filter(is_parquet, table.files):
         try:
@@ -201,15 +205,13 @@ def check_table(table: Table, setting: str | None = None) -> Table:
     return table
 
 
-def _require(name: str, column: Column, present: Mapping[Path, Sequence[str]], setting: str | None) -> None:
+def _require(name: str, column: Column, present: Mapping[Path, Sequence[str]], advice: str) -> None:
     """Raises ValueError if files lack the column `name`, which `column` is read from, or have it twice."""
     if twice := next((file for file, names in present.items() if names.count(name) > 1), None):
         raise ValueError(f"{twice} has the column {name} twice: which of them counts?")
     without = [file for file, names in present.items() if name not in names]
     is_everywhere_missing = len(without) == len(present) and (column.required or name != column.name)
     if without and (column.in_every_part or is_everywhere_missing):
-        none = "" if column.in_every_part else ", null if there is none"
-        advice = f" {setting}.{column.name} names your column{none}." if setting else ""
         names = ", ".join(present[without[0]])
         raise ValueError(f"{without[0]} lacks the column {name}; it has {names}.{advice}")
 
