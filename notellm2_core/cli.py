@@ -144,11 +144,13 @@ def _index_build(options: argparse.Namespace) -> None:
 
 def _add_index_search(search: argparse.ArgumentParser) -> None:
     search.add_argument("--index", type=Path, required=True)
-    search.add_argument("--note-id", help="search for this note; needs --embeddings")
+    search.add_argument("--note-id", help="search for this note of the index")
     search.add_argument("--text", help="search for a note with this title; needs --model")
     search.add_argument("--image", type=Path, help="search for a note with this image; needs --model")
     search.add_argument("--queries", type=Path, help="search for each note of this table of embeddings: a line of each")
-    search.add_argument("--embeddings", type=Path, help="table of embeddings that holds --note-id")
+    search.add_argument(
+        "--embeddings", type=Path, help="table that holds --note-id, where the index does not or has compressed it"
+    )
     search.add_argument("--model", help="folder of the model that made the index's vectors, or its hub name")
     search.add_argument("--k", type=int, default=10, help="number of notes; the note itself is none of them")
     search.add_argument(
@@ -165,12 +167,13 @@ def _index_search(options: argparse.Namespace) -> None:
     by_note, by_model = options.note_id is not None, bool(options.text or options.image)
     if by_note + by_model + (options.queries is not None) != 1:
         raise ValueError("search by one of --note-id, --queries, or --text with or without --image.")
-    for is_needed, name in ((by_note, "embeddings"), (by_model, "model")):
-        if is_needed != (getattr(options, name) is not None):
-            raise ValueError(f"--{name} belongs to --{'note-id' if name == 'embeddings' else 'text and --image'}.")
+    if options.embeddings is not None and not by_note:
+        raise ValueError("--embeddings belongs to --note-id.")
+    if by_model != (options.model is not None):
+        raise ValueError("--model belongs to --text and --image.")
     index = Index.load(options.index)
     if by_note:
-        queries = index_queries.stored_note(options.embeddings, options.note_id)
+        queries = index_queries.stored_note(index, options.note_id, options.embeddings)
     elif by_model:
         queries = index_queries.new_note(options.model, options.text, options.image, index.faiss_index.d)
     else:

@@ -105,7 +105,9 @@ def _print_report(catalog: Catalog, seconds: float) -> None:
     print(f"{seconds:.0f} s. Images of neighbours: {_relative(report.path / 'neighbours.jpg')}")
     print(f"The model: {_relative(checkpoint.path)}")
     print(f"The vectors of all notes: {_relative(catalog.dataset('note_embeddings').path / 'multimodal')}")
-    print(f"Their index: {_relative(catalog.dataset('faiss_index').path / 'index')}")
+    index = _relative(catalog.dataset("faiss_index").path / "index")
+    print(f"Their index: {index}")
+    print(f"The neighbours of a note: notellm2 index search --index {index} --note-id ID")
     print("The asset graph, all metrics and the MLflow curves: make dev")
 
 

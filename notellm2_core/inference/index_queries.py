@@ -7,16 +7,29 @@ from typing import Any
 
 from notellm2_core.embeddings.table import Embeddings, read_embeddings
 from notellm2_core.retrieval.index import Index
+from notellm2_core.retrieval.stored import stored_vector
 from notellm2_core.vision.image_status import MEANINGS, UNUSABLE
 
 _BLOCK_HITS = 1_000_000  # of the queries that are searched together
 
 
-def stored_note(embeddings: Path, note_id: str) -> Embeddings:
-    """The embedding of one note. Raises ValueError if `embeddings` lacks it."""
-    table = read_embeddings(embeddings, {note_id})
-    table.rows([note_id])  # raises if it is missing
-    return table
+def stored_note(index: Index, note_id: str, embeddings: Path | None = None) -> Embeddings:
+    """The embedding of one note: as the index holds it, or from the table `embeddings`, which may have other notes.
+
+    Raises ValueError if the note is missing, or if the index has compressed the vectors and there is no table.
+    """
+    if embeddings is not None:
+        table = read_embeddings(embeddings, {note_id})
+        table.rows([note_id])  # raises if it is missing
+        return table
+    if note_id not in index.rows:
+        raise ValueError(f"{index.name} holds no note {note_id!r}; for another note, name its table by --embeddings.")
+    vector = stored_vector(index.faiss_index, int(index.points.of_row[index.rows[note_id]]))
+    if vector is None:
+        raise ValueError(
+            f"{index.name} ({index.factory}) holds compressed vectors: name the table of the notes by --embeddings."
+        )
+    return Embeddings((note_id,), vector[None], weights_id=index.weights_id)
 
 
 def new_note(model: str | Path, text: str | None, image: Path | None, dim: int) -> Embeddings:

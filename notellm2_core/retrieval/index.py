@@ -91,18 +91,17 @@ class Index:
             raise ValueError(f"queries of shape {queries.shape} do not fit an index of width {self.faiss_index.d}.")
         if k < 1:
             raise ValueError(f"k = {k} must be 1 or more.")
-        own = np.full(len(queries), -1, dtype=np.int64) if own is None else own
         parameters = self.parameters(k) if params is None else parse_parameters(params, self.faiss_index)
         return self.search_with(queries, k, own, parameters)
 
     def search_with(
-        self, queries: np.ndarray, k: int, own: np.ndarray, parameters: Parameters | None
+        self, queries: np.ndarray, k: int, own: np.ndarray | None, parameters: Parameters | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """`search_rows` with these parameters. Queries of which they find fewer than k notes are compared with all."""
-        num_points = min(k + bool((own >= 0).any()), self.faiss_index.ntotal)
+        num_points = min(k + (own is not None), self.faiss_index.ntotal)
         scores, points = search_points(self.faiss_index, queries, num_points, parameters)
         if parameters is not None and points[:, -1].min(initial=0) < 0:
-            num_wanted = np.minimum(k, len(self.note_ids) - (own >= 0))
+            num_wanted = np.minimum(k, len(self.note_ids) - (own is not None and own >= 0))
             lacking = self.points.counts(points, own).sum(axis=1) < num_wanted
             scores[lacking], points[lacking] = search_points(self.faiss_index, queries[lacking], num_points, None)
         return self.points.expand(points, scores, k, own)

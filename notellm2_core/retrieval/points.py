@@ -34,20 +34,24 @@ class Points:
         """[P] where the notes of each point begin in `rows`."""
         return np.cumsum(self.sizes) - self.sizes
 
-    def counts(self, points: np.ndarray, own: np.ndarray) -> np.ndarray:
+    def counts(self, points: np.ndarray, own: np.ndarray | None) -> np.ndarray:
         """The number of notes at `points` [Q, K] (-1: none), without the rows `own` [Q] (-1: none) -> [Q, K]."""
-        own_points = np.where(own >= 0, self.of_row[own], -2)
-        counts: np.ndarray = np.where(points >= 0, self.sizes[points], 0) - (points == own_points[:, None])
+        counts: np.ndarray = np.where(points >= 0, self.sizes[points], 0)
+        if own is not None:
+            counts -= points == np.where(own >= 0, self.of_row[own], -2)[:, None]
         return counts
 
-    def expand(self, points: np.ndarray, scores: np.ndarray, k: int, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def expand(
+        self, points: np.ndarray, scores: np.ndarray, k: int, own: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The k best notes at `points` [Q, K], which are sorted by `scores` [Q, K]: rows and scores, both [Q, k].
 
-        Equal scores are in the order of the rows. `own` [Q]: rows that are left out. Where there are fewer, the row is
-        -1 and the score -inf.
+        Equal scores are in the order of the rows. `own` [Q]: rows that are left out (-1: none). Where there are fewer,
+        the row is -1 and the score -inf.
         """
-        if points.shape[1] == k and (own < 0).all() and points.min(initial=0) >= 0 and self._are_single(points):
-            return _ties_by_row(self.rows[self.starts[points]], scores), scores
+        if points.shape[1] == k + (own is not None) and self._are_single(points):
+            rows = _ties_by_row(self.rows[self.starts[points]], scores)
+            return (rows, scores) if own is None else _without(own, rows, scores)
         counts = self.counts(points, own)  # [Q, K]
         is_needed = (np.cumsum(counts, axis=1) - counts < k) & (counts > 0)
         last = np.where(is_needed, scores, np.inf).min(axis=1, initial=np.inf)  # of the points that are needed
@@ -57,8 +61,9 @@ class Points:
         within = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
         row = self.rows[np.repeat(self.starts[point], taken) + within]
         query, score = np.repeat(query, taken), np.repeat(scores[query, column], taken)
-        others = row != own[query]
-        row, query, score = row[others], query[others], score[others]
+        if own is not None:
+            others = row != own[query]
+            row, query, score = row[others], query[others], score[others]
         row = _ties_by_row(row, score, query)
         rank = np.arange(len(query)) - np.searchsorted(query, np.arange(len(points)))[query]
         best = rank < k
@@ -69,21 +74,29 @@ class Points:
         return rows, best_scores
 
     def _are_single(self, points: np.ndarray) -> bool:
-        """Whether at each of `points` is one note."""
+        """Whether at each of `points` is one note, and none is -1."""
+        if points.min(initial=0) < 0:
+            return False
         return len(self.sizes) == len(self.of_row) or bool((self.sizes[points] == 1).all())
+
+
+def _without(own: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`rows` and `scores` [Q, k + 1] without the row `own` [Q], or where it is not among them, without the last."""
+    is_left_out = rows == own[:, None]
+    is_left_out[~is_left_out.any(axis=1), -1] = True
+    shape = len(rows), rows.shape[1] - 1
+    return rows[~is_left_out].reshape(shape), scores[~is_left_out].reshape(shape)
 
 
 def _ties_by_row(rows: np.ndarray, scores: np.ndarray, query: np.ndarray | None = None) -> np.ndarray:
     """`rows`, sorted where neighbouring scores of a query are equal: [Q, K], or flat, each with its `query`."""
-    flat, score = rows.ravel(), scores.ravel()
-    is_tie = np.zeros(len(flat), dtype=bool)
-    is_tie[1:] = score[1:] == score[:-1]
-    if query is None:
-        is_tie.reshape(rows.shape)[:, 0] = False
-    else:
+    is_tie = np.zeros(scores.shape, dtype=bool)
+    np.equal(scores[..., 1:], scores[..., :-1], out=is_tie[..., 1:])
+    if query is not None:
         is_tie[1:] &= query[1:] == query[:-1]
     if not is_tie.any():
         return rows
+    flat = rows.ravel()
     order = np.argsort(np.cumsum(~is_tie) * (flat.max() + 1) + flat, kind="stable")  # fast, because nearly sorted
     return flat[order].reshape(rows.shape)
 

@@ -41,7 +41,7 @@ def test_index_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     embeddings, index = _embeddings(tmp_path / "embeddings"), tmp_path / "index"
     main(["index", "build", "--embeddings", str(embeddings), "--out", str(index), "--factory", "Flat"])
     assert json.loads(capsys.readouterr().out)["num_notes"] == 3
-    main(["index", "search", "--index", str(index), "--embeddings", str(embeddings), "--note-id", "a", "--k", "2"])
+    main(["index", "search", "--index", str(index), "--note-id", "a", "--k", "2"])
     hits = json.loads(capsys.readouterr().out)
     assert [f["note_id"] for f in hits] == ["b", "c"]  # without the note itself
     assert hits[0]["score"] == pytest.approx(0.984808, abs=1e-6)

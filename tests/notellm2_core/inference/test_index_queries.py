@@ -44,8 +44,9 @@ def test_by_a_stored_id_and_by_a_table(release: Release, capsys: pytest.CaptureF
         assert {hit["note_id"] for hit in line["hits"]} == set(scores)
         np.testing.assert_allclose([hit["score"] for hit in line["hits"]], sorted(scores.values())[::-1], atol=2e-6)
         assert all(hit["score"] == pytest.approx(scores[hit["note_id"]], abs=2e-6) for hit in line["hits"])
-    (hits,) = search(release, capsys, "--note-id", table.note_ids[3], "--embeddings", embeddings, "--k", 10**12)
-    assert hits == lines[3]["hits"]
+    for place in ([], ["--embeddings", embeddings]):
+        (hits,) = search(release, capsys, "--note-id", table.note_ids[3], *place, "--k", 10**12)
+        assert hits == lines[3]["hits"]
 
 
 def test_by_a_text_and_an_image(release: Release, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +79,8 @@ def test_a_truncated_image_is_searched_for_with_a_warning(release: Release, tmp_
     [
         ([], "search by one of --note-id, --queries, or --text with or without --image"),
         (["--note-id", "a", "--text", "b"], "search by one of"),
-        (["--note-id", "a"], "--embeddings belongs to --note-id"),
+        (["--note-id", "nobody"], "index holds no note 'nobody'; for another note, name its table by --embeddings"),
+        (["--text", "a", "--embeddings", "EMBEDDINGS"], "--embeddings belongs to --note-id"),
         (["--text", "a"], "--model belongs to --text and --image"),
         (["--queries", "EMBEDDINGS", "--model", "MODEL"], "--model belongs to"),
         (["--note-id", "nobody", "--embeddings", "EMBEDDINGS"], "the first is 'nobody'"),
