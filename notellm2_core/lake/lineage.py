@@ -103,7 +103,7 @@ STAGES: Mapping[str, Stage] = {
     "initial_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
     "hard_negatives": Stage(
         ("initial_model", "note_tokens", "vision_features", "pair_datasets", "note_split"),
-        (*_MINING, "training.hard_negatives.file"), version=2, when=_HARD_NEGATIVES,
+        (*_MINING, "training.hard_negatives.file"), version=3, when=_HARD_NEGATIVES,
     ),
     "checkpoint": Stage(
         ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"),
@@ -115,7 +115,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "baseline_embeddings": Stage(("notes", "pair_datasets"), ("evaluation.baselines",)),
     "note_embeddings": Stage(("checkpoint", "note_tokens", "vision_features", "pair_datasets"), _EXPORT),
-    "faiss_index": Stage(("note_embeddings",), ("index",), version=2),
+    "faiss_index": Stage(("note_embeddings",), ("index",), version=3),
     "saliency": Stage(
         ("checkpoint", "note_tokens", "vision_features", "pair_datasets"),
         settings_of("evaluation", SaliencySettings), version=2,

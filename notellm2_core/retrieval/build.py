@@ -16,7 +16,7 @@ from notellm2_core.retrieval.factory import filled_index
 from notellm2_core.retrieval.index import FILES, FORMAT_VERSION, IDS, Index
 from notellm2_core.retrieval.parameters import format_parameters
 from notellm2_core.retrieval.points import distinct_points
-from notellm2_core.retrieval.tuning import measure, tune
+from notellm2_core.retrieval.tuning import Samples, measure, tune
 from notellm2_core.runtime.files import replaced_folder, sha256_of
 
 REPORTED_KS = (1, 10, 100)
@@ -28,13 +28,19 @@ def make_index(embeddings: Embeddings, settings: IndexSettings, num_threads: int
     One thread by default, for reproducible indexes: the graph of HNSW depends on the order in which threads insert.
     Raises ValueError for no notes, and naming index.factory if FAISS cannot build it from these vectors.
     """
+    return _make(embeddings, settings, num_threads)[0]
+
+
+def _make(embeddings: Embeddings, settings: IndexSettings, num_threads: int) -> tuple[Index, Samples]:
+    """`make_index`, and the samples that it was tuned with."""
     if not embeddings.note_ids:
         raise ValueError(f"{embeddings.prefix}there are no notes to build an index of.")
     vectors, points = distinct_points(embeddings.vectors)
     faiss_index = filled_index(vectors, settings.factory, num_threads)
     note_ids = np.array(embeddings.note_ids, dtype=object)
     index = Index(faiss_index, note_ids, points, settings.factory, weights_id=embeddings.weights_id)
-    return replace(index, tuned=tune(index, embeddings.vectors, settings.search_k, settings.target_recall))
+    samples = Samples(index, embeddings.vectors)
+    return replace(index, tuned=tune(samples, settings.search_k, settings.target_recall)), samples
 
 
 def build_index(embeddings_dir: Path, out: Path, settings: IndexSettings, num_threads: int = 1) -> dict[str, Any]:
@@ -46,9 +52,9 @@ def build_index(embeddings_dir: Path, out: Path, settings: IndexSettings, num_th
     if out.exists() and not (out.is_dir() and {f.name for f in out.iterdir()} <= {*FILES}):
         raise ValueError(f"{out} holds files that are no index; give --out a new folder.")
     embeddings = read_embeddings(embeddings_dir)
-    index = make_index(embeddings, settings, num_threads)
+    index, samples = _make(embeddings, settings, num_threads)
     ks = [k for k in sorted({*REPORTED_KS, settings.search_k}) if k < len(embeddings.note_ids)]
-    measured = measure(index, embeddings.vectors, ks)
+    measured = measure(index, samples, ks)
     with replaced_folder(out) as draft:
         faiss.write_index(index.faiss_index, str(draft / FILES[0]))
         columns = [pa.array(index.points.of_row), pa.array(embeddings.note_ids, pa.string())]

@@ -84,7 +84,7 @@ class Index:
     ) -> tuple[np.ndarray, np.ndarray]:
         """`search` by rows: `own` [Q] and the result [Q, k] number the embeddings that the index was built from.
 
-        -1: none.
+        -1: none. Queries of which the parameters find fewer than k notes are compared with all.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.faiss_index.d:
@@ -92,12 +92,6 @@ class Index:
         if k < 1:
             raise ValueError(f"k = {k} must be 1 or more.")
         parameters = self.parameters(k) if params is None else parse_parameters(params, self.faiss_index)
-        return self.search_with(queries, k, own, parameters)
-
-    def search_with(
-        self, queries: np.ndarray, k: int, own: np.ndarray | None, parameters: Parameters | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`search_rows` with these parameters. Queries of which they find fewer than k notes are compared with all."""
         num_points = min(k + (own is not None), self.faiss_index.ntotal)
         scores, points = search_points(self.faiss_index, queries, num_points, parameters)
         if parameters is not None and points[:, -1].min(initial=0) < 0:

@@ -1,12 +1,13 @@
 """Search-time parameters of FAISS indexes: their ranges, and searches with them that change nothing in the index.
 
     efSearch             HNSW: candidates in memory during the walk through the graph
+    search_L             NSG: the same
     nprobe               IVF: clusters that are searched
     quantizer_efSearch   IVF with an HNSW of its clusters, such as IVF4096_HNSW32: efSearch among them
     k_factor_rf          Refine: candidates per neighbour that are ranked again
 
-The names are those of `faiss.ParameterSpace`. Its own exploration (`explore`) is of no use here: its efSearch ends at
-512, below the k of recall, and it chooses by measured time, which differs from run to run.
+The names are those of `faiss.ParameterSpace`, which lacks search_L. Its own exploration (`explore`) is of no use here:
+its efSearch ends at 512, below the k of recall, and it chooses by measured time, which differs from run to run.
 
 P: points of the index, Q: queries, d: width.
 """
@@ -32,8 +33,11 @@ def parameter_ranges(index: Any, k: int) -> dict[str, tuple[int, int]]:
         index = faiss.downcast_index(index.index)
     space.initialize(index)
     names = {space.parameter_ranges.at(i).name for i in range(space.parameter_ranges.size())}
+    if isinstance(_without_transforms(index), faiss.IndexNSG):
+        names.add("search_L")
     num_points = index.ntotal
-    ranges = {"k_factor_rf": (1, max(1, num_points // max(k, 1))), "efSearch": (k, max(k, num_points // 32))}
+    candidates = k, max(k, num_points // 32)
+    ranges = {"k_factor_rf": (1, max(1, num_points // max(k, 1))), "efSearch": candidates, "search_L": candidates}
     if "nprobe" in names:
         num_clusters = faiss.extract_index_ivf(index).nlist
         ranges |= {"nprobe": (1, num_clusters), "quantizer_efSearch": (16, max(16, num_clusters))}
@@ -76,20 +80,28 @@ def search_points(index: Any, queries: np.ndarray, k: int, parameters: Parameter
     """
     if parameters is None:
         return _compare_all(index, queries, k)
-    return index.search(queries, k, params=_search_parameters(index, parameters))
+    if "search_L" in parameters:  # FAISS takes none per search, but uses max(search_L, k)
+        scores, points = index.search(queries, max(k, min(parameters["search_L"], index.ntotal)))
+        return scores[:, :k], points[:, :k]
+    return index.search(queries, k, params=search_parameters(index, parameters))
 
 
-def _search_parameters(index: Any, values: Parameters) -> Any:
+def _without_transforms(index: Any) -> Any:
+    """The index in an IndexPreTransform, or `index` itself."""
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def search_parameters(index: Any, values: Parameters) -> Any:
     """The `faiss.SearchParameters` of an index and of those within it; None: there is nothing to set."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexIDMap):
-        return _search_parameters(index.index, values)
+        return search_parameters(index.index, values)
     if isinstance(index, faiss.IndexPreTransform):
-        inner = _search_parameters(index.index, values)
+        inner = search_parameters(index.index, values)
         return None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
     if isinstance(index, faiss.IndexRefine):
         factor = values.get("k_factor_rf", index.k_factor)
-        inner = _search_parameters(index.base_index, values)
+        inner = search_parameters(index.base_index, values)
         return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
     if isinstance(index, faiss.IndexHNSW) and "efSearch" in values:
         return faiss.SearchParametersHNSW(efSearch=values["efSearch"])

@@ -12,6 +12,8 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
+_BLOCK_POINTS = 1 << 13  # that are expanded together: their arrays stay in the processor's cache
+
 
 @dataclass(frozen=True)
 class Points:
@@ -49,28 +51,38 @@ class Points:
         Equal scores are in the order of the rows. `own` [Q]: rows that are left out (-1: none). Where there are fewer,
         the row is -1 and the score -inf.
         """
-        if points.shape[1] == k + (own is not None) and self._are_single(points):
+        num_queries = max(1, _BLOCK_POINTS // max(1, points.shape[1]))
+        blocks = [slice(i, i + num_queries) for i in range(0, len(points), num_queries)]
+        if len(blocks) <= 1:
+            return self._expand(points, scores, k, own)
+        parts = [self._expand(points[b], scores[b], k, None if own is None else own[b]) for b in blocks]
+        return np.concatenate([rows for rows, _ in parts]), np.concatenate([best for _, best in parts])
+
+    def _expand(
+        self, points: np.ndarray, scores: np.ndarray, k: int, own: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        num_wanted = k + (own is not None)
+        if points.shape[1] == num_wanted and self._are_single(points):
             rows = _ties_by_row(self.rows[self.starts[points]], scores)
             return (rows, scores) if own is None else _without(own, rows, scores)
-        counts = self.counts(points, own)  # [Q, K]
-        is_needed = (np.cumsum(counts, axis=1) - counts < k) & (counts > 0)
-        last = np.where(is_needed, scores, np.inf).min(axis=1, initial=np.inf)  # of the points that are needed
-        query, column = np.nonzero(is_needed | ((scores == last[:, None]) & (counts > 0)))
-        point = points[query, column]
-        taken = np.minimum(self.sizes[point], k + 1)  # one of them may be left out
-        within = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
-        row = self.rows[np.repeat(self.starts[point], taken) + within]
-        query, score = np.repeat(query, taken), np.repeat(scores[query, column], taken)
+        counts = np.where(points >= 0, np.minimum(self.sizes[points], num_wanted), 0)  # [Q, K]
+        is_needed = np.cumsum(counts, axis=1) - counts < num_wanted
+        last = np.where(is_needed, scores, np.inf).min(axis=1, initial=np.inf)
+        is_taken = (scores >= last[:, None]) & (counts > 0)  # the points that are needed, and ties with the last
+        counts, score, start = counts[is_taken], scores[is_taken], self.starts[points[is_taken]]
+        query = np.repeat(np.nonzero(is_taken)[0], counts)
+        within = np.arange(len(query)) + np.repeat(start - np.cumsum(counts) + counts, counts)
+        score = np.repeat(score, counts)
+        row = _ties_by_row(self.rows[within], score, query)
         if own is not None:
             others = row != own[query]
             row, query, score = row[others], query[others], score[others]
-        row = _ties_by_row(row, score, query)
-        rank = np.arange(len(query)) - np.searchsorted(query, np.arange(len(points)))[query]
-        best = rank < k
+        found = np.bincount(query, minlength=len(points))  # [Q]
+        best = np.arange(len(query)) - np.repeat(np.cumsum(found) - found, found) < k
         rows = np.full((len(points), k), -1, dtype=np.int64)
         best_scores = np.full((len(points), k), -np.inf, dtype=np.float32)
-        rows[query[best], rank[best]] = row[best]
-        best_scores[query[best], rank[best]] = score[best]
+        is_filled = np.arange(k) < found[:, None]
+        rows[is_filled], best_scores[is_filled] = row[best], score[best]
         return rows, best_scores
 
     def _are_single(self, points: np.ndarray) -> bool:
@@ -94,7 +106,7 @@ def _ties_by_row(rows: np.ndarray, scores: np.ndarray, query: np.ndarray | None 
     np.equal(scores[..., 1:], scores[..., :-1], out=is_tie[..., 1:])
     if query is not None:
         is_tie[1:] &= query[1:] == query[:-1]
-    if not is_tie.any():
+    if not (is_tie[..., 1:] & (rows[..., 1:] < rows[..., :-1])).any():
         return rows
     flat = rows.ravel()
     order = np.argsort(np.cumsum(~is_tie) * (flat.max() + 1) + flat, kind="stable")  # fast, because nearly sorted

@@ -4,8 +4,9 @@ Recall is measured against exact search over the vectors themselves, with two ki
 index, which are left out of their own neighbours, and held-out vectors, a note's moved in a random direction by the
 distance to its nearest neighbour. The lower of the two counts.
 
-The parameters are doubled until the target is reached, then each is lowered as far as recall allows. The choice depends
-on counts alone, not on measured time, so it is the same on every machine.
+The parameters are raised until the target is reached, then each is lowered as far as recall allows. Both steps expect
+that the missed share falls with a power of the parameter. The choice depends on counts alone, not on measured time, so
+it is the same on every machine.
 
 N: notes, Q: queries of each kind, K: points of the exact search, k: neighbours, d: width.
 """
@@ -13,20 +14,23 @@ N: notes, Q: queries of each kind, K: points of the exact search, k: neighbours,
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import faiss
 import numpy as np
 
 from notellm2_core.retrieval.index import Index, TunedSearch
-from notellm2_core.retrieval.parameters import Parameters, parameter_ranges
+from notellm2_core.retrieval.parameters import Parameters, format_parameters, parameter_ranges, search_points
 
 TUNED_KS = (10, 100, 1000, 10_000)  # between two of them, the parameters of the larger one hold
 EXHAUSTIVE_SHARE = 32  # above 1/32 of the points as neighbours, comparing all is as fast
 _NUM_QUERIES = ((100, 250), (1000, 50), (10_000, 10))  # largest k, Q: with more neighbours, queries differ less
 _STANDARD_ERRORS = 1.64  # by which recall has to lie above the target: then 95 % of samples would have reached it
 _TIE = 2e-6  # scores that are equal up to the rounding of fp32
+_STEPS = (1.05, 2.0)  # factors of the shortest and the longest step upwards
 _LOWERING_STEPS = 3
+_LEAST_GAIN = 1.1  # factor by which a parameter is lowered, or left
+_NEGLIGIBLE = 0.05  # shortfall: recall is so near 1 that its distance says nothing of the parameters
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Sample:
     own: np.ndarray  # [2Q] row of the note itself; -1: held out
     scores: np.ndarray  # [2Q, K] of the nearest points
     counts: np.ndarray  # [2Q, K] notes at these points and the nearer ones
+    known: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)  # the recalls that were measured
 
     @staticmethod
     def draw(index: Index, vectors: np.ndarray, max_k: int, num_queries: int, seed: int = 0) -> "Sample":
@@ -63,9 +68,20 @@ class Sample:
         )
 
     def recalls(self, k: int, parameters: Parameters | None) -> np.ndarray:
-        """[2, Q]: the share of each query's exact k nearest notes that are found. A tie with the k-th counts."""
+        """[2, Q]: the share of each query's exact k nearest notes that are found. A tie with the k-th counts.
+
+        The parameters alone are measured, without the comparison with all where they find fewer than k notes.
+        """
+        key = k, format_parameters(parameters)
+        if key not in self.known:
+            self.known[key] = self._recalls(k, parameters)
+        return self.known[key]
+
+    def _recalls(self, k: int, parameters: Parameters | None) -> np.ndarray:
         kth = np.take_along_axis(self.scores, (self.counts >= k).argmax(axis=1)[:, None], axis=1)
-        rows, _ = self.index.search_with(self.queries, k, self.own, parameters)
+        num_points = min(k + 1, self.index.faiss_index.ntotal)
+        scores, points = search_points(self.index.faiss_index, self.queries, num_points, parameters)
+        rows, _ = self.index.points.expand(points, scores, k, self.own)
         hits = [
             np.count_nonzero(self.vectors[found[found >= 0]] @ query >= score - _TIE)
             for found, query, score in zip(rows, self.queries, kth, strict=True)
@@ -76,50 +92,60 @@ class Sample:
         """Recall@k of the kind of queries that has the lower one."""
         return float(self.recalls(k, parameters).mean(axis=1).min())
 
-    def latency_ms(self, k: int, parameters: Parameters | None) -> float:
-        """Milliseconds of one search with one query, on average."""
-        queries = [(self.queries[i : i + 1], self.own[i : i + 1]) for i in range(min(20, len(self.queries)))]
-        start = time.perf_counter()
-        for query, own in queries:
-            self.index.search_with(query, k, own, parameters)
-        return 1000 * (time.perf_counter() - start) / len(queries)
+
+class Samples:
+    """The samples of an index of `vectors` [N, d], each drawn once, when it is needed."""
+
+    def __init__(self, index: Index, vectors: np.ndarray) -> None:
+        self.index = index
+        self._vectors = vectors
+        self._drawn: dict[int, Sample] = {}
+
+    def at(self, k: int) -> Sample:
+        """The sample for recall@k."""
+        largest, num_queries = next(((n, q) for n, q in _NUM_QUERIES if k <= n), (k, _NUM_QUERIES[-1][1]))
+        if largest not in self._drawn:
+            self._drawn[largest] = Sample.draw(self.index, self._vectors, largest, num_queries)
+        return self._drawn[largest]
 
 
-def tune(index: Index, vectors: np.ndarray, search_k: int, target_recall: float) -> tuple[TunedSearch, ...]:
-    """Search parameters for those of TUNED_KS and `search_k` that are few beside the notes [N, d].
+def tune(samples: Samples, search_k: int, target_recall: float) -> tuple[TunedSearch, ...]:
+    """Search parameters for those of TUNED_KS and `search_k` that are few beside the notes.
 
     Where no parameters reach the target, all vectors are compared; where that does not reach it either, because the
     index holds compressed vectors, the parameters give up 1 % of the recall that the index can have.
     """
-    limit = len(index.points.sizes) // EXHAUSTIVE_SHARE
-    ks = sorted({k for k in (*TUNED_KS, search_k) if k <= limit})
+    limit = len(samples.index.points.sizes) // EXHAUSTIVE_SHARE
     tuned: list[TunedSearch] = []
-    sample: Sample | None = None
-    for k in ks:
-        if sample is None or k > sample.counts.shape[1] - 1:
-            largest, num_queries = next(((n, q) for n, q in _NUM_QUERIES if k <= n), (k, _NUM_QUERIES[-1][1]))
-            max_k = max(other for other in ks if other <= largest)
-            sample = Sample.draw(index, vectors, max_k, num_queries)
+    for k in sorted({k for k in (*TUNED_KS, search_k) if k <= limit}):
+        sample = samples.at(k)
         start = tuned[-1].parameters if tuned else {}
         parameters = None if start is None else _cheapest(sample, k, target_recall, start)
         tuned.append(TunedSearch(k, parameters, round(100 * sample.recall(k, parameters), 3)))
     return tuple(tuned)
 
 
-def measure(index: Index, vectors: np.ndarray, ks: Sequence[int]) -> dict[str, dict[str, float]]:
+def measure(index: Index, samples: Samples, ks: Sequence[int]) -> dict[str, dict[str, float]]:
     """Recall in percent and milliseconds of a search by k: {"recall": {"10": ...}, "latency_ms": {"10": ...}}.
 
-    Raises ValueError where the index has too few notes for the largest of `ks`, without the query.
+    index: that of the samples, tuned. Raises ValueError where it has too few notes for the largest of `ks`, without the
+    query.
     """
-    if not ks:
-        return {"recall": {}, "latency_ms": {}}
-    if max(ks) >= len(vectors):
-        raise ValueError(f"recall@{max(ks)} needs more than {len(vectors)} notes.")
-    sample = Sample.draw(index, vectors, max(ks), _NUM_QUERIES[0][1])
+    if max(ks, default=0) >= len(index.note_ids):
+        raise ValueError(f"recall@{max(ks)} needs more than {len(index.note_ids)} notes.")
     return {
-        "recall": {str(k): round(100 * sample.recall(k, index.parameters(k)), 3) for k in ks},
-        "latency_ms": {str(k): round(sample.latency_ms(k, index.parameters(k)), 3) for k in ks},
+        "recall": {str(k): round(100 * samples.at(k).recall(k, index.parameters(k)), 3) for k in ks},
+        "latency_ms": {str(k): round(_latency_ms(index, samples.at(k), k), 3) for k in ks},
     }
+
+
+def _latency_ms(index: Index, sample: Sample, k: int) -> float:
+    """Milliseconds of one search with one query, on average."""
+    queries = [(sample.queries[i : i + 1], sample.own[i : i + 1]) for i in range(min(20, len(sample.queries)))]
+    start = time.perf_counter()
+    for query, own in queries:
+        index.search_rows(query, k, own)
+    return 1000 * (time.perf_counter() - start) / len(queries)
 
 
 def ann_recall(index: Index, vectors: np.ndarray, k: int, num_queries: int = 1000, seed: int = 0) -> float:
@@ -137,42 +163,57 @@ def ann_recall(index: Index, vectors: np.ndarray, k: int, num_queries: int = 100
 def _cheapest(sample: Sample, k: int, target: float, start: Parameters) -> Parameters | None:
     """The cheapest parameters from `start` on whose recall is surely above `target`; None: compare with all."""
     ranges = parameter_ranges(sample.index.faiss_index, k)
-    highest = {name: largest for name, (_, largest) in ranges.items()}
-    if (parameters := _lowest(ranges, start, _reaches(sample, k, target))) is not None:
+    if (parameters := _lowest(ranges, start, _shortfall(sample, k, target, _STANDARD_ERRORS))) is not None:
         return parameters
+    highest = {name: largest for name, (_, largest) in ranges.items()}
     best, exhaustive = sample.recall(k, highest), sample.recall(k, None)
     if exhaustive >= target or exhaustive > 1.01 * best:
         return None
-    return _lowest(ranges, start, lambda parameters: sample.recall(k, parameters) >= 0.99 * best)
+    return _lowest(ranges, start, _shortfall(sample, k, 0.99 * best, 0))
 
 
-def _reaches(sample: Sample, k: int, target: float) -> Callable[[Parameters], bool]:
-    def reaches(parameters: Parameters) -> bool:
+def _shortfall(sample: Sample, k: int, target: float, standard_errors: float) -> Callable[[Parameters], float]:
+    """parameters -> the missed share of neighbours, as a multiple of what `target` allows: at most 1 reaches it."""
+
+    def shortfall(parameters: Parameters) -> float:
         recalls = sample.recalls(k, parameters)
-        errors = recalls.std(axis=1) / math.sqrt(recalls.shape[1])
-        return bool((recalls.mean(axis=1) - _STANDARD_ERRORS * errors >= target).all())
+        errors = standard_errors * recalls.std(axis=1) / math.sqrt(recalls.shape[1])
+        return float((1 - (recalls.mean(axis=1) - errors).min()) / max(1 - target, 1e-9))
 
-    return reaches
+    return shortfall
 
 
 def _lowest(
-    ranges: Mapping[str, tuple[int, int]], start: Parameters, reaches: Callable[[Parameters], bool]
+    ranges: Mapping[str, tuple[int, int]], start: Parameters, shortfall: Callable[[Parameters], float]
 ) -> Parameters | None:
-    """The least parameters in `ranges`, from `start` on, that `reaches` is true for; None: there are none."""
+    """The least parameters in `ranges`, from `start` on, with a shortfall of at most 1; None: there are none."""
     values = {name: min(max(start.get(name, 0), least), largest) for name, (least, largest) in ranges.items()}
     lower = dict(values)
-    while not reaches(values):
-        doubled = {name: min(2 * value, ranges[name][1]) for name, value in values.items()}
-        if doubled == values:
+    while (missing := shortfall(values)) > 1:
+        factor = min(max(missing, _STEPS[0]), _STEPS[1])
+        raised = {name: min(math.ceil(factor * value), ranges[name][1]) for name, value in values.items()}
+        if raised == values:
             return None
-        lower = values if len(values) == 1 else lower
-        values = doubled
+        lower = values if len(values) == 1 else lower  # of several, each may be needed at its start only
+        values = raised
     for name in values:
-        low, high = lower[name], values[name]
-        for _ in range(_LOWERING_STEPS):
-            middle = round(math.sqrt(low * high))
-            if not low < middle < high:
-                break
-            low, high = (low, middle) if reaches(values | {name: middle}) else (middle, high)
-        values[name] = high
+        values = _lowered(values, name, lower[name], shortfall)
+    return values
+
+
+def _lowered(values: dict[str, int], name: str, low: int, shortfall: Callable[[Parameters], float]) -> dict[str, int]:
+    """`values`, which reach the target, with the least value of `name` from `low` on, by interpolated logarithms."""
+    for _ in range(_LOWERING_STEPS):
+        high, lowest = values[name], {**values, name: low}
+        at_low, at_high = shortfall(lowest), max(shortfall(values), _NEGLIGIBLE)
+        if at_low <= 1:
+            return lowest
+        way = math.log(at_low) / math.log(at_low / at_high)  # from low to high, to a shortfall of 1
+        middle = max(low + 1, math.ceil(low * (high / low) ** way))
+        if middle * _LEAST_GAIN > high:
+            break
+        if shortfall({**values, name: middle}) <= 1:
+            values = {**values, name: middle}
+        else:
+            low = middle
     return values

@@ -155,32 +155,6 @@ def test_fewer_than_k_neighbours(embeddings: Embeddings) -> None:
     assert np.isneginf(scores[0, 3:]).all()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["HNSW0", "HNSW1", "HNSW01,Flat", "HNSW1,SQ8", "IVF8_HNSW0,Flat", "IVF8(HNSW1),Flat", "IDMap,HNSW1", "PCA8,HNSW1",
-     "Flat,Refine(HNSW0)", "HNSW100000000", "NSG1", "NSG4", "PQ4x0", "IVF8,PQ4x0", "PQ4x4fs_0", "OPQ4_0,PQ4",
-     "RR0,Flat", "PCAR0,Flat", "RQ0x4", "LSQ2x0", "PRQ2x0x4", "ZnLattice0x10_4", "HNSW32_0+PQ4", "IVF0,Flat"],
-)  # fmt: skip
-def test_factories_on_which_faiss_aborts(embeddings: Embeddings, name: str) -> None:
-    with pytest.raises(ValueError, match=r"index.factory = .*: FAISS cannot build"):
-        make_index(embeddings, factory(name))
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("IVF4096,Flat", r"cannot be built from 600 distinct .*Number of training points \(600\).*Flat or HNSW32"),
-        ("PQ7", r"is no FAISS factory string for width 16: The dimension"),
-        ("Nonsense", r"is no FAISS factory string for width 16: could not parse index string Nonsense"),
-        ("HNSW-1", r"is no FAISS factory string for width 16: could not parse index string HNSW-1"),
-        ("HNSW16,PQ4", r"ranks by Euclidean distance in FAISS"),
-    ],
-)
-def test_a_factory_that_cannot_be_built_is_named(embeddings: Embeddings, name: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"index.factory = '{name}' {reason}"):
-        make_index(embeddings, factory(name))
-
-
 def test_no_notes_are_refused(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"note_id": pa.array([], pa.string()), "embedding": pa.array([], pa.list_(pa.float32(), 2))}),

@@ -7,7 +7,7 @@ from notellm2_core.config.settings import IndexSettings
 from notellm2_core.embeddings.table import Embeddings
 from notellm2_core.retrieval.build import make_index
 from notellm2_core.retrieval.parameters import format_parameters, parse_parameters
-from notellm2_core.retrieval.tuning import Sample, ann_recall, measure, tune
+from notellm2_core.retrieval.tuning import Sample, Samples, ann_recall, measure, tune
 from tests.notellm2_core.retrieval.test_index import factory, random_embeddings, unit
 
 
@@ -52,14 +52,14 @@ def test_equal_vectors_are_counted_as_notes(k: int) -> None:
     table = Embeddings(tuple(map(str, range(600))), vectors)
     assert ann_recall(make_index(table, factory("Flat")), vectors, k) == 100
     index = make_index(table, factory("IVF8,Flat"))
-    assert measure(index, vectors, [k])["recall"][str(k)] >= 95
+    assert measure(index, Samples(index, vectors), [k])["recall"][str(k)] >= 95
 
 
 def test_the_cheapest_parameters_that_reach_the_target() -> None:
     """More is asked for with k and with the target, and half as many clusters would miss it."""
     table = random_embeddings(2000, 32)
     index = make_index(table, factory("IVF32,Flat"))
-    searches = {target: tune(index, table.vectors, 60, target) for target in (0.5, 0.95)}
+    searches = {target: tune(Samples(index, table.vectors), 60, target) for target in (0.5, 0.95)}
     probes = {(t, s.k): (s.parameters or {})["nprobe"] for t, tuned in searches.items() for s in tuned}
     assert probes[0.5, 10] < probes[0.95, 10] <= probes[0.95, 60] <= 32 and probes[0.5, 10] <= probes[0.5, 60]
     sample = Sample.draw(index, table.vectors, 10, 500)
@@ -75,7 +75,7 @@ def test_a_compressed_index_says_what_it_reaches() -> None:
     (search,) = index.tuned
     whole = Sample.draw(index, table.vectors, 10, 250).recall(10, None)
     assert search.recall < 60 and search.recall >= 99 * whole
-    recall = measure(index, table.vectors, [10])["recall"]["10"]
+    recall = measure(index, Samples(index, table.vectors), [10])["recall"]["10"]
     assert recall == pytest.approx(search.recall, abs=0.01)
 
 
@@ -85,7 +85,7 @@ def test_candidates_that_are_ranked_again_do_not_shrink_with_k() -> None:
     index = make_index(table, factory("RQ2x4,RFlat"))
     tuned, one = index.parameters(10), index.parameters(1)
     assert tuned is not None and one is not None and one["k_factor_rf"] == 10 * tuned["k_factor_rf"] > 10
-    assert measure(index, table.vectors, [1, 10])["recall"]["1"] >= 95
+    assert measure(index, Samples(index, table.vectors), [1, 10])["recall"]["1"] >= 95
 
 
 def test_few_and_single_notes() -> None:
@@ -97,7 +97,8 @@ def test_few_and_single_notes() -> None:
     few = random_embeddings(3)
     assert ann_recall(make_index(few, factory("Flat")), few.vectors, 10) == 100  # k is cut to the two others
     with pytest.raises(ValueError, match=r"recall@3 needs more than 3 notes"):
-        measure(make_index(few, factory("Flat")), few.vectors, [3])
+        index = make_index(few, factory("Flat"))
+        measure(index, Samples(index, few.vectors), [3])
 
 
 def test_parameters_as_text() -> None:
