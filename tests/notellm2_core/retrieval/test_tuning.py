@@ -6,9 +6,9 @@ import pytest
 from notellm2_core.config.settings import IndexSettings
 from notellm2_core.embeddings.table import Embeddings
 from notellm2_core.retrieval.build import make_index
-from notellm2_core.retrieval.parameters import format_parameters, parse_parameters
+from notellm2_core.retrieval.parameters import format_parameters, parse_parameters, search_points
 from notellm2_core.retrieval.tuning import Sample, Samples, ann_recall, measure, tune
-from tests.notellm2_core.retrieval.test_index import factory, random_embeddings, unit
+from tests.notellm2_core.retrieval.test_index import factory, random_embeddings, recall, unit
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,18 @@ def test_the_cheapest_parameters_that_reach_the_target() -> None:
     assert (
         sample.recall(10, {"nprobe": probes[0.95, 10]}) >= 0.95 > sample.recall(10, {"nprobe": probes[0.95, 10] // 2})
     )
+
+
+def test_the_parameters_reach_the_target_by_themselves() -> None:
+    """256 clusters of two vectors: one finds too few, and a comparison with all would hide it."""
+    table, queries = random_embeddings(500), np.arange(500)
+    index = make_index(table, factory("IVF256,Flat"))
+    (search,) = index.tuned
+    assert search.parameters is not None and search.parameters["nprobe"] > 5
+    _, points = search_points(index.faiss_index, table.vectors, 11, search.parameters)
+    assert (points >= 0).mean() > 0.95
+    rows, _ = index.search_rows(table.vectors, 10, queries, "nprobe=1")
+    assert (rows >= 0).all() and recall(rows, table.vectors, queries, queries, 10) == 100  # of all that lack one
 
 
 def test_a_compressed_index_says_what_it_reaches() -> None:
