@@ -40,7 +40,7 @@ from notellm2_core.embeddings.table import Embeddings
 from notellm2_core.retrieval.build import make_index
 from notellm2_core.retrieval.factory import filled_index
 from notellm2_core.retrieval.index import Index
-from notellm2_core.retrieval.parameters import Parameters, format_parameters, search_parameters, search_points
+from notellm2_core.retrieval.parameters import format_parameters, searcher
 from notellm2_core.retrieval.points import distinct_points
 from notellm2_core.retrieval.tuning import Samples, tune
 
@@ -103,13 +103,6 @@ def recall(scores: np.ndarray, exact: np.ndarray) -> float:
     return 100 * float((scores >= exact[:, -1:] - TIE).mean())
 
 
-def plain_search(index: Any, k: int, parameters: Parameters | None) -> Callable[[np.ndarray], Any]:
-    """A search for k with parameters that are made beforehand."""
-    if parameters is None or "search_L" in parameters:
-        return partial(search_points, index, k=k, parameters=parameters)
-    return partial(index.search, k=k, params=search_parameters(index, parameters))
-
-
 def measure_k(index: Index, plain: Any, vectors: np.ndarray, held_out: np.ndarray, k: int) -> dict[str, Any]:
     parameters = index.parameters(k)
     notes = np.random.default_rng(k).permutation(len(vectors))[: len(held_out)]
@@ -122,7 +115,7 @@ def measure_k(index: Index, plain: Any, vectors: np.ndarray, held_out: np.ndarra
         own = np.stack([vectors[r] @ q for q, r in zip(queries, rows, strict=True)])
         return np.where(rows >= 0, own, -np.inf)
 
-    search = {"ours": partial(index.search_rows, k=k), "plain": plain_search(plain, k, parameters)}
+    search = {"ours": partial(index.search_rows, k=k), "plain": partial(searcher(plain, parameters), k=k)}
     single = [query[None] for query in held_out[:50]]
     batch = in_turns({name: lambda run=run: run(held_out) for name, run in search.items()}, SEARCH_ROUNDS)
     alone = in_turns({name: lambda run=run: [run(q) for q in single] for name, run in search.items()}, SEARCH_ROUNDS)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from notellm2_core.embeddings.table import Embeddings
 from notellm2_core.embeddings.unit_vectors import require_same_model, require_unit_vectors
-from notellm2_core.retrieval.parameters import Parameters, parse_parameters, scaled_parameters, search_points
+from notellm2_core.retrieval.parameters import Parameters, Searcher, parse_parameters, scaled_parameters, searcher
 from notellm2_core.retrieval.points import Points
 from notellm2_core.runtime.files import sha256_of
 
@@ -91,13 +91,13 @@ class Index:
             raise ValueError(f"queries of shape {queries.shape} do not fit an index of width {self.faiss_index.d}.")
         if k < 1:
             raise ValueError(f"k = {k} must be 1 or more.")
-        parameters = self.parameters(k) if params is None else parse_parameters(params, self.faiss_index)
+        search = self._searcher(k, params)
         num_points = min(k + (own is not None), self.faiss_index.ntotal)
-        scores, points = search_points(self.faiss_index, queries, num_points, parameters)
-        if parameters is not None and points[:, -1].min(initial=0) < 0:
+        scores, points = search(queries, num_points)
+        if points[:, -1].min(initial=0) < 0:
             num_wanted = np.minimum(k, len(self.note_ids) - (own is not None and own >= 0))
             lacking = self.points.counts(points, own).sum(axis=1) < num_wanted
-            scores[lacking], points[lacking] = search_points(self.faiss_index, queries[lacking], num_points, None)
+            scores[lacking], points[lacking] = searcher(self.faiss_index, None)(queries[lacking], num_points)
         return self.points.expand(points, scores, k, own)
 
     def parameters(self, k: int) -> Parameters | None:
@@ -106,6 +106,17 @@ class Index:
         if search is None or search.parameters is None:
             return None
         return scaled_parameters(search.parameters, search.k, k)
+
+    def _searcher(self, k: int, params: str | None) -> Searcher:
+        """The search for k notes. It is made once, which takes as long as a short search."""
+        if (k, params) not in self._searchers:
+            parameters = self.parameters(k) if params is None else parse_parameters(params, self.faiss_index)
+            self._searchers[k, params] = searcher(self.faiss_index, parameters)
+        return self._searchers[k, params]
+
+    @cached_property
+    def _searchers(self) -> dict[tuple[int, str | None], Searcher]:
+        return {}
 
     @cached_property
     def rows(self) -> dict[str, int]:

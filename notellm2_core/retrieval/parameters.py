@@ -12,13 +12,15 @@ its efSearch ends at 512, below the k of recall, and it chooses by measured time
 P: points of the index, Q: queries, d: width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import faiss
 import numpy as np
 
 Parameters = Mapping[str, int]  # by name; a name that is missing has FAISS's default
+Searcher = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 EXHAUSTIVE = "exhaustive"  # in place of parameters: compare the query with every vector of the index
 GRAPHS = (faiss.IndexHNSW, faiss.IndexNSG)
 
@@ -73,17 +75,23 @@ def scaled_parameters(parameters: Parameters, tuned_k: int, k: int) -> Parameter
     return {**parameters, **factor}
 
 
-def search_points(index: Any, queries: np.ndarray, k: int, parameters: Parameters | None) -> tuple[Any, Any]:
-    """The k best points of `queries` [Q, d]: inner products and positions, [Q, k]. Position -1: none was found.
+def searcher(index: Any, parameters: Parameters | None) -> Searcher:
+    """A search with these parameters, for the k best points of queries [Q, d].
 
-    parameters: None compares with every vector. Several threads may search an index, each with its own parameters.
+    It returns inner products and positions, [Q, k]; position -1: none was found. Parameters None compare with every
+    vector. Several threads may search an index, each with its own parameters.
     """
     if parameters is None:
-        return _compare_all(index, queries, k)
-    if "search_L" in parameters:  # FAISS takes none per search, but uses max(search_L, k)
-        scores, points = index.search(queries, max(k, min(parameters["search_L"], index.ntotal)))
-        return scores[:, :k], points[:, :k]
-    return index.search(queries, k, params=search_parameters(index, parameters))
+        return partial(_compare_all, index)
+    if "search_L" in parameters:
+        return partial(_search_nsg, index, parameters["search_L"])
+    return partial(index.search, params=_search_parameters(index, parameters))
+
+
+def _search_nsg(index: Any, length: int, queries: np.ndarray, k: int) -> tuple[Any, Any]:
+    """FAISS takes no search_L per search, but uses max(search_L, k)."""
+    scores, points = index.search(queries, max(k, min(length, index.ntotal)))
+    return scores[:, :k], points[:, :k]
 
 
 def _without_transforms(index: Any) -> Any:
@@ -91,17 +99,17 @@ def _without_transforms(index: Any) -> Any:
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
 
-def search_parameters(index: Any, values: Parameters) -> Any:
+def _search_parameters(index: Any, values: Parameters) -> Any:
     """The `faiss.SearchParameters` of an index and of those within it; None: there is nothing to set."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexIDMap):
-        return search_parameters(index.index, values)
+        return _search_parameters(index.index, values)
     if isinstance(index, faiss.IndexPreTransform):
-        inner = search_parameters(index.index, values)
+        inner = _search_parameters(index.index, values)
         return None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
     if isinstance(index, faiss.IndexRefine):
         factor = values.get("k_factor_rf", index.k_factor)
-        inner = search_parameters(index.base_index, values)
+        inner = _search_parameters(index.base_index, values)
         return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
     if isinstance(index, faiss.IndexHNSW) and "efSearch" in values:
         return faiss.SearchParametersHNSW(efSearch=values["efSearch"])
@@ -113,7 +121,7 @@ def search_parameters(index: Any, values: Parameters) -> Any:
 
 
 def _compare_all(index: Any, queries: np.ndarray, k: int) -> tuple[Any, Any]:
-    """`search_points` with every vector of the index, by the scores that its codes give."""
+    """The k best of all vectors of the index, by the scores that its codes give."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexIDMap):  # maps every position to itself
         return _compare_all(index.index, queries, k)

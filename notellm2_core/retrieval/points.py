@@ -51,10 +51,10 @@ class Points:
         Equal scores are in the order of the rows. `own` [Q]: rows that are left out (-1: none). Where there are fewer,
         the row is -1 and the score -inf.
         """
-        num_queries = max(1, _BLOCK_POINTS // max(1, points.shape[1]))
-        blocks = [slice(i, i + num_queries) for i in range(0, len(points), num_queries)]
-        if len(blocks) <= 1:
+        if points.size <= _BLOCK_POINTS:
             return self._expand(points, scores, k, own)
+        num_queries = max(1, _BLOCK_POINTS // points.shape[1])
+        blocks = [slice(i, i + num_queries) for i in range(0, len(points), num_queries)]
         parts = [self._expand(points[b], scores[b], k, None if own is None else own[b]) for b in blocks]
         return np.concatenate([rows for rows, _ in parts]), np.concatenate([best for _, best in parts])
 
@@ -102,12 +102,13 @@ def _without(own: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> tuple[np.
 
 def _ties_by_row(rows: np.ndarray, scores: np.ndarray, query: np.ndarray | None = None) -> np.ndarray:
     """`rows`, sorted where neighbouring scores of a query are equal: [Q, K], or flat, each with its `query`."""
-    is_tie = np.zeros(scores.shape, dtype=bool)
-    np.equal(scores[..., 1:], scores[..., :-1], out=is_tie[..., 1:])
+    ties = scores[..., 1:] == scores[..., :-1]
     if query is not None:
-        is_tie[1:] &= query[1:] == query[:-1]
-    if not (is_tie[..., 1:] & (rows[..., 1:] < rows[..., :-1])).any():
+        ties &= query[1:] == query[:-1]
+    if not (ties & (rows[..., 1:] < rows[..., :-1])).any():
         return rows
+    is_tie = np.zeros(scores.shape, dtype=bool)
+    is_tie[..., 1:] = ties
     flat = rows.ravel()
     order = np.argsort(np.cumsum(~is_tie) * (flat.max() + 1) + flat, kind="stable")  # fast, because nearly sorted
     return flat[order].reshape(rows.shape)

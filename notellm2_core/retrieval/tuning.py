@@ -20,7 +20,7 @@ import faiss
 import numpy as np
 
 from notellm2_core.retrieval.index import Index, TunedSearch
-from notellm2_core.retrieval.parameters import Parameters, format_parameters, parameter_ranges, search_points
+from notellm2_core.retrieval.parameters import Parameters, format_parameters, parameter_ranges, searcher
 
 TUNED_KS = (10, 100, 1000, 10_000)  # between two of them, the parameters of the larger one hold
 EXHAUSTIVE_SHARE = 32  # above 1/32 of the points as neighbours, comparing all is as fast
@@ -80,7 +80,7 @@ class Sample:
     def _recalls(self, k: int, parameters: Parameters | None) -> np.ndarray:
         kth = np.take_along_axis(self.scores, (self.counts >= k).argmax(axis=1)[:, None], axis=1)
         num_points = min(k + 1, self.index.faiss_index.ntotal)
-        scores, points = search_points(self.index.faiss_index, self.queries, num_points, parameters)
+        scores, points = searcher(self.index.faiss_index, parameters)(self.queries, num_points)
         rows, _ = self.index.points.expand(points, scores, k, self.own)
         hits = [
             np.count_nonzero(self.vectors[found[found >= 0]] @ query >= score - _TIE)

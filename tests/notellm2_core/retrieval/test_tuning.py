@@ -6,7 +6,7 @@ import pytest
 from notellm2_core.config.settings import IndexSettings
 from notellm2_core.embeddings.table import Embeddings
 from notellm2_core.retrieval.build import make_index
-from notellm2_core.retrieval.parameters import format_parameters, parse_parameters, search_points
+from notellm2_core.retrieval.parameters import format_parameters, parse_parameters, searcher
 from notellm2_core.retrieval.tuning import Sample, Samples, ann_recall, measure, tune
 from tests.notellm2_core.retrieval.test_index import factory, random_embeddings, recall, unit
 
@@ -74,7 +74,7 @@ def test_the_parameters_reach_the_target_by_themselves() -> None:
     index = make_index(table, factory("IVF256,Flat"))
     (search,) = index.tuned
     assert search.parameters is not None and search.parameters["nprobe"] > 5
-    _, points = search_points(index.faiss_index, table.vectors, 11, search.parameters)
+    _, points = searcher(index.faiss_index, search.parameters)(table.vectors, 11)
     assert (points >= 0).mean() > 0.95
     rows, _ = index.search_rows(table.vectors, 10, queries, "nprobe=1")
     assert (rows >= 0).all() and recall(rows, table.vectors, queries, queries, 10) == 100  # of all that lack one
