@@ -20,7 +20,13 @@ import faiss
 import numpy as np
 
 from notellm2_core.retrieval.index import Index, TunedSearch
-from notellm2_core.retrieval.parameters import Parameters, format_parameters, parameter_ranges, searcher
+from notellm2_core.retrieval.parameters import (
+    Parameters,
+    format_parameters,
+    parameter_ranges,
+    scaled_parameters,
+    searcher,
+)
 
 TUNED_KS = (10, 100, 1000, 10_000)  # between two of them, the parameters of the larger one hold
 EXHAUSTIVE_SHARE = 32  # above 1/32 of the points as neighbours, comparing all is as fast
@@ -119,8 +125,11 @@ def tune(samples: Samples, search_k: int, target_recall: float) -> tuple[TunedSe
     tuned: list[TunedSearch] = []
     for k in sorted({k for k in (*TUNED_KS, search_k) if k <= limit}):
         sample = samples.at(k)
-        start = tuned[-1].parameters if tuned else {}
-        parameters = None if start is None else _cheapest(sample, k, target_recall, start)
+        last = tuned[-1] if tuned else TunedSearch(k, {}, 0)
+        parameters = None
+        if last.parameters is not None:  # more notes need at least as many candidates
+            start = scaled_parameters(last.parameters, last.k, k)
+            parameters = _cheapest(sample, k, target_recall, start)
         tuned.append(TunedSearch(k, parameters, round(100 * sample.recall(k, parameters), 3)))
     return tuple(tuned)
 
