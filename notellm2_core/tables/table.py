@@ -192,8 +192,8 @@ def check_table(table: Table, setting: str | None = None) -> Table:
                 none = "" if origin.column.in_every_part else ", null if there is none"
                 advice = f" {setting}.{origin.column.name} names your column{none}." if setting else ""
                 _require(name, origin.column, present, advice)
-    for its_setting, names in (("extract", table.extract), ("where", table.where)):
-        for name in names:
+    for its_setting, named in (("extract", table.extract), ("where", table.where)):
+        for name in named:
             column = Column(name, Kind.TEXT, in_every_part=True)
             _require(name, column, present, f" The setting {its_setting} names it.")
     table = replace(table, files=tuple(present))
