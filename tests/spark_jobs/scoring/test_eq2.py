@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_jobs.scoring.eq2 import pair_scores
+from spark_jobs.scoring.eq2 import Pairs, _chunks, gathered, pair_scores
 from spark_jobs.scoring.histories import HISTORIES, NEVER, Capped, histories
 from tests.support.scores import scores_of
 
@@ -114,3 +114,18 @@ def test_the_last_digit_does_not_depend_on_order_or_blocks(seed: int) -> None:
     names = rng.permutation(40).tolist()  # another machine numbers the users in another order
     shuffled = [(names[u], n, v, c) for u, n, v, c in rng.permutation(np.array(rows)).tolist()]
     assert scored(rows)[0] == scored(shuffled, num_blocks=3, at_a_time=7)[0]
+
+
+def test_chunks_hold_whole_queries_or_part_of_a_long_one() -> None:
+    """Views with 2, 1 | 3, 3, 3, 3 | 1 | 2 terms, six at a time: the second query has twelve, in two parts."""
+    query, length = np.array([0, 0, 1, 1, 1, 1, 2, 3], np.int32), np.array([2, 1, 3, 3, 3, 3, 1, 2])
+    chunks = [(c.start, c.stop) for c in _chunks(query, np.cumsum(length), 6)]
+    assert chunks == [(0, 2), (2, 4), (4, 6), (6, 8)]
+
+
+def test_gathered_concatenates_and_keeps_the_order() -> None:
+    """Chunks of 2, 3, 0 and 1 pairs, at least four at a time: 2 + 3, then 0 + 1."""
+    numbers = np.arange(6)
+    chunks = [Pairs(part, part, part.astype(float), part) for part in np.split(numbers, [2, 5, 5])]
+    assert [pairs.query.tolist() for pairs in gathered(chunks, 4)] == [[0, 1, 2, 3, 4], [5]]
+    assert list(gathered([chunks[2]], 4)) == []
