@@ -19,6 +19,7 @@ from spark_jobs.scoring.arrays import Floats, Ints, ragged, run_starts
 
 PAIRS_AT_A_TIME = 1 << 22  # bounds the memory: about 60 bytes per pair
 _PAIRS_IN_CACHE = 1 << 18  # a processor's cache holds their terms, which makes every step faster
+_PAIRS_IN_ROW_GROUP = 1 << 20  # larger arrays are given back to the system and fetched again, page by page
 _Int32s = npt.NDArray[np.int32]
 
 
@@ -44,7 +45,7 @@ class _Runs(NamedTuple):
     users: Ints
 
 
-def gathered(chunks: Iterable[Pairs], num_pairs: int = PAIRS_AT_A_TIME) -> Iterator[Pairs]:
+def gathered(chunks: Iterable[Pairs], num_pairs: int = _PAIRS_IN_ROW_GROUP) -> Iterator[Pairs]:
     """Consecutive chunks concatenated to at least `num_pairs` pairs; only the last may have fewer, but at least one."""
     pending: list[Pairs] = []
     size = 0
@@ -100,18 +101,22 @@ def _chunks(query: _Int32s, pair_end: Ints, pairs_at_a_time: int) -> Iterator[sl
 
     `pair_end`: for each view, the number of terms up to its last one.
     """
-    query_end = np.append(run_starts(query)[1:], len(query))  # index after the last view of each query
-    done = at = 0
+    query_start = run_starts(query)
+    query_end = np.append(query_start[1:], len(query))  # index after the last view of each query
+    terms_end = pair_end[query_end - 1]
+    done = at = 0  # views and queries in the chunks so far
     while done < len(query):
         terms_done = int(pair_end[done - 1]) if done else 0
-        most = terms_done + min(_PAIRS_IN_CACHE, pairs_at_a_time)
-        upto = max(at + 1, int(np.searchsorted(pair_end[query_end - 1], most, side="right")))
+        upto = at + 1
+        if done == query_start[at]:  # else the rest of a query is a chunk of its own
+            most = terms_done + min(_PAIRS_IN_CACHE, pairs_at_a_time)
+            upto = max(upto, int(np.searchsorted(terms_end, most, side="right")))
         end = int(query_end[upto - 1])
-        if int(pair_end[end - 1]) - terms_done > pairs_at_a_time:
+        if terms_end[upto - 1] - terms_done > pairs_at_a_time:
             part = int(np.searchsorted(pair_end, terms_done + pairs_at_a_time, side="right"))
             end = min(end, max(done + 1, part))
         yield slice(done, end)
-        at, done = (upto if end == query_end[upto - 1] else at), end
+        done, at = end, upto if end == query_end[upto - 1] else at
 
 
 def _runs(target: _Int32s, size: _Int32s, term_end: _Int32s, num_notes: int) -> _Runs:
