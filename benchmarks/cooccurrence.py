@@ -1,4 +1,4 @@
-"""Eq. 2 over generated logs: time, memory and growth, compared with DuckDB and with Spark's own joins.
+"""Eq. 2 over generated logs: time, memory and growth, beside DuckDB, Polars, ClickHouse and Spark's own joins.
 
     .venv/bin/python benchmarks/cooccurrence.py                      everything, about an hour on two cores
     .venv/bin/python benchmarks/cooccurrence.py --millions 1 5       smaller logs only
@@ -8,15 +8,19 @@ note. Each contender runs in its own process, from the same Parquet file to a Pa
 when its session is ready. Contenders:
   ours          spark_jobs.cooccurrence, nobody capped
   duckdb        one SQL query, two threads
+  polars        its lazy frames, on the streaming engine, two threads
+  clickhouse    one SQL query by chdb, two threads
   expressions   Spark's built-in expressions: first views and last clicks of each user, then a join
   events_join   Spark, the equation literally: events joined with events, then distinct
-The last two stop at --join-millions. Each result is compared with DuckDB's, row by row. At the smallest size, `ours`
+The last two stop at --join-millions. A contender that is not installed (`pip install -e ".[bench]"`) is left out with a
+line that says so. Each result is compared with DuckDB's, row by row. At the smallest size, `ours`
 runs twice and the bytes are compared. At 10 million events, with heavy users capped as in the pipeline, it runs in turn
 with and without one more user of 200,000 events.
 """
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -35,6 +39,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pair_engines import ENGINES, Stopwatch
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from recall_seeds import tree_memory
@@ -45,17 +50,6 @@ from notellm2_core.runtime.files import parquet_files
 
 RESULTS = Path(__file__).parent / "results"
 DAY = 86_400_000_000
-SQL = """
-    WITH seen AS (
-        SELECT user_id, note_id, min(timestamp) AS first_view, max(timestamp) FILTER (event = 'click') AS last_click
-        FROM read_parquet('{log}') GROUP BY ALL
-    ), clicks AS (
-        SELECT *, count(*) OVER (PARTITION BY user_id) AS n FROM seen WHERE last_click IS NOT NULL
-    )
-    SELECT v.note_id AS query_id, c.note_id AS target_id, sum(1.0 / n) AS score, count(*) AS num_users
-    FROM seen v JOIN clicks c ON v.user_id = c.user_id
-    WHERE v.first_view < c.last_click AND v.note_id <> c.note_id GROUP BY ALL
-"""
 
 
 def generate(num_events: int, file: Path, heavy_user: int = 0, seed: int = 0) -> None:
@@ -80,24 +74,24 @@ def generate(num_events: int, file: Path, heavy_user: int = 0, seed: int = 0) ->
     pq.write_table(pa.table(columns), file, row_group_size=500_000)
 
 
-def ours(log: Path, out: Path, memory: str, **scoring: Any) -> float:
+def ours(log: Path, out: Path, memory: str, **scoring: Any) -> dict[str, float]:
     """`scoring`: settings of ScoringSettings; by default no user is capped."""
     from spark_jobs.cooccurrence import cooccurrence
     from spark_jobs.interactions import interactions
 
     spark = new_session(memory)
-    started = time.monotonic()
+    watch = Stopwatch()
     events = spark.read.parquet(str(log))
     names = EventSettings(view_events=("view",), click_events=("click",), ignored_events=None)
     cooccurrence(interactions(events, names), out, ScoringSettings(**{"max_user_notes": None} | scoring))
-    return time.monotonic() - started
+    return watch.spent()
 
 
-def capped(log: Path, out: Path, memory: str) -> float:
+def capped(log: Path, out: Path, memory: str) -> dict[str, float]:
     return ours(log, out, memory, max_user_notes=ScoringSettings().max_user_notes)
 
 
-def expressions(log: Path, out: Path, memory: str) -> float:
+def expressions(log: Path, out: Path, memory: str) -> dict[str, float]:
     def scores(events: DataFrame) -> DataFrame:
         seen = events.groupBy("user_id", "note_id").agg(
             F.min("timestamp").alias("first_view"),
@@ -113,7 +107,7 @@ def expressions(log: Path, out: Path, memory: str) -> float:
     return _with_spark(log, out, memory, scores)
 
 
-def events_join(log: Path, out: Path, memory: str) -> float:
+def events_join(log: Path, out: Path, memory: str) -> dict[str, float]:
     def scores(events: DataFrame) -> DataFrame:
         clicks = events.filter("event = 'click'")
         weights = clicks.groupBy("user_id").agg((1 / F.count_distinct("note_id")).alias("weight"))
@@ -130,11 +124,11 @@ def _summed(pairs: DataFrame) -> DataFrame:
     return pairs.groupBy("query_id", "target_id").agg(*sums)
 
 
-def _with_spark(log: Path, out: Path, memory: str, scores: Callable[[DataFrame], DataFrame]) -> float:
+def _with_spark(log: Path, out: Path, memory: str, scores: Callable[[DataFrame], DataFrame]) -> dict[str, float]:
     spark = new_session(memory)
-    started = time.monotonic()
+    watch = Stopwatch()
     scores(spark.read.parquet(str(log))).write.parquet(str(out))
-    return time.monotonic() - started
+    return watch.spent()
 
 
 def new_session(memory: str) -> SparkSession:
@@ -147,28 +141,19 @@ def new_session(memory: str) -> SparkSession:
     return spark
 
 
-def with_duckdb(log: Path, out: Path, memory: str) -> float:
-    out.mkdir()
-    database = duckdb.connect(config={"threads": 2})  # without a memory limit
-    database.execute(f"SET temp_directory = '{out.parent}/spill'; SET preserve_insertion_order = false")
-    started = time.monotonic()
-    database.execute(f"COPY ({SQL.format(log=log)}) TO '{out}/scores.parquet' (FORMAT parquet)")
-    return time.monotonic() - started
-
-
 CONTENDERS = {
     "ours": ours,
     "capped": capped,
-    "duckdb": with_duckdb,
+    **{name: function for name, (_, function) in ENGINES.items()},
     "expressions": expressions,
     "events_join": events_join,
 }
 
 
 def measure(contender: str, log: Path, out: Path, memory: str, script: Path = Path(__file__)) -> dict[str, Any]:
-    """Run one contender of `script` in its own process: seconds of the work, peak memory of the process tree."""
+    """Run one contender of `script` in its own process: seconds, CPU seconds, peak memory of the process tree."""
     shutil.rmtree(out, ignore_errors=True)
-    Path(f"{out}.seconds").unlink(missing_ok=True)
+    Path(f"{out}.json").unlink(missing_ok=True)
     command = [sys.executable, str(script), "--one", contender, str(log), str(out), memory]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     process, peak = psutil.Popen(command, env=environment), 0
@@ -178,7 +163,15 @@ def measure(contender: str, log: Path, out: Path, memory: str, script: Path = Pa
     row = {"contender": contender, "peak_gb": peak / 2**30}
     if process.returncode:
         return row | {"seconds": None, "failed": process.returncode}
-    return row | {"seconds": float(Path(f"{out}.seconds").read_text())}
+    return row | json.loads(Path(f"{out}.json").read_text())
+
+
+def _is_installed(contender: str) -> bool:
+    module = ENGINES[contender][0] if contender in ENGINES else "pyspark"
+    if importlib.util.find_spec(module) is None:
+        print(f"{contender} is left out: {module} is not installed.", flush=True)
+        return False
+    return True
 
 
 def compare(actual: Path, expected: Path, slices: int) -> dict[str, Any]:
@@ -212,18 +205,19 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """The results so far, after each size."""
     results: dict[str, Any] = {"sizes": []}
+    installed = [name for name in CONTENDERS if name != "capped" and _is_installed(name)]
     for size in millions:
         log = work / f"log_{size}.parquet"
         generate(size * 1_000_000, log)
         rows = []
-        for contender in (name for name in CONTENDERS if name != "capped"):
+        for contender in installed:
             if contender in ("expressions", "events_join") and size > join_millions:
                 continue
             row = measure(contender, log, work / contender, memory)
             rows.append(row)
             print(json.dumps({"millions": size, **row}), flush=True)
         for row in rows:
-            done = row["seconds"] is not None and (work / "duckdb.seconds").exists()
+            done = row["seconds"] is not None and (work / "duckdb.json").exists()
             if done and row["contender"] != "duckdb":
                 row |= compare(work / row["contender"], work / "duckdb", size)
         results["sizes"].append({"millions": size, "rows": rows})
@@ -264,14 +258,16 @@ def to_markdown(results: dict[str, Any], memory: str) -> str:
         f"{date.today()}, {platform.machine()}, {psutil.cpu_count()} cores, {total} GB, Python "
         f"{platform.python_version()}. Command: `python {' '.join(sys.argv)}`; Spark's driver has {memory}.",
         "",
-        "| million events | contender | seconds | peak memory, GB | pairs | differing | largest relative error |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| million events | contender | seconds | CPU seconds | peak memory, GB | pairs | differing | largest error |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for size, r in ((s["millions"], r) for s in results["sizes"] for r in s["rows"]):
-        seconds = f"failed ({r['failed']})" if r["seconds"] is None else f"{r['seconds']:.1f}"
+        seconds = (
+            f"failed ({r['failed']}) | " if r["seconds"] is None else f"{r['seconds']:.1f} | {r['cpu_seconds']:.1f}"
+        )
         agreement = f"{r['pairs']:,} | {r['differing']} | {r['max_error']:.0e}" if "pairs" in r else " | | "
         lines.append(f"| {size} | {r['contender']} | {seconds} | {r['peak_gb']:.1f} | {agreement} |")
-    for contender in ("ours", "duckdb"):
+    for contender in ("ours", *ENGINES):
         if (power := exponent(results["sizes"], contender)) is not None:
             lines += [
                 "",
@@ -296,8 +292,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         contender, log, out, memory = options.one
-        seconds = CONTENDERS[contender](Path(log), Path(out), memory)
-        Path(f"{out}.seconds").write_text(str(seconds))
+        spent = CONTENDERS[contender](Path(log), Path(out), memory)
+        Path(f"{out}.json").write_text(json.dumps(spent))
         return
     with tempfile.TemporaryDirectory() as work:
         sizes = sorted(options.millions), options.join_millions, options.heavy_millions

@@ -17,7 +17,6 @@ import os
 import platform
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from cooccurrence import RESULTS, generate, measure, new_session, ours
+from pair_engines import Stopwatch
 from pyspark.sql import Window
 from pyspark.sql import functions as F
 
@@ -35,28 +35,28 @@ from notellm2_core.schema import RELATED_PAIRS
 LOW, UP, TOP_T = 0.01, 30.0, 3  # the paper's bounds
 
 
-def cooccurrence(log: Path, out: Path, memory: str) -> float:
+def cooccurrence(log: Path, out: Path, memory: str) -> dict[str, float]:
     return ours(log, out / "train", memory)
 
 
-def swing(log: Path, out: Path, memory: str) -> float:
+def swing(log: Path, out: Path, memory: str) -> dict[str, float]:
     return ours(log, out, memory, score="swing")
 
 
-def filters(log: Path, out: Path, memory: str) -> float:
+def filters(log: Path, out: Path, memory: str) -> dict[str, float]:
     from notellm2_core.config.data import FilterSettings
     from spark_jobs.related_pairs import relate
 
     spark = new_session(memory)
-    started = time.monotonic()
+    watch = Stopwatch()
     scores, note_split = log.parent / "cooccurrence", log.parent / "note_split"
     relate(spark, scores, note_split, out, FilterSettings(low=LOW, up=UP, top_t=TOP_T))
-    return time.monotonic() - started
+    return watch.spent()
 
 
-def plain(log: Path, out: Path, memory: str) -> float:
+def plain(log: Path, out: Path, memory: str) -> dict[str, float]:
     spark = new_session(memory)
-    started = time.monotonic()
+    watch = Stopwatch()
     splits = spark.read.parquet(str(log.parent / "note_split"))
     for window, split in (("train", "train"), ("test", "pool")):
         notes = splits.filter(F.col("side") == split).select("note_id")
@@ -67,7 +67,7 @@ def plain(log: Path, out: Path, memory: str) -> float:
         order = Window.partitionBy("query_id").orderBy(F.desc("score"), "target_id")
         ranked = pairs.withColumn("rank", F.row_number().over(order)).filter(F.col("rank") <= TOP_T)
         ranked.select(RELATED_PAIRS.names).write.parquet(str(out / window))
-    return time.monotonic() - started
+    return watch.spent()
 
 
 STEPS = {"cooccurrence": cooccurrence, "swing": swing, "filters": filters, "plain": plain}
@@ -126,8 +126,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         step, log, out, memory = options.one
-        seconds = STEPS[step](Path(log), Path(out), memory)
-        Path(f"{out}.seconds").write_text(str(seconds))
+        spent = STEPS[step](Path(log), Path(out), memory)
+        Path(f"{out}.json").write_text(json.dumps(spent))
         return
     with tempfile.TemporaryDirectory() as work:
         results = run(options.millions, options.memory, Path(work))

@@ -1,5 +1,7 @@
 """Array helpers: runs of equal numbers, and ragged slices."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -7,7 +9,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
-def run_starts(ordered: Ints) -> Ints:
+def run_starts(ordered: npt.NDArray[np.integer[Any]]) -> Ints:
     """The index at which each run of equal values starts."""
     return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))[: len(ordered)]
 

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from notellm2_core.config.data import ScoringSettings
 from notellm2_core.runtime.files import written_whole
 from notellm2_core.schema import CLICK_WEIGHT, SCORES
-from spark_jobs.scoring.eq2 import Pairs, pair_scores
+from spark_jobs.scoring.arrays import run_starts
+from spark_jobs.scoring.eq2 import Pairs, gathered, pair_scores
 from spark_jobs.scoring.histories import HISTORIES, NEVER, Follows, Histories, histories, summed
 from spark_jobs.scoring.quantiles import SHARES, bin_counts, lower_ends
 from spark_jobs.scoring.swing import swing_scores
@@ -141,7 +142,7 @@ def write_scores(
     ids = _read_note_ids(note_ids)
     file = out / f"part-{rows[0]['block']:05d}.parquet"
     metrics = _BlockMetrics()
-    scored = _scored(table, scoring) if timing is None else timed_scores(table)
+    scored = gathered(_scored(table, scoring) if timing is None else timed_scores(table))
     pairs = next(scored, None)
     if pairs is not None:
         with written_whole(file) as draft, _writer(draft) as writer:
@@ -162,7 +163,8 @@ def _writer(file: Path) -> pq.ParquetWriter:
         _SCORES_BY_DICTIONARY,
         store_schema=False,  # with it, readers would return dictionaries for the ids
         dictionary_pagesize_limit=1 << 26,  # beyond it, ids are written in plain, four times as slowly
-        write_statistics=["query_id", "score", "num_users"],
+        write_statistics=["query_id"],  # the other columns are not sorted, so theirs would exclude no row group
+        write_batch_size=1 << 16,
     )
 
 
@@ -186,7 +188,7 @@ def _dictionary(numbers: Any, ids: pa.StringArray) -> pa.DictionaryArray:
 
 
 class _BlockMetrics:
-    """The metrics of a block's pairs, added up chunk by chunk."""
+    """The metrics of a block's pairs, added up chunk by chunk. A chunk holds all pairs of its queries, in order."""
 
     def __init__(self) -> None:
         self.pairs = self.queries = self.max_users = 0
@@ -195,7 +197,7 @@ class _BlockMetrics:
 
     def add(self, pairs: Pairs) -> None:
         self.pairs += len(pairs.query)
-        self.queries += len(np.unique(pairs.query))
+        self.queries += len(run_starts(pairs.query))
         self.max_users = max(self.max_users, int(pairs.num_users.max()))
         self.max_score = max(self.max_score, float(pairs.score.max()))
         self.bins.update(bin_counts(pairs.score))

@@ -14,13 +14,13 @@ import pyarrow as pa
 from scipy import sparse
 
 from spark_jobs.scoring.arrays import Ints, ragged, run_starts
-from spark_jobs.scoring.eq2 import PAIRS_AT_A_TIME, Pairs
+from spark_jobs.scoring.eq2 import Pairs
 
 _CELLS_AT_A_TIME = 1 << 24  # of a matrix of users and targets: 128 MB
 
 
 def swing_scores(histories: pa.Table, alpha: float, max_users: int) -> Iterator[Pairs]:
-    """HISTORIES of a block (`follows` = "any": views are clicks, followed by all clicks) -> its pairs, in chunks.
+    """HISTORIES of a block (`follows` = "any": views are clicks, followed by all clicks) -> its pairs, by query.
 
     Only the `max_users` users of a query that clicked the fewest notes count: they have the largest weights. Scores do
     not depend on the order of users in `histories`, to the last digit.
@@ -36,19 +36,8 @@ def swing_scores(histories: pa.Table, alpha: float, max_users: int) -> Iterator[
     order = np.argsort(query, kind="stable")  # users stay in order
     query, user = query[order], user[order]
     first = run_starts(query)
-    pending, num_pairs = [], 0
     for note, users in zip(query[first], np.split(user, first[1:]), strict=True):
-        pending.append(_query_pairs(int(note), users[:max_users], offsets, click, weight, alpha))
-        num_pairs += len(pending[-1].query)
-        if num_pairs >= PAIRS_AT_A_TIME:
-            yield from _concatenated(pending)
-            pending, num_pairs = [], 0
-    yield from _concatenated(pending)
-
-
-def _concatenated(chunks: list[Pairs]) -> Iterator[Pairs]:
-    if any(len(pairs.query) for pairs in chunks):
-        yield Pairs(*map(np.concatenate, zip(*chunks, strict=True)))
+        yield _query_pairs(int(note), users[:max_users], offsets, click, weight, alpha)
 
 
 def _query_pairs(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_jobs.scoring.eq2 import pair_scores
+from spark_jobs.scoring.eq2 import Pairs, _chunks, gathered, pair_scores
 from spark_jobs.scoring.histories import HISTORIES, NEVER, Capped, histories
 from tests.support.scores import scores_of
 
@@ -114,3 +114,39 @@ def test_the_last_digit_does_not_depend_on_order_or_blocks(seed: int) -> None:
     names = rng.permutation(40).tolist()  # another machine numbers the users in another order
     shuffled = [(names[u], n, v, c) for u, n, v, c in rng.permutation(np.array(rows)).tolist()]
     assert scored(rows)[0] == scored(shuffled, num_blocks=3, at_a_time=7)[0]
+
+
+def test_chunks_hold_whole_queries_or_part_of_a_long_one() -> None:
+    """Views with 2, 1 | 3, 3, 3, 3, 1 | 1 | 2 terms, six at a time: the second query, with thirteen, has three parts.
+
+    Its last part has one term, and is not joined with the next query.
+    """
+    query = np.array([0, 0, 1, 1, 1, 1, 1, 2, 3], np.int32)
+    chunks = [(c.start, c.stop) for c in _chunks(query, np.cumsum([2, 1, 3, 3, 3, 3, 1, 1, 2]), 6)]
+    assert chunks == [(0, 2), (2, 4), (4, 6), (6, 7), (7, 9)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=6),
+    at_a_time=st.integers(1, 20),
+)
+def test_no_chunk_joins_a_part_with_another_query(lengths: list[list[int]], at_a_time: int) -> None:
+    """`lengths`: the terms of each view, by query. The chunks cover all views in order, and none is too large."""
+    query = np.repeat(np.arange(len(lengths), dtype=np.int32), [len(views) for views in lengths])
+    length = np.concatenate(lengths)
+    chunks = list(_chunks(query, np.cumsum(length), at_a_time))
+    assert [i for c in chunks for i in range(c.start, c.stop)] == list(range(len(query)))
+    for chunk in chunks:
+        inside = query[chunk]
+        is_whole = np.isin(inside, np.append(query[: chunk.start], query[chunk.stop :]), invert=True).all()
+        assert is_whole or len(set(inside.tolist())) == 1
+        assert length[chunk].sum() <= at_a_time or len(inside) == 1
+
+
+def test_gathered_concatenates_and_keeps_the_order() -> None:
+    """Chunks of 2, 3, 0 and 1 pairs, at least four at a time: 2 + 3, then 0 + 1."""
+    numbers = np.arange(6)
+    chunks = [Pairs(part, part, part.astype(float), part) for part in np.split(numbers, [2, 5, 5])]
+    assert [pairs.query.tolist() for pairs in gathered(chunks, 4)] == [[0, 1, 2, 3, 4], [5]]
+    assert list(gathered([chunks[2]], 4)) == []

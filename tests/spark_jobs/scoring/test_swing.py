@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spark_jobs.scoring.eq2 import gathered
 from spark_jobs.scoring.histories import HISTORIES, histories
 from spark_jobs.scoring.swing import swing_scores
 
@@ -84,7 +85,8 @@ def test_a_cap_keeps_the_notes_clicked_last_before_and_after_merging() -> None:
     for table in (rows, merged):
         columns = [np.array(column, np.int64) for column in zip(*table, strict=True)]
         built, _ = histories(*columns, "any", 2)
-        [pairs] = swing_scores(pa.Table.from_batches([chunk for _, chunk in built.chunks(1)], HISTORIES), 1.0, 10)
+        table_of_block = pa.Table.from_batches([chunk for _, chunk in built.chunks(1)], HISTORIES)
+        [pairs] = gathered(swing_scores(table_of_block, 1.0, 10))
         results.append(list(zip(pairs.query.tolist(), pairs.target.tolist(), strict=True)))
     assert results == [[(0, 2), (2, 0)]] * 2
 
