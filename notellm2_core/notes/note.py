@@ -8,9 +8,9 @@ from typing import Any
 from PIL import Image
 
 from notellm2_core.config.source import NOTE_CONTRACT
-from notellm2_core.tables.columns import topics_of_text, trimmed_topics
 from notellm2_core.tables.html_text import clean_html
 from notellm2_core.tables.source import note_forms
+from notellm2_core.tables.topics import topics_of_text, trimmed_topics
 
 ImageLike = str | Path | bytes | Image.Image  # a path, the encoded bytes, or an image that Pillow has opened
 FIELDS = ("note_id", "title", "topics", "content", "image")

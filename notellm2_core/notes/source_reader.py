@@ -15,8 +15,8 @@ import pyarrow as pa
 from notellm2_core.config.source import NOTE_CONTRACT, NoteReadingSettings
 from notellm2_core.notes.note import Note, NoteWithImage
 from notellm2_core.runtime.fingerprint import fingerprint
-from notellm2_core.tables.columns import WHITE_SPACE
 from notellm2_core.tables.formats import Split
+from notellm2_core.tables.forms import WHITE_SPACE
 from notellm2_core.tables.source import NOTE_COLUMNS, open_notes
 from notellm2_core.tables.table import HTML, MALFORMED, Table
 

@@ -5,10 +5,7 @@ canonical type, or refuses it with a sentence. All readers of a user's tables go
 commands read the same values. Nothing that could lose a digit is read: no floats as ids, no 32-bit floats as times.
 """
 
-import ast
-import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -17,27 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
+from notellm2_core.tables.forms import USUAL_FORMS, WHITE_SPACE, Forms
 from notellm2_core.tables.html_text import clean_html, has_html
 from notellm2_core.tables.times import NUMBER, read_times, read_written_times
+from notellm2_core.tables.topics import topics_of_text, trimmed_topics
 
-WHITE_SPACE = " \t\r\n"  # trimmed from ids and topics
 NO_ID = ("", r"\N", "NULL", "null", "None", "nan", "NaN", "<NA>", "NaT")  # what writers put where there is no id
 
 
-@dataclass(frozen=True)
-class Forms:
-    """How values are written, where they do not say it themselves."""
-
-    topic_delimiter: str = "|"
-    clean_html: bool = False  # whether texts lose their HTML
-    timestamp_format: str | None = None  # of strptime; None: any of the forms of `times`
-    time_zone: str | None = None  # of times without a zone; None: UTC
-
-
 FETCH = "no run fetches images. Fetch them beforehand, for example with img2dataset, and name the files in image_path"
-
-
-USUAL_FORMS = Forms()
 
 
 class Kind(StrEnum):
@@ -194,37 +179,6 @@ def _read_list(column: pa.Array, forms: Forms) -> pa.Array | None:
         return None
     texts = [None if row is None else trimmed_topics(row, forms.clean_html) for row in column.to_pylist()]
     return pa.array(texts, CANONICAL[Kind.TEXTS])
-
-
-def trimmed_topics(topics: Sequence[Any], clean: bool) -> list[str]:
-    """The topics as text, without white space at their ends, null and empty ones. `clean`: without HTML, too."""
-    texts = (str(topic) for topic in topics if topic is not None)
-    trimmed = ((clean_html(text) if clean else text).strip(WHITE_SPACE) for text in texts)
-    return [text for text in trimmed if text]
-
-
-_QUOTED = r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
-_LIST_AS_TEXT = re.compile(rf"\[\s*(?:{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*,?\s*)?\]", re.DOTALL)
-_LIST_WITHOUT_QUOTES = re.compile(r"""\[([^]["']*)\]""")
-
-
-def topics_of_text(text: str | None, forms: Forms) -> list[str] | None:
-    """The topics in a text: with a delimiter between them, or the text of a list, as JSON or Python write it.
-
-    The items of a list of numbers, [27, 9], or of texts without quotes, [tea, red kite], are between its commas.
-    """
-    if text is None:
-        return None
-    stripped = text.strip(WHITE_SPACE)
-    if bare := _LIST_WITHOUT_QUOTES.fullmatch(stripped):
-        return trimmed_topics(bare[1].split(","), forms.clean_html)
-    if not _LIST_AS_TEXT.fullmatch(stripped):  # cleaned as a whole, because an entity may contain the delimiter
-        whole = clean_html(text) if forms.clean_html else text
-        return trimmed_topics(whole.split(forms.topic_delimiter), clean=False)
-    try:
-        return trimmed_topics(json.loads(stripped), forms.clean_html)
-    except ValueError:
-        return trimmed_topics(ast.literal_eval(stripped), forms.clean_html)
 
 
 def rows_with_html(column: pa.Array) -> pa.Array:

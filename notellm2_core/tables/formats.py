@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from notellm2_core.runtime.files import is_hidden
-from notellm2_core.tables.columns import USUAL_FORMS, Forms, Kind
+from notellm2_core.tables.columns import Kind
 from notellm2_core.tables.csv_rows import BLOCK_BYTES, LINE, RFC_4180, CsvLayout, csv_names, csv_rows
+from notellm2_core.tables.forms import USUAL_FORMS, Forms
 from notellm2_core.tables.json_rows import json_names, json_rows
 
 FORMATS = "Parquet, CSV (.csv), TSV (.tsv) and JSON Lines (.jsonl), the last three also as .gz, .bz2 or .zst"

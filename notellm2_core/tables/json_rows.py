@@ -9,8 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.types as pt
 
-from notellm2_core.tables.columns import Forms, Kind, read_column
+from notellm2_core.tables.columns import Kind, read_column
 from notellm2_core.tables.csv_rows import LINE, no_rows
+from notellm2_core.tables.forms import Forms
 
 _BATCH_LINES = 50_000
 _NAMED_LINES = 1000

@@ -18,9 +18,10 @@ from notellm2_core.config.source import (
     ReadingSettings,
     TableSettings,
 )
-from notellm2_core.tables.columns import FETCH, USUAL_FORMS, Column, Forms, Kind
+from notellm2_core.tables.columns import FETCH, Column, Kind
 from notellm2_core.tables.csv_rows import CsvLayout
 from notellm2_core.tables.formats import FORMATS, table_files
+from notellm2_core.tables.forms import USUAL_FORMS, Forms
 from notellm2_core.tables.origins import Constant, Entry, Origin, origin
 from notellm2_core.tables.table import Table, check_table
 

@@ -16,17 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from notellm2_core.config.source import CONDITION
-from notellm2_core.tables.columns import (
-    USUAL_FORMS,
-    Column,
-    Forms,
-    Kind,
-    plain_column,
-    read_column,
-    read_text,
-    rows_with_html,
-    valid_utf8,
-)
+from notellm2_core.tables.columns import Column, Kind, plain_column, read_column, read_text, rows_with_html, valid_utf8
 from notellm2_core.tables.csv_rows import LINE, RFC_4180, CsvLayout
 from notellm2_core.tables.events_in_rows import exploded, extracted
 from notellm2_core.tables.formats import (
@@ -39,6 +29,7 @@ from notellm2_core.tables.formats import (
     splits,
     table_files,
 )
+from notellm2_core.tables.forms import USUAL_FORMS, Forms
 from notellm2_core.tables.origins import Origin, Stored, stored_kinds
 from notellm2_core.tables.times import NUMBER
 
