@@ -131,7 +131,7 @@ def measure_k(index: Index, plain: Any, vectors: np.ndarray, held_out: np.ndarra
 
 
 def build(vectors: np.ndarray, factory: str, options: argparse.Namespace) -> tuple[Index, Any, dict[str, float]]:
-    """Our index, the plain one, and the seconds of each; of ours, those that go to equal vectors and to tuning."""
+    """Our index, the plain one, and the seconds of each; of ours, those for equal vectors and for tuning."""
     table = Embeddings(tuple(map(str, range(len(vectors)))), vectors)
     settings = IndexSettings(factory=factory)
     times: dict[str, list[float]] = {"ours": [], "equal": [], "tuning": [], "plain": []}

@@ -140,7 +140,7 @@ def advise_ids(labelled: Labelled, note_ids: pa.Array, findings: Findings) -> No
 
 
 def advise_undated(log: Log, num_rows: int, findings: Findings) -> None:
-    """Rows without a plausible time, with examples, and the format of their times if it can be told."""
+    """Rows without a plausible time, with examples, and the format of their times if it is recognised."""
     for reason, what in (
         ("malformed_row", "are malformed"),
         ("bad_timestamp", "have no readable time"),
@@ -161,7 +161,7 @@ def advise_undated(log: Log, num_rows: int, findings: Findings) -> None:
 
 
 def _faulty_rows(place: Place, reason: str) -> list[dict[str, Any]]:
-    """Rows of the batch with this reason, as they are in the file; none where the batch is far behind its start."""
+    """The unchanged rows of the batch that have this reason; [] for a batch late in its file, which takes too long."""
     if place.batch >= _BATCHES:
         return []
     batch = next(islice(place.table.read(place.split), place.batch, None))

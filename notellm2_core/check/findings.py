@@ -18,7 +18,7 @@ class Findings:
     """Filled while a source is checked."""
 
     stops: list[str] = field(default_factory=list)  # sentences; a run would stop at each
-    remarks: list[str] = field(default_factory=list)  # sentences on what goes through, and may not be meant
+    remarks: list[str] = field(default_factory=list)  # sentences on what passes, and may not be intended
     changes: list[Change] = field(default_factory=list)
 
     def change(self, setting: str, value: Any, why: str) -> None:

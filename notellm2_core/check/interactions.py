@@ -153,12 +153,8 @@ def _repeated(rows: DatedRows, counted: np.ndarray) -> np.ndarray:
     """Which of the rows `counted` repeat another one: user, note, time, event and weight are equal."""
     pairs = rows.users[counted].astype(np.int64) << 32 | rows.notes[counted]
     weights = [] if rows.weight_keys is None else [rows.weight_keys[counted]]
-    keys = (
-        *weights,
-        rows.times[counted],
-        rows.events[counted],
-        pairs,
-    )  # most logs are in the order of time: quickly sorted
+    # lexsort sorts by time before it sorts by the others: quickly, because most logs are in that order.
+    keys = (*weights, rows.times[counted], rows.events[counted], pairs)
     order = np.lexsort(keys)
     is_equal = np.ones(max(len(order) - 1, 0), dtype=bool)
     for key in keys:

@@ -37,7 +37,7 @@ def _tables(title: str, tables: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if others := table["other_columns"]:
             yield f"  not read: {_shortened(', '.join(others), _WIDTH - 12)}"
         if rows := table.get("first_rows"):
-            yield "  The first rows, as they are read:"
+            yield "  The first rows in canonical types:"
             names = list(rows[0])
             yield from _aligned([names, *([_shortened(row[name]) for name in names] for row in rows)])
     if not tables:
@@ -56,7 +56,7 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
     if images["named"] is None:
         yield f"  images: {images['sampled']:,} in a sample of {images['rows_sampled']:,} rows"
     elif not images["named"]:
-        yield "  images: none is named"
+        yield "  images: no note names one"
         return
     else:
         yield f"  images: {images['named']:,} named: {_counts(images['found'], images['examples'])}"

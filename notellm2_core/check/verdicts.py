@@ -7,7 +7,7 @@ from notellm2_core.config.data import CheckSettings
 from notellm2_core.vision.image_status import UNUSABLE, described
 
 Metrics = Mapping[str, Any]
-Verdict = tuple[bool, dict[str, Any]]  # whether the run goes on, and what to show
+Verdict = tuple[bool, dict[str, Any]]  # whether the data pass, and what to show
 
 
 def dropped_share(metrics: Metrics, limits: CheckSettings) -> Verdict:

@@ -205,8 +205,8 @@ class NoteReadingSettings(ReadingSettings):
     )
     clean_html: bool = Field(
         True,
-        description="Whether titles, topics and contents lose the HTML that is found in them: tags go, and entities "
-        "become characters. What only looks like a tag (`a < b`, `<3`) stays. false: texts stay as they are.",
+        description="Whether titles, topics and contents lose the HTML that is found in them: tags are removed, and "
+        "entities become characters. What only looks like a tag (`a < b`, `<3`) stays. false: texts are unchanged.",
     )
 
 

@@ -131,8 +131,8 @@ def evaluate_embeddings(
 
     pairs: see `evaluation.pairs`. queries: the embeddings of the queries, if they are no notes; their ids may then
     equal those of notes. The candidates are the notes of `pairs`/pool if it exists, as in `eval_recall`, else all
-    embedded notes; a query that is a note is no candidate. Raises ValueError for pairs that cannot be ranked, where
-    none is relevant, and where another model made the queries.
+    embedded notes; a query that is a note is no candidate. Raises ValueError for pairs that cannot be ranked, for
+    pairs without a relevant one, and for queries of another model.
     """
     table, read = read_embeddings(embeddings), read_pairs(pairs)
     test = read.pairs

@@ -4,7 +4,7 @@ Three forms, recognised by their content:
 
 - A table with the columns query_id and target_id, text or whole numbers. A row may list several targets. The column
   `relevance` or `label`, if there is one, grades them; `score` does not: in the lake, it is that of Eq. 2.
-- BEIR: a table with the columns query-id, corpus-id, score. As text, it is separated by tabs, whatever its name.
+- BEIR: a table with the columns query-id, corpus-id, score. As text, it is separated by tabs under any name.
 - TREC: lines `query iteration target relevance` without a header, separated by blanks; the iteration means nothing.
 
 A target with a relevance of 0 or less is not relevant and makes no pair. A repeated pair counts once, with its highest

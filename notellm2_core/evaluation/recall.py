@@ -65,25 +65,7 @@ def count_ranks(
     the query is no candidate. Raises ValueError if the pool repeats a note, a target is not in it, a pair relates a
     note to itself or comes twice, or a score is not finite.
     """
-    column = {note_id: c for c, note_id in enumerate(pool_ids)}
-    if len(column) != len(pool_ids):
-        twice = next(note_id for c, note_id in enumerate(pool_ids) if column[note_id] != c)
-        raise ValueError(
-            f"{len(pool_ids) - len(column)} notes come twice in the pool (the first is {twice!r}); it must name each "
-            "note once."
-        )
-    missing = [t for t in pairs.target_ids if t not in column]
-    if missing:
-        raise ValueError(f"the targets of {len(missing)} pairs are not in the pool (the first is {missing[0]!r}).")
-    selves = [q for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True) if q == t]
-    if selves and queries_are_notes:
-        raise ValueError(
-            f"{len(selves)} pairs relate a note to itself (the first is {selves[0]!r}), and no query is a candidate. "
-            "--queries names the embeddings of queries that are no notes."
-        )
-    if repeated := len(pairs) - len(set(zip(pairs.query_ids, pairs.target_ids, strict=True))):
-        raise ValueError(f"{repeated} pairs are repetitions; name each pair once.")
-
+    column = _columns(pool_ids, pairs, queries_are_notes)
     pairs_of: dict[str, list[int]] = {}
     for n, query in enumerate(pairs.query_ids):
         pairs_of.setdefault(query, []).append(n)
@@ -114,6 +96,29 @@ def count_ranks(
     for number, index in enumerate(pairs_of.values()):
         query_of[index] = number
     return Ranks(higher, ties, candidates, query_of, np.array(pairs.relevance or [1.0] * len(pairs)))
+
+
+def _columns(pool_ids: Sequence[str], pairs: Pairs, queries_are_notes: bool) -> dict[str, int]:
+    """note_id -> its column in the pool. Raises ValueError for a pool and pairs that `count_ranks` cannot rank."""
+    column = {note_id: c for c, note_id in enumerate(pool_ids)}
+    if len(column) != len(pool_ids):
+        twice = next(note_id for c, note_id in enumerate(pool_ids) if column[note_id] != c)
+        raise ValueError(
+            f"{len(pool_ids) - len(column)} notes come twice in the pool (the first is {twice!r}); it must name each "
+            "note once."
+        )
+    missing = [t for t in pairs.target_ids if t not in column]
+    if missing:
+        raise ValueError(f"the targets of {len(missing)} pairs are not in the pool (the first is {missing[0]!r}).")
+    selves = [q for q, t in zip(pairs.query_ids, pairs.target_ids, strict=True) if q == t]
+    if selves and queries_are_notes:
+        raise ValueError(
+            f"{len(selves)} pairs relate a note to itself (the first is {selves[0]!r}), and no query is a candidate. "
+            "--queries names the embeddings of queries that are no notes."
+        )
+    if repeated := len(pairs) - len(set(zip(pairs.query_ids, pairs.target_ids, strict=True))):
+        raise ValueError(f"{repeated} pairs are repetitions; name each pair once.")
+    return column
 
 
 def cosine_rows(queries: Embeddings, pool: Embeddings) -> ScoreRows:

@@ -88,7 +88,7 @@ STAGES: Mapping[str, Stage] = {
     "interactions": Stage(
         ("raw_events", "notes"),
         (*settings_of("source", EventSettings), *settings_of("pairs", ClickTimeSettings), "window"),
-        version=4,
+        version=5,
     ),
     "vision_features": Stage(("notes",), ("model.vision", "source.max_image_pixels"), version=4),
     "cooccurrence": Stage(("interactions",), settings_of("pairs", ScoringSettings), version=4),
@@ -131,7 +131,7 @@ STAGES: Mapping[str, Stage] = {
 
 # The parts of the log have versions of their own; raise with them the version of raw_events or of interactions.
 INGESTION_VERSION = 5  # notellm2_core.tables, spark_jobs.source, spark_jobs.ingest
-PARTITION_VERSION = 2  # spark_jobs.clean, spark_jobs.interactions
+PARTITION_VERSION = 3  # spark_jobs.clean, spark_jobs.interactions
 WORLD_VERSION = 2  # notellm2_core.demo
 RENAMED = {  # earlier names of datasets, which nothing reads any more
     "events": "interactions",

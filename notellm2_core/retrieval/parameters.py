@@ -139,7 +139,7 @@ def _compare_all(index: Any, queries: np.ndarray, k: int) -> tuple[Any, Any]:
 
 
 def _all_clusters(index: Any) -> Any:
-    """The parameters of an IVF index with which every cluster is searched, whatever index finds the clusters."""
+    """The parameters of an IVF index with which every cluster is searched, for any index that finds the clusters."""
     quantizer, inner = faiss.downcast_index(index.quantizer), None
     if isinstance(quantizer, faiss.IndexIVF):
         inner = _all_clusters(quantizer)

@@ -86,7 +86,7 @@ class Points:
         return rows, best_scores
 
     def _are_single(self, points: np.ndarray) -> bool:
-        """Whether at each of `points` is one note, and none is -1."""
+        """Whether each of `points` has exactly one note; a missing point, -1, has no note."""
         if points.min(initial=0) < 0:
             return False
         return len(self.sizes) == len(self.of_row) or bool((self.sizes[points] == 1).all())

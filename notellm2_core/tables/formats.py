@@ -1,7 +1,7 @@
 """The file formats of a user's tables: which files are its parts, which columns a part has, and its rows.
 
 Parquet, CSV, TSV and JSON Lines are read; the text formats also compressed by gzip, bzip2 or zstd. A reader yields
-Arrow batches of the requested columns, as they are stored, and LINE.
+Arrow batches of the requested columns in their stored types, and LINE.
 """
 
 import os
@@ -166,7 +166,7 @@ class Reading:
 
 
 def read_split(split: Split, reading: Reading, folder: Path) -> Iterator[pa.RecordBatch]:
-    """The rows of `split` in file order: the columns of `reading`, as they are stored, and LINE.
+    """The rows of `split` in file order: the columns of `reading` in their stored types, and LINE.
 
     Columns that the file lacks are left out. Raises ValueError naming the file if it is damaged, or a value of JSON
     that its column cannot have.

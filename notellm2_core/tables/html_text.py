@@ -50,8 +50,8 @@ _WHITE_SPACE = " \t\r\n"
 def clean_html(text: str) -> str:
     """The text that a browser shows for `text`, with the line breaks of its blocks; unchanged where it has no HTML.
 
-    The contents of script and style vanish, and so do comments. An entity becomes its character, &nbsp; a space. White
-    space stays, except around blocks.
+    The contents of script and style are removed, and so are comments. An entity becomes its character, &nbsp; a space.
+    White space stays, except around blocks.
     """
     lines: list[list[str]] = [[]]
     end = 0

@@ -44,12 +44,12 @@ WEIGHT = Column("weight", Kind.NUMBER, in_every_part=True, may_be_list=True)  # 
 _IMAGE_ADDRESS = re.compile(r"(?i)(image|img|pic|photo|cover|thumb).*ur[li]|ur[li].*(image|img|pic|photo|cover|thumb)")
 _TABLE_SUFFIXES = (".parquet", ".pq", ".csv", ".tsv", ".jsonl", ".ndjson")
 _COMPRESSIONS = ("", ".gz", ".bz2", ".zst")
+_ENDINGS = frozenset(("", *(suffix + packed for suffix in _TABLE_SUFFIXES for packed in _COMPRESSIONS)))
 
 
 def is_table(name: str, table: str) -> bool:
     """Whether a file or folder of this name in a source is the table of NOTES or EVENTS."""
-    endings = {"", *(suffix + packed for suffix in _TABLE_SUFFIXES for packed in _COMPRESSIONS)}
-    return name.startswith(table) and name[len(table) :].lower() in endings
+    return name.startswith(table) and name[len(table) :].lower() in _ENDINGS
 
 
 def find_table(source: Path, table: str) -> Path:

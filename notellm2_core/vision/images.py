@@ -125,7 +125,7 @@ def check(data: bytes, max_pixels: int) -> Status:
 def decode(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
     """("ok" | "truncated", RGB image), or ("broken" | "unsupported" | "too_large", None).
 
-    A JPEG that ends early is read as far as it goes: its missing part is grey, or coarse if it is progressive. An
+    A JPEG that ends early is decoded up to its end: its missing part is grey, or coarse if it is progressive. An
     animation gives its first frame. The EXIF orientation is applied, transparency is composited on white, and greys of
     more than 8 bits are scaled to 8.
     """

@@ -1,4 +1,4 @@
-"""Decodes JPEGs whose files end early as far as they go.
+"""Decodes JPEGs whose files end early, up to where they end.
 
 Pillow's switch for this, ImageFile.LOAD_TRUNCATED_IMAGES, is one for the whole process, and does not say which images
 needed it. Here the decoder gets an end-of-image marker where the file ends without one. libjpeg then fills what is

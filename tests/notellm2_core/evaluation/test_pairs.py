@@ -176,7 +176,7 @@ def test_qrels_are_recognised_whatever_their_name(tmp_path: Path, name: str) -> 
 
 
 def test_the_split_of_a_folder(tmp_path: Path) -> None:
-    """Of a folder with splits, the test pairs are read; without them, none is taken for it."""
+    """Of a folder with splits, the test pairs are read; without them, the folder is refused."""
     for split in ("train", "dev"):
         text(tmp_path / f"{split}.csv", f"query_id,target_id\n{split},x\n")
     with pytest.raises(ValueError, match=r"holds dev\.csv and no test: name the file whose pairs count"):

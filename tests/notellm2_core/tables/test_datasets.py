@@ -1,4 +1,4 @@
-r"""Public data sets are read as they are published: small made-up files of exactly their form, and the values in them.
+r"""Public data sets in their published form: small made-up files of exactly their form, and the values in them.
 
 Where each form is described:
 - MovieLens: https://files.grouplens.org/datasets/movielens/ml-latest-small-README.html

@@ -132,7 +132,7 @@ def test_chunks_hold_whole_queries_or_part_of_a_long_one() -> None:
     at_a_time=st.integers(1, 20),
 )
 def test_no_chunk_joins_a_part_with_another_query(lengths: list[list[int]], at_a_time: int) -> None:
-    """`lengths`: the terms of each view, by query. The chunks cover all views in order, and none is too large."""
+    """`lengths`: the terms of each view, by query. The chunks cover all views in order, each within its limit."""
     query = np.repeat(np.arange(len(lengths), dtype=np.int32), [len(views) for views in lengths])
     length = np.concatenate(lengths)
     chunks = list(_chunks(query, np.cumsum(length), at_a_time))
