@@ -1,7 +1,7 @@
 """Blocking asset checks: a dataset that fails one stops the run before its downstream assets.
 
 What is wrong with data stops a run early. What is wrong with a trained model must not hide how good it is: such a check
-stands at the end, on `eval_recall`. The run then fails, so nothing is released, but the table is there.
+is judged last, on `eval_recall`. The run then fails, so nothing is released, but the table is there.
 """
 
 from collections.abc import Callable
