@@ -173,6 +173,12 @@ class TrainingSettings(SelectionSettings, RunSettings):
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon (paper: Table 8).")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm (paper: Table 8).")
     alpha: float = Field(9.0, ge=0, description="Weight of the multimodal loss in Eq. 9 (paper: Table 6).")
+    centre_embeddings: bool = Field(
+        False,
+        description="Whether the loss compares the embeddings of a batch less their mean, so that they cannot fall to "
+        "one point ([why](training.md#embeddings-that-fall-to-one-point)). The saved projector takes the mean of "
+        "training notes out. The paper does not.",
+    )
     known_positives: KnownPositives = Field(
         "mask",
         description="Role of a note's other known positives in the batch. `mask`: neither positives nor negatives "

@@ -15,6 +15,7 @@ import pyarrow.types as pt
 
 from notellm2_core.embeddings.unit_vectors import require_same_model, require_unit_vectors
 from notellm2_core.runtime.files import parquet_files
+from notellm2_core.tables.formats import parquet_file, unreadable
 from notellm2_core.tables.ids import read_ids
 
 WEIGHTS_ID = b"weights"  # key of a shard's metadata: the model, as `EmbeddingKey.weights_id` names it
@@ -71,11 +72,14 @@ def read_embeddings(folder: Path, note_ids: Collection[str] | None = None) -> Em
     parts: list[np.ndarray] = []
     weights_id, first_known = None, files[0]
     for file in files:
-        with pq.ParquetFile(file) as parquet:
+        with parquet_file(file) as parquet:
             names, metadata = parquet.schema_arrow.names, parquet.schema_arrow.metadata or {}
             if missing := {"note_id", "embedding"}.difference(names):
                 raise ValueError(f"{file} is not an embedding table: it has no column {min(missing)}.")
-            table = parquet.read(["note_id", "embedding"])
+            try:
+                table = parquet.read(["note_id", "embedding"])
+            except (OSError, pa.ArrowException) as e:
+                raise ValueError(unreadable(file, e)) from e
         file_ids = read_ids(file, "note_id", table["note_id"]).to_pylist()
         vectors = _vectors(file, file_ids, table["embedding"].combine_chunks())
         if not file_ids:  # its width, if it has one, says nothing

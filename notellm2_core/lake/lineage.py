@@ -70,6 +70,7 @@ _TRAINING = (
 )
 _SELECTION: Mapping[str, Condition] = {
     "training.num_epochs": lambda config: config.training.num_epochs is not None,
+    "training.centre_embeddings": lambda config: config.training.centre_embeddings,
     **dict.fromkeys(settings_of("training", SelectionSettings), lambda config: config.training.selects),
 }
 

@@ -110,5 +110,5 @@ def _is_header(batch: pa.RecordBatch) -> pa.Array:
 
 def no_rows(lines: Sequence[str], names: Sequence[str]) -> pa.RecordBatch:
     """Nulls for lines that are no rows, and the lines."""
-    nulls = {name: pa.nulls(len(lines), pa.string()) for name in names}
+    nulls = {name: pa.nulls(len(lines)) for name in names}  # of no type: the column may be one of bytes
     return pa.RecordBatch.from_pydict({**nulls, LINE: pa.array(lines, pa.string())})

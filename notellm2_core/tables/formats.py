@@ -184,7 +184,7 @@ def read_split(split: Split, reading: Reading, folder: Path) -> Iterator[pa.Reco
                     batch = batch.append_column(name, pa.repeat(pa.scalar(constants[name], pa.string()), len(batch)))
             yield batch
     except (OSError, EOFError, pa.ArrowException) as e:
-        raise ValueError(_reason(split.file, e)) from e
+        raise ValueError(unreadable(split.file, e)) from e
 
 
 def _stored_rows(split: Split, reading: Reading) -> Iterator[pa.RecordBatch]:
@@ -220,14 +220,16 @@ def _text_names(file: Path, layout: CsvLayout) -> list[str]:
         with open_text(file) as stream:
             return csv_names(stream, _layout(kind, layout)) if kind in _DELIMITERS else json_names(stream)
     except (OSError, EOFError) as e:
-        raise ValueError(_reason(file, e)) from e
+        raise ValueError(unreadable(file, e)) from e
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from e
 
 
-def _reason(file: Path, error: Exception) -> str:
+def unreadable(file: Path, error: Exception) -> str:
     """One sentence on a file that cannot be read to its end."""
     text = _first_line(error)
+    if "all lists to be of size" in text:  # apache/arrow's reader of Parquet, as of version 25
+        return f"{file} has lists of a fixed size, some of them null, which Arrow cannot read: write plain lists."
     if "straddling object" in text or "out of sync" in text:
         return f"{file} has a row of more than {BLOCK_BYTES >> 20} MB: a quote in it is opened and never closed."
     return f"{file} is damaged, or not of the format its name says ({text})."

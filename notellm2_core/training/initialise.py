@@ -56,7 +56,7 @@ def initialise(model: MLRMModel, data: PairDataset, config: Config, encoder: Vis
             model.fusion.gate.bias.fill_(init.gate_bias)
     if init.fusion_scale is None and init.visual_token_gain is None and not init.pca_projector:
         return
-    chosen = np.random.default_rng([config.seed, 1]).permutation(data.train_notes)[: init.num_pca_notes]
+    chosen = notes_to_measure(data, config)
     if len(chosen) < 2:
         raise ValueError(f"model.init needs at least 2 training notes to measure on, there are {len(chosen)}")
     was_training = model.training
@@ -89,6 +89,11 @@ def initialise(model: MLRMModel, data: PairDataset, config: Config, encoder: Vis
     if init.pca_projector:
         centre(model.projector, states)
     model.train(was_training)
+
+
+def notes_to_measure(data: PairDataset, config: Config) -> np.ndarray:
+    """The training notes that values of the model are measured on: `model.init.num_pca_notes` of them, at random."""
+    return np.random.default_rng([config.seed, 1]).permutation(data.train_notes)[: config.model.init.num_pca_notes]
 
 
 def spread(states: Tensor) -> Tensor:

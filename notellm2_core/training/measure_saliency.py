@@ -28,7 +28,7 @@ from notellm2_core.runtime.files import write_atomically
 from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset
 from notellm2_core.training.data.sampler import batch_schedule
 from notellm2_core.training.objective.losses import BatchLabels, capped_tau
-from notellm2_core.training.objective.views import method_losses
+from notellm2_core.training.objective.views import centred, method_losses
 from notellm2_core.vision.encoder import VisionEncoder
 
 
@@ -78,6 +78,8 @@ def _loss(model: MLRMModel, config: Config, labels: BatchLabels) -> Loss:
         views = {"multimodal": output.multimodal}
         if "visual" in method.losses and output.visual is not None:
             views["visual"] = output.visual
+        if config.training.centre_embeddings:
+            views = dict(centred(views))
         return method_losses(method, views, capped_tau(model.tau), config.training.alpha, labels, dims).total
 
     return loss

@@ -29,7 +29,7 @@ from notellm2_core.training.engine import deepspeed as engines
 from notellm2_core.training.engine.deepspeed import Precision
 from notellm2_core.training.engine.precision import choose_precision
 from notellm2_core.training.engine.throughput import Throughput
-from notellm2_core.training.initialise import initialise
+from notellm2_core.training.initialise import initialise, notes_to_measure
 from notellm2_core.training.launch import NO_REPORTS, Paths, Reports
 from notellm2_core.training.loop import Run, TrainingError, train
 from notellm2_core.training.state.checkpoints import Checkpoints
@@ -40,6 +40,7 @@ from notellm2_core.training.state.save import DONE, save_model
 from notellm2_core.training.state.selection import Selection
 from notellm2_core.training.step import idle_step
 from notellm2_core.training.summary import training_summary
+from notellm2_core.training.validation import centre_projector
 from notellm2_core.vision.encoder import VisionEncoder
 
 
@@ -215,6 +216,9 @@ def _precision(
 def finish(run: Run, train_days: Sequence[str] | None) -> None:
     """Save the trained model, its card and training.json."""
     run.selection.restore(run.engine.module)
+    if run.config.training.centre_embeddings:
+        notes = notes_to_measure(run.data, run.config)
+        centre_projector(run.engine, run.data, notes, run.config, run.device)
     vision = run.paths.inputs.vision if run.encoder is None else run.encoder
     save_model(run.model, run.processor, vision, run.paths.out, run.config, train_days, training_summary(run))
 

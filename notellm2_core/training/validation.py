@@ -19,7 +19,7 @@ from notellm2_core.training.data.micro_batches import share_out
 from notellm2_core.training.objective.gather import gather
 from notellm2_core.training.objective.gradcache import embed
 from notellm2_core.training.objective.losses import capped_tau
-from notellm2_core.training.objective.views import batch_losses, views_of
+from notellm2_core.training.objective.views import batch_losses, centred, views_of
 from notellm2_core.training.state.metrics import RECALL, RECALL_K
 from notellm2_core.training.state.save import gathered
 
@@ -47,11 +47,26 @@ def validate(
         batch = note_index[i : i + config.training.batch_pairs].reshape(-1)
         labels = data.labels(notes[batch], config.training.known_positives)
         total += batch_losses(config, rows[batch], tau, labels).total.item() * len(batch)
-    multimodal = views_of(get_method(config.model.method), rows)["multimodal"]
+    views = views_of(get_method(config.model.method), rows)
+    if config.training.centre_embeddings:  # as in the loss, and in the saved model by the mean of training notes
+        views = centred(views)
     return {
         "validation_loss": total / note_index.size,
-        RECALL: recall_at(multimodal, torch.from_numpy(note_index), RECALL_K),
+        RECALL: recall_at(views["multimodal"], torch.from_numpy(note_index), RECALL_K),
     }
+
+
+@torch.no_grad()
+def centre_projector(engine: Any, data: PairDataset, notes: np.ndarray, config: Config, device: torch.device) -> None:
+    """Change the projector's bias so that the embeddings of `notes` [n] have the mean 0. Called on all ranks, which
+    have the same weights.
+    """
+    engine.eval()
+    rows = _embed(engine, data, notes, config, device)  # [n, V D]
+    mean = views_of(get_method(config.model.method), rows)["multimodal"].mean(dim=0)
+    bias = engine.module.model.projector.bias
+    with gathered([bias], modifier_rank=0):
+        bias.sub_(mean.to(bias))
 
 
 def recall_at(embeddings: Tensor, pairs: Tensor, k: int) -> float:

@@ -62,6 +62,8 @@ def batch_losses(config: Config, rows: Tensor, tau: Tensor, labels: BatchLabels)
     """The losses of the embedded notes `rows` [N, V D] of a batch."""
     method = get_method(config.model.method)
     views = views_of(method, rows)
+    if config.training.centre_embeddings:
+        views = centred(views)
     return method_losses(method, views, tau, config.training.alpha, labels, config.model.matryoshka_dims)
 
 
@@ -69,6 +71,11 @@ def views_of(method: Method, rows: Tensor) -> Views:
     """The views by name of `rows` [N, V D]."""
     names = [*method.inputs, *(["visual"] if "visual" in method.losses else [])]
     return dict(zip(names, rows.chunk(len(names), dim=1), strict=True))
+
+
+def centred(views: Views) -> Views:
+    """Each view less its mean over the notes (`training.centre_embeddings`)."""
+    return {name: view - view.mean(dim=0) for name, view in views.items()}
 
 
 def method_losses(

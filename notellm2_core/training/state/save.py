@@ -114,15 +114,13 @@ def trained_weights(module: nn.Module) -> dict[str, Tensor] | None:
 
 
 def load_trained(module: nn.Module, weights: Mapping[str, Tensor] | None) -> None:
-    """Give `module` the `trained_weights` that rank 0 has, for saving it: the optimiser keeps its own.
-
-    Called on all ranks. Without ZeRO-3 the other ranks keep their weights, which nobody saves.
-    """
+    """Give `module`, on all ranks, the `trained_weights` of rank 0, for saving it: the optimiser keeps its own."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             with gathered([parameter], modifier_rank=0):
                 if weights is not None:
                     parameter.data.copy_(weights[name])
+                dist.broadcast(parameter.data, src=0)
 
 
 def _whole(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor] | None:

@@ -19,7 +19,8 @@ from notellm2_core.training.objective.losses import (
     note_losses,
     omni_losses,
 )
-from notellm2_core.training.objective.views import method_losses
+from notellm2_core.training.objective.views import batch_losses, method_losses
+from tests.support.world import tiny_config
 
 TAU = torch.tensor([3.0])
 
@@ -278,6 +279,27 @@ def test_matryoshka_is_the_mean_over_the_lengths() -> None:
     each = [contrastive_loss(x[:, :d], TAU).item() for d in (4, 2, 1)]
     assert losses.total.item() == pytest.approx(sum(each) / 3, rel=1e-6)
     assert losses.multimodal.item() == pytest.approx(each[0], rel=1e-6)
+
+
+def test_centred_embeddings_have_no_common_direction() -> None:
+    """With training.centre_embeddings, the losses are those of each view less its mean, so what all notes share changes
+    no loss, and no gradient points along it. Without, equal embeddings are chance: ln(2B - 1).
+    """
+    views = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    labels = BatchLabels({"image": torch.ones(8, dtype=torch.bool)}, None)
+    config = tiny_config({"centre_embeddings": True}, method="notellm2", projection_dim=6)
+    losses = batch_losses(config, views, TAU, labels)
+    m, v = (x - x.mean(dim=0) for x in views.chunk(2, dim=1))
+    by_hand = note_losses(m, v, TAU, config.training.alpha, labels)
+    assert losses.total.item() == pytest.approx(by_hand.total.item(), rel=1e-6)
+
+    shared = (1000 * torch.randn(12, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    moved = batch_losses(config, views + shared, TAU, labels)
+    assert moved.total.item() == pytest.approx(by_hand.total.item(), rel=1e-3)
+    (gradient,) = torch.autograd.grad(moved.total, shared)
+    assert gradient.abs().max() < 1e-5
+    paper = batch_losses(tiny_config(method="notellm2", projection_dim=6), views + shared, TAU, labels)
+    assert paper.multimodal.item() == pytest.approx(math.log(7), rel=1e-2)
 
 
 @pytest.mark.parametrize(("tau", "pull", "expected"), [(3.0, -1.0, -1.0), (5.0, -1.0, 0.0), (5.0, 1.0, 1.0)])

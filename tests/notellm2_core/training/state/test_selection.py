@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from notellm2_core.config.training import SelectionSettings
+from notellm2_core.model.build import load_model
 from notellm2_core.training.engine.deepspeed import set_up_processes
 from notellm2_core.training.state.metrics import read_metrics
 from notellm2_core.training.state.selection import Selection
 from tests.support import rank_checks
 from tests.support.ranks import run_ranks
-from tests.support.world import World, tiny_config, train, write_config, write_world
+from tests.support.world import World, pair_dataset, tiny_config, train, write_config, write_world
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 BEST = SelectionSettings(select="best", validate_every_steps=1)
@@ -173,6 +174,34 @@ def test_the_best_weights_are_saved_and_a_resumed_run_saves_the_same(
         resumed, summary_of_resumed = run()
         assert resumed == weights and summary_of_resumed["chosen_step"] == best
     assert os.listdir(tmp_path / "work" / "best")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
+def test_centred_embeddings(num_ranks: int, zero_stage: int, wide_world: World, tmp_path: Path) -> None:
+    """With training.centre_embeddings, training notes have mean 0 under the saved model, which is the best one but for
+    the projector's bias; so had they before the first step.
+    """
+    settings = {**SETTINGS, "zero_stage": zero_stage, "num_ranks": num_ranks, "centre_embeddings": True}
+    config = tiny_config(settings, init={"pca_projector": True})
+    if num_ranks == 1:
+        train(wide_world, config, tmp_path)
+    else:
+        file = write_config(tmp_path / "c.yaml", config)
+        run_ranks(num_ranks, rank_checks.train_partitioned, file, wide_world.root, tmp_path)
+    model, processor = load_model(tmp_path / "out")
+    data = pair_dataset(wide_world, processor, tmp_path)
+    with torch.no_grad():
+        rows = model.eval()(data.note_batch(data.train_notes)).multimodal  # all of them are measured
+    assert rows.mean(dim=0).abs().max() < 1e-4 * rows.std()
+
+    recalls = {step: recall for step, recall in recalls_of(tmp_path).items() if step}
+    best = max(recalls, key=lambda step: (recalls[step], -step))
+    assert best < 10, "the last step is the best: nothing is shown"
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    kept = load_file(tmp_path / "work" / "best" / f"step-{best}.safetensors")
+    different = [name for name, weight in kept.items() if not torch.equal(saved[name.removeprefix("model.")], weight)]
+    assert different == ["model.projector.bias"]
 
 
 @pytest.mark.slow
