@@ -32,10 +32,11 @@ def learned_nothing(
     mean = (before + after) / 2
     if share < _MIN_SHARE or after - before > 2 * math.sqrt(2 * mean * (1 - mean) / num_pairs):
         return None
+    centre = "" if training.centre_embeddings else "set training.centre_embeddings = true, or "
     return (
         f"after {done} steps the model has learned nothing: the loss is {share:.3f} times that of equal embeddings, "
         f"and the validation recall is {after:.3f}, {before:.3f} before training. Learning rates that are too high do "
-        f"this: lower training.learning_rate (now {training.rates.llm:g}) and training.new_module_learning_rate, "
+        f"this: {centre}lower training.learning_rate (now {training.rates.llm:g}) and training.new_module_learning_rate, "
         f"to a tenth for example, or raise training.warmup_ratio (now {training.warmup_ratio:g}). If the loss has not "
         "moved since the first step, they are too low"
     )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from notellm2_core.config.methods import get_method
 from notellm2_core.config.settings import Config
 from notellm2_core.lake.lineage import stage_settings
 from notellm2_core.model.build import build_model
@@ -113,11 +114,10 @@ def prepare(config: Config, paths: Paths, reports: Reports, share: float) -> Pre
             f"{cause if training.selects else 'training.learning_rate = auto'} needs validation pairs, and "
             f"{paths.pairs} has none: raise split.validation_share"
         )
-    if encoder is not None and dist.get_rank() == 0:
-        text = "the vision encoder is trained: every step encodes its images, and their stored features are not read"
-        print(text, file=sys.stderr)
-        if reports.log is not None:
-            reports.log(text)
+    if encoder is not None:
+        _say(reports, "the vision encoder is trained: every step encodes its images, not reading their stored features")
+    if get_method(config.model.method).visual_prompt and not data.has_image(data.train_notes).any():
+        _say(reports, "no training note has an image: with model.method = only_late_fusion, the prompt is text alone")
     settings = run_settings(config, data)
     saved_run = open_run(paths.run_dir, settings)
     if _is_finished(paths.out, settings, saved_run):
@@ -126,6 +126,13 @@ def prepare(config: Config, paths: Paths, reports: Reports, share: float) -> Pre
         return None
     dist.barrier()  # all ranks have looked before rank 0 writes
     return Prepared(processor, model, encoder, data, settings, saved_run)
+
+
+def _say(reports: Reports, text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr)
+        if reports.log is not None:
+            reports.log(text)
 
 
 def _is_finished(out: Path, settings: Mapping[str, Any], saved_run: Mapping[str, Any]) -> bool:

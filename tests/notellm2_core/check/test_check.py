@@ -71,7 +71,9 @@ def follow(source: Path, rounds: int) -> dict[str, Any]:
 def test_a_good_source_is_understood(tmp_path: Path) -> None:
     write_source(tmp_path / "s")
     report = checked(tmp_path / "s")
-    assert not report["stops"] and not report["changes"] and not report["remarks"]
+    assert not report["stops"] and not report["changes"]
+    (remark,) = report["remarks"]
+    assert remark.startswith("No note has an image: take model.method: only_late_fusion")
     assert report["notes"] == {
         "rows": 40, "html_rows": 0, "notes": 40, "with_text": 40, "dropped": {},
         "filled": {"title": 40, "topics": 40, "content": 40},
@@ -149,8 +151,8 @@ def test_ids_of_two_forms_and_robots(tmp_path: Path) -> None:
     most = max(Counter((row[0], row[2][:10]) for row in rows[1:]).values())
     report = checked(tmp_path / "s", source={"max_events_per_day": most - 1})
     assert changes(report) == {"source.max_events_per_day": most}
-    assert "'000', '001', '002' in the events, '0', '1', '10' in the notes" in report["remarks"][0]
-    assert "without leading zeros they are the same ('001' and '1')" in report["remarks"][0]
+    assert "'000', '001', '002' in the events, '0', '1', '10' in the notes" in report["remarks"][-1]
+    assert "without leading zeros they are the same ('001' and '1')" in report["remarks"][-1]
     assert report["stops"][0].startswith("no usable events in the train window")
     assert report["stops"][0].endswith("a note_id of the log is '000', one of the notes '0'.")
 

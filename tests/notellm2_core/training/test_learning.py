@@ -63,7 +63,7 @@ def test_the_signs(share: float, recall: float, done: int, is_reported: bool, tm
     if sentence:
         assert f"the loss is {share:.3f} times that of equal embeddings" in sentence
         assert f"the validation recall is {recall:.3f}, 0.300 before training." in sentence
-        assert "lower training.learning_rate (now 3e-06)" in sentence
+        assert "set training.centre_embeddings = true, or lower training.learning_rate (now 3e-06)" in sentence
 
 
 @pytest.mark.slow
