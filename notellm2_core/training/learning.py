@@ -36,7 +36,7 @@ def learned_nothing(
     return (
         f"after {done} steps the model has learned nothing: the loss is {share:.3f} times that of equal embeddings, "
         f"and the validation recall is {after:.3f}, {before:.3f} before training. Learning rates that are too high do "
-        f"this: {centre}lower training.learning_rate (now {training.rates.llm:g}) and training.new_module_learning_rate, "
-        f"to a tenth for example, or raise training.warmup_ratio (now {training.warmup_ratio:g}). If the loss has not "
-        "moved since the first step, they are too low"
+        f"this: {centre}lower training.learning_rate (now {training.rates.llm:g}) and "
+        f"training.new_module_learning_rate, to a tenth for example, or raise training.warmup_ratio (now "
+        f"{training.warmup_ratio:g}). If the loss has not moved since the first step, they are too low"
     )

@@ -73,7 +73,7 @@ def test_a_good_source_is_understood(tmp_path: Path) -> None:
     report = checked(tmp_path / "s")
     assert not report["stops"] and not report["changes"]
     (remark,) = report["remarks"]
-    assert remark.startswith("No note has an image: take model.method: only_late_fusion")
+    assert remark.startswith("No note has an image: take model.method only_late_fusion")
     assert report["notes"] == {
         "rows": 40, "html_rows": 0, "notes": 40, "with_text": 40, "dropped": {},
         "filled": {"title": 40, "topics": 40, "content": 40},
