@@ -177,18 +177,15 @@ def test_the_best_weights_are_saved_and_a_resumed_run_saves_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_ranks", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
-def test_centred_embeddings(num_ranks: int, zero_stage: int, wide_world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_centred_embeddings(zero_stage: int, wide_world: World, tmp_path: Path) -> None:
     """With training.centre_embeddings, training notes have mean 0 under the saved model, which is the best one but for
     the projector's bias; so had they before the first step.
     """
-    settings = {**SETTINGS, "zero_stage": zero_stage, "num_ranks": num_ranks, "centre_embeddings": True}
+    settings = {**SETTINGS, "zero_stage": zero_stage, "num_ranks": 2, "centre_embeddings": True}
     config = tiny_config(settings, init={"pca_projector": True})
-    if num_ranks == 1:
-        train(wide_world, config, tmp_path)
-    else:
-        file = write_config(tmp_path / "c.yaml", config)
-        run_ranks(num_ranks, rank_checks.train_partitioned, file, wide_world.root, tmp_path)
+    file = write_config(tmp_path / "c.yaml", config)
+    run_ranks(2, rank_checks.train_partitioned, file, wide_world.root, tmp_path)
     model, processor = load_model(tmp_path / "out")
     data = pair_dataset(wide_world, processor, tmp_path)
     with torch.no_grad():
