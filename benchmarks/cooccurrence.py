@@ -14,8 +14,9 @@ when its session is ready. Contenders:
   events_join   Spark, the equation literally: events joined with events, then distinct
 The last two stop at --join-millions. A contender that is not installed (`pip install -e ".[bench]"`) is left out with a
 line that says so. Each result is compared with DuckDB's, row by row. At the smallest size, `ours`
-runs twice and the bytes are compared. At 10 million events, with heavy users capped as in the pipeline, it runs in turn
-with and without one more user of 200,000 events.
+runs twice and the bytes are compared. At 10 million events, `ours` and `duckdb` also read the log as CSV.gz and as JSON
+Lines; and with heavy users capped as in the pipeline, `ours` runs in turn with and without one more user of 200,000
+events.
 """
 
 import argparse
@@ -50,6 +51,7 @@ from notellm2_core.runtime.files import parquet_files
 
 RESULTS = Path(__file__).parent / "results"
 DAY = 86_400_000_000
+TEXT_FORMATS = ("csv.gz", "jsonl")
 
 
 def generate(num_events: int, file: Path, heavy_user: int = 0, seed: int = 0) -> None:
@@ -74,14 +76,24 @@ def generate(num_events: int, file: Path, heavy_user: int = 0, seed: int = 0) ->
     pq.write_table(pa.table(columns), file, row_group_size=500_000)
 
 
+def as_text(log: Path, form: str) -> Path:
+    """The log in this format, beside itself."""
+    file = log.with_name(f"{log.stem}.{form}")
+    options = {"csv.gz": "FORMAT csv, COMPRESSION gzip", "jsonl": "FORMAT json"}[form]
+    duckdb.connect().execute(f"COPY (FROM read_parquet('{log}')) TO '{file}' ({options})")
+    return file
+
+
 def ours(log: Path, out: Path, memory: str, **scoring: Any) -> dict[str, float]:
     """`scoring`: settings of ScoringSettings; by default no user is capped."""
     from spark_jobs.cooccurrence import cooccurrence
     from spark_jobs.interactions import interactions
+    from spark_jobs.source import read_source_events
 
     spark = new_session(memory)
     watch = Stopwatch()
-    events = spark.read.parquet(str(log))
+    is_parquet = log.suffix == ".parquet"
+    events = spark.read.parquet(str(log)) if is_parquet else read_source_events(spark, log)
     names = EventSettings(view_events=("view",), click_events=("click",), ignored_events=None)
     cooccurrence(interactions(events, names), out, ScoringSettings(**{"max_user_notes": None} | scoring))
     return watch.spent()
@@ -201,7 +213,7 @@ def digest(folder: Path) -> str:
 
 
 def run(
-    millions: list[int], join_millions: int, heavy_millions: int, memory: str, work: Path
+    millions: list[int], join_millions: int, heavy_millions: int, text_millions: int, memory: str, work: Path
 ) -> Iterator[dict[str, Any]]:
     """The results so far, after each size."""
     results: dict[str, Any] = {"sizes": []}
@@ -220,6 +232,15 @@ def run(
             done = row["seconds"] is not None and (work / "duckdb.json").exists()
             if done and row["contender"] != "duckdb":
                 row |= compare(work / row["contender"], work / "duckdb", size)
+        for form in TEXT_FORMATS if size == text_millions else ():
+            text = as_text(log, form)
+            for contender in ("ours", "duckdb"):
+                row = measure(contender, text, out := work / f"{contender}_text", memory)
+                if row["seconds"] is not None:
+                    row |= compare(out, work / "duckdb", size)
+                rows.append(row | {"contender": f"{contender}, {form}"})
+                print(json.dumps(rows[-1]), flush=True)
+            text.unlink()
         results["sizes"].append({"millions": size, "rows": rows})
         if size == millions[0]:
             first = digest(work / "ours")
@@ -287,6 +308,7 @@ def main() -> None:
     parser.add_argument("--millions", type=int, nargs="+", default=[1, 5, 10, 30], help="events of the logs")
     parser.add_argument("--join-millions", type=int, default=10, help="the largest log for Spark's joins")
     parser.add_argument("--heavy-millions", type=int, default=10, help="the log that gets a heavy user")
+    parser.add_argument("--text-millions", type=int, default=10, help="the log that is read as text, too")
     parser.add_argument("--memory", default="3g", help="of Spark's driver")
     parser.add_argument("--one", nargs=4, metavar=("CONTENDER", "LOG", "OUT", "MEMORY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -296,7 +318,7 @@ def main() -> None:
         Path(f"{out}.json").write_text(json.dumps(spent))
         return
     with tempfile.TemporaryDirectory() as work:
-        sizes = sorted(options.millions), options.join_millions, options.heavy_millions
+        sizes = sorted(options.millions), options.join_millions, options.heavy_millions, options.text_millions
         for results in run(*sizes, options.memory, Path(work)):
             (RESULTS / "cooccurrence.json").write_text(json.dumps(results, indent=1))
             (RESULTS / "cooccurrence.md").write_text(text := to_markdown(results, options.memory))

@@ -1,6 +1,7 @@
 """Eq. 2 by the engines that a user would pick instead: DuckDB, Polars and ClickHouse, on two threads.
 
-Each function reads the log (Parquet), writes `out/scores.parquet` and returns what it spent. None has a memory limit.
+Each function reads the log (Parquet; DuckDB also CSV.gz and JSON Lines), writes `out/scores.parquet` and returns what it
+spent. None has a memory limit.
 """
 
 import os
@@ -13,7 +14,7 @@ THREADS = 2
 SQL = """
     WITH seen AS (
         SELECT user_id, note_id, min(timestamp) AS first_view, max(timestamp) FILTER (event = 'click') AS last_click
-        FROM read_parquet('{log}') GROUP BY ALL
+        FROM {table} GROUP BY ALL
     ), clicks AS (
         SELECT *, count(*) OVER (PARTITION BY user_id) AS n FROM seen WHERE last_click IS NOT NULL
     )
@@ -21,6 +22,8 @@ SQL = """
     FROM seen v JOIN clicks c ON v.user_id = c.user_id
     WHERE v.first_view < c.last_click AND v.note_id <> c.note_id GROUP BY ALL
 """
+_COLUMNS = "columns = {'user_id': 'VARCHAR', 'note_id': 'VARCHAR', 'timestamp': 'TIMESTAMPTZ', 'event': 'VARCHAR'}"
+_READERS = {".gz": f"read_csv('{{log}}', {_COLUMNS})", ".jsonl": f"read_json('{{log}}', {_COLUMNS})"}
 CLICKHOUSE_SQL = """
     INSERT INTO FUNCTION file('{out}', Parquet)
     WITH seen AS (
@@ -60,7 +63,8 @@ def with_duckdb(log: Path, out: Path, memory: str) -> dict[str, float]:
     database = duckdb.connect(config={"threads": THREADS})
     database.execute(f"SET temp_directory = '{out.parent}/spill'; SET preserve_insertion_order = false")
     watch = Stopwatch()
-    database.execute(f"COPY ({SQL.format(log=log)}) TO '{out}/scores.parquet' (FORMAT parquet)")
+    table = _READERS.get(log.suffix, "read_parquet('{log}')").replace("{log}", str(log))
+    database.execute(f"COPY ({SQL.format(table=table)}) TO '{out}/scores.parquet' (FORMAT parquet)")
     return watch.spent()
 
 
