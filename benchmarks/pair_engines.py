@@ -1,7 +1,7 @@
 """Eq. 2 by the engines that a user would pick instead: DuckDB, Polars and ClickHouse, on two threads.
 
-Each function reads the log (Parquet; DuckDB also CSV.gz and JSON Lines), writes `out/scores.parquet` and returns what it
-spent. None has a memory limit.
+Each function reads the log (Parquet; DuckDB also CSV.gz and JSON Lines), writes `out/scores.parquet` and returns what
+it spent. None has a memory limit.
 """
 
 import os
