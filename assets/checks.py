@@ -43,6 +43,15 @@ def not_collapsed(metrics: Metrics, limits: CheckSettings) -> Verdict:
     return cosine <= limits.max_mean_cosine, {"mean_cosine": cosine, "checks.max_mean_cosine": limits.max_mean_cosine}
 
 
+def has_learned(metrics: Metrics, limits: CheckSettings) -> Verdict:
+    """The model knows more than before its training: its loss fell below that of chance, or its validation recall rose.
+
+    `training.centre_embeddings` keeps the mean cosine near 0 for a model that has learned nothing, too.
+    """
+    warning = metrics.get("warning")
+    return warning is None, {} if warning is None else {"warning": warning}
+
+
 def index_recall(metrics: Metrics, limits: CheckSettings) -> Verdict:
     """The index finds the share of the exact nearest notes that index.target_recall asks for, at index.search_k."""
     target, recall = 100 * metrics["target_recall"], metrics["recall"].get(str(metrics["search_k"]))
@@ -77,6 +86,7 @@ CHECKS = [
     _check("pair_datasets", no_leakage),
     _check("pair_datasets", enough_pairs),
     _check("checkpoint", finite_loss),
+    _check("eval_recall", has_learned, measured_on="checkpoint"),
     _check("eval_recall", not_collapsed, measured_on="note_embeddings"),
     _check("eval_recall", index_recall, measured_on="faiss_index"),
 ]

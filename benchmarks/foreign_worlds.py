@@ -1,4 +1,4 @@
-"""Two sources of kinds that no configuration was tuned on, for `small.yaml` (benchmarks/recall_seeds.py).
+"""Two sources of kinds that are neither demo nor films, for `small.yaml` (benchmarks/recall_seeds.py).
 
     .venv/bin/python benchmarks/foreign_worlds.py purchases FOLDER
     .venv/bin/python benchmarks/foreign_worlds.py posts FOLDER

@@ -14,7 +14,7 @@ from notellm2_core.check import guesses
 from notellm2_core.check.findings import Findings, percent
 from notellm2_core.check.interactions import REASONS, Labelled
 from notellm2_core.check.log import DAY, DatedRows, Log, Place
-from notellm2_core.config.data import PairSettings, WindowSettings
+from notellm2_core.config.data import HoldOutSettings, PairSettings, WindowSettings
 from notellm2_core.config.source import EventSettings, EventTableSettings, SourceSettings
 from notellm2_core.lake.window import ResolvedWindow
 from notellm2_core.tables.origins import Stored
@@ -27,6 +27,7 @@ _DAY_SHARE = 0.99  # of rows at one time of day, or at two (summer and winter), 
 _TIMES, _FEW_TIMES = 1_000_000, 100  # that are looked at; too few to tell
 _COMMON_SHARE = 0.01  # of the rows, below which a reason needs no advice
 _FEW_EVENTS = 10_000  # of the windows, below which more days are worth a remark
+_FEW_NOTES = 50  # held out, below which a recall says nothing
 _IDS = 1000  # that are compared in other forms
 
 
@@ -85,6 +86,21 @@ def advise_span(log: Mapping[str, Any], window: ResolvedWindow, num_events: int,
     if num_events < _FEW_EVENTS and num_events < dated / 2 and missing < 0:
         why = f"the windows hold {num_events:,} of the log's {dated:,} events; {-missing} earlier days have the others"
         findings.change("window.train_days", train_days - missing, why)
+
+
+def advise_split(labelled: Labelled, window: WindowSettings, split: HoldOutSettings, findings: Findings) -> None:
+    """Test days whose notes nearly all have events in the training days, so that hardly any can be held out."""
+    if split.by != "time" or window.test_days is None or (new := labelled.num_new_notes) >= _FEW_NOTES:
+        return
+    if not new:
+        findings.stops.append(
+            "Every note with events in the test days has events in the training days, too, so none is left for the "
+            "test; set split.by to hash."
+        )
+    why = f"only {new} notes have events in the test days and none in the training days: hold out a share of all notes"
+    findings.change("split.by", "hash", why)
+    findings.change("window.train_days", window.train_days + window.test_days, "for training and test pairs alike")
+    findings.change("window.test_days", None, "")
 
 
 def _fit_days(first: date, end: date, window: WindowSettings, findings: Findings) -> None:

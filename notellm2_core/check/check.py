@@ -18,7 +18,7 @@ from notellm2_core.check.interactions import Labelled, label
 from notellm2_core.check.log import Log, read_log
 from notellm2_core.check.notes import image_metrics, note_metrics, unusable_counts
 from notellm2_core.check.verdicts import dropped_share, undated_share, unusable_images
-from notellm2_core.config.data import CheckSettings, PairSettings, WindowSettings
+from notellm2_core.config.data import CheckSettings, HoldOutSettings, PairSettings, SplitSettings, WindowSettings
 from notellm2_core.config.section import Section
 from notellm2_core.config.source import (
     EventReadingSettings,
@@ -44,6 +44,7 @@ class DataSettings(Section):
     source: SourceSettings = SourceSettings()
     window: WindowSettings = WindowSettings()
     pairs: PairSettings = PairSettings()
+    split: SplitSettings = SplitSettings()
     checks: CheckSettings = CheckSettings()
 
 
@@ -182,6 +183,8 @@ class _Check:
         passed, shown = dropped_share(metrics, self.settings.checks)
         self._stop_unless(passed, "of the windows' events would be dropped", shown["dropped_share"])
         advice.advise_span(log_metrics, window, int((labelled.reasons >= 0).sum()), self.findings)
+        if all(metrics[name]["clicks"] for name in ("train", "test")):
+            advice.advise_split(labelled, self.settings.window, HoldOutSettings.of(self.settings.split), self.findings)
         advice.advise_robots(labelled, settings, self.findings)
         if self.note_ids is not None:
             advice.advise_ids(labelled, self.note_ids, self.findings)

@@ -99,5 +99,3 @@ def advise_images(source: Path, notes: NoteTable, images: Mapping[str, Any], tab
         ids = notes.note_ids[:_IMAGES]
         if pattern := guesses.image_pattern(source, id_origin.name, ids):
             findings.change("source.columns.image_path", pattern, "no note names an image, but there are such files")
-        else:
-            findings.remarks.append("No note has an image: take model.method only_late_fusion, a prompt of text alone.")

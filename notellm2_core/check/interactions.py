@@ -66,6 +66,15 @@ class Labelled:
         counts = np.bincount(self.rows.events[self.inside(days)], minlength=len(self.rows.names))
         return [self.rows.names[i] for i in np.argsort(-counts, kind="stable") if counts[i]]
 
+    @property
+    def num_new_notes(self) -> int:
+        """The notes with usable events in the test days and none in the training days."""
+        notes = {name: self.rows.notes[self._usable(getattr(self.window, name))] for name in ("train", "test")}
+        return len(np.setdiff1d(notes["test"], notes["train"]))
+
+    def _usable(self, days: Days) -> np.ndarray:
+        return self.inside(days) & (self.reasons == 0)
+
     def metrics(self, settings: EventSettings) -> dict[str, Any]:
         """The counts that `spark_jobs.window.join_partitions` returns, without first_day and last_day."""
         all_reasons = self.undated + self.counts
@@ -80,7 +89,7 @@ class Labelled:
         }
 
     def _window_metrics(self, days: Days, settings: EventSettings) -> dict[str, int]:
-        usable = self.inside(days) & (self.reasons == 0)
+        usable = self._usable(days)
         is_click = _are_in(self.rows.names, settings.click_events)[self.rows.events[usable]]
         if self.rows.weights is not None:  # a click of weight 0 is a view
             is_click &= self.rows.weights[usable] > 0

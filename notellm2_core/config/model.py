@@ -96,7 +96,12 @@ class InitSettings(Section):
     pca_projector: bool = Field(
         False, description="Whether the projector starts as a PCA of training notes' states instead of at random."
     )
-    num_pca_notes: int = Field(512, gt=1, description="Number of training notes that these values are measured on.")
+    num_pca_notes: int = Field(
+        512,
+        gt=1,
+        description="Number of training notes that these values, and the mean of `training.centre_embeddings`, are "
+        "measured on.",
+    )
     fusion_scale: float | None = Field(
         None,
         gt=0,

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from notellm2_core.config.baselines import BASELINES, require_baseline
 from notellm2_core.config.data import CheckSettings, PairSettings, SplitSettings, TextSettings, WindowSettings
+from notellm2_core.config.methods import get_method
 from notellm2_core.config.model import ModelSettings
 from notellm2_core.config.section import Section, no_address
 from notellm2_core.config.source import SourceSettings
@@ -133,6 +134,11 @@ class Config(Section):
         if self.window.test_days is None and self.split.by == "time":
             raise ValueError("window.test_days = null needs split.by = hash: one window cannot be split by time")
         training = self.training
+        if training.centre_embeddings and "omni" in get_method(self.model.method).losses:
+            raise ValueError(
+                f"training.centre_embeddings = true does not go with model.method = {self.model.method}, which "
+                "compares images with texts: each kind has a mean of its own, and the saved projector takes out one"
+            )
         if training.batch_pairs % (training.num_ranks * training.num_nodes):
             raise ValueError(
                 f"training.batch_pairs = {training.batch_pairs} is not a multiple of training.num_ranks = "

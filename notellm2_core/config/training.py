@@ -176,8 +176,8 @@ class TrainingSettings(SelectionSettings, RunSettings):
     centre_embeddings: bool = Field(
         False,
         description="Whether the loss compares the embeddings of a batch less their mean, so that they cannot fall to "
-        "one point ([why](training.md#embeddings-that-fall-to-one-point)). The saved projector takes the mean of "
-        "training notes out. The paper does not.",
+        "one point ([why](training.md#embeddings-that-fall-to-one-point)). The saved projector, even a frozen "
+        "one, takes the mean of training notes out. The paper does not.",
     )
     known_positives: KnownPositives = Field(
         "mask",

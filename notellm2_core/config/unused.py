@@ -11,7 +11,8 @@ def unused_settings(config: Config) -> list[str]:
     """One sentence for each setting that differs from its default and that nothing reads."""
     model, method, kind = config.model, get_method(config.model.method), config.model.connector.kind
     by_method, by_score = f" with model.method = {model.method}", f" with pairs.score = {config.pairs.score}"
-    measures_notes = any((model.init.pca_projector, model.init.fusion_scale, model.init.visual_token_gain))
+    measuring = model.init.pca_projector, model.init.fusion_scale, model.init.visual_token_gain
+    measures_notes = any(measuring) or config.training.centre_embeddings
     negatives = config.training.hard_negatives
 
     def untrained(*parts: Part) -> str:
@@ -22,7 +23,11 @@ def unused_settings(config: Config) -> list[str]:
     no_fusion = "" if method.late_fusion else by_method
     no_connector = "" if method.visual_prompt else by_method
     no_qformer = no_connector or ("" if kind == "qformer" else f" with model.connector.kind = {kind}")
-    no_measurement = "" if measures_notes else ": no setting of model.init that measures notes is on"
+    no_measurement = (
+        ""
+        if measures_notes
+        else ": neither a setting of model.init that measures notes is on nor training.centre_embeddings"
+    )
     no_swing, no_order = ("", by_score) if config.pairs.score == "swing" else (by_score, "")
     no_negatives = "" if negatives.num else f" with training.hard_negatives.num = {negatives.num}"
     no_mining = "" if negatives.file is None else f" with training.hard_negatives.file = {negatives.file}"

@@ -159,9 +159,12 @@ def read_note_ids(path: Path) -> list[str]:
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist; it must be Parquet with a note_id column, or with pairs.")
-    names = set(pq.ParquetDataset(path).schema.names)
-    columns = ["note_id"] if "note_id" in names else ["query_id", "target_id"]
-    if not names.issuperset(columns):
-        raise ValueError(f"{path} has no column note_id, and no query_id and target_id.")
-    table = pq.read_table(path, columns=columns)
+    try:
+        names = set(pq.ParquetDataset(path).schema.names)
+        columns = ["note_id"] if "note_id" in names else ["query_id", "target_id"]
+        if not names.issuperset(columns):
+            raise ValueError(f"{path} has no column note_id, and no query_id and target_id.")
+        table = pq.read_table(path, columns=columns)
+    except (OSError, pa.ArrowException) as e:
+        raise ValueError(unreadable(path, e)) from e
     return list(dict.fromkeys(note_id for name in columns for note_id in read_ids(path, name, table[name]).to_pylist()))

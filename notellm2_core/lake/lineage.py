@@ -84,7 +84,7 @@ _HARD_NEGATIVES: Mapping[str, Condition] = {
 
 
 STAGES: Mapping[str, Stage] = {
-    "raw_events": Stage((), ("source.partition", *settings_of("source", EventReadingSettings)), version=10),
+    "raw_events": Stage((), ("source.partition", *settings_of("source", EventReadingSettings)), version=11),
     "notes": Stage((), settings_of("source", NoteReadingSettings), version=3),
     "interactions": Stage(
         ("raw_events", "notes"),
@@ -131,7 +131,7 @@ STAGES: Mapping[str, Stage] = {
 
 
 # The parts of the log have versions of their own; raise with them the version of raw_events or of interactions.
-INGESTION_VERSION = 5  # notellm2_core.tables, spark_jobs.source, spark_jobs.ingest
+INGESTION_VERSION = 6  # notellm2_core.tables, spark_jobs.source, spark_jobs.ingest
 PARTITION_VERSION = 3  # spark_jobs.clean, spark_jobs.interactions
 WORLD_VERSION = 2  # notellm2_core.demo
 RENAMED = {  # earlier names of datasets, which nothing reads any more

@@ -28,7 +28,7 @@ from notellm2_core.runtime.files import write_atomically
 from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset
 from notellm2_core.training.data.sampler import batch_schedule
 from notellm2_core.training.objective.losses import BatchLabels, capped_tau
-from notellm2_core.training.objective.views import centred, method_losses
+from notellm2_core.training.objective.views import Views, centred, method_losses
 from notellm2_core.vision.encoder import VisionEncoder
 
 
@@ -75,11 +75,11 @@ def _loss(model: MLRMModel, config: Config, labels: BatchLabels) -> Loss:
     dims = model.config.matryoshka_dims or ()
 
     def loss(output: MLRMOutput) -> Tensor:
-        views = {"multimodal": output.multimodal}
+        views: Views = {"multimodal": output.multimodal}
         if "visual" in method.losses and output.visual is not None:
-            views["visual"] = output.visual
+            views = {**views, "visual": output.visual}
         if config.training.centre_embeddings:
-            views = dict(centred(views))
+            views = centred(views, labels)
         return method_losses(method, views, capped_tau(model.tau), config.training.alpha, labels, dims).total
 
     return loss

@@ -115,9 +115,9 @@ def prepare(config: Config, paths: Paths, reports: Reports, share: float) -> Pre
             f"{paths.pairs} has none: raise split.validation_share"
         )
     if encoder is not None:
-        _say(reports, "the vision encoder is trained: every step encodes its images, not reading their stored features")
+        _say(reports, "the vision encoder is trained: every step encodes its images and reads no stored features")
     if get_method(config.model.method).visual_prompt and not data.has_image(data.train_notes).any():
-        _say(reports, "no training note has an image: with model.method = only_late_fusion, the prompt is text alone")
+        _say(reports, "no training note has an image: set model.method = only_late_fusion, whose prompt is text alone")
     settings = run_settings(config, data)
     saved_run = open_run(paths.run_dir, settings)
     if _is_finished(paths.out, settings, saved_run):

@@ -19,7 +19,7 @@ from notellm2_core.training.data.micro_batches import share_out
 from notellm2_core.training.objective.gather import gather
 from notellm2_core.training.objective.gradcache import embed
 from notellm2_core.training.objective.losses import capped_tau
-from notellm2_core.training.objective.views import batch_losses, centred, views_of
+from notellm2_core.training.objective.views import batch_losses, views_of
 from notellm2_core.training.state.metrics import RECALL, RECALL_K
 from notellm2_core.training.state.save import gathered
 
@@ -47,12 +47,12 @@ def validate(
         batch = note_index[i : i + config.training.batch_pairs].reshape(-1)
         labels = data.labels(notes[batch], config.training.known_positives)
         total += batch_losses(config, rows[batch], tau, labels).total.item() * len(batch)
-    views = views_of(get_method(config.model.method), rows)
+    multimodal = views_of(get_method(config.model.method), rows)["multimodal"]
     if config.training.centre_embeddings:  # as in the loss, and in the saved model by the mean of training notes
-        views = centred(views)
+        multimodal = multimodal - multimodal.mean(dim=0)
     return {
         "validation_loss": total / note_index.size,
-        RECALL: recall_at(views["multimodal"], torch.from_numpy(note_index), RECALL_K),
+        RECALL: recall_at(multimodal, torch.from_numpy(note_index), RECALL_K),
     }
 
 

@@ -50,6 +50,8 @@ def test_leaks_pairs_loss_and_collapse() -> None:
     passed, shown = checks.enough_pairs({"train": {"pairs": 50}, "test": {"pairs": 19}}, LIMITS)
     assert not passed and shown["checks.min_test_pairs"] == 20
     assert not checks.finite_loss({"loss_last": float("nan")}, LIMITS)[0]
+    assert checks.has_learned({"loss_last": 1.0}, LIMITS)[0]
+    assert checks.has_learned({"warning": "after 60 steps"}, LIMITS) == (False, {"warning": "after 60 steps"})
     assert not checks.not_collapsed({"mean_cosine": {"multimodal": 0.96}}, LIMITS)[0]
 
 

@@ -73,6 +73,7 @@ def test_checks_block() -> None:
         ("pair_datasets", "no_leakage"),
         ("pair_datasets", "enough_pairs"),
         ("checkpoint", "finite_loss"),
+        ("eval_recall", "has_learned"),
         ("eval_recall", "not_collapsed"),
         ("eval_recall", "index_recall"),
     }

@@ -63,7 +63,7 @@ def batch_losses(config: Config, rows: Tensor, tau: Tensor, labels: BatchLabels)
     method = get_method(config.model.method)
     views = views_of(method, rows)
     if config.training.centre_embeddings:
-        views = centred(views)
+        views = centred(views, labels)
     return method_losses(method, views, tau, config.training.alpha, labels, config.model.matryoshka_dims)
 
 
@@ -73,9 +73,18 @@ def views_of(method: Method, rows: Tensor) -> Views:
     return dict(zip(names, rows.chunk(len(names), dim=1), strict=True))
 
 
-def centred(views: Views) -> Views:
-    """Each view less its mean over the notes (`training.centre_embeddings`)."""
-    return {name: view - view.mean(dim=0) for name, view in views.items()}
+def centred(views: Views, labels: BatchLabels) -> Views:
+    """The views less their means (`training.centre_embeddings`): n_v less that over the notes with an image.
+
+    Without an image n_v is the same for all notes, and takes no part in a loss.
+    """
+    has = {"visual": labels.has.get("image")}
+    return {name: view - _mean(view, has.get(name)) for name, view in views.items()}
+
+
+def _mean(rows: Tensor, counts: Tensor | None) -> Tensor:
+    """[D] The mean of the `rows` [N, D] that count, all of them for None; 0 if none does."""
+    return rows.mean(dim=0) if counts is None else counts.to(rows) @ rows / counts.sum().clamp(min=1)
 
 
 def method_losses(

@@ -120,7 +120,7 @@ def load_trained(module: nn.Module, weights: Mapping[str, Tensor] | None) -> Non
             with gathered([parameter], modifier_rank=0):
                 if weights is not None:
                     parameter.data.copy_(weights[name])
-                dist.broadcast(parameter.data, src=0)
+                dist.broadcast(parameter.data, src=0)  # for ZeRO-0 to 2, where nothing is gathered
 
 
 def _whole(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor] | None:

@@ -42,7 +42,8 @@ def write_source(folder: Path, num_rows: int = 600, days: int = 21, event: str |
 
 
 def checked(folder: Path, **settings: Any) -> dict[str, Any]:
-    return check_source(folder, DataSettings.model_validate(settings))
+    """In most of these sources, every note has events in the training days."""
+    return check_source(folder, DataSettings.model_validate({"split": {"by": "hash"}} | settings))
 
 
 def changes(report: dict[str, Any]) -> dict[str, Any]:
@@ -71,9 +72,7 @@ def follow(source: Path, rounds: int) -> dict[str, Any]:
 def test_a_good_source_is_understood(tmp_path: Path) -> None:
     write_source(tmp_path / "s")
     report = checked(tmp_path / "s")
-    assert not report["stops"] and not report["changes"]
-    (remark,) = report["remarks"]
-    assert remark.startswith("No note has an image: take model.method only_late_fusion")
+    assert not report["stops"] and not report["changes"] and not report["remarks"]
     assert report["notes"] == {
         "rows": 40, "html_rows": 0, "notes": 40, "with_text": 40, "dropped": {},
         "filled": {"title": 40, "topics": 40, "content": 40},
@@ -151,8 +150,8 @@ def test_ids_of_two_forms_and_robots(tmp_path: Path) -> None:
     most = max(Counter((row[0], row[2][:10]) for row in rows[1:]).values())
     report = checked(tmp_path / "s", source={"max_events_per_day": most - 1})
     assert changes(report) == {"source.max_events_per_day": most}
-    assert "'000', '001', '002' in the events, '0', '1', '10' in the notes" in report["remarks"][-1]
-    assert "without leading zeros they are the same ('001' and '1')" in report["remarks"][-1]
+    assert "'000', '001', '002' in the events, '0', '1', '10' in the notes" in report["remarks"][0]
+    assert "without leading zeros they are the same ('001' and '1')" in report["remarks"][0]
     assert report["stops"][0].startswith("no usable events in the train window")
     assert report["stops"][0].endswith("a note_id of the log is '000', one of the notes '0'.")
 
@@ -227,6 +226,26 @@ def test_a_limit_is_raised_only_if_nothing_else_helps(tmp_path: Path) -> None:
     assert checked(tmp_path / "s")["stops"] and not changes(checked(tmp_path / "s"))
 
 
+@pytest.mark.parametrize(("num_new", "stops", "advised"), [(0, True, True), (49, False, True), (50, False, False)])
+def test_notes_that_can_be_held_out_by_time(num_new: int, stops: bool, advised: bool, tmp_path: Path) -> None:
+    """New notes have an event in the test days alone. One of them is unknown, and one was viewed before."""
+    write_source(tmp_path / "s")
+    with (tmp_path / "s" / "notes.csv").open("a") as notes, (tmp_path / "s" / "events.csv").open("a") as events:
+        for i in range(num_new + 1):
+            notes.write(f"new{i},Title,a,Text,\n")
+        for i in range(num_new):
+            events.write(f"u,new{i},2024-03-18T10:00:00Z,view\n")
+        events.write(f"u,nowhere,2024-03-18,view\nu,new{num_new},2024-03-16,view\nu,new{num_new},2024-03-18,view\n")
+    report = checked(tmp_path / "s", split={"by": "time"})
+    assert bool(report["stops"]) == stops
+    if stops:
+        assert report["stops"][0].startswith("Every note with events in the test days has events in the training days")
+    expected = {"split.by": "hash", "window.train_days": 21, "window.test_days": None} if advised else {}
+    assert changes(report) == expected
+    after = checked(tmp_path / "s", split={"by": "hash"}, window={"train_days": 21, "test_days": None})
+    assert not after["stops"] and not after["changes"]
+
+
 def test_a_column_of_images_without_bytes_stops(tmp_path: Path) -> None:
     write_source(tmp_path / "s")
     (tmp_path / "s" / "notes.csv").write_text("note_id,title,topics,content,image\n1,A,x,C,abc\n")
@@ -251,11 +270,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         return stop.value.code, printed.out, printed.err
 
     write_source(tmp_path / "good")
-    code, out, err = run(str(tmp_path / "good"))
+    config = tmp_path / "my.yaml"
+    model = "name: my\nmodel: {llm: {name: a}, vision: {name: b}}\nsplit: {by: hash}\n"
+    config.write_text(model)
+    code, out, err = run(str(tmp_path / "good"), "--config", str(config))
     assert code == 0 and not err and out == text_of(checked(tmp_path / "good"), DataSettings().source) + "\n"
     assert max(map(len, out.splitlines())) <= 112 and len(out.splitlines()) < 50
-    config = tmp_path / "my.yaml"
-    model = "name: my\nmodel: {llm: {name: a}, vision: {name: b}}\n"
     config.write_text(f"{model}source: {{path: {tmp_path}/good, click_events: []}}")
     code, out, _ = run("--config", str(config), "--json")
     report = json.loads(out)

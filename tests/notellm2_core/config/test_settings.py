@@ -146,6 +146,14 @@ def test_sizes_that_no_connector_reads() -> None:
         warnings = unused_settings(Config(name="c", model=model))  # type: ignore[arg-type]
         assert [warning.split()[0].rpartition(".")[2] for warning in warnings] == ["num_pca_notes", *sizes]
         assert all(cause in warning for warning in warnings[1:])
+    centred = unused_settings(Config(name="c", model=model, training={"centre_embeddings": True}))  # type: ignore[arg-type]
+    assert len(centred) == len(sizes)  # num_pca_notes is read
+
+
+def test_centred_embeddings_do_not_go_with_every_method() -> None:
+    model = {"llm": {"name": "tiny"}, "vision": {"name": "tiny"}, "method": "omni_retrieval"}
+    with pytest.raises(ValueError, match=r"centre_embeddings = true does not go with model\.method = omni_retrieval"):
+        Config(name="c", model=model, training={"centre_embeddings": True})  # type: ignore[arg-type]
 
 
 def test_a_setting_without_effect_is_reported(tmp_path: Path) -> None:

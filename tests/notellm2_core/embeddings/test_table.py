@@ -37,6 +37,8 @@ def test_types_of_ids_and_vectors(tmp_path: Path, kind: pa.DataType, ids: pa.Arr
         (["a", "b", "c"], ["x", "y", "z"], r"e.parquet is not an embedding table: embedding has type string"),
         (["a", "b", "c"], [[1], [1], [1]], r"embedding has type list<\w+: int64>, not lists of floats"),
         (["a", "b", "c"], [[0.6, 0.8], None, [1.0, 0.0]], r"e.parquet: note 'b' has no embedding \(null\)"),
+        (["a", "b", "c"], pa.array([[0.6, 0.8], None, [1.0, 0.0]], pa.list_(pa.float32(), 2)),
+         r"e.parquet has lists of a fixed size, some of them null"),
         (["a", "b", "c"], [[0.6, 0.8], [1.0], [1.0, 0.0]], r"embedding of note 'b' has width 1, that of 'a' has 2"),
         (["a", "b", "c"], [[0.6, 0.8], [0.0, 0.0], [3.0, 0.0]],
          r"e.parquet: 2 of 3 embeddings are not unit vectors \(that of note 'b' has length 0\); cosines need unit"),

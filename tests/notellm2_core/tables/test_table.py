@@ -154,6 +154,17 @@ def test_json_values_of_any_type(tmp_path: Path) -> None:
             rows(*open_events(path))
 
 
+def test_a_line_that_is_no_row_beside_a_part_with_images(tmp_path: Path) -> None:
+    """The part of JSON has no column of bytes, so its malformed line has none either."""
+    (tmp_path / "notes").mkdir()
+    note: dict[str, Any] = {"note_id": "1", "title": "t", "topics": "a", "content": "c"}
+    pq.write_table(pa.table({name: [value] for name, value in (note | {"image": b"x"}).items()}),
+                   tmp_path / "notes" / "a.parquet")  # fmt: skip
+    (tmp_path / "notes" / "b.jsonl").write_text(json.dumps(note | {"note_id": "2"}) + "\n[1]\n")
+    read = [(r["note_id"], r["image"], r[MALFORMED]) for r in rows(open_notes(tmp_path))]
+    assert read == [("1", b"x", False), ("2", None, False), (None, None, True)]
+
+
 def test_a_key_of_json_may_come_first_in_a_later_line(tmp_path: Path) -> None:
     note = {"note_id": 1, "title": "t", "topics": "a", "content": "c"}
     lines = [json.dumps(note)] * 1500 + [json.dumps(note | {"image_path": "a.png"})]

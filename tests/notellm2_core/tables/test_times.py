@@ -22,6 +22,8 @@ def test_text_of_every_form() -> None:
         "1704283200000": NOON,
         "1704283200000001": NOON.replace(microsecond=1),
         "1704283200000000000": NOON,
+        "1704283200000000499": NOON,
+        "1704283200000000500": NOON.replace(microsecond=1),  # a double has only every 256th of these
         "2024-01-03": NOON.replace(hour=0),
         "2024-1-3": NOON.replace(hour=0),
         "2024-01-03T12:00:00Z": NOON,

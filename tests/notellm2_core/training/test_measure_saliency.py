@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from notellm2_core.training.objective.views import TrainingStep, batch_losses
 from tests.support.world import World, pair_dataset, tiny_config, write_config
 
 
-def config_with(num_pairs: int, method: str = "notellm2", alpha: float = 9.0) -> Config:
-    config = tiny_config({"alpha": alpha}, method=method)
+def config_with(num_pairs: int, method: str = "notellm2", **training: Any) -> Config:
+    config = tiny_config(training, method=method)
     evaluation = config.evaluation.model_copy(update={"saliency_pairs": num_pairs})
     return config.model_copy(update={"evaluation": evaluation})
 
@@ -47,12 +48,12 @@ def measured_batches(monkeypatch: pytest.MonkeyPatch, model: MLRMModel, data: Pa
     return measured
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(("method", "centre"), [*((method, False) for method in sorted(METHODS)), ("notellm2", True)])
 def test_the_loss_is_that_of_the_training_step(
-    method: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, centre: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss equals that of a training step on the same batch, with its alpha, tau and masks of known positives."""
-    config = config_with(8, method, alpha=3.0)
+    config = config_with(8, method, alpha=3.0, centre_embeddings=centre)
     model, _, data = make(world, config, tmp_path)
     positives = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2
     labels = BatchLabels(

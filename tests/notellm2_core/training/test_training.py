@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from notellm2_core.config.training import PARTS, TrainingSettings
 from notellm2_core.model.build import build_model, load_model
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.runtime.prefetch import Prefetcher
+from notellm2_core.training import validation
 from notellm2_core.training.engine.precision import choose_precision
 from notellm2_core.training.launch import launch_command
 from notellm2_core.training.loop import TrainingError
@@ -396,6 +398,24 @@ def test_recall_of_validation() -> None:
     pairs = torch.tensor([[0, 1]])
     assert recall_at(x, pairs, 1) == 0.0
     assert recall_at(x, pairs, 2) == 1.0
+
+
+@pytest.mark.parametrize("centre", [True, False])
+def test_a_validation_is_centred_as_the_loss_is(
+    centre: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With training.centre_embeddings, what all embeddings share changes neither its recall nor its loss."""
+    config = tiny_config({"centre_embeddings": centre}, method="basic")
+    data = pair_dataset(world, build_model(config, tmp_path)[1], tmp_path)
+    engine = SimpleNamespace(eval=lambda: None, train=lambda: None)
+    embeddings = torch.randn(len(np.unique(data.validation_pairs)), 16, generator=torch.Generator().manual_seed(0))
+    scores = []
+    for shared in (0.0, 30.0):
+        monkeypatch.setattr(validation, "_embed", lambda *_, shared=shared: embeddings + shared)
+        monkeypatch.setattr(validation, "_tau", lambda engine: torch.tensor([3.0]))
+        device = torch.device("cpu")
+        scores.append(validation.validate(engine, data, data.validation_pairs, config, device))
+    assert (scores[0] == pytest.approx(scores[1], rel=1e-3)) == centre
 
 
 def until(condition: Any, seconds: float = 120) -> None:

@@ -302,6 +302,25 @@ def test_centred_embeddings_have_no_common_direction() -> None:
     assert paper.multimodal.item() == pytest.approx(math.log(7), rel=1e-2)
 
 
+def test_notes_without_an_image_take_no_part_in_the_centred_visual_loss() -> None:
+    """Their n_v is one vector. Wherever it lies, L^v and its gradients are those of the four notes with an image."""
+    generator = torch.Generator().manual_seed(0)
+    views = torch.randn(8, 12, generator=generator)
+    has_image = torch.tensor([True] * 4 + [False] * 4)
+    config = tiny_config({"centre_embeddings": True}, method="notellm2", projection_dim=6)
+    alone = batch_losses(config, views[:4], TAU, BatchLabels({"image": has_image[:4]}))
+    for place in (0.0, 50.0):
+        views[4:, 6:] = place
+        rows = views.clone().requires_grad_()
+        losses = batch_losses(config, rows, TAU, BatchLabels({"image": has_image}))
+        assert losses.visual is not None and alone.visual is not None
+        assert losses.visual.item() == pytest.approx(alone.visual.item(), rel=1e-5)
+        (gradient,) = torch.autograd.grad(losses.visual, rows)
+        assert gradient[4:].abs().max() == 0 and gradient[:4, 6:].abs().max() > 1e-3
+    nobody = batch_losses(config, views, TAU, BatchLabels({"image": torch.zeros(8, dtype=torch.bool)}))
+    assert nobody.visual is not None and nobody.visual.item() == 0
+
+
 @pytest.mark.parametrize(("tau", "pull", "expected"), [(3.0, -1.0, -1.0), (5.0, -1.0, 0.0), (5.0, 1.0, 1.0)])
 def test_tau_is_capped_at_a_scale_of_100(tau: float, pull: float, expected: float) -> None:
     """Below ln 100 tau does not change. Above, its value is ln 100, and only a gradient that lowers tau passes."""

@@ -180,7 +180,7 @@ def test_the_best_weights_are_saved_and_a_resumed_run_saves_the_same(
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_centred_embeddings(zero_stage: int, wide_world: World, tmp_path: Path) -> None:
     """With training.centre_embeddings, training notes have mean 0 under the saved model, which is the best one but for
-    the projector's bias; so had they before the first step.
+    the projector's bias.
     """
     settings = {**SETTINGS, "zero_stage": zero_stage, "num_ranks": 2, "centre_embeddings": True}
     config = tiny_config(settings, init={"pca_projector": True})
