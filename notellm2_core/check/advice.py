@@ -94,8 +94,8 @@ def advise_split(labelled: Labelled, window: WindowSettings, split: HoldOutSetti
         return
     if not new:
         findings.stops.append(
-            "Every note with events in the test days has events in the training days, too, so none is left for the "
-            "test; set split.by to hash."
+            "No note of the test days is new: each also has events in the training days, so none can be held out. Set "
+            "split.by to hash."
         )
     why = f"only {new} notes have events in the test days and none in the training days: hold out a share of all notes"
     findings.change("split.by", "hash", why)

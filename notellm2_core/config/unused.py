@@ -23,11 +23,7 @@ def unused_settings(config: Config) -> list[str]:
     no_fusion = "" if method.late_fusion else by_method
     no_connector = "" if method.visual_prompt else by_method
     no_qformer = no_connector or ("" if kind == "qformer" else f" with model.connector.kind = {kind}")
-    no_measurement = (
-        ""
-        if measures_notes
-        else ": neither a setting of model.init that measures notes is on nor training.centre_embeddings"
-    )
+    no_measurement = "" if measures_notes else ": no setting that measures notes is on"
     no_swing, no_order = ("", by_score) if config.pairs.score == "swing" else (by_score, "")
     no_negatives = "" if negatives.num else f" with training.hard_negatives.num = {negatives.num}"
     no_mining = "" if negatives.file is None else f" with training.hard_negatives.file = {negatives.file}"

@@ -239,7 +239,9 @@ def test_notes_that_can_be_held_out_by_time(num_new: int, stops: bool, advised: 
     report = checked(tmp_path / "s", split={"by": "time"})
     assert bool(report["stops"]) == stops
     if stops:
-        assert report["stops"][0].startswith("Every note with events in the test days has events in the training days")
+        assert report["stops"][0].startswith(
+            "No note of the test days is new: each also has events in the training days"
+        )
     expected = {"split.by": "hash", "window.train_days": 21, "window.test_days": None} if advised else {}
     assert changes(report) == expected
     after = checked(tmp_path / "s", split={"by": "hash"}, window={"train_days": 21, "test_days": None})

@@ -179,8 +179,8 @@ def test_the_best_weights_are_saved_and_a_resumed_run_saves_the_same(
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_centred_embeddings(zero_stage: int, wide_world: World, tmp_path: Path) -> None:
-    """With training.centre_embeddings, training notes have mean 0 under the saved model, which is the best one but for
-    the projector's bias.
+    """With training.centre_embeddings, the saved model's embeddings of training notes have mean 0. Only the projector's
+    bias differs from the best weights of the run.
     """
     settings = {**SETTINGS, "zero_stage": zero_stage, "num_ranks": 2, "centre_embeddings": True}
     config = tiny_config(settings, init={"pca_projector": True})
