@@ -1,10 +1,11 @@
-"""Blocking asset checks: a dataset that fails one stops the run before its downstream assets.
+"""Asset checks. What is wrong with data stops a run early; what is wrong with a model stops its release, and no run.
 
-What is wrong with data stops a run early. What is wrong with a trained model must not hide how good it is: such a check
-is judged last, on `eval_recall`. The run then fails, so nothing is released, but the table is there.
+The checks of data block: a dataset that fails one stops the run before its downstream assets. The gates of a release
+are shown as checks of `verdict` and block nothing.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from math import isfinite
 
 import dagster as dg
@@ -13,6 +14,8 @@ from assets.resources.pipeline import Pipeline, user_errors
 from assets.resources.steps import Metrics
 from notellm2_core.check.verdicts import Verdict, dropped_share, undated_share, unusable_images
 from notellm2_core.config.data import CheckSettings
+from notellm2_core.release.verdict import GATES, VERDICT_FILE
+from notellm2_core.runtime.nested import flatten
 
 
 def no_leakage(metrics: Metrics, limits: CheckSettings) -> Verdict:
@@ -37,45 +40,39 @@ def finite_loss(metrics: Metrics, limits: CheckSettings) -> Verdict:
     return isfinite(metrics["loss_last"]), {"loss": metrics["loss_last"]}
 
 
-def not_collapsed(metrics: Metrics, limits: CheckSettings) -> Verdict:
-    """The embeddings have not collapsed: the mean cosine of random pairs is within the limit."""
-    cosine = metrics["mean_cosine"]["multimodal"]
-    return cosine <= limits.max_mean_cosine, {"mean_cosine": cosine, "checks.max_mean_cosine": limits.max_mean_cosine}
-
-
-def has_learned(metrics: Metrics, limits: CheckSettings) -> Verdict:
-    """The model knows more than before its training: its loss fell below that of chance, or its validation recall rose.
-
-    `training.centre_embeddings` keeps the mean cosine near 0 for a model that has learned nothing, too.
-    """
-    warning = metrics.get("warning")
-    return warning is None, {} if warning is None else {"warning": warning}
-
-
-def index_recall(metrics: Metrics, limits: CheckSettings) -> Verdict:
-    """The index finds the share of the exact nearest notes that index.target_recall asks for, at index.search_k."""
-    target, recall = 100 * metrics["target_recall"], metrics["recall"].get(str(metrics["search_k"]))
-    return recall is None or recall >= target, {
-        "recall": recall,
-        "index.search_k": metrics["search_k"],
-        "index.target_recall": metrics["target_recall"],
-        "index.factory": metrics["factory"],
-    }
-
-
-def _check(
-    asset: str, judge: Callable[[Metrics, CheckSettings], Verdict], measured_on: str = ""
-) -> dg.AssetChecksDefinition:
-    """A check that stops the run after `asset`. `measured_on`: the dataset whose metrics it judges; "": `asset`."""
+def _check(asset: str, judge: Callable[[Metrics, CheckSettings], Verdict]) -> dg.AssetChecksDefinition:
+    """A check that stops the run after `asset`."""
 
     @dg.asset_check(asset=asset, name=judge.__name__, description=judge.__doc__, blocking=True)
     def check(pipeline: Pipeline) -> dg.AssetCheckResult:
         catalog = pipeline.catalog()
         with user_errors():
-            passed, metadata = judge(catalog.dataset(measured_on or asset).manifest.metrics, catalog.config.checks)
+            passed, metadata = judge(catalog.dataset(asset).manifest.metrics, catalog.config.checks)
         return dg.AssetCheckResult(passed=bool(passed), severity=dg.AssetCheckSeverity.ERROR, metadata=metadata)
 
     return check
+
+
+@dg.multi_asset_check(
+    name="gates", specs=[dg.AssetCheckSpec(name, asset="verdict", description=text) for name, text in GATES.items()]
+)
+def gates(pipeline: Pipeline) -> Iterator[dg.AssetCheckResult]:
+    """Show each gate of the verdict. They stop nothing: the verdict is computed without them."""
+    with user_errors():
+        shown = json.loads((pipeline.catalog().dataset("verdict").path / VERDICT_FILE).read_text())["gates"]
+    by_name = {gate["name"]: gate for gate in shown}
+    for name in GATES:
+        gate = by_name.get(name, {"outcome": "passed", "why": "This gate has nothing to judge.", "figures": {}})
+        figures = {key: value for key, value in flatten(gate["figures"]).items() if isinstance(value, int | float)}
+        is_refusal = gate["outcome"] == "refused"
+        yield dg.AssetCheckResult(
+            asset_key="verdict",
+            check_name=name,
+            passed=gate["outcome"] == "passed",
+            severity=dg.AssetCheckSeverity.ERROR if is_refusal else dg.AssetCheckSeverity.WARN,
+            description=gate["why"],
+            metadata={"outcome": gate["outcome"], **figures},
+        )
 
 
 CHECKS = [
@@ -86,7 +83,5 @@ CHECKS = [
     _check("pair_datasets", no_leakage),
     _check("pair_datasets", enough_pairs),
     _check("checkpoint", finite_loss),
-    _check("eval_recall", has_learned, measured_on="checkpoint"),
-    _check("eval_recall", not_collapsed, measured_on="note_embeddings"),
-    _check("eval_recall", index_recall, measured_on="faiss_index"),
+    gates,
 ]

@@ -1,9 +1,14 @@
 """Evaluation: recall of held-out pairs beside the baselines, and how much the model uses the image."""
 
+import json
 import sys
+from typing import Any
 
 from assets.resources.arguments import note_inputs, write_config
+from assets.resources.metadata import table
 from assets.resources.steps import GPU, Metrics, Step, dataset
+from notellm2_core.config.settings import Config
+from notellm2_core.lake.lake import Dataset
 from notellm2_core.schema import NOTES_TABLE, TEST_CLICKS, TRAIN_CLICKS
 
 
@@ -29,7 +34,20 @@ SHOWN = {
 }  # fmt: skip
 
 
-@dataset("evaluation", {"numpy"}, show=SHOWN)
+def recall_page(report: Dataset, config: Config) -> dict[str, Any]:
+    """The five headline figures and the table of all pairs. The other figures are in recall.json and in MLflow."""
+    from notellm2_core.evaluation.report import headline
+
+    rows = [row for row in json.loads((report.path / "recall.json").read_text())["rows"] if row["slice"] == "all"]
+    shown = []
+    for row in rows:
+        recall = {f"R@{k}": r and round(r, 1) for k, r in row["recall"].items()}
+        shown.append({"method": row["method"], "input": row["input"], **recall})
+    all_pairs = table(shown, floats=[f"R@{k}" for k in config.evaluation.ks])
+    return {**headline(rows, config.model.method), "all_pairs": all_pairs}
+
+
+@dataset("evaluation", {"numpy"}, show=SHOWN, page=recall_page)
 def eval_recall(step: Step) -> Metrics:
     """Exact Recall@k on held-out notes by input and slice, with baselines and a contact sheet of neighbours."""
     from notellm2_core.evaluation.report_files import ReportInputs, write_report

@@ -1,5 +1,6 @@
 """From the user's source to clean notes and interactions."""
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,13 @@ from assets.resources.commands import import_ahead
 from assets.resources.demo_source import ensure_source
 from assets.resources.incremental import LogPartition, ingestions, reduced_partitions
 from assets.resources.partitions import require_partitions
+from assets.resources.pipeline import user_errors
 from assets.resources.steps import SPARK, Metrics, Step, dataset
 from notellm2_core.config.source import EventSettings, NoteReadingSettings
 from notellm2_core.config.unused import unused_settings
 from notellm2_core.lake.catalog import Catalog
-from notellm2_core.schema import NOTES_TABLE
-from notellm2_core.tables.log import UNDATED, ingestion_metrics, partitions_between
+from notellm2_core.schema import DAYS_FILE, NOTES_TABLE
+from notellm2_core.tables.log import UNDATED, ingestion_metrics, partition_days, partitions_between, summed_counts
 
 SPARK_KINDS = {"spark", "parquet"}
 
@@ -30,7 +32,7 @@ def raw_events_asset(partitions: dg.TimeWindowPartitionsDefinition) -> dg.Assets
             context.log.warning(sentence)
         ensure_source(context, catalog)
 
-    after = partial(_announce_partitions, partitions)
+    after = partial(_check_partitions, partitions)
     return dataset("logs", SPARK_KINDS, on=SPARK, before=check, after=after, partitions=partitions)(raw_events)
 
 
@@ -41,7 +43,10 @@ def raw_events(step: Step) -> Metrics:
     for ingestion in ingested:
         for file in ingestion.manifest.files:
             step.draft.link(f"{Path(file).parent}/{ingestion.manifest.fingerprint}-{Path(file).name}", ingestion, file)
-    return ingestion_metrics(step.catalog.source, [ingestion.manifest.metrics for ingestion in ingested])
+    metrics = [ingestion.manifest.metrics for ingestion in ingested]
+    days = summed_counts(counts["days"] for counts in metrics)
+    (step.out / DAYS_FILE).write_text(json.dumps(dict(sorted(days.items()))))
+    return ingestion_metrics(step.catalog.source, metrics)
 
 
 @dataset("logs", SPARK_KINDS, on=SPARK, before=ensure_source)
@@ -84,13 +89,23 @@ def interactions(step: Step) -> Metrics:
         )
 
 
-def _announce_partitions(
+def _check_partitions(
     partitions: dg.TimeWindowPartitionsDefinition, context: dg.AssetExecutionContext, catalog: Catalog
 ) -> None:
-    """Report the other partitions as materialized, except those that already are: one pass ingests the whole source."""
-    reported = context.instance.get_materialized_partitions(context.asset_key) | set(context.partition_keys)
+    """Fail if the log lacks this run's partition; else report the partitions that it has, as one pass ingests them all.
+
+    Those that were reported before are not reported again.
+    """
+    if catalog.partition is not None and catalog.config.window.end is None:
+        with user_errors():
+            _ = catalog.window
+    reported = context.instance.get_materialized_partitions(context.asset_key)
+    reported |= set(context.partition_keys) if context.has_partition_key else set()
+    unit, end = catalog.config.source.partition, catalog.end_of_log()
     for log_partition in catalog.dataset("raw_events").manifest.metrics["partitions"]:
         key = log_partition["partition"]
-        if key not in reported and partitions.has_partition_key(key):
+        if key in reported or not partitions.has_partition_key(key):
+            continue
+        if unit == "year" or partition_days(key, unit)[1] <= end:  # a week that is still arriving does not count
             metadata = {"dagster/row_count": log_partition["rows"]}
             context.log_event(dg.AssetMaterialization(context.asset_key, metadata=metadata, partition=key))

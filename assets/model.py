@@ -91,15 +91,20 @@ def _check_index_factory(context: dg.AssetExecutionContext, catalog: Catalog) ->
 @dataset("model", {"pytorch", "deepspeed", "huggingface"}, on=GPU, before=_check_index_factory)
 def checkpoint(step: Step) -> Metrics:
     """The fine-tuned model (Eq. 1, 7-9; Table 8). A killed training run resumes from its last checkpoint."""
-    from notellm2_core.training.launch import NO_REPORTS, Paths, Reports, launch_command
+    from notellm2_core.release.release import open_release
+    from notellm2_core.training.launch import NO_REPORTS, Paths, Reports, Start, launch_command
     from notellm2_core.training.trials import choose_rates, has_diverged
 
     catalog = step.catalog
     hard_negatives = step.path("hard_negatives") if step.config.training.hard_negatives.num else None
     inputs = note_inputs(step, images=step.config.trains_vision)
+    start = None
+    if catalog.start is not None:
+        release = open_release(catalog.lake, catalog.start)
+        start = Start(release.path / "model", release.id, tuple(release.lineage["weeks"]))
 
     def train(config: Config, run_dir: Path, reports: Reports, *options: str) -> None:
-        paths = Paths(inputs, step.path("pair_datasets"), run_dir, step.out, hard_negatives)
+        paths = Paths(inputs, step.path("pair_datasets"), run_dir, step.out, hard_negatives, start)
         file, days = write_config(catalog, config), catalog.window.train.iso()
         step.command([*launch_command(file, config.training, paths, reports, days), *options], reports=True)
 

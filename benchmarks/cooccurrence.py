@@ -12,11 +12,11 @@ when its session is ready. Contenders:
   clickhouse    one SQL query by chdb, two threads
   expressions   Spark's built-in expressions: first views and last clicks of each user, then a join
   events_join   Spark, the equation literally: events joined with events, then distinct
-The last two stop at --join-millions. A contender that is not installed (`pip install -e ".[bench]"`) is left out with a
-line that says so. Each result is compared with DuckDB's, row by row. At the smallest size, `ours`
-runs twice and the bytes are compared. At 10 million events, `ours` and `duckdb` also read the log as CSV.gz and as JSON
-Lines; and with heavy users capped as in the pipeline, `ours` runs in turn with and without one more user of 200,000
-events.
+The last two stop at --join-millions, and the engines before them at --engine-millions: they hold all pairs in memory. A
+contender that is not installed (`pip install -e ".[bench]"`) is left out with a line that says so. Each result is
+compared with DuckDB's, row by row. At the smallest size, `ours` runs twice and the bytes are compared. At 10 million
+events, `ours` and `duckdb` also read the log as CSV.gz and as JSON Lines; and with heavy users capped as in the
+pipeline, `ours` runs in turn with and without one more user of 200,000 events.
 """
 
 import argparse
@@ -213,9 +213,9 @@ def digest(folder: Path) -> str:
 
 
 def run(
-    millions: list[int], join_millions: int, heavy_millions: int, text_millions: int, memory: str, work: Path
+    millions: list[int], most: dict[str, int], heavy_millions: int, text_millions: int, memory: str, work: Path
 ) -> Iterator[dict[str, Any]]:
-    """The results so far, after each size."""
+    """The results so far, after each size. most: the largest log of each contender that does not take all."""
     results: dict[str, Any] = {"sizes": []}
     installed = [name for name in CONTENDERS if name != "capped" and _is_installed(name)]
     for size in millions:
@@ -223,7 +223,7 @@ def run(
         generate(size * 1_000_000, log)
         rows = []
         for contender in installed:
-            if contender in ("expressions", "events_join") and size > join_millions:
+            if size > most.get(contender, size):
                 continue
             row = measure(contender, log, work / contender, memory)
             rows.append(row)
@@ -307,6 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=int, nargs="+", default=[1, 5, 10, 30], help="events of the logs")
     parser.add_argument("--join-millions", type=int, default=10, help="the largest log for Spark's joins")
+    parser.add_argument("--engine-millions", type=int, default=30, help="the largest log for the other engines")
     parser.add_argument("--heavy-millions", type=int, default=10, help="the log that gets a heavy user")
     parser.add_argument("--text-millions", type=int, default=10, help="the log that is read as text, too")
     parser.add_argument("--memory", default="3g", help="of Spark's driver")
@@ -318,8 +319,10 @@ def main() -> None:
         Path(f"{out}.json").write_text(json.dumps(spent))
         return
     with tempfile.TemporaryDirectory() as work:
-        sizes = sorted(options.millions), options.join_millions, options.heavy_millions, options.text_millions
-        for results in run(*sizes, options.memory, Path(work)):
+        most = dict.fromkeys(ENGINES, options.engine_millions)
+        most |= dict.fromkeys(("expressions", "events_join"), options.join_millions)
+        extra = options.heavy_millions, options.text_millions
+        for results in run(sorted(options.millions), most, *extra, options.memory, Path(work)):
             (RESULTS / "cooccurrence.json").write_text(json.dumps(results, indent=1))
             (RESULTS / "cooccurrence.md").write_text(text := to_markdown(results, options.memory))
     print(text)

@@ -54,7 +54,8 @@ def run(config: Path, source: str, seed: int, changes: dict[str, str]) -> dict[s
     folder = ROOT / ".dagster" / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{resolved.name}-{seed}.yaml"
-    file.write_text(yaml.safe_dump(resolved.model_dump(mode="json")))
+    own = {"name": f"{resolved.name}-{seed}"}  # each seed has a champion of its own
+    file.write_text(yaml.safe_dump(resolved.model_dump(mode="json") | own))
     env = {k: v for k, v in os.environ.items() if k != "SOURCE"}
     env |= {"DAGSTER_HOME": env.get("DAGSTER_HOME", str(ROOT)), "NOTELLM2_CONFIG": str(file)}
     started, peak = time.monotonic(), 0

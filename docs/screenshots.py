@@ -1,4 +1,4 @@
-"""Take the images of the README from what `make recall` made: the asset graph, and the sheet of neighbours.
+"""Take the images of the pages from what `make recall` made: the asset graph, assets' pages, the sheet of neighbours.
 
     make recall && .venv/bin/python docs/screenshots.py
 
@@ -26,8 +26,10 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # The address of the asset graph with these groups open.
-GROUPS = ",".join(f"global@global:{group}" for group in ("logs", "pairs", "model", "retrieval", "evaluation"))
-GRAPH_SIZE = (2400, 2600)  # px; in a smaller window Dagster leaves out the assets at its border
+GROUPS = ",".join(
+    f"global@global:{group}" for group in ("logs", "pairs", "model", "retrieval", "evaluation", "release")
+)
+GRAPH_SIZE = (2400, 3200)  # px; in a smaller window Dagster leaves out the assets at its border
 QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -82,6 +84,7 @@ def main() -> None:
     with dagster_webserver() as dagster:
         screenshot(f"{dagster}/asset-groups?expanded={GROUPS}", IMAGES / "asset_graph.png", *GRAPH_SIZE)
         screenshot(f"{dagster}/assets/eval_recall?view=overview", IMAGES / "eval_recall.png", 1600, 1400)
+        screenshot(f"{dagster}/assets/release?view=overview", IMAGES / "release.png", 1600, 1400)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from notellm2_core.config.options import add_options, settings_from
 from notellm2_core.config.settings import IndexSettings, ReportSettings
 from notellm2_core.config.source import DemoSettings, NoteReadingSettings, SourceSettings
+from notellm2_core.release.commands import add_release_commands
 from notellm2_core.runtime.errors import user_errors
 
 
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     add_options(build, IndexSettings, *IndexSettings.model_fields)
     build.set_defaults(run=_index_build)
     _add_index_search(index_commands.add_parser("search", help="print the nearest notes of a note, as JSON"))
+
+    add_release_commands(commands.add_parser("release", help="list, promote or roll back releases"))
 
     evaluate = commands.add_parser("evaluate", help="print the exact metrics of pairs or qrels, as JSON")
     evaluate.add_argument("--embeddings", type=Path, required=True)

@@ -136,3 +136,5 @@ VISION_FOLDER = "vision"  # in vision_features and in every model: the vision en
 TOKENS_FILE = "tokens.arrow"  # in note_tokens: NOTE_TOKENS
 COUNTS_FILE = "counts.json"  # the counts of a command
 INDEX_FOLDER = "index"  # in faiss_index
+GOLDEN_FILE = "golden.json"  # in canary and release: queries with their answers
+DAYS_FILE = "days.json"  # in raw_events: rows by day

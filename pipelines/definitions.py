@@ -1,4 +1,4 @@
-"""The Dagster definitions: assets, checks, job and schedule. Imports neither torch nor pyspark, so it loads fast."""
+"""The Dagster definitions: assets, checks, jobs, sensor and schedule. No torch and no pyspark, so they load fast."""
 
 import sys
 
@@ -11,7 +11,10 @@ from assets.resources.partitions import log_partitions
 from assets.resources.pipeline import Pipeline
 from notellm2_core.config.load import ConfigError, config_in_force
 from notellm2_core.config.source import SourceSettings
-from pipelines.jobs import weekly_retrain, weekly_retrain_schedule
+from pipelines.jobs import ingest_logs, week_has_landed, weekly_retrain, weekly_retrain_schedule
+from pipelines.messages import send_messages
+from pipelines.mirror import mirror_releases
+from pipelines.release_jobs import RELEASE_JOBS
 
 
 def definitions(source: SourceSettings) -> dg.Definitions:
@@ -20,8 +23,9 @@ def definitions(source: SourceSettings) -> dg.Definitions:
     return dg.Definitions(
         assets=[logs.raw_events_asset(partitions), *dg.load_assets_from_package_module(assets)],
         asset_checks=CHECKS,
-        jobs=[weekly_retrain],
+        jobs=[weekly_retrain, ingest_logs, *RELEASE_JOBS],
         schedules=[weekly_retrain_schedule(partitions)],
+        sensors=[week_has_landed, send_messages, mirror_releases],
         # One step at a time, as one machine runs them all. Raise it where Spark and the GPUs are on other machines.
         executor=dg.multi_or_in_process_executor.configured({"multiprocess": {"max_concurrent": 1}}),
         resources={"pipeline": Pipeline()},

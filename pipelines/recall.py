@@ -14,7 +14,8 @@ import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
 
 from assets.resources.commands import forked_commands
-from assets.resources.partitions import log_partitions
+from assets.resources.partitions import week_partition
+from assets.resources.steps import failure_of
 from notellm2_core.config.load import config_in_force, week_in_force
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.lake import LakeError
@@ -58,34 +59,35 @@ def _run_to_the_end() -> int:
 def _run() -> int:
     started = time.monotonic()
     catalog = Catalog(config_in_force(), week_in_force())
-    from pipelines.definitions import defs
-
-    source = catalog.config.source
-    partition = log_partitions(source).get_last_partition_key()
-    if partition is None:
-        raise ValueError(
-            f"no {source.partition} has ended since source.first_day = {source.first_day}: set it to the first day of "
-            "your log"
-        )
-
-    job = defs.resolve_job_def("weekly_retrain")
     with ExitStack() as stack:
         instance = stack.enter_context(DagsterInstance.get())
         _close_runs_of_the_dead(instance)
         stack.enter_context(forked_commands())
-        result = job.execute_in_process(
-            instance=instance,
-            partition_key=partition,
-            tags={_HOST: host(), _PROCESS: str(os.getpid())},
-            run_config={"loggers": {"console": {"config": {"log_level": "INFO"}}}},
-            raise_on_error=False,
-        )
+        if catalog.needs_log and catalog.find("raw_events") is None:  # its last complete week is not known yet
+            result = _execute(instance, "ingest_logs", None)
+            if not result.success:
+                print(f"\nerror: {_why(result)}", file=sys.stderr)
+                return 1
+        partition = week_partition(catalog.window.last_week, catalog.config.source)
+        result = _execute(instance, "weekly_retrain", partition)
     if result.success or _is_measured(result):
-        _print_report(Catalog(catalog.config, catalog.week, result.run_id), time.monotonic() - started)
+        _print_report(Catalog(catalog.config, catalog.week, result.run_id, partition), time.monotonic() - started)
     if not result.success:
         sys.stdout.flush()
         print(f"\nerror: {_why(result)}", file=sys.stderr)
     return 0 if result.success else 1
+
+
+def _execute(instance: DagsterInstance, job: str, partition: str | None) -> dg.ExecuteInProcessResult:
+    from pipelines.definitions import defs
+
+    return defs.resolve_job_def(job).execute_in_process(
+        instance=instance,
+        partition_key=partition,
+        tags={_HOST: host(), _PROCESS: str(os.getpid())},
+        run_config={"loggers": {"console": {"config": {"log_level": "INFO"}}}},
+        raise_on_error=False,
+    )
 
 
 def _is_measured(result: dg.ExecuteInProcessResult) -> bool:
@@ -95,13 +97,16 @@ def _is_measured(result: dg.ExecuteInProcessResult) -> bool:
 
 
 def _print_report(catalog: Catalog, seconds: float) -> None:
-    """The tables, and where the results are."""
+    """The tables, what became of the release, and where the results are."""
     report, checkpoint = catalog.dataset("eval_recall"), catalog.dataset("checkpoint")
     for name in ("recall.md", "saliency.md"):
         if (report.path / name).exists():
             print(f"\n{(report.path / name).read_text()}")
     if warning := checkpoint.manifest.metrics.get("warning"):
         print(f"warning: {warning}\n")
+    release = catalog.find("release")
+    if release is not None and (decision := catalog.ledger.state().last(release.manifest.fingerprint)) is not None:
+        print(f"Release {decision.release}: {decision.action}. {decision.why}\n")
     print(f"{seconds:.0f} s. Images of neighbours: {_relative(report.path / 'neighbours.jpg')}")
     print(f"The model: {_relative(checkpoint.path)}")
     print(f"The vectors of all notes: {_relative(catalog.dataset('note_embeddings').path / 'multimodal')}")
@@ -124,11 +129,7 @@ def _why(result: dg.ExecuteInProcessResult) -> str:
     """The first failure of the run, in one sentence."""
     for event in result.all_events:
         if event.event_type == DagsterEventType.STEP_FAILURE:
-            failure = event.step_failure_data
-            description = failure.user_failure_data.description if failure.user_failure_data else None
-            cause = failure.error.cause if failure.error else None
-            reason = description or (cause or failure.error).message if failure.error else description
-            return f"{event.step_key}: {' '.join(str(reason).split())}"
+            return failure_of(event)
         if event.event_type == DagsterEventType.ASSET_CHECK_EVALUATION:
             check = event.asset_check_evaluation_data
             if not check.passed:

@@ -1,8 +1,9 @@
 """Tables and plots of a dataset as metadata that Dagster's UI shows."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -14,8 +15,18 @@ def file_metadata(folder: Path, files: Mapping[str, Sequence[str]]) -> dict[str,
     return {name: dg.MetadataValue.md(text) for name, text in texts.items() if text}
 
 
+def table(rows: Sequence[Mapping[str, Any]], floats: Collection[str]) -> dg.TableMetadataValue:
+    """Rows with the same keys as a table; the columns `floats` hold numbers, the others text."""
+    columns = [dg.TableColumn(name, "float" if name in floats else "string") for name in rows[0]]
+    return dg.MetadataValue.table([dg.TableRecord(dict(row)) for row in rows], dg.TableSchema(columns))
+
+
 def _markdown(path: Path) -> str:
     if path.suffix == ".md":
         return path.read_text()
-    kind = {".jpg": "jpeg", ".png": "png"}[path.suffix]
-    return f"![{path.stem}](data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()})"
+    return image_markdown(path.stem, {".jpg": "jpeg", ".png": "png"}[path.suffix], path.read_bytes())
+
+
+def image_markdown(title: str, kind: str, data: bytes) -> str:
+    """An image in Markdown. kind: "jpeg" or "png"."""
+    return f"![{title}](data:image/{kind};base64,{base64.b64encode(data).decode()})"

@@ -23,22 +23,26 @@ class ChildProcessDied(RuntimeError):
 class Pipeline(dg.ConfigurableResource):
     """The configuration in force. Empty fields are read from NOTELLM2_CONFIG, SOURCE and WEEK.
 
-    `week`: any day of the window's last week; empty in both places, the last complete week.
+    `week`: any day of the window's last week; empty in both places, the week of the run's partition. A run without a
+    partition takes the last complete week.
     """
 
     config_path: str = ""
     source: str = ""
     week: str = ""
     _run_id: str | None = PrivateAttr(None)
+    _partition: str | None = PrivateAttr(None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         self._run_id = context.run_id
+        self._partition = context.dagster_run.tags.get("dagster/partition") if context.dagster_run else None
         end_with_run()
 
     def catalog(self) -> Catalog:
         """The catalog of this run, with the source's state as the run first saw it."""
         with user_errors():
-            return Catalog(config_in_force(self.config_path, self.source), week_in_force(self.week), self._run_id)
+            config = config_in_force(self.config_path, self.source)
+            return Catalog(config, week_in_force(self.week), self._run_id, self._partition)
 
 
 @contextmanager

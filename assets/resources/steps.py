@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 Metrics = Mapping[str, Any]
+WEEK_TAG = "notellm2/week"  # of a run: the first day of its window's last week
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Step:
 
 Make = Callable[[Step], Metrics]
 Hook = Callable[[dg.AssetExecutionContext, Catalog], None]
+After = Callable[[dg.AssetExecutionContext, Catalog], Mapping[str, Any] | None]
+Page = Callable[[Dataset, Config], Mapping[str, Any]]  # metadata by name; its floats are the run's headline figures
 
 
 def dataset(
@@ -96,20 +100,19 @@ def dataset(
     kinds: set[str],
     on: Machine = HERE,
     show: Mapping[str, Sequence[str]] | None = None,
+    page: Page | None = None,
     before: Hook | None = None,
-    after: Hook | None = None,
+    after: After | None = None,
     partitions: dg.PartitionsDefinition | None = None,
 ) -> Callable[[Make], dg.AssetsDefinition]:
     """Turn the function that makes a dataset into an asset of its name.
 
-    show: metadata name -> .md, .png and .jpg files of the dataset. before, after: run even if the dataset exists.
+    show: metadata name -> .md, .png and .jpg files of the dataset. page: what the asset's page shows first, in place of
+    all metrics. before, after: run even if the dataset exists; after returns what the page shows first.
     """
 
     def decorate(make: Make) -> dg.AssetsDefinition:
         stage = STAGES[make.__name__]
-        partitioned: dict[str, Any] = {}
-        if partitions is not None:  # single-run backfills are in beta: Dagster warns
-            partitioned = {"partitions_def": partitions, "backfill_policy": dg.BackfillPolicy.single_run()}
 
         @dg.asset(
             name=make.__name__,
@@ -120,27 +123,27 @@ def dataset(
             code_version=str(stage.version),
             pool=on.pool,
             retry_policy=dg.RetryPolicy(max_retries=on.max_retries) if on.max_retries else None,
-            **partitioned,
+            partitions_def=partitions,
         )
         def asset(context: dg.AssetExecutionContext, pipeline: Pipeline) -> dg.MaterializeResult:
             catalog = pipeline.catalog()
             if before is not None:
                 with user_errors():
                     before(context, catalog)
-            published, metadata = _publish(context, catalog, make)
+            published, metadata = _publish(context, catalog, make, page)
             if after is not None:
-                after(context, catalog)
-            files = file_metadata(published.path, show or {})
-            return dg.MaterializeResult(
-                metadata={**files, **metadata}, data_version=dg.DataVersion(published.manifest.fingerprint)
-            )
+                metadata = {**(after(context, catalog) or {}), **metadata}
+            metadata |= file_metadata(published.path, show or {})
+            return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(published.manifest.fingerprint))
 
         return asset
 
     return decorate
 
 
-def _publish(context: dg.AssetExecutionContext, catalog: Catalog, make: Make) -> tuple[Dataset, dict[str, Any]]:
+def _publish(
+    context: dg.AssetExecutionContext, catalog: Catalog, make: Make, page: Page | None
+) -> tuple[Dataset, dict[str, Any]]:
     """The asset's dataset, made if it does not exist yet, and the metadata that say whether it is good.
 
     Errors that the user can correct end the step with one sentence and without retries.
@@ -163,17 +166,34 @@ def _publish(context: dg.AssetExecutionContext, catalog: Catalog, make: Make) ->
                 draft.metrics |= make(Step(context, catalog, inputs, draft, run))
         published = catalog.dataset(name)
         run.log_dataset(published)
+        days = _days(context, catalog)
+        shown = tracked_names(published.manifest.metrics) if page is None else page(published, catalog.config)
+        figures = {} if page is None else {key: value for key, value in shown.items() if isinstance(value, float)}
+        if days:
+            run.log_to_parent(f"{catalog.config.name}, week {days['week']}", figures)
     shutil.rmtree(_work(catalog, name), ignore_errors=True)  # nothing is left to resume
     context.log.info(f"{name}: {'made' if existing is None else 'exists'} at {published.path}")
-    metrics = {k: v for k, v in tracked_names(published.manifest.metrics).items() if isinstance(v, int | float | str)}
     return published, {
-        **metrics,
+        **days,
+        **{k: v for k, v in shown.items() if isinstance(v, int | float | str | dg.MetadataValue)},
         **({"dagster/row_count": rows} if (rows := published.manifest.num_rows) else {}),
         "reused": existing is not None,
         "path": dg.MetadataValue.path(str(published.path)),
         "fingerprint": fingerprint,
         "mlflow_run": run.url or "not tracked",
     }
+
+
+def _days(context: dg.AssetExecutionContext, catalog: Catalog) -> dict[str, str]:
+    """The days that this run is about, which also become a tag of the run. Nothing before the log is ingested."""
+    try:
+        window, week = catalog.window, str(catalog.window.last_week)
+    except ValueError:  # an asset that does not depend on the window
+        return {}
+    if context.run.tags.get(WEEK_TAG) != week:
+        context.instance.add_run_tags(context.run_id, {WEEK_TAG: week})
+    days = {"train": window.train, "test": window.test}
+    return {"week": week, **{name: f"{span.start} to {span.end - timedelta(days=1)}" for name, span in days.items()}}
 
 
 def _work(catalog: Catalog, name: str) -> Path:
@@ -195,3 +215,12 @@ def code_version() -> str:
     except OSError:  # no git on this machine, as in a container
         return __version__
     return f"{__version__}+{git.stdout.strip()}" if git.returncode == 0 else __version__
+
+
+def failure_of(event: dg.DagsterEvent) -> str:
+    """The step of a STEP_FAILURE, and its reason in one sentence."""
+    failure = event.step_failure_data
+    description = failure.user_failure_data.description if failure.user_failure_data else None
+    cause = failure.error.cause if failure.error else None
+    reason = description or (cause or failure.error).message if failure.error else description
+    return f"{event.step_key}: {' '.join(str(reason).split())}"

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -23,16 +24,49 @@ _MAX_ARTIFACT_BYTES = 2_000_000
 _PARENT_TAG = "parent_of_dagster_run"  # not `dagster_run_id`: that is the children's
 
 
+@dataclass(frozen=True)
+class _Started:
+    """A child run, and the parent that it shares with the other materializations of its Dagster run."""
+
+    url: str
+    run_id: str
+    parent_id: str
+    parent_name: str
+
+
 class TrackedRun:
     """The child run of one materialization. Without a reachable server, its methods do nothing."""
 
-    def __init__(self, uri: str, url: str | None, run_id: str | None, attempt: Callable[[Callable[[], Any]], Any]):
-        self.uri, self.url, self.run_id, self._attempt = uri, url, run_id, attempt
+    def __init__(self, uri: str, started: _Started | None, attempt: Callable[[Callable[[], Any]], Any]):
+        self.uri, self._started, self._attempt = uri, started, attempt
+
+    @property
+    def url(self) -> str | None:
+        """The page of the child run."""
+        return None if self._started is None else self._started.url
+
+    @property
+    def run_id(self) -> str | None:
+        """The child run; None: it is not tracked."""
+        return None if self._started is None else self._started.run_id
 
     def log_dataset(self, dataset: Dataset) -> None:
         """Log the settings as parameters, the metrics, and the manifest, tables and plots as artifacts."""
-        if self.run_id is not None:
+        if self._started is not None:
             self._attempt(lambda: self._log(dataset))
+
+    def log_to_parent(self, name: str, figures: Mapping[str, float]) -> None:
+        """Name the parent, and log its headline figures: runs can then be compared without opening one."""
+        if (started := self._started) is None or (name == started.parent_name and not figures):
+            return
+
+        def log() -> None:
+            client = _client(self.uri)
+            client.set_tag(started.parent_id, "mlflow.runName", name)
+            for key, value in figures.items():
+                client.log_metric(started.parent_id, key, value)
+
+        self._attempt(log)
 
     def _log(self, dataset: Dataset) -> None:
         from mlflow.entities import Metric, Param
@@ -62,16 +96,14 @@ def tracked_run(
     attempt = _attempter(context)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(settings.timeout_seconds)))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    started = attempt(lambda: _start(uri, settings, lake, context, tags))
-    url, run_id = started or (None, None)
-    run = TrackedRun(uri, url, run_id, attempt)
+    run = TrackedRun(uri, attempt(lambda: _start(uri, settings, lake, context, tags)), attempt)
     status = "FAILED"
     try:
         yield run
         status = "FINISHED"
     finally:
-        if run_id is not None:
-            attempt(lambda: _client(uri).set_terminated(run_id, status))
+        if run.run_id is not None:
+            attempt(lambda: _client(uri).set_terminated(run.run_id, status))
 
 
 def make_store(file: Path) -> None:
@@ -126,7 +158,7 @@ def _client(uri: str) -> Any:
 
 def _start(
     uri: str, settings: TrackingSettings, lake: Path, context: dg.AssetExecutionContext, tags: Mapping[str, str]
-) -> tuple[str, str]:
+) -> _Started:
     address = urlparse(uri)
     if address.scheme.startswith("http"):  # notice a dead host before MLflow starts to retry
         port = address.port or (443 if address.scheme == "https" else 80)
@@ -155,4 +187,5 @@ def _start(
     )
     run_id = child.info.run_id
     page = f"#/experiments/{experiment_id}/runs/{run_id}"
-    return (f"{uri}/{page}" if address.scheme.startswith("http") else page), run_id
+    url = f"{uri}/{page}" if address.scheme.startswith("http") else page
+    return _Started(url, run_id, parent.info.run_id, parent.info.run_name or "")

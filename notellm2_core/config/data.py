@@ -144,7 +144,7 @@ class SplitSettings(HoldOutSettings):
 
 
 class CheckSettings(Section):
-    """Thresholds of the blocking asset checks. A run that misses one stops."""
+    """Thresholds of the blocking asset checks, at which a run stops; `max_mean_cosine` is one of a release's gates."""
 
     max_dropped_share: float = Field(
         0.2,

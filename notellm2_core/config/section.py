@@ -28,6 +28,11 @@ def is_null(value: Any) -> bool:
     return value is None
 
 
+def is_pretrained(value: Any) -> bool:
+    """Likewise, for a setting that is `pretrained` by default."""
+    return value == "pretrained"
+
+
 def no_address(value: Any) -> Any:
     """`value`, unchanged. Raises ValueError for an address like s3://bucket (docs/decisions/0005)."""
     if "://" in str(value):

@@ -12,8 +12,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from notellm2_core.config.baselines import BASELINES, require_baseline
 from notellm2_core.config.data import CheckSettings, PairSettings, SplitSettings, TextSettings, WindowSettings
+from notellm2_core.config.messages import MessageSettings
 from notellm2_core.config.methods import get_method
 from notellm2_core.config.model import ModelSettings
+from notellm2_core.config.promotion import PromotionSettings, RetentionSettings
 from notellm2_core.config.section import Section, no_address
 from notellm2_core.config.source import SourceSettings
 from notellm2_core.config.training import PARTS, Part, TrainingSettings
@@ -126,6 +128,9 @@ class Config(Section):
     export: ExportSettings = ExportSettings()
     index: IndexSettings = IndexSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    promotion: PromotionSettings = PromotionSettings()
+    messages: MessageSettings = MessageSettings()
+    retention: RetentionSettings = RetentionSettings()
     tracking: TrackingSettings = TrackingSettings()
     spark: SparkSettings = SparkSettings()
 
@@ -162,6 +167,11 @@ class Config(Section):
         if self.training.trainable is not None:
             return self.training.trainable
         return tuple(part for part in PARTS if part != "word_embeddings" or self.model.lora is None)
+
+    @property
+    def promotion_k(self) -> int:
+        """The k of the recall that releases are compared by."""
+        return self.promotion.k or min(self.evaluation.ks)
 
     @property
     def trains_vision(self) -> bool:

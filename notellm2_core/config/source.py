@@ -278,6 +278,11 @@ class SourceSettings(EventSettings, NoteReadingSettings, EventReadingSettings):
         date(1990, 1, 1),
         description="First day of the log. Dagster's partitions begin there; nothing else depends on it.",
     )
+    last_day: date | None = Field(
+        None,
+        description="Last day of a log that has ended: Dagster's partitions end there, and the schedule asks for no "
+        "later week. null: the log goes on.",
+    )
     partition: Partition = Field(
         "week", description="Length of a partition of the raw events. `year` suits logs that span decades."
     )

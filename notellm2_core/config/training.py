@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from notellm2_core.config.section import Section
+from notellm2_core.config.section import Section, is_pretrained
 
 Part = Literal["llm", "word_embeddings", "connector", "fusion", "projector", "temperature", "vision"]
 KnownPositives = Literal["mask", "count", "ignore"]
@@ -131,6 +131,12 @@ class TrainingSettings(SelectionSettings, RunSettings):
         gt=0,
         description="Passes over the training pairs, in place of num_steps. An epoch is (training pairs / batch_pairs) "
         "steps, rounded up. null: num_steps.",
+    )
+    start_from: Literal["pretrained", "champion"] = Field(
+        "pretrained",
+        exclude_if=is_pretrained,
+        description="`pretrained`: the pretrained LLM, with new modules around it (paper). `champion`: the release "
+        "that was live in the weeks before; without one, as pretrained ([warm start](releases.md#warm-start)).",
     )
     batch_pairs: int = Field(
         128, gt=1, description="Pairs of a batch, B, over all ranks; a multiple of their number (paper: Table 8)."

@@ -200,6 +200,29 @@ def to_plot(report: Report, slice: str = "all") -> bytes:
     return out.getvalue()
 
 
+def headline(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
+    """The five figures that matter most, in percent, from the rows of `Report.to_dict` of all pairs.
+
+    Recall at the smallest and the largest k of the trained model, `method`; at the smallest, with the image and with
+    the text alone, and the best recall of a baseline, with its name.
+    """
+    ks = sorted((int(k) for k in rows[0]["recall"]), key=int) if rows else []
+    recall = {(row["method"], row["input"]): {int(k): r for k, r in row["recall"].items()} for row in rows}
+    ours = {inputs: recall.get((method, inputs), {}) for inputs in INPUTS}
+    if not ks or ours["multimodal"].get(ks[0]) is None:
+        return {}
+    k = ks[0]
+    found = {f"recall_at_{n}": ours["multimodal"][n] for n in dict.fromkeys((k, ks[-1]))}
+    found |= {f"{inputs}_recall_at_{k}": r for inputs in ("image", "text") if (r := ours[inputs].get(k)) is not None}
+    baselines = {name: r[k] for name, r in recall.items() if name[0] in FIRST}
+    names: dict[str, str] = {}
+    if baselines:
+        best = max(baselines, key=lambda name: baselines[name])
+        found[f"best_baseline_recall_at_{k}"] = baselines[best]
+        names = {"best_baseline": " ".join(best).strip()}
+    return {key: round(recall, DIGITS) for key, recall in found.items()} | names
+
+
 def run_metrics(report: Report) -> dict[str, Any]:
     """What MLflow and the asset's page show: Recall@k by method, input, slice and k, in percent.
 

@@ -18,8 +18,8 @@ from notellm2_core.config.settings import ExportSettings
 from notellm2_core.embeddings.shards import EARLIER_FOLDER, EmbeddingKey, plan_shards, write_shards
 from notellm2_core.inference.batch_embedder import VECTORS_VERSION, WINDOW_BATCHES
 from notellm2_core.inference.embedder import BATCH_NOTES, Embedder
-from notellm2_core.inference.export import weight_files, weights_id
 from notellm2_core.model.hub import model_folder
+from notellm2_core.model.weights import weight_files, weights_id
 from notellm2_core.notes.processor import InputKind
 from notellm2_core.notes.source_reader import NoteTable
 from notellm2_core.runtime.files import is_draft, link_or_copy, parquet_files, swap_in

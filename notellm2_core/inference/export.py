@@ -35,32 +35,17 @@ from notellm2_core.config.settings import Config
 from notellm2_core.embeddings.shards import EmbeddingKey, ShardPlan, plan_shards, write_shards
 from notellm2_core.embeddings.table import read_note_ids
 from notellm2_core.inference.batch_embedder import VECTORS_VERSION, BatchEmbedder, FeatureSource
-from notellm2_core.lake import lake
 from notellm2_core.model.kernels import fuse_kernels
 from notellm2_core.model.open_inputs import InputReader, OpenInputs, load_model_and_reader
+from notellm2_core.model.weights import weight_files, weights_id
 from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.notes.processor import InputKind
 from notellm2_core.runtime.errors import user_errors
-from notellm2_core.runtime.files import sha256_of
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.processes import die_with_parent, is_torchrun_rank
 from notellm2_core.runtime.progress import ProgressBar
 from notellm2_core.vision.feature_store import FeatureStore
 from notellm2_core.vision.on_demand import OnDemandFeatures
-
-
-def weight_files(model_dir: Path) -> dict[str, str]:
-    """Name -> checksum of the files of a model that determine its vectors: weights, configuration, tokenizer."""
-    records = ("training.json", "card.json", lake.MANIFEST)
-    files = (p for p in sorted(model_dir.iterdir()) if p.suffix in (".safetensors", ".json") and p.name not in records)
-    return {p.name: sha256_of(p) for p in files}
-
-
-def weights_id(weights: Mapping[str, str], encoder_id: str) -> str:
-    """Identifies a model, wherever it lies: its weights, of `weight_files`, and its vision encoder."""
-    return fingerprint(
-        [sorted(checksum for name, checksum in weights.items() if name.endswith(".safetensors")), encoder_id]
-    )
 
 
 def export(

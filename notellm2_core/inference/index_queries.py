@@ -39,8 +39,8 @@ def new_note(model: str | Path, text: str | None, image: Path | None, dim: int) 
     used.
     """
     from notellm2_core.inference.embedder import Embedder
-    from notellm2_core.inference.export import weight_files, weights_id
     from notellm2_core.model.hub import model_folder
+    from notellm2_core.model.weights import weight_files, weights_id
 
     folder = model_folder(model)
     embedder = Embedder.from_pretrained(folder)

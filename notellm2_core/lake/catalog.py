@@ -17,14 +17,17 @@ from notellm2_core.config.baselines import encoders
 from notellm2_core.config.settings import Config
 from notellm2_core.config.source import EventReadingSettings, NoteReadingSettings
 from notellm2_core.lake.lake import WORK_FOLDER, Dataset, Lake, LakeError
+from notellm2_core.lake.ledger import Ledger, State
 from notellm2_core.lake.lineage import RENAMED, STAGES, WORLD_VERSION, stage_settings
-from notellm2_core.lake.window import ResolvedWindow, first_day_of_week, last_complete_week_end, resolved_window
+from notellm2_core.lake.window import Days, ResolvedWindow, first_day_of_week, last_complete_week_end, resolved_window
 from notellm2_core.runtime.files import listing, sha256_of, write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.image_formats import optional_formats
 from notellm2_core.runtime.packaged_weights import weights_version
+from notellm2_core.tables.log import partition_days
 from notellm2_core.tables.source import used_by
 
+CHAMPION, ANCHOR = "champion", "anchor"  # roles of releases that a new one is compared with
 _OWN_NEGATIVES = "training.hard_negatives.file"
 
 
@@ -39,15 +42,23 @@ class MissingDataset(LakeError):
 class Catalog:
     """The addresses of one configuration's datasets in its lake."""
 
-    def __init__(self, config: Config, week: date | None = None, run_id: str | None = None) -> None:
-        """`week`: any day of the last week of the window; None: the configured end, else the last complete week.
+    def __init__(
+        self, config: Config, week: date | None = None, run_id: str | None = None, partition: str | None = None
+    ) -> None:
+        """`week`: any day of the last week of the window; None: that of `partition`.
 
-        `run_id`: all catalogs of a run see the source as its first catalog did, even where files have arrived since.
+        `partition`: the run's partition of the log, by its name, which the window ends with; None: the window has the
+        configured end, or else ends with the last complete week. `run_id`: all catalogs of a run see the source as its
+        first catalog did, even where files have arrived since. Raises ValueError where `week` is not in `partition`.
         """
         self.config = config
         self.lake = Lake(config.lake.resolve())
         self.week = week
+        self.partition = None if partition is None else Days(*partition_days(partition, config.source.partition))
+        if week is not None and self.partition is not None and week not in self.partition:
+            raise ValueError(f"week = {week} is not in {partition}, the partition of this run: leave one of them out")
         self._pin = self.work / "runs" / f"{run_id}.json" if run_id else None
+        self.ledger = Ledger(self.lake.root, config.name)
         self._fingerprints: dict[str, str] = {}
 
     def warnings(self) -> list[str]:
@@ -71,13 +82,50 @@ class Catalog:
     @cached_property
     def source_fingerprints(self) -> dict[str, str]:
         """Fingerprints of the files of `raw_events` and `notes`: their names, sizes and times, so any change counts."""
-        if self._pin is not None and self._pin.exists():
-            pinned: dict[str, str] = json.loads(self._pin.read_text())
-            return pinned
-        fingerprints = self._list_source()
-        if self._pin is not None:
-            write_atomically(self._pin, json.dumps(fingerprints))
+        fingerprints: dict[str, str] = self._seen["source"]
         return fingerprints
+
+    @cached_property
+    def state(self) -> State:
+        """The decisions about releases, as this run first saw them."""
+        return self.ledger.state(self._seen["decisions"])
+
+    @cached_property
+    def rivals(self) -> dict[str, str]:
+        """The releases that the model of this configuration is compared with: role (champion, anchor) -> id.
+
+        It is not compared with itself where it is the champion already.
+        """
+        state = self.state.without(self.fingerprint("checkpoint"))
+        roles = {CHAMPION: state.champion, ANCHOR: state.anchor(self.config.promotion.anchor_weeks)}
+        return {role: release for role, release in roles.items() if release is not None}
+
+    @property
+    def start(self) -> str | None:
+        """The release whose model the training starts from; None: the pretrained one.
+
+        It is of an earlier week, so that a week that is run again starts from the same model.
+        """
+        if self.config.training.start_from == "pretrained":
+            return None
+        return self.state.before(str(self.window.last_week))
+
+    @property
+    def past_lifts(self) -> list[float]:
+        """`image_lift` of the last champions, for the neglect alarm."""
+        reigns = self.state.without(self.fingerprint("checkpoint")).reigns[-self.config.promotion.anchor_weeks :]
+        return [lift for reign in reigns if (lift := reign.figures.get("image_lift")) is not None]
+
+    @cached_property
+    def _seen(self) -> dict[str, Any]:
+        """What changes while a run lasts: the source, and the number of decisions in the ledger."""
+        if self._pin is not None and self._pin.exists():
+            pinned: dict[str, Any] = json.loads(self._pin.read_text())
+            return pinned
+        seen = {"source": self._list_source(), "decisions": self.ledger.state().number}
+        if self._pin is not None:
+            write_atomically(self._pin, json.dumps(seen))
+        return seen
 
     def _list_source(self) -> dict[str, str]:
         if self.config.source.path is None:
@@ -94,16 +142,45 @@ class Catalog:
 
     @cached_property
     def window(self) -> ResolvedWindow:
-        """Training and test days. Raises MissingDataset where the end depends on events that are not ingested yet."""
+        """Training and test days.
+
+        Raises MissingDataset where the end depends on events that are not ingested yet, and ValueError where the
+        partition is not the one that the configured window ends in, or where its events have not arrived.
+        """
         window = self.config.window
         if self.week is not None:
             end = first_day_of_week(self.week) + timedelta(days=7)
         elif window.end is not None:
+            if self.partition is not None and window.end - timedelta(days=1) not in self.partition:
+                raise ValueError(
+                    f"window.end = {window.end} is not in {self.partition.start}, the partition of this run: remove it "
+                    "from the configuration, so that every run has the window of its partition"
+                )
             end = window.end
         else:
-            ingested = self.dataset("raw_events").manifest.metrics
-            end = last_complete_week_end(date.fromisoformat(ingested["covered_until"]))
+            end = self.end_of_log() if self.partition is None else self._end_of(self.partition)
         return resolved_window(window, end)
+
+    @property
+    def needs_log(self) -> bool:
+        """Whether the window depends on the days of the log."""
+        return self.week is None and self.config.window.end is None
+
+    def end_of_log(self) -> date:
+        """The end of the last complete week of the log. Raises MissingDataset where it is not ingested yet."""
+        ingested = self.dataset("raw_events").manifest.metrics
+        return last_complete_week_end(date.fromisoformat(ingested["covered_until"]))
+
+    def _end_of(self, partition: Days) -> date:
+        """The end of a partition, or of the last complete week in it. Raises ValueError if the log has none of them."""
+        log, unit = self.dataset("raw_events").manifest.metrics, self.config.source.partition
+        end = min(partition.end, self.end_of_log())
+        if str(end) <= log["first_day"] or end <= partition.start or (unit == "week" and end < partition.end):
+            raise ValueError(
+                f"the log has no complete {unit} {partition.start}: it reaches from {log['first_day']} to "
+                f"{log['covered_until']}"
+            )
+        return end
 
     def settings(self, name: str) -> dict[str, Any]:
         """The settings that `name` itself depends on."""
@@ -117,6 +194,12 @@ class Catalog:
             settings["image_formats"] = formats
         if name in ("raw_events", "notes"):
             settings["source"] = self.source_fingerprints[name]
+        if name == "checkpoint" and self.config.training.start_from == "champion":
+            settings["start"] = self.start
+        if name == "rival_embeddings":
+            settings["rivals"] = self.rivals
+        if name == "verdict":
+            settings["past_lifts"] = self.past_lifts
         if name == "interactions":
             settings["window"] = [
                 str(d) for days in (self.window.train, self.window.test) for d in (days.start, days.end)
@@ -166,7 +249,8 @@ class Catalog:
         """The shell command that makes everything that is missing."""
         path = os.environ.get("NOTELLM2_CONFIG")
         source = os.environ.get("SOURCE")
-        variables = {"CONFIG": path, "SOURCE": source, "WEEK": self.week}
+        week = self.week or (self.partition and self.partition.end - timedelta(days=1))
+        variables = {"CONFIG": path, "SOURCE": source, "WEEK": week}
         return " ".join(["make recall", *(f"{name}={value}" for name, value in variables.items() if value)])
 
     @property

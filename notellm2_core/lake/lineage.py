@@ -13,6 +13,7 @@ from notellm2_core.config.data import (
     WordSettings,
 )
 from notellm2_core.config.model import ModelSettings
+from notellm2_core.config.promotion import GateSettings
 from notellm2_core.config.section import Section
 from notellm2_core.config.settings import Config, ExportSettings, ReportSettings, SaliencySettings
 from notellm2_core.config.source import EventReadingSettings, EventSettings, NoteReadingSettings
@@ -84,7 +85,7 @@ _HARD_NEGATIVES: Mapping[str, Condition] = {
 
 
 STAGES: Mapping[str, Stage] = {
-    "raw_events": Stage((), ("source.partition", *settings_of("source", EventReadingSettings)), version=11),
+    "raw_events": Stage((), ("source.partition", *settings_of("source", EventReadingSettings)), version=12),
     "notes": Stage((), settings_of("source", NoteReadingSettings), version=3),
     "interactions": Stage(
         ("raw_events", "notes"),
@@ -126,6 +127,17 @@ STAGES: Mapping[str, Stage] = {
          "checkpoint", "notes", "saliency"),
         (*settings_of("evaluation", ReportSettings), *settings_of("text", LengthSettings), "seed", "model.license"),
         version=3,
+    ),
+    "rival_embeddings": Stage(("notes", "vision_features", "pair_datasets"), (*_EXPORT, "training.precision")),
+    "canary": Stage(("checkpoint", "faiss_index", "note_embeddings", "pair_datasets", "notes"), ()),
+    "verdict": Stage(
+        ("notes", "pair_datasets", "checkpoint", "note_embeddings", "faiss_index", "eval_recall", "rival_embeddings",
+         "canary"),
+        (*settings_of("promotion", GateSettings), *settings_of("text", LengthSettings), "evaluation.ks",
+         "checks.max_mean_cosine"),
+    ),
+    "release": Stage(
+        ("checkpoint", "note_embeddings", "faiss_index", "eval_recall", "pair_datasets", "verdict", "canary"), ()
     ),
 }  # fmt: skip
 

@@ -13,6 +13,9 @@ class Days:
     start: date
     end: date
 
+    def __contains__(self, day: date) -> bool:
+        return self.start <= day < self.end
+
     def iso(self) -> tuple[str, str]:
         return self.start.isoformat(), self.end.isoformat()
 
@@ -23,6 +26,11 @@ class ResolvedWindow:
 
     train: Days
     test: Days
+
+    @property
+    def last_week(self) -> date:
+        """The first day of the week that holds the last test day."""
+        return first_day_of_week(self.test.end - timedelta(days=1))
 
 
 def first_day_of_week(day: date) -> date:

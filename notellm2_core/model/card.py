@@ -179,6 +179,8 @@ def _data(fields: Mapping[str, Any]) -> str:
         f"Logs from {days[0]} to {days[1]} (exclusive, UTC)." if days else "The days of the logs were not recorded."
     )
     pairs = fields["training"] or {}
+    if (start := pairs.get("start")) is not None:
+        window += f" Trained on from release {start['release']}, which had seen the weeks {', '.join(start['weeks'])}."
     if "num_train_pairs" not in pairs:
         return window
     return (

@@ -112,6 +112,14 @@ def sweep(folder: Path) -> None:
                 _remove(path)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder at once for whoever looks for it: it is renamed to a draft first. Open files stay readable."""
+    draft = _hidden_beside(path, "draft")
+    os.rename(path, draft)
+    sync(path.parent)
+    shutil.rmtree(draft, ignore_errors=True)
+
+
 def is_draft(path: Path) -> bool:
     """Whether `path` has the name of a draft or of a folder moved aside, of any process."""
     return _DRAFT.fullmatch(path.name) is not None

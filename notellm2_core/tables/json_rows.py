@@ -15,6 +15,7 @@ from notellm2_core.tables.forms import Forms
 
 _BATCH_LINES = 50_000
 _NAMED_LINES = 1000
+_DECODER = json.JSONDecoder()
 _VALUES: dict[Kind, tuple[type, ...]] = {
     Kind.ID: (str, int),
     Kind.NAME: (str, int, float, bool),
@@ -44,38 +45,55 @@ def json_rows(
     `lists`: columns that may hold lists of their kinds' values. Raises ValueError for a value that a column of its
     kinds cannot have, naming its line.
     """
-    lines = _lines(stream)
-    while chunk := list(islice(lines, _BATCH_LINES)):
-        rows = [(number, row) for number, row in chunk if isinstance(row, dict)]
-        columns = {name: _column(name, its_kinds, name in lists, rows, forms) for name, its_kinds in kinds.items()}
-        yield pa.RecordBatch.from_pydict({**columns, LINE: pa.nulls(len(rows), pa.string())})
-        if bad := [row for _, row in chunk if isinstance(row, str)]:
+    lines, is_last = _lines(stream), False
+    while not is_last:
+        numbers: list[int] = []  # of the lines with an object
+        bad: list[str] = []
+        values: dict[str, list[Any]] = {name: [] for name in kinds}
+        for number, row in islice(lines, _BATCH_LINES):  # no object is kept: the garbage collector would look at each
+            if isinstance(row, str):
+                bad.append(row)
+                continue
+            numbers.append(number)
+            for name, column in values.items():
+                column.append(row.get(name))
+        columns = {name: _column(name, k, name in lists, values[name], numbers, forms) for name, k in kinds.items()}
+        if numbers:
+            yield pa.RecordBatch.from_pydict({**columns, LINE: pa.nulls(len(numbers), pa.string())})
+        if bad:
             yield no_rows(bad, list(kinds))
+        is_last = not numbers and not bad
 
 
 def _lines(stream: pa.NativeFile) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """The number of each line that is not empty, and its object; the line itself where it holds none."""
     for number, line in enumerate(io.BufferedReader(stream, 1 << 20), start=1):
-        if not line.strip():
+        if not (line := line.strip()):
             continue
         try:
-            row = json.loads(line)
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogatepass").strip()
+            row, end = _DECODER.raw_decode(text)
+            is_object = isinstance(row, dict) and end == len(text)
         except ValueError:
-            row = None
-        yield number, row if isinstance(row, dict) else line.decode(errors="replace").rstrip("\r\n")
+            is_object = False
+        yield number, row if is_object else line.decode(errors="replace")
 
 
 def _column(
-    name: str, kinds: Sequence[Kind], may_be_list: bool, rows: Sequence[tuple[int, dict[str, Any]]], forms: Forms
+    name: str, kinds: Sequence[Kind], may_be_list: bool, values: Sequence[Any], numbers: Sequence[int], forms: Forms
 ) -> pa.Array:
-    """One column of JSON values: a list where one of them is, numbers as numbers, any mixture as text."""
-    values = [row.get(name) for _, row in rows]
-    for (number, _), value in zip(rows, values, strict=True):
-        for kind in kinds:
-            types = _VALUES[kind]
-            if not _is_allowed(value, (*types, list) if may_be_list else types):
+    """One column of JSON values, from lines of these `numbers`: a list where one of them is, numbers as numbers, any
+    mixture as text.
+    """
+    types = set(map(type, values))
+    for kind in kinds:
+        allowed = {*_VALUES[kind], *((list,) if may_be_list else ()), type(None)}
+        if types <= allowed and list not in types:
+            continue  # all of them, without a look at each
+        for number, value in zip(numbers, values, strict=True):
+            if not _is_allowed(value, tuple(allowed - {type(None)})):
                 raise ValueError(f"the column {name} has {json.dumps(value)[:80]} in line {number}, not {kind.value}.")
-    if any(isinstance(value, list) for value in values):
+    if list in types:
         as_list = next((kind for kind in kinds if kind in (Kind.TEXTS, Kind.PIECES)), None)
         lists = [_as_list(value, as_list, forms) for value in values]
         items = _scalars([item for row in lists for item in row or ()])
@@ -86,9 +104,11 @@ def _column(
 
 
 def _scalars(values: Sequence[Any]) -> pa.Array:
-    types = {type(value) for value in values if value is not None}
+    types = set(map(type, values)) - {type(None)}
     if not types:
         return pa.nulls(len(values))
+    if types == {str}:
+        return pa.array(values, pa.string())
     if types == {bool}:
         return pa.array(values, pa.bool_())
     if types == {float} or types == {int, float}:

@@ -80,6 +80,34 @@ def _usual(sizes: Iterable[int]) -> int:
     return ordered[bisect_left(below, below[-1] / 2)]
 
 
+def partition_days(name: str, unit: Partition) -> Span:
+    """The days of a partition, which is named by its first day."""
+    first = date.fromisoformat(name)
+    return first, first + timedelta(days=7) if unit == "week" else date(first.year + 1, 1, 1)
+
+
+def missing_days(rows_by_day: Mapping[str, int], week: Span) -> list[str]:
+    """The days of `week` whose rows have not arrived: fewer than a tenth of what is usual for this day of the week.
+
+    Usual: the median of the same day in the eight weeks before, as far as the log reaches. Days that usually have fewer
+    than ten rows may have none.
+    """
+    start, end = week
+    first = date.fromisoformat(min(rows_by_day))
+    missing = []
+    for day in (start + timedelta(days=n) for n in range((end - start).days)):
+        earlier = [day - timedelta(weeks=n) for n in range(1, 9)]
+        usual = _median([rows_by_day.get(str(d), 0) for d in earlier if d >= first])
+        if usual >= 10 and rows_by_day.get(str(day), 0) < usual / 10:
+            missing.append(str(day))
+    return missing
+
+
+def _median(values: Sequence[int]) -> int:
+    """The middle one, the larger of two; 0 of none."""
+    return sorted(values)[len(values) // 2] if values else 0
+
+
 def partitions_between(
     start: date,
     end: date,
@@ -101,8 +129,7 @@ def partitions_between(
         )
     overlaps = []
     for partition in sorted(p["partition"] for p in partitions if p["partition"] != UNDATED):
-        first = date.fromisoformat(partition)
-        after = first + timedelta(days=7) if unit == "week" else date(first.year + 1, 1, 1)
+        first, after = partition_days(partition, unit)
         overlaps.append((partition, (max(first, start), min(after, end))))
     return [(partition, days) for partition, days in overlaps if days[0] < days[1]]
 

@@ -16,7 +16,7 @@ from notellm2_core.config.load import load_config
 from notellm2_core.notes.inputs import NoteInputs
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.runtime.processes import die_with_parent, is_torchrun_rank
-from notellm2_core.training.launch import SHARE_HELP, TRAIN_DAYS_HELP, Paths, Reports
+from notellm2_core.training.launch import SHARE_HELP, TRAIN_DAYS_HELP, Paths, Reports, Start
 
 
 def main() -> None:
@@ -29,6 +29,9 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True, help="checkpoints and curves; the same again to resume")
     parser.add_argument("--out", type=Path, required=True, help="empty folder for the trained model")
     parser.add_argument("--hard-negatives", type=Path, help="folder that notellm2_core.retrieval.hard_negatives wrote")
+    parser.add_argument("--start-model", type=Path, help="trained model to start from; default: the pretrained one")
+    parser.add_argument("--start-release", default="", help="id of its release; for the model card alone")
+    parser.add_argument("--start-weeks", default="", help="weeks that it has seen, by commas; for the model card alone")
     parser.add_argument("--train-days", nargs=2, metavar=("START", "END"), help=TRAIN_DAYS_HELP)
     parser.add_argument("--share", type=float, default=1.0, help=SHARE_HELP)
     parser.add_argument("--mlflow-uri", help="tracking server for the curves")
@@ -38,7 +41,11 @@ def main() -> None:
         config = load_config(args.config)
         from notellm2_core.training.run import run  # imports torch: only once the configuration is valid
 
-        paths = Paths(NoteInputs.of(args), args.pairs, args.run_dir, args.out, args.hard_negatives)
+        start = None
+        if args.start_model is not None:
+            weeks = tuple(week for week in args.start_weeks.split(",") if week)
+            start = Start(args.start_model, args.start_release, weeks)
+        paths = Paths(NoteInputs.of(args), args.pairs, args.run_dir, args.out, args.hard_negatives, start)
         if not 0 < args.share <= 1:
             raise ValueError(f"--share {args.share:g} is not above 0 and at most 1.")
         run(config, paths, Reports(log, args.mlflow_uri, args.mlflow_run_id), args.train_days, args.share)

@@ -14,6 +14,26 @@ SHARE_HELP = "stop after this share of the steps, validated and without a model;
 
 
 @dataclass(frozen=True)
+class Start:
+    """A trained model that a run starts from, in place of the pretrained one (warm start)."""
+
+    model: Path
+    release: str  # its id
+    weeks: tuple[str, ...]  # that it has seen; first days
+
+    def arguments(self) -> list[str]:
+        """As options of the command."""
+        return [
+            "--start-model",
+            str(self.model),
+            "--start-release",
+            self.release,
+            "--start-weeks",
+            ",".join(self.weeks),
+        ]
+
+
+@dataclass(frozen=True)
 class Paths:
     """The folders of one training run."""
 
@@ -22,12 +42,15 @@ class Paths:
     run_dir: Path  # checkpoints and curves; the same again to resume
     out: Path  # empty; for the trained model
     hard_negatives: Path | None = None  # needed if training.hard_negatives.num is above 0
+    start: Start | None = None  # None: the pretrained model
 
     def arguments(self) -> list[str]:
         """These paths as options of the command."""
         options = ["--pairs", str(self.pairs), "--run-dir", str(self.run_dir), "--out", str(self.out)]
         if self.hard_negatives is not None:
             options += ["--hard-negatives", str(self.hard_negatives)]
+        if self.start is not None:
+            options += self.start.arguments()
         return [*self.inputs.arguments(), *options]
 
 

@@ -16,14 +16,16 @@ import torch.distributed as dist
 from notellm2_core.config.methods import get_method
 from notellm2_core.config.settings import Config
 from notellm2_core.lake.lineage import stage_settings
-from notellm2_core.model.build import build_model
+from notellm2_core.model.build import build_model, load_encoder, load_model, require_its_encoder
 from notellm2_core.model.mlrm import MLRMModel
 from notellm2_core.model.open_inputs import InputReader
 from notellm2_core.model.trainable import set_trained
+from notellm2_core.model.weights import weight_files, weights_id
 from notellm2_core.notes.processor import MLRMProcessor
 from notellm2_core.runtime.files import write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.nested import flatten
+from notellm2_core.schema import VISION_FOLDER
 from notellm2_core.training.data.dataset import PairDataset, load_pair_dataset, model_cache
 from notellm2_core.training.data.sampler import batch_schedule, planned_steps
 from notellm2_core.training.engine import deepspeed as engines
@@ -42,7 +44,7 @@ from notellm2_core.training.state.selection import Selection
 from notellm2_core.training.step import idle_step
 from notellm2_core.training.summary import training_summary
 from notellm2_core.training.validation import centre_projector
-from notellm2_core.vision.encoder import VisionEncoder
+from notellm2_core.vision.encoder import VisionEncoder, saved_encoder_id
 
 
 def run(
@@ -108,6 +110,7 @@ def prepare(config: Config, paths: Paths, reports: Reports, share: float) -> Pre
         reader = InputReader(processor, paths.inputs, encoder, config.source.max_image_pixels)
         hard_negatives = paths.hard_negatives if training.hard_negatives.num else None
         data = load_pair_dataset(reader, paths.pairs, paths.run_dir, hard_negatives)
+        start_id = None if paths.start is None else take_over(paths.start.model, model, encoder, paths.inputs.vision)
     if (training.selects or share < 1) and not len(data.validation_pairs):
         cause = f"training.select = {training.select} with training.patience = {training.patience}"
         raise ValueError(
@@ -118,7 +121,7 @@ def prepare(config: Config, paths: Paths, reports: Reports, share: float) -> Pre
         _say(reports, "the vision encoder is trained: every step encodes its images and reads no stored features")
     if get_method(config.model.method).visual_prompt and not data.has_image(data.train_notes).any():
         _say(reports, "no training note has an image: set model.method = only_late_fusion, whose prompt is text alone")
-    settings = run_settings(config, data)
+    settings = run_settings(config, data) | ({} if start_id is None else {"start": start_id})
     saved_run = open_run(paths.run_dir, settings)
     if _is_finished(paths.out, settings, saved_run):
         if dist.get_rank() == 0:
@@ -126,6 +129,26 @@ def prepare(config: Config, paths: Paths, reports: Reports, share: float) -> Pre
         return None
     dist.barrier()  # all ranks have looked before rank 0 writes
     return Prepared(processor, model, encoder, data, settings, saved_run)
+
+
+def take_over(start: Path, model: MLRMModel, encoder: VisionEncoder | None, vision: Path) -> str:
+    """Give `model`, and the trained `encoder`, the weights of the trained model in `start`. Returns the weights' id.
+
+    Raises ValueError if it has another architecture, or, with a frozen encoder, another encoder than `vision`.
+    """
+    trained, _ = load_model(start)
+    shapes = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (trained, model))
+    if len({fingerprint(sorted((name, list(shape)) for name, shape in s.items())) for s in shapes}) > 1:
+        raise ValueError(
+            f"training.start_from = champion: the model in {start} has other parts or sizes than this configuration's; "
+            "set training.start_from = pretrained for one week"
+        )
+    if encoder is None:
+        require_its_encoder(trained.config, saved_encoder_id(vision))
+    else:
+        encoder.load_state_dict(load_encoder(start).state_dict())
+    model.load_state_dict(trained.state_dict())
+    return weights_id(weight_files(start), saved_encoder_id(start / VISION_FOLDER))
 
 
 def _say(reports: Reports, text: str) -> None:
@@ -163,7 +186,7 @@ def resume(
     first_step = checkpoints.last_step()
     other_ranks = first_step > 0 and checkpoints.num_ranks(first_step) != num_ranks
     set_trained(model, config, encoder)
-    if first_step == 0 or other_ranks:
+    if paths.start is None and (first_step == 0 or other_ranks):
         initialise(model, data, config, encoder)
     model.train()
     engines.broadcast_new_modules(model, device)

@@ -39,6 +39,8 @@ def training_summary(run: Run) -> dict[str, Any]:
     for key in ("loss_m", "loss_v", "loss_cross", "tau", "gate_mean", "validation_loss", RECALL):
         if series := progress.series(key, last=chosen):
             summary[key] = series[-1]
+    if (start := run.paths.start) is not None:
+        summary["start"] = {"release": start.release, "weeks": list(start.weeks)}
     num_pairs = len(validation_sample(run.data, run.config.seed))
     if warning := learned_nothing(progress, training, len(run.batches), steps, num_pairs):
         summary["warning"] = warning

@@ -28,9 +28,15 @@ def missing_names(url: str, size: tuple[int, int], names: Collection[str]) -> se
 
 
 def test_the_ui_shows_the_graph_and_the_report(finished: Workplace) -> None:
-    """The graph shows every asset (long names are cut off); eval_recall its table, contact sheet, plot and metrics."""
+    """The graph shows every asset (long names are cut off); eval_recall its week, figures, table, sheet and plot;
+    release what is live, and the gates of the verdict are checks.
+    """
     assets = [name for name in STAGES if len(name) <= 16]
-    report = ("recall", "neighbours", "plot", "notellm2.multimodal.all.10")
+    report = ("week", "recall_at_10", "all_pairs", "recall", "neighbours", "plot")
     with dagster_webserver(**finished.environment()) as dagster:
         assert missing_names(f"{dagster}/asset-groups?expanded={GROUPS}", GRAPH_SIZE, assets) == set()
         assert missing_names(f"{dagster}/assets/eval_recall?view=overview", (1600, 1400), report) == set()
+        page = ("decision", "why", "live", "decisions", "recall_by_week")
+        assert missing_names(f"{dagster}/assets/release?view=overview", (1600, 1400), page) == set()
+        gates = ("image_recall", "has_learned", "canary")
+        assert missing_names(f"{dagster}/assets/verdict?view=checks", (1600, 1400), gates) == set()

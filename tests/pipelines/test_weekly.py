@@ -1,5 +1,6 @@
 """The whole graph with Spark, two DeepSpeed ranks, FAISS and MLflow on sqlite; then kills at six places."""
 
+import json
 import re
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import dagster as dg
 import psutil
 import pytest
 
+from notellm2_core.release.release import Release
 from tests.pipelines.conftest import RECALL, Workplace, make_workplace
 from tests.support.waiting import wait_for
 
@@ -28,13 +30,30 @@ def test_recall_ends_with_a_table_and_a_second_run_makes_nothing_again(finished:
     assert finished.processes() == []
 
 
-def test_a_model_that_fails_its_check_has_a_table_and_no_release(copy_of_finished: Workplace) -> None:
+def test_a_first_release_is_promoted_and_a_second_run_decides_nothing_again(finished: Workplace) -> None:
+    ledger = finished.catalog.ledger
+    (decision,) = ledger.state().decisions
+    release = finished.catalog.dataset("release")
+    assert (decision.action, decision.release, decision.week) == ("promoted", release.path.name, "2025-01-19")
+    assert json.loads(ledger.pointer.read_text()) == {"release": release.path.name, "decisions": 1}
+    assert f"Release {decision.release}: promoted." in finished.log.read_text()
+    verdict = Release(release).verdict
+    assert [gate["name"] for gate in verdict["gates"]] == [
+        "recall_of_chance", "image_recall", "has_learned", "not_collapsed", "index_recall", "no_leakage", "canary"
+    ]  # fmt: skip
+    assert {gate["outcome"] for gate in verdict["gates"]} == {"passed"}
+    assert len(json.loads((release.path / "golden.json").read_text())) >= 10
+    Release(release).verify()
+
+
+def test_a_model_that_fails_a_gate_is_refused_and_the_run_succeeds_with_its_table(copy_of_finished: Workplace) -> None:
     workplace = make_workplace(copy_of_finished.home, {"checks.max_mean_cosine": 1e-9})
-    workplace.forget("eval_recall")
     code, output = workplace.recall()
-    assert code == 1 and "R@10" in output and "eval_recall: made at" in output
-    last = output.strip().splitlines()[-1]
-    assert last.startswith("error: eval_recall: the check not_collapsed failed (mean_cosine = ")
+    assert code == 0 and "R@10" in output
+    assert re.search(r"Release \w+: refused\. The mean cosine of random notes is 0\.\d+, at most 1e-09", output)
+    state = workplace.catalog.ledger.state()
+    assert [decision.action for decision in state.decisions] == ["promoted", "refused"]
+    assert state.champion == state.decisions[0].release
 
 
 def test_every_materialization_is_a_child_run_with_its_tags(finished: Workplace) -> None:
@@ -46,6 +65,9 @@ def test_every_materialization_is_a_child_run_with_its_tags(finished: Workplace)
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     parents = {r.info.run_id: r for r in runs if "mlflow.parentRunId" not in r.data.tags}
     assert all(parent.info.status == "FINISHED" for parent in parents.values())
+    parent = next(p for p in parents.values() if "recall_at_10" in p.data.metrics)
+    assert parent.info.run_name == "tiny, week 2025-01-19"
+    assert {"recall_at_100", "image_recall_at_10", "text_recall_at_10"} <= parent.data.metrics.keys()
     first = [r for r in runs if r.data.tags.get("asset_key") == "checkpoint"][-1]
     assert first.data.tags["mlflow.parentRunId"] in parents
     assert {"dagster_run_id", "asset_key", "partition", "code_version", "fingerprint"} <= set(first.data.tags)

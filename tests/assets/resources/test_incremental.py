@@ -45,7 +45,6 @@ def materialize(workplace: Workplace) -> None:
     dg.materialize(
         [raw_events_asset(partitions), notes, interactions, cooccurrence],
         resources={"pipeline": Pipeline(config_path=str(workplace.config))},
-        partition_key=partitions.get_first_partition_key(),
     )
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from notellm2_core.evaluation.contact_sheet import MAX_BYTES, WIDTH, Neighbour, SheetRow, _font, _wrap, contact_sheet
 from notellm2_core.evaluation.recall import Ranks
-from notellm2_core.evaluation.report import Report, build_report, run_metrics, to_markdown, to_plot
+from notellm2_core.evaluation.report import Report, build_report, headline, run_metrics, to_markdown, to_plot
 
 
 def ranks(*higher: int, ties: tuple[int, ...] = (0, 0), queries: tuple[int, ...] = (0, 1)) -> Ranks:
@@ -171,3 +171,17 @@ def test_wrapping_breaks_at_spaces_and_ends_with_an_ellipsis() -> None:
     assert _wrap("short", font, 150) == ["short"]
     assert _wrap("", font, 150) == []
     assert len(_wrap("x" * 500, font, 150)) == 2
+
+
+def test_the_headline_has_five_figures_and_the_best_baseline() -> None:
+    found = {("bm25", "text"): 30.04, ("zero_shot", "image"): 31.0, ("oracle", "text"): 99.0, ("m", "multimodal"): 40.0}
+    found |= {("m", "image"): 20.0, ("m", "text"): 35.0, ("m, 8 of 64 numbers", "multimodal"): 39.0}
+    rows = [
+        {"method": method, "input": inputs, "recall": {"10": recall, "100": recall + 1}}
+        for (method, inputs), recall in found.items()
+    ]
+    assert headline(rows, "m") == {
+        "recall_at_10": 40.0, "recall_at_100": 41.0, "image_recall_at_10": 20.0, "text_recall_at_10": 35.0,
+        "best_baseline_recall_at_10": 31.0, "best_baseline": "zero_shot image",
+    }  # fmt: skip
+    assert headline([], "m") == headline([{"method": "m", "input": "text", "recall": {"10": None}}], "m") == {}

@@ -8,6 +8,7 @@ import pytest
 
 from notellm2_core.config.docs import sections, settings
 from notellm2_core.config.load import load_config
+from notellm2_core.config.settings import Config
 from notellm2_core.lake.catalog import Catalog, MissingDataset
 from notellm2_core.lake.lineage import STAGES
 from notellm2_core.lake.window import first_day_of_week, last_complete_week_end
@@ -78,7 +79,7 @@ def test_without_hard_negatives_training_does_not_depend_on_the_initial_model(
     without, with_negatives = fingerprints(0), fingerprints(1)
     monkeypatch.setitem(STAGES, "initial_model", replace(STAGES["initial_model"], version=99))  # type: ignore[arg-type]
     assert {name for name, key in fingerprints(0).items() if key != without[name]} == {
-        "initial_model", "initial_embeddings", "eval_recall"
+        "initial_model", "initial_embeddings", "eval_recall", "verdict", "release"
     }  # fmt: skip
     changed = {name for name, key in fingerprints(1).items() if key != with_negatives[name]}
     assert changed == _downstream("initial_model")
@@ -228,3 +229,71 @@ def test_datasets_under_earlier_names_are_reported_in_one_sentence(tmp_path: Pat
     (sentence,) = _catalog(tmp_path).warnings()
     assert sentence.endswith("not read: events (interactions now), start_model (initial_model now)")
     assert str(tmp_path) in sentence and "\n" not in sentence
+
+
+def _promote(catalog: Catalog, release: str, week: str, model: str = "", lift: float = 3.0) -> None:
+    catalog.ledger.decide("promoted", release, model or release, week, "", figures={"image_lift": lift})
+
+
+def test_rivals_and_the_start_are_those_of_the_run_and_of_earlier_weeks(tmp_path: Path) -> None:
+    """The window ends with the week of 2025-01-19."""
+    warm = {"training__start_from": "champion"}
+    assert (_catalog(tmp_path).rivals, _catalog(tmp_path, **warm).start) == ({}, None)
+    cold_checkpoint = _catalog(tmp_path).fingerprint("checkpoint")
+    running = Catalog(_catalog(tmp_path).config, run_id="r")
+    assert running.rivals == {}
+    _promote(running, "first", "2025-01-12", lift=2.0)
+    _promote(running, "second", "2025-01-19", lift=4.0)
+    now = _catalog(tmp_path)
+    assert now.rivals == {"champion": "second", "anchor": "first"} and now.past_lifts == [2.0, 4.0]
+    assert now.fingerprint("checkpoint") == cold_checkpoint and "start" not in now.settings("checkpoint")
+    assert Catalog(now.config, run_id="r").rivals == {}  # the run sees the ledger as it was
+    assert _catalog(tmp_path, **warm).start == "first"  # of an earlier week
+    assert _catalog(tmp_path, **warm).settings("checkpoint")["start"] == "first"
+
+
+def test_a_champion_is_no_rival_of_its_own_model(tmp_path: Path) -> None:
+    """A week that is run again after its promotion has the addresses of its first run."""
+    catalog = _catalog(tmp_path)
+    _promote(catalog, "first", "2025-01-12")
+    before = _catalog(tmp_path).fingerprint("release")
+    _promote(catalog, "second", "2025-01-19", model=catalog.fingerprint("checkpoint"))
+    assert _catalog(tmp_path).rivals == {"champion": "first", "anchor": "first"}
+    assert _catalog(tmp_path).fingerprint("release") == before
+
+
+def _ingested(lake: Path, first_day: str, covered_until: str, **overrides: object) -> Config:
+    config = load_config(TINY, {"lake": str(lake), **overrides})
+    catalog = Catalog(config)
+    with catalog.lake.publish("raw_events", catalog.fingerprint("raw_events"), {}, {}) as draft:
+        draft.metrics |= {"first_day": first_day, "covered_until": covered_until}
+    return config
+
+
+def test_the_window_ends_with_the_partition_of_the_run(tmp_path: Path) -> None:
+    config = _ingested(tmp_path, "2025-01-05", "2025-02-05")
+    assert Catalog(config).window.test.end == date(2025, 2, 2)  # the last complete week
+    catalog = Catalog(config, partition="2025-01-19")
+    assert (catalog.window.test.start, catalog.window.test.end) == (date(2025, 1, 19), date(2025, 1, 26))
+    assert catalog.window.last_week == date(2025, 1, 19) and catalog.command().endswith(" WEEK=2025-01-25")
+    for partition in ("2025-02-02", "2024-12-22", "2026-11-22"):  # it is arriving; before and after the log
+        with pytest.raises(
+            ValueError, match=f"the log has no complete week {partition}: it reaches from 2025-01-05 to"
+        ):
+            _ = Catalog(config, partition=partition).window
+    assert Catalog(config, week=date(2025, 1, 20), partition="2025-01-19").window == catalog.window
+    with pytest.raises(ValueError, match="week = 2025-01-26 is not in 2025-01-19, the partition of this run"):
+        Catalog(config, week=date(2025, 1, 26), partition="2025-01-19")
+
+
+def test_a_fixed_window_fits_one_partition(tmp_path: Path) -> None:
+    config = _ingested(tmp_path, "2025-01-05", "2025-02-05", **{"window.end": "2025-01-26"})
+    assert Catalog(config, partition="2025-01-19").window.test.end == date(2025, 1, 26)
+    with pytest.raises(ValueError, match="window.end = 2025-01-26 is not in 2025-01-12, the partition of this run"):
+        _ = Catalog(config, partition="2025-01-12").window
+
+
+def test_a_year_ends_with_its_last_complete_week(tmp_path: Path) -> None:
+    config = _ingested(tmp_path, "2023-03-01", "2025-02-05", **{"source.partition": "year"})
+    assert Catalog(config, partition="2024-01-01").window.test.end == date(2025, 1, 1)
+    assert Catalog(config, partition="2025-01-01").window.test.end == date(2025, 2, 2)

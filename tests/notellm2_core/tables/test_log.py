@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from notellm2_core.tables.log import UNDATED, covered_until, ingested_together, ingestion_metrics, partitions_between
+from notellm2_core.tables.log import (
+    UNDATED,
+    covered_until,
+    ingested_together,
+    ingestion_metrics,
+    missing_days,
+    partitions_between,
+)
 
 
 def test_a_broken_file_does_not_hide_behind_good_ones() -> None:
@@ -66,3 +73,14 @@ def test_files_are_ingested_together(num_files: int, sizes: list[int]) -> None:
     files = [f"events/{i:02d}.parquet" for i in range(num_files)]
     groups = ingested_together(files)
     assert [len(g) for g in groups] == sizes and [f for g in groups for f in g] == files
+
+
+def test_days_of_a_week_that_have_not_arrived() -> None:
+    """A tenth of what is usual on that day of the week; days that are usually nearly empty may be empty."""
+    first = date(2025, 1, 5)
+    usual = {str(first + timedelta(days=n)): 0 if n % 7 == 6 else 100 for n in range(28)}  # nothing on Saturdays
+    week = (date(2025, 2, 2), date(2025, 2, 9))
+    arrived = {str(week[0] + timedelta(days=n)): rows for n, rows in enumerate((60, 10, 9, 0, 300, 100, 0))}
+    assert missing_days(usual | arrived, week) == ["2025-02-04", "2025-02-05"]
+    assert missing_days(usual, week)[:2] == ["2025-02-02", "2025-02-03"]
+    assert missing_days(arrived, week) == []  # nothing is usual yet

@@ -1,0 +1,96 @@
+"""Two models on the same pairs: the difference of their recalls, how sure it is, and the least loss that would show.
+
+The pairs of a query are not independent, so whole queries are resampled (cluster bootstrap): each of NUM_SAMPLES
+samples draws Q of the Q queries with replacement, and has the recall over all pairs of the drawn ones. Both models are
+measured on the same draws, so what the week makes hard or easy for both cancels out.
+
+All differences are in percentage points of Recall@k, challenger minus rival: below 0 the challenger is worse.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from notellm2_core.evaluation.recall import Ranks
+
+NUM_SAMPLES = 4000
+CONFIDENCE = 0.975  # one-sided
+_LEVEL = 1 - CONFIDENCE
+_Z_LEVEL, _Z_POWER = 1.96, 0.84  # of the normal distribution: one-sided 2.5 %, and a power of 80 %
+_CHUNK = 1 << 24  # draws in memory at a time
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The recall of a challenger and of a rival on one slice of the pairs. Recalls in percent, the rest in points."""
+
+    slice: str
+    num_pairs: int
+    num_queries: int
+    challenger: float
+    rival: float
+    lower: float  # the true difference is above it with a confidence of 97.5 %
+    upper: float
+    p_loss: float  # how likely so large a loss is by chance, if there is none: small is a loss
+    least_loss: float  # the least true loss that these pairs would show in 80 % of such weeks
+
+    @property
+    def points(self) -> float:
+        """Challenger minus rival."""
+        return self.challenger - self.rival
+
+
+def hits(ranks: Ranks, k: int) -> np.ndarray:
+    """The probability [P] that the target of each pair is among the k nearest; ties in a random order."""
+    return np.clip((k - ranks.higher) / (ranks.ties + 1), 0.0, 1.0)
+
+
+def compare(
+    challenger: np.ndarray, rival: np.ndarray, queries: np.ndarray, slice: str = "all", seed: int = 0
+) -> Difference:
+    """The difference of two models' `hits` [P] on the same pairs. `queries` [P]: a number for each query.
+
+    Raises ValueError without pairs.
+    """
+    if not len(challenger):
+        raise ValueError(f"slice {slice} has no pairs to compare.")
+    _, cluster = np.unique(queries, return_inverse=True)
+    num_pairs = np.bincount(cluster).astype(float)  # [Q]
+    gains = np.bincount(cluster, weights=challenger - rival)  # [Q]
+    samples = 100 * _resampled(gains, num_pairs, seed)
+    points = 100 * float(gains.sum() / num_pairs.sum())
+    return Difference(
+        slice=slice,
+        num_pairs=len(challenger),
+        num_queries=len(num_pairs),
+        challenger=100 * float(challenger.mean()),
+        rival=100 * float(rival.mean()),
+        lower=float(np.quantile(samples, _LEVEL)),
+        upper=float(np.quantile(samples, CONFIDENCE)),
+        # The samples scatter around the measured difference as it does around the true one.
+        p_loss=float((1 + np.count_nonzero(samples - points <= points)) / (1 + len(samples))) if points < 0 else 1.0,
+        least_loss=(_Z_LEVEL + _Z_POWER) * float(samples.std()),
+    )
+
+
+def _resampled(gains: np.ndarray, num_pairs: np.ndarray, seed: int) -> np.ndarray:
+    """The mean gain per pair in each sample [NUM_SAMPLES], from the sums of each query [Q]."""
+    generator, num_queries = np.random.default_rng(seed), len(gains)
+    means = []
+    size = max(1, min(NUM_SAMPLES, _CHUNK // num_queries))
+    for start in range(0, NUM_SAMPLES, size):
+        drawn = generator.integers(0, num_queries, (min(size, NUM_SAMPLES - start), num_queries))
+        means.append(gains[drawn].sum(axis=1) / num_pairs[drawn].sum(axis=1))
+    return np.concatenate(means)
+
+
+def significant(p_values: Mapping[str, float]) -> set[str]:
+    """The names whose p-values are significant together (Holm's step-down procedure, at 2.5 % in all)."""
+    names: Sequence[str] = sorted(p_values, key=lambda name: p_values[name])
+    found: set[str] = set()
+    for number, name in enumerate(names):
+        if p_values[name] > _LEVEL / (len(names) - number):
+            break
+        found.add(name)
+    return found

@@ -1,0 +1,123 @@
+"""Retention: removes the datasets that nothing needs any more.
+
+What is needed is found by reachability, never by age alone: the champion, the previous one, the anchor and the last
+releases of every configuration in the lake, what the present run made, and everything that these were made from. Copies
+of the log's files and its reduced partitions stay as long as a log that is needed holds them: next week's window links
+to them. A dataset that is younger than the grace time stays, too: another run may be making what needs it.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from notellm2_core.lake.lake import WORK_FOLDER, Dataset, Lake
+from notellm2_core.lake.ledger import FOLDER, Ledger, State
+from notellm2_core.lake.lineage import STAGES
+from notellm2_core.release.release import NAME
+from notellm2_core.runtime.files import remove_folder
+
+_OF_THE_LOG = ("ingestion", "log_partition")
+Address = tuple[str, str]  # name and fingerprint of a dataset
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep removed, and what the lake takes now."""
+
+    num_datasets: int
+    num_work_folders: int
+    removed_bytes: int
+    lake_bytes: int
+
+
+def sweep_lake(
+    lake: Lake, keep_releases: int, anchor_weeks: int, grace: timedelta, present: Iterable[Address] = ()
+) -> Swept:
+    """Remove what is not needed. keep_releases: the last ones of each configuration that stay. present: datasets of the
+    run that sweeps.
+
+    Run it where no other run uses the lake; it is the last step of the weekly job, in its pool.
+    """
+    before = lake_bytes(lake)
+    datasets = {(name, d.manifest.fingerprint): d for name in (*STAGES, *_OF_THE_LOG) for d in lake.datasets(name)}
+    roots = {(NAME, release) for state in _states(lake) for release in kept(state, keep_releases, anchor_weeks)}
+    needed = _reachable(datasets, {*roots, *present})
+    oldest = datetime.now(UTC) - grace
+    removed = 0
+    for address, dataset in datasets.items():
+        if address not in needed and datetime.fromisoformat(dataset.manifest.created) <= oldest:
+            remove_folder(dataset.path)
+            removed += 1
+    work_folders = _sweep_work(lake, needed, time.time() - grace.total_seconds())
+    after = lake_bytes(lake)
+    return Swept(removed, work_folders, max(0, before - after), after)
+
+
+def kept(state: State, keep_releases: int, anchor_weeks: int) -> set[str]:
+    """The releases that stay: champion, previous, anchor, and the last ones that anything was decided about."""
+    last = list(dict.fromkeys(decision.release for decision in reversed(state.decisions)))[:keep_releases]
+    return {r for r in (state.champion, state.previous, state.anchor(anchor_weeks), *last) if r is not None}
+
+
+def _states(lake: Lake) -> list[State]:
+    """The ledgers of all configurations in the lake."""
+    folders = (lake.root / FOLDER).iterdir() if (lake.root / FOLDER).is_dir() else ()
+    return [Ledger(lake.root, unquote(folder.name)).state() for folder in folders if folder.is_dir()]
+
+
+def _reachable(datasets: Mapping[Address, Dataset], roots: Iterable[Address]) -> set[Address]:
+    """The roots, and what they were made from."""
+    needed: set[Address] = set()
+    waiting = list(roots)
+    while waiting:
+        address = waiting.pop()
+        if address in needed:
+            continue
+        needed.add(address)
+        if address in datasets:
+            waiting += datasets[address].manifest.inputs.items()
+    logs = [datasets[a].manifest.files for a in needed if a[0] == "raw_events" and a in datasets]
+    names = {Path(file).name.partition("-")[0] for files in logs for file in files}
+    checksums = {entry["sha256"] for files in logs for entry in files.values()}
+    needed |= {("ingestion", name) for name in names}
+    needed |= {a for a, d in datasets.items() if a[0] == "log_partition" and _is_of(d.manifest.settings, checksums)}
+    return needed
+
+
+def _is_of(settings: Mapping[str, Any], checksums: set[str]) -> bool:
+    return checksums.issuperset(settings["files"])
+
+
+def _sweep_work(lake: Lake, needed: set[Address], oldest: float) -> int:
+    """Remove the unfinished work of datasets that nothing needs: checkpoints of a training run that was given up."""
+    removed = 0
+    for name in STAGES:
+        folder = lake.root / WORK_FOLDER / name
+        for work in folder.iterdir() if folder.is_dir() else ():
+            if (name, work.name) not in needed and _last_change(work) <= oldest:
+                shutil.rmtree(work, ignore_errors=True)
+                removed += 1
+    return removed
+
+
+def _last_change(folder: Path) -> float:
+    return max((path.lstat().st_mtime for path in (folder, *folder.rglob("*"))), default=0.0)
+
+
+def lake_bytes(lake: Lake) -> int:
+    """Bytes on the disk of everything in the lake; a file with several names counts once."""
+    seen: dict[tuple[int, int], int] = {}
+    for root, _, names in os.walk(lake.root):
+        for name in names:
+            try:
+                stat = os.lstat(os.path.join(root, name))
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            seen[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
+    return sum(seen.values())

@@ -1,0 +1,75 @@
+"""The sensor that tells people about releases, failed runs, late weeks and stale releases."""
+
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+
+import dagster as dg
+
+from assets.resources.steps import WEEK_TAG, failure_of
+from notellm2_core.config.load import config_in_force
+from notellm2_core.lake.catalog import Catalog
+from notellm2_core.lake.window import Days, first_day_of_week
+from notellm2_core.release.messages import (
+    Message,
+    Outbox,
+    of_decision,
+    of_failed_run,
+    of_late_week,
+    of_stale_release,
+    receivers,
+)
+from pipelines.jobs import absent_days, weekly_retrain
+
+_NUM_RUNS = 50  # the last failed ones that are looked at
+_WILL_RETRY = "dagster/will_retry"  # Dagster's tag
+
+
+@dg.sensor(
+    minimum_interval_seconds=30,
+    description="Sends a message about each promotion, refusal, failed run, late week and stale release.",
+)
+def send_messages(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+    """Each message is sent once. A receiver that does not answer makes the tick fail, and gets it at a later one."""
+    catalog = Catalog(config_in_force())
+    to = receivers(catalog.config.messages)
+    if not to:
+        return dg.SkipReason("nobody is told: messages.webhook and messages.apprise are not set")
+    messages = list(_messages(context.instance, catalog, datetime.now(UTC)))
+    if failures := Outbox(catalog.ledger.folder).send(messages, to):
+        raise dg.Failure("; ".join(failures))
+    return dg.SkipReason(f"{len(messages)} messages, all sent")
+
+
+def _messages(instance: dg.DagsterInstance, catalog: Catalog, now: datetime) -> Iterator[Message]:
+    """What there is to say, the oldest first of each kind."""
+    name, state = catalog.config.name, catalog.ledger.settle()
+    for decision in state.decisions:
+        if (message := of_decision(name, decision)) is not None:
+            yield message
+    failed = dg.RunsFilter(job_name=weekly_retrain.name, statuses=[dg.DagsterRunStatus.FAILURE])
+    for run in reversed(instance.get_runs(failed, limit=_NUM_RUNS)):
+        if run.tags.get(_WILL_RETRY) != "true":
+            yield of_failed_run(name, run.run_id, run.job_name, run.tags.get(WEEK_TAG), _why(instance, run.run_id))
+    raw = catalog.find("raw_events")
+    if raw is None or catalog.config.source.last_day is not None:
+        return
+    ended = first_day_of_week(now.date())
+    week = Days(ended - timedelta(days=7), ended)
+    deadline = datetime(ended.year, ended.month, ended.day, 3, tzinfo=UTC)
+    if now >= deadline and (missing := absent_days(raw, week)):
+        yield of_late_week(name, week.start, missing)
+    live = state.reigns[-1] if state.reigns else None
+    if live is not None:
+        known = date.fromisoformat(live.week) + timedelta(days=6)
+        stale = of_stale_release(name, state, known, now.date(), catalog.config.messages.max_age_days)
+        if stale is not None:
+            yield stale
+
+
+def _why(instance: dg.DagsterInstance, run_id: str) -> str:
+    """The first failed step of a run, in one sentence."""
+    records = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.STEP_FAILURE, limit=1).records
+    for record in records:
+        if (event := record.event_log_entry.dagster_event) is not None:
+            return failure_of(event)
+    return "No step reported why: the process of the run ended."

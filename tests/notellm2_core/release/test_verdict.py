@@ -1,0 +1,71 @@
+"""The gate of the recall: what passes, what is refused, and what these pairs cannot tell."""
+
+import numpy as np
+import pytest
+
+from notellm2_core.config.promotion import GateSettings
+from notellm2_core.release.verdict import Gate, Measured, Verdict, recall_gate
+
+SETTINGS = GateSettings()
+
+
+def _week(num_pairs: int, loss: float, seed: int = 0, share: float = 0.25, short_loss: float = 0.0) -> Measured:
+    """Three pairs a query; the champion finds half of the targets, a quarter of them by luck."""
+    generator = np.random.default_rng(seed)
+    champion = generator.random(num_pairs) < 0.5
+    challenger = np.where(generator.random(num_pairs) < 0.25, generator.random(num_pairs) < 0.5, champion)
+    short = generator.random(num_pairs) < share
+    lost = np.where(short & (short_loss > 0), short_loss, loss) / 50
+    challenger &= generator.random(num_pairs) >= lost
+    queries = np.arange(num_pairs) // 3
+    return Measured(challenger.astype(float), champion.astype(float), queries, {"short_query": short})
+
+
+def _gate(measured: Measured, max_loss: float = 5.0) -> Gate:
+    return recall_gate("champion", measured, max_loss, SETTINGS, ["short_query"])
+
+
+def test_an_equal_model_passes_and_one_that_lost_is_refused() -> None:
+    passed, refused = _gate(_week(2340, 0)), _gate(_week(2340, 10))
+    assert passed.outcome == "passed" and "would have shown" in passed.why
+    assert refused.outcome == "refused" and refused.why.startswith("The release is worse than the champion: R@10 ")
+    assert refused.figures["all"]["num_pairs"] == 2340 and refused.figures["max_loss"] == 5
+
+
+@pytest.mark.parametrize(("num_pairs", "num_queries"), [(299, 299), (600, 99)])
+def test_too_few_pairs_or_queries_decide_nothing(num_pairs: int, num_queries: int) -> None:
+    hits = np.zeros(num_pairs)
+    measured = Measured(hits, hits + 1, np.arange(num_pairs) % num_queries, {})
+    gate = recall_gate("champion", measured, 5, SETTINGS)
+    assert gate.outcome == "undecided" and f"{num_pairs} pairs of {num_queries} queries are too few" in gate.why
+
+
+def test_a_small_week_cannot_show_that_little_was_lost() -> None:
+    """With 330 pairs the interval is wider than what may be lost: a good model is not refused, and not promoted."""
+    outcomes = [_gate(_week(330, 0, seed)).outcome for seed in range(40)]
+    assert outcomes.count("undecided") >= 5 and outcomes.count("refused") <= 2
+
+
+def test_a_slice_that_lost_refuses_a_release_that_is_good_on_the_whole() -> None:
+    gate = _gate(_week(2340, 0, short_loss=9))
+    assert gate.outcome == "refused" and "on short_query" in gate.why
+
+
+def test_a_slice_with_too_few_pairs_is_not_judged() -> None:
+    gate = _gate(_week(2340, 0, share=0.05, short_loss=30))
+    assert gate.outcome == "passed" and "short_query" not in gate.figures
+
+
+def test_error_rates() -> None:
+    """Of 200 equal models at most 5 % are refused; of 200 that lost 5 points at least 90 %, at 2,340 pairs."""
+    equal = [_gate(_week(2340, 0, seed)).outcome for seed in range(200)]
+    worse = [_gate(_week(2340, 5, seed)).outcome for seed in range(200)]
+    assert equal.count("refused") <= 10 and equal.count("passed") >= 190
+    assert worse.count("passed") <= 20
+
+
+def test_a_verdict_is_its_worst_gate() -> None:
+    good, bad, unclear = Gate("a", "passed", "Good."), Gate("b", "refused", "Bad."), Gate("c", "undecided", "Unclear.")
+    assert (Verdict((good,)).outcome, Verdict((good,)).why) == ("passed", "All 1 gates passed.")
+    assert (Verdict((good, unclear)).outcome, Verdict((good, unclear)).why) == ("undecided", "Unclear.")
+    assert (Verdict((unclear, good, bad)).outcome, Verdict((unclear, good, bad)).why) == ("refused", "Bad.")
