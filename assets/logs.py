@@ -13,7 +13,7 @@ from assets.resources.demo_source import ensure_source
 from assets.resources.incremental import LogPartition, ingestions, reduced_partitions
 from assets.resources.partitions import require_partitions
 from assets.resources.pipeline import user_errors
-from assets.resources.steps import SPARK, Metrics, Step, dataset
+from assets.resources.steps import LATE_TAG, SPARK, Metrics, Step, dataset
 from notellm2_core.config.source import EventSettings, NoteReadingSettings
 from notellm2_core.config.unused import unused_settings
 from notellm2_core.lake.catalog import Catalog
@@ -96,12 +96,20 @@ def _check_partitions(
 
     Those that were reported before are not reported again.
     """
-    if catalog.partition is not None and catalog.config.window.end is None:
+    unit = catalog.config.source.partition
+    if catalog.partition is not None and catalog.week is None and catalog.config.window.end is None:
+        if unit == "week" and (absent := catalog.absent_days(catalog.partition)):
+            context.instance.add_run_tags(context.run_id, {LATE_TAG: "true"})
+            raise dg.Failure(
+                f"the week {catalog.partition.start} is not complete: the logs of {', '.join(absent)} have not "
+                f"arrived. A run with the resource's setting week = {catalog.partition.start} takes it as it is.",
+                allow_retries=False,
+            )
         with user_errors():
             _ = catalog.window
     reported = context.instance.get_materialized_partitions(context.asset_key)
     reported |= set(context.partition_keys) if context.has_partition_key else set()
-    unit, end = catalog.config.source.partition, catalog.end_of_log()
+    end = catalog.end_of_log()
     for log_partition in catalog.dataset("raw_events").manifest.metrics["partitions"]:
         key = log_partition["partition"]
         if key in reported or not partitions.has_partition_key(key):

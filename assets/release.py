@@ -12,7 +12,7 @@ from assets.resources.arguments import feature_store, image_folders, write_confi
 from assets.resources.export import MULTIMODAL
 from assets.resources.metadata import image_markdown, table
 from assets.resources.pipeline import user_errors
-from assets.resources.steps import GPU, PROCESS, Metrics, Step, dataset
+from assets.resources.steps import GPU, PROCESS, Machine, Metrics, Step, dataset
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.ledger import State
 from notellm2_core.lake.lineage import STAGES
@@ -77,9 +77,8 @@ def _decide(context: dg.AssetExecutionContext, catalog: Catalog) -> Mapping[str,
 
     config = catalog.config
     with user_errors():
-        newest = catalog.window.last_week
-        if config.window.end is None:  # the log goes on
-            newest = first_day_of_week(catalog.end_of_log() - timedelta(days=1))
+        end = catalog.end_of_log() if config.window.end is None else config.window.end
+        newest = first_day_of_week(end - timedelta(days=1))
         release = Release(catalog.dataset("release"))
         decision = decide(catalog.ledger, release, str(newest), config.promotion, catalog.state)
     context.log.info(f"release {release.id}: {decision.action}. {decision.why}")
@@ -94,9 +93,11 @@ def _sweep(context: dg.AssetExecutionContext, catalog: Catalog) -> dict[str, Any
     retention = catalog.config.retention
     if retention.keep_releases is None:
         return {"lake_gb": round(lake_bytes(catalog.lake) / 1e9, 3)}
-    present = [(name, catalog.fingerprint(name)) for name in STAGES]
+    present = {(name, catalog.fingerprint(name)) for name in STAGES}
+    present |= {("release", release) for release in (*catalog.rivals.values(), catalog.start) if release is not None}
     anchor_weeks, grace = catalog.config.promotion.anchor_weeks, timedelta(days=retention.grace_days)
-    swept = sweep_lake(catalog.lake, retention.keep_releases, anchor_weeks, grace, present)
+    with user_errors():
+        swept = sweep_lake(catalog.lake, catalog.config.name, retention.keep_releases, anchor_weeks, grace, present)
     context.log.info(f"removed {swept.num_datasets} datasets, and {swept.num_work_folders} folders of unfinished work")
     return {"lake_gb": round(swept.lake_bytes / 1e9, 3), "removed_gb": round(swept.removed_bytes / 1e9, 3)}
 
@@ -113,7 +114,7 @@ def release_page(state: State) -> dict[str, Any]:
     return shown
 
 
-@dataset("release", {"parquet"}, after=_decide, show={"verdict": ["verdict.md", "verdict.png"]})
+@dataset("release", {"parquet"}, on=Machine("gpu"), after=_decide, show={"verdict": ["verdict.md", "verdict.png"]})
 def release(step: Step) -> Metrics:
     """Model, embeddings, index, report, window, settings and verdict in one immutable dataset: what goes live."""
     from notellm2_core.release.release import open_release, write_release

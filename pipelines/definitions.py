@@ -26,8 +26,8 @@ def definitions(source: SourceSettings) -> dg.Definitions:
         jobs=[weekly_retrain, ingest_logs, *RELEASE_JOBS],
         schedules=[weekly_retrain_schedule(partitions)],
         sensors=[week_has_landed, send_messages, mirror_releases],
-        # One step at a time, as one machine runs them all. Raise it where Spark and the GPUs are on other machines.
-        executor=dg.multi_or_in_process_executor.configured({"multiprocess": {"max_concurrent": 1}}),
+        # All steps of a run in its one process: they share a JVM and the imports. What needs a GPU is a command anyway.
+        executor=dg.in_process_executor,
         resources={"pipeline": Pipeline()},
     )
 

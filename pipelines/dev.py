@@ -34,6 +34,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # `activate` sets the module for `dagster asset`. Dagster's children would get it twice, and hang.
     env = {k: v for k, v in os.environ.items() if k != "DAGSTER_MODULE_NAME"}
+    env.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")  # of the libraries themselves
     env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # workers for judges of LLMs, which take 2 GB
     servers: list[subprocess.Popen[bytes]] = []
     try:

@@ -1,18 +1,14 @@
 """The job of the whole graph, the one that reads new logs, and what starts them: a sensor and the weekly schedule."""
 
-import json
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 import dagster as dg
 
 from assets.resources.partitions import week_partition
-from assets.resources.steps import WEEK_TAG
+from assets.resources.steps import CONFIG_TAG, LATE_TAG, WEEK_TAG
 from notellm2_core.config.load import config_in_force
 from notellm2_core.lake.catalog import Catalog
-from notellm2_core.lake.lake import Dataset
-from notellm2_core.lake.window import Days, first_day_of_week
-from notellm2_core.schema import DAYS_FILE
-from notellm2_core.tables.log import missing_days
+from notellm2_core.lake.window import Days, first_day_of_week, resolved_window
 
 MINUTE = 60
 _PARTITION = "dagster/partition"  # Dagster's tag
@@ -21,7 +17,7 @@ _PARTITION = "dagster/partition"  # Dagster's tag
 weekly_retrain = dg.define_asset_job(
     "weekly_retrain",
     selection=dg.AssetSelection.all(),
-    description="Retrain on the window that ends with the run's week, embed, index and measure.",
+    description="Retrain on the window that ends with the run's week, embed, index, measure, judge and release.",
     tags={"dagster/max_retries": "2"},
 )
 ingest_logs = dg.define_asset_job(
@@ -42,14 +38,30 @@ def week_has_landed(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.S
     raw = catalog.find("raw_events")
     if raw is None:
         fingerprint = catalog.fingerprint("raw_events")
-        is_changing, _ = context.cursor != fingerprint, context.update_cursor(fingerprint)
+        is_changing = context.cursor != fingerprint
+        context.update_cursor(fingerprint)
         if is_changing:
             return dg.SkipReason("the source has changed; its files are read once they stay the same for a tick")
         return dg.RunRequest(f"ingest {fingerprint}", job_name=ingest_logs.name)
-    week = newest_week(raw)
-    if missing := absent_days(raw, week):
-        return dg.SkipReason(f"the week {week.start} waits for its logs of {', '.join(missing)}")
-    return _retrain(context.instance, week, catalog)
+    now = datetime.now(UTC)
+    covered = date.fromisoformat(raw.manifest.metrics["covered_until"])
+    newest = week_of(covered)
+    waiting = []
+    for week in (newest, week_of(newest.start - timedelta(days=1))):  # the last files of one may come with the next
+        if str(resolved_window(catalog.config.window, week.end).train.end) <= raw.manifest.metrics["first_day"]:
+            waiting.append(f"the week {week.start} has no training days in the log")
+        elif missing := catalog.absent_days(week):
+            waiting.append(f"the week {week.start} waits for its logs of {', '.join(missing)}")
+        elif covered < week.end and now < deadline(week):  # its last day may still be arriving
+            waiting.append(
+                f"the week {week.start} waits for logs of a later day, until {deadline(week):%Y-%m-%d %H:%M}"
+            )
+        else:
+            asked = _retrain(context.instance, week, catalog)
+            if isinstance(asked, dg.RunRequest):
+                return asked
+            return dg.SkipReason("; ".join([*waiting, str(asked.skip_message)]))
+    return dg.SkipReason("; ".join(waiting))
 
 
 def weekly_retrain_schedule(partitions: dg.TimeWindowPartitionsDefinition) -> dg.ScheduleDefinition:
@@ -64,7 +76,7 @@ def weekly_retrain_schedule(partitions: dg.TimeWindowPartitionsDefinition) -> dg
     )
     def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         today = context.scheduled_execution_time.date()
-        week = Days(first_day_of_week(today) - timedelta(days=7), first_day_of_week(today))
+        week = week_of(first_day_of_week(today) - timedelta(days=1))
         catalog = Catalog(config_in_force())
         source = catalog.config.source
         if source.last_day is not None and source.last_day < week.start:
@@ -72,37 +84,40 @@ def weekly_retrain_schedule(partitions: dg.TimeWindowPartitionsDefinition) -> dg
         if partitions.get_prev_partition_window(context.scheduled_execution_time) is None:
             return dg.SkipReason("no partition of the raw events has ended yet; see source.first_day")
         raw = catalog.find("raw_events")
-        if raw is not None and (missing := absent_days(raw, week)):
+        if raw is not None and (missing := catalog.absent_days(week)):
             raise dg.Failure(f"the week {week.start} is late: the logs of {', '.join(missing)} have not arrived")
         return _retrain(context.instance, week, catalog)  # of logs that are not ingested yet, the run says what is late
 
     return schedule
 
 
-def newest_week(raw: Dataset) -> Days:
-    """The last week that any event is in."""
-    start = first_day_of_week(date.fromisoformat(raw.manifest.metrics["covered_until"]))
+def week_of(day: date) -> Days:
+    """The week of `day`."""
+    start = first_day_of_week(day)
     return Days(start, start + timedelta(days=7))
 
 
-def absent_days(raw: Dataset, week: Days) -> list[str]:
-    """The days of `week` whose events have not arrived (`tables.log.missing_days`)."""
-    missing = set(missing_days(json.loads((raw.path / DAYS_FILE).read_text()), (week.start, week.end)))
-    covered = date.fromisoformat(raw.manifest.metrics["covered_until"])
-    after = (week.start + timedelta(days=n) for n in range(7))
-    return sorted(missing | {str(day) for day in after if day > covered})
+def deadline(week: Days) -> datetime:
+    """When the logs of a week are late: three hours after its end, as the schedule ticks."""
+    return datetime(week.end.year, week.end.month, week.end.day, 3, tzinfo=UTC)
 
 
 def _retrain(instance: dg.DagsterInstance, week: Days, catalog: Catalog) -> dg.RunRequest | dg.SkipReason:
-    """A run for this week, unless there is one already."""
+    """A run for this week and configuration, unless there is one. A run that came before the logs does not count."""
+    name = catalog.config.name
     key = week_partition(week.start, catalog.config.source)
-    tags = {WEEK_TAG: str(week.start)}
-    runs = instance.get_runs(dg.RunsFilter(job_name=weekly_retrain.name, tags={_PARTITION: key} if key else tags))
+    tags = {WEEK_TAG: str(week.start), CONFIG_TAG: name}
+    found = instance.get_runs(dg.RunsFilter(job_name=weekly_retrain.name, tags={_PARTITION: key} if key else tags))
+    own = [run for run in found if run.tags.get(CONFIG_TAG, name) == name]
+    early = [run for run in own if run.tags.get(LATE_TAG) == "true"]
+    runs = [run for run in own if run not in early]
     for run in runs:
         if run.status not in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED):
             return dg.SkipReason(f"the week {week.start} has the run {run.run_id}: {run.status.value.lower()}")
     if runs:
-        return dg.SkipReason(
-            f"the week {week.start} has the run {runs[0].run_id}, which failed: launch it again by hand"
-        )
-    return dg.RunRequest(f"week {week.start}", partition_key=key, job_name=weekly_retrain.name, tags=tags)
+        why = f"the week {week.start} has the run {runs[0].run_id}, which failed: launch it again by hand"
+        return dg.SkipReason(why)
+    # Without a partition (they are years, or the graph has none), the run needs its week in the configuration.
+    run_config = {} if key else {"resources": {"pipeline": {"config": {"week": str(week.start)}}}}
+    run_key = f"{name} {week.start}" + (f" {len(early)}" if early else "")
+    return dg.RunRequest(run_key, run_config, tags, job_name=weekly_retrain.name, partition_key=key)

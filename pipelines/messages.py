@@ -1,14 +1,14 @@
-"""The sensor that tells people about releases, failed runs, late weeks and stale releases."""
+"""The sensor that sends messages about releases, failed runs, late weeks and stale releases."""
 
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 
 import dagster as dg
 
-from assets.resources.steps import WEEK_TAG, failure_of
+from assets.resources.steps import CONFIG_TAG, WEEK_TAG, failure_of
 from notellm2_core.config.load import config_in_force
 from notellm2_core.lake.catalog import Catalog
-from notellm2_core.lake.window import Days, first_day_of_week
+from notellm2_core.lake.window import first_day_of_week
 from notellm2_core.release.messages import (
     Message,
     Outbox,
@@ -18,22 +18,23 @@ from notellm2_core.release.messages import (
     of_stale_release,
     receivers,
 )
-from pipelines.jobs import absent_days, weekly_retrain
+from pipelines.jobs import deadline, ingest_logs, week_of, weekly_retrain
 
-_NUM_RUNS = 50  # the last failed ones that are looked at
+_NUM_RUNS, _NUM_DECISIONS = 50, 500  # the last failed ones, and the last decisions, that are looked at
+_JOBS = (weekly_retrain.name, ingest_logs.name)
 _WILL_RETRY = "dagster/will_retry"  # Dagster's tag
 
 
 @dg.sensor(
     minimum_interval_seconds=30,
-    description="Sends a message about each promotion, refusal, failed run, late week and stale release.",
+    description="Sends a message about each promotion, rollback, refusal, failed run, late week and stale release.",
 )
 def send_messages(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     """Each message is sent once. A receiver that does not answer makes the tick fail, and gets it at a later one."""
     catalog = Catalog(config_in_force())
     to = receivers(catalog.config.messages)
     if not to:
-        return dg.SkipReason("nobody is told: messages.webhook and messages.apprise are not set")
+        return dg.SkipReason("no receiver is configured: messages.webhook and messages.apprise are not set")
     messages = list(_messages(context.instance, catalog, datetime.now(UTC)))
     if failures := Outbox(catalog.ledger.folder).send(messages, to):
         raise dg.Failure("; ".join(failures))
@@ -43,27 +44,25 @@ def send_messages(context: dg.SensorEvaluationContext) -> dg.SkipReason:
 def _messages(instance: dg.DagsterInstance, catalog: Catalog, now: datetime) -> Iterator[Message]:
     """What there is to say, the oldest first of each kind."""
     name, state = catalog.config.name, catalog.ledger.settle()
-    for decision in state.decisions:
+    for decision in state.decisions[-_NUM_DECISIONS:]:
         if (message := of_decision(name, decision)) is not None:
             yield message
-    failed = dg.RunsFilter(job_name=weekly_retrain.name, statuses=[dg.DagsterRunStatus.FAILURE])
+    failed = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE])
     for run in reversed(instance.get_runs(failed, limit=_NUM_RUNS)):
-        if run.tags.get(_WILL_RETRY) != "true":
+        is_ours = run.job_name in _JOBS and run.tags.get(CONFIG_TAG, name) == name
+        if is_ours and run.tags.get(_WILL_RETRY) != "true":
             yield of_failed_run(name, run.run_id, run.job_name, run.tags.get(WEEK_TAG), _why(instance, run.run_id))
-    raw = catalog.find("raw_events")
-    if raw is None or catalog.config.source.last_day is not None:
+    if catalog.config.source.last_day is not None:
         return
-    ended = first_day_of_week(now.date())
-    week = Days(ended - timedelta(days=7), ended)
-    deadline = datetime(ended.year, ended.month, ended.day, 3, tzinfo=UTC)
-    if now >= deadline and (missing := absent_days(raw, week)):
-        yield of_late_week(name, week.start, missing)
-    live = state.reigns[-1] if state.reigns else None
-    if live is not None:
-        known = date.fromisoformat(live.week) + timedelta(days=6)
+    if state.reigns:
+        known = week_of(date.fromisoformat(state.reigns[-1].week)).end - timedelta(days=1)
         stale = of_stale_release(name, state, known, now.date(), catalog.config.messages.max_age_days)
         if stale is not None:
             yield stale
+    week = week_of(first_day_of_week(now.date()) - timedelta(days=1))
+    is_read = catalog.find("raw_events") is not None
+    if is_read and now >= deadline(week) and (missing := catalog.absent_days(week)):
+        yield of_late_week(name, week.start, missing)
 
 
 def _why(instance: dg.DagsterInstance, run_id: str) -> str:

@@ -130,9 +130,10 @@ def _why(result: dg.ExecuteInProcessResult) -> str:
     for event in result.all_events:
         if event.event_type == DagsterEventType.STEP_FAILURE:
             return failure_of(event)
+    for event in result.all_events:
         if event.event_type == DagsterEventType.ASSET_CHECK_EVALUATION:
             check = event.asset_check_evaluation_data
-            if not check.passed:
+            if not check.passed and check.blocking:
                 metrics = ", ".join(f"{k} = {v.value}" for k, v in check.metadata.items())
                 return f"{check.asset_key.to_user_string()}: the check {check.check_name} failed ({metrics})"
     return "the run failed, and no step reported why; see the log above"

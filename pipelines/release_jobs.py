@@ -8,6 +8,8 @@ from assets.release import release_page
 from assets.resources.pipeline import Pipeline, user_errors
 from notellm2_core.lake.ledger import Decision
 
+ONCE = {"dagster/max_retries": "0"}  # a second rollback would go back one release more
+
 
 class Promote(dg.Config):
     """`release`: its id, or the first letters. `force`: even one that was refused; it needs a reason in `why`."""
@@ -73,17 +75,17 @@ def _show(context: dg.OpExecutionContext, pipeline: Pipeline, decision: Decision
     context.log_event(dg.AssetMaterialization("release", metadata=shown))
 
 
-@dg.job(description="Make a release live: one that waits for approval or, by force, one that was refused.")
+@dg.job(tags=ONCE, description="Make a release live: one that waits for approval or, by force, one that was refused.")
 def release_promote() -> None:
     promote_release()
 
 
-@dg.job(description="Go back to the previous release, and ban the present one.")
+@dg.job(tags=ONCE, description="Go back to the previous release, and ban the present one.")
 def release_rollback() -> None:
     roll_back_release()
 
 
-@dg.job(description="Forbid, or allow again, the promotion of a release's model.")
+@dg.job(tags=ONCE, description="Forbid, or allow again, the promotion of a release's model.")
 def release_ban() -> None:
     ban_release()
 

@@ -1,16 +1,14 @@
 """Run a command that can be pasted as a step: progress to the terminal, Pipes messages to Dagster, no orphans."""
 
-import multiprocessing
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -107,22 +105,6 @@ def _start(command: Sequence[str], env: Mapping[str, str], stderr: int) -> "subp
         return subprocess.Popen(command, env=env, stderr=stderr, start_new_session=True, preexec_fn=die_with_parent)
     finally:
         os.close(stderr)
-
-
-@cache
-def end_with_run() -> None:
-    """Kill this step's process when the process of its run, its parent, is killed.
-
-    Dagster would let the step continue beside the next run. Does nothing where the run executes steps in its own
-    process.
-    """
-    if (run := multiprocessing.parent_process()) is not None:
-
-        def watch() -> None:
-            run.join()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        threading.Thread(target=watch, daemon=True, name="end-with-run").start()
 
 
 def _forward(output: int) -> str:

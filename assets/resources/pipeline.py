@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import PrivateAttr
 
-from assets.resources.commands import end_with_run
 from notellm2_core.config.load import config_in_force, week_in_force
 from notellm2_core.config.settings import SparkSettings
 from notellm2_core.lake.catalog import Catalog
@@ -36,7 +35,6 @@ class Pipeline(dg.ConfigurableResource):
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         self._run_id = context.run_id
         self._partition = context.dagster_run.tags.get("dagster/partition") if context.dagster_run else None
-        end_with_run()
 
     def catalog(self) -> Catalog:
         """The catalog of this run, with the source's state as the run first saw it."""

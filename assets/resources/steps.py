@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 Metrics = Mapping[str, Any]
-WEEK_TAG = "notellm2/week"  # of a run: the first day of its window's last week
+# Tags of a run: the first day of its window's last week, its configuration, and whether it failed for want of logs.
+WEEK_TAG, CONFIG_TAG, LATE_TAG = "notellm2/week", "notellm2/config", "notellm2/late"
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,8 @@ def _days(context: dg.AssetExecutionContext, catalog: Catalog) -> dict[str, str]
         window, week = catalog.window, str(catalog.window.last_week)
     except ValueError:  # an asset that does not depend on the window
         return {}
-    if context.run.tags.get(WEEK_TAG) != week:
-        context.instance.add_run_tags(context.run_id, {WEEK_TAG: week})
+    if context.run.tags.get(WEEK_TAG) != week or CONFIG_TAG not in context.run.tags:
+        context.instance.add_run_tags(context.run_id, {WEEK_TAG: week, CONFIG_TAG: catalog.config.name})
     days = {"train": window.train, "test": window.test}
     return {"week": week, **{name: f"{span.start} to {span.end - timedelta(days=1)}" for name, span in days.items()}}
 

@@ -8,7 +8,7 @@ from notellm2_core.config.section import Section
 
 
 class MessageSettings(Section):
-    """Who is told what happened."""
+    """Who receives messages."""
 
     webhook: str | None = Field(
         None,
@@ -23,5 +23,7 @@ class MessageSettings(Section):
         "environment, as `$NAME`.",
     )
     max_age_days: int = Field(
-        9, gt=0, description="Days after the last day of the live release's window from which it is stale."
+        9,
+        gt=0,
+        description="A live release is stale when more than this many days have passed since the last day of its week.",
     )

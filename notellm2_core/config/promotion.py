@@ -24,7 +24,9 @@ class GateSettings(Section):
         description="Points of recall that it may have lost to the anchor, the champion of `anchor_weeks` ago: losses "
         "that are too small to show in each single week add up.",
     )
-    anchor_weeks: int = Field(8, gt=0, description="Weeks between the anchor and the newest champion.")
+    anchor_weeks: int = Field(
+        8, gt=0, description="Weeks that the anchor is older than the newest champion, at least. It changes as often."
+    )
     min_pairs: int = Field(300, gt=0, description="Fewest test pairs to compare two models by.")
     min_queries: int = Field(100, gt=0, description="Fewest queries of these pairs.")
 

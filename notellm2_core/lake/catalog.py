@@ -24,7 +24,8 @@ from notellm2_core.runtime.files import listing, sha256_of, write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.image_formats import optional_formats
 from notellm2_core.runtime.packaged_weights import weights_version
-from notellm2_core.tables.log import partition_days
+from notellm2_core.schema import DAYS_FILE
+from notellm2_core.tables.log import missing_days, partition_days
 from notellm2_core.tables.source import used_by
 
 CHAMPION, ANCHOR = "champion", "anchor"  # roles of releases that a new one is compared with
@@ -94,10 +95,13 @@ class Catalog:
     def rivals(self) -> dict[str, str]:
         """The releases that the model of this configuration is compared with: role (champion, anchor) -> id.
 
-        It is not compared with itself where it is the champion already.
+        It is not compared with itself where it is the champion already. There is no anchor while the champion is the
+        oldest, nor if somebody has removed its folder.
         """
         state = self.state.without(self.fingerprint("checkpoint"))
-        roles = {CHAMPION: state.champion, ANCHOR: state.anchor(self.config.promotion.anchor_weeks)}
+        champion, anchor = state.champion, state.anchor(self.config.promotion.anchor_weeks)
+        has_anchor = anchor not in (None, champion) and self.lake.path("release", str(anchor)).exists()
+        roles = {CHAMPION: champion, ANCHOR: anchor if has_anchor else None}
         return {role: release for role, release in roles.items() if release is not None}
 
     @property
@@ -112,9 +116,11 @@ class Catalog:
 
     @property
     def past_lifts(self) -> list[float]:
-        """`image_lift` of the last champions, for the neglect alarm."""
-        reigns = self.state.without(self.fingerprint("checkpoint")).reigns[-self.config.promotion.anchor_weeks :]
-        return [lift for reign in reigns if (lift := reign.figures.get("image_lift")) is not None]
+        """`image_lift` of the last models that were promoted and are not banned, for the neglect alarm."""
+        state = self.state.without(self.fingerprint("checkpoint"))
+        promoted = [d for d in state.reigns if d.action == "promoted" and not state.is_banned(d.release, d.model)]
+        lifts = {d.model: d.figures.get("image_lift") for d in promoted[-self.config.promotion.anchor_weeks :]}
+        return [lift for lift in lifts.values() if lift is not None]
 
     @cached_property
     def _seen(self) -> dict[str, Any]:
@@ -170,6 +176,14 @@ class Catalog:
         """The end of the last complete week of the log. Raises MissingDataset where it is not ingested yet."""
         ingested = self.dataset("raw_events").manifest.metrics
         return last_complete_week_end(date.fromisoformat(ingested["covered_until"]))
+
+    def absent_days(self, week: Days) -> list[str]:
+        """The days of `week` whose events have not arrived. Raises MissingDataset where the log is not ingested yet."""
+        raw = self.dataset("raw_events")
+        missing = set(missing_days(json.loads((raw.path / DAYS_FILE).read_text()), (week.start, week.end)))
+        covered = date.fromisoformat(raw.manifest.metrics["covered_until"])
+        days = (week.start + timedelta(days=n) for n in range((week.end - week.start).days))
+        return sorted(missing | {str(day) for day in days if day > covered})
 
     def _end_of(self, partition: Days) -> date:
         """The end of a partition, or of the last complete week in it. Raises ValueError if the log has none of them."""

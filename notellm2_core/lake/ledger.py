@@ -12,6 +12,7 @@ A last line that was cut is no decision: readers leave it out, and the next deci
 Decisions are ordered by their numbers. Their times are for people: a clock may run backwards.
 """
 
+import errno
 import fcntl
 import getpass
 import json
@@ -31,7 +32,7 @@ from notellm2_core.runtime.files import sync, write_atomically
 FOLDER = "promotion"  # in a lake
 LEDGER, POINTER = "ledger.jsonl", "champion.json"
 
-# promoted, rolled_back: `release` is the champion now; rolled_back also bans the one before it.
+# promoted, rolled_back: `release` is the champion now; rolled_back also bans the release that was live until then.
 # refused, undecided: by its verdict; the champion stays. waiting: it passed, and a person has to promote it.
 # measured: a release that could not be promoted: of an earlier week, or banned.
 # banned, allowed: whether `release`, and any other release of its model, may be promoted.
@@ -83,9 +84,9 @@ class State:
 
     @cached_property
     def previous(self) -> str | None:
-        """The release to go back to: the last other champion that is not banned."""
+        """The release to go back to: the last champion of another model that is not banned."""
         for reign in reversed(self.reigns):
-            if reign.release != self.champion and not self.is_banned(reign.release, reign.model):
+            if reign.model != self.reigns[-1].model and not self.is_banned(reign.release, reign.model):
                 return reign.release
         return None
 
@@ -97,16 +98,23 @@ class State:
         return None
 
     def anchor(self, weeks: int) -> str | None:
-        """The champion of `weeks` weeks before the newest promoted week; where there was none yet, the first one.
+        """The champion of `weeks` to 2 * `weeks` weeks before the newest promoted week; before there is one, the first.
 
-        It shows losses that are too small in each single week. None: no champion yet.
+        It shows losses that are too small in each single week. It is changed every `weeks` weeks, so that only it and
+        the next one have to be kept (`anchors`). None: no champion yet.
         """
+        anchors = self.anchors(weeks)
+        return anchors[0] if anchors else None
+
+    def anchors(self, weeks: int) -> tuple[str, ...]:
+        """The anchor, and the next one."""
         promoted = [d for d in self.reigns if d.action == "promoted" and not self.is_banned(d.release, d.model)]
         if not promoted:
-            return None
-        last = date.fromisoformat(max(d.week for d in promoted)) - timedelta(weeks=weeks)
-        old = [d for d in promoted if date.fromisoformat(d.week) <= last]
-        return (old[-1] if old else promoted[0]).release
+            return ()
+        days = sorted(date.fromisoformat(d.week) for d in promoted)
+        steps = (days[-1] - days[0]).days // (7 * weeks)
+        ends = (days[0] + timedelta(weeks=weeks * max(0, n)) for n in (steps - 1, steps))
+        return tuple([d.release for d in promoted if date.fromisoformat(d.week) <= end][-1] for end in ends)
 
     def is_banned(self, release: str, model: str) -> bool:
         """Whether this release may not be promoted: it, or another one of its model, was banned or rolled back."""
@@ -181,8 +189,9 @@ class Ledger:
     ) -> Decision:
         """Append a decision, and bring the pointer up to date. Returns the decision.
 
-        `seen`: the state that the decision was made on. Raises LedgerError if the champion has changed since: of two
-        promotions at once, one wins. `by`: None: this user.
+        `seen`: the state that the decision was made on. Raises LedgerError if the champion, or what was decided about
+        this release and its model, has changed since: of two promotions at once, one wins. `by`: who decided; None: the
+        current user and host.
         """
         with self._locked():
             state = self.state()
@@ -191,6 +200,13 @@ class Ledger:
                 raise LedgerError(
                     f"release {release} was judged beside the champion {seen.champion or 'none'}, and {last.by} has "
                     f"made {last.release} the champion since: judge it again"
+                )
+            if seen is not None and (
+                seen.is_banned(release, model) != state.is_banned(release, model)
+                or seen.last(release) != state.last(release)
+            ):
+                raise LedgerError(
+                    f"something else was decided about release {release} meanwhile; see `notellm2 release`"
                 )
             decision = Decision(
                 number=state.number + 1,
@@ -223,7 +239,10 @@ class Ledger:
         try:
             if torn:
                 os.ftruncate(descriptor, os.fstat(descriptor).st_size - torn)
-            os.write(descriptor, line.encode())
+            data, size = line.encode(), os.fstat(descriptor).st_size
+            if os.write(descriptor, data) < len(data):  # the disk is full
+                os.ftruncate(descriptor, size)
+                raise OSError(errno.ENOSPC, "no space left on the disk for the decision", str(self.file))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -46,6 +46,12 @@ def last_complete_week_end(last_day: date) -> date:
     return first_day_of_week(last_day + timedelta(days=1))
 
 
+def weeks_of(days: Days) -> list[date]:
+    """The first days of the weeks that hold any of `days`."""
+    first, last = first_day_of_week(days.start), first_day_of_week(days.end - timedelta(days=1))
+    return [first + timedelta(weeks=n) for n in range((last - first).days // 7 + 1)]
+
+
 def resolved_window(settings: WindowSettings, end: date) -> ResolvedWindow:
     """The training and the test days of a window that ends before the day `end`."""
     if settings.test_days is None:

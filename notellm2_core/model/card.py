@@ -180,7 +180,8 @@ def _data(fields: Mapping[str, Any]) -> str:
     )
     pairs = fields["training"] or {}
     if (start := pairs.get("start")) is not None:
-        window += f" Trained on from release {start['release']}, which had seen the weeks {', '.join(start['weeks'])}."
+        weeks = ", ".join(start["weeks"])
+        window += f" Trained on from release {start['release']}, whose lineage trained on the weeks {weeks}."
     if "num_train_pairs" not in pairs:
         return window
     return (

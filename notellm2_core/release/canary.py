@@ -45,7 +45,7 @@ def ask(
         exported = stored.vectors[stored.rows(query_ids)]
         expected, _ = loaded.search(exported, NUM_NEIGHBOURS, leave_out=query_ids)
         found, _ = loaded.search(anew, NUM_NEIGHBOURS, leave_out=query_ids)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: torch's and FAISS's
         return queries, counts | {"failed": f"The release cannot be used: {e}"}
     cosines = np.einsum("qd,qd->q", anew, exported, dtype=np.float64)
     for query, neighbours in zip(query_ids, expected, strict=True):
@@ -53,7 +53,7 @@ def ask(
     if len(query_ids):
         lowest = int(cosines.argmin())
         counts["lowest_cosine"] = float(cosines[lowest])
-        if cosines[lowest] < MIN_COSINE:
+        if not cosines[lowest] >= MIN_COSINE:  # NaN is none
             counts["failed"] = (
                 f"Note {query_ids[lowest]!r}, embedded anew, has the cosine {cosines[lowest]:.3f} with its exported "
                 "vector."

@@ -16,27 +16,32 @@ _NO_DECISION = "not decided"
 
 def add_release_commands(parser: argparse.ArgumentParser) -> None:
     """Declare the commands and their options."""
-    parser.add_argument("--config", default="", metavar="FILE", help="configuration; default: the one in force")
     commands = parser.add_subparsers(required=True, metavar="list|show|promote|rollback|ban|allow")
-    commands.add_parser("list", help="print all releases, the newest first").set_defaults(run=_list)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", default="", metavar="FILE", help="configuration; default: NOTELLM2_CONFIG")
 
-    show = commands.add_parser("show", help="print a release, and every decision about it, as JSON")
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, parents=[common])
+
+    command("list", "print all releases, the newest first").set_defaults(run=_list)
+
+    show = command("show", "print a release, and every decision about it, as JSON")
     show.add_argument("release", help="id, or its first letters")
     show.set_defaults(run=_show)
 
-    promoted = commands.add_parser("promote", help="make a release live")
+    promoted = command("promote", "make a release live")
     promoted.add_argument("release", help="id, or its first letters")
     promoted.add_argument("--force", action="store_true", help="even a refused, undecided or banned one; needs --why")
     promoted.add_argument("--why", help="the reason, for the ledger; default: its verdict")
     promoted.set_defaults(run=_promote)
 
-    back = commands.add_parser("rollback", help="go back to the previous release, and ban the present one")
+    back = command("rollback", "go back to the previous release, and ban the present one")
     back.add_argument("--to", metavar="RELEASE", help="an earlier one that was live; default: the previous one")
     back.add_argument("--why", required=True, help="the reason, for the ledger")
     back.set_defaults(run=_rollback)
 
     for name, text in (("ban", "forbid the promotion of a release's model"), ("allow", "lift a ban")):
-        banned = commands.add_parser(name, help=text)
+        banned = command(name, text)
         banned.add_argument("release", help="id, or its first letters")
         banned.add_argument("--why", required=True, help="the reason, for the ledger")
         banned.set_defaults(run=_ban, lift=name == "allow")

@@ -1,7 +1,8 @@
 """Two models on the same pairs: the difference of their recalls, how sure it is, and the least loss that would show.
 
 The pairs of a query are not independent, so whole queries are resampled (cluster bootstrap): each of NUM_SAMPLES
-samples draws Q of the Q queries with replacement, and has the recall over all pairs of the drawn ones. Both models are
+samples draws Q of the Q queries with replacement, and has the recall over all pairs of the drawn ones (Efron and
+Tibshirani, 1993). Both models are
 measured on the same draws, so what the week makes hard or easy for both cancels out.
 
 All differences are in percentage points of Recall@k, challenger minus rival: below 0 the challenger is worse.
@@ -32,8 +33,8 @@ class Difference:
     rival: float
     lower: float  # the true difference is above it with a confidence of 97.5 %
     upper: float
-    p_loss: float  # how likely so large a loss is by chance, if there is none: small is a loss
-    least_loss: float  # the least true loss that these pairs would show in 80 % of such weeks
+    p_loss: float  # one-sided p-value of the loss, by the bootstrap; 1 where nothing was lost
+    least_loss: float  # minimum detectable effect: the least true loss that shows in 80 % of such weeks
 
     @property
     def points(self) -> float:
@@ -86,7 +87,7 @@ def _resampled(gains: np.ndarray, num_pairs: np.ndarray, seed: int) -> np.ndarra
 
 
 def significant(p_values: Mapping[str, float]) -> set[str]:
-    """The names whose p-values are significant together (Holm's step-down procedure, at 2.5 % in all)."""
+    """The names whose p-values are significant together (step-down procedure of Holm, 1979, at 2.5 % in all)."""
     names: Sequence[str] = sorted(p_values, key=lambda name: p_values[name])
     found: set[str] = set()
     for number, name in enumerate(names):

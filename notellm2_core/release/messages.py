@@ -12,6 +12,7 @@ Any answer of 200 to 299 is a delivery.
 
 import hashlib
 import hmac
+import http.client
 import json
 import os
 import urllib.request
@@ -28,7 +29,7 @@ from notellm2_core.runtime.files import write_atomically
 
 SECRET = "NOTELLM2_WEBHOOK_SECRET"  # name of the variable of the environment
 TIMEOUT_SECONDS = 10
-_KEPT_IDS = 1000  # of each receiver
+_KEPT_IDS = 5000  # of each receiver: more than one tick offers
 _ALARMS = ("refused", "undecided", "rolled_back", "failed", "late", "stale")
 
 
@@ -55,7 +56,7 @@ class NotDelivered(RuntimeError):
 
 
 def of_decision(name: str, decision: Decision) -> Message | None:
-    """The message about a decision; None for those that a person has just made by hand, or that change nothing.
+    """The message about a decision; None for measured, banned and allowed, which change nothing that is live.
 
     `name`: that of the configuration.
     """
@@ -72,8 +73,8 @@ def of_decision(name: str, decision: Decision) -> Message | None:
 _TITLES = {
     "promoted": "is live",
     "rolled_back": "is live again",
-    "undecided": "is undecided, the champion stays",
-    "refused": "is refused, the champion stays",
+    "undecided": "is undecided; the champion stays",
+    "refused": "is refused; the champion stays",
     "waiting": "waits for approval",
 }
 
@@ -114,12 +115,15 @@ def receivers(settings: MessageSettings) -> dict[str, Receiver]:
     if settings.webhook is not None:
         found[settings.webhook] = partial(_post, url=settings.webhook)
     for address in settings.apprise:
-        found[address] = partial(_tell, address=address)
+        found[address] = partial(_send_by_apprise, address=address)
     return found
 
 
 class Outbox:
-    """Remembers in LAKE/promotion/NAME/messages.json what each receiver has got, so that nothing is sent twice."""
+    """Remembers in LAKE/promotion/NAME/messages.json what each receiver has got.
+
+    A message is sent twice only if the process is killed between its delivery and the note of it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "messages.json"
@@ -159,13 +163,23 @@ def _post(message: Message, url: str) -> None:
         headers["X-NoteLLM2-Signature"] = f"sha256={hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()}"
     request = urllib.request.Request(url, body, headers, method="POST")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):  # an answer of 400 and above raises
+        with _OPENER.open(request, timeout=TIMEOUT_SECONDS):  # an answer of 300 and above raises
             pass
-    except OSError as e:  # urllib's errors are among them
+    except (OSError, http.client.HTTPException) as e:  # urllib's errors are OSErrors
         raise NotDelivered(str(getattr(e, "reason", None) or e)) from e
 
 
-def _tell(message: Message, address: str) -> None:
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would become a GET without its body."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def _send_by_apprise(message: Message, address: str) -> None:
     try:
         import apprise
     except ImportError as e:

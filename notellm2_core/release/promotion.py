@@ -18,27 +18,32 @@ def decide(
     """Promote, refuse or leave a new release, by its verdict. Returns the decision, an earlier one if there is one.
 
     `newest_week`: the first day of the newest week of the log. A release of an earlier week is measured and no more,
-    and so is one that is older than the champion. A banned model stays banned. `judged_on`: the state that the verdict
-    was made on; raises LedgerError if the champion has changed since.
+    and so is one that is older than any week that was promoted. A banned model stays banned. `judged_on`: the state
+    that the verdict was made on; raises LedgerError if the champion has changed since.
     """
     state = ledger.settle()
     if (earlier := state.last(release.id)) is not None:
         return earlier
+    if judged_on.champion != state.champion:
+        raise LedgerError(
+            f"release {release.id} was judged beside the champion {judged_on.champion or 'none'}, and "
+            f"{state.champion} is live now: run the week again"
+        )
     outcome, why = release.verdict["outcome"], release.verdict["why"]
     newest = max([newest_week, *(reign.week for reign in state.reigns)])
     action: Action
     if state.is_banned(release.id, release.model):
         action, why = "measured", "Its model is banned."
-    elif release.week < newest:
-        action, why = "measured", f"It is of the week {release.week}, and the newest is {newest}. {why}"
+    elif release.week < newest or release.week > newest_week:
+        action, why = "measured", f"It is of the week {release.week}, and the newest complete one is {newest}. {why}"
     elif outcome != "passed":
         action = "refused" if outcome == "refused" else "undecided"
     elif settings.mode == "approve":
-        action, why = "waiting", f"{why} Promote it with: notellm2 release promote {release.id}"
+        action, why = "waiting", f"{why} `notellm2 release promote {release.id}` makes it live."
     else:
         release.verify()
         action = "promoted"
-    return _append(ledger, action, release, why, WEEKLY, judged_on)
+    return _append(ledger, action, release, why, WEEKLY, state)
 
 
 def promote(lake: Lake, ledger: Ledger, release_id: str, why: str | None = None, force: bool = False) -> Decision:
@@ -76,6 +81,8 @@ def rollback(lake: Lake, ledger: Ledger, why: str, release_id: str | None = None
         raise LedgerError(f"release {target.id} was never live: promote it")
     if target.id == state.champion:
         raise LedgerError(f"release {target.id} is live already")
+    if target.model == state.reigns[-1].model:
+        raise LedgerError(f"release {target.id} has the model of the one that is live: promote it")
     target.verify()
     return _append(ledger, "rolled_back", target, why, None, state)
 

@@ -1,7 +1,7 @@
 """A release: everything that goes live together, in one immutable dataset of the lake.
 
-    model/  embeddings/  index/     the model, the vectors of all notes, their index with its table of ids
-    report/                         the recall report and the model card
+    model/  embeddings/  index/     the model, the multimodal vectors of all notes, their index with its table of ids
+    report/                         the recall report
     verdict.json, .md, .png         how it was judged; golden.json: queries with their answers
     config.yaml, lineage.json       its settings; its window, and the weeks and releases that it was trained from
     trained_notes.parquet           the notes that its lineage has trained on
@@ -23,7 +23,7 @@ import yaml
 from notellm2_core.config.settings import Config
 from notellm2_core.embeddings.table import read_note_ids
 from notellm2_core.lake.lake import Dataset, Draft, Lake
-from notellm2_core.lake.window import ResolvedWindow
+from notellm2_core.lake.window import ResolvedWindow, weeks_of
 from notellm2_core.release.measure import trained_note_ids
 from notellm2_core.release.verdict import VERDICT_FILE, VERDICT_PLOT, VERDICT_TABLE
 from notellm2_core.runtime.files import sha256_of
@@ -55,7 +55,7 @@ class Release:
 
     @cached_property
     def lineage(self) -> Mapping[str, Any]:
-        """week, train and test (days), weeks (all that the model has seen), releases (its predecessors)."""
+        """week, train and test (days), weeks (all that it and its predecessors trained on), releases (these)."""
         lineage: Mapping[str, Any] = json.loads((self.path / LINEAGE_FILE).read_text())
         return lineage
 
@@ -96,7 +96,7 @@ def write_release(
 ) -> dict[str, Any]:
     """Fill the draft of a release from its inputs. parent: the release that its model was trained from.
 
-    Returns outcome and why of its verdict, its week, and the headline of its report.
+    Returns its week, outcome and why of its verdict, and the number of notes that its lineage trained on.
     """
     folders = {"checkpoint": "model", "eval_recall": "report"}
     for name, folder in folders.items():
@@ -116,7 +116,7 @@ def write_release(
         "week": week,
         "train": window.train.iso(),
         "test": window.test.iso(),
-        "weeks": [*(parent.lineage["weeks"] if parent else ()), week],
+        "weeks": sorted({*(parent.lineage["weeks"] if parent else ()), *map(str, weeks_of(window.train))}),
         "releases": [*(parent.lineage["releases"] if parent else ()), *([parent.id] if parent else ())],
     }
     (draft.path / LINEAGE_FILE).write_text(json.dumps(lineage, indent=1))

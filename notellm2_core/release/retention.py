@@ -1,9 +1,10 @@
 """Retention: removes the datasets that nothing needs any more.
 
-What is needed is found by reachability, never by age alone: the champion, the previous one, the anchor and the last
-releases of every configuration in the lake, what the present run made, and everything that these were made from. Copies
-of the log's files and its reduced partitions stay as long as a log that is needed holds them: next week's window links
-to them. A dataset that is younger than the grace time stays, too: another run may be making what needs it.
+What is needed is found by reachability, never by age alone: the champion, the previous one, the anchor, the next anchor
+and the last releases of the configuration, all releases of the others, what the present run made or needs, and
+everything that these were made from. Copies of the log's files and its reduced partitions stay as long as a log that is
+needed holds them: next week's window links to them. A dataset that is younger than the grace time stays, too: another
+run may be making what needs it.
 """
 
 import os
@@ -37,16 +38,19 @@ class Swept:
 
 
 def sweep_lake(
-    lake: Lake, keep_releases: int, anchor_weeks: int, grace: timedelta, present: Iterable[Address] = ()
+    lake: Lake, name: str, keep_releases: int, anchor_weeks: int, grace: timedelta, present: Iterable[Address] = ()
 ) -> Swept:
-    """Remove what is not needed. keep_releases: the last ones of each configuration that stay. present: datasets of the
-    run that sweeps.
+    """Remove what is not needed. keep_releases: the last ones of the configuration `name` that stay; all releases of
+    other configurations stay. present: datasets of the run that sweeps, and those that it needs.
 
     Run it where no other run uses the lake; it is the last step of the weekly job, in its pool.
     """
     before = lake_bytes(lake)
     datasets = {(name, d.manifest.fingerprint): d for name in (*STAGES, *_OF_THE_LOG) for d in lake.datasets(name)}
-    roots = {(NAME, release) for state in _states(lake) for release in kept(state, keep_releases, anchor_weeks)}
+    releases = retained(Ledger(lake.root, name).state(), keep_releases, anchor_weeks)
+    for other in _other_states(lake, name):
+        releases |= {decision.release for decision in other.decisions}
+    roots = {(NAME, release) for release in releases}
     needed = _reachable(datasets, {*roots, *present})
     oldest = datetime.now(UTC) - grace
     removed = 0
@@ -59,16 +63,17 @@ def sweep_lake(
     return Swept(removed, work_folders, max(0, before - after), after)
 
 
-def kept(state: State, keep_releases: int, anchor_weeks: int) -> set[str]:
-    """The releases that stay: champion, previous, anchor, and the last ones that anything was decided about."""
+def retained(state: State, keep_releases: int, anchor_weeks: int) -> set[str]:
+    """The releases that stay: champion, previous, the anchor and the next one, and the last that were decided about."""
     last = list(dict.fromkeys(decision.release for decision in reversed(state.decisions)))[:keep_releases]
-    return {r for r in (state.champion, state.previous, state.anchor(anchor_weeks), *last) if r is not None}
+    return {r for r in (state.champion, state.previous, *state.anchors(anchor_weeks), *last) if r is not None}
 
 
-def _states(lake: Lake) -> list[State]:
-    """The ledgers of all configurations in the lake."""
-    folders = (lake.root / FOLDER).iterdir() if (lake.root / FOLDER).is_dir() else ()
-    return [Ledger(lake.root, unquote(folder.name)).state() for folder in folders if folder.is_dir()]
+def _other_states(lake: Lake, name: str) -> list[State]:
+    """The ledgers of the other configurations in the lake."""
+    folders = [folder for folder in (lake.root / FOLDER).iterdir() if folder.is_dir()]
+    names = {unquote(folder.name) for folder in folders} - {name}
+    return [Ledger(lake.root, other).state() for other in sorted(names)]
 
 
 def _reachable(datasets: Mapping[Address, Dataset], roots: Iterable[Address]) -> set[Address]:

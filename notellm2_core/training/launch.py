@@ -19,7 +19,7 @@ class Start:
 
     model: Path
     release: str  # its id
-    weeks: tuple[str, ...]  # that it has seen; first days
+    weeks: tuple[str, ...]  # that it and its predecessors have trained on; first days
 
     def arguments(self) -> list[str]:
         """As options of the command."""

@@ -104,14 +104,51 @@ def test_a_failed_week_is_left_to_a_person(instance: dg.DagsterInstance, catalog
     assert str(_tick(instance)[0]).endswith("which failed: launch it again by hand")
 
 
+def test_a_log_that_has_just_begun_waits(instance: dg.DagsterInstance, catalog: Catalog) -> None:
+    _ingest(catalog, num_days=2)
+    waiting = str(_tick(instance)[0])
+    assert waiting.count("has no training days in the log") == 2
+
+
+def test_a_run_that_came_before_the_logs_does_not_count(instance: dg.DagsterInstance, catalog: Catalog) -> None:
+    _ingest(catalog, num_days=14)
+    tags = {PARTITION: "2025-01-12", "notellm2/late": "true"}
+    instance.add_run(
+        dg.DagsterRun(job_name="weekly_retrain", run_id="early", tags=tags, status=dg.DagsterRunStatus.FAILURE)
+    )
+    request, _ = _tick(instance)
+    assert isinstance(request, dg.RunRequest) and request.run_key == "tiny 2025-01-12 1"
+
+
+def test_runs_of_another_configuration_do_not_count(instance: dg.DagsterInstance, catalog: Catalog) -> None:
+    _ingest(catalog, num_days=14)
+    tags = {PARTITION: "2025-01-12", "notellm2/config": "another"}
+    instance.add_run(
+        dg.DagsterRun(job_name="weekly_retrain", run_id="other", tags=tags, status=dg.DagsterRunStatus.SUCCESS)
+    )
+    assert isinstance(_tick(instance)[0], dg.RunRequest)
+
+
+def test_a_week_that_was_complete_late_is_not_forgotten(instance: dg.DagsterInstance, catalog: Catalog) -> None:
+    """Its last day came together with the next week's first."""
+    _ingest(catalog, num_days=15)
+    request, _ = _tick(instance)
+    assert isinstance(request, dg.RunRequest) and request.partition_key == "2025-01-12"
+    _run(instance, "2025-01-12", dg.DagsterRunStatus.SUCCESS)
+    waiting = str(_tick(instance)[0])
+    assert waiting.startswith("the week 2025-01-19 waits for its logs of 2025-01-20")
+    assert waiting.endswith("the week 2025-01-12 has the run run 2025-01-12: success")
+
+
 @pytest.mark.parametrize(
     ("num_days", "without", "late"),
-    [(13, None, "2025-01-18"), (14, 8, "2025-01-13"), (8, None, "2025-01-13, 2025-01-14, 2025-01-15")],
+    [(13, None, "2025-01-18"), (14, 8, "2025-01-13"), (10, None, "2025-01-15, 2025-01-16, 2025-01-17")],
 )
 def test_a_week_waits_for_its_days_and_is_late_on_sunday(
     instance: dg.DagsterInstance, catalog: Catalog, num_days: int, without: int | None, late: str
 ) -> None:
     _ingest(catalog, num_days, without)
+    _run(instance, "2025-01-05", dg.DagsterRunStatus.SUCCESS)
     assert str(_tick(instance)[0]).startswith(f"the week 2025-01-12 waits for its logs of {late}")
     with pytest.raises(DagsterError) as failed:  # a red tick, with the cause
         _schedule(instance, catalog, date(2025, 1, 19))

@@ -102,7 +102,7 @@ def test_a_message_for_each_decision_and_each_failed_run(instance: dg.DagsterIns
     for _ in range(2):
         _tick(send_messages, instance)
     assert [post["title"] for post in _Handler.posts] == [
-        "tiny: release cccc of the week 2025-01-19 is refused, the champion stays",
+        "tiny: release cccc of the week 2025-01-19 is refused; the champion stays",
         "tiny: weekly_retrain of the week 2025-01-19 failed",
     ]
     assert _Handler.posts[1]["text"] == "No step reported why: the process of the run ended. Run dead."

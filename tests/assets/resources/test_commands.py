@@ -93,27 +93,3 @@ def test_nothing_outlives_a_killed_step(tmp_path: Path) -> None:
     os.kill(step.pid, signal.SIGKILL)
     step.wait()
     wait_for(lambda: not psutil.pid_exists(command))
-
-
-def test_a_step_ends_with_its_killed_run(tmp_path: Path) -> None:
-    """Dagster's executor starts a process for a step. That process would continue if the run's process were killed."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        textwrap.dedent(f"""
-            import multiprocessing, os, pathlib, time
-            from assets.resources.commands import end_with_run
-
-            def step():
-                end_with_run()
-                pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
-                time.sleep(300)
-
-            if __name__ == "__main__":
-                multiprocessing.get_context("spawn").Process(target=step).start()
-        """)
-    )
-    run = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-    run.kill()
-    run.wait()
-    wait_for(lambda: not psutil.pid_exists(int((tmp_path / "pid").read_text())), 10)

@@ -101,3 +101,32 @@ def test_only_the_new_week_is_read(spark: SparkSession, tmp_path: Path) -> None:
         assert num_partitions(limited.catalog.lake) == {"ingestion": 3, "log_partition": 6}
         pairs.append(limited.catalog.dataset("cooccurrence").manifest.metrics["train"]["pairs"])
     assert 0 < pairs[1] < pairs[0] < unlimited
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_a_run_of_a_week_that_is_not_complete_stops_at_the_log(spark: SparkSession, tmp_path: Path) -> None:
+    """A backfill from the UI must not paint a week that the log does not have."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for week in range(3):
+        write_week(source, week)
+    changes = CHANGES | {"source.path": str(source), "source.last_day": "2025-12-31"}
+    workplace = make_workplace(tmp_path / "late", changes)
+    partitions = log_partitions(workplace.catalog.config.source)
+    with dg.instance_for_test() as instance:
+
+        def run(partition: str) -> dg.ExecuteInProcessResult:
+            resources = {"pipeline": Pipeline(config_path=str(workplace.config))}
+            return dg.materialize([raw_events_asset(partitions)], instance=instance, resources=resources,
+                                  partition_key=partition, raise_on_error=False)  # fmt: skip
+
+        late = run("2025-01-26")
+        assert not late.success and instance.get_run_by_id(late.run_id).tags["notellm2/late"] == "true"  # type: ignore[union-attr]
+        (failure,) = late.get_step_failure_events()
+        assert "the week 2025-01-26 is not complete: the logs of 2025-01-26" in str(
+            failure.step_failure_data.user_failure_data
+        )
+        assert run("2025-01-19").success
+        painted = instance.get_materialized_partitions(dg.AssetKey("raw_events"))
+        assert painted == {"2025-01-05", "2025-01-12", "2025-01-19"}

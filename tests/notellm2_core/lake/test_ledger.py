@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,43 @@ def test_the_pointer_is_made_again_where_it_is_missing_or_damaged(tmp_path: Path
     ledger.pointer.unlink()
     ledger.settle()
     assert _pointer(ledger)["release"] == "a"
+
+
+def test_a_rollback_goes_to_another_model(tmp_path: Path) -> None:
+    """The last champion has two releases, of two reports."""
+    ledger = Ledger(tmp_path, "x")
+    _decide(ledger, "promoted", "a", model="m1")
+    _decide(ledger, "promoted", "b", model="m2")
+    _decide(ledger, "promoted", "c", model="m2")
+    assert ledger.state().previous == "a"
+
+
+def test_the_anchor_is_changed_in_steps(tmp_path: Path) -> None:
+    """Every third week; it and the next one are known long before."""
+    ledger = Ledger(tmp_path, "x")
+    anchors = []
+    for n in range(10):
+        _decide(ledger, "promoted", f"r{n}", str(date(2025, 1, 5) + timedelta(weeks=n)))
+        anchors.append(ledger.state().anchors(3))
+    assert anchors[:4] == [("r0", "r0")] * 3 + [("r0", "r3")]
+    assert anchors[5:8] == [("r0", "r3"), ("r3", "r6"), ("r3", "r6")] and anchors[9] == ("r6", "r9")
+
+
+def test_what_was_decided_meanwhile_is_not_overruled(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, "x")
+    seen = ledger.state()
+    _decide(ledger, "banned", "a")
+    with pytest.raises(LedgerError, match="something else was decided about release a meanwhile"):
+        _decide(ledger, "promoted", "a", seen=seen)
+    assert ledger.state().is_banned("a", "model of a")
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(tmp_path, "x")
+    _decide(ledger, "promoted", "a")
+    before, write = ledger.file.read_bytes(), os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:20]))
+        with pytest.raises(OSError, match="no space left on the disk for the decision"):
+            _decide(ledger, "promoted", "b")
+    assert ledger.file.read_bytes() == before and _pointer(ledger)["release"] == "a"

@@ -53,6 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.code == 200:
             self.server.posts.append((self.headers, body))
         self.send_response(self.server.code)
+        self.send_header("Location", self.server.url)
         self.end_headers()
 
     def log_message(self, *_: Any) -> None:
@@ -80,7 +81,7 @@ def test_a_message_is_made_of_the_figures(tmp_path: Path) -> None:
     (refused,) = _ledger(tmp_path, "refused").state().decisions
     message = of_decision("demo", refused)
     assert message is not None and (message.id, message.event, message.is_alarm) == ("demo/decision/1", "refused", True)
-    assert message.title == "demo: release r0 of the week 2025-01-19 is refused, the champion stays"
+    assert message.title == "demo: release r0 of the week 2025-01-19 is refused; the champion stays"
     assert message.text == "It lost. R@10: challenger 41.2, champion 47.0. By weekly_retrain."
 
 
@@ -132,6 +133,13 @@ def test_what_a_receiver_did_not_take_is_sent_again_in_order(hook: Hook, tmp_pat
     assert failure == f"a to {hook.url}: Internal Server Error" and (hook.ids, other) == ([], ["a", "b"])
     hook.code = 200
     assert outbox.send(_messages("a", "b"), to) == [] and (hook.ids, other) == (["a", "b"], ["a", "b"])
+
+
+def test_a_redirect_is_no_delivery(hook: Hook) -> None:
+    """It would be followed without the message."""
+    hook.code = 301
+    with pytest.raises(NotDelivered, match="Moved"):
+        receivers(MessageSettings(webhook=hook.url))[hook.url](_messages("a")[0])
 
 
 def test_a_dead_receiver_and_a_missing_library_are_failures() -> None:

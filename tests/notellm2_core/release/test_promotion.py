@@ -50,16 +50,25 @@ def test_a_release_is_decided_on_once(tmp_path: Path) -> None:
 def test_a_release_of_an_earlier_week_is_measured_and_never_promoted(tmp_path: Path) -> None:
     lake = Lake(tmp_path)
     backfill = _decide(lake, _publish(lake, "aaaa1111"), newest="2025-01-19")
-    assert backfill.action == "measured" and "of the week 2025-01-05, and the newest is 2025-01-19" in backfill.why
+    assert (
+        backfill.action == "measured"
+        and "of the week 2025-01-05, and the newest complete one is 2025-01-19" in backfill.why
+    )
     _decide(lake, _publish(lake, "cccc3333"))
     older = _decide(lake, _publish(lake, "bbbb2222"), newest="2025-01-12")  # than the champion
     assert older.action == "measured" and _ledger(tmp_path).state().champion == "cccc3333"
 
 
+def test_a_week_that_is_not_complete_is_measured(tmp_path: Path) -> None:
+    lake = Lake(tmp_path)
+    early = _decide(lake, _publish(lake, "bbbb2222"), newest="2025-01-05")
+    assert early.action == "measured" and "the newest complete one is 2025-01-05" in early.why
+
+
 def test_with_approval_a_release_waits_for_a_person(tmp_path: Path) -> None:
     lake = Lake(tmp_path)
     waiting = _decide(lake, _publish(lake, "aaaa1111"), APPROVE)
-    assert waiting.action == "waiting" and "notellm2 release promote aaaa1111" in waiting.why
+    assert waiting.action == "waiting" and "`notellm2 release promote aaaa1111` makes it live" in waiting.why
     assert _ledger(tmp_path).state().champion is None
     promoted = promote(lake, _ledger(lake.root), "aaaa")
     assert promoted.action == "promoted" and "@" in promoted.by and _ledger(tmp_path).state().champion == "aaaa1111"
@@ -119,29 +128,32 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     lake = Lake(tmp_path)
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY.read_text() + f"\nlake: {tmp_path}\n")
-    release = ["release", "--config", str(config)]
-    main([*release, "list"])
+
+    def release(*arguments: str) -> None:
+        main(["release", *arguments, "--config", str(config)])
+
+    release("list")
     assert capsys.readouterr().out == f"{tmp_path}/promotion/tiny names no release yet.\n"
     _decide(lake, _publish(lake, "aaaa1111"))
     _decide(lake, _publish(lake, "bbbb2222", "refused"))
-    main([*release, "promote", "bbbb", "--force", "--why", "We looked."])
+    release("promote", "bbbb", "--force", "--why", "We looked.")
     assert capsys.readouterr().out == "bbbb2222: promoted. We looked.\n"
-    main([*release, "list"])
+    release("list")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[:3]] == [
         ["release", "week", "verdict", "status"],
         ["bbbb2222", "2025-01-12", "refused", "live"],
         ["aaaa1111", "2025-01-05", "passed", "previous"],
     ]
-    main([*release, "rollback", "--why", "We looked again."])
-    main([*release, "allow", "bbbb2222", "--why", "Mended."])
+    release("rollback", "--why", "We looked again.")
+    release("allow", "bbbb2222", "--why", "Mended.")
     capsys.readouterr()
-    main([*release, "show", "bbbb2222"])
+    release("show", "bbbb2222")
     shown = json.loads(capsys.readouterr().out)
     assert shown["status"] == "previous" and [d["action"] for d in shown["decisions"]] == [
         "refused", "promoted", "allowed"
     ]  # fmt: skip
     config.write_text(TINY.read_text() + f"\nlake: {tmp_path / 'nowhere'}\n")
     with pytest.raises(SystemExit):
-        main([*release, "list"])
+        release("list")
     assert f"{tmp_path / 'nowhere'}, the lake of tiny, does not exist" in capsys.readouterr().err

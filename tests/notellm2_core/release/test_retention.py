@@ -50,27 +50,27 @@ def _left(lake: Lake, name: str) -> list[str]:
 
 def test_only_what_a_kept_release_needs_stays(lake: Lake) -> None:
     before = lake_bytes(lake)
-    swept = sweep_lake(lake, keep_releases=1, anchor_weeks=2, grace=NOW)
+    swept = sweep_lake(lake, "demo", keep_releases=1, anchor_weeks=2, grace=NOW)
     assert _left(lake, "release") == ["r2", "r3", "r4"]  # anchor, previous, champion
     assert _left(lake, "checkpoint") == ["c2", "c3", "c4"] and _left(lake, "raw_events") == ["e2", "e3", "e4"]
     assert _left(lake, "ingestion") == [f"i{n}" for n in range(5)]  # the log of the last week holds them all
     assert _left(lake, "log_partition") == [f"p{n}" for n in range(5)]
     assert swept.num_datasets == 6 and swept.lake_bytes == lake_bytes(lake) < before
     assert swept.removed_bytes == before - swept.lake_bytes
-    assert sweep_lake(lake, 1, 2, NOW).num_datasets == 0
+    assert sweep_lake(lake, "demo", 1, 2, NOW).num_datasets == 0
 
 
 def test_the_present_run_young_datasets_and_other_configurations_stay(lake: Lake) -> None:
-    assert sweep_lake(lake, 1, 2, timedelta(days=1)).num_datasets == 0
+    assert sweep_lake(lake, "demo", 1, 2, timedelta(days=1)).num_datasets == 0
     Ledger(lake.root, "another").decide("refused", "r0", "c0", "2025-01-05", "It lost.")
-    sweep_lake(lake, 1, 2, NOW, present=[("checkpoint", "c1")])
+    sweep_lake(lake, "demo", 1, 2, NOW, present=[("checkpoint", "c1")])
     assert _left(lake, "release") == ["r0", "r2", "r3", "r4"] and "c1" in _left(lake, "checkpoint")
 
 
 def test_a_log_that_no_kept_release_read_takes_its_copies_along(lake: Lake) -> None:
     _publish(lake, "ingestion", "old", {}, {"part.txt": "gone from the source"})
     _publish(lake, "log_partition", "old", {}, {"x.txt": "x"}, files=["another checksum"])
-    sweep_lake(lake, 1, 2, NOW)
+    sweep_lake(lake, "demo", 1, 2, NOW)
     assert "old" not in [*_left(lake, "ingestion"), *_left(lake, "log_partition")]
 
 
@@ -79,13 +79,13 @@ def test_unfinished_work_of_what_nothing_needs_goes(lake: Lake) -> None:
         folder = lake.root / ".work" / "checkpoint" / key / "checkpoints"
         folder.mkdir(parents=True)
         (folder / "step-5").write_text("x")
-    assert sweep_lake(lake, 1, 2, NOW).num_work_folders == 1
+    assert sweep_lake(lake, "demo", 1, 2, NOW).num_work_folders == 1
     assert _left(lake, ".work/checkpoint") == ["c4"]
 
 
 def test_a_file_that_is_open_stays_readable(lake: Lake) -> None:
     with (lake.path("checkpoint", "c0") / "weights").open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        sweep_lake(lake, 1, 2, NOW)
+        sweep_lake(lake, "demo", 1, 2, NOW)
         assert not lake.path("checkpoint", "c0").exists() and mapped[:3] == b"000"
         mapped.close()

@@ -35,7 +35,7 @@ def test_it_starts_with_the_weights_of_the_trained_model(world: World, tmp_path:
     summary = json.loads((out / "training.json").read_text())
     assert summary["start"] == {"release": "r1", "weeks": ["2025-01-05", "2025-01-12"]}
     assert (
-        "Trained on from release r1, which had seen the weeks 2025-01-05, 2025-01-12."
+        "Trained on from release r1, whose lineage trained on the weeks 2025-01-05, 2025-01-12."
         in (out / "README.md").read_text()
     )
 
