@@ -50,15 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     package.add_argument("--license", help="licence of the weights, in the hub's spelling; default: model.license")
     package.set_defaults(run=_package)
 
-    index = commands.add_parser("index", help="build or search a FAISS index")
-    index_commands = index.add_subparsers(required=True, metavar="build|search")
-    build = index_commands.add_parser("build", help="build an index of embeddings")
-    build.add_argument("--embeddings", type=Path, required=True)
-    build.add_argument("--out", type=Path, required=True)
-    add_options(build, IndexSettings, *IndexSettings.model_fields)
-    build.set_defaults(run=_index_build)
-    _add_index_search(index_commands.add_parser("search", help="print the nearest notes of a note, as JSON"))
-
+    _add_index_commands(commands.add_parser("index", help="build or search a FAISS index"))
     add_release_commands(commands.add_parser("release", help="list, promote or roll back releases"))
 
     evaluate = commands.add_parser("evaluate", help="print the exact metrics of pairs or qrels, as JSON")
@@ -143,6 +135,16 @@ def _index_build(options: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     print(json.dumps(built))
+
+
+def _add_index_commands(index: argparse.ArgumentParser) -> None:
+    commands = index.add_subparsers(required=True, metavar="build|search")
+    build = commands.add_parser("build", help="build an index of embeddings")
+    build.add_argument("--embeddings", type=Path, required=True)
+    build.add_argument("--out", type=Path, required=True)
+    add_options(build, IndexSettings, *IndexSettings.model_fields)
+    build.set_defaults(run=_index_build)
+    _add_index_search(commands.add_parser("search", help="print the nearest notes of a note, as JSON"))
 
 
 def _add_index_search(search: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ class MessageSettings(Section):
         None,
         pattern=r"^https?://",
         description="Address that each message is posted to, as JSON. NOTELLM2_WEBHOOK_SECRET in the environment signs "
-        "it. null: none is posted.",
+        "it. null: nothing is posted.",
     )
     apprise: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (),

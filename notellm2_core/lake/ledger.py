@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from notellm2_core.runtime.files import sync, write_atomically
@@ -42,6 +42,14 @@ REIGNS = ("promoted", "rolled_back")  # decisions that change the champion
 
 class LedgerError(ValueError):
     """The ledger is damaged, or does not allow this decision."""
+
+
+class Subject(NamedTuple):
+    """The release that a decision is about."""
+
+    release: str  # its id
+    model: str  # the fingerprint of its checkpoint
+    week: str  # the first day of the last week of its window
 
 
 @dataclass(frozen=True)
@@ -178,14 +186,11 @@ class Ledger:
     def decide(
         self,
         action: Action,
-        release: str,
-        model: str,
-        week: str,
+        subject: Subject,
         why: str,
         by: str | None = None,
         figures: Mapping[str, Any] | None = None,
         seen: State | None = None,
-        now: datetime | None = None,
     ) -> Decision:
         """Append a decision, and bring the pointer up to date. Returns the decision.
 
@@ -193,6 +198,7 @@ class Ledger:
         this release and its model, has changed since: of two promotions at once, one wins. `by`: who decided; None: the
         current user and host.
         """
+        release, model, week = subject
         with self._locked():
             state = self.state()
             if seen is not None and seen.champion != state.champion:
@@ -210,7 +216,7 @@ class Ledger:
                 )
             decision = Decision(
                 number=state.number + 1,
-                time=(now or datetime.now(UTC)).isoformat(timespec="seconds"),
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
                 action=action,
                 release=release,
                 model=model,

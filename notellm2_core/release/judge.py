@@ -18,6 +18,7 @@ from notellm2_core.config.baselines import BASELINES
 from notellm2_core.config.promotion import GateSettings
 from notellm2_core.config.settings import Config
 from notellm2_core.embeddings.table import read_embeddings
+from notellm2_core.evaluation.recall import Ranks
 from notellm2_core.evaluation.slices import SLICES
 from notellm2_core.lake.catalog import ANCHOR, CHAMPION
 from notellm2_core.release.comparison import compare, hits
@@ -63,15 +64,16 @@ def judge(candidate: Candidate, config: Config, out: Path) -> dict[str, Any]:
     test = TestSet.read(candidate.pairs, candidate.notes, trained, config, candidate.model)
     ours = candidate.embeddings / "multimodal"
     lift = image_lift(test, candidate.embeddings / "image", k)
-    measured = {role: test.measure(ours, folder / "multimodal", k) for role, folder in candidate.rivals.items()}
+    ranks = test.ranks(ours)
+    measured = {role: test.measure(ranks, folder / "multimodal", k) for role, folder in candidate.rivals.items()}
     gates = [*recall_gates(measured, settings, k)]
     if CHAMPION not in measured:
-        gates.insert(0, first_gate(test, ours, k))
+        gates.insert(0, first_gate(ranks, k))
     gates += [image_gate(lift, candidate.past_lifts), *model_gates(candidate, config, ours)]
     verdict = Verdict(tuple(gates))
     figures = {
         "k": k,
-        "recalls": recalls(test, ours, measured, k) | best_baseline(candidate.report, k),
+        "recalls": recalls(ranks, measured, k) | best_baseline(candidate.report, k),
         "image_lift": lift,
         "num_pairs": len(test.pairs),
         "num_left_out": test.num_left_out,
@@ -83,12 +85,12 @@ def judge(candidate: Candidate, config: Config, out: Path) -> dict[str, Any]:
     return {"outcome": verdict.outcome, "why": verdict.why, **figures}
 
 
-def recalls(test: TestSet, embeddings: Path, measured: Mapping[str, Measured], k: int) -> dict[str, float]:
+def recalls(ranks: Ranks, measured: Mapping[str, Measured], k: int) -> dict[str, float]:
     """Recall in percent on all pairs that count, of the challenger and its rivals."""
-    if not len(test.pairs):
+    if not len(ranks.higher):
         return {}
     found = {role: 100 * float(pair.rival.mean()) for role, pair in measured.items()}
-    return {"challenger": 100 * float(hits(test.ranks(embeddings), k).mean()), **found}
+    return {"challenger": 100 * float(hits(ranks, k).mean()), **found}
 
 
 def best_baseline(report: Path, k: int) -> dict[str, float]:
@@ -114,11 +116,8 @@ def recall_gates(measured: Mapping[str, Measured], settings: GateSettings, k: in
     return gates
 
 
-def first_gate(test: TestSet, embeddings: Path, k: int) -> Gate:
+def first_gate(ranks: Ranks, k: int) -> Gate:
     """A first release has no champion to be compared with: it has to be better than chance."""
-    if not len(test.pairs):
-        return Gate("recall_of_chance", "undecided", "There are no test pairs to measure a first release on.")
-    ranks = test.ranks(embeddings)
     if (num_queries := len(np.unique(ranks.queries))) < _MIN_FIRST_QUERIES:
         why = f"{num_queries} queries are too few to tell a first release from chance (at least {_MIN_FIRST_QUERIES})."
         return Gate("recall_of_chance", "undecided", why, {"queries": num_queries})

@@ -52,10 +52,9 @@ class TestSet:
         pool = Embeddings(self.pool_ids, table.vectors[table.rows(self.pool_ids)], embeddings)
         return target_ranks(table, pool, self.pairs)
 
-    def measure(self, challenger: Path, rival: Path, k: int) -> Measured:
-        """The hits of two models, by the folders of their embeddings."""
-        ours, theirs = self.ranks(challenger), self.ranks(rival)
-        return Measured(hits(ours, k), hits(theirs, k), ours.queries, self.slices)
+    def measure(self, challenger: Ranks, rival: Path, k: int) -> Measured:
+        """The hits of two models: the ranks of one, and the folder of the other's embeddings."""
+        return Measured(hits(challenger, k), hits(self.ranks(rival), k), challenger.queries, self.slices)
 
 
 def trained_note_ids(pairs: Path) -> set[str]:

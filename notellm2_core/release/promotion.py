@@ -6,7 +6,7 @@ from typing import Any
 
 from notellm2_core.config.promotion import PromotionSettings
 from notellm2_core.lake.lake import Lake
-from notellm2_core.lake.ledger import Action, Decision, Ledger, LedgerError, State
+from notellm2_core.lake.ledger import Action, Decision, Ledger, LedgerError, State, Subject
 from notellm2_core.release.release import Release, open_release
 
 WEEKLY = "weekly_retrain"  # who decides where nobody does
@@ -101,4 +101,4 @@ def ban(lake: Lake, ledger: Ledger, release_id: str, why: str, lift: bool = Fals
 
 def _append(ledger: Ledger, action: Action, release: Release, why: str, by: str | None, seen: State | None) -> Decision:
     figures: dict[str, Any] = {"outcome": release.verdict["outcome"], **release.verdict["figures"]}
-    return ledger.decide(action, release.id, release.model, release.week, why, by, figures, seen)
+    return ledger.decide(action, Subject(release.id, release.model, release.week), why, by, figures, seen)

@@ -100,7 +100,7 @@ def _is_of(settings: Mapping[str, Any], checksums: set[str]) -> bool:
 
 
 def _sweep_work(lake: Lake, needed: set[Address], oldest: float) -> int:
-    """Remove the unfinished work of datasets that nothing needs: checkpoints of a training run that was given up."""
+    """Remove the unfinished work of datasets that nothing needs: checkpoints of an abandoned training run."""
     removed = 0
     for name in STAGES:
         folder = lake.root / WORK_FOLDER / name

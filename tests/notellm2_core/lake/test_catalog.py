@@ -10,6 +10,7 @@ from notellm2_core.config.docs import sections, settings
 from notellm2_core.config.load import load_config
 from notellm2_core.config.settings import Config
 from notellm2_core.lake.catalog import Catalog, MissingDataset
+from notellm2_core.lake.ledger import Subject
 from notellm2_core.lake.lineage import STAGES
 from notellm2_core.lake.window import first_day_of_week, last_complete_week_end
 
@@ -233,7 +234,7 @@ def test_datasets_under_earlier_names_are_reported_in_one_sentence(tmp_path: Pat
 
 def _promote(catalog: Catalog, release: str, week: str, model: str = "", lift: float = 3.0) -> None:
     catalog.lake.path("release", release).mkdir(parents=True, exist_ok=True)
-    catalog.ledger.decide("promoted", release, model or release, week, "", figures={"image_lift": lift})
+    catalog.ledger.decide("promoted", Subject(release, model or release, week), "", figures={"image_lift": lift})
 
 
 def test_rivals_and_the_start_are_those_of_the_run_and_of_earlier_weeks(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from notellm2_core.lake.ledger import Ledger, LedgerError
+from notellm2_core.lake.ledger import Ledger, LedgerError, Subject
 
 
 def _decide(ledger: Ledger, action: Any, release: str, week: str = "2025-01-05", model: str = "", **more: Any) -> None:
-    ledger.decide(action, release, model or f"model of {release}", week, f"{action} {release}", **more)
+    ledger.decide(action, Subject(release, model or f"model of {release}", week), f"{action} {release}", **more)
 
 
 def _pointer(ledger: Ledger) -> dict[str, Any]:

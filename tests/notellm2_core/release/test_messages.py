@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from notellm2_core.config.messages import MessageSettings
-from notellm2_core.lake.ledger import Ledger
+from notellm2_core.lake.ledger import Ledger, Subject
 from notellm2_core.release.messages import (
     SECRET,
     Message,
@@ -73,7 +73,7 @@ def hook() -> Iterator[Hook]:
 def _ledger(folder: Path, *actions: str) -> Ledger:
     ledger = Ledger(folder, "demo")
     for n, action in enumerate(actions):
-        ledger.decide(action, f"r{n}", f"m{n}", "2025-01-19", "It lost.", "weekly_retrain", FIGURES)  # type: ignore[arg-type]
+        ledger.decide(action, Subject(f"r{n}", f"m{n}", "2025-01-19"), "It lost.", "weekly_retrain", FIGURES)  # type: ignore[arg-type]
     return ledger
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from notellm2_core.lake.ledger import Ledger
+from notellm2_core.lake.ledger import Ledger, Subject
 from notellm2_core.release.mirror import mirror
 
 pytestmark = pytest.mark.slow
@@ -24,11 +24,11 @@ def test_versions_and_aliases_follow_the_ledger(tmp_path: Path) -> None:
 
     mirror(uri, "demo", ledger.state(), anchor_weeks=1)  # nothing is live yet
     for release, week in (("a", "2025-01-05"), ("b", "2025-01-12"), ("c", "2025-01-19")):
-        ledger.decide("promoted", release, f"m{release}", week, "It passed.")
+        ledger.decide("promoted", Subject(release, f"m{release}", week), "It passed.")
     assert aliases() == {"champion": "c", "previous": "b", "anchor": "b"}  # three at once, as after an outage
     assert aliases() == {"champion": "c", "previous": "b", "anchor": "b"}
-    ledger.decide("rolled_back", "a", "ma", "2025-01-05", "Users complained.")
-    ledger.decide("banned", "b", "mb", "2025-01-12", "Likewise.")
+    ledger.decide("rolled_back", Subject("a", "ma", "2025-01-05"), "Users complained.")
+    ledger.decide("banned", Subject("b", "mb", "2025-01-12"), "Likewise.")
     assert aliases() == {"champion": "a", "anchor": "a"}  # none to go back to
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     sources = sorted(v.source for v in client.search_model_versions("name = 'demo'"))

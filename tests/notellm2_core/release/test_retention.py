@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from notellm2_core.lake.lake import Lake
-from notellm2_core.lake.ledger import Ledger
+from notellm2_core.lake.ledger import Ledger, Subject
 from notellm2_core.release.retention import lake_bytes, sweep_lake
 
 NOW = timedelta(0)
@@ -20,7 +20,7 @@ def lake(tmp_path: Path) -> Lake:
     ledger = Ledger(tmp_path, "demo")
     for n in range(5):
         _week(lake, f"{n}")
-        ledger.decide("promoted", f"r{n}", f"c{n}", str(date(2025, 1, 5) + timedelta(weeks=n)), "It passed.")
+        ledger.decide("promoted", Subject(f"r{n}", f"c{n}", str(date(2025, 1, 5) + timedelta(weeks=n))), "It passed.")
     return lake
 
 
@@ -62,7 +62,7 @@ def test_only_what_a_kept_release_needs_stays(lake: Lake) -> None:
 
 def test_the_present_run_young_datasets_and_other_configurations_stay(lake: Lake) -> None:
     assert sweep_lake(lake, "demo", 1, 2, timedelta(days=1)).num_datasets == 0
-    Ledger(lake.root, "another").decide("refused", "r0", "c0", "2025-01-05", "It lost.")
+    Ledger(lake.root, "another").decide("refused", Subject("r0", "c0", "2025-01-05"), "It lost.")
     sweep_lake(lake, "demo", 1, 2, NOW, present=[("checkpoint", "c1")])
     assert _left(lake, "release") == ["r0", "r2", "r3", "r4"] and "c1" in _left(lake, "checkpoint")
 
