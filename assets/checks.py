@@ -14,6 +14,9 @@ from assets.resources.pipeline import Pipeline, user_errors
 from assets.resources.steps import Metrics
 from notellm2_core.check.verdicts import Verdict, dropped_share, undated_share, unusable_images
 from notellm2_core.config.data import CheckSettings
+from notellm2_core.config.drift import DATA_GATES
+from notellm2_core.lake.catalog import NOTES_PROFILE
+from notellm2_core.release.drift import data_gates
 from notellm2_core.release.verdict import GATES, VERDICT_FILE
 from notellm2_core.runtime.nested import flatten
 
@@ -54,6 +57,20 @@ def _check(asset: str, judge: Callable[[Metrics, CheckSettings], Verdict]) -> dg
 
 
 @dg.multi_asset_check(
+    name="drift",
+    specs=[dg.AssetCheckSpec(name, asset="data_profile", description=text, blocking=True)
+           for name, text in DATA_GATES.items()],
+)  # fmt: skip
+def drift(pipeline: Pipeline) -> Iterator[dg.AssetCheckResult]:
+    """Stop the run before the training where the data are unlike their past. The verdict asks the same again."""
+    catalog = pipeline.catalog()
+    with user_errors():
+        profile, past = catalog.dataset("data_profile").manifest.metrics, catalog.past(NOTES_PROFILE)
+    for gate in data_gates(profile, past, catalog.config.checks.accepted_drift):
+        yield _shown("data_profile", gate.name, gate.outcome, gate.why, gate.figures)
+
+
+@dg.multi_asset_check(
     name="gates", specs=[dg.AssetCheckSpec(name, asset="verdict", description=text) for name, text in GATES.items()]
 )
 def gates(pipeline: Pipeline) -> Iterator[dg.AssetCheckResult]:
@@ -63,16 +80,20 @@ def gates(pipeline: Pipeline) -> Iterator[dg.AssetCheckResult]:
     by_name = {gate["name"]: gate for gate in shown}
     for name in GATES:
         gate = by_name.get(name, {"outcome": "passed", "why": "This gate has nothing to judge.", "figures": {}})
-        figures = {key: value for key, value in flatten(gate["figures"]).items() if isinstance(value, int | float)}
-        is_refusal = gate["outcome"] == "refused"
-        yield dg.AssetCheckResult(
-            asset_key="verdict",
-            check_name=name,
-            passed=gate["outcome"] == "passed",
-            severity=dg.AssetCheckSeverity.ERROR if is_refusal else dg.AssetCheckSeverity.WARN,
-            description=gate["why"],
-            metadata={"outcome": gate["outcome"], **figures},
-        )
+        yield _shown("verdict", name, gate["outcome"], gate["why"], gate["figures"])
+
+
+def _shown(asset: str, gate: str, outcome: str, why: str, figures: Metrics) -> dg.AssetCheckResult:
+    """A gate as the result of a check."""
+    numbers = {key: value for key, value in flatten(figures).items() if isinstance(value, int | float)}
+    return dg.AssetCheckResult(
+        asset_key=asset,
+        check_name=gate,
+        passed=outcome == "passed",
+        severity=dg.AssetCheckSeverity.ERROR if outcome == "refused" else dg.AssetCheckSeverity.WARN,
+        description=why,
+        metadata={"outcome": outcome, **numbers},
+    )
 
 
 CHECKS = [
@@ -82,6 +103,7 @@ CHECKS = [
     _check("vision_features", unusable_images),
     _check("pair_datasets", no_leakage),
     _check("pair_datasets", enough_pairs),
+    drift,
     _check("checkpoint", finite_loss),
     gates,
 ]

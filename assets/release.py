@@ -13,7 +13,7 @@ from assets.resources.export import MULTIMODAL
 from assets.resources.metadata import image_markdown, table
 from assets.resources.pipeline import user_errors
 from assets.resources.steps import GPU, PROCESS, Machine, Metrics, Step, dataset
-from notellm2_core.lake.catalog import Catalog
+from notellm2_core.lake.catalog import IMAGE_LIFT, NOTES_PROFILE, Catalog
 from notellm2_core.lake.ledger import State
 from notellm2_core.lake.lineage import STAGES
 from notellm2_core.lake.window import first_day_of_week
@@ -64,7 +64,8 @@ def verdict(step: Step) -> Metrics:
         report=step.path("eval_recall"),
         rivals={role: step.path("rival_embeddings", release_id) for role, release_id in rivals.items()},
         trained=frozenset().union(*(release.trained_notes() for release in known)),
-        past_lifts=step.catalog.past_lifts,
+        past_lifts=step.catalog.past(IMAGE_LIFT),
+        past_notes=step.catalog.past(NOTES_PROFILE),
         metrics={name: upstream.manifest.metrics for name, upstream in step.inputs.items()},
     )
     return judge(candidate, step.config, step.out)

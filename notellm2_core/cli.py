@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from notellm2_core.config.options import add_options, settings_from
@@ -53,6 +54,11 @@ def main(arguments: list[str] | None = None) -> None:
     _add_index_commands(commands.add_parser("index", help="build or search a FAISS index"))
     add_release_commands(commands.add_parser("release", help="list, promote or roll back releases"))
 
+    simulate = commands.add_parser("simulate", help="run simulated weeks whose truth is known")
+    simulate.add_argument("what", choices=["weeks"])
+    simulate.add_argument("arguments", nargs=argparse.REMAINDER, help="see `notellm2 simulate weeks --help`")
+    simulate.set_defaults(run=_simulate)
+
     evaluate = commands.add_parser("evaluate", help="print the exact metrics of pairs or qrels, as JSON")
     evaluate.add_argument("--embeddings", type=Path, required=True)
     evaluate.add_argument("--pairs", type=Path, required=True, help="a table, or qrels of TREC or BEIR")
@@ -97,6 +103,12 @@ def _describe(options: argparse.Namespace) -> None:
     from notellm2_core.model.describe import describe
 
     print(json.dumps(describe(load_config(options.config)), indent=1))
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    """The simulation runs the graph, which this package knows nothing of: it is found by its entry point."""
+    (simulation,) = entry_points(group="notellm2.simulate", name=options.what)
+    sys.exit(simulation.load()(options.arguments))
 
 
 def _embed(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from datetime import UTC, date, datetime, timedelta
 
 import dagster as dg
 
-from assets.resources.steps import CONFIG_TAG, WEEK_TAG, failure_of
+from assets.resources.steps import CONFIG_TAG, WEEK_TAG, why_failed
 from notellm2_core.config.load import config_in_force
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.window import first_day_of_week
@@ -66,9 +66,10 @@ def _messages(instance: dg.DagsterInstance, catalog: Catalog, now: datetime) -> 
 
 
 def _why(instance: dg.DagsterInstance, run_id: str) -> str:
-    """The first failed step of a run, in one sentence."""
-    records = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.STEP_FAILURE, limit=1).records
-    for record in records:
-        if (event := record.event_log_entry.dagster_event) is not None:
-            return failure_of(event)
+    """The first failed step of a run, or else the first check that stopped it, in one sentence."""
+    types = {dg.DagsterEventType.STEP_FAILURE, dg.DagsterEventType.ASSET_CHECK_EVALUATION}
+    records = instance.get_records_for_run(run_id, of_type=types).records
+    events = [event for record in records if (event := record.event_log_entry.dagster_event) is not None]
+    if (why := why_failed(events)) is not None:
+        return why
     return "No step reported why: the process of the run ended."

@@ -15,7 +15,7 @@ from dagster import DagsterEventType, DagsterInstance
 
 from assets.resources.commands import forked_commands
 from assets.resources.partitions import week_partition
-from assets.resources.steps import failure_of
+from assets.resources.steps import why_failed
 from notellm2_core.config.load import config_in_force, week_in_force
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.lake import LakeError
@@ -127,16 +127,7 @@ def _close_runs_of_the_dead(instance: DagsterInstance) -> None:
 
 def _why(result: dg.ExecuteInProcessResult) -> str:
     """The first failure of the run, in one sentence."""
-    for event in result.all_events:
-        if event.event_type == DagsterEventType.STEP_FAILURE:
-            return failure_of(event)
-    for event in result.all_events:
-        if event.event_type == DagsterEventType.ASSET_CHECK_EVALUATION:
-            check = event.asset_check_evaluation_data
-            if not check.passed and check.blocking:
-                metrics = ", ".join(f"{k} = {v.value}" for k, v in check.metadata.items())
-                return f"{check.asset_key.to_user_string()}: the check {check.check_name} failed ({metrics})"
-    return "the run failed, and no step reported why; see the log above"
+    return why_failed(result.all_events) or "the run failed, and no step reported why; see the log above"
 
 
 def _relative(path: Path) -> Path:

@@ -5,7 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import cached_property
@@ -25,6 +25,7 @@ _PRELOADED = ("notellm2_core.training.data.dataset", "notellm2_core.model.build"
 # Variables of a surrounding launcher: with them, a command would act as one of its ranks.
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FORKS: ContextVar["_Forks | None"] = ContextVar("forks", default=None)
+_STAND_INS: dict[str, Callable[[Sequence[str]], None]] = {}  # module -> the function that is called in its place
 
 
 class _Forks(ExitStack):
@@ -55,6 +56,17 @@ def import_ahead() -> None:
         _ = forks.server
 
 
+@contextmanager
+def stand_ins(functions: Mapping[str, Callable[[Sequence[str]], None]]) -> Iterator[None]:
+    """Inside, the commands `python -m MODULE arguments` of these modules are calls of functions: for simulations."""
+    _STAND_INS.update(functions)
+    try:
+        yield
+    finally:
+        for module in functions:
+            del _STAND_INS[module]
+
+
 def run_command(context: dg.AssetExecutionContext, command: Sequence[str], reports: bool = False) -> None:
     """Run `command` to its end in its own process group. reports: it sends messages to Dagster through Pipes.
 
@@ -63,6 +75,9 @@ def run_command(context: dg.AssetExecutionContext, command: Sequence[str], repor
     (`notellm2_core.runtime.errors`), and with the end of its output if it crashed.
     """
     context.log.info(f"running: {shlex.join(command)}")
+    if (module := next((part for part in command if part in _STAND_INS), None)) is not None:
+        _STAND_INS[module](command[command.index(module) + 1 :])
+        return
     with ExitStack() as stack:
         error_file = Path(stack.enter_context(TemporaryDirectory())) / "error.txt"
         env = {**_environment(), ERROR_FILE: str(error_file)}

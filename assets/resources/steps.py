@@ -105,11 +105,13 @@ def dataset(
     before: Hook | None = None,
     after: After | None = None,
     partitions: dg.PartitionsDefinition | None = None,
+    waits_for: Sequence[str] = (),
 ) -> Callable[[Make], dg.AssetsDefinition]:
     """Turn the function that makes a dataset into an asset of its name.
 
     show: metadata name -> .md, .png and .jpg files of the dataset. page: what the asset's page shows first, in place of
-    all metrics. before, after: run even if the dataset exists; after returns what the page shows first.
+    all metrics. before, after: run even if the dataset exists; after returns what the page shows first. waits_for:
+    assets whose checks stop this one, and that it does not read.
     """
 
     def decorate(make: Make) -> dg.AssetsDefinition:
@@ -119,7 +121,7 @@ def dataset(
             name=make.__name__,
             group_name=group,
             kinds=kinds,
-            deps=_deps(stage.inputs),
+            deps=_deps((*stage.inputs, *waits_for)),
             description=make.__doc__,
             code_version=str(stage.version),
             pool=on.pool,
@@ -218,8 +220,27 @@ def code_version() -> str:
     return f"{__version__}+{git.stdout.strip()}" if git.returncode == 0 else __version__
 
 
-def failure_of(event: dg.DagsterEvent) -> str:
-    """The step of a STEP_FAILURE, and its reason in one sentence."""
+def why_failed(events: Sequence[dg.DagsterEvent]) -> str | None:
+    """The first failed step of a run, or else the first check that stopped it, in one sentence; None: neither."""
+    for event in events:
+        if event.event_type == dg.DagsterEventType.STEP_FAILURE:
+            return _of_step(event)
+    for event in events:
+        if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+            check = event.asset_check_evaluation_data
+            if not check.passed and check.blocking:
+                return _of_check(check)
+    return None
+
+
+def _of_check(check: dg.AssetCheckEvaluation) -> str:
+    name = f"{check.asset_key.to_user_string()}: the check {check.check_name} failed"
+    if check.description:
+        return f"{name}: {check.description}"
+    return f"{name} ({', '.join(f'{key} = {value.value}' for key, value in check.metadata.items())})"
+
+
+def _of_step(event: dg.DagsterEvent) -> str:
     failure = event.step_failure_data
     description = failure.user_failure_data.description if failure.user_failure_data else None
     cause = failure.error.cause if failure.error else None

@@ -2,10 +2,11 @@
 
 import math
 from datetime import date
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from notellm2_core.config.drift import DATA_GATES, require_data_gate
 from notellm2_core.config.section import Section, is_null
 
 WordUnit = Literal["auto", "space", "character"]
@@ -144,7 +145,7 @@ class SplitSettings(HoldOutSettings):
 
 
 class CheckSettings(Section):
-    """Thresholds of the blocking asset checks, at which a run stops; `max_mean_cosine` is one of a release's gates."""
+    """When the data stop a run, by blocking asset checks; `max_mean_cosine` is a threshold of a release."""
 
     max_dropped_share: float = Field(
         0.2,
@@ -160,6 +161,13 @@ class CheckSettings(Section):
         gt=0,
         le=1,
         description="Largest mean cosine of random pairs of notes. Above it, the embeddings have collapsed.",
+    )
+    accepted_drift: tuple[
+        Annotated[str, AfterValidator(require_data_gate), Field(json_schema_extra={"enum": [*DATA_GATES]})], ...
+    ] = Field(
+        (),
+        description="Changes of the data that are meant: the gates that they would fail, such as `num_notes` after a "
+        "catalogue was cut in half.",
     )
 
 

@@ -29,6 +29,7 @@ from notellm2_core.tables.log import missing_days, partition_days
 from notellm2_core.tables.source import used_by
 
 CHAMPION, ANCHOR = "champion", "anchor"  # roles of releases that a new one is compared with
+IMAGE_LIFT, NOTES_PROFILE = "image_lift", "notes"  # figures of a verdict that later ones are compared with
 _OWN_NEGATIVES = "training.hard_negatives.file"
 
 
@@ -114,13 +115,12 @@ class Catalog:
             return None
         return self.state.before(str(self.window.last_week))
 
-    @property
-    def past_lifts(self) -> list[float]:
-        """`image_lift` of the last models that were promoted and are not banned, for the neglect alarm."""
+    def past(self, figure: str) -> list[Any]:
+        """A figure of the last models that were promoted and are not banned, to compare a new one with."""
         state = self.state.without(self.fingerprint("checkpoint"))
         promoted = [d for d in state.reigns if d.action == "promoted" and not state.is_banned(d.release, d.model)]
-        lifts = {d.model: d.figures.get("image_lift") for d in promoted[-self.config.promotion.anchor_weeks :]}
-        return [lift for lift in lifts.values() if lift is not None]
+        figures = {d.model: d.figures.get(figure) for d in promoted[-self.config.promotion.anchor_weeks :]}
+        return [value for value in figures.values() if value is not None]
 
     @cached_property
     def _seen(self) -> dict[str, Any]:
@@ -213,7 +213,7 @@ class Catalog:
         if name == "rival_embeddings":
             settings["rivals"] = self.rivals
         if name == "verdict":
-            settings["past_lifts"] = self.past_lifts
+            settings["past"] = {figure: self.past(figure) for figure in (IMAGE_LIFT, NOTES_PROFILE)}
         if name == "interactions":
             settings["window"] = [
                 str(d) for days in (self.window.train, self.window.test) for d in (days.start, days.end)

@@ -97,6 +97,7 @@ STAGES: Mapping[str, Stage] = {
     "note_split": Stage(("notes", "interactions", "vision_features"), settings_of("split", HoldOutSettings), version=3),
     "related_pairs": Stage(("cooccurrence", "note_split"), settings_of("pairs", FilterSettings), version=2),
     "pair_datasets": Stage(("related_pairs", "note_split"), ("split.validation_share",), version=2),
+    "data_profile": Stage(("raw_events", "interactions", "notes", "vision_features", "pair_datasets"), ()),
     "data_card": Stage(
         ("raw_events", "notes", "interactions", "cooccurrence", "related_pairs", "pair_datasets"), ("text.word_unit",),
         version=3,
@@ -131,10 +132,11 @@ STAGES: Mapping[str, Stage] = {
     "rival_embeddings": Stage(("notes", "vision_features", "pair_datasets"), (*_EXPORT, "training.precision")),
     "canary": Stage(("checkpoint", "faiss_index", "note_embeddings", "pair_datasets", "notes"), ()),
     "verdict": Stage(
-        ("notes", "pair_datasets", "checkpoint", "note_embeddings", "faiss_index", "eval_recall", "rival_embeddings",
-         "canary"),
+        ("notes", "pair_datasets", "data_profile", "checkpoint", "note_embeddings", "faiss_index", "eval_recall",
+         "rival_embeddings", "canary"),
         (*settings_of("promotion", GateSettings), *settings_of("text", LengthSettings), "evaluation.ks",
-         "checks.max_mean_cosine"),
+         "checks.max_mean_cosine", "checks.accepted_drift"),
+        version=2,
     ),
     "release": Stage(
         ("checkpoint", "note_embeddings", "faiss_index", "eval_recall", "pair_datasets", "verdict", "canary"), ()

@@ -1,7 +1,8 @@
 """Judges a new model: measures it beside its rivals, asks every gate, and writes the verdict as JSON, table and plot.
 
 The gates, in this order: the recall beside the champion (or, for a first release, beside chance) and beside the anchor;
-whether the image is used; whether the model learned, and its vectors are spread; the index; leakage; the canary.
+whether the image is used; whether the model learned, and its vectors are spread; the index; leakage; the canary; and
+the gates of the data, which a run passes before the training unless somebody leaves their checks out.
 """
 
 import io
@@ -20,8 +21,9 @@ from notellm2_core.config.settings import Config
 from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.evaluation.recall import Ranks
 from notellm2_core.evaluation.slices import SLICES
-from notellm2_core.lake.catalog import ANCHOR, CHAMPION
+from notellm2_core.lake.catalog import ANCHOR, CHAMPION, IMAGE_LIFT, NOTES_PROFILE
 from notellm2_core.release.comparison import compare, hits
+from notellm2_core.release.drift import data_gates
 from notellm2_core.release.measure import TestSet, effective_rank, trained_note_ids
 from notellm2_core.release.verdict import (
     ALL,
@@ -54,6 +56,7 @@ class Candidate:
     rivals: Mapping[str, Path]  # role -> folder of its embeddings of this week's pool
     trained: frozenset[str]  # notes that a lineage of the rivals, or of the model's own predecessors, has trained on
     past_lifts: Sequence[float]  # of the image-only recall, of the champions so far
+    past_notes: Sequence[Metrics]  # the profiles of their notes
     metrics: Mapping[str, Metrics]  # of the datasets, by name
 
 
@@ -70,11 +73,14 @@ def judge(candidate: Candidate, config: Config, out: Path) -> dict[str, Any]:
     if CHAMPION not in measured:
         gates.insert(0, first_gate(ranks, k))
     gates += [image_gate(lift, candidate.past_lifts), *model_gates(candidate, config, ours)]
+    profile = candidate.metrics["data_profile"]
+    gates += data_gates(profile, candidate.past_notes, config.checks.accepted_drift)
     verdict = Verdict(tuple(gates))
     figures = {
         "k": k,
         "recalls": recalls(ranks, measured, k) | best_baseline(candidate.report, k),
-        "image_lift": lift,
+        IMAGE_LIFT: lift,
+        NOTES_PROFILE: profile["notes"],
         "num_pairs": len(test.pairs),
         "num_left_out": test.num_left_out,
     }

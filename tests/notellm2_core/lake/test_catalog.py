@@ -247,7 +247,7 @@ def test_rivals_and_the_start_are_those_of_the_run_and_of_earlier_weeks(tmp_path
     _promote(running, "first", "2025-01-12", lift=2.0)
     _promote(running, "second", "2025-01-19", lift=4.0)
     now = _catalog(tmp_path)
-    assert now.rivals == {"champion": "second", "anchor": "first"} and now.past_lifts == [2.0, 4.0]
+    assert now.rivals == {"champion": "second", "anchor": "first"} and now.past("image_lift") == [2.0, 4.0]
     assert now.fingerprint("checkpoint") == cold_checkpoint and "start" not in now.settings("checkpoint")
     assert Catalog(now.config, run_id="r").rivals == {}  # the run sees the ledger as it was
     assert _catalog(tmp_path, **warm).start == "first"  # of an earlier week

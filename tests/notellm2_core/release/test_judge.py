@@ -25,7 +25,14 @@ GOOD: dict[str, dict[str, Any]] = {
     "faiss_index": {"recall": {"10": 99.0}, "search_k": 10, "target_recall": 0.95},
     "pair_datasets": {"leakage": {"notes": 0, "pairs": 0}},
     "canary": {"queries": 20, "failed": None},
-}
+    "data_profile": {
+        "weeks": [],
+        "notes": {"num_notes": 800, "text_length": 3.0, "characters": {"a": 1.0}, "wrongly_decoded": 0.0,
+                  "image_share": 0.0, "repeated_images": 0.0},
+        "related_texts": {"train": {"num_pairs": 1, "similarity": 0.0, "error": 0.0},
+                          "test": {"num_pairs": 1600, "similarity": 0.0, "error": 0.0}},
+    },
+}  # fmt: skip
 
 
 def _table(path: Path, table: pa.Table) -> None:
@@ -93,6 +100,7 @@ def _candidate(lake: Path, model: str, **changes: Any) -> Candidate:
         rivals={"champion": lake / "champion"},
         trained=frozenset(),
         past_lifts=(),
+        past_notes=(),
         metrics=GOOD,
     )
     return replace(candidate, **changes)

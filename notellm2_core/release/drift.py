@@ -1,0 +1,220 @@
+"""The gates of the data: a week beside the weeks before, and the notes beside those of the releases before.
+
+Each compares one figure with its usual range. A range is wide enough for a holiday, a larger catalogue or a new topic.
+A gate without enough of a past to compare with has nothing to judge, and passes.
+"""
+
+import io
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from notellm2_core.config.drift import DATA_GATES
+from notellm2_core.release.verdict import Gate, Outcome
+
+NUM_WEEKS = 9  # weeks of a profile: the newest, and those that it is compared with
+_MIN_EVENTS = 500  # of a week that is compared
+_MIN_WEEKS = 2  # to compare with
+_MIN_PAIRS = 100
+
+Profile = Mapping[str, Any]  # the metrics of the dataset data_profile
+Bounds = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One figure beside its past."""
+
+    gate: str
+    what: str  # the figure, in a sentence
+    figure: float
+    past: Sequence[float]
+    bounds: Bounds
+
+    @property
+    def is_usual(self) -> bool:
+        return self.bounds[0] <= self.figure <= self.bounds[1]
+
+    @property
+    def sentence(self) -> str:
+        low, high = self.bounds
+        limits = (
+            f"at most {high:.3g}"
+            if low == -inf
+            else f"at least {low:.3g}"
+            if high == inf
+            else f"from {low:.3g} to {high:.3g}"
+        )
+        return f"{self.what} is {self.figure:.3g}, usually {median(self.past):.3g}; accepted is {limits}."
+
+
+def times(low: float, high: float) -> Callable[[Sequence[float]], Bounds]:
+    """Bounds in multiples of the median of the past."""
+    return lambda past: (low * median(past), high * median(past))
+
+
+def points(below: float, above: float) -> Callable[[Sequence[float]], Bounds]:
+    """Bounds around all past figures."""
+    return lambda past: (min(past) - below, max(past) + above)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a gate compares: a figure of a week, or of the notes, and the bounds that follow from its past."""
+
+    gate: str
+    what: str
+    figure: Callable[[Profile], float | None]
+    bounds: Callable[[Sequence[float]], Bounds]
+
+
+def _share(part: str, whole: str) -> Callable[[Profile], float | None]:
+    return lambda week: week[part] / week[whole] if week[whole] else None
+
+
+OF_WEEKS = (
+    Comparison("volume", "The number of the week's rows", lambda week: week["rows"], times(0.4, 2.5)),
+    Comparison("clicks", "The share of clicks among the events", _share("clicks", "events"), times(0.5, 2.0)),
+    Comparison("views_before_clicks", "The share of clicks after a view of the same note",
+               _share("viewed_before", "clicked"), points(0.2, 0.3)),
+    Comparison("busy_users", "The share of events by users with ten times the median", lambda week: week["busy_users"],
+               points(inf, 0.1)),
+    Comparison("top_note", "The busiest note's share of the events", lambda week: week["top_note"],
+               points(inf, 0.05)),
+    Comparison("repeated", "The share of clicks that an earlier week had too", lambda week: week["repeated"],
+               points(inf, 0.15)),
+)  # fmt: skip
+OF_NOTES = (
+    Comparison("num_notes", "The number of notes", lambda notes: notes["num_notes"], times(0.7, 2.0)),
+    Comparison("text_lengths", "The mean length of the texts, in characters,", lambda notes: notes["text_length"],
+               times(0.7, 1.5)),
+    Comparison("characters", "The share of texts with signs of wrong decoding",
+               lambda notes: notes["wrongly_decoded"], points(inf, 0.05)),
+    Comparison("image_share", "The share of notes with an image", lambda notes: notes["image_share"],
+               points(0.15, 0.3)),
+    Comparison("repeated_images", "The share of images that belong to several notes",
+               lambda notes: notes["repeated_images"], points(inf, 0.15)),
+)  # fmt: skip
+_MAX_MOVED_HOURS = 0.15  # share of the events that fall on another hour than usual; or three times the largest so far
+_MAX_OTHER_CHARACTERS = 0.2  # share of the characters that are others than usual
+_KEPT_SIMILARITY = 0.3  # share of the usual similarity of related texts
+
+
+def drifts(profile: Profile, past: Sequence[Profile]) -> list[Drift]:
+    """Every figure that can be compared. `past`: the profiles of the notes of the releases before."""
+    *before, week = profile["weeks"] or [{}]
+    before = [w for w in before if w["events"] >= _MIN_EVENTS]
+    found = []
+    if week and week["events"] >= _MIN_EVENTS and len(before) >= _MIN_WEEKS:
+        found += [d for c in OF_WEEKS if (d := _compare(c, week, before)) is not None]
+        found.append(_hours(week, before))
+    if past:
+        found += [d for c in OF_NOTES if (d := _compare(c, profile["notes"], past)) is not None]
+        found.append(_characters(profile["notes"], past))
+    if (texts := _related_texts(profile["related_texts"])) is not None:
+        found.append(texts)
+    return found
+
+
+def data_gates(profile: Profile, past: Sequence[Profile], accepted: Collection[str] = ()) -> list[Gate]:
+    """All gates of the data, in the order of DATA_GATES. `accepted`: gates that refuse nothing."""
+    found = drifts(profile, past)
+    gates = []
+    for name in DATA_GATES:
+        own = [drift for drift in found if drift.gate == name]
+        unusual = [drift for drift in own if not drift.is_usual]
+        outcome: Outcome = "refused" if unusual else "passed"
+        why = " ".join(drift.sentence for drift in unusual or own)
+        if outcome == "refused" and name in accepted:
+            outcome, why = "passed", f"{why} It is accepted by checks.accepted_drift."
+        figures = {"figure": own[0].figure, "usual": median(own[0].past)} if own else {}
+        bounds = dict(zip(("low", "high"), own[0].bounds, strict=True)) if own else {}
+        figures |= {key: bound for key, bound in bounds.items() if abs(bound) != inf}
+        gates.append(Gate(name, outcome, why or "There is not enough of a past to compare with.", figures))
+    return gates
+
+
+def _compare(comparison: Comparison, now: Profile, past: Sequence[Profile]) -> Drift | None:
+    figure = comparison.figure(now)
+    known = [value for p in past if (value := comparison.figure(p)) is not None]
+    if figure is None or not known:
+        return None
+    return Drift(comparison.gate, comparison.what, figure, known, comparison.bounds(known))
+
+
+def _moved(a: Sequence[float], b: Sequence[float]) -> float:
+    """The share of one distribution that lies elsewhere in the other (total variation distance)."""
+    return float(np.abs(np.subtract(a, b)).sum() / 2)
+
+
+def _hours(week: Profile, before: Sequence[Profile]) -> Drift:
+    """The hours of the day, by the share of the events that fall on others than usual; shifted hours are named."""
+    usual = np.mean([w["hours"] for w in before], axis=0)
+    moved = _moved(week["hours"], usual)
+    past = [_moved(w["hours"], usual) for w in before]
+    shifted = [_moved(np.roll(week["hours"], -hours), usual) for hours in range(24)]
+    best = int(np.argmin(shifted))
+    by = best if best <= 12 else best - 24
+    what = "The share of the events that fall on another hour of the day"
+    if best and shifted[best] < moved / 2:
+        what += f" (they fit when moved by {-by:+d} h)"
+    return Drift("hours", what, moved, past, (-inf, max(_MAX_MOVED_HOURS, 3 * max(past))))
+
+
+def _characters(notes: Profile, past: Sequence[Profile]) -> Drift:
+    usual = {c: median(p["characters"].get(c, 0.0) for p in past) for p in past for c in p["characters"]}
+    now = notes["characters"]
+    other = sum(max(0.0, now.get(c, 0.0) - usual.get(c, 0.0)) for c in now)
+    what = "The share of characters that are others than usual"
+    return Drift("characters", what, other, [0.0], (-inf, _MAX_OTHER_CHARACTERS))
+
+
+def _related_texts(texts: Profile) -> Drift | None:
+    """The test pairs beside the training pairs, where the texts of these are clearly alike."""
+    train, test = texts["train"], texts["test"]
+    is_clear = train["similarity"] > max(0.005, 5 * train["error"])
+    if not is_clear or min(train["num_pairs"], test["num_pairs"]) < _MIN_PAIRS:
+        return None
+    least = _KEPT_SIMILARITY * train["similarity"] - 2 * test["error"]
+    what = "The similarity of the texts of related notes above that of others, in the test days,"
+    return Drift("related_texts", what, test["similarity"], [train["similarity"]], (least, inf))
+
+
+def to_markdown(gates: Sequence[Gate]) -> str:
+    """The gates as a table."""
+    rows = [f"| {gate.name} | {'✓' if gate.outcome == 'passed' else '✗'} | {gate.why} |" for gate in gates]
+    return "\n".join(["| gate | | why |", "| --- | --- | --- |", *rows, ""])
+
+
+def to_plot(profile: Profile, past: Sequence[Profile]) -> bytes | None:
+    """Each figure beside its past, with the range that is accepted. PNG bytes; None where nothing is compared."""
+    from matplotlib.figure import Figure
+
+    shown = drifts(profile, past)
+    if not shown:
+        return None
+    columns = 4
+    num_rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3 * columns, 1.7 * num_rows), dpi=80, layout="constrained")
+    panels = figure.subplots(num_rows, columns, squeeze=False).ravel()
+    for panel, drift in zip(panels, shown, strict=False):
+        values = [*drift.past, drift.figure]
+        ends = [bound for bound in drift.bounds if abs(bound) != inf]
+        spread = max([*values, *ends]) - min([*values, *ends]) or abs(drift.figure) or 1.0
+        bottom, top = min([*values, *ends]) - 0.1 * spread, max([*values, *ends]) + 0.1 * spread
+        panel.axhspan(max(drift.bounds[0], bottom), min(drift.bounds[1], top), color="tab:green", alpha=0.12)
+        panel.plot(range(len(drift.past)), drift.past, "o-", color="0.5", markersize=3, linewidth=1)
+        panel.plot(len(drift.past), drift.figure, "o", color="tab:green" if drift.is_usual else "tab:red")
+        panel.set(title=drift.gate.replace("_", " "), ylim=(bottom, top), xticks=[])
+        panel.title.set_fontsize(9)
+        panel.tick_params(labelsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[len(shown) :]:
+        panel.set_visible(False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
