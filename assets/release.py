@@ -10,6 +10,7 @@ import dagster as dg
 
 from assets.resources.arguments import feature_store, image_folders, write_config
 from assets.resources.export import MULTIMODAL
+from assets.resources.history import sweep_history
 from assets.resources.metadata import image_markdown, table
 from assets.resources.pipeline import user_errors
 from assets.resources.steps import GPU, PROCESS, Machine, Metrics, Step, dataset
@@ -84,7 +85,10 @@ def _decide(context: dg.AssetExecutionContext, catalog: Catalog) -> Mapping[str,
         decision = decide(catalog.ledger, release, str(newest), config.promotion, catalog.state)
     context.log.info(f"release {release.id}: {decision.action}. {decision.why}")
     shown = {"decision": decision.action, "why": decision.why, **release_page(catalog.ledger.state())}
-    return shown | _sweep(context, catalog)
+    shown |= _sweep(context, catalog)
+    if (days := config.retention.history_days) is not None:
+        shown |= sweep_history(context, catalog, timedelta(days=days))
+    return shown
 
 
 def _sweep(context: dg.AssetExecutionContext, catalog: Catalog) -> dict[str, Any]:

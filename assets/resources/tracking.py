@@ -5,9 +5,12 @@ A dead or slow server costs a few timeouts and a warning per step; the materiali
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -21,6 +24,7 @@ from notellm2_core.runtime.nested import flatten
 
 _ARTIFACTS = (".png", ".jpg", ".md", ".json", ".yaml")
 _MAX_ARTIFACT_BYTES = 2_000_000
+_PARENT_ID = "mlflow.parentRunId"  # MLflow's tag
 _PARENT_TAG = "parent_of_dagster_run"  # not `dagster_run_id`: that is the children's
 
 
@@ -93,7 +97,7 @@ def tracked_run(
 ) -> Iterator[TrackedRun]:
     """A child run that ends as FINISHED, or as FAILED if the block raises."""
     uri = tracking_uri(settings, lake)
-    attempt = _attempter(context)
+    attempt = _attempter(context.log.warning)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(settings.timeout_seconds)))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     run = TrackedRun(uri, attempt(lambda: _start(uri, settings, lake, context, tags)), attempt)
@@ -124,11 +128,49 @@ def tracked_names(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def remove_runs(uri: str, experiment: str, config: str, before: datetime, warn: Callable[[str], None]) -> int:
+    """Delete the runs of a configuration that ended before `before`; of a sqlite file, for good. Returns how many.
+
+    A tracking server deletes for good what its own `mlflow gc` is run for. While MLflow is away, nothing is deleted.
+    """
+    attempt = _attempter(warn)
+    return attempt(lambda: _remove_runs(uri, experiment, config, before)) or 0
+
+
+def _remove_runs(uri: str, experiment: str, config: str, before: datetime) -> int:
+    client = _client(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return 0
+    stamp = int(before.timestamp() * 1000)
+    old = list(_search_runs(client, found.experiment_id, f"attributes.end_time < {stamp} and tags.config = '{config}'"))
+    young = _search_runs(client, found.experiment_id, f"attributes.end_time >= {stamp}")
+    used = {run.data.tags.get(_PARENT_ID) for run in young}
+    parents = {run.data.tags[_PARENT_ID] for run in old} - used
+    removed = [*(run.info.run_id for run in old), *sorted(parents)]
+    for run_id in removed:
+        client.delete_run(run_id)
+    if removed and urlparse(uri).scheme == "sqlite":
+        command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri, "--run-ids", ",".join(removed)]
+        subprocess.run(command, capture_output=True, check=True, env={**os.environ, "MLFLOW_TRACKING_URI": uri})
+    return len(removed)
+
+
+def _search_runs(client: Any, experiment_id: str, query: str) -> Iterator[Any]:
+    """All runs that match, page by page."""
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], query, max_results=1000, page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _attempter(context: dg.AssetExecutionContext) -> Callable[[Callable[[], Any]], Any]:
+def _attempter(warn: Callable[[str], None]) -> Callable[[Callable[[], Any]], Any]:
     """A function that calls the server, and after the step's first failure makes no further calls."""
     dead = False
 
@@ -140,11 +182,12 @@ def _attempter(context: dg.AssetExecutionContext) -> Callable[[Callable[[], Any]
         from requests import RequestException
         from sqlalchemy.exc import SQLAlchemyError
 
+        faults = MlflowException, RequestException, SQLAlchemyError, subprocess.CalledProcessError, OSError
         try:
             return call()
-        except (MlflowException, RequestException, SQLAlchemyError, OSError, ValueError) as e:  # ValueError: no address
+        except (*faults, ValueError) as e:  # ValueError: no address
             dead = True
-            context.log.warning(f"MLflow does not answer, this step is not tracked: {str(e).splitlines()[0]}")
+            warn(f"MLflow does not answer, this step is not tracked: {str(e).splitlines()[0]}")
             return None
 
     return attempt
@@ -182,7 +225,7 @@ def _start(
         client.set_terminated(parent.info.run_id)  # it only groups its children: it must not stay "running"
     child = client.create_run(
         experiment_id,
-        tags={"mlflow.parentRunId": parent.info.run_id, **tags},
+        tags={_PARENT_ID: parent.info.run_id, **tags},
         run_name=context.asset_key.to_user_string(),
     )
     run_id = child.info.run_id

@@ -32,7 +32,7 @@ class GateSettings(Section):
 
 
 class RetentionSettings(Section):
-    """Which datasets stay in the lake."""
+    """Which datasets stay in the lake, and which runs in the history."""
 
     keep_releases: int | None = Field(
         None,
@@ -41,6 +41,12 @@ class RetentionSettings(Section):
         "previous and anchor; all other datasets are removed at the end of a weekly run. null: nothing is removed.",
     )
     grace_days: float = Field(2.0, ge=0, description="A dataset that is younger stays.")
+    history_days: float | None = Field(
+        None,
+        gt=0,
+        description="Age at which finished runs are removed from Dagster, with their events, and from MLflow. null: "
+        "never.",
+    )
 
 
 class PromotionSettings(GateSettings):

@@ -1,0 +1,31 @@
+"""The retention of history: finished runs of Dagster with their events, and MLflow's runs."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+
+from assets.resources.steps import CONFIG_TAG
+from assets.resources.tracking import remove_runs, tracking_uri
+from notellm2_core.lake.catalog import Catalog
+
+FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+
+
+def sweep_history(context: dg.AssetExecutionContext, catalog: Catalog, age: timedelta) -> dict[str, Any]:
+    """Remove the runs of this configuration that are older than `age`. Returns how many, of each.
+
+    The partitions of the log that only such a run had reported are reported by this one: they stay green.
+    """
+    before, name, instance = datetime.now(UTC) - age, catalog.config.name, context.instance
+    found = instance.get_runs(dg.RunsFilter(statuses=FINISHED, created_before=before))
+    old = [run.run_id for run in found if run.tags.get(CONFIG_TAG, name) == name and run.run_id != context.run_id]
+    log = dg.AssetKey("raw_events")
+    reported = instance.get_materialized_partitions(log)
+    for run_id in old:
+        instance.delete_run(run_id)
+    for lost in sorted(reported - instance.get_materialized_partitions(log)):
+        context.log_event(dg.AssetMaterialization(log, partition=lost))
+    uri = tracking_uri(catalog.config.tracking, catalog.lake.root)
+    tracked = remove_runs(uri, catalog.config.tracking.experiment, name, before, context.log.warning)
+    return {"removed_runs": len(old), "removed_mlflow_runs": tracked}
