@@ -26,6 +26,6 @@ def sweep_history(context: dg.AssetExecutionContext, catalog: Catalog, age: time
         instance.delete_run(run_id)
     for lost in sorted(reported - instance.get_materialized_partitions(log)):
         context.log_event(dg.AssetMaterialization(log, partition=lost))
-    uri = tracking_uri(catalog.config.tracking, catalog.lake.root)
-    tracked = remove_runs(uri, catalog.config.tracking.experiment, name, before, context.log.warning)
+    settings = catalog.config.tracking
+    tracked = remove_runs(tracking_uri(settings, catalog.lake.root), settings, name, before, context.log.warning)
     return {"removed_runs": len(old), "removed_mlflow_runs": tracked}

@@ -98,8 +98,6 @@ def tracked_run(
     """A child run that ends as FINISHED, or as FAILED if the block raises."""
     uri = tracking_uri(settings, lake)
     attempt = _attempter(context.log.warning)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(settings.timeout_seconds)))
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     run = TrackedRun(uri, attempt(lambda: _start(uri, settings, lake, context, tags)), attempt)
     status = "FAILED"
     try:
@@ -128,18 +126,20 @@ def tracked_names(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def remove_runs(uri: str, experiment: str, config: str, before: datetime, warn: Callable[[str], None]) -> int:
+def remove_runs(
+    uri: str, settings: TrackingSettings, config: str, before: datetime, warn: Callable[[str], None]
+) -> int:
     """Delete the runs of a configuration that ended before `before`; of a sqlite file, for good. Returns how many.
 
     A tracking server deletes for good what its own `mlflow gc` is run for. While MLflow is away, nothing is deleted.
     """
     attempt = _attempter(warn)
-    return attempt(lambda: _remove_runs(uri, experiment, config, before)) or 0
+    return attempt(lambda: _remove_runs(uri, settings, config, before)) or 0
 
 
-def _remove_runs(uri: str, experiment: str, config: str, before: datetime) -> int:
-    client = _client(uri)
-    found = client.get_experiment_by_name(experiment)
+def _remove_runs(uri: str, settings: TrackingSettings, config: str, before: datetime) -> int:
+    client = _reachable(uri, settings)
+    found = client.get_experiment_by_name(settings.experiment)
     if found is None:
         return 0
     stamp = int(before.timestamp() * 1000)
@@ -187,7 +187,7 @@ def _attempter(warn: Callable[[str], None]) -> Callable[[Callable[[], Any]], Any
             return call()
         except (*faults, ValueError) as e:  # ValueError: no address
             dead = True
-            warn(f"MLflow does not answer, this step is not tracked: {str(e).splitlines()[0]}")
+            warn(f"MLflow does not answer, this step does without it: {str(e).splitlines()[0]}")
             return None
 
     return attempt
@@ -199,16 +199,25 @@ def _client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def _start(
-    uri: str, settings: TrackingSettings, lake: Path, context: dg.AssetExecutionContext, tags: Mapping[str, str]
-) -> _Started:
+def _reachable(uri: str, settings: TrackingSettings) -> Any:
+    """A client of a server that answers, or of a sqlite file that exists. A dead host is noticed at once: MLflow itself
+    would try again for minutes.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(settings.timeout_seconds)))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     address = urlparse(uri)
-    if address.scheme.startswith("http"):  # notice a dead host before MLflow starts to retry
+    if address.scheme.startswith("http"):
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname or "", port), timeout=settings.timeout_seconds).close()
     elif address.scheme == "sqlite":
         make_store(Path(address.path.removeprefix("/")))  # sqlite:///FILE is relative, sqlite:////FILE is not
-    client = _client(uri)
+    return _client(uri)
+
+
+def _start(
+    uri: str, settings: TrackingSettings, lake: Path, context: dg.AssetExecutionContext, tags: Mapping[str, str]
+) -> _Started:
+    client, address = _reachable(uri, settings), urlparse(uri)
     experiment = client.get_experiment_by_name(settings.experiment)
     if experiment is None:
         location = None if address.scheme.startswith("http") else (lake / "mlflow" / "artifacts").as_uri()

@@ -69,7 +69,10 @@ def test_runs_of_mlflow_go_with_their_parents(tmp_path: Path) -> None:
     old, mixed = run("tiny", -1, parents[0]), run("tiny", -1, parents[1])
     young, other = run("tiny", 1, parents[1]), run("another", -1, parents[2])
     warnings: list[str] = []
-    assert remove_runs(uri, "notellm2", "tiny", before, warnings.append) == 3 and not warnings
+    assert remove_runs(uri, TrackingSettings(), "tiny", before, warnings.append) == 3 and not warnings
     left = {r.info.run_id for r in client.search_runs([experiment], run_view_type=3)}  # deleted ones, too
     assert left == {parents[1], parents[2], young, other} and left.isdisjoint({old, mixed, parents[0]})
-    assert remove_runs("http://127.0.0.1:9", "notellm2", "tiny", before, warnings.append) == 0 and len(warnings) == 1
+    assert (
+        remove_runs("http://127.0.0.1:9", TrackingSettings(), "tiny", before, warnings.append) == 0
+        and len(warnings) == 1
+    )
