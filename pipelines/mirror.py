@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.resources.tracking import tracking_uri
+from assets.resources.tracking import reachable_client, tracking_uri
 from notellm2_core.config.load import config_in_force
 from notellm2_core.lake.catalog import Catalog
 
@@ -20,6 +20,8 @@ def mirror_releases(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         return dg.SkipReason("MLflow names the releases that are live")
     from notellm2_core.release.mirror import mirror
 
-    mirror(tracking_uri(config.tracking, catalog.lake.root), config.name, state, config.promotion.anchor_weeks)
+    uri = tracking_uri(config.tracking, catalog.lake.root)
+    reachable_client(uri, config.tracking)
+    mirror(uri, config.name, state, config.promotion.anchor_weeks)
     context.update_cursor(done)
     return dg.SkipReason(f"MLflow names the champion {state.champion} now")

@@ -221,11 +221,10 @@ def code_version() -> str:
 
 
 def why_failed(events: Sequence[dg.DagsterEvent]) -> str | None:
-    """The first failed step of a run, or else the first check that stopped it, in one sentence; None: neither."""
+    """The first failed step of a run, or the first check that stopped it, in one sentence; None: neither."""
     for event in events:
         if event.event_type == dg.DagsterEventType.STEP_FAILURE:
             return _of_step(event)
-    for event in events:
         if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
             check = event.asset_check_evaluation_data
             if not check.passed and check.blocking:

@@ -138,7 +138,7 @@ def remove_runs(
 
 
 def _remove_runs(uri: str, settings: TrackingSettings, config: str, before: datetime) -> int:
-    client = _reachable(uri, settings)
+    client = reachable_client(uri, settings)
     found = client.get_experiment_by_name(settings.experiment)
     if found is None:
         return 0
@@ -199,7 +199,7 @@ def _client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def _reachable(uri: str, settings: TrackingSettings) -> Any:
+def reachable_client(uri: str, settings: TrackingSettings) -> Any:
     """A client of a server that answers, or of a sqlite file that exists. A dead host is noticed at once: MLflow itself
     would try again for minutes.
     """
@@ -217,7 +217,7 @@ def _reachable(uri: str, settings: TrackingSettings) -> Any:
 def _start(
     uri: str, settings: TrackingSettings, lake: Path, context: dg.AssetExecutionContext, tags: Mapping[str, str]
 ) -> _Started:
-    client, address = _reachable(uri, settings), urlparse(uri)
+    client, address = reachable_client(uri, settings), urlparse(uri)
     experiment = client.get_experiment_by_name(settings.experiment)
     if experiment is None:
         location = None if address.scheme.startswith("http") else (lake / "mlflow" / "artifacts").as_uri()
