@@ -1,8 +1,10 @@
 """Atomic files and folders: written under a hidden name, synced to the disk, then renamed.
 
 A draft lies beside its target and is named `.TARGET.HOST.PROCESS.RANDOM.draft`. Readers of Parquet skip such names, and
-the name identifies the writer: each writer first removes the drafts that dead processes of this host left in the
-folder. Importing this module needs only the standard library.
+the name identifies the writer. Each writer first removes the drafts that others left in the folder: those of dead
+processes of this host, and those of other hosts whose lease has ended. A living writer renews the lease of its drafts
+every few minutes, so a container that is gone for good leaves nothing for ever. Importing this module needs only the
+standard library.
 """
 
 import hashlib
@@ -11,11 +13,14 @@ import re
 import secrets
 import shutil
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _DRAFT = re.compile(r"(?s)\.(?P<target>.+)\.(?P<host>[^.]+)\.(?P<process>\d{1,9})\.[0-9a-f]{8}\.(?P<kind>draft|old)")
+LEASE_SECONDS, _RENEWAL_SECONDS = 6 * 3600.0, 300.0
 
 
 @contextmanager
@@ -26,7 +31,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     draft = _hidden_beside(path, "draft")
     try:
-        yield draft
+        with _LEASES.held(draft):
+            yield draft
         sync(draft)
         os.replace(draft, path)
         sync(path.parent)
@@ -72,7 +78,8 @@ def draft_folder(target: Path) -> Iterator[Path]:
     folder = _hidden_beside(target, "draft")
     folder.mkdir()
     try:
-        yield folder
+        with _LEASES.held(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -99,10 +106,10 @@ def swap_in(new: Path, out: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the drafts that dead processes of this host left in `folder`, and restore folders they moved aside."""
+    """Remove the drafts in `folder` whose writers are gone, and restore the folders that they moved aside."""
     for path in folder.iterdir():
         draft = _DRAFT.fullmatch(path.name)
-        if draft is None or draft["host"] != host() or _is_alive(int(draft["process"])):
+        if draft is None or _has_writer(path, draft):
             continue
         target = path.with_name(draft["target"])
         with suppress(OSError):  # another process may be sweeping
@@ -207,6 +214,46 @@ def _hidden_beside(path: Path, kind: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
     return path.with_name(f".{path.name}.{host()}.{os.getpid()}.{secrets.token_hex(4)}.{kind}")
+
+
+def _has_writer(path: Path, draft: re.Match[str]) -> bool:
+    """Whether the writer of a draft may be alive. Of another host only the lease is known, the time of its last change."""
+    if draft["host"] == host():
+        return _is_alive(int(draft["process"]))
+    try:
+        return time.time() - path.lstat().st_mtime < LEASE_SECONDS
+    except FileNotFoundError:  # renamed or removed meanwhile
+        return True
+
+
+class _Leases:
+    """The drafts of this process, whose time of change a thread renews."""
+
+    def __init__(self) -> None:
+        self._drafts: set[Path] = set()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def held(self, draft: Path) -> Iterator[None]:
+        """Renew the lease of `draft` until the block ends."""
+        self._drafts.add(draft)
+        if self._thread is None or not self._thread.is_alive():  # after a fork, the child has none
+            self._thread = threading.Thread(target=self._renew, name="leases of drafts", daemon=True)
+            self._thread.start()
+        try:
+            yield
+        finally:
+            self._drafts.discard(draft)
+
+    def _renew(self) -> None:
+        while True:
+            time.sleep(_RENEWAL_SECONDS)
+            for draft in [*self._drafts]:
+                with suppress(OSError):  # not yet there, or renamed
+                    os.utime(draft)
+
+
+_LEASES = _Leases()
 
 
 def _is_alive(process: int) -> bool:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from notellm2_core.runtime import files
 from notellm2_core.runtime.files import (
     draft_folder,
     is_draft,
@@ -34,6 +36,7 @@ from notellm2_core.runtime.files import (
     written_whole,
 )
 from tests.support.drafts import dead_process, draft_of
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).parents[3]
 OLD, NEW = {"a": "old", "b": "old"}, {"a": "new", "deep/c": "new"}
@@ -162,6 +165,29 @@ def test_a_folder_whose_writer_is_killed_is_the_old_or_the_new(is_removed: bool,
         if not killed:
             break
     assert OLD in contents and len(contents) > 20 and num_absent == 1
+
+
+def test_drafts_of_another_host_go_when_their_lease_has_ended(tmp_path: Path) -> None:
+    """A draft and a folder that was moved aside, each of a host that is gone for a day, and of one that is at work."""
+    names_of = {}
+    for name, age in (("gone", 86_400), ("working", 60)):
+        for kind in ("draft", "old"):
+            left = tmp_path / f".{name}-{kind}.elsewhere-1.7.00000000.{kind}"
+            fill(left, NEW)
+            stamp = time.time() - age
+            os.utime(left, (stamp, stamp))
+            names_of[name, kind] = left.name
+    sweep(tmp_path)
+    assert names(tmp_path) == sorted(["gone-old", names_of["working", "draft"], names_of["working", "old"]])
+    assert content_of(tmp_path / "gone-old") == NEW
+
+
+def test_the_lease_of_a_draft_is_renewed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_RENEWAL_SECONDS", 0.01)
+    monkeypatch.setattr(files, "_LEASES", files._Leases())
+    with draft_folder(tmp_path / "out") as draft:
+        os.utime(draft, (0, 0))
+        wait_for(lambda: draft.stat().st_mtime > 0)
 
 
 def test_a_new_folder_whose_writer_is_killed_is_whole_or_absent(tmp_path: Path) -> None:
