@@ -5,8 +5,9 @@ are shown as checks of `verdict` and block nothing.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
+from typing import Any
 
 import dagster as dg
 
@@ -14,9 +15,9 @@ from assets.resources.pipeline import Pipeline, user_errors
 from assets.resources.steps import Metrics
 from notellm2_core.check.verdicts import Verdict, dropped_share, undated_share, unusable_images
 from notellm2_core.config.data import CheckSettings
-from notellm2_core.config.drift import DATA_GATES
-from notellm2_core.lake.catalog import NOTES_PROFILE
-from notellm2_core.release.drift import data_gates
+from notellm2_core.config.drift import CONTENT_GATES, WEEK_GATES
+from notellm2_core.lake.catalog import NOTES_PROFILE, Catalog
+from notellm2_core.release.drift import Drift, data_gates, of_content, of_week
 from notellm2_core.release.verdict import GATES, VERDICT_FILE
 from notellm2_core.runtime.nested import flatten
 
@@ -56,18 +57,27 @@ def _check(asset: str, judge: Callable[[Metrics, CheckSettings], Verdict]) -> dg
     return check
 
 
-@dg.multi_asset_check(
-    name="drift",
-    specs=[dg.AssetCheckSpec(name, asset="data_profile", description=text, blocking=True)
-           for name, text in DATA_GATES.items()],
-)  # fmt: skip
-def drift(pipeline: Pipeline) -> Iterator[dg.AssetCheckResult]:
-    """Stop the run before the training where the data are unlike their past. The verdict asks the same again."""
-    catalog = pipeline.catalog()
-    with user_errors():
-        profile, past = catalog.dataset("data_profile").manifest.metrics, catalog.past(NOTES_PROFILE)
-    for gate in data_gates(profile, past, catalog.config.checks.accepted_drift):
-        yield _shown("data_profile", gate.name, gate.outcome, gate.why, gate.figures)
+def _drift_checks(asset: str, names: Mapping[str, str], drifts: Callable[[Catalog], list[Drift]]) -> Any:
+    """Checks that stop the run where the data are unlike their past. The verdict asks the same again."""
+    specs = [dg.AssetCheckSpec(name, asset=asset, description=text, blocking=True) for name, text in names.items()]
+
+    @dg.multi_asset_check(name=f"drift_of_{asset}", specs=specs)
+    def check(pipeline: Pipeline) -> Iterator[dg.AssetCheckResult]:
+        catalog = pipeline.catalog()
+        with user_errors():
+            gates = data_gates(names, drifts(catalog), catalog.config.checks.accepted_drift)
+        for gate in gates:
+            yield _shown(asset, gate.name, gate.outcome, gate.why, gate.figures)
+
+    return check
+
+
+def _of_week(catalog: Catalog) -> list[Drift]:
+    return of_week(catalog.dataset("weekly_activity").manifest.metrics["weeks"])
+
+
+def _of_content(catalog: Catalog) -> list[Drift]:
+    return of_content(catalog.dataset("data_profile").manifest.metrics, catalog.past(NOTES_PROFILE))
 
 
 @dg.multi_asset_check(
@@ -103,7 +113,8 @@ CHECKS = [
     _check("vision_features", unusable_images),
     _check("pair_datasets", no_leakage),
     _check("pair_datasets", enough_pairs),
-    drift,
+    _drift_checks("weekly_activity", WEEK_GATES, _of_week),
+    _drift_checks("data_profile", CONTENT_GATES, _of_content),
     _check("checkpoint", finite_loss),
     gates,
 ]

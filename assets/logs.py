@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import dagster as dg
 from assets.resources.commands import import_ahead
 from assets.resources.demo_source import ensure_source
 from assets.resources.incremental import LogPartition, ingestions, reduced_partitions
+from assets.resources.metadata import drift_page
 from assets.resources.partitions import require_partitions
 from assets.resources.pipeline import user_errors
 from assets.resources.steps import LATE_TAG, SPARK, Metrics, Step, dataset
+from notellm2_core.config.drift import WEEK_GATES
 from notellm2_core.config.source import EventSettings, NoteReadingSettings
 from notellm2_core.config.unused import unused_settings
 from notellm2_core.lake.catalog import Catalog
-from notellm2_core.schema import DAYS_FILE, NOTES_TABLE
+from notellm2_core.schema import DAYS_FILE, NOTES_TABLE, TEST, TRAIN
 from notellm2_core.tables.log import UNDATED, ingestion_metrics, partition_days, partitions_between, summed_counts
 
 SPARK_KINDS = {"spark", "parquet"}
@@ -87,6 +90,31 @@ def interactions(step: Step) -> Metrics:
             out=step.out,
             settings=EventSettings.of(source),
         )
+
+
+def _activity_page(context: dg.AssetExecutionContext, catalog: Catalog) -> Mapping[str, Any]:
+    from notellm2_core.release.drift import of_week
+
+    drifts = of_week(catalog.dataset("weekly_activity").manifest.metrics["weeks"])
+    return drift_page(WEEK_GATES, drifts, catalog.config.checks.accepted_drift)
+
+
+@dataset("logs", SPARK_KINDS, on=SPARK, after=_activity_page)
+def weekly_activity(step: Step) -> Metrics:
+    """What happened in the week, compared with the weeks before it in the window."""
+    from notellm2_core.release.drift import NUM_WEEKS
+    from spark_jobs.weekly_activity import weekly_activity
+
+    window = step.catalog.window
+    names = (TRAIN, TEST) if window.train != window.test else (TEST,)
+    tables = [step.path("interactions", name) for name in names]
+    with step.spark() as spark:
+        weeks = weekly_activity(spark, tables, window.train.start, window.test.end, NUM_WEEKS)
+    rows = json.loads(step.path("raw_events", DAYS_FILE).read_text())
+    for week in weeks:
+        first = date.fromisoformat(week["first_day"])
+        week["rows"] = sum(rows.get(str(first + timedelta(days=n)), 0) for n in range(7))
+    return {"weeks": weeks}
 
 
 def _check_partitions(

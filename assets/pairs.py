@@ -1,22 +1,21 @@
 """From interactions to related pairs, split without leakage (Eq. 2, section 2.3); the data card and profile."""
 
-import json
 from collections.abc import Mapping
-from datetime import date, timedelta
 from typing import Any
 
 import dagster as dg
 
-from assets.resources.metadata import image_markdown
+from assets.resources.metadata import drift_page
 from assets.resources.steps import SPARK, Metrics, Step, dataset
 from notellm2_core.config.data import FilterSettings, HoldOutSettings, ScoringSettings
+from notellm2_core.config.drift import CONTENT_GATES
 from notellm2_core.lake.catalog import NOTES_PROFILE, Catalog
-from notellm2_core.schema import DAYS_FILE, NOTE_IMAGES_FILE, NOTES_TABLE, SPLIT_TABLE, TEST, TRAIN
+from notellm2_core.schema import NOTE_IMAGES_FILE, NOTES_TABLE, SPLIT_TABLE, TEST, TRAIN
 
 SPARK_KINDS = {"spark", "parquet"}
 
 
-@dataset("pairs", SPARK_KINDS, on=SPARK)
+@dataset("pairs", SPARK_KINDS, on=SPARK, waits_for=["weekly_activity"])
 def cooccurrence(step: Step) -> Metrics:
     """Eq. 2: how strongly viewing one note leads to clicking another, in the training and in the test days."""
     from spark_jobs.cooccurrence import score
@@ -27,7 +26,7 @@ def cooccurrence(step: Step) -> Metrics:
         return score(spark, windows=step.path("interactions"), out=step.out, scoring=scoring, ends=ends)
 
 
-@dataset("pairs", SPARK_KINDS, on=SPARK)
+@dataset("pairs", SPARK_KINDS, on=SPARK, waits_for=["weekly_activity"])
 def note_split(step: Step) -> Metrics:
     """Which notes are for training and which form the candidate pool; near-duplicates stay in one split."""
     from spark_jobs.split import assign_split
@@ -91,35 +90,21 @@ def data_card(step: Step) -> Metrics:
     return table
 
 
-def _drift_page(context: dg.AssetExecutionContext, catalog: Catalog) -> Mapping[str, Any]:
-    """The gates of the data with their figures. They depend on the releases so far, which the dataset does not."""
-    from notellm2_core.release.drift import data_gates, to_markdown, to_plot
+def _page(context: dg.AssetExecutionContext, catalog: Catalog) -> Mapping[str, Any]:
+    """The gates, which depend on the releases so far; the dataset does not."""
+    from notellm2_core.release.drift import of_content
 
-    profile, past = catalog.dataset("data_profile").manifest.metrics, catalog.past(NOTES_PROFILE)
-    page = to_markdown(data_gates(profile, past, catalog.config.checks.accepted_drift))
-    if (plot := to_plot(profile, past)) is not None:
-        page += "\n" + image_markdown("drift", "png", plot)
-    return {"drift": dg.MetadataValue.md(page)}
+    drifts = of_content(catalog.dataset("data_profile").manifest.metrics, catalog.past(NOTES_PROFILE))
+    return drift_page(CONTENT_GATES, drifts, catalog.config.checks.accepted_drift)
 
 
-@dataset("pairs", SPARK_KINDS, on=SPARK, after=_drift_page)
+@dataset("pairs", {"numpy"}, after=_page)
 def data_profile(step: Step) -> Metrics:
-    """What the week's events, the notes, the images and the pairs look like, to be compared with their own past."""
+    """What notes, images and pairs look like, compared with those of the releases before."""
     from notellm2_core.release.data_profile import notes_profile, related_texts
-    from notellm2_core.release.drift import NUM_WEEKS
-    from spark_jobs.weekly_activity import weekly_activity
 
-    window, notes = step.catalog.window, step.path("notes", NOTES_TABLE)
-    names = (TRAIN, TEST) if window.train != window.test else (TEST,)
-    tables = [step.path("interactions", name) for name in names]
-    with step.spark() as spark:
-        weeks = weekly_activity(spark, tables, window.train.start, window.test.end, NUM_WEEKS)
-    rows = json.loads(step.path("raw_events", DAYS_FILE).read_text())
-    for week in weeks:
-        first = date.fromisoformat(week["first_day"])
-        week["rows"] = sum(rows.get(str(first + timedelta(days=n)), 0) for n in range(7))
+    notes, train, test = step.path("notes", NOTES_TABLE), *(step.path("pair_datasets", n) for n in (TRAIN, TEST))
     return {
-        "weeks": weeks,
         NOTES_PROFILE: notes_profile(notes, step.path("vision_features")),
-        "related_texts": related_texts(notes, step.path("pair_datasets", TRAIN), step.path("pair_datasets", TEST)),
+        "related_texts": related_texts(notes, train, test),
     }

@@ -1,11 +1,14 @@
 """Tables and plots of a dataset as metadata that Dagster's UI shows."""
 
 import base64
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+
+if TYPE_CHECKING:
+    from notellm2_core.release.drift import Drift
 
 
 def file_metadata(folder: Path, files: Mapping[str, Sequence[str]]) -> dict[str, dg.MetadataValue]:
@@ -25,6 +28,16 @@ def _markdown(path: Path) -> str:
     if path.suffix == ".md":
         return path.read_text()
     return image_markdown(path.stem, {".jpg": "jpeg", ".png": "png"}[path.suffix], path.read_bytes())
+
+
+def drift_page(names: Iterable[str], drifts: "Sequence[Drift]", accepted: Collection[str]) -> dict[str, Any]:
+    """Gates of the data as a table, and their figures beside their past as a plot."""
+    from notellm2_core.release.drift import data_gates, to_markdown, to_plot
+
+    page = to_markdown(data_gates(names, drifts, accepted))
+    if (plot := to_plot(drifts)) is not None:
+        page += "\n" + image_markdown("drift", "png", plot)
+    return {"drift": dg.MetadataValue.md(page)}
 
 
 def image_markdown(title: str, kind: str, data: bytes) -> str:

@@ -5,7 +5,7 @@ A gate without enough of a past to compare with has nothing to judge, and passes
 """
 
 import io
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import median
@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from notellm2_core.config.drift import DATA_GATES
 from notellm2_core.release.verdict import Gate, Outcome
 
-NUM_WEEKS = 9  # weeks of a profile: the newest, and those that it is compared with
+NUM_WEEKS = 9  # the newest, and those that it is compared with
 _MIN_EVENTS = 500  # of a week that is compared
 _MIN_WEEKS = 2  # to compare with
 _MIN_PAIRS = 100
 
-Profile = Mapping[str, Any]  # the metrics of the dataset data_profile
+Profile = Mapping[str, Any]
 Bounds = tuple[float, float]
 
 
@@ -104,28 +103,33 @@ _MAX_OTHER_CHARACTERS = 0.2  # share of the characters that are others than usua
 _KEPT_SIMILARITY = 0.3  # share of the usual similarity of related texts
 
 
-def drifts(profile: Profile, past: Sequence[Profile]) -> list[Drift]:
-    """Every figure that can be compared. `past`: the profiles of the notes of the releases before."""
-    *before, week = profile["weeks"] or [{}]
+def of_week(weeks: Sequence[Profile]) -> list[Drift]:
+    """The figures of the last of `weeks` (`spark_jobs.weekly_activity`, with `rows`) that can be compared."""
+    *before, week = weeks or [{"events": 0}]
     before = [w for w in before if w["events"] >= _MIN_EVENTS]
-    found = []
-    if week and week["events"] >= _MIN_EVENTS and len(before) >= _MIN_WEEKS:
-        found += [d for c in OF_WEEKS if (d := _compare(c, week, before)) is not None]
-        found.append(_hours(week, before))
-    if past:
-        found += [d for c in OF_NOTES if (d := _compare(c, profile["notes"], past)) is not None]
-        found.append(_characters(profile["notes"], past))
-    if (texts := _related_texts(profile["related_texts"])) is not None:
-        found.append(texts)
-    return found
+    if week["events"] < _MIN_EVENTS or len(before) < _MIN_WEEKS:
+        return []
+    found = [drift for c in OF_WEEKS if (drift := _compare(c, week, before)) is not None]
+    return [*found, _hours(week, before)]
 
 
-def data_gates(profile: Profile, past: Sequence[Profile], accepted: Collection[str] = ()) -> list[Gate]:
-    """All gates of the data, in the order of DATA_GATES. `accepted`: gates that refuse nothing."""
-    found = drifts(profile, past)
+def of_content(profile: Profile, past: Sequence[Profile]) -> list[Drift]:
+    """The figures of the dataset data_profile that can be compared. `past`: profiles of the notes of the releases
+    before.
+    """
+    found = [] if (texts := _related_texts(profile["related_texts"])) is None else [texts]
+    if not past:
+        return found
+    notes = profile["notes"]
+    found += [drift for c in OF_NOTES if (drift := _compare(c, notes, past)) is not None]
+    return [*found, _characters(notes, past)]
+
+
+def data_gates(names: Iterable[str], drifts: Sequence[Drift], accepted: Collection[str] = ()) -> list[Gate]:
+    """The gates `names`. `accepted`: those that refuse nothing."""
     gates = []
-    for name in DATA_GATES:
-        own = [drift for drift in found if drift.gate == name]
+    for name in names:
+        own = [drift for drift in drifts if drift.gate == name]
         unusual = [drift for drift in own if not drift.is_usual]
         outcome: Outcome = "refused" if unusual else "passed"
         why = " ".join(drift.sentence for drift in unusual or own)
@@ -190,11 +194,10 @@ def to_markdown(gates: Sequence[Gate]) -> str:
     return "\n".join(["| gate | | why |", "| --- | --- | --- |", *rows, ""])
 
 
-def to_plot(profile: Profile, past: Sequence[Profile]) -> bytes | None:
-    """Each figure beside its past, with the range that is accepted. PNG bytes; None where nothing is compared."""
+def to_plot(shown: Sequence[Drift]) -> bytes | None:
+    """Each figure beside its past, with the range that is accepted. PNG bytes; None without any."""
     from matplotlib.figure import Figure
 
-    shown = drifts(profile, past)
     if not shown:
         return None
     columns = 4

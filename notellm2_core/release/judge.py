@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from notellm2_core.config.baselines import BASELINES
+from notellm2_core.config.drift import DATA_GATES
 from notellm2_core.config.promotion import GateSettings
 from notellm2_core.config.settings import Config
 from notellm2_core.embeddings.table import read_embeddings
@@ -23,7 +24,7 @@ from notellm2_core.evaluation.recall import Ranks
 from notellm2_core.evaluation.slices import SLICES
 from notellm2_core.lake.catalog import ANCHOR, CHAMPION, IMAGE_LIFT, NOTES_PROFILE
 from notellm2_core.release.comparison import compare, hits
-from notellm2_core.release.drift import data_gates
+from notellm2_core.release.drift import data_gates, of_content, of_week
 from notellm2_core.release.measure import TestSet, effective_rank, trained_note_ids
 from notellm2_core.release.verdict import (
     ALL,
@@ -73,8 +74,9 @@ def judge(candidate: Candidate, config: Config, out: Path) -> dict[str, Any]:
     if CHAMPION not in measured:
         gates.insert(0, first_gate(ranks, k))
     gates += [image_gate(lift, candidate.past_lifts), *model_gates(candidate, config, ours)]
-    profile = candidate.metrics["data_profile"]
-    gates += data_gates(profile, candidate.past_notes, config.checks.accepted_drift)
+    profile, weeks = candidate.metrics["data_profile"], candidate.metrics["weekly_activity"]["weeks"]
+    drifts = [*of_week(weeks), *of_content(profile, candidate.past_notes)]
+    gates += data_gates(DATA_GATES, drifts, config.checks.accepted_drift)
     verdict = Verdict(tuple(gates))
     figures = {
         "k": k,

@@ -217,7 +217,7 @@ def _hidden_beside(path: Path, kind: str) -> Path:
 
 
 def _has_writer(path: Path, draft: re.Match[str]) -> bool:
-    """Whether the writer of a draft may be alive. Of another host only the lease is known, the time of its last change."""
+    """Whether the writer of a draft may be alive. Of another host only the lease is known: when it last changed."""
     if draft["host"] == host():
         return _is_alive(int(draft["process"]))
     try:

@@ -12,7 +12,7 @@ import pytest
 
 from assets.resources.partitions import log_partitions, require_partitions
 from assets.resources.pipeline import Pipeline
-from notellm2_core.config.drift import DATA_GATES
+from notellm2_core.config.drift import CONTENT_GATES, WEEK_GATES
 from notellm2_core.config.source import SourceSettings
 from notellm2_core.lake.lineage import STAGES
 from pipelines.definitions import defs
@@ -25,7 +25,8 @@ GRAPH = {
     "note_split": {"notes", "interactions", "vision_features"},
     "related_pairs": {"cooccurrence", "note_split"},
     "pair_datasets": {"related_pairs", "note_split"},
-    "data_profile": {"raw_events", "interactions", "notes", "vision_features", "pair_datasets"},
+    "weekly_activity": {"raw_events", "interactions"},
+    "data_profile": {"notes", "vision_features", "pair_datasets"},
     "data_card": {"raw_events", "notes", "interactions", "cooccurrence", "related_pairs", "pair_datasets"},
     "vision_features": {"notes"},
     "note_tokens": {"notes"},
@@ -44,8 +45,8 @@ GRAPH = {
     "rival_embeddings": {"notes", "vision_features", "pair_datasets"},
     "canary": {"checkpoint", "faiss_index", "note_embeddings", "pair_datasets", "notes"},
     "verdict": {
-        "notes", "pair_datasets", "data_profile", "checkpoint", "note_embeddings", "faiss_index", "eval_recall",
-        "rival_embeddings", "canary",
+        "notes", "weekly_activity", "pair_datasets", "data_profile", "checkpoint", "note_embeddings", "faiss_index",
+        "eval_recall", "rival_embeddings", "canary",
     },
     "release": {
         "checkpoint", "note_embeddings", "faiss_index", "eval_recall", "pair_datasets", "verdict", "canary",
@@ -59,8 +60,10 @@ def test_the_graph_is_the_lineage() -> None:
         key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
         for key in graph.materializable_asset_keys
     }
-    for name in ("initial_model", "checkpoint"):  # they do not read it: its checks stop them
-        asset_graph[name].remove("data_profile")
+    stopped = {"cooccurrence": "weekly_activity", "note_split": "weekly_activity", "initial_model": "data_profile",
+               "checkpoint": "data_profile"}  # fmt: skip
+    for name, by in stopped.items():  # they do not read it: its checks stop them
+        asset_graph[name].remove(by)
     assert asset_graph == GRAPH == {name: set(stage.inputs) for name, stage in STAGES.items()}
 
 
@@ -86,7 +89,8 @@ def test_checks_of_data_block_and_the_gates_of_a_release_do_not() -> None:
         ("pair_datasets", "no_leakage"),
         ("pair_datasets", "enough_pairs"),
         ("checkpoint", "finite_loss"),
-        *(("data_profile", gate) for gate in DATA_GATES),
+        *(("weekly_activity", gate) for gate in WEEK_GATES),
+        *(("data_profile", gate) for gate in CONTENT_GATES),
     }
 
 

@@ -1,5 +1,6 @@
 """The gates of the data: each poison is refused by its gate and by no other, and what only looks like one by none."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 
 from notellm2_core.config.data import CheckSettings
 from notellm2_core.config.drift import DATA_GATES
-from notellm2_core.release.drift import data_gates, to_markdown, to_plot
+from notellm2_core.release.drift import data_gates, of_content, of_week, to_markdown, to_plot
+from notellm2_core.release.verdict import Gate
 
 HOURS = [0.01] * 8 + [0.06] * 12 + [0.05] * 4
 
@@ -39,8 +41,12 @@ def _changed(**changes: Any) -> dict[str, Any]:
     return profile
 
 
+def _gates(profile: dict[str, Any], past: Sequence[Any] = (PROFILE["notes"],), **accepted: Any) -> list[Gate]:
+    return data_gates(DATA_GATES, [*of_week(profile["weeks"]), *of_content(profile, past)], **accepted)
+
+
 def _refused(profile: dict[str, Any], past: tuple[Any, ...] = (PROFILE["notes"],), **accepted: Any) -> list[str]:
-    return [gate.name for gate in data_gates(profile, past, **accepted) if gate.outcome == "refused"]
+    return [gate.name for gate in _gates(profile, past, **accepted) if gate.outcome == "refused"]
 
 
 POISONS = {
@@ -75,7 +81,7 @@ def test_a_poison_is_refused_by_its_gate_alone(gate: str) -> None:
     profile = _changed(**POISONS[gate])
     assert _refused(profile) == [gate]
     assert _refused(profile, accepted=[gate]) == []
-    (row,) = [line for line in to_markdown(data_gates(profile, [PROFILE["notes"]])).splitlines() if "✗" in line]
+    (row,) = [line for line in to_markdown(_gates(profile)).splitlines() if "✗" in line]
     assert row.startswith(f"| {gate} |") and "usually" in row
 
 
@@ -86,7 +92,7 @@ def test_what_only_looks_like_a_poison_passes(friend: str) -> None:
 
 def test_shifted_hours_are_named() -> None:
     """The events came eight hours too late."""
-    (gate,) = [g for g in data_gates(_changed(**POISONS["hours"]), []) if g.outcome == "refused"]
+    (gate,) = [g for g in _gates(_changed(**POISONS["hours"]), []) if g.outcome == "refused"]
     assert "they fit when moved by -8 h" in gate.why
 
 
@@ -101,9 +107,12 @@ def test_without_a_past_nothing_is_judged() -> None:
     poisoned["related_texts"]["train"]["similarity"] = 0.004  # in this log, related notes are not alike
     assert _refused(poisoned, past=()) == []
     assert _refused(poisoned | {"weeks": []}, past=()) == []
-    assert to_plot(poisoned | {"weeks": []}, ()) is None
-    (bytes_of_plot,) = [to_plot(PROFILE, (PROFILE["notes"],))]
-    assert bytes_of_plot is not None and bytes_of_plot.startswith(b"\x89PNG")
+
+
+def test_each_figure_is_plotted_beside_its_past() -> None:
+    assert to_plot([]) is None
+    plot = to_plot([*of_week(PROFILE["weeks"]), *of_content(PROFILE, [PROFILE["notes"]])])
+    assert plot is not None and plot.startswith(b"\x89PNG")
 
 
 def test_a_week_with_few_events_is_not_judged() -> None:

@@ -25,8 +25,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "faiss_index": {"recall": {"10": 99.0}, "search_k": 10, "target_recall": 0.95},
     "pair_datasets": {"leakage": {"notes": 0, "pairs": 0}},
     "canary": {"queries": 20, "failed": None},
+    "weekly_activity": {"weeks": []},
     "data_profile": {
-        "weeks": [],
         "notes": {"num_notes": 800, "text_length": 3.0, "characters": {"a": 1.0}, "wrongly_decoded": 0.0,
                   "image_share": 0.0, "repeated_images": 0.0},
         "related_texts": {"train": {"num_pairs": 1, "similarity": 0.0, "error": 0.0},
