@@ -14,6 +14,7 @@ from notellm2_core.training.launch import torchrun
 
 MULTIMODAL = "multimodal"
 INPUTS = (MULTIMODAL, "image", "text")
+_NUM_EARLIER = 4  # last exports whose vectors are reused: an older one is hardly of the same model, and each is read
 
 
 def export(
@@ -26,11 +27,11 @@ def export(
     """Embed `note_ids` (None: all notes) by `model` with each kind of input, and link the shards into the dataset.
 
     `single_modality_note_ids`: the notes of the inputs image and text; None: the same. The shards are written in
-    `step.work`, so a killed export resumes. Vectors of unchanged notes are reused from the earlier datasets of this
+    `step.work`, so a killed export resumes. Vectors of unchanged notes are reused from the last datasets of this
     asset, which are listed before the export starts.
     """
     config, catalog = step.config, step.catalog
-    earlier = [dataset.path for dataset in catalog.lake.datasets(step.name)]
+    earlier = [dataset.path for dataset in catalog.lake.datasets(step.name)[-_NUM_EARLIER:]]
     launcher = torchrun("notellm2_core.inference.export", config.export.num_ranks or config.training.num_ranks)
     subsets = {"--note-ids": note_ids, "--single-modality-note-ids": single_modality_note_ids}
     step.command([*launcher, "--config", write_config(catalog), *note_inputs(step).arguments(), "--model", model,
