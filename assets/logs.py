@@ -31,6 +31,7 @@ def raw_events_asset(partitions: dg.TimeWindowPartitionsDefinition) -> dg.Assets
 
     def check(context: dg.AssetExecutionContext, catalog: Catalog) -> None:
         require_partitions(partitions, catalog.config.source)
+        catalog.require_champion()
         for sentence in (*unused_settings(catalog.config), *catalog.warnings()):
             context.log.warning(sentence)
         ensure_source(context, catalog)

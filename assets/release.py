@@ -19,6 +19,7 @@ from notellm2_core.lake.ledger import State
 from notellm2_core.lake.lineage import STAGES
 from notellm2_core.lake.window import first_day_of_week
 from notellm2_core.notes.inputs import NoteInputs
+from notellm2_core.release.verdict import NEIGHBOURS_AFTER, NEIGHBOURS_BEFORE
 from notellm2_core.schema import COUNTS_FILE, INDEX_FOLDER, NOTES_TABLE, POOL_TABLE
 from notellm2_core.training.launch import torchrun
 
@@ -58,6 +59,7 @@ def verdict(step: Step) -> Metrics:
     rivals, start = step.catalog.rivals, step.catalog.start
     known = [open_release(step.catalog.lake, release) for release in {*rivals.values(), *([start] if start else ())}]
     candidate = Candidate(
+        source=step.catalog.source,
         notes=step.path("notes", NOTES_TABLE),
         pairs=step.path("pair_datasets"),
         model=step.path("checkpoint"),
@@ -119,7 +121,13 @@ def release_page(state: State) -> dict[str, Any]:
     return shown
 
 
-@dataset("release", {"parquet"}, on=Machine("gpu"), after=_decide, show={"verdict": ["verdict.md", "verdict.png"]})
+SHOWN = {
+    "verdict": ["verdict.md", "verdict.png"], "neighbours_before": [NEIGHBOURS_BEFORE],
+    "neighbours_after": [NEIGHBOURS_AFTER],
+}  # fmt: skip
+
+
+@dataset("release", {"parquet"}, on=Machine("gpu"), after=_decide, show=SHOWN)
 def release(step: Step) -> Metrics:
     """Model, embeddings, index, report, window, settings and verdict in one immutable dataset: what goes live."""
     from notellm2_core.release.release import open_release, write_release

@@ -105,6 +105,15 @@ class Catalog:
         roles = {CHAMPION: champion, ANCHOR: anchor if has_anchor else None}
         return {role: release for role, release in roles.items() if release is not None}
 
+    def require_champion(self) -> None:
+        """Raises ValueError where the folder of the live release is gone: no model could be compared with it."""
+        champion = self.state.champion
+        if champion is not None and not self.lake.path("release", champion).exists():
+            raise ValueError(
+                f"the release that is live, {champion}, is no longer at {self.lake.path('release', champion)}: restore "
+                "it from a backup, or make another one live (notellm2 release rollback, or promote)"
+            )
+
     @property
     def start(self) -> str | None:
         """The release whose model the training starts from; None: the pretrained one.

@@ -20,6 +20,7 @@ from notellm2_core.config.drift import DATA_GATES
 from notellm2_core.config.promotion import GateSettings
 from notellm2_core.config.settings import Config
 from notellm2_core.embeddings.table import read_embeddings
+from notellm2_core.evaluation.evaluate import image_reader, neighbour_sheet
 from notellm2_core.evaluation.recall import Ranks
 from notellm2_core.evaluation.slices import SLICES
 from notellm2_core.lake.catalog import ANCHOR, CHAMPION, IMAGE_LIFT, NOTES_PROFILE
@@ -28,6 +29,8 @@ from notellm2_core.release.drift import data_gates, of_content, of_week
 from notellm2_core.release.measure import TestSet, effective_rank, trained_note_ids
 from notellm2_core.release.verdict import (
     ALL,
+    NEIGHBOURS_AFTER,
+    NEIGHBOURS_BEFORE,
     VERDICT_FILE,
     VERDICT_PLOT,
     VERDICT_TABLE,
@@ -49,6 +52,7 @@ Metrics = Mapping[str, Any]
 class Candidate:
     """What a new model is judged by: datasets by folder, and the metrics of their manifests."""
 
+    source: Path  # holds the images
     notes: Path
     pairs: Path  # pair_datasets
     model: Path  # checkpoint
@@ -62,7 +66,7 @@ class Candidate:
 
 
 def judge(candidate: Candidate, config: Config, out: Path) -> dict[str, Any]:
-    """Write verdict.json, .md and .png into `out`. Returns outcome, why, and the figures that later releases need."""
+    """Write the files VERDICT_FILES into `out`. Returns outcome, why, and the figures that later releases need."""
     settings, k = GateSettings.of(config.promotion), config.promotion_k
     trained = candidate.trained | trained_note_ids(candidate.pairs)
     test = TestSet.read(candidate.pairs, candidate.notes, trained, config, candidate.model)
@@ -90,7 +94,19 @@ def judge(candidate: Candidate, config: Config, out: Path) -> dict[str, Any]:
     (out / VERDICT_TABLE).write_text(to_markdown(verdict, test.num_left_out))
     if plot := to_plot(verdict, k):
         (out / VERDICT_PLOT).write_bytes(plot)
+    if CHAMPION in candidate.rivals:
+        write_neighbours(candidate, config, out)
     return {"outcome": verdict.outcome, "why": verdict.why, **figures}
+
+
+def write_neighbours(candidate: Candidate, config: Config, out: Path) -> None:
+    """Draw the nearest notes of the same test queries by the champion, and by the new model."""
+    image = image_reader(candidate.notes, candidate.source, config.source.max_image_pixels)
+    folders = {NEIGHBOURS_BEFORE: candidate.rivals[CHAMPION], NEIGHBOURS_AFTER: candidate.embeddings}
+    for name, folder in folders.items():
+        notes, pairs, num_queries = candidate.notes, candidate.pairs, config.evaluation.num_sheet_queries
+        sheet = neighbour_sheet(folder / "multimodal", notes, pairs, num_queries, image, config.seed)
+        (out / name).write_bytes(sheet)
 
 
 def recalls(ranks: Ranks, measured: Mapping[str, Measured], k: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
     model/  embeddings/  index/     the model, the multimodal vectors of all notes, their index with its table of ids
     report/                         the recall report
     verdict.json, .md, .png         how it was judged; golden.json: queries with their answers
+    neighbours_*.jpg                the nearest notes of test queries, before by the champion, and after by this model
     config.yaml, lineage.json       its settings; its window, and the weeks and releases that it was trained from
     trained_notes.parquet           the notes that its lineage has trained on
 
@@ -25,7 +26,7 @@ from notellm2_core.embeddings.table import read_note_ids
 from notellm2_core.lake.lake import Dataset, Draft, Lake
 from notellm2_core.lake.window import ResolvedWindow, weeks_of
 from notellm2_core.release.measure import trained_note_ids
-from notellm2_core.release.verdict import VERDICT_FILE, VERDICT_PLOT, VERDICT_TABLE
+from notellm2_core.release.verdict import VERDICT_FILE, VERDICT_FILES
 from notellm2_core.runtime.files import sha256_of
 from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
 
@@ -107,7 +108,7 @@ def write_release(
             draft.link(f"embeddings/{inner.relative_to('multimodal')}", inputs["note_embeddings"], file)
     for file in inputs["faiss_index"].manifest.files:
         draft.link(f"index/{Path(file).relative_to(INDEX_FOLDER)}", inputs["faiss_index"], file)
-    for name, files in {"verdict": (VERDICT_FILE, VERDICT_TABLE, VERDICT_PLOT), "canary": (GOLDEN_FILE,)}.items():
+    for name, files in {"verdict": VERDICT_FILES, "canary": (GOLDEN_FILE,)}.items():
         for file in files:
             if file in inputs[name].manifest.files:
                 draft.link(file, inputs[name], file)

@@ -17,6 +17,9 @@ from notellm2_core.release.comparison import Difference, compare, significant
 Outcome = Literal["passed", "refused", "undecided"]
 ALL = "all"
 VERDICT_FILE, VERDICT_TABLE, VERDICT_PLOT = "verdict.json", "verdict.md", "verdict.png"
+# The nearest notes of some test queries by the champion and by the new model; without a champion, neither.
+NEIGHBOURS_BEFORE, NEIGHBOURS_AFTER = "neighbours_before.jpg", "neighbours_after.jpg"
+VERDICT_FILES = (VERDICT_FILE, VERDICT_TABLE, VERDICT_PLOT, NEIGHBOURS_BEFORE, NEIGHBOURS_AFTER)
 GATES = {  # what each gate asks
     "recall_of_champion": "The recall is not worse than that of the release that is live, on all pairs and each slice.",
     "recall_of_anchor": "The recall is not worse than that of the champion of some weeks ago.",

@@ -254,6 +254,16 @@ def test_rivals_and_the_start_are_those_of_the_run_and_of_earlier_weeks(tmp_path
     assert _catalog(tmp_path, **warm).settings("checkpoint")["start"] == "first"
 
 
+def test_a_champion_whose_folder_is_gone_stops_a_run_with_what_helps(tmp_path: Path) -> None:
+    catalog = _catalog(tmp_path)
+    catalog.require_champion()  # there is none yet
+    _promote(catalog, "first", "2025-01-12")
+    _catalog(tmp_path).require_champion()
+    catalog.lake.path("release", "first").rmdir()
+    with pytest.raises(ValueError, match="first, is no longer at .*restore it from a backup, or make another one live"):
+        _catalog(tmp_path).require_champion()
+
+
 def test_a_champion_is_no_rival_of_its_own_model(tmp_path: Path) -> None:
     """A week that is run again after its promotion has the addresses of its first run."""
     catalog = _catalog(tmp_path)

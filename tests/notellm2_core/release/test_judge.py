@@ -92,6 +92,7 @@ def config() -> Config:
 
 def _candidate(lake: Path, model: str, **changes: Any) -> Candidate:
     candidate = Candidate(
+        source=lake,
         notes=lake / "notes",
         pairs=lake / "pairs",
         model=lake,
@@ -123,6 +124,8 @@ def test_a_model_is_judged_beside_the_champion(
     assert (found["recalls"]["challenger"] < found["recalls"]["champion"] - 5) == (outcome == "refused")
     assert "| recall_of_champion |" in (tmp_path / "verdict.md").read_text()
     assert (tmp_path / "verdict.png").read_bytes().startswith(b"\x89PNG")
+    sheets = [(tmp_path / f"neighbours_{name}.jpg").read_bytes() for name in ("before", "after")]
+    assert all(sheet.startswith(b"\xff\xd8") for sheet in sheets) and sheets[0] != sheets[1]
 
 
 def test_pairs_that_a_lineage_has_trained_on_do_not_count(lake: Path, config: Config, tmp_path: Path) -> None:
