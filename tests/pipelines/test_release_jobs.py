@@ -113,11 +113,9 @@ def test_the_mirror_follows_and_a_dead_server_makes_the_tick_fail(
     instance: dg.DagsterInstance, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(MlflowException):
+    with pytest.raises(ConnectionRefusedError):  # at once: MLflow itself would try again for minutes
         _tick(mirror_releases, instance)
     uri = f"sqlite:///{catalog.lake.root / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
