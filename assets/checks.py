@@ -7,7 +7,6 @@ are shown as checks of `verdict` and block nothing.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
-from typing import Any
 
 import dagster as dg
 
@@ -15,7 +14,7 @@ from assets.resources.pipeline import Pipeline, user_errors
 from assets.resources.steps import Metrics
 from notellm2_core.check.verdicts import Verdict, dropped_share, undated_share, unusable_images
 from notellm2_core.config.data import CheckSettings
-from notellm2_core.config.drift import CONTENT_GATES, WEEK_GATES
+from notellm2_core.config.drift import CONTENT_GATES, DATA_GATES, WEEK_GATES
 from notellm2_core.lake.catalog import NOTES_PROFILE, Catalog
 from notellm2_core.release.drift import Drift, data_gates, of_content, of_week
 from notellm2_core.release.verdict import GATES, VERDICT_FILE
@@ -57,7 +56,9 @@ def _check(asset: str, judge: Callable[[Metrics, CheckSettings], Verdict]) -> dg
     return check
 
 
-def _drift_checks(asset: str, names: Mapping[str, str], drifts: Callable[[Catalog], list[Drift]]) -> Any:
+def _drift_checks(
+    asset: str, names: Mapping[str, str], drifts: Callable[[Catalog], list[Drift]]
+) -> dg.AssetChecksDefinition:
     """Checks that stop the run where the data are unlike their past. The verdict asks the same again."""
     specs = [dg.AssetCheckSpec(name, asset=asset, description=text, blocking=True) for name, text in names.items()]
 
@@ -81,14 +82,15 @@ def _of_content(catalog: Catalog) -> list[Drift]:
 
 
 @dg.multi_asset_check(
-    name="gates", specs=[dg.AssetCheckSpec(name, asset="verdict", description=text) for name, text in GATES.items()]
+    name="gates",
+    specs=[dg.AssetCheckSpec(name, asset="verdict", description=text) for name, text in (GATES | DATA_GATES).items()],
 )
 def gates(pipeline: Pipeline) -> Iterator[dg.AssetCheckResult]:
     """Show each gate of the verdict. They stop nothing: the verdict is computed without them."""
     with user_errors():
         shown = json.loads((pipeline.catalog().dataset("verdict").path / VERDICT_FILE).read_text())["gates"]
     by_name = {gate["name"]: gate for gate in shown}
-    for name in GATES:
+    for name in GATES | DATA_GATES:
         gate = by_name.get(name, {"outcome": "passed", "why": "This gate has nothing to judge.", "figures": {}})
         yield _shown("verdict", name, gate["outcome"], gate["why"], gate["figures"])
 

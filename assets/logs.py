@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from notellm2_core.config.drift import WEEK_GATES
 from notellm2_core.config.source import EventSettings, NoteReadingSettings
 from notellm2_core.config.unused import unused_settings
 from notellm2_core.lake.catalog import Catalog
+from notellm2_core.lake.window import first_day_of_week, weeks_before
 from notellm2_core.schema import DAYS_FILE, NOTES_TABLE, TEST, TRAIN
 from notellm2_core.tables.log import UNDATED, ingestion_metrics, partition_days, partitions_between, summed_counts
 
@@ -106,16 +106,17 @@ def weekly_activity(step: Step) -> Metrics:
     from notellm2_core.release.drift import NUM_WEEKS
     from spark_jobs.weekly_activity import weekly_activity
 
-    window = step.catalog.window
+    window, rows = step.catalog.window, json.loads(step.path("raw_events", DAYS_FILE).read_text())
+    weeks = weeks_before(window.test.end, NUM_WEEKS)
+    figures = [{"first_day": str(w.start), "rows": sum(rows.get(str(day), 0) for day in w.days())} for w in weeks]
+    if step.config.source.partition != "week" or window.test.end != first_day_of_week(window.test.end):
+        return {"weeks": figures}  # interactions have a row per partition, user and note: it tells nothing of a week
     names = (TRAIN, TEST) if window.train != window.test else (TEST,)
     tables = [step.path("interactions", name) for name in names]
     with step.spark() as spark:
-        weeks = weekly_activity(spark, tables, window.train.start, window.test.end, NUM_WEEKS)
-    rows = json.loads(step.path("raw_events", DAYS_FILE).read_text())
-    for week in weeks:
-        first = date.fromisoformat(week["first_day"])
-        week["rows"] = sum(rows.get(str(first + timedelta(days=n)), 0) for n in range(7))
-    return {"weeks": weeks}
+        found = weekly_activity(spark, tables, window.train.start, window.test.end, NUM_WEEKS)
+    activity = {week["first_day"]: week for week in found}
+    return {"weeks": [week | activity.get(week["first_day"], {}) for week in figures]}
 
 
 def _check_partitions(

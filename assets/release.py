@@ -121,13 +121,13 @@ def release_page(state: State) -> dict[str, Any]:
     return shown
 
 
-SHOWN = {
+_SHOWN = {
     "verdict": ["verdict.md", "verdict.png"], "neighbours_before": [NEIGHBOURS_BEFORE],
     "neighbours_after": [NEIGHBOURS_AFTER],
 }  # fmt: skip
 
 
-@dataset("release", {"parquet"}, on=Machine("gpu"), after=_decide, show=SHOWN)
+@dataset("release", {"parquet"}, on=Machine("gpu"), after=_decide, show=_SHOWN)
 def release(step: Step) -> Metrics:
     """Model, embeddings, index, report, window, settings and verdict in one immutable dataset: what goes live."""
     from notellm2_core.release.release import open_release, write_release

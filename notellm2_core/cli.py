@@ -107,8 +107,9 @@ def _describe(options: argparse.Namespace) -> None:
 
 def _simulate(options: argparse.Namespace) -> None:
     """The simulation runs the graph, which this package knows nothing of: it is found by its entry point."""
-    (simulation,) = entry_points(group="notellm2.simulate", name=options.what)
-    sys.exit(simulation.load()(options.arguments))
+    for simulation in entry_points(group="notellm2.simulate", name=options.what):
+        sys.exit(simulation.load()(options.arguments))
+    raise ValueError("this installation has no simulation: install the package again (make setup)")
 
 
 def _embed(options: argparse.Namespace) -> None:

@@ -154,11 +154,13 @@ def main(arguments: list[str] | None = None) -> int:
                         help=f"of the logs; default: all of {', '.join(CHANGES)}")  # fmt: skip
     options = parser.parse_args(arguments)
     wrong, num = [], 0
-    print("| week | to be refused by | refused by | trained | seconds | why |\n|---|---|---|---|--:|---|", flush=True)
+    columns = ("week", "what", "to be refused by", "refused by", "trained", "seconds", "why")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for name, change, outcome in poisoned_weeks(options.out.absolute(), options.changes):
         num += 1
         gate, refused_by, trained = change.gate or "–", outcome.refused_by or "–", "yes" if outcome.trained else "no"
-        print(f"| {name} | {gate} | {refused_by} | {trained} | {outcome.seconds:.0f} | {outcome.why} |", flush=True)
+        cells = (name, change.what, gate, refused_by, trained, f"{outcome.seconds:.0f}", outcome.why)
+        print(f"| {' | '.join(cells)} |", flush=True)
         if refused_by != gate:
             wrong.append(name)
     print(f"\n{num - len(wrong)} of {num} as expected" + (f"; not {', '.join(wrong)}" if wrong else ""))

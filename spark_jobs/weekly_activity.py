@@ -1,4 +1,4 @@
-"""The activity of each week of the windows: volume, clicks, hours, concentration, and what came before already.
+"""The activity of each week of the windows: events, clicks, hours, concentration, and repetition.
 
 A log that is damaged (delivered twice, shifted, flooded by robots) can hold valid rows only. It differs from its own
 past, which these figures show.
@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 
 from spark_jobs.common.tables import read_table
 
-BUSY = 10  # a user with more than so many times the events of the median user is busy
+BUSY = 10  # a user with more than so many times the events of the mean user is busy
 _MICROSECONDS_OF_WEEK = 7 * 24 * 3600 * 1_000_000
 
 
@@ -24,13 +24,14 @@ def weekly_activity(
 ) -> list[dict[str, Any]]:
     """The last `num_weeks` whole weeks of INTERACTIONS `tables` in [start, end), the oldest first.
 
-    Weeks are counted back from `end`; one without events is left out. Each has
+    Weeks are counted back from `end`; one without events is left out. The partitions of the log have to be these weeks:
+    a user and note has a row per partition. Each has
 
-    - first_day, events, clicks, users, notes
+    - first_day, events, clicks, users
     - clicked, viewed_before: users and notes of a click, and those among them with an earlier view
     - hours: the share of the events in each hour of the day, UTC [24], by the first event of a user and note
     - top_note: the share of its events that fall on the busiest note
-    - busy_users: the share of its events that come from users with more than BUSY times the median user's
+    - busy_users: the share of its events that come from users with more than BUSY times the mean user's
     - repeated: of its clicked users and notes, the largest share that was clicked in one of the weeks before; None for
       the oldest week
     """
@@ -77,7 +78,6 @@ def _sums(by_pair: DataFrame) -> DataFrame:
         F.sum("events").alias("events"),
         F.sum("clicks").alias("clicks"),
         F.count_distinct("user_id").alias("users"),
-        F.count_distinct("note_id").alias("notes"),
         F.count("last_click").alias("clicked"),
         F.count_if(F.col("first_view") < F.col("last_click")).alias("viewed_before"),
     )
@@ -95,7 +95,7 @@ def _top_note(by_pair: DataFrame) -> DataFrame:
 
 def _busy_users(by_pair: DataFrame) -> DataFrame:
     by_user = by_pair.groupBy("age", "user_id").agg(F.sum("events").alias("events"))
-    usual = by_user.groupBy("age").agg(F.percentile("events", 0.5).alias("usual"))
+    usual = by_user.groupBy("age").agg(F.mean("events").alias("usual"))
     busy = F.sum(F.when(F.col("events") > BUSY * F.col("usual"), F.col("events")).otherwise(0)) / F.sum("events")
     return by_user.join(usual, "age").groupBy("age").agg(busy.alias("busy_users"))
 

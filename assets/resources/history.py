@@ -13,13 +13,13 @@ FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.Dagster
 
 
 def sweep_history(context: dg.AssetExecutionContext, catalog: Catalog, age: timedelta) -> dict[str, Any]:
-    """Remove the runs of this configuration that are older than `age`. Returns how many, of each.
+    """Remove the runs of this configuration that are older than `age`. Returns their numbers, of Dagster and of MLflow.
 
     The partitions of the log that only such a run had reported are reported by this one: they stay green.
     """
     before, name, instance = datetime.now(UTC) - age, catalog.config.name, context.instance
     found = instance.get_runs(dg.RunsFilter(statuses=FINISHED, created_before=before))
-    old = [run.run_id for run in found if run.tags.get(CONFIG_TAG, name) == name and run.run_id != context.run_id]
+    old = [run.run_id for run in found if run.tags.get(CONFIG_TAG) == name and run.run_id != context.run_id]
     log = dg.AssetKey("raw_events")
     reported = instance.get_materialized_partitions(log)
     for run_id in old:

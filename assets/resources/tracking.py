@@ -24,6 +24,7 @@ from notellm2_core.runtime.nested import flatten
 
 _ARTIFACTS = (".png", ".jpg", ".md", ".json", ".yaml")
 _MAX_ARTIFACT_BYTES = 2_000_000
+_RUNS_AT_A_TIME = 1000  # that mlflow gc removes: their ids are one argument
 _PARENT_ID = "mlflow.parentRunId"  # MLflow's tag
 _PARENT_TAG = "parent_of_dagster_run"  # not `dagster_run_id`: that is the children's
 
@@ -146,13 +147,15 @@ def _remove_runs(uri: str, settings: TrackingSettings, config: str, before: date
     old = list(_search_runs(client, found.experiment_id, f"attributes.end_time < {stamp} and tags.config = '{config}'"))
     young = _search_runs(client, found.experiment_id, f"attributes.end_time >= {stamp}")
     used = {run.data.tags.get(_PARENT_ID) for run in young}
-    parents = {run.data.tags[_PARENT_ID] for run in old} - used
-    removed = [*(run.info.run_id for run in old), *sorted(parents)]
+    parents = {run.data.tags.get(_PARENT_ID) for run in old} - used - {None}
+    removed = [*(run.info.run_id for run in old), *sorted(map(str, parents))]
     for run_id in removed:
         client.delete_run(run_id)
-    if removed and urlparse(uri).scheme == "sqlite":
-        command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri, "--run-ids", ",".join(removed)]
-        subprocess.run(command, capture_output=True, check=True, env={**os.environ, "MLFLOW_TRACKING_URI": uri})
+    if urlparse(uri).scheme == "sqlite":
+        for start in range(0, len(removed), _RUNS_AT_A_TIME):
+            ids = ",".join(removed[start : start + _RUNS_AT_A_TIME])
+            command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri, "--run-ids", ids]
+            subprocess.run(command, capture_output=True, check=True, env={**os.environ, "MLFLOW_TRACKING_URI": uri})
     return len(removed)
 
 
@@ -187,7 +190,7 @@ def _attempter(warn: Callable[[str], None]) -> Callable[[Callable[[], Any]], Any
             return call()
         except (*faults, ValueError) as e:  # ValueError: no address
             dead = True
-            warn(f"MLflow does not answer, this step does without it: {str(e).splitlines()[0]}")
+            warn(f"MLflow fails, this step does without it: {str(e).splitlines()[0]}")
             return None
 
     return attempt
@@ -200,8 +203,9 @@ def _client(uri: str) -> Any:
 
 
 def reachable_client(uri: str, settings: TrackingSettings) -> Any:
-    """A client of a server that answers, or of a sqlite file that exists. A dead host is noticed at once: MLflow itself
-    would try again for minutes.
+    """A client of a server that answers, or of a sqlite file, which is made if it is missing.
+
+    A dead host is noticed at once (OSError): MLflow itself would try again for minutes.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(settings.timeout_seconds)))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

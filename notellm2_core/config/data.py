@@ -145,7 +145,7 @@ class SplitSettings(HoldOutSettings):
 
 
 class CheckSettings(Section):
-    """When the data stop a run, by blocking asset checks; `max_mean_cosine` is a threshold of a release."""
+    """Thresholds of the blocking asset checks, at which a run stops; `max_mean_cosine` is one of a release's gates."""
 
     max_dropped_share: float = Field(
         0.2,

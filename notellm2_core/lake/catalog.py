@@ -191,8 +191,7 @@ class Catalog:
         raw = self.dataset("raw_events")
         missing = set(missing_days(json.loads((raw.path / DAYS_FILE).read_text()), (week.start, week.end)))
         covered = date.fromisoformat(raw.manifest.metrics["covered_until"])
-        days = (week.start + timedelta(days=n) for n in range((week.end - week.start).days))
-        return sorted(missing | {str(day) for day in days if day > covered})
+        return sorted(missing | {str(day) for day in week.days() if day > covered})
 
     def _end_of(self, partition: Days) -> date:
         """The end of a partition, or of the last complete week in it. Raises ValueError if the log has none of them."""

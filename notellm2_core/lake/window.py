@@ -16,6 +16,9 @@ class Days:
     def __contains__(self, day: date) -> bool:
         return self.start <= day < self.end
 
+    def days(self) -> list[date]:
+        return [self.start + timedelta(days=n) for n in range((self.end - self.start).days)]
+
     def iso(self) -> tuple[str, str]:
         return self.start.isoformat(), self.end.isoformat()
 
@@ -50,6 +53,12 @@ def weeks_of(days: Days) -> list[date]:
     """The first days of the weeks that hold any of `days`."""
     first, last = first_day_of_week(days.start), first_day_of_week(days.end - timedelta(days=1))
     return [first + timedelta(weeks=n) for n in range((last - first).days // 7 + 1)]
+
+
+def weeks_before(end: date, num: int) -> list[Days]:
+    """The last `num` weeks of seven days that end on `end` (exclusive), the oldest first."""
+    starts = [end - timedelta(weeks=n) for n in range(num, 0, -1)]
+    return [Days(start, start + timedelta(days=7)) for start in starts]
 
 
 def resolved_window(settings: WindowSettings, end: date) -> ResolvedWindow:

@@ -19,17 +19,20 @@ from notellm2_core.schema import NOTE_IMAGES_FILE
 NUM_CHARACTERS = 100  # the most frequent ones, whose shares are kept
 _NUM_TEXTS = 100_000  # texts that are looked at, at most
 _NUM_PAIRS = 2_000  # pairs that are looked at, at most
-# U+FFFD and C1 controls, and UTF-8 that was read as Latin-1 or Windows-1252: the first byte of a character, and a next.
-_SPECIALS = "€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
-_WRONGLY_DECODED = re.compile(f"[\ufffd\x80-\x9f]|[\u00c2-\u00f4][\u0080-\u00bf{_SPECIALS}]")
+# U+FFFD and C1 controls; and UTF-8 that was read as Latin-1 or Windows-1252: a first byte with as many next ones as it
+# announces. Of two bytes alone, "é’" would be one, which is correct French.
+_NEXT = "[\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
+_WRONGLY_DECODED = re.compile(
+    f"[\ufffd\x80-\x9f]|[\u00c2-\u00df]{_NEXT}|[\u00e0-\u00ef]{_NEXT}{{2}}|[\u00f0-\u00f4]{_NEXT}{{3}}"
+)
 
 
 def notes_profile(notes: Path, vision_features: Path) -> dict[str, Any]:
-    """num_notes; text_length (mean characters) and characters {character: share}, the NUM_CHARACTERS most frequent;
-    wrongly_decoded, the share of texts with signs of it; image_share of the notes; and repeated_images, the share of
-    the images that belong to several notes.
+    """The profile of the table NOTES and of the dataset vision_features.
 
-    `notes`: the table NOTES, of whose texts at most _NUM_TEXTS are read, spread evenly. `vision_features`: the dataset.
+    num_notes; text_length (mean characters); characters, the NUM_CHARACTERS most frequent as [character, share];
+    wrongly_decoded, the share of texts with signs of it; image_share of the notes; repeated_images, the share of the
+    images that belong to several notes. At most _NUM_TEXTS texts count, spread evenly.
     """
     total = num_notes(notes)
     characters: Counter[str] = Counter()
@@ -45,7 +48,7 @@ def notes_profile(notes: Path, vision_features: Path) -> dict[str, Any]:
     return {
         "num_notes": total,
         "text_length": num_characters / num_texts,
-        "characters": {c: n / num_characters for c, n in characters.most_common(NUM_CHARACTERS)},
+        "characters": [[c, n / num_characters] for c, n in characters.most_common(NUM_CHARACTERS)],
         "wrongly_decoded": num_wrong / num_texts,
         "image_share": len(images) / total,
         "repeated_images": float(counts[counts > 1].sum() / len(images)) if len(images) else 0.0,

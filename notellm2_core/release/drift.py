@@ -1,23 +1,26 @@
 """The gates of the data: a week beside the weeks before, and the notes beside those of the releases before.
 
-Each compares one figure with its usual range. A range is wide enough for a holiday, a larger catalogue or a new topic.
-A gate without enough of a past to compare with has nothing to judge, and passes.
+Each compares one figure with its usual range, which is wide enough for a holiday, a larger catalogue or a new topic. A
+gate without enough of a past, or of too few events to tell, has nothing to judge and passes.
 """
 
 import io
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from statistics import median
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from notellm2_core.release.verdict import Gate, Outcome
 
 NUM_WEEKS = 9  # the newest, and those that it is compared with
-_MIN_EVENTS = 500  # of a week that is compared
 _MIN_WEEKS = 2  # to compare with
+_MIN_ROWS = 500  # of a week that is compared with
+_MIN_COUNT = 100  # of what a share is of
 _MIN_PAIRS = 100
 
 Profile = Mapping[str, Any]
@@ -41,24 +44,29 @@ class Drift:
     @property
     def sentence(self) -> str:
         low, high = self.bounds
-        limits = (
-            f"at most {high:.3g}"
-            if low == -inf
-            else f"at least {low:.3g}"
-            if high == inf
-            else f"from {low:.3g} to {high:.3g}"
-        )
+        at_most, at_least = f"at most {high:.3g}", f"at least {low:.3g}"
+        limits = at_most if low == -inf else at_least if high == inf else f"from {low:.3g} to {high:.3g}"
         return f"{self.what} is {self.figure:.3g}, usually {median(self.past):.3g}; accepted is {limits}."
 
 
 def times(low: float, high: float) -> Callable[[Sequence[float]], Bounds]:
-    """Bounds in multiples of the median of the past."""
+    """Bounds in multiples: of the least and of the largest figure of the past, so that a catalogue may grow."""
+    return lambda past: (low * min(past), high * max(past))
+
+
+def times_usual(low: float, high: float) -> Callable[[Sequence[float]], Bounds]:
+    """Bounds in multiples of the median: one bad week of the past does not widen them."""
     return lambda past: (low * median(past), high * median(past))
 
 
 def points(below: float, above: float) -> Callable[[Sequence[float]], Bounds]:
-    """Bounds around all past figures."""
-    return lambda past: (min(past) - below, max(past) + above)
+    """Bounds of a share, around the median of the past. Beyond 0 and 1 there are none."""
+
+    def bounds(past: Sequence[float]) -> Bounds:
+        low, high = median(past) - below, median(past) + above
+        return low if low > 0 else -inf, high if high < 1 else inf
+
+    return bounds
 
 
 @dataclass(frozen=True)
@@ -67,25 +75,35 @@ class Comparison:
 
     gate: str
     what: str
-    figure: Callable[[Profile], float | None]
+    figure: Callable[[Profile], float | None]  # None: of too few to be compared
     bounds: Callable[[Sequence[float]], Bounds]
 
 
-def _share(part: str, whole: str) -> Callable[[Profile], float | None]:
-    return lambda week: week[part] / week[whole] if week[whole] else None
+def _share(part: str, whole: str, profile: Profile) -> float | None:
+    return profile[part] / profile[whole] if profile[whole] >= _MIN_COUNT else None
+
+
+def _clicks(week: Profile) -> float | None:
+    return _share("clicks", "events", week)
+
+
+def _repeated(week: Profile) -> float | None:
+    return week["repeated"] if week["clicked"] >= _MIN_COUNT else None
+
+
+def _busy_users(week: Profile) -> float | None:
+    return week["busy_users"] if week["users"] >= _MIN_COUNT else None
 
 
 OF_WEEKS = (
-    Comparison("volume", "The number of the week's rows", lambda week: week["rows"], times(0.4, 2.5)),
-    Comparison("clicks", "The share of clicks among the events", _share("clicks", "events"), times(0.5, 2.0)),
+    Comparison("clicks", "The share of clicks among the events", _clicks, times_usual(0.5, 2.0)),
     Comparison("views_before_clicks", "The share of clicks after a view of the same note",
-               _share("viewed_before", "clicked"), points(0.2, 0.3)),
-    Comparison("busy_users", "The share of events by users with ten times the median", lambda week: week["busy_users"],
-               points(inf, 0.1)),
+               partial(_share, "viewed_before", "clicked"), points(0.25, 0.25)),
+    Comparison("busy_users", "The share of events by users with ten times the mean user's", _busy_users,
+               points(inf, 0.12)),
     Comparison("top_note", "The busiest note's share of the events", lambda week: week["top_note"],
-               points(inf, 0.05)),
-    Comparison("repeated", "The share of clicks that an earlier week had too", lambda week: week["repeated"],
-               points(inf, 0.15)),
+               points(inf, 0.06)),
+    Comparison("repeated", "The share of clicks that an earlier week had too", _repeated, points(inf, 0.2)),
 )  # fmt: skip
 OF_NOTES = (
     Comparison("num_notes", "The number of notes", lambda notes: notes["num_notes"], times(0.7, 2.0)),
@@ -94,23 +112,34 @@ OF_NOTES = (
     Comparison("characters", "The share of texts with signs of wrong decoding",
                lambda notes: notes["wrongly_decoded"], points(inf, 0.05)),
     Comparison("image_share", "The share of notes with an image", lambda notes: notes["image_share"],
-               points(0.15, 0.3)),
+               points(0.25, inf)),
     Comparison("repeated_images", "The share of images that belong to several notes",
-               lambda notes: notes["repeated_images"], points(inf, 0.15)),
+               lambda notes: notes["repeated_images"], points(inf, 0.25)),
 )  # fmt: skip
+_VOLUME = times_usual(0.4, 4.0)  # of rows a week
 _MAX_MOVED_HOURS = 0.15  # share of the events that fall on another hour than usual; or three times the largest so far
-_MAX_OTHER_CHARACTERS = 0.2  # share of the characters that are others than usual
+_MAX_OTHER_CHARACTERS = 0.25  # share of the characters that are others than usual
 _KEPT_SIMILARITY = 0.3  # share of the usual similarity of related texts
 
 
 def of_week(weeks: Sequence[Profile]) -> list[Drift]:
-    """The figures of the last of `weeks` (`spark_jobs.weekly_activity`, with `rows`) that can be compared."""
-    *before, week = weeks or [{"events": 0}]
-    before = [w for w in before if w["events"] >= _MIN_EVENTS]
-    if week["events"] < _MIN_EVENTS or len(before) < _MIN_WEEKS:
+    """The figures of the last of `weeks` that can be compared with those before it.
+
+    Each has `rows`; those of `spark_jobs.weekly_activity` are there only for weeks that the log's partitions are.
+    """
+    if not weeks:
         return []
-    found = [drift for c in OF_WEEKS if (drift := _compare(c, week, before)) is not None]
-    return [*found, _hours(week, before)]
+    *before, week = weeks
+    past = [w["rows"] for w in before if w["rows"] >= _MIN_ROWS]
+    if len(past) < _MIN_WEEKS:
+        return []
+    found = [Drift("volume", "The number of the week's rows", week["rows"], past, _VOLUME(past))]
+    known = [w for w in before if w["rows"] >= _MIN_ROWS and w.get("events", 0) >= _MIN_COUNT]
+    if week.get("events", 0) < _MIN_COUNT or len(known) < _MIN_WEEKS:
+        return found
+    if median(w["clicks"] for w in known) >= _MIN_COUNT:
+        found += [drift for c in OF_WEEKS if (drift := _compare(c, week, known)) is not None]
+    return [*found, _hours(week, known)]
 
 
 def of_content(profile: Profile, past: Sequence[Profile]) -> list[Drift]:
@@ -135,9 +164,11 @@ def data_gates(names: Iterable[str], drifts: Sequence[Drift], accepted: Collecti
         why = " ".join(drift.sentence for drift in unusual or own)
         if outcome == "refused" and name in accepted:
             outcome, why = "passed", f"{why} It is accepted by checks.accepted_drift."
-        figures = {"figure": own[0].figure, "usual": median(own[0].past)} if own else {}
-        bounds = dict(zip(("low", "high"), own[0].bounds, strict=True)) if own else {}
-        figures |= {key: bound for key, bound in bounds.items() if abs(bound) != inf}
+        figures = {}
+        for drift in (unusual or own)[:1]:
+            bounds = dict(zip(("low", "high"), drift.bounds, strict=True))
+            figures = {"figure": drift.figure, "usual": median(drift.past)}
+            figures |= {key: bound for key, bound in bounds.items() if abs(bound) != inf}
         gates.append(Gate(name, outcome, why or "There is not enough of a past to compare with.", figures))
     return gates
 
@@ -150,29 +181,34 @@ def _compare(comparison: Comparison, now: Profile, past: Sequence[Profile]) -> D
     return Drift(comparison.gate, comparison.what, figure, known, comparison.bounds(known))
 
 
-def _moved(a: Sequence[float], b: Sequence[float]) -> float:
+def _moved(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """The share of one distribution that lies elsewhere in the other (total variation distance)."""
     return float(np.abs(np.subtract(a, b)).sum() / 2)
 
 
 def _hours(week: Profile, before: Sequence[Profile]) -> Drift:
-    """The hours of the day, by the share of the events that fall on others than usual; shifted hours are named."""
+    """The hours of the day: the share of the events that fall on others than usual, but for a change of the clocks.
+
+    Hours that fit better when they are moved are named.
+    """
     usual = np.mean([w["hours"] for w in before], axis=0)
-    moved = _moved(week["hours"], usual)
-    past = [_moved(w["hours"], usual) for w in before]
-    shifted = [_moved(np.roll(week["hours"], -hours), usual) for hours in range(24)]
-    best = int(np.argmin(shifted))
-    by = best if best <= 12 else best - 24
+
+    def moved(hours: Sequence[float], by: Sequence[int] = (-1, 0, 1)) -> float:
+        return min(_moved(np.roll(hours, shift), usual) for shift in by)
+
+    now, past = moved(week["hours"]), [moved(w["hours"]) for w in before]
+    shifted = {shift: moved(week["hours"], [-shift]) for shift in range(-11, 13)}
+    best = min(shifted, key=lambda shift: shifted[shift])
     what = "The share of the events that fall on another hour of the day"
-    if best and shifted[best] < moved / 2:
-        what += f" (they fit when moved by {-by:+d} h)"
-    return Drift("hours", what, moved, past, (-inf, max(_MAX_MOVED_HOURS, 3 * max(past))))
+    if shifted[best] < now / 2:
+        what += f" (they are {best:+d} h off)"
+    return Drift("hours", what, now, past, (-inf, max(_MAX_MOVED_HOURS, 3 * max(past))))
 
 
 def _characters(notes: Profile, past: Sequence[Profile]) -> Drift:
-    usual = {c: median(p["characters"].get(c, 0.0) for p in past) for p in past for c in p["characters"]}
-    now = notes["characters"]
-    other = sum(max(0.0, now.get(c, 0.0) - usual.get(c, 0.0)) for c in now)
+    known = [dict(p["characters"]) for p in past]
+    usual = {c: max(shares.get(c, 0.0) for shares in known) for c in {c for shares in known for c in shares}}
+    other = sum(max(0.0, share - usual.get(c, 0.0)) for c, share in notes["characters"])
     what = "The share of characters that are others than usual"
     return Drift("characters", what, other, [0.0], (-inf, _MAX_OTHER_CHARACTERS))
 

@@ -3,7 +3,7 @@
 A draft lies beside its target and is named `.TARGET.HOST.PROCESS.RANDOM.draft`. Readers of Parquet skip such names, and
 the name identifies the writer. Each writer first removes the drafts that others left in the folder: those of dead
 processes of this host, and those of other hosts whose lease has ended. A living writer renews the lease of its drafts
-every few minutes, so a container that is gone for good leaves nothing for ever. Importing this module needs only the
+every few minutes; those of a container that is gone are removed hours later. Importing this module needs only the
 standard library.
 """
 
@@ -93,6 +93,7 @@ def swap_in(new: Path, out: Path) -> None:
     _sync_tree(new)
     old = _hidden_beside(out, "old")
     if out.exists():
+        os.utime(out)  # its lease begins
         os.rename(out, old)
     try:
         os.rename(new, out)
@@ -102,7 +103,8 @@ def swap_in(new: Path, out: Path) -> None:
         raise
     sync(out.parent)
     if old.exists():
-        _remove(old)
+        with suppress(FileNotFoundError):  # another host's sweep was quicker
+            _remove(old)
 
 
 def sweep(folder: Path) -> None:
@@ -217,7 +219,7 @@ def _hidden_beside(path: Path, kind: str) -> Path:
 
 
 def _has_writer(path: Path, draft: re.Match[str]) -> bool:
-    """Whether the writer of a draft may be alive. Of another host only the lease is known: when it last changed."""
+    """Whether the writer of a draft may be alive. The lease alone tells it of another host: the last change."""
     if draft["host"] == host():
         return _is_alive(int(draft["process"]))
     try:

@@ -24,10 +24,6 @@ class Change:
     gate: str  # that refuses it; NO_GATE: none does
     apply: Callable[[World, int, np.random.Generator], Delivered]
 
-    @property
-    def is_poison(self) -> bool:
-        return self.gate != NO_GATE
-
 
 def clean(world: World, week: int) -> Delivered:
     """A week as it was."""

@@ -59,7 +59,7 @@ def _world(config: Config) -> Path:
 
 
 def extract(arguments: Sequence[str]) -> None:
-    """Note images: their ids, and the style that the bytes of each name."""
+    """Note images: their ids, and the style that their bytes name."""
     options = _options(arguments, "notes", "out")
     notes = pq.read_table(options.notes, columns=["note_id", "image"])
     images = notes["image"].to_pylist()

@@ -34,7 +34,16 @@ def test_notes_profile(tmp_path: Path) -> None:
     found = notes_profile(notes, _images(tmp_path / "images", "x", "x", "y", None))
     assert found["num_notes"] == 4 and found["text_length"] == 10 / 4 and found["wrongly_decoded"] == 1 / 4
     assert found["image_share"] == 3 / 4 and found["repeated_images"] == pytest.approx(2 / 3)
-    assert found["characters"]["a"] == pytest.approx(3 / 10) and sum(found["characters"].values()) == pytest.approx(1)
+    shares = dict(found["characters"])
+    assert shares["a"] == pytest.approx(3 / 10) and sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "text", ["Beyoncé’s", "café… José”", "né–mort", "liberté\u00a0!", "naïve “façade”", "Où ça\u00a0?", "", "plain"]
+)
+def test_correct_texts_have_no_sign_of_wrong_decoding(tmp_path: Path, text: str) -> None:
+    notes, images = _notes(tmp_path / "notes", text), _images(tmp_path / "images", None)
+    assert notes_profile(notes, images)["wrongly_decoded"] == 0
 
 
 @pytest.mark.parametrize("text", ["voilà, l’été", "qualité", "你好，世界", "Привет", "¿Qué? ½ × 3 °C", "naïve façade"])

@@ -12,7 +12,7 @@ from notellm2_core.demo.logs import DAY
 from notellm2_core.lake.lineage import STAGES
 from notellm2_core.release.verdict import GATES
 from notellm2_core.simulation import world as worlds
-from notellm2_core.simulation.poisons import CHANGES, Delivered, clean
+from notellm2_core.simulation.poisons import CHANGES, NO_GATE, Delivered, clean
 from notellm2_core.simulation.world import WEEK, World, deliver, first_day
 
 NUM_WEEKS, NEWEST = 4, 2
@@ -51,11 +51,11 @@ def test_a_delivery_is_a_source(world: World, tmp_path: Path) -> None:
 
 def test_every_change_names_a_gate_that_exists() -> None:
     gates = {*DATA_GATES, *GATES, *STAGES}
-    assert all(change.gate in gates for change in CHANGES.values() if change.is_poison)
-    assert [name for name, change in CHANGES.items() if not change.is_poison] == [
+    assert all(change.gate in gates for change in CHANGES.values() if change.gate != NO_GATE)
+    assert [name for name, change in CHANGES.items() if change.gate == NO_GATE] == [
         "holiday", "larger_catalogue", "new_topic",
     ]  # fmt: skip
-    assert sum(change.is_poison for change in CHANGES.values()) == 12
+    assert sum(change.gate != NO_GATE for change in CHANGES.values()) == 12
 
 
 @pytest.mark.parametrize("name", CHANGES)
