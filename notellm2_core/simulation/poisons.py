@@ -1,7 +1,7 @@
 """What can be wrong with the logs of a week, and what only looks like it: twelve poisons and three friends.
 
-Each changes one delivery. The table says beforehand which gate refuses it: a gate of the data, before any training; an
-asset, whose own check or error stops the run; or a gate of the release, where the data alone do not show it.
+Each changes one delivery. The table says beforehand what refuses it: a gate of the data, or another check of an asset,
+before any training; the asset that cannot be made; or a gate of the release, where the data alone do not show it.
 """
 
 from collections.abc import Callable, Mapping
@@ -134,7 +134,7 @@ CHANGES: Mapping[str, Change] = {
     "half_a_week": Change("the second half is missing", "raw_events", _half_a_week),
     "eight_hours_late": Change("all times are off by eight hours", "hours", _eight_hours_late),
     "robots": Change("ten times the robots, each under the limit", "busy_users", _ten_times_the_robots),
-    "half_the_notes": Change("half of the notes are missing", "interactions", _half_the_notes),
+    "half_the_notes": Change("half of the notes are missing", "dropped_share", _half_the_notes),
     "mojibake": Change("the texts are decoded wrongly", "characters", _mojibake),
     "flooded_note": Change("one note is in a quarter of the events", "top_note", _flooded_note),
     "renamed_event": Change("the clicks have another name", "interactions", _renamed_event),

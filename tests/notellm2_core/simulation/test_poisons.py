@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from notellm2_core.check.verdicts import dropped_share
 from notellm2_core.config.drift import DATA_GATES
 from notellm2_core.config.source import EventSettings
 from notellm2_core.demo.logs import DAY
@@ -50,7 +51,7 @@ def test_a_delivery_is_a_source(world: World, tmp_path: Path) -> None:
 
 
 def test_every_change_names_a_gate_that_exists() -> None:
-    gates = {*DATA_GATES, *GATES, *STAGES}
+    gates = {*DATA_GATES, *GATES, *STAGES, dropped_share.__name__}
     assert all(change.gate in gates for change in CHANGES.values() if change.gate != NO_GATE)
     assert [name for name, change in CHANGES.items() if change.gate == NO_GATE] == [
         "holiday", "larger_catalogue", "new_topic",
