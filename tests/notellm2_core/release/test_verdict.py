@@ -68,6 +68,20 @@ def test_error_rates() -> None:
     assert beside_an_anchor.count("passed") >= 190
 
 
+def test_a_slow_boil_is_stopped_by_the_anchor() -> None:
+    """Each week loses 0.4 points more, which passes beside the week before. Of 40 such series, the anchor stops nine in
+    ten before 2.5 points are lost.
+    """
+    week_by_week = [_gate(_week(2340, 0.4, seed)).outcome for seed in range(40)]
+    assert week_by_week.count("passed") >= 36
+    lost = []
+    for series in range(40):
+        weeks = ((week, _week(2340, 0.4 * week, 100 * series + week)) for week in range(1, 13))
+        gates = ((week, recall_gate("anchor", measured, 2.0, SETTINGS, has_to_show=False)) for week, measured in weeks)
+        lost.append(0.4 * next((week for week, gate in gates if gate.outcome == "refused"), 99))
+    assert sum(points <= 2.5 for points in lost) >= 36, lost
+
+
 def test_a_verdict_is_its_worst_gate() -> None:
     good, bad, unclear = Gate("a", "passed", "Good."), Gate("b", "refused", "Bad."), Gate("c", "undecided", "Unclear.")
     assert (Verdict((good,)).outcome, Verdict((good,)).why) == ("passed", "All 1 gates passed.")
