@@ -12,6 +12,7 @@ import dagster as dg
 import psutil
 import pytest
 
+from notellm2_core.config.drift import DATA_GATES
 from notellm2_core.release.release import Release
 from tests.pipelines.conftest import RECALL, Workplace, make_workplace
 from tests.support.waiting import wait_for
@@ -39,7 +40,8 @@ def test_a_first_release_is_promoted_and_a_second_run_decides_nothing_again(fini
     assert f"Release {decision.release}: promoted." in finished.log.read_text()
     verdict = Release(release).verdict
     assert [gate["name"] for gate in verdict["gates"]] == [
-        "recall_of_chance", "image_recall", "has_learned", "not_collapsed", "index_recall", "no_leakage", "canary"
+        "recall_of_chance", "image_recall", "has_learned", "not_collapsed", "index_recall", "no_leakage", "canary",
+        *DATA_GATES,
     ]  # fmt: skip
     assert {gate["outcome"] for gate in verdict["gates"]} == {"passed"}
     assert len(json.loads((release.path / "golden.json").read_text())) >= 10
