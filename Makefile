@@ -41,7 +41,8 @@ quick: $(READY)  ## run the tests that need no process and no Spark
 check: $(READY)  ## lint, format, types, import contracts, Dagster definitions, docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@# On a busy machine a worker of mypy may not start within its three seconds: exit code 2, and no finding.
+	$(BIN)/mypy || { [ $$? = 2 ] && $(BIN)/mypy --num-workers 0; }
 	$(BIN)/lint-imports
 	PATH="$(BIN):$$PATH" NOTELLM2_CONFIG=pipelines/configs/tiny.yaml $(BIN)/dg check defs
 	@$(MAKE) --no-print-directory docs
