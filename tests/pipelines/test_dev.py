@@ -28,7 +28,7 @@ def test_both_pages_answer_and_no_process_outlives_a_terminated_dev(tmp_path: Pa
     dev = workplace.start(*command, DAGSTER_PORT=dagster, MLFLOW_PORT=mlflow)
     try:
         for port in (dagster, mlflow):
-            wait_for(f"http://127.0.0.1:{port}/", 180)
+            wait_for(f"http://127.0.0.1:{port}/", 400)
         descendants = psutil.Process(dev.pid).children(recursive=True)
         env = workplace.environment(DAGSTER_PORT=dagster, MLFLOW_PORT=mlflow)
         second = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)

@@ -171,7 +171,7 @@ def test_a_run_killed_while_spark_writes_is_completed_and_a_killed_jvm_is_tried_
         return False
 
     wait_for(killed_a_jvm)
-    assert run.wait(timeout=300) == 0, copy_of_finished.log.read_text()[-5000:]
+    assert run.wait(timeout=600) == 0, copy_of_finished.log.read_text()[-5000:]
     assert not set(lake.glob("*/.*"))
     _same_as(finished, copy_of_finished)
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], T], seconds: float = 120) -> T:
+def wait_for(condition: Callable[[], T], seconds: float = 400) -> T:
     """The first true result of `condition`. Raises AssertionError if there is none within `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
