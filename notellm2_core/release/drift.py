@@ -44,9 +44,13 @@ class Drift:
     @property
     def sentence(self) -> str:
         low, high = self.bounds
-        at_most, at_least = f"at most {high:.3g}", f"at least {low:.3g}"
-        limits = at_most if low == -inf else at_least if high == inf else f"from {low:.3g} to {high:.3g}"
-        return f"{self.what} is {self.figure:.3g}, usually {median(self.past):.3g}; accepted is {limits}."
+        at_most, at_least = f"at most {_number(high)}", f"at least {_number(low)}"
+        limits = at_most if low == -inf else at_least if high == inf else f"from {_number(low)} to {_number(high)}"
+        return f"{self.what} is {_number(self.figure)}, usually {_number(median(self.past))}; accepted is {limits}."
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def times(low: float, high: float) -> Callable[[Sequence[float]], Bounds]:
