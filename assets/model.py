@@ -53,7 +53,7 @@ def note_tokens(step: Step) -> Metrics:
     return json.loads((step.out / COUNTS_FILE).read_text())
 
 
-@dataset("model", {"pytorch", "huggingface"}, on=GPU, waits_for=["data_profile"])
+@dataset("model", {"pytorch", "huggingface"}, on=GPU)
 def initial_model(step: Step) -> Metrics:
     """The model before its first training step, which the report measures as zero-shot."""
     step.command([*PYTHON, "notellm2_core.training.initialise", "--config", write_config(step.catalog),
@@ -88,9 +88,7 @@ def _check_index_factory(context: dg.AssetExecutionContext, catalog: Catalog) ->
     empty_index(catalog.config.model.projection_dim, catalog.config.index.factory)
 
 
-@dataset(
-    "model", {"pytorch", "deepspeed", "huggingface"}, on=GPU, before=_check_index_factory, waits_for=["data_profile"]
-)
+@dataset("model", {"pytorch", "deepspeed", "huggingface"}, on=GPU, before=_check_index_factory)
 def checkpoint(step: Step) -> Metrics:
     """The fine-tuned model (Eq. 1, 7-9; Table 8). A killed training run resumes from its last checkpoint."""
     from notellm2_core.release.release import open_release

@@ -15,7 +15,7 @@ from notellm2_core.schema import NOTE_IMAGES_FILE, NOTES_TABLE, SPLIT_TABLE, TES
 SPARK_KINDS = {"spark", "parquet"}
 
 
-@dataset("pairs", SPARK_KINDS, on=SPARK, waits_for=["weekly_activity"])
+@dataset("pairs", SPARK_KINDS, on=SPARK)
 def cooccurrence(step: Step) -> Metrics:
     """Eq. 2: how strongly viewing one note leads to clicking another, in the training and in the test days."""
     from spark_jobs.cooccurrence import score
@@ -26,7 +26,7 @@ def cooccurrence(step: Step) -> Metrics:
         return score(spark, windows=step.path("interactions"), out=step.out, scoring=scoring, ends=ends)
 
 
-@dataset("pairs", SPARK_KINDS, on=SPARK, waits_for=["weekly_activity"])
+@dataset("pairs", SPARK_KINDS, on=SPARK)
 def note_split(step: Step) -> Metrics:
     """Which notes are for training and which form the candidate pool; near-duplicates stay in one split."""
     from spark_jobs.split import assign_split

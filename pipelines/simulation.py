@@ -49,10 +49,8 @@ _CONFIG = {
 class Outcome:
     """What became of a week."""
 
-    week: int
     refused_by: str  # the gate, check or asset; "" for none
     why: str
-    decision: Decision | None
     trained: bool
     seconds: float
 
@@ -116,7 +114,7 @@ class Site:
         decision = decisions[-1] if decisions and "release" in made else None
         refused_by = _refusing(why, decision, config.lake)
         why = why or (decision.why if decision else "")
-        return Outcome(week, refused_by, why, decision, "checkpoint" in made, time.monotonic() - started)
+        return Outcome(refused_by, why, "checkpoint" in made, time.monotonic() - started)
 
 
 def _refusing(why: str, decision: Decision | None, lake: Path) -> str:

@@ -90,6 +90,13 @@ class Step:
         run_command(self.context, [str(part) for part in command], reports)
 
 
+# Assets whose checks stop another one, which does not read them: the data are judged before pairs and model are made.
+_STOPPED_BY = {
+    "cooccurrence": ["weekly_activity"],
+    "note_split": ["weekly_activity"],
+    "initial_model": ["data_profile"],
+    "checkpoint": ["data_profile"],
+}
 Make = Callable[[Step], Metrics]
 Hook = Callable[[dg.AssetExecutionContext, Catalog], None]
 After = Callable[[dg.AssetExecutionContext, Catalog], Mapping[str, Any] | None]
@@ -105,13 +112,11 @@ def dataset(
     before: Hook | None = None,
     after: After | None = None,
     partitions: dg.PartitionsDefinition | None = None,
-    waits_for: Sequence[str] = (),
 ) -> Callable[[Make], dg.AssetsDefinition]:
     """Turn the function that makes a dataset into an asset of its name.
 
     show: metadata name -> .md, .png and .jpg files of the dataset. page: what the asset's page shows first, in place of
-    all metrics. before, after: run even if the dataset exists; after returns what the page shows first. waits_for:
-    assets whose checks stop this one, and that it does not read.
+    all metrics. before, after: run even if the dataset exists; after returns what the page shows first.
     """
 
     def decorate(make: Make) -> dg.AssetsDefinition:
@@ -121,7 +126,7 @@ def dataset(
             name=make.__name__,
             group_name=group,
             kinds=kinds,
-            deps=_deps((*stage.inputs, *waits_for)),
+            deps=_deps((*stage.inputs, *_STOPPED_BY.get(make.__name__, ()))),
             description=make.__doc__,
             code_version=str(stage.version),
             pool=on.pool,

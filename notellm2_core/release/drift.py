@@ -191,7 +191,9 @@ def _moved(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
 
 
 def _hours(week: Profile, before: Sequence[Profile]) -> Drift:
-    """The hours of the day: the share of the events that fall on others than usual, but for a change of the clocks.
+    """The hours of the day: the share of the events that fall on others than usual.
+
+    A difference of one hour does not count: clocks change.
 
     Hours that fit better when they are moved are named.
     """
