@@ -2,15 +2,39 @@
 
 from functools import reduce
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
+from scipy import sparse
+
+_FEW_EDGES = 1_000_000  # so many are collected: each round of Spark takes seconds, however small the graph
 
 
 def components(edges: DataFrame) -> DataFrame:
-    """Undirected edges (a, b) -> (node, component): a component is named by its smallest node.
+    """Undirected edges (a, b) of strings -> (node, component): a component is named by its smallest node."""
+    ends = edges.select("a", "b")
+    few = ends.limit(_FEW_EDGES + 1).toArrow()
+    if few.num_rows > _FEW_EDGES:
+        return _spread_components(ends)
+    # With a schema, because Spark Connect infers none from an empty table.
+    return edges.sparkSession.createDataFrame(_local_components(few), "node string, component string")
 
-    Each round gives a node the smallest label among its neighbours, then that label's own label (pointer jumping), so
-    a chain needs about log2(length) rounds. The loop ends when no label changes.
+
+def _local_components(ends: pa.Table) -> pa.Table:
+    nodes = pa.chunked_array([*ends["a"].chunks, *ends["b"].chunks], pa.string())
+    names = pc.unique(nodes).sort()
+    a, b = np.split(pc.index_in(nodes, names).to_numpy(), 2)
+    graph = sparse.coo_array((np.ones(len(a), np.int8), (a, b)), shape=(len(names), len(names)))
+    _, labels = sparse.csgraph.connected_components(graph, directed=False)
+    _, first = np.unique(labels, return_index=True)
+    return pa.table({"node": names, "component": names.take(first[labels])})
+
+
+def _spread_components(edges: DataFrame) -> DataFrame:
+    """Each round gives a node the smallest label among its neighbours, then that label's own label (pointer jumping),
+    so a chain needs about log2(length) rounds. The loop ends when no label changes.
     """
     ends = edges.select("a", "b").union(edges.select("b", "a"))
     ends = checkpointed(ends.union(ends.select("a", F.col("a").alias("b"))).distinct())  # a node is its own neighbour

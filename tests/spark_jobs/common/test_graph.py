@@ -1,9 +1,11 @@
 import itertools
 import random
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from spark_jobs.common import graph as graph_module
 from spark_jobs.common.graph import clusters, components, near_duplicates
 from tests.spark_jobs.conftest import NOTES, Frame, rows_of
 
@@ -25,16 +27,42 @@ def test_components_equal_union_find(frame: Frame, graphs: list[list[tuple[int, 
     for a, b in edges:
         low, high = sorted((root(a), root(b)))
         parent[high] = low
-    labels = components(frame("a string, b string", edges))
-    assert dict(rows_of(labels, "node", "component")) == {n: root(n) for n in parent}
+    table = frame("a string, b string", edges)
+    for found in (components(table), graph_module._spread_components(table)):
+        assert dict(rows_of(found, "node", "component")) == {n: root(n) for n in parent}
 
 
 def test_a_long_chain_is_one_component(frame: Frame) -> None:
     """The chain has 24 notes, named at random, so that labels have to travel."""
     names = [f"{i:02d}" for i in range(24)]
     random.Random(0).shuffle(names)
-    labels = components(frame("a string, b string", list(itertools.pairwise(names))))
-    assert dict(rows_of(labels, "node", "component")) == dict.fromkeys(names, "00")
+    table = frame("a string, b string", list(itertools.pairwise(names)))
+    for found in (components(table), graph_module._spread_components(table)):
+        assert dict(rows_of(found, "node", "component")) == dict.fromkeys(names, "00")
+
+
+def test_components_are_named_by_the_order_of_bytes(frame: Frame) -> None:
+    """UTF-8: Z, z, é and then 😀, as Spark's own comparison has it. Without edges there are none."""
+    chain = [("😀", "é"), ("é", "z"), ("z", "Z"), ("lonely", "lonely")]
+    table = frame("a string, b string", chain)
+    for found in (components(table), graph_module._spread_components(table)):
+        assert dict(rows_of(found, "node", "component")) == {**dict.fromkeys("😀ézZ", "Z"), "lonely": "lonely"}
+    assert rows_of(components(table.limit(0)), "node", "component") == []
+
+
+def test_many_edges_stay_in_spark(frame: Frame, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to a number of edges, the driver holds them; beyond it, it never does."""
+    monkeypatch.setattr(graph_module, "_FEW_EDGES", 2)
+    collected: list[int] = []
+    local = graph_module._local_components
+    monkeypatch.setattr(
+        graph_module, "_local_components", lambda ends: (collected.append(ends.num_rows), local(ends))[1]
+    )
+    for num in (2, 3):
+        edges = [(f"{n}", f"{n + 1}") for n in range(num)]
+        labels = components(frame("a string, b string", edges))
+        assert dict(rows_of(labels, "node", "component")) == {f"{n}": "0" for n in range(num + 1)}
+    assert collected == [2]
 
 
 def test_near_duplicates_share_text_or_image_also_in_a_chain(frame: Frame) -> None:
