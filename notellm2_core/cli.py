@@ -11,6 +11,7 @@ from notellm2_core.config.settings import IndexSettings, ReportSettings
 from notellm2_core.config.source import DemoSettings, NoteReadingSettings, SourceSettings
 from notellm2_core.release.commands import add_release_commands
 from notellm2_core.runtime.errors import user_errors
+from notellm2_core.serving.commands import add_serving_commands
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,9 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
     _add_index_commands(commands.add_parser("index", help="build or search a FAISS index"))
     add_release_commands(commands.add_parser("release", help="list, promote or roll back releases"))
 
+    add_serving_commands(commands)
+
     simulate = commands.add_parser("simulate", help="run simulated weeks whose truth is known")
-    simulate.add_argument("what", choices=["weeks"])
-    simulate.add_argument("arguments", nargs=argparse.REMAINDER, help="see `notellm2 simulate weeks --help`")
+    simulate.add_argument("what", choices=["weeks", "year"])
+    simulate.add_argument("arguments", nargs=argparse.REMAINDER, help="see `notellm2 simulate year --help`")
     simulate.set_defaults(run=_simulate)
 
     evaluate = commands.add_parser("evaluate", help="print the exact metrics of pairs or qrels, as JSON")

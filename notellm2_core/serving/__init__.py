@@ -1,0 +1,1 @@
+"""The online phase: notes that are written now are found now."""

@@ -1,0 +1,197 @@
+"""The live index: a release, the notes written after it, and no note that is gone.
+
+The neighbours of a note of the release are looked up in its table; the index is searched for other queries: a text, a
+picture, a note that was written after the release. The delta is compared with all. Answers are exact over the living
+notes, but for the recall of table and index.
+
+H: queries, k: hits, N: notes of the release, W: width of the table.
+"""
+
+import time
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from notellm2_core.retrieval.index import Index
+from notellm2_core.retrieval.neighbour_table import NeighbourTable
+from notellm2_core.serving.delta import Delta, View
+from notellm2_core.serving.merge import Merge, merge
+
+_SPARE = 3.0  # standard deviations of the number of gone notes among the nearest, that a search allows for
+_SEARCHED_AT_ONCE = 4  # queries between two looks at the clock
+
+
+@dataclass(frozen=True)
+class Hit:
+    note_id: str
+    score: float
+    because: tuple[str, ...] = ()  # the history notes that found it
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Hits, the best first; equal scores in the order of their ids. `seq`: the log was known up to there."""
+
+    hits: tuple[Hit, ...]
+    seq: int
+    unknown: tuple[str, ...] = ()  # history notes that are not there
+    is_partial: bool = False  # some history notes were not searched for before the deadline
+
+
+class LiveIndex:
+    """Any number of threads search; one applies changes."""
+
+    def __init__(self, index: Index, table: NeighbourTable, seq: int = 0) -> None:
+        """seq: the last entry of the log that the release holds."""
+        self.index, self.table = index, table
+        self.delta = Delta(index.rows, index.faiss_index.d, seq)
+
+    def apply(self, changes: Mapping[str, np.ndarray | None], seq: int) -> None:
+        """`Delta.apply`."""
+        self.delta.apply(changes, seq)
+
+    def __contains__(self, note_id: str) -> bool:
+        return self.delta.number(note_id) is not None
+
+    def vector(self, note_id: str) -> np.ndarray | None:
+        """The unit vector [d] of a living note; None: there is none."""
+        number = self.delta.number(note_id)
+        return None if number is None else self._vectors(self.delta.view, np.array([number]))[0]
+
+    def similar(self, vector: np.ndarray, k: int, exclude: Set[str] = frozenset()) -> Answer:
+        """The k nearest living notes of a unit vector [d], without those of `exclude`."""
+        view, numbers = self._snapshot(exclude)
+        found = self._search(view, vector[None], k + len(numbers))
+        return self._answer(view, vector[None], found, np.ones(1), k, "max", numbers)
+
+    def similar_to(self, note_id: str, k: int, exclude: Set[str] = frozenset()) -> Answer:
+        """The k nearest living notes of a note, without itself. Raises KeyError if it is not there."""
+        answer = self.recall({note_id: 1.0}, k, exclude=exclude)
+        if answer.unknown:
+            raise KeyError(note_id)
+        return answer
+
+    def recall(
+        self,
+        history: Mapping[str, float],
+        k: int,
+        how: Merge = "max",
+        exclude: Set[str] = frozenset(),
+        deadline: float | None = None,
+    ) -> Answer:
+        """The neighbours of history notes, by their weights, merged; without the history and `exclude`.
+
+        deadline: of `time.monotonic`; history notes whose index search would begin after it are left out.
+        """
+        view, numbers = self._snapshot({*history, *exclude})
+        names = tuple(note_id for note_id in history if note_id in numbers)
+        queries = np.array([numbers[name] for name in names], dtype=np.int64)
+        vectors, wanted = self._vectors(view, queries), k + len(numbers)
+        found, rest = self._look_up(view, queries, wanted)
+        is_partial = False
+        for start in range(0, len(rest), _SEARCHED_AT_ONCE):
+            if is_partial := deadline is not None and time.monotonic() > deadline:
+                break
+            part = rest[start : start + _SEARCHED_AT_ONCE]
+            neighbours = self._search(view, vectors[part], wanted)
+            found += [(int(part[h]), its_numbers, scores) for h, its_numbers, scores in neighbours]
+        weights = np.array([history[name] for name in names], dtype=np.float64)
+        answer = self._answer(view, vectors, found, weights, k, how, numbers, names)
+        unknown = tuple(note_id for note_id in history if note_id not in numbers)
+        return replace(answer, unknown=unknown, is_partial=is_partial)
+
+    def _snapshot(self, note_ids: Set[str]) -> tuple[View, dict[str, int]]:
+        """A view, and the numbers that those of these notes that are there have in it."""
+        while True:
+            numbers = {i: number for i in note_ids if (number := self.delta.number(i)) is not None}
+            view = self.delta.view
+            if view.lives(np.fromiter(numbers.values(), np.int64, len(numbers))).all():
+                return view, numbers
+            time.sleep(0)  # a note was changed in between
+
+    def _vectors(self, view: View, numbers: np.ndarray) -> np.ndarray:
+        """[H, d] of the notes `numbers`."""
+        vectors = np.empty((len(numbers), self.index.faiss_index.d), np.float32)
+        in_base = numbers < view.num_base
+        vectors[in_base] = self.table.vectors[numbers[in_base]]
+        vectors[~in_base] = view.vectors[numbers[~in_base] - view.num_base]
+        return vectors
+
+    def _look_up(self, view: View, queries: np.ndarray, wanted: int) -> tuple[list["_Found"], np.ndarray]:
+        """What the table knows of `queries` [H], and the places [R] of those that have to be searched for."""
+        in_table = np.flatnonzero(queries < view.num_base)
+        numbers, scores = self.table.rows[queries[in_table]], self.table.scores[queries[in_table]]
+        lives = view.lives(numbers)
+        # A row with all notes there are is enough; another one has to have enough that live.
+        is_enough = (lives.sum(axis=1) >= wanted) | (numbers.shape[1] >= view.num_base - 1)
+        found = [
+            (int(place), own[living][:wanted], its_scores[living][:wanted])
+            for place, own, its_scores, living, enough in zip(in_table, numbers, scores, lives, is_enough, strict=True)
+            if enough
+        ]
+        return found, np.setdiff1d(np.arange(len(queries)), in_table[is_enough])
+
+    def _search(self, view: View, vectors: np.ndarray, wanted: int) -> list["_Found"]:
+        """The `wanted` nearest living notes of the release, by the index. Gone ones are searched for on top."""
+        num_living = view.num_base - view.num_gone
+        wanted = min(wanted, num_living)
+        if not wanted:
+            return []
+        share = view.num_gone / view.num_base
+        k = min(view.num_base, int(np.ceil(wanted / (1 - share) + _SPARE * np.sqrt(wanted * share) / (1 - share))))
+        while True:
+            numbers, scores = self.index.search_rows(vectors, k)
+            lives = view.lives(numbers)
+            if k >= view.num_base or lives.sum(axis=1).min() >= wanted:
+                break
+            k = min(2 * k, view.num_base)
+        return [(h, numbers[h][lives[h]][:wanted], scores[h][lives[h]][:wanted]) for h in range(len(vectors))]
+
+    def _answer(
+        self,
+        view: View,
+        vectors: np.ndarray,
+        found: list["_Found"],
+        weights: np.ndarray,
+        k: int,
+        how: Merge,
+        without: Mapping[str, int],
+        history: tuple[str, ...] = (),
+    ) -> Answer:
+        """Merge what was `found` in the release, and what the delta has, for queries [H, d]."""
+        floors = np.full(len(vectors), -np.inf, np.float32)
+        for place, _, scores in found:
+            if len(scores) >= k + len(without):
+                floors[place] = scores[-1]
+        found = found + _from_delta(view, vectors, floors)
+        if not found:
+            return Answer((), view.seq)
+        by = np.concatenate([np.full(len(numbers), place) for place, numbers, _ in found])
+        numbers, scores = (np.concatenate([part[column] for part in found]) for column in (1, 2))
+        allowed = np.isin(numbers, np.fromiter(without.values(), np.int64, len(without)), invert=True)
+        merged = merge(by[allowed], numbers[allowed].astype(np.int64), scores[allowed], weights, k, how)
+        found_by = merged.history if history else [()] * len(merged.candidates)
+        hits = [
+            Hit(self._note_id(view, number), score, tuple([history[h] for h in because]))
+            for number, score, because in zip(merged.candidates.tolist(), merged.scores.tolist(), found_by, strict=True)
+        ]
+        hits.sort(key=lambda hit: (-hit.score, hit.note_id))
+        return Answer(tuple(hits[:k]), view.seq)
+
+    def _note_id(self, view: View, number: int) -> str:
+        in_base = number < view.num_base
+        return str(self.index.note_ids[number] if in_base else view.note_ids[number - view.num_base])
+
+
+_Found = tuple[int, np.ndarray, np.ndarray]  # the place of a query; numbers and scores of notes, the best first
+
+
+def _from_delta(view: View, vectors: np.ndarray, floors: np.ndarray) -> list[_Found]:
+    """The living notes of the delta whose score with a query [H, d] is not below its floor [H]."""
+    scores = vectors @ view.vectors.T
+    queries, places = np.nonzero(view.living & (scores >= floors[:, None]))
+    ends = np.searchsorted(queries, np.arange(len(vectors) + 1))
+    spans = pairwise(ends)
+    return [(h, view.num_base + places[a:b], scores[h, places[a:b]]) for h, (a, b) in enumerate(spans) if b > a]

@@ -1,0 +1,253 @@
+"""The log of notes: the truth of the online phase.
+
+Every write of a note is an entry with the next number, `seq`. A later entry of the same note supersedes the earlier
+ones; an entry never changes. Whoever embeds or serves notes follows the log by `tail`, and can be rebuilt from it.
+
+Entries are numbered 1, 2, ... and become visible in this order, also where several processes write. Who has read up to
+a number has missed nothing below it.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Self
+
+import numpy as np
+from sqlalchemy import Engine, bindparam, delete, exists, or_, select
+
+from notellm2_core.serving.database import LogFull, LogUnavailable, connect, migrate, reading, writing
+from notellm2_core.serving.entry import Entry, Receipt, Write, require_unit_vector
+from notellm2_core.serving.rows import (
+    BLOCK,
+    IS_NEWEST,
+    add_vectors,
+    append,
+    blocks,
+    entry_of,
+    last_seq,
+    require_length,
+    vector_lengths,
+)
+from notellm2_core.serving.tables import ENTRIES, IMAGES, MODELS, VECTORS
+
+__all__ = ["Entry", "GroupCommit", "LogBusy", "LogFull", "LogUnavailable", "NoteLog", "Receipt", "Write"]
+
+_NO_END = 2**63 - 1
+_TAIL = select(ENTRIES).where(ENTRIES.c.seq > bindparam("after")).order_by(ENTRIES.c.seq).limit(bindparam("limit"))
+_OF_NOTE = select(ENTRIES).where(ENTRIES.c.note_id == bindparam("note_id"), IS_NEWEST)
+
+
+class NoteLog:
+    """A log in a database. Threads may share it.
+
+    Every method raises LogUnavailable where the database does not answer, and those that write raise LogFull where its
+    disk is full.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @classmethod
+    def open(cls, url: str) -> Self:
+        """The log at `sqlite:///FILE` or `postgresql://HOST/DATABASE`. Its tables are made, or brought up to date.
+
+        Raises ValueError for another URL, and for a log of a newer version of this code.
+        """
+        engine = connect(url)
+        try:
+            migrate(engine)
+        except BaseException:
+            engine.dispose()
+            raise
+        return cls(engine)
+
+    def close(self) -> None:
+        """Close the connections that no call is using."""
+        self._engine.dispose()
+
+    def append(self, writes: Sequence[Write]) -> list[Receipt]:
+        """Write all notes or none, in this order. They are on the disk when this returns.
+
+        A write is not applied if the note's newest entry has a higher version, or has the same content under the same
+        version (None: under any). A write after a deletion brings the note back. Raises ValueError for a version that
+        the newest entry has with other content, and for a vector of another length than its model's others.
+        """
+        receipts = []
+        with writing(self._engine) as connection:
+            for result in append(connection, writes):
+                if isinstance(result, ValueError):
+                    raise result
+                receipts.append(result)
+        return receipts
+
+    def append_each(self, writes: Sequence[Write]) -> list[Receipt | ValueError]:
+        """Like `append`, but a write that raises a ValueError there fails alone: the error is its result."""
+        with writing(self._engine) as connection:
+            return append(connection, writes)
+
+    def tail(self, after: int, limit: int = 1000) -> list[Entry]:
+        """The first `limit` entries above number `after`, in order. Only forgotten ones are missing."""
+        return self._entries(_TAIL, after=after, limit=limit)
+
+    def last_seq(self) -> int:
+        """The number of the last entry; 0: there is none."""
+        with reading(self._engine) as connection:
+            return last_seq(connection)
+
+    def get(self, note_id: str) -> Entry | None:
+        """The newest entry of a note, which may be a deletion; None: the log has none."""
+        entries = self._entries(_OF_NOTE, note_id=note_id)
+        return entries[0] if entries else None
+
+    def image(self, image_id: str) -> bytes | None:
+        """The encoded image with this id; None: no entry has it."""
+        with reading(self._engine) as connection:
+            data: bytes | None = connection.scalar(select(IMAGES.c.data).where(IMAGES.c.image_id == image_id))
+            return data
+
+    def put_vectors(self, weights_id: str, vectors: Mapping[int, np.ndarray]) -> None:
+        """Add a model's vectors, by the numbers of the entries that it has embedded.
+
+        A vector that is there already stays, and that of a forgotten entry is left out. Raises ValueError for a vector
+        that is not of unit length, or of another length than its model's others.
+        """
+        for seq, vector in vectors.items():
+            require_unit_vector(vector, f"of entry {seq}")
+        with writing(self._engine) as connection:
+            lengths = vector_lengths(connection)
+            for vector in vectors.values():
+                require_length(weights_id, vector, lengths)
+                lengths[weights_id] = len(vector)
+            for seqs in blocks(vectors):
+                there = connection.scalars(select(ENTRIES.c.seq).where(ENTRIES.c.seq.in_(seqs)))
+                add_vectors(connection, {(weights_id, seq): vectors[seq] for seq in there})
+
+    def vectors(self, weights_id: str, after: int, upto: int | None = None) -> tuple[list[int], np.ndarray]:
+        """A model's vectors of the notes as entry `upto` left them; None: as they are now. Deleted notes have none.
+
+        Returns the numbers of the notes' newest entries, those above `after`, in order, and their vectors [n, d].
+        Entries that are not embedded yet, or forgotten, are missing.
+        """
+        upto = _NO_END if upto is None else upto
+        is_theirs = or_(IS_NEWEST, ENTRIES.c.next_seq > upto)
+        query = (
+            select(VECTORS.c.seq, VECTORS.c.vector)
+            .join(ENTRIES, ENTRIES.c.seq == VECTORS.c.seq)
+            .where(VECTORS.c.weights_id == weights_id, VECTORS.c.seq > after, VECTORS.c.seq <= upto)
+            .where(is_theirs, ~ENTRIES.c.deleted)
+            .order_by(VECTORS.c.seq)
+        )
+        with reading(self._engine) as connection:
+            rows = connection.execute(query).all()
+        numbers = np.frombuffer(b"".join(row.vector for row in rows), "<f4")
+        return [row.seq for row in rows], numbers.reshape(len(rows), -1 if rows else 0)
+
+    def without_vectors(self, weights_id: str, after: int, limit: int) -> list[Entry]:
+        """The first `limit` entries above number `after`, in order, that the model has yet to embed.
+
+        They are the newest ones of their notes, and no deletions.
+        """
+        is_embedded = exists().where(VECTORS.c.weights_id == weights_id, VECTORS.c.seq == ENTRIES.c.seq)
+        query = select(ENTRIES).where(ENTRIES.c.seq > after, IS_NEWEST, ~ENTRIES.c.deleted, ~is_embedded)
+        return self._entries(query.order_by(ENTRIES.c.seq).limit(limit))
+
+    def forget(self, upto: int) -> int:
+        """Remove the superseded entries up to number `upto`, their vectors, and the images that no entry has any more.
+
+        Returns how many entries it removed. Its transactions are short, so that writers wait little.
+        """
+        is_superseded = ~IS_NEWEST & (ENTRIES.c.seq <= upto)
+        has_image = exists().where(ENTRIES.c.image_id == IMAGES.c.image_id)
+        of_any_model = VECTORS.c.weights_id.in_(select(MODELS.c.weights_id))
+        query = select(ENTRIES.c.seq, ENTRIES.c.image_id).where(is_superseded).order_by(ENTRIES.c.seq).limit(BLOCK)
+        forgotten, last = 0, 0
+        while True:
+            with writing(self._engine) as connection:
+                rows = connection.execute(query.where(ENTRIES.c.seq > last)).all()
+                if not rows:
+                    return forgotten
+                seqs, image_ids = [row.seq for row in rows], {row.image_id for row in rows if row.image_id}
+                connection.execute(delete(ENTRIES).where(ENTRIES.c.seq.in_(seqs)))
+                connection.execute(delete(VECTORS).where(of_any_model, VECTORS.c.seq.in_(seqs)))
+                connection.execute(delete(IMAGES).where(IMAGES.c.image_id.in_(image_ids), ~has_image))
+            forgotten, last = forgotten + len(rows), seqs[-1]
+
+    def _entries(self, query: Any, **values: Any) -> list[Entry]:
+        with reading(self._engine) as connection:
+            return [entry_of(row) for row in connection.execute(query, values)]
+
+
+class LogBusy(queue.Full):
+    """As many writes are waiting as may wait. This one was not taken, and may be repeated later."""
+
+
+class GroupCommit:
+    """Commits the writes of many threads or tasks together: one sync of the disk serves them all.
+
+    window_seconds: how long the first write of a transaction waits for others. max_writes: of a transaction.
+    max_waiting: how many writes may wait for their transaction.
+    """
+
+    def __init__(
+        self, log: NoteLog, window_seconds: float = 0.005, max_writes: int = 512, max_waiting: int = 4096
+    ) -> None:
+        self._log, self._window_seconds, self._max_writes = log, window_seconds, max_writes
+        self._waiting: queue.Queue[tuple[Write, Future[Receipt]] | None] = queue.Queue(max_waiting)
+        self._is_closed, self._lock = False, threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="group commit of the log", daemon=True)
+        self._thread.start()
+
+    def submit(self, write: Write) -> Future[Receipt]:
+        """Take a write. Its future has the receipt once the note is on the disk, or the error that `append` raises.
+
+        A write whose future is cancelled before its transaction begins is not made. Raises LogBusy where `max_waiting`
+        writes are waiting, and RuntimeError after `close`.
+        """
+        future: Future[Receipt] = Future()
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("this group commit is closed.")
+            try:
+                self._waiting.put_nowait((write, future))
+            except queue.Full:
+                raise LogBusy(f"{self._waiting.maxsize} writes are waiting for the log.") from None
+        return future
+
+    def close(self) -> None:
+        """Commit what is waiting, and take no more."""
+        with self._lock:
+            was_closed, self._is_closed = self._is_closed, True
+        if not was_closed:
+            self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        is_open = True
+        while is_open:
+            group = []
+            waiting = self._waiting.get()
+            deadline = time.monotonic() + self._window_seconds
+            while waiting is not None:
+                group.append(waiting)
+                if len(group) == self._max_writes:
+                    break
+                try:
+                    waiting = self._waiting.get(timeout=max(0.0, deadline - time.monotonic()))
+                except queue.Empty:
+                    break
+            is_open = waiting is not None
+            self._commit([(write, future) for write, future in group if future.set_running_or_notify_cancel()])
+
+    def _commit(self, group: Sequence[tuple[Write, Future[Receipt]]]) -> None:
+        results: Sequence[Receipt | Exception]
+        try:
+            results = self._log.append_each([write for write, _ in group]) if group else []
+        except Exception as e:  # every caller has it, and the thread serves the next ones
+            results = [e] * len(group)
+        for (_, future), result in zip(group, results, strict=True):
+            if isinstance(result, Receipt):
+                future.set_result(result)
+            else:
+                future.set_exception(result)

@@ -1,0 +1,105 @@
+"""What the service takes and answers, as JSON: the bodies of its routes, with their limits."""
+
+from typing import Annotated, Literal
+
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+
+from notellm2_core.config.methods import InputKind
+
+MAX_K, MAX_HISTORY, MAX_EXCLUDED, MAX_ID = 1000, 500, 10_000, 128
+MAX_TEXT, MAX_TOPICS = 100_000, 100
+
+NoteId = Annotated[str, Field(min_length=1, max_length=MAX_ID, examples=["n00042"])]
+K = Annotated[int, Field(ge=1, le=MAX_K, description="Number of hits.")]
+MinSeq = Annotated[int, Field(ge=0, description="Answer only once the log is known up to this place.")]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class NoteText(Body):
+    """The text and the picture of a note; at least one of them."""
+
+    title: Annotated[str, Field(max_length=MAX_TEXT)] = ""
+    topics: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=MAX_TOPICS)] = []
+    content: Annotated[str, Field(max_length=MAX_TEXT)] = ""
+    image: Annotated[Base64Bytes | None, Field(strict=False, description="The bytes of the picture, in base64.")] = None
+
+
+class NewNote(NoteText):
+    """A note to be written."""
+
+    note_id: NoteId
+    version: Annotated[int | None, Field(ge=0, description="An older version never replaces a newer one.")] = None
+
+
+class SimilarRequest(NoteText):
+    """A note that is not stored."""
+
+    k: K = 10
+    inputs: Annotated[InputKind, Field(description="What the model reads of it.")] = "multimodal"
+    exclude: Annotated[list[NoteId], Field(max_length=MAX_EXCLUDED)] = []
+    min_seq: MinSeq = 0
+    release: Annotated[str | None, Field(description="One of those in memory; by default the one that answers.")] = None
+
+
+class HistoryNote(Body):
+    note_id: NoteId
+    weight: Annotated[float, Field(gt=0, le=1e6, strict=False)] = 1.0
+
+
+class RecallRequest(Body):
+    """A user's history."""
+
+    history: Annotated[list[NoteId | HistoryNote], Field(min_length=1, max_length=MAX_HISTORY)]
+    k: K = 100
+    merge: Literal["max", "sum", "rrf"] = "max"
+    exclude: Annotated[list[NoteId], Field(max_length=MAX_EXCLUDED)] = []
+    min_seq: MinSeq = 0
+    deadline_ms: Annotated[int, Field(ge=1, le=60_000, description="After it, the answer is partial.")] = 1000
+
+
+class HitAnswer(Body):
+    note_id: str
+    score: float
+    because: list[str] = Field([], description="The history notes that found it.")
+
+
+class SearchAnswer(Body):
+    """Hits, the best first."""
+
+    release: str
+    seq: int = Field(description="The log was known up to this place.")
+    hits: list[HitAnswer]
+    unknown: list[str] = []
+    partial: bool = False
+
+
+class WriteAnswer(Body):
+    note_id: str
+    release: str
+    seq: int
+    version: int
+    applied: bool = Field(description="False: it was there already, or a newer version is.")
+    image: str | None = Field(None, description="What became of the picture.")
+
+
+class NoteAnswer(Body):
+    note_id: str
+    release: str
+    seq: int | None = Field(description="Its place in the log; null: it is of the release.")
+    version: int | None
+    title: str
+    topics: list[str]
+    content: str
+    has_image: bool
+
+
+class Problem(Body):
+    """RFC 9457: what is wrong, in one sentence."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str

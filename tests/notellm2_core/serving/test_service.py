@@ -1,0 +1,319 @@
+"""The service by its HTTP interface: notes are written and found, releases are switched, faults are told."""
+
+import base64
+import io
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from docs.screenshots import BROWSERS, browse
+from notellm2_core.lake.lake import Lake
+from notellm2_core.notes.note import Note
+from notellm2_core.release.release import Release
+from notellm2_core.serving.app import make_app
+from notellm2_core.serving.keys import Keys, add_key
+from notellm2_core.serving.log import NoteLog, Write
+from notellm2_core.serving.service import Service
+from tests.support.cluster import free_port
+from tests.support.released import png, write_release
+from tests.support.served import serve_release
+from tests.support.waiting import wait_for
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Site:
+    lake: Lake
+    source: Path
+    first: Release
+    second: Release
+
+
+@dataclass(frozen=True)
+class Running:
+    service: Service
+    client: TestClient
+    log: NoteLog
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    root = tmp_path_factory.mktemp("site")
+    source, lake = write_release(root / "small").source, Lake(root / "lake")
+    first = serve_release(lake, "aaaa1111", source, seed=0, dim=32)
+    return Site(lake, source, first, serve_release(lake, "bbbb2222", source, seed=1, dim=16))
+
+
+@pytest.fixture(scope="module")
+def running(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One service for all tests: each starts a process with a model. A test writes notes of names of its own."""
+    log = NoteLog.open(f"sqlite:///{tmp_path_factory.mktemp('log') / 'log.db'}")
+    service = Service(site.lake, log, site.first.id, site.source)
+    with TestClient(make_app(service, Keys())) as client:
+        yield Running(service, client, log)
+    service.close()
+    log.close()
+
+
+def note(note_id: str, seed: int | None = None, **more: object) -> dict[str, object]:
+    image = {} if seed is None else {"image": base64.b64encode(png(seed)).decode()}
+    return {"note_id": note_id, "title": "note 7", "topics": ["red"], "content": "red tea", **image, **more}
+
+
+def vector_of(running: Running, note_id: str) -> np.ndarray:
+    vector = running.service.current.index.vector(note_id)
+    assert vector is not None
+    return vector
+
+
+def ids(answer: dict) -> list[str]:
+    return [hit["note_id"] for hit in answer["hits"]]
+
+
+def test_a_note_is_found_by_the_next_request_and_gone_after_its_deletion(running: Running) -> None:
+    client = running.client
+    written = client.post("/notes", json=note("new", seed=7))
+    assert written.status_code == 201, written.text
+    body = written.json()
+    seq = body["seq"]
+    assert (body["version"], body["applied"], body["image"]) == (1, True, "ok")
+    assert body["release"] == "aaaa1111" and written.headers["location"] == "/notes/new"
+    client.post("/notes", json=note("twin", seed=7))
+    similar = client.get("/notes/new/similar", params={"k": 3}).json()
+    assert ids(similar)[0] == "twin" and similar["hits"][0]["score"] == pytest.approx(1, abs=1e-4)
+    assert similar["seq"] == seq + 1 and similar["release"] == "aaaa1111"
+    asked = client.post(
+        "/similar", json={key: note("x", seed=7)[key] for key in ("title", "topics", "content", "image")}
+    )
+    assert set(ids(asked.json())[:2]) == {"new", "twin"}
+    recalled = client.post(
+        "/recall", json={"history": ["n03", {"note_id": "twin", "weight": 2}, "nobody"], "k": 30}
+    ).json()
+    assert ids(recalled)[0] == "new" and recalled["hits"][0]["because"] == ["n03", "twin"]
+    assert recalled["unknown"] == ["nobody"] and not {"n03", "twin"} & set(ids(recalled)) and not recalled["partial"]
+    assert client.delete("/notes/twin").json()["seq"] == seq + 2
+    assert "twin" not in ids(client.get("/notes/new/similar", params={"k": 30}).json())
+    assert client.get("/notes/twin").status_code == 404
+    assert client.get("/notes/new").json()["title"] == "note 7"
+
+
+def test_a_note_of_the_release_is_replaced_and_deleted(running: Running) -> None:
+    client, before = running.client, vector_of(running, "n05")
+    changed = {"title": "something else", "content": "old ship on a hill"}
+    assert client.put("/notes/n05", json=changed).status_code == 201
+    assert not np.allclose(before, vector_of(running, "n05"))
+    assert "n05" in ids(client.get("/notes/n06/similar", params={"k": 30}).json())
+    client.delete("/notes/n05")
+    assert "n05" not in ids(client.get("/notes/n06/similar", params={"k": 30}).json())
+    assert client.get("/notes/n05/similar").status_code == 404
+
+
+def test_texts_and_pictures_of_notes(running: Running) -> None:
+    client = running.client
+    of_release = client.get("/notes/n01").json()
+    assert (of_release["title"], of_release["seq"], of_release["has_image"]) == ("note 1", None, True)
+    assert not client.get("/notes/n03").json()["has_image"]  # it has none
+    assert not client.get("/notes/n04").json()["has_image"]  # it is broken
+    client.post("/notes", json=note("pictured", seed=3))
+    for note_id in ("n01", "pictured"):
+        picture = client.get(f"/notes/{note_id}/image")
+        assert picture.headers["content-type"] == "image/jpeg"
+        assert Image.open(io.BytesIO(picture.content)).size == (20, 20)
+    assert client.get("/notes/n03/image").status_code == 404
+    client.delete("/notes/pictured")
+    assert client.get("/notes/pictured/image").status_code == 404
+
+
+def test_the_same_query_by_its_text_or_its_picture_alone(running: Running) -> None:
+    query = {key: value for key, value in note("x", seed=7).items() if key != "note_id"} | {"k": 30}
+    scores = {
+        inputs: [
+            hit["score"] for hit in running.client.post("/similar", json=query | {"inputs": inputs}).json()["hits"]
+        ]
+        for inputs in ("multimodal", "text", "image")
+    }
+    assert len({tuple(values) for values in scores.values()}) == 3 and all(scores.values())
+    assert running.client.post("/similar", json=query | {"inputs": "sound"}).status_code == 422
+    assert running.client.post("/similar", json=query | {"release": "zzzz"}).status_code == 404
+
+
+def test_the_page_loads_nothing_from_elsewhere(running: Running) -> None:
+    page = running.client.get("/")
+    assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
+    for name in ("page.css", "page.js"):
+        assert f'"/page/{name}"' in page.text
+        text = running.client.get(f"/page/{name}").text
+        assert text and "http://" not in text and "https://" not in text
+    assert running.client.get("/page/..%2Fapp.py").status_code == 404
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"none of {', '.join(BROWSERS)} on PATH")
+def test_the_page_in_a_browser(running: Running) -> None:
+    """A search, and the feed of a history, from the page's address; also on a narrow screen."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(make_app(running.service, Keys()), port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        for size in ("1200,900", "360,800"):
+            url = f"http://127.0.0.1:{port}/?q=n01&history=n02,n05,nobody"
+            shown = browse(url, f"--window-size={size}", "--virtual-time-budget=20000", "--dump-dom")
+            assert "Like n01, release aaaa1111" in shown and "note 2" in shown
+            assert "because of n0" in shown and "not there: nobody" in shown and "<img" in shown
+        shown = browse(f"http://127.0.0.1:{port}/?q=red%20tea", "--virtual-time-budget=20000", "--dump-dom")
+        assert "text, release aaaa1111" in shown
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_versions_and_repeated_writes(running: Running) -> None:
+    client = running.client
+    first = client.post("/notes", json=note("v", version=5)).json()
+    again = client.post("/notes", json=note("v", version=5)).json()
+    assert (first["applied"], again["applied"], again["seq"]) == (True, False, first["seq"])
+    older = client.post("/notes", json=note("v", version=4, content="older")).json()
+    assert (older["applied"], older["version"]) == (False, 5)
+    other = client.post("/notes", json=note("v", version=5, content="other"))
+    assert other.status_code == 409 and "version" in other.json()["detail"]
+    assert client.get("/notes/v").json()["content"] == "red tea"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "said"),
+    [
+        ("POST", "/notes", {"note_id": "x"}, 422, "neither text nor picture"),
+        ("POST", "/notes", note("x", image=base64.b64encode(b"no picture").decode()), 422, "picture cannot be used"),
+        ("POST", "/notes", note("x" * 129), 422, "note_id"),
+        ("POST", "/notes", note("a\0b"), 422, "NUL"),
+        ("POST", "/notes", note("x", colour="red"), 422, "colour"),
+        ("POST", "/notes", note("x", title=5), 422, "title"),
+        ("POST", "/recall", {"history": [], "k": 5}, 422, "history"),
+        ("POST", "/recall", {"history": ["n01"], "k": 0}, 422, "k"),
+        ("POST", "/recall", {"history": ["n01"], "merge": "mean"}, 422, "merge"),
+        ("POST", "/similar", {}, 422, "neither text nor picture"),
+        ("GET", "/notes/nobody/similar", None, 404, "nobody"),
+        ("GET", "/notes/n01/similar?min_seq=99999", None, 503, "not to 99999"),
+        ("POST", "/releases/cccc3333:activate", None, 409, "aaaa1111 stays"),
+    ],
+)
+def test_faults_are_told_in_a_sentence(
+    running: Running, method: str, path: str, body: object, status: int, said: str
+) -> None:
+    before = running.log.last_seq()
+    answer = running.client.request(method, path, json=body)
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert said in answer.json()["detail"] and answer.json()["status"] == status
+    assert running.log.last_seq() == before
+
+
+def test_lone_surrogates_and_wrong_utf8_are_refused(running: Running) -> None:
+    for body in (b'{"note_id": "\\ud800", "title": "x"}', b'{"note_id": "\xff", "title": "x"}', b"{", b"[]"):
+        answer = running.client.post("/notes", content=body, headers={"content-type": "application/json"})
+        assert 400 <= answer.status_code < 500 and answer.json()["detail"], body
+
+
+def test_notes_written_before_the_start_are_there_after_it(site: Site, tmp_path: Path) -> None:
+    """Also such without a vector, which are embedded then."""
+    log = NoteLog.open(f"sqlite:///{tmp_path / 'log.db'}")
+    log.append(
+        [Write(Note("kept", "note 7", ("red",), "red tea"), png(7)), Write(Note("n01", "", (), ""), deleted=True)]
+    )
+    service = Service(site.lake, log, site.first.id)
+    with TestClient(make_app(service, Keys())) as client:
+        deadline = time.monotonic() + 60
+        while client.get("/readyz").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert "kept" in ids(client.get("/notes/n02/similar", params={"k": 30}).json())
+        assert client.get("/notes/n01/similar").status_code == 404
+    assert log.vectors(service.current.weights_id, 0)[0] == [1]
+    service.close()
+    log.close()
+
+
+def test_a_damaged_release_is_refused_and_the_present_one_stays(running: Running, site: Site) -> None:
+    file = site.second.path / "index" / "index.faiss"
+    content = file.read_bytes()
+    file.write_bytes(content[:-4] + b"\1\2\3\4")
+    try:
+        answer = running.client.post("/releases/bbbb2222:activate")
+    finally:
+        file.write_bytes(content)
+    assert answer.status_code == 409 and "checksum" in answer.json()["detail"]
+    assert running.client.get("/releases").json()["releases"][0]["release"] == "aaaa1111"
+
+
+def test_a_switch_under_load_drops_nothing_and_going_back_loses_nothing(running: Running) -> None:
+    client, service = running.client, running.service
+    client.post("/notes", json=note("before", seed=3))
+    stop, wrong, seen = threading.Event(), [], set()
+
+    def ask() -> None:
+        while not stop.is_set():
+            answer = client.post("/recall", json={"history": ["n01", "before", "n02"], "k": 10})
+            if answer.status_code != 200 or answer.json()["unknown"]:
+                wrong.append(answer.text)
+                continue
+            body = answer.json()
+            seen.add(body["release"])
+            release = next(r for r in service.releases if r.id == body["release"])
+            for hit in body["hits"]:  # every answer is of one release: its scores are
+                vector = release.index.vector(hit["note_id"])
+                best = max(float(release.index.vector(h) @ vector) for h in hit["because"])
+                if abs(best - hit["score"]) > 1e-4:
+                    wrong.append(f"{hit} of {body['release']}: {best}")
+
+    asking = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in asking:
+        thread.start()
+    assert client.post("/releases/bbbb2222:activate").json() == {"release": "bbbb2222"}
+    assert client.post("/notes", json=note("between", seed=4)).status_code == 201
+    time.sleep(0.5)
+    started = time.perf_counter()
+    assert client.post("/releases/aaaa1111:activate").json() == {"release": "aaaa1111"}
+    seconds = time.perf_counter() - started
+    stop.set()
+    for thread in asking:
+        thread.join()
+    assert not wrong, wrong[:3]
+    assert seen == {"aaaa1111", "bbbb2222"} and seconds < 30
+    assert {"before", "between"} <= set(ids(client.get("/notes/n01/similar", params={"k": 30}).json()))
+
+
+def test_every_route_needs_a_key_of_its_scope(running: Running, tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    secrets = {scope: add_key(file, scope, scope) for scope in ("read", "write", "admin")}
+    assert all(secret not in file.read_text() for secret in secrets.values())
+    app = make_app(running.service, Keys.load(file))
+    open_routes = {"/healthz", "/readyz"}
+    with TestClient(app) as client:
+        for path, operations in client.get("/openapi.json").json()["paths"].items():
+            for method in operations:
+                bare = client.request(method, path.replace("{", "").replace("}", ""), json={})
+                wrong = client.request(
+                    method, path.replace("{", "").replace("}", ""), json={}, headers={"Authorization": "Bearer wrong"}
+                )
+                if path in open_routes:
+                    assert bare.status_code == 200, path
+                else:
+                    assert (bare.status_code, wrong.status_code) == (401, 401), path
+        read = {"Authorization": f"Bearer {secrets['read']}"}
+        assert client.get("/notes/n01/similar", headers=read).status_code == 200
+        assert client.post("/notes", json=note("x"), headers=read).status_code == 403
+        write = {"Authorization": f"Bearer {secrets['write']}"}
+        assert client.post("/notes", json=note("x"), headers=write).status_code == 201
+        assert client.post("/releases/bbbb2222:activate", headers=write).status_code == 403
