@@ -1,6 +1,7 @@
 """The Dagster definitions: assets, checks, jobs, sensor and schedule. No torch and no pyspark, so they load fast."""
 
 import sys
+from collections.abc import Sequence
 
 import dagster as dg
 
@@ -16,8 +17,10 @@ from pipelines.messages import send_messages
 from pipelines.mirror import mirror_releases
 from pipelines.release_jobs import RELEASE_JOBS
 
+SENSORS = (week_has_landed, send_messages, mirror_releases)
 
-def definitions(source: SourceSettings) -> dg.Definitions:
+
+def definitions(source: SourceSettings, sensors: Sequence[dg.SensorDefinition] = SENSORS) -> dg.Definitions:
     """The graph with the partitions of `source`. All other settings are read when a run starts."""
     partitions = log_partitions(source)
     return dg.Definitions(
@@ -25,7 +28,7 @@ def definitions(source: SourceSettings) -> dg.Definitions:
         asset_checks=CHECKS,
         jobs=[weekly_retrain, ingest_logs, *RELEASE_JOBS],
         schedules=[weekly_retrain_schedule(partitions)],
-        sensors=[week_has_landed, send_messages, mirror_releases],
+        sensors=sensors,
         # All steps of a run in its one process: they share a JVM and the imports. What needs a GPU is a command anyway.
         executor=dg.in_process_executor,
         resources={"pipeline": Pipeline()},

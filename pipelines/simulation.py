@@ -8,10 +8,11 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import numpy as np
@@ -62,8 +63,8 @@ class Site:
     folder: Path
 
     @classmethod
-    def create(cls, folder: Path, world: World) -> "Site":
-        """A new site before its first delivery."""
+    def create(cls, folder: Path, world: World, changes: Mapping[str, Any] | None = None) -> "Site":
+        """A new site before its first delivery. `changes`: sections of the configuration, or parts of them."""
         (folder / SOURCE).mkdir(parents=True)
         world.write_truth(folder)
         write_skill(folder, NOISE)
@@ -76,6 +77,8 @@ class Site:
         settings["source"] |= {"path": str(folder / SOURCE)}
         settings["tracking"] = {"uri": f"sqlite:///{folder.parent / 'mlflow.db'}"}  # not in what is set aside
         settings["text"] |= {"length_tokenizer": str(folder)}
+        for section, values in (changes or {}).items():
+            settings[section] = settings.get(section, {}) | values
         site.config.write_text(yaml.safe_dump(settings))
         return site
 

@@ -70,6 +70,7 @@ def extract(arguments: Sequence[str]) -> None:
     pq.write_table(pa.table(rows, schema=NOTE_IMAGES), options.out / NOTE_IMAGES_FILE)
     styles = {i: int(image.split()[1]) for i, image in zip(ids, images, strict=True) if image is not None}
     (options.out / VISION_FOLDER / _STYLES).write_text(json.dumps(styles))
+    (options.out / VISION_FOLDER / "config.json").write_text(json.dumps({"encoder_id": "stand-in"}))
     counted = Counter(statuses)
     counts: dict[str, int] = {"notes": len(ids), **{status: counted[status] for status in STATUSES}}
     (options.out / COUNTS_FILE).write_text(json.dumps(counts))
@@ -118,14 +119,14 @@ def export(arguments: Sequence[str]) -> None:
     for kind in options.inputs.split(","):
         subset = options.note_ids if kind == "multimodal" else options.single_modality_note_ids or options.note_ids
         ids = sorted(read_note_ids(subset) if subset else style_of)
-        vectors = _vectors(model, kind, [themes[i] for i in ids], [style_of[i] for i in ids], ids)
+        vectors = stand_in_vectors(model, kind, [themes[i] for i in ids], [style_of[i] for i in ids], ids)
         (options.out / kind).mkdir(parents=True, exist_ok=True)
         for number, start in enumerate(range(0, len(ids), _SHARD_NOTES)):
             part = slice(start, start + _SHARD_NOTES)
             write_shard(options.out / kind / f"part-{number:05d}.parquet", ids[part], vectors[part], {})
 
 
-def _vectors(
+def stand_in_vectors(
     model: Mapping[str, Any], kind: str, themes: Sequence[int], styles: Sequence[int], ids: Sequence[str]
 ) -> np.ndarray:
     """Unit vectors [N, DIM]. An unknown theme or style (-1) has no direction."""

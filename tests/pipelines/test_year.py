@@ -1,0 +1,38 @@
+"""The simulated year: its plan, and its first week through the real daemon."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from notellm2_core.simulation import world, year
+from notellm2_core.simulation.year import ABSENT, BACKFILLS, LATE, NUM_WEEKS, ROLLED_BACK, WORSE
+from pipelines.year import main
+
+
+def test_the_year_holds_what_a_loop_has_to_stand() -> None:
+    assert (NUM_WEEKS, len(LATE), len(ABSENT), len(ROLLED_BACK)) == (52, 6, 2, 3)
+    assert sum(len(weeks) for weeks in BACKFILLS.values()) == 4
+    assert year.DURING_A_RUN in ROLLED_BACK
+    special = [*LATE, *ABSENT, *ROLLED_BACK, *WORSE]
+    assert len(set(special)) == len(special) and max(special) < NUM_WEEKS
+    for number, weeks in BACKFILLS.items():
+        assert all(week < number - 1 for week in weeks)  # the sensor itself runs the last two
+    assert {week for weeks in BACKFILLS.values() for week in weeks} >= ABSENT
+
+
+@pytest.mark.slow
+def test_a_week_through_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("DAGSTER_HOME", "NOTELLM2_CONFIG", "SPARK_REMOTE", "JAVA_HOME", "SPARK_HOME", "SPARK_LOCAL_IP"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # which the simulation sets: back to what they were
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(world, "NOTES_A_WEEK", 120)
+    monkeypatch.setattr(world, "NUM_USERS", 300)
+    code = main(["--out", str(tmp_path / "year"), "--weeks", "1"])
+    printed = capsys.readouterr().out
+    assert code == 0, printed + (tmp_path / "year" / "daemon.log").read_text()[-6000:]
+    (week,) = json.loads((tmp_path / "year" / "year.json").read_text())
+    assert (week["logs"], week["decision"], week["live"]) == ("in time", "promoted", week["week"])
