@@ -25,6 +25,7 @@ from notellm2_core.serving.keys import Keys, Scope
 from notellm2_core.serving.live_index import Answer
 from notellm2_core.serving.live_release import LiveRelease
 from notellm2_core.serving.log import LogBusy, LogFull, LogUnavailable
+from notellm2_core.serving.metrics import Metrics, Timed
 from notellm2_core.serving.requests import (
     MAX_ID,
     K,
@@ -43,6 +44,7 @@ from notellm2_core.serving.service import NotReady, Service, Written
 _PAGE = FilePath(__file__).parent / "page"
 _PAGE_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 _POLICY = "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+_TEXT: dict[str, Any] = {"content": {"text/plain": {}}}
 _JPEG: dict[str, Any] = {"content": {"image/jpeg": {}}}
 MAX_BODY_BYTES = 24 << 20
 _NUM_SEARCHES = 2  # at once
@@ -65,6 +67,8 @@ def make_app(service: Service, keys: Keys) -> FastAPI:
     )
     searches = ThreadPoolExecutor(_NUM_SEARCHES, "search")
     writes = ThreadPoolExecutor(64, "write")  # they wait for the model and for the disk
+    metrics = Metrics(service)
+    app.add_middleware(Timed, metrics=metrics)
     _add_errors(app)
 
     def needs(scope: Scope) -> Any:
@@ -205,6 +209,7 @@ def make_app(service: Service, keys: Keys) -> FastAPI:
         answer = await on(
             searches, release.index.recall, history, body.k, body.merge, frozenset(body.exclude), deadline
         )
+        metrics.count(answer, len(history), body.k)
         return _answer(release.id, answer)
 
     @app.get("/releases", dependencies=needs("read"), responses=_ERRORS, tags=["releases"])
@@ -225,6 +230,11 @@ def make_app(service: Service, keys: Keys) -> FastAPI:
         except (ValueError, TimeoutError) as e:
             raise HTTPException(409, f"{e}; {service.current.id} stays") from None
         return {"release": release.id}
+
+    @app.get("/metrics", dependencies=needs("read"), responses=_ERRORS | {200: _TEXT}, tags=["state"])
+    async def show_metrics() -> Response:
+        """For Prometheus."""
+        return Response(await on(writes, metrics.show), media_type="text/plain; version=0.0.4")
 
     @app.get("/healthz", tags=["state"])
     async def healthz() -> dict[str, str]:

@@ -35,7 +35,8 @@ async function picture(noteId) { // with the key, which an <img> would not send
 
 function card(noteId, about, action) {
   const title = make("div", { className: "title", textContent: noteId });
-  const text = make("div", { className: "text" }, title, make("p", { className: "meta", textContent: about }));
+  const text = make("div", { className: "text" }, title);
+  if (about) text.append(make("p", { className: "meta", textContent: about }));
   const item = make("li", { className: "card" }, text);
   if (action) item.append(action);
   const known = notes.get(noteId) || ask(`/notes/${encodeURIComponent(noteId)}`).catch(() => null);
@@ -120,7 +121,7 @@ async function search() {
 
 async function showHistory() {
   remember();
-  $("history").replaceChildren(...[...history_.keys()].map((id) => card(id, "in the history", remover(id))));
+  $("history").replaceChildren(...[...history_.keys()].map((id) => card(id, "", remover(id))));
   $("feed-title").hidden = !history_.size;
   $("feed").replaceChildren();
   if (!history_.size) return;

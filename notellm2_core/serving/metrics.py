@@ -1,0 +1,91 @@
+"""What the service shows of itself, for Prometheus.
+
+Latencies are measured by route, not by path: ids would make a series each.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+
+from notellm2_core.serving.live_index import Answer
+from notellm2_core.serving.service import Service
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_Message = MutableMapping[str, Any]
+_App = Callable[[_Message, Callable[[], Awaitable[_Message]], Callable[[_Message], Awaitable[None]]], Awaitable[None]]
+
+
+class Metrics:
+    """Counts what is asked and answered, and reads the state of a service when it is shown."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._registry = service, CollectorRegistry()
+        self.seconds = Histogram(
+            "notellm2_request_seconds", "Of a request, from its first byte to the last of its answer.",
+            ("method", "route", "status"), buckets=_SECONDS, registry=self._registry,
+        )  # fmt: skip
+        self._history = Counter("notellm2_history_notes", "Of recalls.", registry=self._registry)
+        self._unknown = Counter("notellm2_unknown_history_notes", "Those that are not there.", registry=self._registry)
+        self._short = Counter("notellm2_short_answers", "With fewer hits than asked for.", registry=self._registry)
+        self._partial = Counter("notellm2_partial_answers", "At the deadline.", registry=self._registry)
+        self._registry.register(self)
+
+    def count(self, answer: Answer, num_history: int, k: int) -> None:
+        """Count the answer of a recall."""
+        self._history.inc(num_history)
+        self._unknown.inc(len(answer.unknown))
+        self._short.inc(len(answer.hits) < k)
+        self._partial.inc(answer.is_partial)
+
+    def collect(self) -> Iterator[Metric]:
+        """The state of the service now."""
+        service, release = self._service, self._service.current
+        view = release.index.delta.view
+        values = {
+            "notellm2_ready": (float(service.is_ready), "Whether the log has been read."),
+            "notellm2_log_lag_entries": (service.lag, "Entries of the log that are not shown yet."),
+            "notellm2_new_notes": (int(view.living.sum()), "Living notes that are newer than the release."),
+            "notellm2_new_notes_places": (len(view.vectors), "Their places, with those of notes that are gone."),
+            "notellm2_gone_notes": (view.num_gone, "Notes of the release that are gone or were written again."),
+            "notellm2_embedding_waiting": (release.model.num_waiting, "Notes that wait for the model."),
+            "notellm2_releases": (len(service.releases), "Releases in memory."),
+        }
+        for name, (value, text) in values.items():
+            yield GaugeMetricFamily(name, text, value)
+        yield InfoMetricFamily(
+            "notellm2_release", "The one that answers.", {"release": release.id, "week": release.week}
+        )
+
+    def show(self) -> bytes:
+        """All of it, in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+class Timed:
+    """An ASGI application whose requests are measured."""
+
+    def __init__(self, app: _App, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(
+        self, scope: _Message, receive: Callable[[], Awaitable[_Message]], send: Callable[[_Message], Awaitable[None]]
+    ) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def observed(message: _Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.seconds.labels(scope["method"], route, status).observe(time.perf_counter() - started)
