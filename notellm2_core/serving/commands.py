@@ -40,6 +40,7 @@ def _serve(options: argparse.Namespace) -> None:
     require_local_or_keys(options.host, keys)
     try:
         import uvicorn
+        from threadpoolctl import threadpool_limits
 
         from notellm2_core.serving.app import make_app
         from notellm2_core.serving.log import NoteLog
@@ -61,6 +62,7 @@ def _serve(options: argparse.Namespace) -> None:
     try:
         service = Service(lake, log, release, Catalog(config).source)
         try:
+            threadpool_limits(1, "blas")  # products of small matrices, on the threads that search
             uvicorn.run(make_app(service, keys), host=options.host, port=options.port, log_level="warning")
         finally:
             service.close()

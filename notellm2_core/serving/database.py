@@ -12,7 +12,8 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from notellm2_core.serving.tables import VERSION_TABLE
 
@@ -26,6 +27,11 @@ _BEGIN = {
     "postgresql": "SELECT pg_advisory_xact_lock(5577006791947779410),"
     " set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), true)",
 }
+
+
+# A silent network, or a process that stopped in the middle of a write, blocks the others for no longer than this.
+_POSTGRESQL = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+_LIMITS = "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s"
 
 
 class LogFull(OSError):
@@ -45,7 +51,10 @@ def connect(url: str) -> Engine:
         scheme = url.partition(":")[0]  # what follows may hold a password
         raise ValueError(f"a log is sqlite:///FILE or postgresql://HOST/DATABASE, not {scheme!r}.") from None
     if driver != "sqlite":
-        return create_engine(parsed.set(drivername=driver), isolation_level="READ COMMITTED", pool_pre_ping=True)
+        return create_engine(
+            parsed.set(drivername=driver), isolation_level="READ COMMITTED", pool_pre_ping=True,
+            connect_args=_POSTGRESQL | {"options": " ".join((str(parsed.query.get("options", "")), _LIMITS)).strip()},
+        )  # fmt: skip
     if parsed.database in (None, "", ":memory:"):
         raise ValueError(f"a log needs a file, as in sqlite:///FILE; {url!r} names none.")
     with log_errors():
@@ -95,7 +104,11 @@ def log_errors() -> Iterator[None]:
     """Turn the errors of both databases into LogFull and LogUnavailable."""
     try:
         yield
-    except OperationalError as e:
+    except PoolTimeout as e:
+        raise LogUnavailable("all connections to the database of the log are in use") from e
+    except DBAPIError as e:
+        if not isinstance(e, OperationalError | InternalError) and not e.connection_invalidated:
+            raise  # a mistake of ours
         code = getattr(e.orig, "sqlite_errorcode", None) or getattr(e.orig, "sqlstate", None)
         if code in (sqlite3.SQLITE_FULL, "53100"):  # PostgreSQL's disk_full
             raise LogFull(errno.ENOSPC, f"the disk of the log is full ({e.orig})") from e

@@ -34,8 +34,9 @@ class View:
         in_base = numbers < self.num_base
         base = self.gone_from_base[np.where(in_base, numbers, 0)] if self.num_base else np.zeros(numbers.shape, int)
         own = np.where(in_base, 0, numbers - self.num_base)
-        delta = self.gone_from_delta[own] if len(self.gone_from_delta) else np.zeros(numbers.shape, int)
-        return (numbers >= 0) & (np.where(in_base, base, delta) > self.number)
+        is_later = ~in_base & (own >= len(self.vectors))  # of a view after this one
+        delta = self.gone_from_delta[np.where(is_later, 0, own)]
+        return (numbers >= 0) & ~is_later & (np.where(in_base, base, delta) > self.number)
 
     @property
     def living(self) -> np.ndarray:
@@ -60,8 +61,11 @@ class Delta:
     def apply(self, changes: Mapping[str, np.ndarray | None], seq: int) -> None:
         """Show the notes with these unit vectors [d] from now on, or without one, no longer. seq: of the last change.
 
-        Called by one thread. The changes are seen together, or not yet.
+        Called by one thread. The changes are seen together, or not yet. Raises ValueError for a vector of another
+        width; nothing is changed then.
         """
+        if wrong := [i for i, v in changes.items() if v is not None and v.shape != self._vectors.shape[1:]]:
+            raise ValueError(f"the vector of note {wrong[0]!r} is not of width {self._vectors.shape[1]}")
         number = self.view.number + 1
         added: dict[str, int] = {}
         for note_id, vector in changes.items():
@@ -72,9 +76,10 @@ class Delta:
                 self._num_gone += 1
             if vector is not None:
                 added[note_id] = self._append(note_id, vector)
-        self.view = self._view(number, seq)
-        # After the view: a reader that finds a place here takes a view that has it.
+        # Places come before the view and go after it: a reader never finds less than its view has, and looks again
+        # where it finds more.
         self._places.update(added)
+        self.view = self._view(number, seq)
         for note_id in changes.keys() - added.keys():
             self._places.pop(note_id, None)
 

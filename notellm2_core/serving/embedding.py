@@ -9,8 +9,10 @@ import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from notellm2_core.inference.embedder import Embedder
 
 _START_SECONDS = 300.0  # for the model to load
+_IDLE_SECONDS = 0.5  # between two looks whether it is to end
 
 
 class EmbedderBusy(RuntimeError):
@@ -35,7 +38,11 @@ class EmbedderBusy(RuntimeError):
 
 
 class EmbedderDied(RuntimeError):
-    """The process ended while it embedded this note; a new one has been started."""
+    """The process ended while it embedded this note alone; a new one is started for the next."""
+
+
+class EmbedderDown(RuntimeError):
+    """The model's process cannot be started, or was ended. It is not this note's fault."""
 
 
 class BadNote(ValueError):
@@ -64,8 +71,16 @@ class EmbeddingProcess:
     def __init__(self, model: Path, max_waiting: int = 256, batch_notes: int = 16) -> None:
         """Loads the model's folder; raises ValueError if it cannot be used."""
         self._model, self._batch_notes = model, batch_notes
-        self._waiting: queue.Queue[_Job | None] = queue.Queue(max_waiting)
-        self._start()
+        self._waiting: queue.Queue[_Job] = queue.Queue(max_waiting)
+        self._closing, self._closed, self._stop = threading.Lock(), False, threading.Event()
+        self._process: BaseProcess | None = None
+        try:
+            self._start()
+        except (ValueError, OSError):
+            if self._process is not None:
+                self._process.kill()
+            raise
+        self._is_running = True
         self._thread = threading.Thread(target=self._dispatch, name="embedding", daemon=True)
         self._thread.start()
 
@@ -76,37 +91,37 @@ class EmbeddingProcess:
     def submit(self, note: Note, image: bytes | None = None, inputs: InputKind = "multimodal") -> "Future[Embedded]":
         """Embed a note by these inputs. The result has BadNote for one that cannot be embedded.
 
-        Cancelling it frees its place. Raises EmbedderBusy.
+        One that is cancelled while it waits is not embedded. Raises EmbedderBusy, and EmbedderDown after `close`.
         """
         job = _Job(note, image, inputs, Future())
-        try:
-            self._waiting.put_nowait(job)
-        except queue.Full:
-            raise EmbedderBusy(f"{self._waiting.maxsize} notes wait to be embedded") from None
+        with self._closing:
+            if self._closed:
+                raise EmbedderDown("the model's process was ended")
+            try:
+                self._waiting.put_nowait(job)
+            except queue.Full:
+                raise EmbedderBusy(f"{self._waiting.maxsize} notes wait to be embedded") from None
         return job.done
 
     def close(self) -> None:
-        """End the process. Notes that wait are cancelled."""
-        while True:
-            try:
-                job = self._waiting.get_nowait()
-            except queue.Empty:
-                break
-            if job is not None:
-                job.done.cancel()
-        self._waiting.put(None)
+        """End the process. Notes that wait fail with EmbedderDown."""
+        with self._closing:
+            self._closed = True
+        self._stop.set()
         self._thread.join()
-        self._process.terminate()
-        self._process.join()
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
 
     def _start(self) -> None:
+        """Start the process, and wait until it has loaded the model. Raises ValueError or OSError if it cannot."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._model), name="embedder", daemon=True)
-        self._process.start()
+        process = context.Process(target=_serve, args=(theirs, self._model), name="embedder", daemon=True)
+        process.start()
+        self._process = process
         theirs.close()
         if not self._pipe.poll(_START_SECONDS):
-            self._process.kill()
             raise ValueError(f"the model {self._model} did not load in {_START_SECONDS:.0f} s")
         try:
             problem = self._pipe.recv()
@@ -116,46 +131,60 @@ class EmbeddingProcess:
             raise ValueError(problem)
 
     def _dispatch(self) -> None:
-        while (job := self._waiting.get()) is not None:
-            jobs = [job]
-            while len(jobs) < self._batch_notes:
+        while not self._stop.is_set():
+            if jobs := [job for job in self._next_jobs() if job.done.set_running_or_notify_cancel()]:
                 try:
-                    more = self._waiting.get_nowait()
-                except queue.Empty:
-                    break
-                if more is None:
-                    self._waiting.put(None)
-                    break
-                jobs.append(more)
-            self._embed([job for job in jobs if job.done.set_running_or_notify_cancel()])
+                    self._embed(jobs)
+                except Exception as e:  # whatever it is, nobody waits for ever
+                    _fail(jobs, EmbedderDown(f"the model's process failed: {e}"))
+        while not self._waiting.empty():
+            job = self._waiting.get()
+            if job.done.set_running_or_notify_cancel():
+                _fail([job], EmbedderDown("the model's process was ended"))
+
+    def _next_jobs(self) -> list[_Job]:
+        """What waits by now, up to a batch; after a moment without any, none."""
+        jobs: list[_Job] = []
+        with suppress(queue.Empty):
+            jobs.append(self._waiting.get(timeout=_IDLE_SECONDS))
+            while len(jobs) < self._batch_notes:
+                jobs.append(self._waiting.get_nowait())
+        return jobs
 
     def _embed(self, jobs: Sequence[_Job]) -> None:
         """Set the results of the jobs. Where the process ends, each is tried alone: one of them may be the cause."""
-        if not jobs:
-            return
+        if not self._is_running:
+            self._restart()
         try:
             self._pipe.send([(job.note, job.image, job.inputs) for job in jobs])
             results = self._pipe.recv()
         except (EOFError, OSError):
-            self._process.kill()
-            self._process.join()
-            try:
-                self._start()
-            except ValueError as e:
-                for job in jobs:
-                    job.done.set_exception(EmbedderDied(str(e)))
-                return
+            self._is_running = False
             if len(jobs) > 1:
                 for job in jobs:
                     self._embed([job])
             else:
-                jobs[0].done.set_exception(EmbedderDied("the embedder died of this note"))
+                _fail(jobs, EmbedderDied("the embedder died of this note"))
             return
         for job, result in zip(jobs, results, strict=True):
             if isinstance(result, Embedded):
                 job.done.set_result(result)
             else:
                 job.done.set_exception(BadNote(result))
+
+    def _restart(self) -> None:
+        """A new process in place of one that has ended. Raises ValueError or OSError if it cannot be started."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+        self._start()
+        self._is_running = True
+
+
+def _fail(jobs: Sequence[_Job], error: Exception) -> None:
+    for job in jobs:
+        if not job.done.done():
+            job.done.set_exception(error)
 
 
 def _serve(pipe: Connection, model: Path) -> None:
@@ -185,10 +214,11 @@ def embed_each(embedder: "Embedder", notes: Sequence[Asked]) -> list[Embedded | 
     results: list[Embedded | str] = []
     good: dict[InputKind, list[tuple[int, NoteWithImage, Status]]] = {}
     for place, (note, data, inputs) in enumerate(notes):
-        status, picture = ("missing", None) if data is None else decoded(data)
+        # Each picture is decoded twice, here and with its batch: so only few are in memory at a time.
+        status: Status = "missing" if data is None else decoded(data)[0]
         results.append(f"the picture cannot be used: {MEANINGS[status]}" if status in UNUSABLE else "")
         if status not in UNUSABLE:
-            good.setdefault(inputs, []).append((place, NoteWithImage(note, picture), status))
+            good.setdefault(inputs, []).append((place, NoteWithImage(note, data), status))
     for inputs, group in good.items():
         try:
             vectors = embedder.embed([note for _, note, _ in group], inputs)

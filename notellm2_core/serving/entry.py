@@ -14,6 +14,10 @@ MAX_ID_CHARACTERS = 128
 MAX_VERSION = 2**63 - 1
 
 
+class VersionConflict(ValueError):
+    """The newest entry of the note has other content under the version of a write."""
+
+
 @dataclass(frozen=True)
 class Write:
     """A note to be written, or to be deleted: then only its id counts.
@@ -81,7 +85,7 @@ class Entry:
 def newest_after(write: Write, newest: Entry | None, seq: int, time: datetime) -> Entry:
     """The note's newest entry after `write`: a new one with the number `seq`, or `newest` if the write is not applied.
 
-    Raises ValueError if `newest` has the write's version with other content.
+    Raises VersionConflict if `newest` has the write's version with other content.
     """
     note, deleted, image_id = write.content
     version = write.version
@@ -96,7 +100,9 @@ def newest_after(write: Write, newest: Entry | None, seq: int, time: datetime) -
     elif newest is not None and version == newest.version:
         if newest.content == write.content:
             return newest
-        raise ValueError(f"note {note.note_id!r} has other content in version {version}: a change needs a new version.")
+        raise VersionConflict(
+            f"note {note.note_id!r} has other content in version {version}: a change needs a new version."
+        )
     return Entry(seq, note, deleted, version, image_id, time)
 
 

@@ -63,12 +63,13 @@ class LiveIndex:
     def similar(self, vector: np.ndarray, k: int, exclude: Set[str] = frozenset()) -> Answer:
         """The k nearest living notes of a unit vector [d], without those of `exclude`."""
         view, numbers = self._snapshot(exclude)
-        found = self._search(view, vector[None], k + len(numbers))
-        return self._answer(view, vector[None], found, np.ones(1), k, "max", numbers)
+        without = _sorted(numbers)
+        found = self._search(view, vector[None], k, without)
+        return self._answer(view, vector[None], found, np.ones(1), k, "max", without)
 
-    def similar_to(self, note_id: str, k: int, exclude: Set[str] = frozenset()) -> Answer:
+    def similar_to(self, note_id: str, k: int) -> Answer:
         """The k nearest living notes of a note, without itself. Raises KeyError if it is not there."""
-        answer = self.recall({note_id: 1.0}, k, exclude=exclude)
+        answer = self.recall({note_id: 1.0}, k)
         if answer.unknown:
             raise KeyError(note_id)
         return answer
@@ -88,17 +89,18 @@ class LiveIndex:
         view, numbers = self._snapshot({*history, *exclude})
         names = tuple(note_id for note_id in history if note_id in numbers)
         queries = np.array([numbers[name] for name in names], dtype=np.int64)
-        vectors, wanted = self._vectors(view, queries), k + len(numbers)
-        found, rest = self._look_up(view, queries, wanted)
-        is_partial = False
+        vectors, without = self._vectors(view, queries), _sorted(numbers)
+        found, rest = self._look_up(view, queries, k, without)
+        is_partial, searched = False, np.ones(len(queries), bool)
         for start in range(0, len(rest), _SEARCHED_AT_ONCE):
             if is_partial := deadline is not None and time.monotonic() > deadline:
+                searched[rest[start:]] = False
                 break
             part = rest[start : start + _SEARCHED_AT_ONCE]
-            neighbours = self._search(view, vectors[part], wanted)
+            neighbours = self._search(view, vectors[part], k, without)
             found += [(int(part[h]), its_numbers, scores) for h, its_numbers, scores in neighbours]
         weights = np.array([history[name] for name in names], dtype=np.float64)
-        answer = self._answer(view, vectors, found, weights, k, how, numbers, names)
+        answer = self._answer(view, vectors, found, weights, k, how, without, names, searched)
         unknown = tuple(note_id for note_id in history if note_id not in numbers)
         return replace(answer, unknown=unknown, is_partial=is_partial)
 
@@ -119,35 +121,40 @@ class LiveIndex:
         vectors[~in_base] = view.vectors[numbers[~in_base] - view.num_base]
         return vectors
 
-    def _look_up(self, view: View, queries: np.ndarray, wanted: int) -> tuple[list["_Found"], np.ndarray]:
+    def _look_up(
+        self, view: View, queries: np.ndarray, k: int, without: np.ndarray
+    ) -> tuple[list["_Found"], np.ndarray]:
         """What the table knows of `queries` [H], and the places [R] of those that have to be searched for."""
         in_table = np.flatnonzero(queries < view.num_base)
         numbers, scores = self.table.rows[queries[in_table]], self.table.scores[queries[in_table]]
-        lives = view.lives(numbers)
-        # A row with all notes there are is enough; another one has to have enough that live.
-        is_enough = (lives.sum(axis=1) >= wanted) | (numbers.shape[1] >= view.num_base - 1)
+        usable = view.lives(numbers) & ~_are_in(numbers, without)
+        # A row with all notes there are is enough; another one has to have enough that can be used.
+        is_enough = (usable.sum(axis=1) >= k) | (numbers.shape[1] >= view.num_base - 1)
         found = [
-            (int(place), own[living][:wanted], its_scores[living][:wanted])
-            for place, own, its_scores, living, enough in zip(in_table, numbers, scores, lives, is_enough, strict=True)
+            (int(place), own[use][:k], its_scores[use][:k])
+            for place, own, its_scores, use, enough in zip(in_table, numbers, scores, usable, is_enough, strict=True)
             if enough
         ]
         return found, np.setdiff1d(np.arange(len(queries)), in_table[is_enough])
 
-    def _search(self, view: View, vectors: np.ndarray, wanted: int) -> list["_Found"]:
-        """The `wanted` nearest living notes of the release, by the index. Gone ones are searched for on top."""
-        num_living = view.num_base - view.num_gone
-        wanted = min(wanted, num_living)
-        if not wanted:
+    def _search(self, view: View, vectors: np.ndarray, k: int, without: np.ndarray) -> list["_Found"]:
+        """The k nearest living notes of the release, by the index. Gone ones are searched for on top, those `without`
+        as far as they are in the way.
+        """
+        num_living = view.num_base - view.num_gone - int(np.count_nonzero(without < view.num_base))
+        k = min(k, num_living)
+        if not k:
             return []
         share = view.num_gone / view.num_base
-        k = min(view.num_base, int(np.ceil(wanted / (1 - share) + _SPARE * np.sqrt(wanted * share) / (1 - share))))
+        num = int(np.ceil(k / (1 - share) + _SPARE * np.sqrt(k * share) / (1 - share))) + min(len(without), k)
         while True:
-            numbers, scores = self.index.search_rows(vectors, k)
-            lives = view.lives(numbers)
-            if k >= view.num_base or lives.sum(axis=1).min() >= wanted:
+            num = min(num, view.num_base)
+            numbers, scores = self.index.search_rows(vectors, num)
+            usable = view.lives(numbers) & ~_are_in(numbers, without)
+            if num >= view.num_base or usable.sum(axis=1).min() >= k:
                 break
-            k = min(2 * k, view.num_base)
-        return [(h, numbers[h][lives[h]][:wanted], scores[h][lives[h]][:wanted]) for h in range(len(vectors))]
+            num *= 2
+        return [(h, numbers[h][usable[h]][:k], scores[h][usable[h]][:k]) for h in range(len(vectors))]
 
     def _answer(
         self,
@@ -157,21 +164,23 @@ class LiveIndex:
         weights: np.ndarray,
         k: int,
         how: Merge,
-        without: Mapping[str, int],
+        without: np.ndarray,
         history: tuple[str, ...] = (),
+        searched: np.ndarray | None = None,
     ) -> Answer:
-        """Merge what was `found` in the release, and what the delta has, for queries [H, d]."""
+        """Merge what was `found` in the release, and what the delta has, for the queries [H, d] that were searched."""
         floors = np.full(len(vectors), -np.inf, np.float32)
         for place, _, scores in found:
-            if len(scores) >= k + len(without):
+            if len(scores) >= k:
                 floors[place] = scores[-1]
-        found = found + _from_delta(view, vectors, floors)
+        if searched is not None:
+            floors[~searched] = np.inf
+        found = found + _from_delta(view, vectors, floors, without)
         if not found:
             return Answer((), view.seq)
         by = np.concatenate([np.full(len(numbers), place) for place, numbers, _ in found])
         numbers, scores = (np.concatenate([part[column] for part in found]) for column in (1, 2))
-        allowed = np.isin(numbers, np.fromiter(without.values(), np.int64, len(without)), invert=True)
-        merged = merge(by[allowed], numbers[allowed].astype(np.int64), scores[allowed], weights, k, how)
+        merged = merge(by, numbers.astype(np.int64), scores, weights, k, how)
         found_by = merged.history if history else [()] * len(merged.candidates)
         hits = [
             Hit(self._note_id(view, number), score, tuple([history[h] for h in because]))
@@ -188,10 +197,24 @@ class LiveIndex:
 _Found = tuple[int, np.ndarray, np.ndarray]  # the place of a query; numbers and scores of notes, the best first
 
 
-def _from_delta(view: View, vectors: np.ndarray, floors: np.ndarray) -> list[_Found]:
-    """The living notes of the delta whose score with a query [H, d] is not below its floor [H]."""
+def _sorted(numbers: Mapping[str, int]) -> np.ndarray:
+    return np.sort(np.fromiter(numbers.values(), np.int64, len(numbers)))
+
+
+def _are_in(numbers: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """Whether each number is among `some`, which are sorted."""
+    if not len(some):
+        return np.zeros(numbers.shape, bool)
+    places = np.minimum(np.searchsorted(some, numbers), len(some) - 1)
+    return np.asarray(some[places] == numbers)
+
+
+def _from_delta(view: View, vectors: np.ndarray, floors: np.ndarray, without: np.ndarray) -> list[_Found]:
+    """The living notes of the delta, but for `without`, whose score with a query [H, d] is not below its floor [H]."""
+    usable = view.living.copy()
+    usable[without[without >= view.num_base] - view.num_base] = False
     scores = vectors @ view.vectors.T
-    queries, places = np.nonzero(view.living & (scores >= floors[:, None]))
+    queries, places = np.nonzero(usable & (scores >= floors[:, None]))
     ends = np.searchsorted(queries, np.arange(len(vectors) + 1))
     spans = pairwise(ends)
     return [(h, view.num_base + places[a:b], scores[h, places[a:b]]) for h, (a, b) in enumerate(spans) if b > a]

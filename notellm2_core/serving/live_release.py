@@ -35,6 +35,13 @@ class LiveRelease:
 
         Raises ValueError, in one sentence, if a file is damaged or missing, or if an answer is not the golden one.
         """
+        try:
+            return cls._open(lake, release)
+        except OSError as e:
+            raise ValueError(f"release {release.id} cannot be opened: {e}") from None
+
+    @classmethod
+    def _open(cls, lake: Lake, release: Release) -> "LiveRelease":
         release.verify()
         index = Index.load(release.path / INDEX_FOLDER)
         if index.weights_id is None:

@@ -18,7 +18,7 @@ import numpy as np
 from sqlalchemy import Engine, bindparam, delete, exists, or_, select
 
 from notellm2_core.serving.database import LogFull, LogUnavailable, connect, migrate, reading, writing
-from notellm2_core.serving.entry import Entry, Receipt, Write, require_unit_vector
+from notellm2_core.serving.entry import Entry, Receipt, VersionConflict, Write, require_unit_vector
 from notellm2_core.serving.rows import (
     BLOCK,
     IS_NEWEST,
@@ -32,7 +32,17 @@ from notellm2_core.serving.rows import (
 )
 from notellm2_core.serving.tables import ENTRIES, IMAGES, MODELS, VECTORS
 
-__all__ = ["Entry", "GroupCommit", "LogBusy", "LogFull", "LogUnavailable", "NoteLog", "Receipt", "Write"]
+__all__ = [
+    "Entry",
+    "GroupCommit",
+    "LogBusy",
+    "LogFull",
+    "LogUnavailable",
+    "NoteLog",
+    "Receipt",
+    "VersionConflict",
+    "Write",
+]
 
 _NO_END = 2**63 - 1
 _TAIL = select(ENTRIES).where(ENTRIES.c.seq > bindparam("after")).order_by(ENTRIES.c.seq).limit(bindparam("limit"))

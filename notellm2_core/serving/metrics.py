@@ -4,18 +4,16 @@ Latencies are measured by route, not by path: ids would make a series each.
 """
 
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from typing import Any
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from notellm2_core.serving.live_index import Answer
 from notellm2_core.serving.service import Service
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-_Message = MutableMapping[str, Any]
-_App = Callable[[_Message, Callable[[], Awaitable[_Message]], Callable[[_Message], Awaitable[None]]], Awaitable[None]]
 
 
 class Metrics:
@@ -46,6 +44,7 @@ class Metrics:
         view = release.index.delta.view
         values = {
             "notellm2_ready": (float(service.is_ready), "Whether the log has been read."),
+            "notellm2_unusable_notes": (len(service.unusable), "Notes that the model cannot embed."),
             "notellm2_log_lag_entries": (service.lag, "Entries of the log that are not shown yet."),
             "notellm2_new_notes": (int(view.living.sum()), "Living notes that are newer than the release."),
             "notellm2_new_notes_places": (len(view.vectors), "Their places, with those of notes that are gone."),
@@ -67,18 +66,16 @@ class Metrics:
 class Timed:
     """An ASGI application whose requests are measured."""
 
-    def __init__(self, app: _App, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
 
-    async def __call__(
-        self, scope: _Message, receive: Callable[[], Awaitable[_Message]], send: Callable[[_Message], Awaitable[None]]
-    ) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started, status = time.perf_counter(), 500
 
-        async def observed(message: _Message) -> None:
+        async def observed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

@@ -2,14 +2,28 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field
 
 from notellm2_core.config.methods import InputKind
 
 MAX_K, MAX_HISTORY, MAX_EXCLUDED, MAX_ID = 1000, 500, 10_000, 128
 MAX_TEXT, MAX_TOPICS = 100_000, 100
 
-NoteId = Annotated[str, Field(min_length=1, max_length=MAX_ID, examples=["n00042"])]
+
+def _printable_id(note_id: str) -> str:
+    if "\0" in note_id or any("\ud800" <= character <= "\udfff" for character in note_id):
+        raise ValueError("an id has neither NUL nor lone surrogates")
+    return note_id
+
+
+def _id_of_a_path(note_id: str) -> str:
+    if "/" in note_id or note_id in (".", ".."):
+        raise ValueError("an id that is written here has no '/', and is neither '.' nor '..': it is part of an address")
+    return note_id
+
+
+NoteId = Annotated[str, Field(min_length=1, max_length=MAX_ID, examples=["n00042"]), AfterValidator(_printable_id)]
+WrittenId = Annotated[NoteId, AfterValidator(_id_of_a_path)]
 K = Annotated[int, Field(ge=1, le=MAX_K, description="Number of hits.")]
 MinSeq = Annotated[int, Field(ge=0, description="Answer only once the log is known up to this place.")]
 
@@ -30,8 +44,10 @@ class NoteText(Body):
 class NewNote(NoteText):
     """A note to be written."""
 
-    note_id: NoteId
-    version: Annotated[int | None, Field(ge=0, description="An older version never replaces a newer one.")] = None
+    note_id: WrittenId
+    version: Annotated[
+        int | None, Field(ge=0, lt=2**63, description="An older version never replaces a newer one.")
+    ] = None
 
 
 class SimilarRequest(NoteText):
@@ -93,7 +109,7 @@ class NoteAnswer(Body):
     title: str
     topics: list[str]
     content: str
-    has_image: bool
+    not_found_because: str | None = Field(None, description="Why searches do not find it, where they do not.")
 
 
 class Problem(Body):

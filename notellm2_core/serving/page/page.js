@@ -45,9 +45,9 @@ function card(noteId, about, action) {
     if (!note) return;
     title.textContent = note.title || noteId;
     text.append(make("p", { className: "meta", textContent: [note.topics.join(", "), noteId].filter(Boolean).join(" · ") }));
-    if (note.has_image) {
-      const source = await picture(noteId);
-      if (source) item.prepend(make("img", { src: source, alt: `picture of ${note.title || noteId}`, loading: "lazy" }));
+    const source = await picture(noteId);
+    if (source) {
+      item.prepend(make("img", { src: source, alt: `picture of ${note.title || noteId}`, loading: "lazy" }));
     }
   });
   return item;

@@ -29,6 +29,7 @@ from tests.support.served import serve_release
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.slow
+URL = "http://127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def running(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     """One service for all tests: each starts a process with a model. A test writes notes of names of its own."""
     log = NoteLog.open(f"sqlite:///{tmp_path_factory.mktemp('log') / 'log.db'}")
     service = Service(site.lake, log, site.first.id, site.source)
-    with TestClient(make_app(service, Keys())) as client:
+    with TestClient(make_app(service, Keys()), base_url=URL) as client:
         yield Running(service, client, log)
     service.close()
     log.close()
@@ -130,15 +131,15 @@ def test_a_note_of_the_release_is_replaced_and_deleted(running: Running) -> None
 def test_texts_and_pictures_of_notes(running: Running) -> None:
     client = running.client
     of_release = client.get("/notes/n01").json()
-    assert (of_release["title"], of_release["seq"], of_release["has_image"]) == ("note 1", None, True)
-    assert not client.get("/notes/n03").json()["has_image"]  # it has none
-    assert not client.get("/notes/n04").json()["has_image"]  # it is broken
+    assert (of_release["title"], of_release["seq"]) == ("note 1", None)
+    for note_id in ("n03", "n04", "nobody"):  # it has none, it is broken, there is no such note
+        assert client.get(f"/notes/{note_id}/image").status_code == 404
+    assert client.get("/notes/nobody").status_code == 404
     client.post("/notes", json=note("pictured", seed=3))
     for note_id in ("n01", "pictured"):
         picture = client.get(f"/notes/{note_id}/image")
         assert picture.headers["content-type"] == "image/jpeg"
         assert Image.open(io.BytesIO(picture.content)).size == (20, 20)
-    assert client.get("/notes/n03/image").status_code == 404
     client.delete("/notes/pictured")
     assert client.get("/notes/pictured/image").status_code == 404
 
@@ -218,6 +219,11 @@ def test_versions_and_repeated_writes(running: Running) -> None:
         ("POST", "/notes", note("x", image=base64.b64encode(b"no picture").decode()), 422, "picture cannot be used"),
         ("POST", "/notes", note("x" * 129), 422, "note_id"),
         ("POST", "/notes", note("a\0b"), 422, "NUL"),
+        ("POST", "/notes", note("a/b"), 422, "part of an address"),
+        ("POST", "/notes", note(".."), 422, "part of an address"),
+        ("POST", "/notes", note("x", version=2**63), 422, "version"),
+        ("GET", "/notes/a%00b", None, 422, "NUL"),
+        ("GET", "/notes/n01/similar?release=zzzz", None, 404, "not in memory"),
         ("POST", "/notes", note("x", colour="red"), 422, "colour"),
         ("POST", "/notes", note("x", title=5), 422, "title"),
         ("POST", "/recall", {"history": [], "k": 5}, 422, "history"),
@@ -246,6 +252,23 @@ def test_lone_surrogates_and_wrong_utf8_are_refused(running: Running) -> None:
         assert 400 <= answer.status_code < 500 and answer.json()["detail"], body
 
 
+def test_without_keys_only_this_machine_is_answered(running: Running) -> None:
+    """A page from elsewhere, or a name from elsewhere that leads here (DNS rebinding), gets nothing."""
+    for headers in ({"Host": "evil.example.org"}, {"Origin": "https://evil.example.org"}):
+        answer = running.client.post("/releases/bbbb2222:activate", headers=headers)
+        assert answer.status_code == 403 and answer.headers["content-type"] == "application/problem+json"
+    assert running.client.get("/releases", headers={"Origin": URL}).status_code == 200
+
+
+def test_large_bodies_are_refused_before_they_are_read(running: Running) -> None:
+    for path, size in (("/recall", (1 << 20) + 1), ("/notes", (24 << 20) + 1)):
+        parts = iter([b"x" * (size // 2)] * 3)  # a body that does not say how large it is
+        for content in (b"x" * size, parts):
+            answer = running.client.post(path, content=content, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 413, answer.text
+            assert answer.headers["content-type"] == "application/problem+json"
+
+
 def test_notes_written_before_the_start_are_there_after_it(site: Site, tmp_path: Path) -> None:
     """Also such without a vector, which are embedded then."""
     log = NoteLog.open(f"sqlite:///{tmp_path / 'log.db'}")
@@ -253,9 +276,11 @@ def test_notes_written_before_the_start_are_there_after_it(site: Site, tmp_path:
         [Write(Note("kept", "note 7", ("red",), "red tea"), png(7)), Write(Note("n01", "", (), ""), deleted=True)]
     )
     service = Service(site.lake, log, site.first.id)
-    with TestClient(make_app(service, Keys())) as client:
+    with TestClient(make_app(service, Keys()), base_url=URL) as client:
         deadline = time.monotonic() + 60
         while client.get("/readyz").status_code != 200:
+            early = client.get("/notes/n01/similar")  # its deletion may not have been read yet
+            assert early.status_code in (404, 503), early.text
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert "kept" in ids(client.get("/notes/n02/similar", params={"k": 30}).json())
@@ -301,7 +326,11 @@ def test_a_switch_under_load_drops_nothing_and_going_back_loses_nothing(running:
     for thread in asking:
         thread.start()
     assert client.post("/releases/bbbb2222:activate").json() == {"release": "bbbb2222"}
-    assert client.post("/notes", json=note("between", seed=4)).status_code == 201
+    between = client.post("/notes", json=note("between", seed=4))
+    assert between.status_code == 201
+    for release in ("aaaa1111", "bbbb2222"):  # also the one before shows it, or says that it does not yet
+        answer = client.get(f"/notes/n01/similar?k=30&release={release}&min_seq={between.json()['seq']}")
+        assert answer.status_code == 503 or "between" in ids(answer.json())
     time.sleep(0.5)
     started = time.perf_counter()
     assert client.post("/releases/aaaa1111:activate").json() == {"release": "aaaa1111"}
@@ -320,10 +349,10 @@ def test_every_route_needs_a_key_of_its_scope(running: Running, tmp_path: Path) 
     assert all(secret not in file.read_text() for secret in secrets.values())
     app = make_app(running.service, Keys.load(file))
     open_routes = {"/healthz", "/readyz"}
-    with TestClient(app) as client:
+    with TestClient(app, base_url=URL) as client:
         for path, operations in client.get("/openapi.json").json()["paths"].items():
             for method in operations:
-                bare = client.request(method, path.replace("{", "").replace("}", ""), json={})
+                bare = client.request(method, path.replace("{", "").replace("}", ""), content=b"no json")
                 wrong = client.request(
                     method, path.replace("{", "").replace("}", ""), json={}, headers={"Authorization": "Bearer wrong"}
                 )

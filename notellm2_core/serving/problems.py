@@ -1,0 +1,60 @@
+"""Errors as problem+json (RFC 9457): a status, and a sentence that says what is wrong."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from notellm2_core.serving.embedding import BadNote, EmbedderBusy, EmbedderDied, EmbedderDown
+from notellm2_core.serving.log import LogBusy, LogFull, LogUnavailable, VersionConflict
+from notellm2_core.serving.requests import Problem
+from notellm2_core.serving.service import NotReady
+from notellm2_core.serving.workers import Busy
+
+_RETRY_SECONDS = "1"
+_TITLES = {401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 409: "Conflict", 413: "Too Large", 429: "Busy"}
+_STATUS: dict[type[Exception], int] = {
+    BadNote: 422, VersionConflict: 409, EmbedderBusy: 429, LogBusy: 429, Busy: 429, LogFull: 507, LogUnavailable: 503,
+    EmbedderDied: 503, EmbedderDown: 503, NotReady: 503,
+}  # fmt: skip
+# What a database says names hosts and users.
+_SENTENCES: dict[type[Exception], str] = {
+    LogUnavailable: "the log of notes cannot be reached now; a write may be there or not: repeat it",
+    LogFull: "the disk of the log of notes is full; what is there can be read",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "content": {"application/problem+json": {}}}
+    for status in (400, 401, 403, 404, 409, 413, 422, 429, 503, 507)
+}
+
+
+def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
+    """The answer."""
+    detail = detail.encode(errors="replace").decode()  # JSON carries no lone surrogates
+    body = {"type": "about:blank", "title": _TITLES.get(status, "Refused"), "status": status, "detail": detail}
+    more = {"Retry-After": _RETRY_SECONDS} if status in (429, 503) else {}
+    if status == 401:
+        more = {"WWW-Authenticate": "Bearer"}
+    return JSONResponse(body, status, {**more, **(headers or {})}, media_type="application/problem+json")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer the errors of the routes, of their bodies, and of the service."""
+
+    @app.exception_handler(HTTPException)
+    async def of_http(request: Request, error: HTTPException) -> Response:
+        return problem(error.status_code, str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def of_body(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return problem(422, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+
+    async def of_service(request: Request, error: Exception) -> Response:
+        kind = next(kind for kind in _STATUS if isinstance(error, kind))
+        return problem(_STATUS[kind], _SENTENCES.get(kind, str(error)))
+
+    for kind in _STATUS:
+        app.exception_handler(kind)(of_service)
