@@ -54,7 +54,9 @@ def curve(decisions: Sequence[Decision]) -> bytes | None:
     """
     from matplotlib.figure import Figure
 
-    by_week = {d.week: d for d in decisions if d.figures.get("recalls") and d.action not in ("banned", "allowed")}
+    # Of an older week, later models may have trained on all notes: then no pair counts, and there is no recall.
+    measured = [d for d in decisions if "challenger" in d.figures.get("recalls", {})]
+    by_week = {d.week: d for d in measured if d.action not in ("banned", "allowed")}
     if not by_week:
         return None
     weeks = sorted(by_week)
