@@ -13,4 +13,5 @@ WORSE = frozenset({8, 24, 40})  # the trained model is worse than the one before
 ROLLED_BACK = frozenset({4, 22, 46})
 DURING_A_RUN = 22
 BACKFILLS: Mapping[int, tuple[int, ...]] = {10: (6, 3), 37: (31, 29)}  # after a week: older weeks that are run
+AGAIN = frozenset({5})  # is run a second time, with nothing new
 USUAL_NOISE, WORSE_NOISE = 1.0, 1.6

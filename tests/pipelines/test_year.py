@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from notellm2_core.simulation import world, year
-from notellm2_core.simulation.year import ABSENT, BACKFILLS, LATE, NUM_WEEKS, ROLLED_BACK, WORSE
-from pipelines.year import main
+from notellm2_core.simulation.year import ABSENT, AGAIN, BACKFILLS, LATE, NUM_WEEKS, ROLLED_BACK, WORSE
+from pipelines.simulation import commands
 
 
 def test_the_year_holds_what_a_loop_has_to_stand() -> None:
     assert (NUM_WEEKS, len(LATE), len(ABSENT), len(ROLLED_BACK)) == (52, 6, 2, 3)
     assert sum(len(weeks) for weeks in BACKFILLS.values()) == 4
     assert year.DURING_A_RUN in ROLLED_BACK
-    special = [*LATE, *ABSENT, *ROLLED_BACK, *WORSE]
+    special = [*LATE, *ABSENT, *ROLLED_BACK, *WORSE, *AGAIN]
     assert len(set(special)) == len(special) and max(special) < NUM_WEEKS
     for number, weeks in BACKFILLS.items():
         assert all(week < number - 1 for week in weeks)  # the sensor itself runs the last two
@@ -31,7 +31,7 @@ def test_a_week_through_the_daemon(
         monkeypatch.delenv(name)
     monkeypatch.setattr(world, "NOTES_A_WEEK", 120)
     monkeypatch.setattr(world, "NUM_USERS", 300)
-    code = main(["--out", str(tmp_path / "year"), "--weeks", "1"])
+    code = commands.year(["--out", str(tmp_path / "year"), "--weeks", "1"])
     printed = capsys.readouterr().out
     assert code == 0, printed + (tmp_path / "year" / "daemon.log").read_text()[-6000:]
     (week,) = json.loads((tmp_path / "year" / "year.json").read_text())

@@ -21,8 +21,8 @@ from notellm2_core.runtime.processes import die_with_parent
 from spark_jobs.common.session import java_home
 
 BIN = Path(sys.executable).parent
-MODULE = "pipelines.simulated"
-_INSTANCE = Path(__file__).parents[1] / "dagster.yaml"
+MODULE = "pipelines.simulation.definitions"
+_INSTANCE = Path(__file__).parents[2] / "dagster.yaml"
 _SPARK_SECONDS = 180  # for the server to start
 # Small tables: compiled plans, and the compiler that optimises, cost more than they save.
 _SPARK = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN",

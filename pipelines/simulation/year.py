@@ -1,18 +1,15 @@
-"""`notellm2 simulate year`: a year of weekly runs through the real daemon, with stand-ins for the model.
+"""A year of weekly runs through the real daemon, with stand-ins for the model.
 
 The logs arrive week by week; Dagster's daemon, its sensors, its queue and its run processes do the rest, as they do in
 production. What happens in which week is fixed beforehand (`notellm2_core.simulation.year`), and what has to follow is
 checked. The world's weeks lie in the past, so the Sunday schedule does not tick; it is asked for its sentence.
 """
 
-import argparse
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import dagster as dg
 
@@ -28,12 +25,12 @@ from notellm2_core.simulation import year as plan
 from notellm2_core.simulation.stand_ins import write_skill
 from notellm2_core.simulation.world import DAY, WEEK, World, deliver, first_day
 from pipelines.jobs import ingest_logs, week_has_landed, weekly_retrain, weekly_retrain_schedule
-from pipelines.simulation import FIRST_WEEK, Site
-from pipelines.simulation_servers import Servers
+from pipelines.simulation.servers import Servers
+from pipelines.simulation.site import FIRST_WEEK, Site
 
 KEEP = 4  # releases
 PATIENCE_SECONDS = 1800  # for one run
-_HISTORY_DAYS = 0.01  # a quarter of an hour, in which a handful of weeks pass
+HISTORY_DAYS = 0.01  # a quarter of an hour, in which a handful of weeks pass
 _FINISHED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
 
 
@@ -53,6 +50,14 @@ class Row:
     seconds: float
 
 
+def to_line(number: int, row: Row) -> str:
+    """A row of the table."""
+    recall = "" if row.recall is None else f"{row.recall:.1f}"
+    cells = (number, row.week, row.logs, row.decision, recall, row.live, row.releases, f"{row.lake_mb:.0f}",
+             f"{row.history_mb:.0f}", f"{row.seconds:.0f}")  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 @dataclass
 class Year:
     """A site, and the servers that run it. `faults`: what did not follow as it has to."""
@@ -63,6 +68,7 @@ class Year:
     rows: list[Row] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     rollback_seconds: list[float] = field(default_factory=list)
+    seconds_without_news: list[float] = field(default_factory=list)
     good_weeks: int = 0
     good_weeks_refused: int = 0
 
@@ -90,6 +96,8 @@ class Year:
                 self._finished(number)
             if number in plan.ROLLED_BACK and number != plan.DURING_A_RUN:
                 self._roll_back(number)
+        if number in plan.AGAIN:
+            self._run_again(number)
         for week in plan.BACKFILLS.get(number, ()):
             self._backfill(week)
         self._record(number, logs, before, time.monotonic() - started)
@@ -236,15 +244,16 @@ class Year:
         self.rows.append(row)
         print(to_line(number, row), flush=True)
 
-    def run_again(self, number: int) -> float:
-        """Run a week for which nothing is new. Returns the seconds of the run."""
+    def _run_again(self, number: int) -> None:
+        """Run a week for which nothing is new: nothing is made, and nothing decided."""
         before, known = self.decisions, frozenset(run.run_id for run in self._runs(number))
         self.servers.backfill(weekly_retrain.name, self._partition(number))
         run = self._finished(number, known)
         record = self.servers.instance.get_run_record_by_id(run.run_id)
         self.expect(run.status == dg.DagsterRunStatus.SUCCESS, f"the run {run.run_id} failed")
         self.expect(self.decisions == before, f"the run {run.run_id} decided again")
-        return (record.end_time or 0) - (record.start_time or 0) if record else 0.0
+        if record is not None:
+            self.seconds_without_news.append((record.end_time or 0) - (record.start_time or 0))
 
     def close(self) -> None:
         """What has to hold after the last week."""
@@ -273,50 +282,3 @@ class Year:
             self.good_weeks_refused <= max(1, 0.05 * self.good_weeks),
             f"{self.good_weeks_refused} of {self.good_weeks} good weeks did not go live",
         )
-
-
-def to_line(number: int, row: Row) -> str:
-    """A row of the table."""
-    recall = "" if row.recall is None else f"{row.recall:.1f}"
-    cells = (number, row.week, row.logs, row.decision, recall, row.live, row.releases, f"{row.lake_mb:.0f}",
-             f"{row.history_mb:.0f}", f"{row.seconds:.0f}")  # fmt: skip
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-COLUMNS = ("number", "week", "logs", "decisions", "recall", "live", "releases", "lake, MB", "history, MB", "seconds")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="notellm2 simulate year", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--weeks", type=int, default=plan.NUM_WEEKS, help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    folder, started = options.out.absolute(), time.monotonic()
-    world = World(FIRST_WEEK + options.weeks)
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    with Servers.started(folder) as servers:
-        changes = {
-            "retention": {"keep_releases": KEEP, "grace_days": 0, "history_days": _HISTORY_DAYS},
-            "messages": {"webhook": servers.webhook},
-        }
-        site = Site.create(folder / "site", world, changes)
-        for week in range(FIRST_WEEK):
-            deliver(site.folder, week, world.catalogue(week), world.log(week))
-        servers.start_daemon(site.config)
-        year = Year(site, world, servers)
-        for number in range(options.weeks):
-            year.run(number)
-        seconds = year.run_again(options.weeks - 1)
-        year.close()
-    slowest = f"{max(year.rollback_seconds):.2f} s" if year.rollback_seconds else "none"
-    minutes = (time.monotonic() - started) / 60
-    (folder / "year.json").write_text(json.dumps([row.__dict__ for row in year.rows], indent=1))
-    print(f"\n{options.weeks} weeks in {minutes:.0f} minutes; slowest rollback: {slowest}; a run with "
-          f"nothing new: {seconds:.0f} s; "
-          f"{year.good_weeks_refused} of {year.good_weeks} good weeks did not go live; "
-          f"{len(year.faults)} faults" + "".join(f"\n- {fault}" for fault in year.faults))  # fmt: skip
-    return 1 if year.faults else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,21 +1,19 @@
-"""`notellm2 simulate weeks`: the weekly loop on a world whose truth is known, with stand-ins for the model.
+"""A folder in which the weekly loop runs on a world whose truth is known, with stand-ins for the model.
 
 The graph, Spark, the gates, the ledger and the releases are the real ones. What a week's logs have wrong, and how good
 its model is, is known beforehand; so is the gate that has to refuse it (`notellm2_core.simulation.poisons`).
 """
 
-import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import numpy as np
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -24,9 +22,8 @@ from assets.resources.partitions import week_partition
 from assets.resources.steps import why_failed
 from notellm2_core.config.load import load_config
 from notellm2_core.lake.ledger import Decision, Ledger
-from notellm2_core.simulation.poisons import CHANGES, NO_GATE, Change, clean
 from notellm2_core.simulation.stand_ins import STAND_INS, write_skill
-from notellm2_core.simulation.world import SOURCE, World, deliver, first_day
+from notellm2_core.simulation.world import SOURCE, World, first_day
 from pipelines.definitions import definitions
 
 NOISE = 1.0  # of an ordinary model
@@ -129,44 +126,3 @@ def _refusing(why: str, decision: Decision | None, lake: Path) -> str:
         return ""
     verdict = json.loads((lake / "release" / decision.release / "verdict.json").read_text())
     return ", ".join(gate["name"] for gate in verdict["gates"] if gate["outcome"] == decision.action)
-
-
-def poisoned_weeks(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Change, Outcome]]:
-    """A good first week, and then each change of `poisons` by itself in the week after it, with a good one first."""
-    world = World(FIRST_WEEK + 5)
-    folder = folder / "site"
-    site = Site.create(folder, world)
-    instance = dg.DagsterInstance.ephemeral()
-    good = Change("a good week", NO_GATE, lambda world, week, rng: clean(world, week))
-    for week in range(FIRST_WEEK + 1):
-        deliver(folder, week, *clean(world, week))
-    yield "first week", good, site.run(FIRST_WEEK, instance)
-    week = FIRST_WEEK + 1
-    for name, change in {"good week": good, **{name: CHANGES[name] for name in names}}.items():
-        with site.set_aside():
-            deliver(folder, week, *change.apply(world, week, np.random.default_rng(0)))
-            yield name, change, site.run(week, instance)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="notellm2 simulate weeks", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--changes", nargs="*", default=[*CHANGES], choices=[*CHANGES], metavar="NAME",
-                        help=f"of the logs; default: all of {', '.join(CHANGES)}")  # fmt: skip
-    options = parser.parse_args(arguments)
-    wrong, num = [], 0
-    columns = ("week", "what", "to be refused by", "refused by", "trained", "seconds", "why")
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
-    for name, change, outcome in poisoned_weeks(options.out.absolute(), options.changes):
-        num += 1
-        gate, refused_by, trained = change.gate or "–", outcome.refused_by or "–", "yes" if outcome.trained else "no"
-        cells = (name, change.what, gate, refused_by, trained, f"{outcome.seconds:.0f}", outcome.why)
-        print(f"| {' | '.join(cells)} |", flush=True)
-        if refused_by != gate:
-            wrong.append(name)
-    print(f"\n{num - len(wrong)} of {num} as expected" + (f"; not {', '.join(wrong)}" if wrong else ""))
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
