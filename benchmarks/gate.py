@@ -89,11 +89,17 @@ def outcomes(
 ) -> Mapping[str, int]:
     """The outcomes of comparisons of random models with random rivals of other seeds; "slice": refused by a slice."""
     generator, found = np.random.default_rng(0), Counter[str]()
+    _, targets = np.unique(week.test.pairs.target_ids, return_inverse=True)
     for _ in range(NUM_COMPARISONS):
         model, rival = generator.choice(len(models), 2, replace=False)
-        measured = Measured(models[model], rivals[rival], queries, week.test.slices)
+        measured = Measured(models[model], rivals[rival], queries, week.test.slices, targets)
         gate = recall_gate("champion", measured, settings.max_loss, settings, SLICES[1:], week.k)
         found["slice" if gate.outcome == "refused" and " on " in gate.why.partition(":")[0] else gate.outcome] += 1
+        old = generator.choice(np.setdiff1d(np.arange(len(rivals)), [model, rival]))
+        beside_anchor = Measured(models[model], rivals[old], queries, week.test.slices, targets)
+        anchored = recall_gate("anchor", beside_anchor, settings.max_total_loss, settings, k=week.k, has_to_show=False)
+        found["anchor"] += anchored.outcome == "refused"
+        found["either"] += "refused" in (gate.outcome, anchored.outcome)
     return found
 
 
@@ -119,15 +125,17 @@ def main() -> None:
         f"what the notes are about; {NUM_COMPARISONS} random comparisons of one with a champion. promotion.max_loss = "
         f"{settings.max_loss:g} points.",
         "",
-        "| noise | lost, points | refused | of these by a slice | undecided | passed |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| noise | lost, points | refused beside the champion | of these by a slice | undecided | passed "
+        "| refused beside an anchor | refused by either |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for noise, models in hits_of.items():
         found = outcomes(week, models, champions, queries, settings)
         lost = 100 * (champions.mean() - models.mean())
         refused = found["refused"] + found["slice"]
         lines.append(
-            f"| {noise:g} | {lost:.1f} | {refused} | {found['slice']} | {found['undecided']} | {found['passed']} |"
+            f"| {noise:g} | {lost:.1f} | {refused} | {found['slice']} | {found['undecided']} | {found['passed']} "
+            f"| {found['anchor']} | {found['either']} |"
         )
     RESULT.write_text("\n".join(lines) + "\n")
     print(RESULT.read_text())

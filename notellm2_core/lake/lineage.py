@@ -137,7 +137,7 @@ STAGES: Mapping[str, Stage] = {
          "eval_recall", "rival_embeddings", "canary"),
         (*settings_of("promotion", GateSettings), *settings_of("text", LengthSettings), "evaluation.ks",
          "checks.max_mean_cosine", "checks.accepted_drift"),
-        version=2,
+        version=3,
     ),
     "release": Stage(
         ("checkpoint", "note_embeddings", "faiss_index", "eval_recall", "pair_datasets", "verdict", "canary"), ()

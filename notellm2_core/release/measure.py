@@ -54,7 +54,8 @@ class TestSet:
 
     def measure(self, challenger: Ranks, rival: Path, k: int) -> Measured:
         """The hits of two models: the ranks of one, and the folder of the other's embeddings."""
-        return Measured(hits(challenger, k), hits(self.ranks(rival), k), challenger.queries, self.slices)
+        _, targets = np.unique(self.pairs.target_ids, return_inverse=True)
+        return Measured(hits(challenger, k), hits(self.ranks(rival), k), challenger.queries, self.slices, targets)
 
 
 def trained_note_ids(pairs: Path) -> set[str]:

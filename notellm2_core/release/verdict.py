@@ -72,10 +72,12 @@ class Measured:
     rival: np.ndarray
     queries: np.ndarray
     slices: Mapping[str, np.ndarray]  # name -> mask; without "all"
+    targets: np.ndarray | None = None  # None: each pair has one of its own
 
     def difference(self, name: str) -> Difference:
         mask = np.ones(len(self.queries), bool) if name == ALL else self.slices[name]
-        return compare(self.challenger[mask], self.rival[mask], self.queries[mask], name)
+        targets = None if self.targets is None else self.targets[mask]
+        return compare(self.challenger[mask], self.rival[mask], self.queries[mask], name, targets=targets)
 
     def has_enough(self, name: str, settings: GateSettings) -> bool:
         mask = np.ones(len(self.queries), bool) if name == ALL else self.slices[name]

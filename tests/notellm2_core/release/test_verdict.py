@@ -1,5 +1,7 @@
 """The gate of the recall: what passes, what is refused, and what these pairs cannot tell."""
 
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 
@@ -66,6 +68,33 @@ def test_error_rates() -> None:
         recall_gate("anchor", _week(2340, 0, seed), 2.0, SETTINGS, has_to_show=False).outcome for seed in range(200)
     ]
     assert beside_an_anchor.count("passed") >= 190
+
+
+def _week_of_shared_targets(seed: int, with_targets: bool) -> Measured:
+    """Equal models. The pairs of a target, of which a few have many, are found together, or not."""
+    generator, num_pairs, num_targets = np.random.default_rng(seed), 2340, 300
+    popularity = np.arange(1, num_targets + 1) ** -0.5
+    targets = generator.choice(num_targets, num_pairs, p=popularity / popularity.sum())
+    champion, challenger = (generator.random(num_targets)[targets] < 0.5 for _ in range(2))
+    queries = np.arange(num_pairs) // 3
+    return Measured(challenger.astype(float), champion.astype(float), queries, {}, targets if with_targets else None)
+
+
+def test_what_happens_to_a_target_happens_to_all_its_pairs() -> None:
+    """By queries alone, four in ten equal models would be refused."""
+
+    def refused(with_targets: bool) -> int:
+        weeks = (_week_of_shared_targets(seed, with_targets) for seed in range(60))
+        return [recall_gate("champion", week, 0, SETTINGS).outcome for week in weeks].count("refused")
+
+    assert refused(with_targets=True) <= 5 and refused(with_targets=False) >= 12
+
+
+def test_without_shared_targets_they_change_nothing() -> None:
+    week = _week(600, 2)
+    with_own = replace(week, targets=np.arange(600))
+    for name, value in asdict(week.difference("all")).items():
+        assert getattr(with_own.difference("all"), name) == pytest.approx(value)
 
 
 def test_a_slow_boil_is_stopped_by_the_anchor() -> None:
