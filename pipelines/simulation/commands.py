@@ -35,7 +35,8 @@ def poisoned_weeks(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Ch
 
 
 def weeks(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="notellm2 simulate weeks", description=__doc__.partition("\n")[0])
+    """What the loop refuses: one week, as it was and with each fault of the logs."""
+    parser = argparse.ArgumentParser(prog="notellm2 simulate weeks", description=weeks.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--changes", nargs="*", default=[*CHANGES], choices=[*CHANGES], metavar="NAME",
                         help=f"of the logs; default: all of {', '.join(CHANGES)}")  # fmt: skip
@@ -62,7 +63,8 @@ COLUMNS = ("number", "week", "logs", "decisions", "recall", "live", "releases", 
 
 
 def year(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="notellm2 simulate year", description=__doc__.partition("\n")[0])
+    """The loop left alone: weeks through the real daemon, with late and absent logs, rollbacks and backfills."""
+    parser = argparse.ArgumentParser(prog="notellm2 simulate year", description=year.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--weeks", type=int, default=plan.NUM_WEEKS, help="default: %(default)s")
     options = parser.parse_args(arguments)
