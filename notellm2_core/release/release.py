@@ -31,6 +31,7 @@ from notellm2_core.runtime.files import sha256_of
 from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
 
 NAME = "release"  # of the dataset
+SERVING_FOLDER = "serving"  # of the lake: what a service makes of a release when it is first served, by its id
 CONFIG_FILE, LINEAGE_FILE, TRAINED_FILE = "config.yaml", "lineage.json", "trained_notes.parquet"
 _SHORT = 4  # fewest letters of an id that a person types
 

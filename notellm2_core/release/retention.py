@@ -20,8 +20,8 @@ from urllib.parse import unquote
 from notellm2_core.lake.lake import WORK_FOLDER, Dataset, Lake
 from notellm2_core.lake.ledger import FOLDER, Ledger, State
 from notellm2_core.lake.lineage import STAGES
-from notellm2_core.release.release import NAME
-from notellm2_core.runtime.files import remove_folder
+from notellm2_core.release.release import NAME, SERVING_FOLDER
+from notellm2_core.runtime.files import is_hidden, remove_folder
 
 _OF_THE_LOG = ("ingestion", "log_partition")
 Address = tuple[str, str]  # name and fingerprint of a dataset
@@ -59,6 +59,10 @@ def sweep_lake(
             remove_folder(dataset.path)
             removed += 1
     work_folders = _sweep_work(lake, needed, time.time() - grace.total_seconds())
+    served = lake.root / SERVING_FOLDER
+    for folder in served.iterdir() if served.is_dir() else ():
+        if not lake.path(NAME, folder.name).exists() and not is_hidden(folder.name):
+            remove_folder(folder)
     after = lake_bytes(lake)
     return Swept(removed, work_folders, max(0, before - after), after)
 

@@ -6,15 +6,13 @@ from pathlib import Path
 
 from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.lake.lake import Lake
-from notellm2_core.release.release import Release
+from notellm2_core.release.release import SERVING_FOLDER, Release
 from notellm2_core.retrieval.index import Index
 from notellm2_core.retrieval.neighbour_table import NeighbourTable, write_neighbours
 from notellm2_core.runtime.files import new_folder
 from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER, NOTES_TABLE
 from notellm2_core.serving.embedding import EmbeddingProcess
 from notellm2_core.serving.live_index import LiveIndex
-
-SERVING_FOLDER = "serving"  # of the lake: the tables of neighbours, by release
 
 
 @dataclass(frozen=True)

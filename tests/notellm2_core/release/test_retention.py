@@ -83,6 +83,14 @@ def test_unfinished_work_of_what_nothing_needs_goes(lake: Lake) -> None:
     assert _left(lake, ".work/checkpoint") == ["c4"]
 
 
+def test_what_a_service_made_of_a_release_goes_with_it(lake: Lake) -> None:
+    for n in (0, 4):
+        (lake.root / "serving" / f"r{n}").mkdir(parents=True)
+        (lake.root / "serving" / f"r{n}" / "rows.npy").write_text("rows")
+    sweep_lake(lake, "demo", 1, 1, NOW)
+    assert "r0" not in _left(lake, "release") and _left(lake, "serving") == ["r4"]
+
+
 def test_a_file_that_is_open_stays_readable(lake: Lake) -> None:
     with (lake.path("checkpoint", "c0") / "weights").open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
