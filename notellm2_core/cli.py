@@ -5,6 +5,7 @@ import json
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from notellm2_core.config.options import add_options, settings_from
 from notellm2_core.config.settings import IndexSettings, ReportSettings
@@ -24,34 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     check.add_argument("--json", action="store_true", help="print all counts and findings as JSON")
     check.set_defaults(run=_check)
 
-    demo = commands.add_parser("demo", help="write the demo world: notes, images and behaviour logs")
-    demo.add_argument("--out", type=Path, required=True)
-    add_options(demo, DemoSettings, *DemoSettings.model_fields)
-    demo.set_defaults(run=_demo)
-
-    describe = commands.add_parser("describe", help="print the parameter counts of a model, as JSON; reads no weights")
-    describe.add_argument("--config", type=Path, required=True)
-    describe.set_defaults(run=_describe)
-
-    embed = commands.add_parser("embed", help="embed notes with a trained model")
-    embed.add_argument("--model", required=True, help="folder of a trained model, or its hub name")
-    embed.add_argument("--notes", type=Path, required=True, help="source folder, Parquet file or folder of Parquet")
-    embed.add_argument("--config", type=Path, help="configuration whose settings of the source say how to read NOTES")
-    embed.add_argument("--images", type=Path, help="folder that image_path is relative to; default: the notes' folder")
-    embed.add_argument("--out", type=Path, required=True)
-    embed.add_argument("--inputs", choices=["multimodal", "image", "text"], default="multimodal")
-    embed.add_argument("--dim", type=int, help="truncate vectors to DIM dimensions and normalise them; default: all")
-    embed.add_argument("--batch-notes", type=int, help="notes per batch; default: the default of export.batch_notes")
-    embed.set_defaults(run=_embed)
-
-    package = commands.add_parser("package", help="write a folder to share: weights, vision encoder, processor, card")
-    package.add_argument("--model", type=Path, required=True, help="folder of a trained model")
-    package.add_argument("--out", type=Path, required=True, help="a new folder")
-    package.add_argument("--report", type=Path, help="dataset eval_recall, whose table goes into the card")
-    package.add_argument("--layout", choices=["huggingface", "sentence-transformers"], default="huggingface")
-    package.add_argument("--license", help="licence of the weights, in the hub's spelling; default: model.license")
-    package.set_defaults(run=_package)
-
+    _add_model_commands(commands)
     _add_index_commands(commands.add_parser("index", help="build or search a FAISS index"))
     add_release_commands(commands.add_parser("release", help="list, promote or roll back releases"))
 
@@ -151,6 +125,36 @@ def _index_build(options: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     print(json.dumps(built))
+
+
+def _add_model_commands(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="write the demo world: notes, images and behaviour logs")
+    demo.add_argument("--out", type=Path, required=True)
+    add_options(demo, DemoSettings, *DemoSettings.model_fields)
+    demo.set_defaults(run=_demo)
+
+    describe = commands.add_parser("describe", help="print the parameter counts of a model, as JSON; reads no weights")
+    describe.add_argument("--config", type=Path, required=True)
+    describe.set_defaults(run=_describe)
+
+    embed = commands.add_parser("embed", help="embed notes with a trained model")
+    embed.add_argument("--model", required=True, help="folder of a trained model, or its hub name")
+    embed.add_argument("--notes", type=Path, required=True, help="source folder, Parquet file or folder of Parquet")
+    embed.add_argument("--config", type=Path, help="configuration whose settings of the source say how to read NOTES")
+    embed.add_argument("--images", type=Path, help="folder that image_path is relative to; default: the notes' folder")
+    embed.add_argument("--out", type=Path, required=True)
+    embed.add_argument("--inputs", choices=["multimodal", "image", "text"], default="multimodal")
+    embed.add_argument("--dim", type=int, help="truncate vectors to DIM dimensions and normalise them; default: all")
+    embed.add_argument("--batch-notes", type=int, help="notes per batch; default: the default of export.batch_notes")
+    embed.set_defaults(run=_embed)
+
+    package = commands.add_parser("package", help="write a folder to share: weights, vision encoder, processor, card")
+    package.add_argument("--model", type=Path, required=True, help="folder of a trained model")
+    package.add_argument("--out", type=Path, required=True, help="a new folder")
+    package.add_argument("--report", type=Path, help="dataset eval_recall, whose table goes into the card")
+    package.add_argument("--layout", choices=["huggingface", "sentence-transformers"], default="huggingface")
+    package.add_argument("--license", help="licence of the weights, in the hub's spelling; default: model.license")
+    package.set_defaults(run=_package)
 
 
 def _add_index_commands(index: argparse.ArgumentParser) -> None:

@@ -174,7 +174,7 @@ def _add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics) 
     async def recall(body: RecallRequest) -> Response:
         """Recommendations for a history: the neighbours of its notes, merged."""
         deadline = time.monotonic() + body.deadline_ms / 1000
-        by = await release_up_to(body.min_seq)
+        by = await release_up_to(body.min_seq, body.release)
         history = {
             n if isinstance(n, str) else n.note_id: 1.0 if isinstance(n, str) else n.weight for n in body.history
         }

@@ -1,8 +1,8 @@
 """What was written after the release: vectors of new and changed notes, and which older ones are gone.
 
 One thread writes; any number of threads read, without a lock. A reader takes the `View` of the moment. Nothing that a
-view shows is changed afterwards: vectors are appended behind its end, and a note that goes is marked with the number of
-the view from which on it is gone.
+view shows is changed afterwards: vectors are appended behind its end, and a note that goes is marked with the version
+of the first view without it.
 
 n: notes in the view, N: notes of the release, d: width.
 """
@@ -20,12 +20,12 @@ _CAPACITY = 1024  # of a new delta; doubled when it is full
 class View:
     """The delta at one moment. Numbers of notes: below N those of the release, from N on those of the delta."""
 
-    number: int
+    version: int
     seq: int  # the last entry of the log that it holds
     num_base: int
     vectors: np.ndarray  # [n, d]
     note_ids: list[str]  # at least n; those from n on are of later views
-    gone_from_base: np.ndarray  # [N] number of the first view without this note of the release
+    gone_from_base: np.ndarray  # [N] version of the first view without this note of the release
     gone_from_delta: np.ndarray  # [>= n]
     num_gone: int  # notes of the release that are gone
 
@@ -36,12 +36,12 @@ class View:
         own = np.where(in_base, 0, numbers - self.num_base)
         is_later = ~in_base & (own >= len(self.vectors))  # of a view after this one
         delta = self.gone_from_delta[np.where(is_later, 0, own)]
-        return (numbers >= 0) & ~is_later & (np.where(in_base, base, delta) > self.number)
+        return (numbers >= 0) & ~is_later & (np.where(in_base, base, delta) > self.version)
 
     @property
     def living(self) -> np.ndarray:
         """[n] whether each note of the delta is there."""
-        return self.gone_from_delta[: len(self.vectors)] > self.number
+        return self.gone_from_delta[: len(self.vectors)] > self.version
 
 
 class Delta:
@@ -66,20 +66,20 @@ class Delta:
         """
         if wrong := [i for i, v in changes.items() if v is not None and v.shape != self._vectors.shape[1:]]:
             raise ValueError(f"the vector of note {wrong[0]!r} is not of width {self._vectors.shape[1]}")
-        number = self.view.number + 1
+        version = self.view.version + 1
         added: dict[str, int] = {}
         for note_id, vector in changes.items():
             if (place := self._places.get(note_id)) is not None:
-                self._gone_from_delta[place] = number
+                self._gone_from_delta[place] = version
             elif (row := self._base_rows.get(note_id)) is not None and self._gone_from_base[row] == _LIVES:
-                self._gone_from_base[row] = number
+                self._gone_from_base[row] = version
                 self._num_gone += 1
             if vector is not None:
                 added[note_id] = self._append(note_id, vector)
         # Places come before the view and go after it: a reader never finds less than its view has, and looks again
         # where it finds more.
         self._places.update(added)
-        self.view = self._view(number, seq)
+        self.view = self._view(version, seq)
         for note_id in changes.keys() - added.keys():
             self._places.pop(note_id, None)
 
@@ -88,7 +88,7 @@ class Delta:
         if (place := self._places.get(note_id)) is not None:
             return len(self._base_rows) + place
         row = self._base_rows.get(note_id)
-        return None if row is None or self._gone_from_base[row] <= self.view.number else row
+        return None if row is None or self._gone_from_base[row] <= self.view.version else row
 
     def _append(self, note_id: str, vector: np.ndarray) -> int:
         place = len(self._note_ids)
@@ -99,9 +99,9 @@ class Delta:
         self._note_ids.append(note_id)
         return place
 
-    def _view(self, number: int, seq: int) -> View:
+    def _view(self, version: int, seq: int) -> View:
         vectors = self._vectors[: len(self._note_ids)]
         return View(
-            number, seq, len(self._base_rows), vectors, self._note_ids, self._gone_from_base, self._gone_from_delta,
+            version, seq, len(self._base_rows), vectors, self._note_ids, self._gone_from_base, self._gone_from_delta,
             self._num_gone,
         )  # fmt: skip

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from notellm2_core.inference.embedder import Embedder
 
 _START_SECONDS = 300.0  # for the model to load
+_ENDED = "the model's process was ended"
 _IDLE_SECONDS = 0.5  # between two looks whether it is to end
 
 
@@ -77,8 +78,7 @@ class EmbeddingProcess:
         try:
             self._start()
         except (ValueError, OSError):
-            if self._process is not None:
-                self._process.kill()
+            self._kill()
             raise
         self._is_running = True
         self._thread = threading.Thread(target=self._dispatch, name="embedding", daemon=True)
@@ -96,7 +96,7 @@ class EmbeddingProcess:
         job = _Job(note, image, inputs, Future())
         with self._closing:
             if self._closed:
-                raise EmbedderDown("the model's process was ended")
+                raise EmbedderDown(_ENDED)
             try:
                 self._waiting.put_nowait(job)
             except queue.Full:
@@ -108,7 +108,11 @@ class EmbeddingProcess:
         with self._closing:
             self._closed = True
         self._stop.set()
+        self._kill()  # a batch that is being embedded fails at once
         self._thread.join()
+        self._kill()
+
+    def _kill(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -140,7 +144,7 @@ class EmbeddingProcess:
         while not self._waiting.empty():
             job = self._waiting.get()
             if job.done.set_running_or_notify_cancel():
-                _fail([job], EmbedderDown("the model's process was ended"))
+                _fail([job], EmbedderDown(_ENDED))
 
     def _next_jobs(self) -> list[_Job]:
         """What waits by now, up to a batch; after a moment without any, none."""
@@ -153,8 +157,13 @@ class EmbeddingProcess:
 
     def _embed(self, jobs: Sequence[_Job]) -> None:
         """Set the results of the jobs. Where the process ends, each is tried alone: one of them may be the cause."""
+        if self._stop.is_set():
+            _fail(jobs, EmbedderDown(_ENDED))
+            return
         if not self._is_running:
-            self._restart()
+            self._kill()
+            self._start()
+            self._is_running = True
         try:
             self._pipe.send([(job.note, job.image, job.inputs) for job in jobs])
             results = self._pipe.recv()
@@ -163,6 +172,8 @@ class EmbeddingProcess:
             if len(jobs) > 1:
                 for job in jobs:
                     self._embed([job])
+            elif self._stop.is_set():
+                _fail(jobs, EmbedderDown(_ENDED))
             else:
                 _fail(jobs, EmbedderDied("the embedder died of this note"))
             return
@@ -171,14 +182,6 @@ class EmbeddingProcess:
                 job.done.set_result(result)
             else:
                 job.done.set_exception(BadNote(result))
-
-    def _restart(self) -> None:
-        """A new process in place of one that has ended. Raises ValueError or OSError if it cannot be started."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-        self._start()
-        self._is_running = True
 
 
 def _fail(jobs: Sequence[_Job], error: Exception) -> None:

@@ -18,7 +18,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Follower:
-    """Used by one thread, but for the two questions what it shows, which any thread may ask."""
+    """One thread advances it. Any thread may ask what it shows."""
 
     def __init__(self, log: NoteLog, release: LiveRelease, wake: threading.Event) -> None:
         """wake: set when a vector is there."""
@@ -29,7 +29,7 @@ class Follower:
         self._changes: dict[str, np.ndarray | None] = {}  # what is to be applied
         self._unsaved: dict[int, np.ndarray] = {}  # vectors that the log does not have yet
         self._deaths = Counter[int]()  # entries that the embedder died of, and how often
-        self._shown: tuple[int, frozenset[int]] = self._read, frozenset()  # applied up to here, but for these
+        self._shown: tuple[int, frozenset[int]] = self._read, frozenset()  # applied up to here, except these
         self.unusable: dict[str, str] = {}  # notes that this model cannot embed, and why
 
     @property
@@ -88,15 +88,14 @@ class Follower:
 
     def _collect(self) -> None:
         """Take the vectors that are there by now, and submit other notes as far as the model takes them."""
-        num_submitted = 0
+        num_submitted, is_full = 0, False
         for seq, (entry, future) in sorted(self._embedding.items()):
             note_id = entry.note.note_id
             if self._newest[note_id] != seq:  # written again meanwhile
                 del self._embedding[seq]
             elif future is None:
-                if num_submitted >= _AT_ONCE or not self._submit(seq, entry):
-                    break
-                num_submitted += 1
+                is_full = is_full or num_submitted >= _AT_ONCE or not self._submit(seq, entry)
+                num_submitted += not is_full
             elif future.done():
                 self._take(seq, entry, future)
             else:

@@ -1,8 +1,8 @@
 """The live index: a release, the notes written after it, and no note that is gone.
 
 The neighbours of a note of the release are looked up in its table; the index is searched for other queries: a text, a
-picture, a note that was written after the release. The delta is compared with all. Answers are exact over the living
-notes, but for the recall of table and index.
+picture, a note that was written after the release. Every query is compared with all notes of the delta. Answers are
+exact over the living notes, up to the recall of the table and of the index.
 
 H: queries, k: hits, N: notes of the release, W: width of the table.
 """
@@ -52,9 +52,6 @@ class LiveIndex:
         """`Delta.apply`."""
         self.delta.apply(changes, seq)
 
-    def __contains__(self, note_id: str) -> bool:
-        return self.delta.number(note_id) is not None
-
     def vector(self, note_id: str) -> np.ndarray | None:
         """The unit vector [d] of a living note; None: there is none."""
         number = self.delta.number(note_id)
@@ -63,9 +60,8 @@ class LiveIndex:
     def similar(self, vector: np.ndarray, k: int, exclude: Set[str] = frozenset()) -> Answer:
         """The k nearest living notes of a unit vector [d], without those of `exclude`."""
         view, numbers = self._snapshot(exclude)
-        without = _sorted(numbers)
-        found = self._search(view, vector[None], k, without)
-        return self._answer(view, vector[None], found, np.ones(1), k, "max", without)
+        question = _Question(view, vector[None], k, np.array([*numbers.values()], dtype=np.int64))
+        return self._answer(question, self._search(question, np.zeros(1, np.int64)), np.ones(1))
 
     def similar_to(self, note_id: str, k: int) -> Answer:
         """The k nearest living notes of a note, without itself. Raises KeyError if it is not there."""
@@ -89,18 +85,16 @@ class LiveIndex:
         view, numbers = self._snapshot({*history, *exclude})
         names = tuple(note_id for note_id in history if note_id in numbers)
         queries = np.array([numbers[name] for name in names], dtype=np.int64)
-        vectors, without = self._vectors(view, queries), _sorted(numbers)
-        found, rest = self._look_up(view, queries, k, without)
-        is_partial, searched = False, np.ones(len(queries), bool)
+        without = np.array([*numbers.values()], dtype=np.int64)
+        question = _Question(view, self._vectors(view, queries), k, without)
+        found, rest = self._look_up(question, queries)
+        is_partial = False
         for start in range(0, len(rest), _SEARCHED_AT_ONCE):
             if is_partial := deadline is not None and time.monotonic() > deadline:
-                searched[rest[start:]] = False
                 break
-            part = rest[start : start + _SEARCHED_AT_ONCE]
-            neighbours = self._search(view, vectors[part], k, without)
-            found += [(int(part[h]), its_numbers, scores) for h, its_numbers, scores in neighbours]
+            found += self._search(question, rest[start : start + _SEARCHED_AT_ONCE])
         weights = np.array([history[name] for name in names], dtype=np.float64)
-        answer = self._answer(view, vectors, found, weights, k, how, without, names, searched)
+        answer = self._answer(question, found, weights, how, names)
         unknown = tuple(note_id for note_id in history if note_id not in numbers)
         return replace(answer, unknown=unknown, is_partial=is_partial)
 
@@ -121,14 +115,13 @@ class LiveIndex:
         vectors[~in_base] = view.vectors[numbers[~in_base] - view.num_base]
         return vectors
 
-    def _look_up(
-        self, view: View, queries: np.ndarray, k: int, without: np.ndarray
-    ) -> tuple[list["_Found"], np.ndarray]:
-        """What the table knows of `queries` [H], and the places [R] of those that have to be searched for."""
+    def _look_up(self, question: "_Question", queries: np.ndarray) -> tuple[list["_Found"], np.ndarray]:
+        """What the table knows of the notes `queries` [H], and the places [R] of those that need a search."""
+        view, k = question.view, question.k
         in_table = np.flatnonzero(queries < view.num_base)
         numbers, scores = self.table.rows[queries[in_table]], self.table.scores[queries[in_table]]
-        usable = view.lives(numbers) & ~_are_in(numbers, without)
-        # A row with all notes there are is enough; another one has to have enough that can be used.
+        usable = question.usable(numbers)
+        # A row that holds all other notes is enough. Any other row needs k notes that can be used.
         is_enough = (usable.sum(axis=1) >= k) | (numbers.shape[1] >= view.num_base - 1)
         found = [
             (int(place), own[use][:k], its_scores[use][:k])
@@ -137,45 +130,38 @@ class LiveIndex:
         ]
         return found, np.setdiff1d(np.arange(len(queries)), in_table[is_enough])
 
-    def _search(self, view: View, vectors: np.ndarray, k: int, without: np.ndarray) -> list["_Found"]:
-        """The k nearest living notes of the release, by the index. Gone ones are searched for on top, those `without`
-        as far as they are in the way.
+    def _search(self, question: "_Question", places: np.ndarray) -> list["_Found"]:
+        """The k nearest usable notes of the release for the queries at these places, by the index.
+
+        The index also finds notes that are gone or left out, so more than k are asked for, and more again if needed.
         """
-        num_living = view.num_base - view.num_gone - int(np.count_nonzero(without < view.num_base))
-        k = min(k, num_living)
+        view, without = question.view, question.without
+        k = min(question.k, view.num_base - view.num_gone - int(np.count_nonzero(without < view.num_base)))
         if not k:
-            return []
+            return [(int(place), np.empty(0, np.int64), np.empty(0, np.float32)) for place in places]
         share = view.num_gone / view.num_base
         num = int(np.ceil(k / (1 - share) + _SPARE * np.sqrt(k * share) / (1 - share))) + min(len(without), k)
         while True:
             num = min(num, view.num_base)
-            numbers, scores = self.index.search_rows(vectors, num)
-            usable = view.lives(numbers) & ~_are_in(numbers, without)
+            numbers, scores = self.index.search_rows(question.vectors[places], num)
+            usable = question.usable(numbers)
             if num >= view.num_base or usable.sum(axis=1).min() >= k:
                 break
             num *= 2
-        return [(h, numbers[h][usable[h]][:k], scores[h][usable[h]][:k]) for h in range(len(vectors))]
+        rows = zip(places, numbers, scores, usable, strict=True)
+        return [(int(place), own[use][:k], its_scores[use][:k]) for place, own, its_scores, use in rows]
 
     def _answer(
         self,
-        view: View,
-        vectors: np.ndarray,
+        question: "_Question",
         found: list["_Found"],
         weights: np.ndarray,
-        k: int,
-        how: Merge,
-        without: np.ndarray,
+        how: Merge = "max",
         history: tuple[str, ...] = (),
-        searched: np.ndarray | None = None,
     ) -> Answer:
-        """Merge what was `found` in the release, and what the delta has, for the queries [H, d] that were searched."""
-        floors = np.full(len(vectors), -np.inf, np.float32)
-        for place, _, scores in found:
-            if len(scores) >= k:
-                floors[place] = scores[-1]
-        if searched is not None:
-            floors[~searched] = np.inf
-        found = found + _from_delta(view, vectors, floors, without)
+        """Merge what was `found` in the release with the new notes, for the queries that were searched."""
+        view, k = question.view, question.k
+        found = found + _new_notes(question, found)
         if not found:
             return Answer((), view.seq)
         by = np.concatenate([np.full(len(numbers), place) for place, numbers, _ in found])
@@ -197,24 +183,32 @@ class LiveIndex:
 _Found = tuple[int, np.ndarray, np.ndarray]  # the place of a query; numbers and scores of notes, the best first
 
 
-def _sorted(numbers: Mapping[str, int]) -> np.ndarray:
-    return np.sort(np.fromiter(numbers.values(), np.int64, len(numbers)))
+@dataclass(frozen=True)
+class _Question:
+    """Queries [H, d]: the k nearest notes of a view, without the notes of some numbers."""
+
+    view: View
+    vectors: np.ndarray
+    k: int
+    without: np.ndarray
+
+    def usable(self, numbers: np.ndarray) -> np.ndarray:
+        """Whether each note is there and may be an answer."""
+        return self.view.lives(numbers) & np.isin(numbers, self.without, invert=True)
 
 
-def _are_in(numbers: np.ndarray, some: np.ndarray) -> np.ndarray:
-    """Whether each number is among `some`, which are sorted."""
-    if not len(some):
-        return np.zeros(numbers.shape, bool)
-    places = np.minimum(np.searchsorted(some, numbers), len(some) - 1)
-    return np.asarray(some[places] == numbers)
+def _new_notes(question: _Question, found: list[_Found]) -> list[_Found]:
+    """The usable notes of the delta that are not behind what was `found` for the same query.
 
-
-def _from_delta(view: View, vectors: np.ndarray, floors: np.ndarray, without: np.ndarray) -> list[_Found]:
-    """The living notes of the delta, but for `without`, whose score with a query [H, d] is not below its floor [H]."""
+    Only queries that were searched have a place in `found`: the others have no new notes either.
+    """
+    view = question.view
     usable = view.living.copy()
-    usable[without[without >= view.num_base] - view.num_base] = False
-    scores = vectors @ view.vectors.T
+    usable[question.without[question.without >= view.num_base] - view.num_base] = False
+    floors = np.full(len(question.vectors), np.inf, np.float32)
+    for place, _, scores in found:
+        floors[place] = scores[-1] if len(scores) >= question.k else -np.inf
+    scores = question.vectors @ view.vectors.T
     queries, places = np.nonzero(usable & (scores >= floors[:, None]))
-    ends = np.searchsorted(queries, np.arange(len(vectors) + 1))
-    spans = pairwise(ends)
+    spans = pairwise(np.searchsorted(queries, np.arange(len(question.vectors) + 1)))
     return [(h, view.num_base + places[a:b], scores[h, places[a:b]]) for h, (a, b) in enumerate(spans) if b > a]

@@ -154,15 +154,6 @@ class NoteLog:
         numbers = np.frombuffer(b"".join(row.vector for row in rows), "<f4")
         return [row.seq for row in rows], numbers.reshape(len(rows), -1 if rows else 0)
 
-    def without_vectors(self, weights_id: str, after: int, limit: int) -> list[Entry]:
-        """The first `limit` entries above number `after`, in order, that the model has yet to embed.
-
-        They are the newest ones of their notes, and no deletions.
-        """
-        is_embedded = exists().where(VECTORS.c.weights_id == weights_id, VECTORS.c.seq == ENTRIES.c.seq)
-        query = select(ENTRIES).where(ENTRIES.c.seq > after, IS_NEWEST, ~ENTRIES.c.deleted, ~is_embedded)
-        return self._entries(query.order_by(ENTRIES.c.seq).limit(limit))
-
     def forget(self, upto: int) -> int:
         """Remove the superseded entries up to number `upto`, their vectors, and the images that no entry has any more.
 

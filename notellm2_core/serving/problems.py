@@ -19,10 +19,11 @@ _STATUS: dict[type[Exception], int] = {
     BadNote: 422, VersionConflict: 409, EmbedderBusy: 429, LogBusy: 429, Busy: 429, LogFull: 507, LogUnavailable: 503,
     EmbedderDied: 503, EmbedderDown: 503, NotReady: 503,
 }  # fmt: skip
-# What a database says names hosts and users.
+# What a database or an operating system says names hosts, users and folders.
 _SENTENCES: dict[type[Exception], str] = {
     LogUnavailable: "the log of notes cannot be reached now; a write may be there or not: repeat it",
-    LogFull: "the disk of the log of notes is full; what is there can be read",
+    LogFull: "the disk of the log of notes is full; reads still work",
+    EmbedderDown: "the model's process cannot be used now",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "content": {"application/problem+json": {}}}

@@ -73,6 +73,7 @@ class RecallRequest(Body):
     merge: Literal["max", "sum", "rrf"] = "max"
     exclude: Annotated[list[NoteId], Field(max_length=MAX_EXCLUDED)] = []
     min_seq: MinSeq = 0
+    release: Annotated[str | None, Field(description="One of those in memory; by default the one that answers.")] = None
     deadline_ms: Annotated[int, Field(ge=1, le=60_000, description="After it, the answer is partial.")] = 1000
 
 

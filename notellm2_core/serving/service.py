@@ -60,6 +60,7 @@ class Service:
         self._followers = {release.id: Follower(log, release, self._wake)}
         self._cards: dict[str, Cards] = {}
         self._at_start, self._was_ready, self._closed = at_start, False, False
+        self.num_failures = 0  # times that the log could not be followed
         self._thread = threading.Thread(target=self._follow, name="follow the log", daemon=True)
         self._thread.start()
 
@@ -191,8 +192,10 @@ class Service:
     def _advance(self, follower: Follower) -> bool:
         try:
             return follower.advance()
-        except Exception:  # of the database, mostly; it may come back, and searches go on meanwhile
-            _LOGGER.exception("the log cannot be followed now; it is tried again")
+        except Exception:  # mostly of the database, which may come back; searches go on, and a metric counts this
+            self.num_failures += 1
+            if self.num_failures & (self.num_failures - 1) == 0:  # the 1st, 2nd, 4th ...: an outage fills no disk
+                _LOGGER.exception("the log cannot be followed now (failure %d); it is tried again", self.num_failures)
             return False
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """A year of weekly runs through the real daemon, with stand-ins for the model.
 
 The logs arrive week by week; Dagster's daemon, its sensors, its queue and its run processes do the rest, as they do in
-production. What happens in which week is fixed beforehand (`notellm2_core.simulation.year`), and what has to follow is
+production. What happens in which week is fixed beforehand (`notellm2_core.simulation.year`), and the results are
 checked. The world's weeks lie in the past, so the Sunday schedule does not tick; it is asked for its sentence.
 """
 
@@ -60,7 +60,7 @@ def to_line(number: int, row: Row) -> str:
 
 @dataclass
 class Year:
-    """A site, and the servers that run it. `faults`: what did not follow as it has to."""
+    """A site, and the servers that run it. `faults`: the checks that failed, in sentences."""
 
     site: Site
     world: World
@@ -90,12 +90,12 @@ class Year:
         started, before = time.monotonic(), len(self.decisions)
         logs = self._deliver(number)
         if number not in plan.ABSENT:
-            if number in plan.ROLLED_BACK and number == plan.DURING_A_RUN:
+            if number == plan.DURING_A_RUN:
                 self._roll_back_during(number)
             else:
                 self._finished(number)
-            if number in plan.ROLLED_BACK and number != plan.DURING_A_RUN:
-                self._roll_back(number)
+                if number in plan.ROLLED_BACK:
+                    self._roll_back(number)
         if number in plan.AGAIN:
             self._run_again(number)
         for week in plan.BACKFILLS.get(number, ()):
@@ -171,10 +171,8 @@ class Year:
             time.sleep(0.5)
 
     def _roll_back(self, number: int) -> None:
-        """Go back from the release of the week, and run the week again: it must not come back."""
+        """Go back from the live release, and run the week again: what was live must not come back."""
         state = self.catalog.ledger.state()
-        if state.decisions[-1].action != "promoted":
-            return  # refused by chance: there is nothing to go back from
         gone, previous = state.reigns[-1], state.previous
         self._timed_rollback(f"In week {number} of the simulation.")
         self.expect(self.catalog.ledger.state().champion == previous, f"rolled back to something else than {previous}")
@@ -192,9 +190,8 @@ class Year:
         )
         self._timed_rollback("While a run is at work.")
         run = self._finished(number)
-        if (
-            run.status != dg.DagsterRunStatus.SUCCESS
-        ):  # judged beside a champion that is gone: an operator runs it again
+        if run.status != dg.DagsterRunStatus.SUCCESS:
+            # It was judged beside a champion that is no longer live. An operator runs it again.
             self.servers.backfill(weekly_retrain.name, self._partition(number))
             again = self._finished(number, frozenset({run.run_id}))
             self.expect(again.status == dg.DagsterRunStatus.SUCCESS, f"the run {again.run_id} failed")
@@ -256,7 +253,7 @@ class Year:
             self.seconds_without_news.append((record.end_time or 0) - (record.start_time or 0))
 
     def close(self) -> None:
-        """What has to hold after the last week."""
+        """Check what holds for all weeks together."""
         decisions, runs = self.decisions, self.servers.instance.get_runs(dg.RunsFilter(statuses=list(_FINISHED)))
         failed = [r for r in runs if r.status != dg.DagsterRunStatus.SUCCESS and r.job_name == ingest_logs.name]
         self.expect(not failed, f"{len(failed)} runs of {ingest_logs.name} failed")
@@ -272,11 +269,10 @@ class Year:
         self.expect(weeks == sorted(weeks), f"an older week was promoted after a newer one: {weeks}")
         most = max(row.releases for row in self.rows)
         self.expect(most <= KEEP + 3, f"{most} releases lay on the disk")
-        told = Counter(self.servers.message_ids)
         known = [d for d in decisions if d.action not in ("measured", "banned", "allowed")]
         expected = {f"{self.catalog.config.name}/decision/{d.number}" for d in known}
         self._wait_for(lambda: expected <= set(self.servers.message_ids), "a message about each decision")
-        twice = [message for message, num in told.items() if num > 1]
+        twice = [message for message, num in Counter(self.servers.message_ids).items() if num > 1]
         self.expect(not twice, f"messages were sent twice: {twice}")
         self.expect(
             self.good_weeks_refused <= max(1, 0.05 * self.good_weeks),

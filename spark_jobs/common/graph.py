@@ -14,10 +14,13 @@ _FEW_EDGES = 1_000_000  # so many are collected: each round of Spark takes secon
 
 def components(edges: DataFrame) -> DataFrame:
     """Undirected edges (a, b) of strings -> (node, component): a component is named by its smallest node."""
-    ends = edges.select("a", "b")
-    few = ends.limit(_FEW_EDGES + 1).toArrow()
-    if few.num_rows > _FEW_EDGES:
-        return _spread_components(ends)
+    ends = edges.select("a", "b").persist()  # of a large graph, what the first look computes is not computed again
+    try:
+        few = ends.limit(_FEW_EDGES + 1).toArrow()
+        if few.num_rows > _FEW_EDGES:
+            return _spread_components(ends)
+    finally:
+        ends.unpersist()
     # With a schema, because Spark Connect infers none from an empty table.
     return edges.sparkSession.createDataFrame(_local_components(few), "node string, component string")
 
