@@ -12,6 +12,7 @@ from assets.resources.partitions import log_partitions
 from assets.resources.pipeline import Pipeline
 from notellm2_core.config.load import ConfigError, config_in_force
 from notellm2_core.config.source import SourceSettings
+from pipelines.compaction import compact_notes, hourly_compaction
 from pipelines.jobs import ingest_logs, week_has_landed, weekly_retrain, weekly_retrain_schedule
 from pipelines.messages import send_messages
 from pipelines.mirror import mirror_releases
@@ -26,8 +27,8 @@ def definitions(source: SourceSettings, sensors: Sequence[dg.SensorDefinition] =
     return dg.Definitions(
         assets=[logs.raw_events_asset(partitions), *dg.load_assets_from_package_module(assets)],
         asset_checks=CHECKS,
-        jobs=[weekly_retrain, ingest_logs, *RELEASE_JOBS],
-        schedules=[weekly_retrain_schedule(partitions)],
+        jobs=[weekly_retrain, ingest_logs, *RELEASE_JOBS, compact_notes],
+        schedules=[weekly_retrain_schedule(partitions), hourly_compaction],
         sensors=sensors,
         # All steps of a run in its one process: they share a JVM and the imports. What needs a GPU is a command anyway.
         executor=dg.in_process_executor,

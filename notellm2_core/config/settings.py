@@ -49,6 +49,16 @@ class IndexSettings(Section):
     )
 
 
+class ServingSettings(Section):
+    """The online phase."""
+
+    log: str | None = Field(
+        None,
+        description="URL of the log of notes, `sqlite:///FILE` or `postgresql://HOST/DATABASE`; a password comes from "
+        "PGPASSWORD. null: a file beside the ledger.",
+    )
+
+
 class ReportSettings(Section):
     """What `eval_recall` reports."""
 
@@ -131,6 +141,7 @@ class Config(Section):
     promotion: PromotionSettings = PromotionSettings()
     messages: MessageSettings = MessageSettings()
     retention: RetentionSettings = RetentionSettings()
+    serving: ServingSettings = ServingSettings()
     tracking: TrackingSettings = TrackingSettings()
     spark: SparkSettings = SparkSettings()
 

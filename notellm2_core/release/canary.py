@@ -23,11 +23,11 @@ from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.evaluation.pairs import read_pairs
 from notellm2_core.inference.embedder import Embedder
 from notellm2_core.notes.source_reader import read_note_table
+from notellm2_core.release.golden import NUM_QUERIES, golden_queries
 from notellm2_core.retrieval.index import Index
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.schema import COUNTS_FILE, GOLDEN_FILE
 
-NUM_QUERIES, NUM_NEIGHBOURS = 20, 10
 MIN_COSINE = 0.99  # of a vector embedded anew with the exported one: batches and devices round differently
 MIN_OVERLAP = 0.8  # of the neighbours of both
 
@@ -43,13 +43,11 @@ def ask(
         loaded, stored = Index.load(index), read_embeddings(embeddings, set(query_ids))
         anew = Embedder.from_pretrained(model).embed(table.notes(query_ids), folder=table.images)
         exported = stored.vectors[stored.rows(query_ids)]
-        expected, _ = loaded.search(exported, NUM_NEIGHBOURS, leave_out=query_ids)
-        found, _ = loaded.search(anew, NUM_NEIGHBOURS, leave_out=query_ids)
+        queries = golden_queries(loaded, query_ids, exported)
+        found = golden_queries(loaded, query_ids, anew)
     except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: torch's and FAISS's
         return queries, counts | {"failed": f"The release cannot be used: {e}"}
     cosines = np.einsum("qd,qd->q", anew, exported, dtype=np.float64)
-    for query, neighbours in zip(query_ids, expected, strict=True):
-        queries.append({"note_id": query, "neighbours": [n for n in neighbours if n is not None]})
     if len(query_ids):
         lowest = int(cosines.argmin())
         counts["lowest_cosine"] = float(cosines[lowest])
@@ -58,10 +56,13 @@ def ask(
                 f"Note {query_ids[lowest]!r}, embedded anew, has the cosine {cosines[lowest]:.3f} with its exported "
                 "vector."
             )
-        for query, ours, theirs in zip(query_ids, found, expected, strict=True):
-            overlap = len({*ours} & {*theirs}) / len({*theirs})
-            if overlap < MIN_OVERLAP and counts["failed"] is None:
-                counts["failed"] = f"The index answers note {query!r} with {overlap:.0%} of its golden neighbours."
+        for ours, theirs in zip(found, queries, strict=True):
+            common = len({*ours["neighbours"]} & {*theirs["neighbours"]})
+            overlap = common / max(1, len(theirs["neighbours"]))
+            if overlap < MIN_OVERLAP and theirs["neighbours"] and counts["failed"] is None:
+                counts["failed"] = (
+                    f"The index answers note {theirs['note_id']!r} with {overlap:.0%} of its golden neighbours."
+                )
     return queries, counts
 
 

@@ -1,10 +1,10 @@
 """Retention: removes the datasets that nothing needs any more.
 
 What is needed is found by reachability, never by age alone: the champion, the previous one, the anchor, the next anchor
-and the last releases of the configuration, all releases of the others, what the present run made or needs, and
-everything that these were made from. Copies of the log's files and its reduced partitions stay as long as a log that is
-needed holds them: next week's window links to them. A dataset that is younger than the grace time stays, too: another
-run may be making what needs it.
+and the last releases of the configuration, all releases of the others, those that a service has in memory, what the
+present run made or needs, and everything that these were made from. Copies of the log's files and its reduced
+partitions stay as long as a log that is needed holds them: next week's window links to them. A dataset that is younger
+than the grace time stays, too: another run may be making what needs it.
 """
 
 import os
@@ -21,6 +21,7 @@ from notellm2_core.lake.lake import WORK_FOLDER, Dataset, Lake
 from notellm2_core.lake.ledger import FOLDER, Ledger, State
 from notellm2_core.lake.lineage import STAGES
 from notellm2_core.release.release import NAME, SERVING_FOLDER
+from notellm2_core.release.served import served_releases
 from notellm2_core.runtime.files import is_hidden, remove_folder
 
 _OF_THE_LOG = ("ingestion", "log_partition")
@@ -47,7 +48,7 @@ def sweep_lake(
     """
     before = lake_bytes(lake)
     datasets = {(name, d.manifest.fingerprint): d for name in (*STAGES, *_OF_THE_LOG) for d in lake.datasets(name)}
-    releases = retained(Ledger(lake.root, name).state(), keep_releases, anchor_weeks)
+    releases = retained(Ledger(lake.root, name).state(), keep_releases, anchor_weeks) | served_releases(lake)
     for other in _other_states(lake, name):
         releases |= {decision.release for decision in other.decisions}
     roots = {(NAME, release) for release in releases}

@@ -44,14 +44,24 @@ def _make(embeddings: Embeddings, settings: IndexSettings, num_threads: int) -> 
 
 
 def build_index(embeddings_dir: Path, out: Path, settings: IndexSettings, num_threads: int = 1) -> dict[str, Any]:
-    """Build the index of an embedding folder and save it as the folder `out`.
+    """`save_index` of an embedding folder."""
+    return save_index(read_embeddings(embeddings_dir), out, settings, num_threads)
+
+
+def index_settings(folder: Path) -> IndexSettings:
+    """The settings that the index in a folder was built with."""
+    metadata = json.loads((folder / FILES[2]).read_text())
+    return IndexSettings(**{name: metadata[name] for name in IndexSettings.model_fields})
+
+
+def save_index(embeddings: Embeddings, out: Path, settings: IndexSettings, num_threads: int = 1) -> dict[str, Any]:
+    """Build an index and save it as the folder `out`.
 
     Returns the content of index.json, with the recall in percent at REPORTED_KS and `search_k` against exact search,
     and the milliseconds of a search. Raises ValueError if `out` holds anything but an index.
     """
     if out.exists() and not (out.is_dir() and {f.name for f in out.iterdir()} <= {*FILES}):
         raise ValueError(f"{out} holds files that are no index; give --out a new folder.")
-    embeddings = read_embeddings(embeddings_dir)
     index, samples = _make(embeddings, settings, num_threads)
     ks = [k for k in sorted({*REPORTED_KS, settings.search_k}) if k < len(embeddings.note_ids)]
     measured = measure(index, samples, ks)

@@ -23,13 +23,14 @@ class Follower:
     def __init__(self, log: NoteLog, release: LiveRelease, wake: threading.Event) -> None:
         """wake: set when a vector is there."""
         self._log, self._release, self._wake = log, release, wake
-        self._read = release.cut_seq  # entries up to here were read
+        self._read = release.base.cut_seq  # entries up to here were read
+        self._waiting = release.base.waiting  # entries before it that were not read yet
         self._newest: dict[str, int] = {}  # note_id -> its last entry that was read, while others of it are embedded
         self._embedding: dict[int, tuple[Entry, Future[Embedded] | None]] = {}  # entries that wait for their vector
         self._changes: dict[str, np.ndarray | None] = {}  # what is to be applied
         self._unsaved: dict[int, np.ndarray] = {}  # vectors that the log does not have yet
         self._deaths = Counter[int]()  # entries that the embedder died of, and how often
-        self._shown: tuple[int, frozenset[int]] = self._read, frozenset()  # applied up to here, except these
+        self._shown = self._read, frozenset(self._waiting)  # applied up to here, except these
         self.unusable: dict[str, str] = {}  # notes that this model cannot embed, and why
 
     @property
@@ -65,8 +66,9 @@ class Follower:
 
     def _read_entries(self) -> None:
         """Read the next entries of the log, with their vectors."""
-        entries = self._log.tail(self._read, _TAIL_ENTRIES)
+        entries = self._log.newest(self._waiting) if self._waiting else self._log.tail(self._read, _TAIL_ENTRIES)
         if not entries:
+            self._waiting = ()
             return
         last = entries[-1].seq
         seqs, vectors = self._log.vectors(self._release.weights_id, entries[0].seq - 1, last)
@@ -84,7 +86,7 @@ class Follower:
             else:
                 self._embedding[entry.seq] = entry, None
         self._newest |= newest
-        self._read = last
+        self._waiting, self._read = (), max(self._read, last)
 
     def _collect(self) -> None:
         """Take the vectors that are there by now, and submit other notes as far as the model takes them."""

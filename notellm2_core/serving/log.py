@@ -8,6 +8,7 @@ a number has missed nothing below it.
 """
 
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any, Self
 
 import numpy as np
-from sqlalchemy import Engine, bindparam, delete, exists, or_, select
+from sqlalchemy import Engine, bindparam, delete, exists, insert, or_, select
 
 from notellm2_core.serving.database import LogFull, LogUnavailable, connect, migrate, reading, writing
 from notellm2_core.serving.entry import Entry, Receipt, VersionConflict, Write, require_unit_vector
@@ -30,7 +31,7 @@ from notellm2_core.serving.rows import (
     require_length,
     vector_lengths,
 )
-from notellm2_core.serving.tables import ENTRIES, IMAGES, MODELS, VECTORS
+from notellm2_core.serving.tables import ENTRIES, IMAGES, MARKS, MODELS, VECTORS
 
 __all__ = [
     "Entry",
@@ -46,6 +47,9 @@ __all__ = [
 
 _NO_END = 2**63 - 1
 _TAIL = select(ENTRIES).where(ENTRIES.c.seq > bindparam("after")).order_by(ENTRIES.c.seq).limit(bindparam("limit"))
+_NEWEST_OF = (
+    select(ENTRIES).where(ENTRIES.c.seq.in_(bindparam("seqs", expanding=True)), IS_NEWEST).order_by(ENTRIES.c.seq)
+)
 _OF_NOTE = select(ENTRIES).where(ENTRIES.c.note_id == bindparam("note_id"), IS_NEWEST)
 
 
@@ -101,6 +105,10 @@ class NoteLog:
         """The first `limit` entries above number `after`, in order. Only forgotten ones are missing."""
         return self._entries(_TAIL, after=after, limit=limit)
 
+    def newest(self, seqs: Sequence[int]) -> list[Entry]:
+        """The entries of these numbers, in order, that are still the newest of their notes."""
+        return [entry for block in blocks(sorted(seqs)) for entry in self._entries(_NEWEST_OF, seqs=block)]
+
     def last_seq(self) -> int:
         """The number of the last entry; 0: there is none."""
         with reading(self._engine) as connection:
@@ -153,6 +161,19 @@ class NoteLog:
             rows = connection.execute(query).all()
         numbers = np.frombuffer(b"".join(row.vector for row in rows), "<f4")
         return [row.seq for row in rows], numbers.reshape(len(rows), -1 if rows else 0)
+
+    def mark(self, seq: int) -> str:
+        """A new name for the place after entry `seq`. No other log has it, nor a copy of this one that is older."""
+        mark = secrets.token_hex(8)
+        with writing(self._engine) as connection:
+            connection.execute(insert(MARKS).values(mark=mark, seq=seq))
+        return mark
+
+    def marked(self, marks: Sequence[str]) -> dict[str, int]:
+        """Those of `marks` that this log has, and their places."""
+        with reading(self._engine) as connection:
+            rows = connection.execute(select(MARKS.c.mark, MARKS.c.seq).where(MARKS.c.mark.in_(marks))).all()
+        return {row.mark: row.seq for row in rows}
 
     def forget(self, upto: int) -> int:
         """Remove the superseded entries up to number `upto`, their vectors, and the images that no entry has any more.

@@ -46,6 +46,7 @@ class Metrics:
             "notellm2_ready": (float(service.is_ready), "Whether the log has been read."),
             "notellm2_unusable_notes": (len(service.unusable), "Notes that the model cannot embed."),
             "notellm2_log_failures": (service.num_failures, "Times that the log could not be followed."),
+            "notellm2_refused_switches": (service.num_refused, "Times that a champion or a base could not be taken."),
             "notellm2_log_lag_entries": (service.lag, "Entries of the log that are not shown yet."),
             "notellm2_new_notes": (int(view.living.sum()), "Living notes that are newer than the release."),
             "notellm2_new_notes_places": (len(view.vectors), "Their places, with those of notes that are gone."),

@@ -20,6 +20,7 @@ import numpy as np
 from notellm2_core.lake.lake import Lake
 from notellm2_core.notes.note import Note
 from notellm2_core.release.release import open_release
+from notellm2_core.serving.base import marked_bases, open_base
 from notellm2_core.serving.cards import Cards
 from notellm2_core.serving.follower import Follower
 from notellm2_core.serving.live_release import LiveRelease
@@ -39,6 +40,14 @@ class Written:
     image: str | None = None
 
 
+@dataclass(frozen=True)
+class _Served:
+    """A release in memory, and who follows the log for it."""
+
+    release: LiveRelease
+    follower: Follower
+
+
 class NotReady(RuntimeError):
     """The service has not read the log up to the place that was asked for."""
 
@@ -53,30 +62,31 @@ class Service:
         """
         self.lake, self.log, self._source = lake, log, source
         at_start = log.last_seq()
-        release = LiveRelease.open(lake, open_release(lake, release_id))
+        release = LiveRelease.open(lake, open_release(lake, release_id), log)
         self._commit = GroupCommit(log)
         self._wake, self._applied, self._switching = threading.Event(), threading.Condition(), threading.Lock()
-        self._releases: tuple[LiveRelease, ...] = (release,)
-        self._followers = {release.id: Follower(log, release, self._wake)}
+        self._served: tuple[_Served, ...] = (self._followed(release),)
+        self._arriving: tuple[Follower, ...] = ()  # of a release that is not in memory for searches yet
         self._cards: dict[str, Cards] = {}
         self._at_start, self._was_ready, self._closed = at_start, False, False
         self.num_failures = 0  # times that the log could not be followed
+        self.num_refused = 0  # times that a champion, or a new base, could not be taken
         self._thread = threading.Thread(target=self._follow, name="follow the log", daemon=True)
         self._thread.start()
 
     @property
     def current(self) -> LiveRelease:
         """The release that answers. A request takes it once."""
-        return self._releases[0]
+        return self._served[0].release
 
     @property
     def releases(self) -> Sequence[LiveRelease]:
         """Those in memory, the one that answers first."""
-        return self._releases
+        return [served.release for served in self._served]
 
     def release(self, release_id: str | None) -> LiveRelease:
         """One of those in memory; None: the one that answers. Raises KeyError if it is not in memory."""
-        for release in self._releases:
+        for release in self.releases:
             if release_id in (None, release.id):
                 return release
         raise KeyError(release_id)
@@ -138,7 +148,7 @@ class Service:
 
     @property
     def _follower(self) -> Follower:
-        return self._followers[self.current.id]
+        return self._served[0].follower
 
     def _wait(self, condition: Callable[[], bool], deadline: float) -> bool:
         with self._applied:
@@ -151,37 +161,69 @@ class Service:
         TimeoutError if it does not catch up with the log in time; the present one then stays.
         """
         with self._switching:
-            found, before = open_release(self.lake, release_id), self.current
-            if found.id == before.id:
-                return before
-            release = next((other for other in self._releases if other.id == found.id), None)
-            if release is None:
-                for oldest in self._releases[1:]:  # never three models in memory
-                    self._forget(oldest)
-                self._releases = (before,)
-                release = LiveRelease.open(self.lake, found)
-            try:
-                if release.id not in self._followers:
-                    self._followers = self._followers | {release.id: Follower(self.log, release, self._wake)}
-                self._wake.set()
-                target, follower = self.log.last_seq(), self._followers[release.id]
-                if not self._wait(lambda: follower.shows_upto(target), time.monotonic() + seconds):
-                    raise TimeoutError(f"release {release.id} did not catch up with the log in {seconds:.0f} s")
-            except BaseException:
-                if release not in self._releases:
-                    self._forget(release)
-                raise
-            self._releases = (release, before)
-            return release
+            found, before = open_release(self.lake, release_id), self._served[0]
+            if found.id == before.release.id:
+                return before.release
+            served = next((other for other in self._served if other.release.id == found.id), None)
+            if served is None:
+                self._forget(self._served[1:])  # never three models in memory
+                served = self._followed(LiveRelease.open(self.lake, found, self.log))
+            self._catch_up(served, seconds)
+            self._served = (served, before)
+            return served.release
 
-    def _forget(self, release: LiveRelease) -> None:
-        self._followers = {key: value for key, value in self._followers.items() if key != release.id}
-        self._cards.pop(release.id, None)
-        release.close()
+    def refresh(self, seconds: float = 3600.0) -> int:
+        """Take the newest bases of the releases in memory. Returns how many compaction has made new ones for.
+
+        Raises as `activate`; the base before then stays.
+        """
+        num_changed = 0
+        with self._switching:
+            for before in self._served:
+                dataset = open_release(self.lake, before.release.id)
+                if marked_bases(self.lake, dataset, self.log)[-1][0] <= before.release.base.cut_seq:
+                    continue
+                try:
+                    later = before.release.with_base(open_base(self.lake, dataset, self.log))
+                except OSError as e:
+                    raise ValueError(f"the new base of release {dataset.id} cannot be opened: {e}") from None
+                served = self._followed(later)
+                self._catch_up(served, seconds)
+                self._served = tuple(served if other is before else other for other in self._served)
+                num_changed += 1
+        return num_changed
+
+    def _followed(self, release: LiveRelease) -> _Served:
+        return _Served(release, Follower(self.log, release, self._wake))
+
+    def _catch_up(self, served: _Served, seconds: float) -> None:
+        """Follow the log for a release until it shows all of it. Raises TimeoutError; a new one is closed then."""
+        self._arriving = (served.follower,) if served not in self._served else ()
+        try:
+            self._wake.set()
+            target = self.log.last_seq()
+            if not self._wait(lambda: served.follower.shows_upto(target), time.monotonic() + seconds):
+                raise TimeoutError(f"release {served.release.id} did not catch up with the log in {seconds:.0f} s")
+        except BaseException:
+            if served not in self._served:
+                self._forget([served])
+            raise
+        finally:
+            self._arriving = ()
+
+    def _forget(self, gone: Sequence[_Served]) -> None:
+        """Drop these releases, and end the models that no other release in memory has."""
+        self._served = tuple(served for served in self._served if served not in gone)
+        models = {served.release.model for served in self._served}
+        for release in {served.release for served in gone}:
+            if release.model not in models:
+                self._cards.pop(release.id, None)
+                release.close()
 
     def _follow(self) -> None:
         while not self._closed:
-            moved = [self._advance(follower) for follower in tuple(self._followers.values())]
+            followers = {*(served.follower for served in self._served), *self._arriving}
+            moved = [self._advance(follower) for follower in followers]
             if any(moved):
                 with self._applied:
                     self._applied.notify_all()
@@ -204,5 +246,5 @@ class Service:
         self._wake.set()
         self._thread.join()
         self._commit.close()
-        for release in self._releases:
+        for release in self.releases:
             release.close()

@@ -60,3 +60,10 @@ VECTORS = Table(
     Column("vector", LargeBinary, nullable=False),  # float32, little-endian
     sqlite_with_rowid=False,  # the vectors of a model lie together, in the order of the log
 )
+
+MARKS = Table(
+    "log_marks",
+    METADATA,
+    Column("mark", String(16), primary_key=True),  # random, in hexadecimal digits
+    Column("seq", BigInteger, nullable=False),  # the last entry when it was set
+)

@@ -9,6 +9,7 @@ import pytest
 from notellm2_core.lake.lake import Lake
 from notellm2_core.lake.ledger import Ledger, Subject
 from notellm2_core.release.retention import lake_bytes, sweep_lake
+from notellm2_core.release.served import mark_served
 
 NOW = timedelta(0)
 
@@ -65,6 +66,13 @@ def test_the_present_run_young_datasets_and_other_configurations_stay(lake: Lake
     Ledger(lake.root, "another").decide("refused", Subject("r0", "c0", "2025-01-05"), "It lost.")
     sweep_lake(lake, "demo", 1, 2, NOW, present=[("checkpoint", "c1")])
     assert _left(lake, "release") == ["r0", "r2", "r3", "r4"] and "c1" in _left(lake, "checkpoint")
+
+
+def test_what_a_service_has_in_memory_stays(lake: Lake) -> None:
+    mark_served(lake, "r1")
+    mark_served(lake, "gone")
+    sweep_lake(lake, "demo", 1, 2, NOW)
+    assert _left(lake, "release") == ["r1", "r2", "r3", "r4"] and _left(lake, "serving") == ["r1"]
 
 
 def test_a_log_that_no_kept_release_read_takes_its_copies_along(lake: Lake) -> None:

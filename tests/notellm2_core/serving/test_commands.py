@@ -16,11 +16,13 @@ from notellm2_core.cli import main
 from notellm2_core.lake.lake import Lake
 from notellm2_core.lake.ledger import Ledger
 from notellm2_core.release.promotion import promote
+from notellm2_core.release.served import served_releases
 from notellm2_core.serving.commands import require_local_or_keys
 from notellm2_core.serving.keys import Keys, add_key
 from tests.support.cluster import free_port
 from tests.support.released import write_release
 from tests.support.served import serve_release
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).parents[3]
 START_SECONDS = 300
@@ -57,9 +59,11 @@ def serving(config: Path, log: Path) -> Iterator[tuple[subprocess.Popen, httpx.C
 
 
 @pytest.mark.slow
-def test_a_killed_server_has_lost_nothing(tmp_path: Path) -> None:
-    lake = Lake(tmp_path / "lake")
-    release = serve_release(lake, "aaaa1111", write_release(tmp_path / "small").source)
+def test_a_killed_server_has_lost_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor has one whose log is compacted, and that follows the ledger to another release."""
+    lake, source = Lake(tmp_path / "lake"), write_release(tmp_path / "small").source
+    release = serve_release(lake, "aaaa1111", source)
+    serve_release(lake, "bbbb2222", source, seed=1, dim=16)
     config = tmp_path / "tiny.yaml"
     settings = yaml.safe_load((ROOT / "pipelines/configs/tiny.yaml").read_text())
     config.write_text(yaml.safe_dump(settings | {"name": "tiny", "lake": str(lake.root)}))
@@ -74,6 +78,14 @@ def test_a_killed_server_has_lost_nothing(tmp_path: Path) -> None:
         answer = client.get("/notes/new0/similar", params={"k": 100}).json()
         found = {hit["note_id"] for hit in answer["hits"]}
         assert {f"new{n}" for n in range(1, 5)} <= found and "n01" not in found and answer["release"] == release.id
+        main(["compact", "--config", str(config)])
+        assert f"{release.id}: 6 notes of the log up to 6 taken in" in capsys.readouterr().out
+        wait_for(lambda: "notellm2_new_notes 0.0" in client.get("/metrics").text)
+        again = client.get("/notes/new0/similar", params={"k": 100}).json()
+        assert {hit["note_id"] for hit in again["hits"]} == found and again["seq"] == answer["seq"]
+        promote(lake, Ledger(lake.root, "tiny"), "bbbb2222")
+        wait_for(lambda: client.get("/readyz").json()["release"] == "bbbb2222")
+        wait_for(lambda: served_releases(lake) == {"aaaa1111", "bbbb2222"})
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, -signal.SIGTERM)
 

@@ -14,6 +14,7 @@ from notellm2_core.embeddings.table import Embeddings
 from notellm2_core.notes.note import Note
 from notellm2_core.retrieval.build import make_index
 from notellm2_core.retrieval.neighbour_table import NeighbourTable, write_neighbours
+from notellm2_core.serving.base import Base
 from notellm2_core.serving.embedding import BadNote, Embedded, EmbedderBusy, EmbedderDied, EmbedderDown
 from notellm2_core.serving.follower import Follower
 from notellm2_core.serving.live_index import LiveIndex
@@ -71,12 +72,13 @@ def log(tmp_path: Path) -> NoteLog:
     return NoteLog.open(f"sqlite:///{tmp_path / 'log.db'}")
 
 
-def live_release(tmp_path: Path, model: Model) -> LiveRelease:
+def live_release(tmp_path: Path, model: Model, cut_seq: int = 0, waiting: tuple[int, ...] = ()) -> LiveRelease:
     vectors = np.stack([unit(100 + n) for n in range(6)])
     index = make_index(Embeddings(tuple(f"n{n}" for n in range(6)), vectors, Path("x")), IndexSettings(factory="Flat"))
     write_neighbours(index, vectors, tmp_path / "table")
-    live = LiveIndex(index, NeighbourTable.load(tmp_path / "table", index))
-    return LiveRelease("release", "2025-01-05", "weights", 0, live, model, None)  # type: ignore[arg-type]
+    base = Base(index, NeighbourTable.load(tmp_path / "table", index), cut_seq, waiting)
+    live = LiveIndex(index, base.table, base.seq)
+    return LiveRelease("release", "2025-01-05", "weights", base, live, model, None)  # type: ignore[arg-type]
 
 
 def write(note_id: str, title: str = "", vector: np.ndarray | None = None, deleted: bool = False) -> Write:
@@ -153,3 +155,20 @@ def test_a_note_that_cannot_be_embedded_is_told(log: NoteLog, tmp_path: Path, er
     log.append([write("n1", vector=unit(3))])
     follower.advance()
     assert not follower.unusable and "n1" in shown(release)
+
+
+def test_what_a_base_waits_for_is_taken_first(log: NoteLog, tmp_path: Path) -> None:
+    """A base up to entry 4 that lacks the vectors of 1, 2 and 3; 2 has been written again, and 3 has its vector now."""
+    log.append(
+        [write("n1", "changed"), write("n2", "changed"), write("n3", vector=unit(3)), write("n4", vector=unit(4))]
+    )
+    log.append([write("n2", deleted=True), write("later", vector=unit(5))])
+    model = Model(busy=2)
+    release = live_release(tmp_path, model, cut_seq=4, waiting=(1, 2, 3))
+    follower = Follower(log, release, threading.Event())
+    assert not follower.shows_upto(1) and not follower.shows(2) and follower.shows(4)
+    for _ in range(8):
+        follower.advance()
+    assert follower.shows_upto(6) and model.embedded == ["n1"]
+    assert shown(release) == {"n0", "n1", "n3", "n4", "n5", "later"}
+    np.testing.assert_array_equal(release.index.vector("n3"), unit(3))

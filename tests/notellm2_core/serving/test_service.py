@@ -20,6 +20,7 @@ from notellm2_core.lake.lake import Lake
 from notellm2_core.notes.note import Note
 from notellm2_core.release.release import Release
 from notellm2_core.serving.app import make_app
+from notellm2_core.serving.compaction import compact
 from notellm2_core.serving.keys import Keys, add_key
 from notellm2_core.serving.log import NoteLog, Write
 from notellm2_core.serving.service import Service
@@ -300,6 +301,28 @@ def test_a_damaged_release_is_refused_and_the_present_one_stays(running: Running
         file.write_bytes(content)
     assert answer.status_code == 409 and "checksum" in answer.json()["detail"]
     assert running.client.get("/releases").json()["releases"][0]["release"] == "aaaa1111"
+
+
+def test_compaction_changes_no_answer(running: Running, site: Site) -> None:
+    client, log = running.client, running.log
+    client.post("/notes", json=note("compacted", seed=5))
+    client.delete("/notes/n09")
+    query = {"history": ["n01", "compacted"], "k": 50}
+    before = client.post("/recall", json=query).json()
+    model = running.service.current.model
+    assert compact(site.lake, site.first, log).cut_seq == log.last_seq() == before["seq"]
+    assert running.service.refresh() == 1 and running.service.refresh() == 0
+    assert len(running.service.current.index.delta.view.vectors) == 0 and running.service.current.model is model
+    after = client.post("/recall", json=query).json()
+    assert [(hit["note_id"], hit["because"]) for hit in after["hits"]] == [
+        (hit["note_id"], hit["because"]) for hit in before["hits"]
+    ]
+    assert [h["score"] for h in after["hits"]] == pytest.approx([h["score"] for h in before["hits"]], abs=1e-5)
+    assert after["seq"] == before["seq"]
+    client.post("/notes", json=note("after", seed=5))
+    assert {"after"} == set(ids(client.get("/notes/compacted/similar", params={"k": 1}).json()))
+    client.delete("/notes/compacted")
+    assert "compacted" not in ids(client.get("/notes/after/similar", params={"k": 50}).json())
 
 
 def test_a_switch_under_load_drops_nothing_and_going_back_loses_nothing(running: Running) -> None:

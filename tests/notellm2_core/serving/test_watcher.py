@@ -1,0 +1,98 @@
+"""The watcher: what it makes a service do after each change of the ledger."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from notellm2_core.lake.lake import Lake
+from notellm2_core.lake.ledger import Ledger, Subject
+from notellm2_core.release.served import served_releases
+from notellm2_core.serving import watcher
+from notellm2_core.serving.watcher import Watcher
+from tests.support.waiting import wait_for
+
+
+@dataclass
+class Named:
+    id: str
+
+
+@dataclass
+class Service:
+    """Records what it is told to do."""
+
+    lake: Lake
+    releases: list[Named]
+    damaged: set[str] = field(default_factory=set)
+    num_refused: int = 0
+    num_refreshes: int = 0
+
+    @property
+    def current(self) -> Named:
+        return self.releases[0]
+
+    def activate(self, release_id: str) -> None:
+        if release_id in self.damaged:
+            raise ValueError(f"release {release_id} is damaged")
+        self.releases = [Named(release_id), self.releases[0]]
+
+    def refresh(self) -> int:
+        self.num_refreshes += 1
+        return 0
+
+
+def promote(ledger: Ledger, release: str) -> None:
+    ledger.decide("promoted", Subject(release, f"model of {release}", "2025-01-05"), "test", "It passed.")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    ledger = Ledger(tmp_path, "tiny")
+    promote(ledger, "aaaa")
+    return ledger
+
+
+def watched(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Service, Watcher]:
+    monkeypatch.setattr(watcher, "_POLL_SECONDS", 0.01)
+    service = Service(Lake(tmp_path), [Named("aaaa")])
+    return service, Watcher(service, ledger, **options)  # type: ignore[arg-type]
+
+
+def test_a_new_champion_answers_and_an_activation_by_hand_stays_until_then(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, watching = watched(ledger, tmp_path, monkeypatch)
+    service.activate("by hand")
+    before = service.num_refreshes
+    wait_for(lambda: service.num_refreshes > before + 3)
+    assert service.current.id == "by hand"
+    promote(ledger, "bbbb")
+    wait_for(lambda: served_releases(service.lake) >= {"bbbb", "by hand"})
+    assert service.current.id == "bbbb" and service.num_refused == 0
+    watching.close()
+
+
+def test_a_champion_that_cannot_be_used_is_tried_again(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, watching = watched(ledger, tmp_path, monkeypatch)
+    service.damaged.add("bbbb")
+    promote(ledger, "bbbb")
+    wait_for(lambda: service.num_refused >= 2)
+    assert service.current.id == "aaaa"
+    service.damaged.clear()
+    wait_for(lambda: service.current.id == "bbbb")
+    watching.close()
+
+
+def test_a_service_of_one_release_follows_no_champion(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, watching = watched(ledger, tmp_path, monkeypatch, follows_champion=False)
+    promote(ledger, "bbbb")
+    before = service.num_refreshes
+    wait_for(lambda: service.num_refreshes > before + 3)
+    assert service.current.id == "aaaa"
+    watching.close()
