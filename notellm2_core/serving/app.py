@@ -49,6 +49,12 @@ _PAGE = FilePath(__file__).parent / "page"
 _PAGE_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 _POLICY = "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 
+_IMAGE: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}, 204: {"description": "No picture."}}
+_WRITTEN: dict[int | str, dict[str, Any]] = {
+    200: {"model": WriteAnswer, "description": "It was so already, or is deleted now."},
+    202: {"model": WriteAnswer, "description": "It is kept, and will be found, or no longer found, soon."},
+}
+
 PathId = Annotated[NoteId, Path()]
 Version = Annotated[int | None, Query(ge=0, lt=2**63)]
 
@@ -63,7 +69,7 @@ def make_app(service: Service, keys: Keys) -> FastAPI:
     reads = Workers("read", 2, 256)  # of texts and pictures: few pictures are decoded at a time
     _add_writes(app, service, keys, Workers("write", 64, 256))
     _add_reads(app, service, keys, reads)
-    _add_searches(app, service, keys, metrics)
+    _add_searches(app, service, keys, metrics, reads)
     _add_releases(app, service, keys)
     _add_state(app, service, keys, metrics, reads)
     _add_page(app)
@@ -72,33 +78,38 @@ def make_app(service: Service, keys: Keys) -> FastAPI:
 
 def _add_writes(app: FastAPI, service: Service, keys: Keys, writes: Workers) -> None:
     options: dict[str, Any] = {
-        "response_model": WriteAnswer, "dependencies": needs(keys, "write"), "responses": ERRORS, "tags": ["notes"],
+        "response_model": WriteAnswer, "dependencies": needs(keys, "write"), "responses": ERRORS | _WRITTEN,
+        "tags": ["notes"],
     }  # fmt: skip
 
-    async def write(status: int, note_id: str, call: Callable[..., Written], *arguments: Any) -> Response:
+    async def write(
+        status: int, note_id: str, version: int | None, call: Callable[..., Written], *content: Any
+    ) -> Response:
         try:
-            written = await writes.run(call, *arguments)
+            written = await writes.run(call, *content, version, _WRITE_SECONDS)
         except (BadNote, VersionConflict):
             raise
         except ValueError as e:  # of an id or a text that is none
             raise HTTPException(422, str(e)) from None
-        return _written(service, note_id, written, status)
+        if version is not None and written.receipt.version > version:
+            raise HTTPException(409, f"note {note_id!r} has a newer version, {written.receipt.version}, which stays")
+        return _written(service, note_id, written, status if written.receipt.applied else 200)
 
     @app.post("/notes", status_code=201, **options)
     async def write_note(note: NewNote) -> Response:
-        """Write a note. 201: it is found from now on; 202: it is kept, and will be found."""
+        """Write a note. 201: it is found from now on; 200: it was there already; 202: it is kept, and will be found."""
         own = _note(note.note_id, note)
-        return await write(201, note.note_id, service.write, own, note.image, note.version, _WRITE_SECONDS)
+        return await write(201, note.note_id, note.version, service.write, own, note.image)
 
     @app.put("/notes/{note_id}", status_code=201, **options)
     async def replace_note(note_id: Annotated[WrittenId, Path()], note: NoteText, version: Version = None) -> Response:
         """Write a note under this id."""
-        return await write(201, note_id, service.write, _note(note_id, note), note.image, version, _WRITE_SECONDS)
+        return await write(201, note_id, version, service.write, _note(note_id, note), note.image)
 
     @app.delete("/notes/{note_id}", **options)
     async def delete_note(note_id: PathId, version: Version = None) -> Response:
         """A note is gone. It is no longer found."""
-        return await write(200, note_id, service.delete, note_id, version, _WRITE_SECONDS)
+        return await write(200, note_id, version, service.delete, note_id)
 
 
 def _add_reads(app: FastAPI, service: Service, keys: Keys, reads: Workers) -> None:
@@ -117,16 +128,18 @@ def _add_reads(app: FastAPI, service: Service, keys: Keys, reads: Workers) -> No
             not_found_because=service.unusable.get(note_id),
         )  # fmt: skip
 
-    @app.get("/notes/{note_id}/image", responses=ERRORS | {200: {"content": {"image/jpeg": {}}}}, **options)
+    @app.get("/notes/{note_id}/image", responses=ERRORS | _IMAGE, **options)
     async def read_image(note_id: PathId) -> Response:
-        """Its picture, made small."""
-        data = await reads.run(service.cards(service.current).thumbnail, note_id)
-        if data is None:
-            raise HTTPException(404, f"note {note_id!r} has no picture that can be used")
+        """Its picture, made small. 204: it has none that can be used."""
+        cards = service.cards(service.current)
+        if (data := await reads.run(cards.thumbnail, note_id)) is None:
+            if await reads.run(cards.note, note_id) is None:
+                raise HTTPException(404, f"there is no note {note_id!r}")
+            return Response(status_code=204)
         return Response(data, media_type="image/jpeg", headers={"X-Content-Type-Options": "nosniff"})
 
 
-def _add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics) -> None:
+def _add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, reads: Workers) -> None:
     # Each thread of FAISS has a number of threads of its own.
     searches = Workers("search", 2, 256, lambda: faiss.omp_set_num_threads(1))
     options: dict[str, Any] = {
@@ -141,6 +154,8 @@ def _add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics) 
             release = service.release(release_id)
         except KeyError:
             raise HTTPException(404, f"release {release_id!r} is not in memory") from None
+        if min_seq > release.index.delta.view.seq and min_seq > (last := await reads.run(service.log.last_seq)):
+            raise HTTPException(409, f"min_seq = {min_seq} is beyond the end of the log, {last}")
         deadline = time.monotonic() + _MIN_SEQ_SECONDS
         while min_seq > release.index.delta.view.seq:
             if time.monotonic() > deadline:

@@ -94,7 +94,7 @@ def newest_after(write: Write, newest: Entry | None, seq: int, time: datetime) -
             return newest
         version = 1 if newest is None else newest.version + 1
         if version > MAX_VERSION:
-            raise ValueError(f"note {note.note_id!r} has the highest version there is, {MAX_VERSION}.")
+            raise VersionConflict(f"note {note.note_id!r} has the highest version there is, {MAX_VERSION}.")
     elif newest is not None and version < newest.version:
         return newest
     elif newest is not None and version == newest.version:

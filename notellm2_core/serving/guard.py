@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any
 
-from fastapi import Depends, Header
+from fastapi import Depends, Header, Security
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Asked
@@ -15,6 +16,7 @@ MAX_SMALL_BODY_BYTES = 1 << 20
 _WITH_PICTURES = ("/notes", "/similar")
 OPEN = ("/", "/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")  # without a key
 OPEN_BELOW = "/page/"
+_BEARER = HTTPBearer(auto_error=False, description="`notellm2 keys add` prints a key.")
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -74,7 +76,8 @@ def needs(keys: Keys, scope: Scope) -> list[Any]:
         if not keys.allows(found, scope):
             raise HTTPException(403, f"the key has the scope {found}, and this needs {scope}")
 
-    return [Depends(check)]
+    scheme = [Security(_BEARER)] if keys.keys else []  # for the interface's description; `check` does the work
+    return [*scheme, Depends(check)]
 
 
 def _limit(path: str) -> int:

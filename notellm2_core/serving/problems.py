@@ -6,6 +6,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from notellm2_core.serving.embedding import BadNote, EmbedderBusy, EmbedderDied, EmbedderDown
 from notellm2_core.serving.log import LogBusy, LogFull, LogUnavailable, VersionConflict
@@ -46,7 +47,10 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
-        return problem(error.status_code, str(error.detail), dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework names those of one route of the path
+            headers["Allow"] = ", ".join(_methods(request))
+        return problem(error.status_code, str(error.detail), headers)
 
     @app.exception_handler(RequestValidationError)
     async def of_body(request: Request, error: RequestValidationError) -> Response:
@@ -59,3 +63,10 @@ def add_handlers(app: FastAPI) -> None:
 
     for kind in _STATUS:
         app.exception_handler(kind)(of_service)
+
+
+def _methods(request: Request) -> list[str]:
+    """What may be done with the path of a request."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = [route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for methods in found for method in methods})

@@ -1,8 +1,9 @@
 """What the service takes and answers, as JSON: the bodies of its routes, with their limits."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Base64Bytes, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from notellm2_core.config.methods import InputKind
 
@@ -22,23 +23,52 @@ def _id_of_a_path(note_id: str) -> str:
     return note_id
 
 
-NoteId = Annotated[str, Field(min_length=1, max_length=MAX_ID, examples=["n00042"]), AfterValidator(_printable_id)]
-WrittenId = Annotated[NoteId, AfterValidator(_id_of_a_path)]
-K = Annotated[int, Field(ge=1, le=MAX_K, description="Number of hits.")]
-MinSeq = Annotated[int, Field(ge=0, description="Answer only once the log is known up to this place.")]
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 2.0 is a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)  # the last of its annotations: limits before it are part of the schema
+_NO_NUL: JsonDict = {"pattern": r"^[^\u0000]*$"}
+_OF_A_PATH: JsonDict = {"pattern": r"^(?!\.{1,2}$)[^/\u0000]+$"}
+NoteId = Annotated[
+    str,
+    Field(min_length=1, max_length=MAX_ID, examples=["n00042"], json_schema_extra=_NO_NUL),
+    AfterValidator(_printable_id),
+]
+WrittenId = Annotated[NoteId, Field(json_schema_extra=_OF_A_PATH), AfterValidator(_id_of_a_path)]
+K = Annotated[int, Field(ge=1, le=MAX_K, description="Number of hits."), WHOLE]
+MinSeq = Annotated[int, Field(ge=0, description="Answer only once the log is known up to this place."), WHOLE]
 
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+_TEXT: JsonDict = {"type": "string", "pattern": r"\S"}
+_NOT_EMPTY: JsonDict = {  # for readers of the schema; `app` refuses a note that is empty
+    "anyOf": [
+        {"required": ["title"], "properties": {"title": _TEXT}},
+        {"required": ["content"], "properties": {"content": _TEXT}},
+        {"required": ["topics"], "properties": {"topics": {"minItems": 1, "items": _TEXT}}},
+        {"required": ["image"], "properties": {"image": {"type": "string"}}},
+    ]
+}
+
+
 class NoteText(Body):
     """The text and the picture of a note; at least one of them."""
 
-    title: Annotated[str, Field(max_length=MAX_TEXT)] = ""
-    topics: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=MAX_TOPICS)] = []
-    content: Annotated[str, Field(max_length=MAX_TEXT)] = ""
-    image: Annotated[Base64Bytes | None, Field(strict=False, description="The bytes of the picture, in base64.")] = None
+    model_config = ConfigDict(json_schema_extra=_NOT_EMPTY)
+
+    title: Annotated[str, Field(max_length=MAX_TEXT, json_schema_extra=_NO_NUL)] = ""
+    topics: Annotated[
+        list[Annotated[str, Field(max_length=1000, json_schema_extra=_NO_NUL)]], Field(max_length=MAX_TOPICS)
+    ] = []
+    content: Annotated[str, Field(max_length=MAX_TEXT, json_schema_extra=_NO_NUL)] = ""
+    image: Annotated[
+        Base64Bytes | None, Field(strict=False, min_length=1, description="The bytes of the picture, in base64.")
+    ] = None
 
 
 class NewNote(NoteText):
@@ -46,7 +76,7 @@ class NewNote(NoteText):
 
     note_id: WrittenId
     version: Annotated[
-        int | None, Field(ge=0, lt=2**63, description="An older version never replaces a newer one.")
+        int | None, Field(ge=0, lt=2**63, description="An older version never replaces a newer one."), WHOLE
     ] = None
 
 
@@ -74,7 +104,7 @@ class RecallRequest(Body):
     exclude: Annotated[list[NoteId], Field(max_length=MAX_EXCLUDED)] = []
     min_seq: MinSeq = 0
     release: Annotated[str | None, Field(description="One of those in memory; by default the one that answers.")] = None
-    deadline_ms: Annotated[int, Field(ge=1, le=60_000, description="After it, the answer is partial.")] = 1000
+    deadline_ms: Annotated[int, Field(ge=1, le=60_000, description="After it, the answer is partial."), WHOLE] = 1000
 
 
 class HitAnswer(Body):

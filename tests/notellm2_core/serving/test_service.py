@@ -3,9 +3,12 @@
 import base64
 import io
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from notellm2_core.notes.note import Note
 from notellm2_core.release.release import Release
 from notellm2_core.serving.app import make_app
 from notellm2_core.serving.compaction import compact
-from notellm2_core.serving.keys import Keys, add_key
+from notellm2_core.serving.keys import Keys, Scope, add_key
 from notellm2_core.serving.log import NoteLog, Write
 from notellm2_core.serving.service import Service
 from tests.support.cluster import free_port
@@ -133,8 +136,8 @@ def test_texts_and_pictures_of_notes(running: Running) -> None:
     client = running.client
     of_release = client.get("/notes/n01").json()
     assert (of_release["title"], of_release["seq"]) == ("note 1", None)
-    for note_id in ("n03", "n04", "nobody"):  # it has none, it is broken, there is no such note
-        assert client.get(f"/notes/{note_id}/image").status_code == 404
+    for note_id, status in {"n03": 204, "n04": 204, "nobody": 404}.items():  # none, a broken one, no such note
+        assert client.get(f"/notes/{note_id}/image").status_code == status
     assert client.get("/notes/nobody").status_code == 404
     client.post("/notes", json=note("pictured", seed=3))
     for note_id in ("n01", "pictured"):
@@ -181,33 +184,61 @@ def test_the_page_loads_nothing_from_elsewhere(running: Running) -> None:
     assert running.client.get("/page/..%2Fapp.py").status_code == 404
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"none of {', '.join(BROWSERS)} on PATH")
-def test_the_page_in_a_browser(running: Running) -> None:
-    """A search, and the feed of a history, from the page's address; also on a narrow screen."""
+@contextmanager
+def listening(service: Service, keys: Keys) -> Iterator[str]:
+    """The address of a server of the service."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(make_app(running.service, Keys()), port=port, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(make_app(service, keys), port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         wait_for(lambda: server.started)
-        for size in ("1200,900", "360,800"):
-            url = f"http://127.0.0.1:{port}/?q=n01&history=n02,n08,nobody"
-            texts = {"Like n01, release aaaa1111", "note 2<", "because of n0", "not there: nobody", "<img"}
-            assert missing_texts(url, size, texts) == set()
-        assert missing_texts(f"http://127.0.0.1:{port}/?q=red%20tea", "360,800", {"text, release aaaa1111"}) == set()
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join()
 
 
+@pytest.mark.browser
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"none of {', '.join(BROWSERS)} on PATH")
+def test_the_page_in_a_browser(running: Running) -> None:
+    """A search, and the feed of a history, from the page's address; also on a narrow screen."""
+    with listening(running.service, Keys()) as address:
+        for size in ("1200,900", "360,800"):
+            url = f"{address}/?q=n01&history=n02,n08,nobody"
+            texts = {"Like n01, release aaaa1111", "note 2<", "because of n0", "not there: nobody", "<img"}
+            assert missing_texts(url, size, texts) == set()
+        assert missing_texts(f"{address}/?q=red%20tea", "360,800", {"text, release aaaa1111"}) == set()
+
+
+@pytest.mark.parametrize(
+    ("scope", "phases"), [(None, "examples,coverage"), ("admin", "examples,coverage,fuzzing,stateful")]
+)
+def test_the_interface_keeps_what_its_description_says(
+    running: Running, tmp_path: Path, scope: Scope | None, phases: str
+) -> None:
+    """Schemathesis makes requests from the description, right ones and wrong ones, alone and in sequence."""
+    keys, header = Keys(), []
+    if scope is not None:
+        header = ["--header", f"Authorization: Bearer {add_key(tmp_path / 'keys.json', 'test', scope)}"]
+        keys = Keys.load(tmp_path / "keys.json")
+    with listening(running.service, keys) as address:
+        command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json", "--checks", "all"]
+        options = ["--phases", phases, "--max-examples", "4", "--generation-deterministic", *header]
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
 def test_versions_and_repeated_writes(running: Running) -> None:
     client = running.client
-    first = client.post("/notes", json=note("v", version=5)).json()
-    again = client.post("/notes", json=note("v", version=5)).json()
-    assert (first["applied"], again["applied"], again["seq"]) == (True, False, first["seq"])
-    older = client.post("/notes", json=note("v", version=4, content="older")).json()
-    assert (older["applied"], older["version"]) == (False, 5)
+    first, again = (client.post("/notes", json=note("v", version=5)) for _ in range(2))
+    assert (first.status_code, first.json()["applied"]) == (201, True)
+    assert (again.status_code, again.json()["applied"], again.json()["seq"]) == (200, False, first.json()["seq"])
+    for older in (
+        client.post("/notes", json=note("v", version=4, content="older")),
+        client.delete("/notes/v?version=4"),
+    ):
+        assert older.status_code == 409 and "has a newer version, 5, which stays" in older.json()["detail"]
     other = client.post("/notes", json=note("v", version=5, content="other"))
     assert other.status_code == 409 and "version" in other.json()["detail"]
     assert client.get("/notes/v").json()["content"] == "red tea"
@@ -232,7 +263,10 @@ def test_versions_and_repeated_writes(running: Running) -> None:
         ("POST", "/recall", {"history": ["n01"], "merge": "mean"}, 422, "merge"),
         ("POST", "/similar", {}, 422, "neither text nor picture"),
         ("GET", "/notes/nobody/similar", None, 404, "nobody"),
-        ("GET", "/notes/n01/similar?min_seq=99999", None, 503, "not to 99999"),
+        ("GET", "/notes/nobody/image", None, 404, "nobody"),
+        ("PATCH", "/notes/n01", {}, 405, "Not Allowed"),
+        ("GET", "/notes/n01/similar?min_seq=99999", None, 409, "beyond the end of the log"),
+        ("POST", "/recall", {"history": ["n01"], "k": 1.5}, 422, "k"),
         ("POST", "/releases/cccc3333:activate", None, 409, "aaaa1111 stays"),
     ],
 )
@@ -245,6 +279,14 @@ def test_faults_are_told_in_a_sentence(
     assert answer.headers["content-type"] == "application/problem+json"
     assert said in answer.json()["detail"] and answer.json()["status"] == status
     assert running.log.last_seq() == before
+
+
+def test_a_path_names_what_may_be_done_with_it(running: Running) -> None:
+    assert running.client.options("/notes/n01").headers["allow"] == "DELETE, GET, PUT"
+
+
+def test_a_whole_number_may_have_a_point(running: Running) -> None:
+    assert running.client.post("/recall", json={"history": ["n01"], "k": 5.0, "min_seq": 0.0}).status_code == 200
 
 
 def test_lone_surrogates_and_wrong_utf8_are_refused(running: Running) -> None:
