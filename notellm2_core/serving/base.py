@@ -32,12 +32,13 @@ OF_RELEASE = "release"  # in place of a mark
 @dataclass(frozen=True)
 class Base:
     """`cut_seq`: it holds the log's notes up to this entry. `waiting`: entries before it that it does not hold, because
-    the model has not embedded them yet, or cannot.
+    the model has not embedded them yet, or cannot. `mark`: its name.
     """
 
     index: Index
     table: NeighbourTable
     cut_seq: int
+    mark: str
     waiting: tuple[int, ...] = ()
 
     @property
@@ -59,7 +60,7 @@ def open_base(lake: Lake, release: Release, log: NoteLog) -> Base:
     Raises ValueError for files that are damaged, or an answer that is not the golden one, and OSError for files that
     are missing.
     """
-    cut, mark = marked_bases(lake, release, log)[-1]
+    mark, cut = marked_bases(lake, release, log)[-1]
     folder = base_folder(lake, release, mark)
     home = release.path if mark == OF_RELEASE else folder
     index = Index.load(home / INDEX_FOLDER)
@@ -70,7 +71,7 @@ def open_base(lake: Lake, release: Release, log: NoteLog) -> Base:
     table = NeighbourTable.load(folder if mark == OF_RELEASE else folder / TABLE, index)
     require_golden_answers(home / GOLDEN_FILE, index, table.vectors)
     waiting = json.loads((folder / METADATA).read_text())["waiting"] if mark != OF_RELEASE else ()
-    return Base(index, table, cut, tuple(waiting))
+    return Base(index, table, cut, mark, tuple(waiting))
 
 
 def _write_table(release: Release, index: Index, folder: Path) -> None:
@@ -81,13 +82,12 @@ def _write_table(release: Release, index: Index, folder: Path) -> None:
         write_neighbours(index, vectors, draft)
 
 
-def marked_bases(lake: Lake, release: Release, log: NoteLog) -> list[tuple[int, str]]:
-    """The bases of a release for this log: their places in it, and their marks. The newest comes last."""
+def marked_bases(lake: Lake, release: Release, log: NoteLog) -> list[tuple[str, int]]:
+    """The bases of a release for this log: their marks, and their places in it. The newest comes last."""
     folder = lake.root / SERVING_FOLDER / release.id
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     marks = [name for name in names if re.fullmatch("[0-9a-f]{16}", name)]
-    found = log.marked(marks) if marks else {}
-    return sorted([(0, OF_RELEASE), *((seq, mark) for mark, seq in found.items())])
+    return [(OF_RELEASE, 0), *(log.marked(marks) if marks else ())]
 
 
 def base_folder(lake: Lake, release: Release, mark: str) -> Path:

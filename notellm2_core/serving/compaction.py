@@ -92,7 +92,7 @@ def compact(lake: Lake, release: Release, log: NoteLog) -> Compacted:
         golden = golden_queries(index, index.note_ids[rows].tolist(), embeddings.vectors[rows])
         (draft / GOLDEN_FILE).write_text(json.dumps(golden))
         (draft / METADATA).write_text(json.dumps({"waiting": waiting}))
-    for _, mark in marked_bases(lake, release, log)[:-2]:
+    for mark, _ in marked_bases(lake, release, log)[:-2]:
         with suppress(FileNotFoundError):  # another process was quicker, or nobody has needed the table
             remove_folder(base_folder(lake, release, mark))
     log.forget(upto)

@@ -32,6 +32,8 @@ class View:
     def lives(self, numbers: np.ndarray) -> np.ndarray:
         """Whether each of the notes `numbers` is there: a mask of the same shape. -1 is nobody."""
         in_base = numbers < self.num_base
+        if in_base.all() and self.num_base:
+            return (numbers >= 0) & (self.gone_from_base[numbers] > self.version)
         base = self.gone_from_base[np.where(in_base, numbers, 0)] if self.num_base else np.zeros(numbers.shape, int)
         own = np.where(in_base, 0, numbers - self.num_base)
         is_later = ~in_base & (own >= len(self.vectors))  # of a view after this one

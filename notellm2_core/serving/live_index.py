@@ -8,9 +8,9 @@ H: queries, k: hits, N: notes of the release, W: width of the table.
 """
 
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,7 @@ _SPARE = 3.0  # standard deviations of the number of gone notes among the neares
 _SEARCHED_AT_ONCE = 4  # queries between two looks at the clock
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     note_id: str
     score: float
     because: tuple[str, ...] = ()  # the history notes that found it
@@ -61,7 +60,8 @@ class LiveIndex:
         """The k nearest living notes of a unit vector [d], without those of `exclude`."""
         view, numbers = self._snapshot(exclude)
         question = _Question(view, vector[None], k, np.array([*numbers.values()], dtype=np.int64))
-        return self._answer(question, self._search(question, np.zeros(1, np.int64)), np.ones(1))
+        found = self._search(question, np.zeros(1, np.int64))
+        return self._answer(question, [found], np.ones(1))
 
     def similar_to(self, note_id: str, k: int) -> Answer:
         """The k nearest living notes of a note, without itself. Raises KeyError if it is not there."""
@@ -87,12 +87,12 @@ class LiveIndex:
         queries = np.array([numbers[name] for name in names], dtype=np.int64)
         without = np.array([*numbers.values()], dtype=np.int64)
         question = _Question(view, self._vectors(view, queries), k, without)
-        found, rest = self._look_up(question, queries)
-        is_partial = False
+        known, rest = self._look_up(question, queries)
+        found, is_partial = [known], False
         for start in range(0, len(rest), _SEARCHED_AT_ONCE):
             if is_partial := deadline is not None and time.monotonic() > deadline:
                 break
-            found += self._search(question, rest[start : start + _SEARCHED_AT_ONCE])
+            found.append(self._search(question, rest[start : start + _SEARCHED_AT_ONCE]))
         weights = np.array([history[name] for name in names], dtype=np.float64)
         answer = self._answer(question, found, weights, how, names)
         unknown = tuple(note_id for note_id in history if note_id not in numbers)
@@ -115,7 +115,7 @@ class LiveIndex:
         vectors[~in_base] = view.vectors[numbers[~in_base] - view.num_base]
         return vectors
 
-    def _look_up(self, question: "_Question", queries: np.ndarray) -> tuple[list["_Found"], np.ndarray]:
+    def _look_up(self, question: "_Question", queries: np.ndarray) -> tuple["_Found", np.ndarray]:
         """What the table knows of the notes `queries` [H], and the places [R] of those that need a search."""
         view, k = question.view, question.k
         in_table = np.flatnonzero(queries < view.num_base)
@@ -123,14 +123,12 @@ class LiveIndex:
         usable = question.usable(numbers)
         # A row that holds all other notes is enough. Any other row needs k notes that can be used.
         is_enough = (usable.sum(axis=1) >= k) | (numbers.shape[1] >= view.num_base - 1)
-        found = [
-            (int(place), own[use][:k], its_scores[use][:k])
-            for place, own, its_scores, use, enough in zip(in_table, numbers, scores, usable, is_enough, strict=True)
-            if enough
-        ]
-        return found, np.setdiff1d(np.arange(len(queries)), in_table[is_enough])
+        rest = np.setdiff1d(np.arange(len(queries)), in_table[is_enough])
+        if not is_enough.all():
+            in_table, numbers, scores, usable = (part[is_enough] for part in (in_table, numbers, scores, usable))
+        return _first(in_table, numbers, scores, usable, k), rest
 
-    def _search(self, question: "_Question", places: np.ndarray) -> list["_Found"]:
+    def _search(self, question: "_Question", places: np.ndarray) -> "_Found":
         """The k nearest usable notes of the release for the queries at these places, by the index.
 
         The index also finds notes that are gone or left out, so more than k are asked for, and more again if needed.
@@ -138,7 +136,8 @@ class LiveIndex:
         view, without = question.view, question.without
         k = min(question.k, view.num_base - view.num_gone - int(np.count_nonzero(without < view.num_base)))
         if not k:
-            return [(int(place), np.empty(0, np.int64), np.empty(0, np.float32)) for place in places]
+            nothing = np.empty((len(places), 0))
+            return _first(places, nothing.astype(np.int64), nothing, nothing.astype(bool), question.k)
         share = view.num_gone / view.num_base
         num = int(np.ceil(k / (1 - share) + _SPARE * np.sqrt(k * share) / (1 - share))) + min(len(without), k)
         while True:
@@ -148,39 +147,50 @@ class LiveIndex:
             if num >= view.num_base or usable.sum(axis=1).min() >= k:
                 break
             num *= 2
-        rows = zip(places, numbers, scores, usable, strict=True)
-        return [(int(place), own[use][:k], its_scores[use][:k]) for place, own, its_scores, use in rows]
+        return _first(places, numbers, scores, usable, question.k)
 
     def _answer(
         self,
         question: "_Question",
-        found: list["_Found"],
+        searched: Sequence["_Found"],
         weights: np.ndarray,
         how: Merge = "max",
         history: tuple[str, ...] = (),
     ) -> Answer:
-        """Merge what was `found` in the release with the new notes, for the queries that were searched."""
+        """Merge what was found in the release with the new notes, for the queries that were searched."""
         view, k = question.view, question.k
-        found = found + _new_notes(question, found)
-        if not found:
-            return Answer((), view.seq)
-        by = np.concatenate([np.full(len(numbers), place) for place, numbers, _ in found])
-        numbers, scores = (np.concatenate([part[column] for part in found]) for column in (1, 2))
-        merged = merge(by, numbers.astype(np.int64), scores, weights, k, how)
+        found = [*searched, _new_notes(question, searched)]
+        by, numbers, scores = (np.concatenate(column) for column in zip(*(f[:3] for f in found), strict=True))
+        merged = merge(by, numbers, scores, weights, k, how)
         found_by = merged.history if history else [()] * len(merged.candidates)
         hits = [
-            Hit(self._note_id(view, number), score, tuple([history[h] for h in because]))
-            for number, score, because in zip(merged.candidates.tolist(), merged.scores.tolist(), found_by, strict=True)
+            Hit(note_id, score, tuple([history[h] for h in because]))
+            for note_id, score, because in zip(
+                self._note_ids(view, merged.candidates), merged.scores.tolist(), found_by, strict=True
+            )
         ]
         hits.sort(key=lambda hit: (-hit.score, hit.note_id))
         return Answer(tuple(hits[:k]), view.seq)
 
-    def _note_id(self, view: View, number: int) -> str:
-        in_base = number < view.num_base
-        return str(self.index.note_ids[number] if in_base else view.note_ids[number - view.num_base])
+    def _note_ids(self, view: View, numbers: np.ndarray) -> list[str]:
+        in_base = numbers < view.num_base
+        if in_base.all():
+            ids: list[str] = self.index.note_ids[numbers].tolist()
+            return ids
+        own, base = view.note_ids, self.index.note_ids
+        return [base[n] if n < view.num_base else own[n - view.num_base] for n in numbers.tolist()]
 
 
-_Found = tuple[int, np.ndarray, np.ndarray]  # the place of a query; numbers and scores of notes, the best first
+class _Found(NamedTuple):
+    """Who found what: places of queries, numbers and scores of notes [M]; of the queries at `places` [P] the scores of
+    their k-th notes, -inf where there are fewer.
+    """
+
+    queries: np.ndarray
+    numbers: np.ndarray
+    scores: np.ndarray
+    places: np.ndarray
+    floors: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -197,18 +207,30 @@ class _Question:
         return self.view.lives(numbers) & np.isin(numbers, self.without, invert=True)
 
 
-def _new_notes(question: _Question, found: list[_Found]) -> list[_Found]:
-    """The usable notes of the delta that are not behind what was `found` for the same query.
+def _first(places: np.ndarray, numbers: np.ndarray, scores: np.ndarray, usable: np.ndarray, k: int) -> _Found:
+    """The first k usable notes of each row [P, W], the best of which comes first, for the queries at `places` [P]."""
+    rank = usable.cumsum(axis=1, dtype=np.int32)
+    taken = usable & (rank <= k)
+    counts = taken.sum(axis=1)
+    floors = np.full(len(places), -np.inf, np.float32)
+    if (full := np.flatnonzero(counts == k)).size:
+        floors[full] = scores[full, (rank[full] == k).argmax(axis=1)]
+    return _Found(np.repeat(places, counts), numbers[taken].astype(np.int64), scores[taken], places, floors)
 
-    Only queries that were searched have a place in `found`: the others have no new notes either.
+
+def _new_notes(question: _Question, searched: Sequence[_Found]) -> _Found:
+    """The usable notes of the delta that are not behind the k-th note found for the same query.
+
+    Queries that were not searched have no new notes either.
     """
     view = question.view
-    usable = view.living.copy()
-    usable[question.without[question.without >= view.num_base] - view.num_base] = False
-    floors = np.full(len(question.vectors), np.inf, np.float32)
-    for place, _, scores in found:
-        floors[place] = scores[-1] if len(scores) >= question.k else -np.inf
+    floors = np.full((len(question.vectors), 1), np.inf, np.float32)
+    for found in searched:
+        floors[found.places, 0] = found.floors
     scores = question.vectors @ view.vectors.T
-    queries, places = np.nonzero(usable & (scores >= floors[:, None]))
-    spans = pairwise(np.searchsorted(queries, np.arange(len(question.vectors) + 1)))
-    return [(h, view.num_base + places[a:b], scores[h, places[a:b]]) for h, (a, b) in enumerate(spans) if b > a]
+    queries, places = np.divmod(np.flatnonzero(scores >= floors), max(1, len(view.vectors)))
+    usable = view.living
+    usable[question.without[question.without >= view.num_base] - view.num_base] = False
+    keep = usable[places]
+    queries, places = queries[keep], places[keep]
+    return _Found(queries, view.num_base + places, scores[queries, places], queries, floors)

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any, Self
 
 import numpy as np
-from sqlalchemy import Engine, bindparam, delete, exists, insert, or_, select
+from sqlalchemy import Engine, bindparam, delete, exists, func, insert, or_, select
 
 from notellm2_core.serving.database import LogFull, LogUnavailable, connect, migrate, reading, writing
 from notellm2_core.serving.entry import Entry, Receipt, VersionConflict, Write, require_unit_vector
@@ -166,14 +166,15 @@ class NoteLog:
         """A new name for the place after entry `seq`. No other log has it, nor a copy of this one that is older."""
         mark = secrets.token_hex(8)
         with writing(self._engine) as connection:
-            connection.execute(insert(MARKS).values(mark=mark, seq=seq))
+            number = connection.scalar(select(func.count()).select_from(MARKS)) or 0
+            connection.execute(insert(MARKS).values(number=number + 1, mark=mark, seq=seq))
         return mark
 
-    def marked(self, marks: Sequence[str]) -> dict[str, int]:
-        """Those of `marks` that this log has, and their places."""
+    def marked(self, marks: Sequence[str]) -> list[tuple[str, int]]:
+        """Those of `marks` that this log has, and their places, in the order in which they were set."""
+        query = select(MARKS.c.mark, MARKS.c.seq).where(MARKS.c.mark.in_(marks)).order_by(MARKS.c.number)
         with reading(self._engine) as connection:
-            rows = connection.execute(select(MARKS.c.mark, MARKS.c.seq).where(MARKS.c.mark.in_(marks))).all()
-        return {row.mark: row.seq for row in rows}
+            return [(row.mark, row.seq) for row in connection.execute(query)]
 
     def forget(self, upto: int) -> int:
         """Remove the superseded entries up to number `upto`, their vectors, and the images that no entry has any more.

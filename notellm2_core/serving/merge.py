@@ -31,20 +31,27 @@ def merge(
     weighted inner product (max), the sum of the weighted inner products (sum), or the weighted sum of reciprocal ranks
     (rrf).
     """
-    order = np.lexsort((candidates, -scores, history))  # by history note, the best first
+    order = np.argsort(candidates * len(weights) + history)  # by candidate, and of each by history note
     history, candidates, scores = history[order], candidates[order], scores[order]
-    starts = np.searchsorted(history, history, side="left")
-    ranks = np.arange(len(history)) - starts
-    history, candidates, scores, ranks = (part[ranks < k] for part in (history, candidates, scores, ranks))
+    ranks = _ranks(history, scores)
+    if not (is_best := ranks < k).all():
+        history, candidates, scores, ranks = (part[is_best] for part in (history, candidates, scores, ranks))
     gains = weights[history] / (_RRF + 1 + ranks) if how == "rrf" else weights[history] * scores
-    order = np.argsort(candidates, kind="stable")
-    distinct, first = np.unique(candidates[order], return_index=True)
-    reduce = np.maximum if how == "max" else np.add
-    merged = reduce.reduceat(gains[order], first) if len(first) else np.empty(0)
-    best = np.lexsort((distinct, -merged))
-    if len(best) > k:
-        best = best[: np.searchsorted(-merged[best], -merged[best[k - 1]], side="right")]
-    ends = np.append(first[1:], len(order))
-    by = history[order].tolist()  # of each candidate ascending, as they were sorted by history note
-    spans = zip(first[best].tolist(), ends[best].tolist(), strict=True)
+    starts = np.flatnonzero(np.diff(candidates, prepend=-1))  # of the candidates
+    distinct = candidates[starts]
+    merged = (np.maximum if how == "max" else np.add).reduceat(gains, starts) if len(starts) else np.empty(0)
+    kth = np.partition(merged, -k)[-k] if len(merged) > k else -np.inf
+    best = np.flatnonzero(merged >= kth)
+    best = best[np.argsort(-merged[best], kind="stable")]  # the candidates ascend
+    by, ends = history.tolist(), np.append(starts[1:], len(history))
+    spans = zip(starts[best].tolist(), ends[best].tolist(), strict=True)
     return Merged(distinct[best], merged[best].astype(np.float32), tuple(by[a:b] for a, b in spans))
+
+
+def _ranks(history: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Of each found note [M], its rank among those of the same history note, from 0."""
+    order = np.argsort(4.0 * history - scores, kind="stable")  # inner products of unit vectors differ by less than 4
+    ordered = history[order]
+    ranks = np.empty(len(history), np.int64)
+    ranks[order] = np.arange(len(history)) - np.searchsorted(ordered, ordered)
+    return ranks

@@ -181,7 +181,7 @@ class Service:
         with self._switching:
             for before in self._served:
                 dataset = open_release(self.lake, before.release.id)
-                if marked_bases(self.lake, dataset, self.log)[-1][0] <= before.release.base.cut_seq:
+                if marked_bases(self.lake, dataset, self.log)[-1][0] == before.release.base.mark:
                     continue
                 try:
                     later = before.release.with_base(open_base(self.lake, dataset, self.log))

@@ -64,6 +64,7 @@ VECTORS = Table(
 MARKS = Table(
     "log_marks",
     METADATA,
-    Column("mark", String(16), primary_key=True),  # random, in hexadecimal digits
+    Column("number", Integer, primary_key=True, autoincrement=False),  # 1, 2, ...
+    Column("mark", String(16), nullable=False, unique=True),  # random, in hexadecimal digits
     Column("seq", BigInteger, nullable=False),  # the last entry when it was set
 )

@@ -76,7 +76,7 @@ def opened(folder: Path) -> Iterator[tuple[Lake, Release, NoteLog]]:
 
 
 def newest_cut(lake: Lake, release: Release, log: NoteLog) -> int:
-    return marked_bases(lake, release, log)[-1][0]
+    return marked_bases(lake, release, log)[-1][1]
 
 
 def write(note_id: str, title: str, embedded: bool = True, deleted: bool = False) -> Write:
@@ -137,10 +137,19 @@ def test_what_a_compaction_says_and_leaves(tmp_path: Path) -> None:
             done = compact(lake, release, log)
             assert done == Compacted(log.last_seq(), NUM_NOTES + 1 - number, 2, 1)
         kept = [path.name for path in (lake.root / "serving" / release.id).iterdir()]
-        assert sorted(log.marked(kept).values()) == [7, 9] and len(kept) == 2 and log.last_seq() == 9
+        assert [seq for _, seq in log.marked(kept)] == [7, 9] and len(kept) == 2 and log.last_seq() == 9
         assert [entry.note.note_id for entry in log.tail(0)] == ["n1", "slow", "n2", "n3", "x", "n4"]
         assert str(done) == "2 notes of the log up to 9 taken in, 5 in all; 1 notes wait for the model"
         assert str(Compacted(9, 5, 0, 0)) == "nothing new"
+
+
+def test_a_vector_that_comes_later_makes_a_newer_base_at_the_same_place(tmp_path: Path) -> None:
+    with opened(tmp_path) as (lake, release, log):
+        log.append([write("x", "x"), write("slow", "s", embedded=False)])
+        assert compact(lake, release, log).num_waiting == 1
+        log.put_vectors(WEIGHTS, {2: unit("s")})
+        assert compact(lake, release, log) == Compacted(2, NUM_NOTES + 2, 1, 0)
+        assert "slow" in open_base(lake, release, log).index.rows
 
 
 def test_the_base_of_one_log_is_not_that_of_another(tmp_path: Path) -> None:
@@ -191,7 +200,7 @@ def test_a_damaged_base_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path) as (lake, release, log):
         log.append([write("x", "x")])
         compact(lake, release, log)
-        file = base_folder(lake, release, marked_bases(lake, release, log)[-1][1]) / INDEX_FOLDER / "index.faiss"
+        file = base_folder(lake, release, marked_bases(lake, release, log)[-1][0]) / INDEX_FOLDER / "index.faiss"
         file.write_bytes(file.read_bytes()[:-4] + b"\1\2\3\4")
         with pytest.raises(ValueError, match=r"index\.faiss does not match its checksum"):
             open_base(lake, release, log)

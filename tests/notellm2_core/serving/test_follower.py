@@ -76,7 +76,7 @@ def live_release(tmp_path: Path, model: Model, cut_seq: int = 0, waiting: tuple[
     vectors = np.stack([unit(100 + n) for n in range(6)])
     index = make_index(Embeddings(tuple(f"n{n}" for n in range(6)), vectors, Path("x")), IndexSettings(factory="Flat"))
     write_neighbours(index, vectors, tmp_path / "table")
-    base = Base(index, NeighbourTable.load(tmp_path / "table", index), cut_seq, waiting)
+    base = Base(index, NeighbourTable.load(tmp_path / "table", index), cut_seq, "mark", waiting)
     live = LiveIndex(index, base.table, base.seq)
     return LiveRelease("release", "2025-01-05", "weights", base, live, model, None)  # type: ignore[arg-type]
 

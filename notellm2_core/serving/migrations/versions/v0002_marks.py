@@ -10,6 +10,7 @@ down_revision = "0001"
 def upgrade() -> None:
     op.create_table(
         "log_marks",
-        sa.Column("mark", sa.String(16), primary_key=True),
+        sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("mark", sa.String(16), nullable=False, unique=True),
         sa.Column("seq", sa.BigInteger, nullable=False),
     )
