@@ -4,6 +4,7 @@ torch shares neither the interpreter nor the caches of the processor with the se
 embedded makes the next batch, so a single caller never waits for others, and many callers share the model's time.
 """
 
+import logging
 import multiprocessing
 import queue
 import threading
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _START_SECONDS = 300.0  # for the model to load
 _ENDED = "the model's process was ended"
 _IDLE_SECONDS = 0.5  # between two looks whether it is to end
+_LOGGER = logging.getLogger(__name__)
 
 
 class EmbedderBusy(RuntimeError):
@@ -69,24 +71,34 @@ class _Job:
 class EmbeddingProcess:
     """Any number of threads submit notes."""
 
-    def __init__(self, model: Path, max_waiting: int = 256, batch_notes: int = 16) -> None:
-        """Loads the model's folder; raises ValueError if it cannot be used."""
+    def __init__(self, model: Path, waits: bool = True, max_waiting: int = 256, batch_notes: int = 16) -> None:
+        """Loads the model's folder. waits: until it is loaded; raises ValueError then if it cannot be used.
+
+        Otherwise notes wait until it is; if it cannot be used, they have EmbedderDown, and it is tried again.
+        """
         self._model, self._batch_notes = model, batch_notes
         self._waiting: queue.Queue[_Job] = queue.Queue(max_waiting)
         self._closing, self._closed, self._stop = threading.Lock(), False, threading.Event()
         self._process: BaseProcess | None = None
-        try:
-            self._start()
-        except (ValueError, OSError):
-            self._kill()
-            raise
-        self._is_running = True
+        self._is_running = False
+        self._launch()
+        if waits:
+            try:
+                self._await_model()
+            except (ValueError, OSError):
+                self._kill()
+                raise
         self._thread = threading.Thread(target=self._dispatch, name="embedding", daemon=True)
         self._thread.start()
 
     @property
     def num_waiting(self) -> int:
         return self._waiting.qsize()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the model is loaded."""
+        return self._is_running
 
     def submit(self, note: Note, image: bytes | None = None, inputs: InputKind = "multimodal") -> "Future[Embedded]":
         """Embed a note by these inputs. The result has BadNote for one that cannot be embedded.
@@ -117,14 +129,17 @@ class EmbeddingProcess:
             self._process.kill()
             self._process.join()
 
-    def _start(self) -> None:
-        """Start the process, and wait until it has loaded the model. Raises ValueError or OSError if it cannot."""
+    def _launch(self) -> None:
+        """Start the process, which then loads the model."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._model), name="embedder", daemon=True)
         process.start()
         self._process = process
         theirs.close()
+
+    def _await_model(self) -> None:
+        """Wait until the process has loaded the model. Raises ValueError or OSError if it cannot."""
         if not self._pipe.poll(_START_SECONDS):
             raise ValueError(f"the model {self._model} did not load in {_START_SECONDS:.0f} s")
         try:
@@ -133,8 +148,15 @@ class EmbeddingProcess:
             raise ValueError(f"the process that loads the model {self._model} ended") from None
         if problem is not None:
             raise ValueError(problem)
+        self._is_running = True
 
     def _dispatch(self) -> None:
+        if not self._is_running:
+            try:
+                self._await_model()
+            except (ValueError, OSError) as e:
+                if not self._stop.is_set():
+                    _LOGGER.error("notes cannot be embedded now: %s", e)
         while not self._stop.is_set():
             if jobs := [job for job in self._next_jobs() if job.done.set_running_or_notify_cancel()]:
                 try:
@@ -162,8 +184,8 @@ class EmbeddingProcess:
             return
         if not self._is_running:
             self._kill()
-            self._start()
-            self._is_running = True
+            self._launch()
+            self._await_model()
         try:
             self._pipe.send([(job.note, job.image, job.inputs) for job in jobs])
             results = self._pipe.recv()

@@ -25,15 +25,16 @@ class LiveRelease:
     notes: Path | None  # the table of the notes that it was made of; None: it is no longer in the lake
 
     @classmethod
-    def open(cls, lake: Lake, release: Release, log: NoteLog) -> "LiveRelease":
+    def open(cls, lake: Lake, release: Release, log: NoteLog, waits: bool = True) -> "LiveRelease":
         """Load a release with its newest base, start its model, and ask the golden queries.
 
-        Raises ValueError, in one sentence, if a file is damaged or missing, or if an answer is not the golden one.
+        waits: until the model is loaded. Raises ValueError, in one sentence, if a file is damaged or missing, if an
+        answer is not the golden one, or if the model cannot be loaded.
         """
         try:
             release.verify()
             base = open_base(lake, release, log)
-            model = EmbeddingProcess(release.path / "model")
+            model = EmbeddingProcess(release.path / "model", waits)
         except OSError as e:
             raise ValueError(f"release {release.id} cannot be opened: {e}") from None
         live = LiveIndex(base.index, base.table, base.seq)

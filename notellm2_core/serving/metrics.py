@@ -51,6 +51,7 @@ class Metrics:
             "notellm2_new_notes": (int(view.living.sum()), "Living notes that are newer than the release."),
             "notellm2_new_notes_places": (len(view.vectors), "Their places, with those of notes that are gone."),
             "notellm2_gone_notes": (view.num_gone, "Notes of the release that are gone or were written again."),
+            "notellm2_model_loaded": (float(release.model.is_running), "Whether new notes can be embedded."),
             "notellm2_embedding_waiting": (release.model.num_waiting, "Notes that wait for the model."),
             "notellm2_releases": (len(service.releases), "Releases in memory."),
         }

@@ -58,11 +58,13 @@ class Service:
     def __init__(self, lake: Lake, log: NoteLog, release_id: str, source: Path | None = None) -> None:
         """Open the release, and begin to follow the log. source: the folder of the notes' pictures; None: not here.
 
+        Answers do not wait for the model to be loaded; new notes do.
+
         Raises ValueError if the release cannot be used.
         """
         self.lake, self.log, self._source = lake, log, source
         at_start = log.last_seq()
-        release = LiveRelease.open(lake, open_release(lake, release_id), log)
+        release = LiveRelease.open(lake, open_release(lake, release_id), log, waits=False)
         self._commit = GroupCommit(log)
         self._wake, self._applied, self._switching = threading.Event(), threading.Condition(), threading.Lock()
         self._served: tuple[_Served, ...] = (self._followed(release),)
