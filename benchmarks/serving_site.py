@@ -64,7 +64,16 @@ class Site:
     @contextmanager
     def serving(self, port: int, output: Path) -> Iterator[subprocess.Popen[bytes]]:
         """`notellm2 serve`, ready; killed at the end."""
-        command = [sys.executable, "-W", "ignore", "-m", "notellm2_core.cli", "serve", "--config", self.config_file]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "notellm2_core.cli",
+            "serve",
+            "--config",
+            str(self.config_file),
+        ]
         with output.open("ab") as out:
             process = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=out, cwd=ROOT)
         try:

@@ -57,6 +57,12 @@ class ServingSettings(Section):
         description="URL of the log of notes, `sqlite:///FILE` or `postgresql://HOST/DATABASE`; a password comes from "
         "PGPASSWORD. null: a file beside the ledger.",
     )
+    events: Path | None = Field(
+        None,
+        description="Folder for what users saw and did (`POST /events`), as Parquet files of the "
+        "[contract](own_data.md); with `events` of the source folder, the next week is trained on them. null: events "
+        "are not taken.",
+    )
 
 
 class ReportSettings(Section):

@@ -5,8 +5,12 @@ threads beside the event loop, which only reads and writes; the model has a proc
 """
 
 import asyncio
+import random
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -20,6 +24,8 @@ from starlette.exceptions import HTTPException
 from notellm2_core import __version__
 from notellm2_core.notes.note import Note
 from notellm2_core.serving.embedding import BadNote
+from notellm2_core.serving.events import Event, keep_events
+from notellm2_core.serving.experiment import team_draft
 from notellm2_core.serving.guard import Guard, needs
 from notellm2_core.serving.keys import Keys
 from notellm2_core.serving.live_index import Answer
@@ -28,8 +34,10 @@ from notellm2_core.serving.log import VersionConflict
 from notellm2_core.serving.metrics import Metrics, Timed
 from notellm2_core.serving.problems import ERRORS, add_handlers
 from notellm2_core.serving.requests import (
+    EventsAnswer,
     K,
     MinSeq,
+    NewEvents,
     NewNote,
     NoteAnswer,
     NoteId,
@@ -59,8 +67,8 @@ PathId = Annotated[NoteId, Path()]
 Version = Annotated[int | None, Query(ge=0, lt=2**63)]
 
 
-def make_app(service: Service, keys: Keys) -> FastAPI:
-    """The application. It does not close the service."""
+def make_app(service: Service, keys: Keys, takes_events: bool = False) -> FastAPI:
+    """The application. It does not close the service. takes_events: somebody writes them to files."""
     app = FastAPI(title="NoteLLM-2", version=__version__, summary="Multimodal item-to-item recall.")
     metrics = Metrics(service)
     app.add_middleware(Guard, keys=keys)
@@ -70,6 +78,7 @@ def make_app(service: Service, keys: Keys) -> FastAPI:
     _add_writes(app, service, keys, Workers("write", 64, 256))
     _add_reads(app, service, keys, reads)
     _add_searches(app, service, keys, metrics, reads)
+    _add_events(app, service, keys, takes_events)
     _add_releases(app, service, keys)
     _add_state(app, service, keys, metrics, reads)
     _add_page(app)
@@ -189,14 +198,44 @@ def _add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, 
     async def recall(body: RecallRequest) -> Response:
         """Recommendations for a history: the neighbours of its notes, merged."""
         deadline = time.monotonic() + body.deadline_ms / 1000
-        by = await release_up_to(body.min_seq, body.release)
+        chosen = [body.release] if body.release else service.releases_of(body.user_id)
+        by = [await release_up_to(body.min_seq, release_id) for release_id in chosen]
         history = {
             n if isinstance(n, str) else n.note_id: 1.0 if isinstance(n, str) else n.weight for n in body.history
         }
-        exclude = frozenset(body.exclude)
-        answer = await searches.run(by.index.recall, history, body.k, body.merge, exclude, deadline)
+        exclude, answer_id = frozenset(body.exclude), secrets.token_hex(8)
+        answers = [
+            await searches.run(release.index.recall, history, body.k, body.merge, exclude, deadline) for release in by
+        ]
+        answer, found_by = answers[0], None
+        if len(answers) == 2:
+            hits, is_second = team_draft(answers[0].hits, answers[1].hits, body.k, random.Random(answer_id))
+            answer, found_by = replace(answer, hits=tuple(hits)), [by[second].id for second in is_second]
         metrics.count(answer, len(history), body.k)
-        return _answer(by.id, answer)
+        return _answer(by[0].id, answer, answer_id, found_by)
+
+
+def _add_events(app: FastAPI, service: Service, keys: Keys, takes_events: bool) -> None:
+    writes = Workers("events", 2, 256)
+
+    @app.post(
+        "/events", response_model=EventsAnswer, dependencies=needs(keys, "write"), responses=ERRORS, tags=["events"]
+    )
+    async def write_events(body: NewEvents) -> EventsAnswer:
+        """What users saw and did. The next weekly run reads it, and an experiment is judged by it."""
+        if not takes_events:
+            raise HTTPException(409, "this service keeps no events: its configuration sets no serving.events")
+        now = time.time()
+        events = [
+            Event(
+                event.user_id, event.note_id, event.event,
+                datetime.fromtimestamp(now if event.timestamp is None else event.timestamp, UTC).replace(tzinfo=None),
+                event.answer, event.release,
+            )
+            for event in body.events
+        ]  # fmt: skip
+        await writes.run(keep_events, service.log, events)
+        return EventsAnswer(kept=len(events))
 
 
 def _add_releases(app: FastAPI, service: Service, keys: Keys) -> None:
@@ -267,15 +306,19 @@ def _note(note_id: str, body: NoteText) -> Note:
     return Note(note_id, body.title, topics, body.content)
 
 
-def _answer(release: str, answer: Answer) -> Response:
-    hits = [{"note_id": hit.note_id, "score": round(hit.score, 6), "because": hit.because} for hit in answer.hits]
+def _answer(
+    release: str, answer: Answer, answer_id: str | None = None, found_by: Sequence[str] | None = None
+) -> Response:
+    """found_by: the release of each hit, where two are interleaved."""
+    hits: list[dict[str, Any]] = [
+        {"note_id": hit.note_id, "score": round(hit.score, 6), "because": hit.because} for hit in answer.hits
+    ]
+    for hit, by in zip(hits, found_by or (), strict=False):
+        hit["release"] = by
     body = {
-        "release": release,
-        "seq": answer.seq,
-        "hits": hits,
-        "unknown": answer.unknown,
+        "answer": answer_id, "release": release, "seq": answer.seq, "hits": hits, "unknown": answer.unknown,
         "partial": answer.is_partial,
-    }
+    }  # fmt: skip
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from notellm2_core.serving.keys import SCOPES, Keys, add_key
 
 PORT = 8080
+KINDS = ("ab", "interleave")  # of experiments; here, because the parser imports no more than it needs
 
 
 def add_serving_commands(commands: Any) -> None:
@@ -23,12 +24,23 @@ def add_serving_commands(commands: Any) -> None:
     serve.add_argument("--keys", type=Path, help="file of keys; without one, only this machine is listened to")
     serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     serve.add_argument("--port", type=int, default=PORT, help="default: %(default)s")
+    serve.add_argument("--experiment", choices=KINDS, help="two releases beside each other, on a share of the users")
+    serve.add_argument("--challenger", help="id of the second release of an experiment")
+    serve.add_argument("--share", type=float, default=0.5, help="of the users; default: %(default)s")
     serve.set_defaults(run=_serve)
 
     compact = commands.add_parser("compact", help="make the notes of the log part of the releases that are served")
     compact.add_argument("--config", type=Path, help="their configuration; default: NOTELLM2_CONFIG")
     compact.add_argument("--log", help=log)
     compact.set_defaults(run=_compact)
+
+    experiments = commands.add_parser("experiments", help="what an experiment of the service says")
+    experiments.add_argument("what", choices=KINDS, help="ab: a release per user; interleave: lists of both")
+    experiments.add_argument("--config", type=Path, help="that of the service; default: NOTELLM2_CONFIG")
+    experiments.add_argument("--champion", required=True, help="id of the release that most users had")
+    experiments.add_argument("--challenger", required=True, help="id of the other release")
+    experiments.add_argument("--events", type=Path, help="folder of the events; default: serving.events")
+    experiments.set_defaults(run=_report)
 
     keys = commands.add_parser("keys", help="add a key of the service, and print it once")
     keys.add_argument("action", choices=["add"])
@@ -44,12 +56,16 @@ def _add_key(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     keys = Keys() if options.keys is None else Keys.load(options.keys)
+    if (options.experiment is None) != (options.challenger is None):
+        raise ValueError("--experiment and --challenger belong together")
     require_local_or_keys(options.host, keys)
     try:
         import uvicorn
         from threadpoolctl import threadpool_limits
 
         from notellm2_core.serving.app import make_app
+        from notellm2_core.serving.events import EventWriter
+        from notellm2_core.serving.experiment import Experiment
         from notellm2_core.serving.log import NoteLog
         from notellm2_core.serving.service import Service
         from notellm2_core.serving.watcher import Watcher
@@ -70,9 +86,15 @@ def _serve(options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         log = stack.enter_context(closing(NoteLog.open(log_url(config, ledger, options.log))))
         service = stack.enter_context(closing(Service(lake, log, release, Catalog(config).source)))
+        if options.experiment is not None:
+            service.begin(Experiment(options.experiment, options.challenger, options.share))
         stack.enter_context(closing(Watcher(service, ledger, follows_champion=options.release is None)))
+        events = config.serving.events
+        if events is not None:
+            stack.enter_context(closing(EventWriter(log, events)))
         threadpool_limits(1, "blas")  # products of small matrices, on the threads that search
-        uvicorn.run(make_app(service, keys), host=options.host, port=options.port, log_level="warning")
+        app = make_app(service, keys, takes_events=events is not None)
+        uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
 
 
 def _compact(options: argparse.Namespace) -> None:
@@ -88,6 +110,25 @@ def _compact(options: argparse.Namespace) -> None:
         print(f"{release_id}: {result}")
     if not compacted:
         print(f"no release of {config.name} has been served yet")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from notellm2_core.config.load import config_in_force
+    from notellm2_core.config.source import EventSettings
+    from notellm2_core.lake.lake import Lake
+    from notellm2_core.release.release import open_release
+    from notellm2_core.retrieval.index import Index
+    from notellm2_core.schema import INDEX_FOLDER
+    from notellm2_core.serving.experiment_report import compare, preference, read_exposures, to_markdown
+
+    config = config_in_force(str(options.config or ""))
+    if (folder := options.events or config.serving.events) is None:
+        raise ValueError("name the folder of the events: --events, or serving.events")
+    champion, challenger = (open_release(Lake(config.lake), i) for i in (options.champion, options.challenger))
+    exposures = read_exposures(folder, champion.id, challenger.id, EventSettings.of(config.source))
+    notes = Index.load(champion.path / INDEX_FOLDER).rows.keys()
+    won = preference(exposures) if options.what == "interleave" else None
+    print(to_markdown(compare(exposures, notes, len(notes)), won, exposures))
 
 
 def require_local_or_keys(host: str, keys: Keys) -> None:

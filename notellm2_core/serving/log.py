@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import numpy as np
-from sqlalchemy import Engine, bindparam, delete, exists, func, insert, or_, select
+from sqlalchemy import Connection, Engine, bindparam, delete, exists, func, insert, or_, select
 
 from notellm2_core.serving.database import LogFull, LogUnavailable, connect, migrate, reading, writing
 from notellm2_core.serving.entry import Entry, Receipt, VersionConflict, Write, require_unit_vector
@@ -80,6 +81,14 @@ class NoteLog:
     def close(self) -> None:
         """Close the connections that no call is using."""
         self._engine.dispose()
+
+    def writing(self) -> AbstractContextManager[Connection]:
+        """A transaction of the database that writes: the only one at its time. It is on the disk after the block."""
+        return writing(self._engine)
+
+    def reading(self) -> AbstractContextManager[Connection]:
+        """A connection of the database that reads what is committed."""
+        return reading(self._engine)
 
     def append(self, writes: Sequence[Write]) -> list[Receipt]:
         """Write all notes or none, in this order. They are on the disk when this returns.

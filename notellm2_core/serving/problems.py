@@ -1,5 +1,6 @@
 """Errors as problem+json (RFC 9457): a status, and a sentence that says what is wrong."""
 
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -54,8 +55,9 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_body(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        return problem(422, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+        found = max(error.errors(), key=lambda e: len(e["loc"]))  # of a value of two kinds, the one that fits it better
+        names = [str(part) for part in found["loc"] if isinstance(part, int) or re.fullmatch("[a-z_]+", part)]
+        return problem(422, f"{'.'.join(names)}: {found['msg']}")
 
     async def of_service(request: Request, error: Exception) -> Response:
         kind = next(kind for kind in _STATUS if isinstance(error, kind))

@@ -7,14 +7,15 @@ from pydantic.config import JsonDict
 
 from notellm2_core.config.methods import InputKind
 
-MAX_K, MAX_HISTORY, MAX_EXCLUDED, MAX_ID = 1000, 500, 10_000, 128
+MAX_K, MAX_HISTORY, MAX_EXCLUDED, MAX_ID, MAX_EVENTS = 1000, 500, 10_000, 128, 1000
 MAX_TEXT, MAX_TOPICS = 100_000, 100
+MAX_TIME = 4_102_444_800  # 2100-01-01
 
 
-def _printable_id(note_id: str) -> str:
-    if "\0" in note_id or any("\ud800" <= character <= "\udfff" for character in note_id):
-        raise ValueError("an id has neither NUL nor lone surrogates")
-    return note_id
+def _printable(text: str) -> str:
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("it has a NUL or a lone surrogate")
+    return text
 
 
 def _id_of_a_path(note_id: str) -> str:
@@ -28,13 +29,15 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+_PRINTABLE = AfterValidator(_printable)
+_PRINTABLE_OR_NULL = AfterValidator(lambda text: None if text is None else _printable(text))
 WHOLE = BeforeValidator(_whole)  # the last of its annotations: limits before it are part of the schema
 _NO_NUL: JsonDict = {"pattern": r"^[^\u0000]*$"}
 _OF_A_PATH: JsonDict = {"pattern": r"^(?!\.{1,2}$)[^/\u0000]+$"}
 NoteId = Annotated[
     str,
     Field(min_length=1, max_length=MAX_ID, examples=["n00042"], json_schema_extra=_NO_NUL),
-    AfterValidator(_printable_id),
+    _PRINTABLE,
 ]
 WrittenId = Annotated[NoteId, Field(json_schema_extra=_OF_A_PATH), AfterValidator(_id_of_a_path)]
 K = Annotated[int, Field(ge=1, le=MAX_K, description="Number of hits."), WHOLE]
@@ -92,13 +95,14 @@ class SimilarRequest(NoteText):
 
 class HistoryNote(Body):
     note_id: NoteId
-    weight: Annotated[float, Field(gt=0, le=1e6, strict=False)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
 
 
 class RecallRequest(Body):
     """A user's history."""
 
     history: Annotated[list[NoteId | HistoryNote], Field(min_length=1, max_length=MAX_HISTORY)]
+    user_id: Annotated[NoteId | None, Field(description="Whose it is: an experiment chooses by it.")] = None
     k: K = 100
     merge: Literal["max", "sum", "rrf"] = "max"
     exclude: Annotated[list[NoteId], Field(max_length=MAX_EXCLUDED)] = []
@@ -107,15 +111,48 @@ class RecallRequest(Body):
     deadline_ms: Annotated[int, Field(ge=1, le=60_000, description="After it, the answer is partial."), WHOLE] = 1000
 
 
+class NewEvent(Body):
+    """A user saw a note, or did something with it."""
+
+    user_id: NoteId
+    note_id: NoteId
+    event: Annotated[
+        str, Field(min_length=1, max_length=MAX_ID, examples=["view", "click"], json_schema_extra=_NO_NUL), _PRINTABLE
+    ]
+    timestamp: Annotated[float | None, Field(ge=0, le=MAX_TIME, description="Unix time in seconds; null: now.")] = None
+    answer: Annotated[
+        str | None,
+        Field(max_length=64, description="`answer` of the recall that showed it.", json_schema_extra=_NO_NUL),
+        _PRINTABLE_OR_NULL,
+    ] = None
+    release: Annotated[
+        str | None,
+        Field(max_length=MAX_ID, description="`release` of the hit, or of the answer.", json_schema_extra=_NO_NUL),
+        _PRINTABLE_OR_NULL,
+    ] = None
+
+
+class NewEvents(Body):
+    """Events, at most a thousand at a time."""
+
+    events: Annotated[list[NewEvent], Field(min_length=1, max_length=MAX_EVENTS)]
+
+
+class EventsAnswer(Body):
+    kept: int = Field(description="Events that are on the disk now.")
+
+
 class HitAnswer(Body):
     note_id: str
     score: float
     because: list[str] = Field([], description="The history notes that found it.")
+    release: str | None = Field(None, description="The release that found it, where two are interleaved.")
 
 
 class SearchAnswer(Body):
     """Hits, the best first."""
 
+    answer: str | None = Field(None, description="Its id, of a recall: events about its hits name it.")
     release: str
     seq: int = Field(description="The log was known up to this place.")
     hits: list[HitAnswer]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from notellm2_core.notes.note import Note
 from notellm2_core.release.release import open_release
 from notellm2_core.serving.base import marked_bases, open_base
 from notellm2_core.serving.cards import Cards
+from notellm2_core.serving.experiment import Experiment
 from notellm2_core.serving.follower import Follower
 from notellm2_core.serving.live_release import LiveRelease
 from notellm2_core.serving.log import GroupCommit, LogUnavailable, NoteLog, Receipt, Write
@@ -70,6 +71,7 @@ class Service:
         self._served: tuple[_Served, ...] = (self._followed(release),)
         self._arriving: tuple[Follower, ...] = ()  # of a release that is not in memory for searches yet
         self._cards: dict[str, Cards] = {}
+        self.experiment: Experiment | None = None
         self._at_start, self._was_ready, self._closed = at_start, False, False
         self.num_failures = 0  # times that the log could not be followed
         self.num_refused = 0  # times that a champion, or a new base, could not be taken
@@ -92,6 +94,30 @@ class Service:
             if release_id in (None, release.id):
                 return release
         raise KeyError(release_id)
+
+    def releases_of(self, user_id: str | None) -> list[str]:
+        """The releases that a user's answer is made from: one, or two to be interleaved, the champion first.
+
+        An experiment ends where its challenger answers for all, or is no longer in memory.
+        """
+        current, experiment = self.current.id, self.experiment
+        in_memory = {release.id for release in self.releases} - {current}
+        if experiment is None or user_id is None or experiment.challenger not in in_memory:
+            return [current]
+        if not experiment.includes(user_id):
+            return [current]
+        return [experiment.challenger] if experiment.kind == "ab" else [current, experiment.challenger]
+
+    def begin(self, experiment: Experiment, seconds: float = 3600.0) -> None:
+        """Load the challenger beside the release that answers. Raises as `activate`."""
+        with self._switching:
+            found = open_release(self.lake, experiment.challenger)
+            if found.id not in {release.id for release in self.releases}:
+                self._forget(self._served[1:])
+                served = self._followed(LiveRelease.open(self.lake, found, self.log))
+                self._catch_up(served, seconds)
+                self._served = (*self._served, served)
+            self.experiment = replace(experiment, challenger=found.id)
 
     def cards(self, release: LiveRelease) -> Cards:
         """Texts and pictures of the notes of a release, and of those in the log."""

@@ -68,3 +68,17 @@ MARKS = Table(
     Column("mark", String(16), nullable=False, unique=True),  # random, in hexadecimal digits
     Column("seq", BigInteger, nullable=False),  # the last entry when it was set
 )
+
+EVENTS = Table(
+    "log_events",
+    METADATA,
+    Column("number", BigInteger().with_variant(Integer(), "sqlite"), primary_key=True),
+    Column("user_id", String(128), nullable=False),
+    Column("note_id", String(128), nullable=False),
+    Column("event", String(128), nullable=False),
+    Column("timestamp", DateTime, nullable=False),  # UTC
+    Column("answer", String(64)),  # the answer that showed the note
+    Column("release", String(128)),  # the release that found the note
+    Column("batch", String(16)),  # the file that it is written to; NULL: it waits for one
+    Index("log_event_batches", "batch"),
+)

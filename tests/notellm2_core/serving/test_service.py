@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
@@ -24,6 +25,8 @@ from notellm2_core.notes.note import Note
 from notellm2_core.release.release import Release
 from notellm2_core.serving.app import make_app
 from notellm2_core.serving.compaction import compact
+from notellm2_core.serving.events import write_event_files
+from notellm2_core.serving.experiment import Experiment
 from notellm2_core.serving.keys import Keys, Scope, add_key
 from notellm2_core.serving.log import NoteLog, Write
 from notellm2_core.serving.service import Service
@@ -64,6 +67,7 @@ def running(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     """One service for all tests: each starts a process with a model. A test writes notes of names of its own."""
     log = NoteLog.open(f"sqlite:///{tmp_path_factory.mktemp('log') / 'log.db'}")
     service = Service(site.lake, log, site.first.id, site.source)
+    wait_for(lambda: service.current.model.is_running)
     with TestClient(make_app(service, Keys()), base_url=URL) as client:
         yield Running(service, client, log)
     service.close()
@@ -185,10 +189,10 @@ def test_the_page_loads_nothing_from_elsewhere(running: Running) -> None:
 
 
 @contextmanager
-def listening(service: Service, keys: Keys) -> Iterator[str]:
+def listening(service: Service, keys: Keys, takes_events: bool = False) -> Iterator[str]:
     """The address of a server of the service."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(make_app(service, keys), port=port, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(make_app(service, keys, takes_events), port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
@@ -222,7 +226,7 @@ def test_the_interface_keeps_what_its_description_says(
     if scope is not None:
         header = ["--header", f"Authorization: Bearer {add_key(tmp_path / 'keys.json', 'test', scope)}"]
         keys = Keys.load(tmp_path / "keys.json")
-    with listening(running.service, keys) as address:
+    with listening(running.service, keys, takes_events=True) as address:
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json", "--checks", "all"]
         options = ["--phases", phases, "--max-examples", "4", "--generation-deterministic", *header]
         done = subprocess.run([*command, *options], capture_output=True, text=True)
@@ -267,6 +271,7 @@ def test_versions_and_repeated_writes(running: Running) -> None:
         ("PATCH", "/notes/n01", {}, 405, "Not Allowed"),
         ("GET", "/notes/n01/similar?min_seq=99999", None, 409, "beyond the end of the log"),
         ("POST", "/recall", {"history": ["n01"], "k": 1.5}, 422, "k"),
+        ("POST", "/recall", {"history": [{"note_id": "n01", "weight": True}]}, 422, "body.history.0.weight: "),
         ("POST", "/releases/cccc3333:activate", None, 409, "aaaa1111 stays"),
     ],
 )
@@ -406,6 +411,62 @@ def test_a_switch_under_load_drops_nothing_and_going_back_loses_nothing(running:
     assert not wrong, wrong[:3]
     assert seen == {"aaaa1111", "bbbb2222"} and seconds < 30
     assert {"before", "between"} <= set(ids(client.get("/notes/n01/similar", params={"k": 30}).json()))
+
+
+def test_an_experiment_gives_each_user_one_release_or_lists_of_both(running: Running, site: Site) -> None:
+    client, service = running.client, running.service
+    users = [f"user {n}" for n in range(40)]
+    query = {"history": ["n02", "n08"], "k": 10}
+    service.begin(Experiment("ab", "bbbb2222", 0.5))
+    alone = {
+        release: client.post("/recall", json=query | {"release": release}).json()["hits"]
+        for release in ("aaaa1111", "bbbb2222")
+    }
+    try:
+        experiment = service.experiment
+        assert experiment is not None
+        for user in users:
+            answer = client.post("/recall", json=query | {"user_id": user}).json()
+            assert answer["release"] == ("bbbb2222" if experiment.includes(user) else "aaaa1111")
+            assert answer["hits"] == alone[answer["release"]]
+        assert {experiment.includes(user) for user in users} == {True, False}
+        assert client.post("/recall", json=query).json()["release"] == "aaaa1111"  # of nobody
+        service.begin(Experiment("interleave", "bbbb2222", 1.0))
+        answers = [client.post("/recall", json=query | {"user_id": user}).json() for user in users]
+        assert len({answer["answer"] for answer in answers}) == len(users)
+        for answer in answers:
+            assert {hit["release"] for hit in answer["hits"]} == {"aaaa1111", "bbbb2222"}
+            assert len(set(ids(answer))) == len(answer["hits"]) == 10
+            for hit in answer["hits"]:
+                own = {key: value for key, value in hit.items() if key != "release"}
+                assert own in alone[hit["release"]]
+        service.activate("bbbb2222")  # the challenger has won: everybody has it, and the experiment is over
+        assert {client.post("/recall", json=query | {"user_id": user}).json()["release"] for user in users} == {
+            "bbbb2222"
+        }
+    finally:
+        service.experiment = None
+        service.activate("aaaa1111")
+
+
+def test_events_are_kept_and_become_files(running: Running, tmp_path: Path) -> None:
+    body = {"events": [{"user_id": "of this test", "note_id": "n01", "event": "view", "timestamp": 1737289800.5}]}
+    refused = running.client.post("/events", json=body)
+    assert refused.status_code == 409 and "serving.events" in refused.json()["detail"]
+    with TestClient(make_app(running.service, Keys(), takes_events=True), base_url=URL) as client:
+        assert client.post("/events", json=body).json() == {"kept": 1}
+        body["events"][0] |= {"timestamp": None, "answer": "a", "release": "aaaa1111"}
+        assert client.post("/events", json=body).status_code == 200
+        for wrong in (
+            {"events": []},
+            {"events": [{"user_id": "u"}]},
+            {"events": [{**body["events"][0], "event": "\0"}]},
+        ):
+            assert client.post("/events", json=wrong).status_code == 422
+    write_event_files(running.log, tmp_path)
+    rows = [row for row in pq.read_table(*tmp_path.iterdir()).to_pylist() if row["user_id"] == "of this test"]
+    assert rows[0]["timestamp"].isoformat() == "2025-01-19T12:30:00.500000+00:00"
+    assert abs(rows[1]["timestamp"].timestamp() - time.time()) < 600 and rows[1]["release"] == "aaaa1111"
 
 
 def test_every_route_needs_a_key_of_its_scope(running: Running, tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Experiments: who is in them, what an interleaved list is, and what their events say."""
+
+import random
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from notellm2_core.config.source import EventSettings
+from notellm2_core.serving import experiment_report
+from notellm2_core.serving.events import Event, keep_events, write_event_files
+from notellm2_core.serving.experiment import Experiment, team_draft
+from notellm2_core.serving.experiment_report import Exposures, compare, preference, read_exposures, to_markdown
+from notellm2_core.serving.live_index import Hit
+from notellm2_core.serving.log import NoteLog
+
+TIME = datetime(2025, 1, 19)
+
+
+def test_a_share_of_the_users_is_in_an_experiment() -> None:
+    users = [f"user {n}" for n in range(4000)]
+    experiment = Experiment("ab", "bbbb2222", 0.25)
+    among = {user for user in users if experiment.includes(user)}
+    assert 0.22 < len(among) / len(users) < 0.28
+    larger = Experiment("ab", "bbbb2222", 0.5)
+    assert among < {user for user in users if larger.includes(user)}  # who is in stays in
+    other = {user for user in users if Experiment("ab", "cccc3333", 0.25).includes(user)}
+    assert 0.04 < len(among & other) / len(users) < 0.09  # experiments are independent
+    assert not any(Experiment("ab", "x", 0.0).includes(user) for user in users)
+    assert all(Experiment("ab", "x", 1.0).includes(user) for user in users)
+    with pytest.raises(ValueError, match="0 to 1, not 2"):
+        Experiment("ab", "x", 2)
+
+
+Ids = st.lists(st.integers(0, 20), unique=True, max_size=12)
+
+
+@given(ours=Ids, theirs=Ids, k=st.integers(1, 15), seed=st.integers())
+def test_an_interleaved_list(ours: list[int], theirs: list[int], k: int, seed: int) -> None:
+    lists = [Hit(f"{n}", 1.0 / (place + 1)) for place, n in enumerate(ours)], [Hit(f"{n}", 5.0) for n in theirs]
+    hits, by_challenger = team_draft(*lists, k, random.Random(seed))
+    ids = [hit.note_id for hit in hits]
+    assert len(ids) == len(set(ids)) == len(by_challenger) == min(k, len({*ours, *theirs}))
+    for hit, by in zip(hits, by_challenger, strict=True):
+        assert hit in lists[by]  # with the score of its own list
+    for team in (False, True):  # each team's hits are in its own order, and none before them was left out
+        own = [hit for hit, by in zip(hits, by_challenger, strict=True) if by is team]
+        if own:
+            last = lists[team].index(own[-1])
+            assert {hit.note_id for hit in lists[team][:last]} <= set(ids)
+    for end in range(2, len(ids) + 1, 2):  # in each round, both had a turn, as long as both had hits
+        if set(ids[:end]) < {f"{n}" for n in ours} & {f"{n}" for n in theirs}:
+            assert sum(by_challenger[:end]) == end // 2
+
+
+def test_interleaving_two_equal_lists_is_fair() -> None:
+    hits = [Hit(f"{n}", 1.0) for n in range(5)]
+    first = [team_draft(hits, hits, 5, random.Random(seed))[1] for seed in range(2000)]
+    assert all(0.46 < share < 0.54 for share in np.mean(first, axis=0))
+
+
+def exposures(rng: np.random.Generator, rates: tuple[float, float], num_users: int = 300) -> Exposures:
+    """Each user sees ten notes a time of either release, at a rate of clicks that also depends on the user."""
+    users = np.repeat(np.arange(num_users), 10)
+    challenger = np.repeat(np.arange(num_users) % 2 == 1, 10)
+    taste = rng.beta(2, 2, num_users)[users] * 2
+    clicked = rng.random(len(users)) < np.where(challenger, rates[1], rates[0]) * taste
+    notes = rng.choice([f"n{n}" for n in range(50)], len(users)).astype(object)
+    return Exposures(users, users, notes, challenger, clicked)
+
+
+def test_of_equal_releases_one_in_twenty_seems_different_and_a_better_one_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(experiment_report, "NUM_DRAWS", 200)
+    rng = np.random.default_rng(0)
+    differences = [compare(exposures(rng, (0.2, 0.2)), set(), 50)[0].difference for _ in range(100)]
+    assert 0 < sum(not d.low <= 0 <= d.high for d in differences) <= 11
+    differences = [compare(exposures(rng, (0.2, 0.3)), set(), 50)[0].difference for _ in range(20)]
+    assert all(d.low > 0 for d in differences) and np.mean([d.value for d in differences]) == pytest.approx(
+        0.1, abs=0.02
+    )
+
+
+def test_the_figures_of_an_experiment_by_hand(tmp_path: Path) -> None:
+    """Champion: 4 exposures of a, b, new; 1 click. Challenger: 4 exposures of a, c; 2 clicks. Repeats do not count."""
+    log = NoteLog.open(f"sqlite:///{tmp_path / 'log.db'}")
+    shown = [
+        ("u1", "1", "a", "A"), ("u1", "1", "b", "A"), ("u2", "2", "a", "A"), ("u2", "2", "new", "A"),
+        ("u3", "3", "a", "B"), ("u3", "3", "c", "B"), ("u4", "4", "a", "B"), ("u4", "5", "a", "B"),
+    ]  # fmt: skip
+    clicks = [("u1", "1", "a", "A"), ("u3", "3", "a", "B"), ("u4", "4", "a", "B")]
+    noise = [("u9", "9", "a", "another release"), ("u9", "9", "a", None)]
+    for event, rows in {"view": [*shown, *shown[:2], *noise], "click": [*clicks, clicks[0]], "share": noise}.items():
+        keep_events(log, [Event(user, note, event, TIME, answer, release) for user, answer, note, release in rows])
+    write_event_files(log, tmp_path / "events")
+    log.close()
+    found = read_exposures(tmp_path / "events", "A", "B", EventSettings())
+    rates, cold, novelty, coverage = compare(found, {"a", "b", "c", "d"}, 4)
+    assert (rates.champion.value, rates.challenger.value) == (0.25, 0.5)
+    assert (cold.champion.value, cold.challenger.value) == (0.25, 0)
+    bits = -np.log2(np.array([5, 1, 1, 1]) / 8)  # of a, b, c and new
+    assert novelty.champion.value == pytest.approx((2 * bits[0] + 2 * bits[1]) / 4)
+    assert novelty.challenger.value == pytest.approx((3 * bits[0] + bits[2]) / 4)
+    assert (coverage.champion.value, coverage.challenger.value) == (0.75, 0.5)
+    won, num = preference(found)
+    assert (won.value, num) == (pytest.approx(2 / 3), 3)
+    text = to_markdown([rates], (won, num), found)
+    assert "4 users; 4 exposures of the champion, 4 of the challenger" in text and "| hit rate | 0.25 [" in text
+    assert "won 0.6667 [" in text and "of 3 answers with a click" in text
+    with pytest.raises(ValueError, match="no exposure of release C"):
+        read_exposures(tmp_path / "events", "A", "C", EventSettings())
+    with pytest.raises(ValueError, match="no events of a service"):
+        read_exposures(tmp_path, "A", "B", EventSettings())
+
+
+def test_interleaving_sees_who_is_preferred() -> None:
+    rng = np.random.default_rng(1)
+    for chance, bounds in {0.5: (0.4, 0.6), 0.7: (0.6, 0.8)}.items():
+        users = np.repeat(np.arange(200), 6)
+        answers = np.repeat(np.arange(600), 2)
+        challenger = np.tile([False, True], 600)
+        winner = rng.random(600) < chance
+        clicked = challenger == winner[answers]
+        won, num = preference(Exposures(users, answers, np.array(["n"] * 1200, dtype=object), challenger, clicked))
+        assert num == 600 and bounds[0] < won.value < bounds[1]
+        assert (won.low > 0.5) == (chance > 0.5) and won.high - won.low < 0.12
