@@ -30,7 +30,7 @@ function make(tag, properties, ...children) {
 async function picture(noteId) { // with the key, which an <img> would not send
   const headers = $("key").value ? { Authorization: `Bearer ${$("key").value}` } : {};
   const answer = await fetch(`/notes/${encodeURIComponent(noteId)}/image`, { headers });
-  return answer.ok ? URL.createObjectURL(await answer.blob()) : null;
+  return answer.status === 200 ? URL.createObjectURL(await answer.blob()) : null;
 }
 
 function card(noteId, about, action) {
