@@ -9,7 +9,7 @@ from pathlib import Path
 from notellm2_core.lake.lake import Lake
 from notellm2_core.release.release import SERVING_FOLDER
 
-LEASE_SECONDS = 3600.0  # after which a release is no longer in use
+LEASE_SECONDS = 6 * 3600.0  # after which a release is no longer in use
 _FILE = "in_use"
 
 

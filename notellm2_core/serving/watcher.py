@@ -19,8 +19,8 @@ class Watcher:
     def __init__(self, service: Service, ledger: Ledger, follows_champion: bool = True) -> None:
         """follows_champion: answer from each new champion. What somebody activates by hand answers until the next."""
         self._service, self._ledger, self._follows = service, ledger, follows_champion
-        self._champion = ledger.state().champion
-        self._marked, self._pause = -LEASE_SECONDS, _POLL_SECONDS
+        self._champion: str | None = service.current.id
+        self._marked = -LEASE_SECONDS
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch the lake", daemon=True)
         self._thread.start()
@@ -28,7 +28,7 @@ class Watcher:
     def look(self) -> None:
         """Do what there is to do. Raises what keeps it from that: the service stays as it is."""
         now = time.monotonic()
-        if now - self._marked > LEASE_SECONDS / 60:
+        if now - self._marked > LEASE_SECONDS / 100:
             for release in self._service.releases:
                 mark_served(self._service.lake, release.id)
             self._marked = now
@@ -46,11 +46,17 @@ class Watcher:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._closing.wait(self._pause):
+        pause, not_before, failed_at = _POLL_SECONDS, 0.0, -1
+        while not self._closing.wait(_POLL_SECONDS):
+            number = -1
             try:
+                number = self._ledger.state().number
+                if number == failed_at and time.monotonic() < not_before:
+                    continue  # nothing was decided since the last failure
                 self.look()
-                self._pause = _POLL_SECONDS
+                pause = _POLL_SECONDS
             except Exception as e:  # a damaged release, a full disk: the last good one stays, and a metric counts this
                 self._service.num_refused += 1
-                self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
+                pause = min(_LONGEST_PAUSE, 2 * pause)
+                not_before, failed_at = time.monotonic() + pause, number
                 _LOGGER.error("%s; %s stays, and this is tried again", e, self._service.current.id)

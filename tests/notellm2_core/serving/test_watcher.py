@@ -87,6 +87,29 @@ def test_a_champion_that_cannot_be_used_is_tried_again(
     watching.close()
 
 
+def test_a_champion_that_cannot_be_used_holds_up_no_later_one(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watcher, "_LONGEST_PAUSE", 3600.0)
+    service, watching = watched(ledger, tmp_path, monkeypatch)
+    service.damaged.add("bbbb")
+    promote(ledger, "bbbb")
+    wait_for(lambda: service.num_refused >= 5)  # the next try is a third of a second away, and then ever longer
+    promote(ledger, "cccc")
+    wait_for(lambda: service.current.id == "cccc")
+    watching.close()
+
+
+def test_a_champion_of_before_the_start_answers(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was promoted while the service opened the one before."""
+    promote(ledger, "bbbb")
+    service, watching = watched(ledger, tmp_path, monkeypatch)
+    wait_for(lambda: service.current.id == "bbbb")
+    watching.close()
+
+
 def test_a_service_of_one_release_follows_no_champion(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,111 @@
+"""The routes of single notes: written, deleted, read."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import FastAPI, Path, Query, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from notellm2_core.notes.note import Note
+from notellm2_core.serving.embedding import BadNote
+from notellm2_core.serving.guard import needs
+from notellm2_core.serving.keys import Keys
+from notellm2_core.serving.log import VersionConflict
+from notellm2_core.serving.problems import ERRORS
+from notellm2_core.serving.requests import NewNote, NoteAnswer, NoteId, NoteText, WriteAnswer, WrittenId
+from notellm2_core.serving.service import Service, Written
+from notellm2_core.serving.workers import Workers
+
+_WRITE_SECONDS = 10.0  # that a writer waits until its note is found
+_IMAGE: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}, 204: {"description": "No picture."}}
+_WRITTEN: dict[int | str, dict[str, Any]] = {
+    200: {"model": WriteAnswer, "description": "It was so already, or is deleted now."},
+    202: {"model": WriteAnswer, "description": "It is kept, and will be found, or no longer found, soon."},
+}
+
+PathId = Annotated[NoteId, Path()]
+Version = Annotated[int | None, Query(ge=0, lt=2**63)]
+
+
+def add_writes(app: FastAPI, service: Service, keys: Keys, writes: Workers) -> None:
+    """`POST /notes`, `PUT` and `DELETE /notes/{id}`."""
+    options: dict[str, Any] = {
+        "response_model": WriteAnswer, "dependencies": needs(keys, "write"), "responses": ERRORS | _WRITTEN,
+        "tags": ["notes"],
+    }  # fmt: skip
+
+    async def write(
+        status: int, note_id: str, version: int | None, call: Callable[..., Written], *content: Any
+    ) -> Response:
+        try:
+            written = await writes.run(call, *content, version, _WRITE_SECONDS)
+        except (BadNote, VersionConflict):
+            raise
+        except ValueError as e:  # of an id or a text that is none
+            raise HTTPException(422, str(e)) from None
+        if version is not None and written.receipt.version > version:
+            raise HTTPException(409, f"note {note_id!r} has a newer version, {written.receipt.version}, which stays")
+        return _written(service, note_id, written, status if written.receipt.applied else 200)
+
+    @app.post("/notes", status_code=201, **options)
+    async def write_note(note: NewNote) -> Response:
+        """Write a note. 201: it is found from now on; 200: it was there already; 202: it is kept, and will be found."""
+        own = note_of(note.note_id, note)
+        return await write(201, note.note_id, note.version, service.write, own, note.image)
+
+    @app.put("/notes/{note_id}", status_code=201, **options)
+    async def replace_note(note_id: Annotated[WrittenId, Path()], note: NoteText, version: Version = None) -> Response:
+        """Write a note under this id."""
+        return await write(201, note_id, version, service.write, note_of(note_id, note), note.image)
+
+    @app.delete("/notes/{note_id}", **options)
+    async def delete_note(note_id: PathId, version: Version = None) -> Response:
+        """A note is gone. It is no longer found."""
+        return await write(200, note_id, version, service.delete, note_id)
+
+
+def add_reads(app: FastAPI, service: Service, keys: Keys, reads: Workers) -> None:
+    """`GET /notes/{id}` and its image."""
+    options: dict[str, Any] = {"dependencies": needs(keys, "read"), "tags": ["notes"]}
+
+    @app.get("/notes/{note_id}", response_model=NoteAnswer, responses=ERRORS, **options)
+    async def read_note(note_id: PathId) -> NoteAnswer:
+        """A note: one that was written here, or one of the release."""
+        release = service.current
+        if (found := await reads.run(service.cards(release).note, note_id)) is None:
+            raise HTTPException(404, f"there is no note {note_id!r}")
+        note, entry = found
+        return NoteAnswer(
+            note_id=note_id, release=release.id, title=note.title, topics=list(note.topics), content=note.content,
+            seq=None if entry is None else entry.seq, version=None if entry is None else entry.version,
+            not_found_because=service.unusable.get(note_id),
+        )  # fmt: skip
+
+    @app.get("/notes/{note_id}/image", responses=ERRORS | _IMAGE, **options)
+    async def read_image(note_id: PathId) -> Response:
+        """Its picture, made small. 204: it has none that can be used."""
+        cards = service.cards(service.current)
+        if (data := await reads.run(cards.thumbnail, note_id)) is None:
+            if await reads.run(cards.note, note_id) is None:
+                raise HTTPException(404, f"there is no note {note_id!r}")
+            return Response(status_code=204)
+        return Response(data, media_type="image/jpeg", headers={"X-Content-Type-Options": "nosniff"})
+
+
+def note_of(note_id: str, body: NoteText) -> Note:
+    """Raises BadNote for a note without text and picture."""
+    topics = tuple(topic.strip() for topic in body.topics if topic.strip())
+    if body.image is None and not any(text.strip() for text in (body.title, body.content, *topics)):
+        raise BadNote("the note is empty: it has neither text nor picture")
+    return Note(note_id, body.title, topics, body.content)
+
+
+def _written(service: Service, note_id: str, written: Written, status: int) -> Response:
+    receipt = written.receipt
+    body = {
+        "note_id": note_id, "release": service.current.id, "seq": receipt.seq, "version": receipt.version,
+        "applied": receipt.applied, "image": written.image,
+    }  # fmt: skip
+    return JSONResponse(body, status if written.is_found else 202, {"Location": f"/notes/{quote(note_id, safe='')}"})

@@ -1,0 +1,156 @@
+"""The routes that search, and the one that takes what users did with the answers."""
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import faiss
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from notellm2_core.serving.events import Event, keep_events
+from notellm2_core.serving.experiment import team_draft
+from notellm2_core.serving.guard import needs
+from notellm2_core.serving.keys import Keys
+from notellm2_core.serving.live_index import Answer
+from notellm2_core.serving.live_release import LiveRelease
+from notellm2_core.serving.metrics import Metrics
+from notellm2_core.serving.note_routes import PathId, note_of
+from notellm2_core.serving.problems import ERRORS
+from notellm2_core.serving.requests import (
+    EventsAnswer,
+    K,
+    MinSeq,
+    NewEvents,
+    RecallRequest,
+    SearchAnswer,
+    SimilarRequest,
+)
+from notellm2_core.serving.service import NotReady, Service
+from notellm2_core.serving.workers import Workers
+
+_MIN_SEQ_SECONDS = 2.0  # that a reader waits for `min_seq`
+
+
+def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, reads: Workers) -> None:
+    """`GET /notes/{id}/similar`, `POST /similar` and `POST /recall`."""
+    # Each thread of FAISS has a number of threads of its own.
+    searches = Workers("search", 2, 256, lambda: faiss.omp_set_num_threads(1))
+    options: dict[str, Any] = {
+        "response_model": SearchAnswer, "dependencies": needs(keys, "read"), "responses": ERRORS, "tags": ["search"],
+    }  # fmt: skip
+
+    async def release_up_to(min_seq: int, release_id: str | None = None) -> LiveRelease:
+        """The release that answers, or the one of this id, once it knows the log up to there."""
+        if not service.is_ready:
+            raise NotReady("the log of notes is still being read")
+        try:
+            release = service.release(release_id)
+        except KeyError:
+            raise HTTPException(404, f"release {release_id!r} is not in memory") from None
+        if min_seq > release.index.delta.view.seq and min_seq > (last := await reads.run(service.log.last_seq)):
+            raise HTTPException(409, f"min_seq = {min_seq} is beyond the end of the log, {last}")
+        deadline = time.monotonic() + _MIN_SEQ_SECONDS
+        while min_seq > release.index.delta.view.seq:
+            if time.monotonic() > deadline:
+                raise NotReady(f"the log is known up to {release.index.delta.view.seq}, not to {min_seq}")
+            await asyncio.sleep(0.005)
+        return release
+
+    @app.get("/notes/{note_id}/similar", **options)
+    async def similar_to(note_id: PathId, k: K = 10, min_seq: MinSeq = 0, release: str | None = None) -> Response:
+        """The nearest notes of a note, without itself; by one of the releases in memory."""
+        by = await release_up_to(min_seq, release)
+        try:
+            answer = await searches.run(by.index.similar_to, note_id, k)
+        except KeyError:
+            raise HTTPException(404, f"there is no note {note_id!r}") from None
+        return _answer(by.id, answer)
+
+    @app.post("/similar", **options)
+    async def similar(body: SimilarRequest, request: Request) -> Response:
+        """The nearest notes of a text, a picture, or both."""
+        by, note = await release_up_to(body.min_seq, body.release), note_of("query", body)
+        embedding = by.model.submit(note, body.image, body.inputs)
+        try:
+            embedded = await _unless_left(request, asyncio.wrap_future(embedding))
+        finally:
+            embedding.cancel()
+        answer = await searches.run(by.index.similar, embedded.vector, body.k, frozenset(body.exclude))
+        return _answer(by.id, answer)
+
+    @app.post("/recall", **options)
+    async def recall(body: RecallRequest) -> Response:
+        """Recommendations for a history: the neighbours of its notes, merged."""
+        deadline = time.monotonic() + body.deadline_ms / 1000
+        chosen = [body.release] if body.release else service.releases_of(body.user_id)
+        by = [await release_up_to(body.min_seq, release_id) for release_id in chosen]
+        history = {
+            n if isinstance(n, str) else n.note_id: 1.0 if isinstance(n, str) else n.weight for n in body.history
+        }
+        exclude, answer_id = frozenset(body.exclude), secrets.token_hex(8)
+        answers = [
+            await searches.run(release.index.recall, history, body.k, body.merge, exclude, deadline) for release in by
+        ]
+        answer, found_by = answers[0], None
+        if len(answers) == 2:
+            hits, is_second = team_draft(answers[0].hits, answers[1].hits, body.k, random.Random(answer_id))
+            answer, found_by = replace(answer, hits=tuple(hits)), [by[second].id for second in is_second]
+        metrics.count(answer, len(history), body.k)
+        return _answer(by[0].id, answer, answer_id, found_by)
+
+
+def add_events(app: FastAPI, service: Service, keys: Keys, takes_events: bool) -> None:
+    """`POST /events`. takes_events: somebody writes them to files; if not, it refuses them."""
+    writes = Workers("events", 2, 256)
+
+    @app.post(
+        "/events", response_model=EventsAnswer, dependencies=needs(keys, "write"), responses=ERRORS, tags=["events"]
+    )
+    async def write_events(body: NewEvents) -> EventsAnswer:
+        """What users saw and did. The next weekly run reads it, and an experiment is judged by it."""
+        if not takes_events:
+            raise HTTPException(409, "this service keeps no events: its configuration sets no serving.events")
+        now = time.time()
+        events = [
+            Event(
+                event.user_id, event.note_id, event.event,
+                datetime.fromtimestamp(now if event.timestamp is None else event.timestamp, UTC).replace(tzinfo=None),
+                event.answer, event.release,
+            )
+            for event in body.events
+        ]  # fmt: skip
+        await writes.run(keep_events, service.log, events)
+        return EventsAnswer(kept=len(events))
+
+
+def _answer(
+    release: str, answer: Answer, answer_id: str | None = None, found_by: Sequence[str] | None = None
+) -> Response:
+    """found_by: the release of each hit, where two are interleaved."""
+    hits: list[dict[str, Any]] = [
+        {"note_id": hit.note_id, "score": round(hit.score, 6), "because": hit.because} for hit in answer.hits
+    ]
+    for hit, by in zip(hits, found_by or (), strict=False):
+        hit["release"] = by
+    body = {
+        "answer": answer_id, "release": release, "seq": answer.seq, "hits": hits, "unknown": answer.unknown,
+        "partial": answer.is_partial,
+    }  # fmt: skip
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+async def _unless_left(request: Request, result: "asyncio.Future[Any]") -> Any:
+    """The result, unless the caller has hung up meanwhile."""
+    while not result.done():
+        await asyncio.wait([result], timeout=0.1)
+        if not result.done() and await request.is_disconnected():
+            result.cancel()
+            raise HTTPException(499, "the caller has left")
+    return result.result()
