@@ -11,6 +11,7 @@ and has gone another way since.
 """
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from notellm2_core.serving.log import NoteLog
 
 TABLE, METADATA = "table", "base.json"
 OF_RELEASE = "release"  # in place of a mark
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,23 @@ class Base:
 
 
 def open_base(lake: Lake, release: Release, log: NoteLog) -> Base:
-    """The newest base of a release, after it has answered its golden queries. The table of a release is made when it is
-    first asked for, which takes minutes for a million notes.
+    """The newest base of a release that can be opened and answers its golden queries. The table of a release is made
+    when it is first asked for, which takes minutes for a million notes.
 
-    Raises ValueError for files that are damaged, or an answer that is not the golden one, and OSError for files that
-    are missing.
+    A compacted base that is damaged is left out, with a warning. Raises ValueError where the release itself is damaged,
+    and OSError where its files are missing.
     """
-    mark, cut = marked_bases(lake, release, log)[-1]
+    for mark, cut in reversed(marked_bases(lake, release, log)):
+        try:
+            return _open_base(lake, release, mark, cut)
+        except (ValueError, OSError) as e:
+            if mark == OF_RELEASE:
+                raise
+            _LOGGER.warning("the base %s is left out: %s", base_folder(lake, release, mark), e)
+    raise AssertionError("the base of the release itself is always there")
+
+
+def _open_base(lake: Lake, release: Release, mark: str, cut: int) -> Base:
     folder = base_folder(lake, release, mark)
     home = release.path if mark == OF_RELEASE else folder
     index = Index.load(home / INDEX_FOLDER)

@@ -125,10 +125,11 @@ def _report(options: argparse.Namespace) -> None:
     if (folder := options.events or config.serving.events) is None:
         raise ValueError("name the folder of the events: --events, or serving.events")
     champion, challenger = (open_release(Lake(config.lake), i) for i in (options.champion, options.challenger))
-    exposures = read_exposures(folder, champion.id, challenger.id, EventSettings.of(config.source))
+    events = EventSettings.of(config.source)
+    exposures = read_exposures(folder, options.what, champion.id, challenger.id, events)
     notes = Index.load(champion.path / INDEX_FOLDER).rows.keys()
     won = preference(exposures) if options.what == "interleave" else None
-    print(to_markdown(compare(exposures, notes, len(notes)), won, exposures))
+    print(to_markdown(compare(exposures, notes), won, exposures))
 
 
 def require_local_or_keys(host: str, keys: Keys) -> None:

@@ -1,7 +1,9 @@
 """Compaction: the new, changed and deleted notes of the log become part of the bases that services search."""
 
+import fcntl
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +14,7 @@ from notellm2_core.lake.lake import Lake
 from notellm2_core.lake.ledger import Ledger
 from notellm2_core.release.golden import NUM_QUERIES, golden_queries
 from notellm2_core.release.release import SERVING_FOLDER, Release, open_release
+from notellm2_core.release.served import served_releases
 from notellm2_core.retrieval.build import index_settings, save_index
 from notellm2_core.retrieval.index import Index
 from notellm2_core.retrieval.neighbour_table import write_neighbours
@@ -33,28 +36,49 @@ class Compacted:
     num_waiting: int  # notes that are not embedded yet
 
     def __str__(self) -> str:
-        waiting = f"; {self.num_waiting} notes wait for the model" if self.num_waiting else ""
+        waiting = f"; waiting for the model: {self.num_waiting}" if self.num_waiting else ""
         if not self.num_changes:
             return f"nothing new{waiting}"
-        return f"{self.num_changes} notes of the log up to {self.cut_seq} taken in, {self.num_notes} in all{waiting}"
+        return f"notes taken in up to entry {self.cut_seq}: {self.num_changes}; in all: {self.num_notes}{waiting}"
 
 
 def compact_served(config: Config, url: str | None = None) -> dict[str, Compacted]:
-    """Compact the releases of a configuration that a service has opened: the champion, and the one before it.
+    """Compact the releases of a configuration that services have opened: those in memory, the champion, and the one
+    before it.
 
-    url: of the log; None: that of the configuration. Returns what became of each, by its id.
+    url: of the log; None: that of the configuration. Returns what became of each, by its id. Raises ValueError where
+    one cannot be compacted, after the others were, and where another compaction is running.
     """
     lake = Lake(config.lake.resolve())
     ledger = Ledger(lake.root, config.name)
     state = ledger.state()
-    served = [r for r in (state.champion, state.previous) if r and (lake.root / SERVING_FOLDER / r).is_dir()]
-    if not served:
+    in_use = served_releases(lake) | {state.champion, state.previous}
+    ours = {decision.release for decision in state.decisions if decision.release in in_use}
+    opened = sorted(release_id for release_id in ours if (lake.root / SERVING_FOLDER / release_id).is_dir())
+    if not opened:
         return {}
-    log = NoteLog.open(log_url(config, ledger, url))
-    try:
-        return {release_id: compact(lake, open_release(lake, release_id), log) for release_id in served}
-    finally:
-        log.close()
+    compacted: dict[str, Compacted] = {}
+    problems = []
+    with _alone(lake), closing(NoteLog.open(log_url(config, ledger, url))) as log:
+        for release_id in opened:
+            try:
+                compacted[release_id] = compact(lake, open_release(lake, release_id), log)
+            except (ValueError, OSError) as e:
+                problems.append(f"release {release_id}: {e}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return compacted
+
+
+@contextmanager
+def _alone(lake: Lake) -> Iterator[None]:
+    """Raises ValueError where another process of this machine compacts releases of the lake."""
+    with (lake.root / SERVING_FOLDER / ".compaction").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError("another compaction is running in this lake: this one has nothing to add") from None
+        yield
 
 
 def log_url(config: Config, ledger: Ledger, url: str | None = None) -> str:
@@ -70,21 +94,28 @@ def compact(lake: Lake, release: Release, log: NoteLog) -> Compacted:
     the log are forgotten. Killed anywhere, the next call does the rest.
     """
     base, upto = open_base(lake, release, log), log.last_seq()
-    newest, deleted = _changes(log, base, upto)
-    seqs, vectors = log.vectors(str(base.index.weights_id), min(newest.values(), default=upto + 1) - 1, upto)
-    place = {seq: n for n, seq in enumerate(seqs)}
-    added = {note_id: place[seq] for note_id, seq in newest.items() if seq in place}
-    waiting = tuple(sorted(seq for note_id, seq in newest.items() if seq not in place and note_id not in deleted))
-    if not (changed := deleted | added.keys()):
+    newest, gone = _changes(log, base, upto)
+    vectors = log.vectors_of(base.weights_id, base.waiting)
+    vectors |= dict(zip(*log.vectors(base.weights_id, base.cut_seq, upto), strict=True))
+    added = {note_id: vectors[seq] for note_id, seq in newest.items() if seq in vectors}
+    waiting = tuple(sorted(seq for seq in newest.values() if seq not in vectors))
+    num_changes = len((gone & base.index.rows.keys()) | added.keys())
+    keep = [row for row, note_id in enumerate(base.index.note_ids) if note_id not in gone | added.keys()]
+    if not num_changes or not (keep or added):
         return Compacted(base.cut_seq, len(base.index.note_ids), 0, len(waiting))
-    keep = [row for row, note_id in enumerate(base.index.note_ids) if note_id not in changed]
-    rows = vectors[[*added.values()]] if added else np.empty((0, base.table.vectors.shape[1]), np.float32)
-    embeddings = Embeddings(
-        (*base.index.note_ids[keep], *added),
-        np.concatenate([base.table.vectors[keep], rows]),
-        weights_id=base.index.weights_id,
-    )
-    with new_folder(base_folder(lake, release, log.mark(upto))) as draft:
+    note_ids = (*base.index.note_ids[keep], *added)
+    rows = np.concatenate([base.table.vectors[keep], *(vector[None] for vector in added.values())])
+    _write_base(lake, release, log.mark(upto), Embeddings(note_ids, rows, weights_id=base.weights_id), waiting)
+    for mark, _ in marked_bases(lake, release, log)[:-2]:
+        with suppress(FileNotFoundError):  # another process was quicker, or nobody has needed the table
+            remove_folder(base_folder(lake, release, mark))
+    log.forget(upto)
+    return Compacted(upto, len(note_ids), num_changes, len(waiting))
+
+
+def _write_base(lake: Lake, release: Release, mark: str, embeddings: Embeddings, waiting: tuple[int, ...]) -> None:
+    """Index, table and golden queries of a base."""
+    with new_folder(base_folder(lake, release, mark)) as draft:
         save_index(embeddings, draft / INDEX_FOLDER, index_settings(release.path / INDEX_FOLDER))
         index = Index.load(draft / INDEX_FOLDER)
         write_neighbours(index, embeddings.vectors, draft / TABLE)
@@ -92,23 +123,22 @@ def compact(lake: Lake, release: Release, log: NoteLog) -> Compacted:
         golden = golden_queries(index, index.note_ids[rows].tolist(), embeddings.vectors[rows])
         (draft / GOLDEN_FILE).write_text(json.dumps(golden))
         (draft / METADATA).write_text(json.dumps({"waiting": waiting}))
-    for mark, _ in marked_bases(lake, release, log)[:-2]:
-        with suppress(FileNotFoundError):  # another process was quicker, or nobody has needed the table
-            remove_folder(base_folder(lake, release, mark))
-    log.forget(upto)
-    return Compacted(upto, len(embeddings.note_ids), len(changed), len(waiting))
 
 
 def _changes(log: NoteLog, base: Base, upto: int) -> tuple[dict[str, int], set[str]]:
-    """The notes that entry `upto` left other than in a base: note_id -> its last entry; and the deleted ones."""
+    """How entry `upto` left other notes than a base has: note_id -> its last entry, if it lives; and those that were
+    deleted, even if they came back: what was before the deletion does not stay while the new text waits.
+    """
     newest = {entry.note.note_id: entry.seq for entry in log.newest(base.waiting)}
-    deleted: set[str] = set()
+    gone: set[str] = set()
     after = base.cut_seq
     while after < upto:
         for entry in log.tail(after, min(_TAIL_ENTRIES, upto - after)):
-            after = entry.seq
+            after, note_id = entry.seq, entry.note.note_id
             if after > upto:  # some before it are forgotten
                 break
-            newest[entry.note.note_id] = after
-            (deleted.add if entry.deleted else deleted.discard)(entry.note.note_id)
-    return newest, deleted
+            newest[note_id] = after
+            if entry.deleted:
+                del newest[note_id]
+                gone.add(note_id)
+    return newest, gone

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _START_SECONDS = 300.0  # for the model to load
 _ENDED = "the model's process was ended"
+_LONGEST_PAUSE = 300.0  # between two starts of a process that fail; it doubles until then
 _IDLE_SECONDS = 0.5  # between two looks whether it is to end
 _LOGGER = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class EmbeddingProcess:
         self._closing, self._closed, self._stop = threading.Lock(), False, threading.Event()
         self._process: BaseProcess | None = None
         self._is_running = False
+        self._pause, self._not_before, self._problem = 0.0, 0.0, _ENDED  # after a start that failed
         self._launch()
         if waits:
             try:
@@ -148,19 +151,35 @@ class EmbeddingProcess:
             raise ValueError(f"the process that loads the model {self._model} ended") from None
         if problem is not None:
             raise ValueError(problem)
-        self._is_running = True
+        self._is_running, self._pause = True, 0.0
+
+    def _restart(self, is_launched: bool = False) -> None:
+        """Wait for the model, of a new process. Raises EmbedderDown if it cannot be used, and soon after that."""
+        if time.monotonic() < self._not_before:
+            raise EmbedderDown(self._problem)
+        try:
+            if not is_launched:
+                self._kill()
+                self._launch()
+            self._await_model()
+        except (ValueError, OSError) as e:
+            self._problem = f"the model's process failed: {e}"
+            self._pause = min(_LONGEST_PAUSE, max(1.0, 2 * self._pause))
+            self._not_before = time.monotonic() + self._pause
+            if not self._stop.is_set():
+                _LOGGER.error("notes cannot be embedded now: %s; it is tried again in %.0f s", e, self._pause)
+            raise EmbedderDown(self._problem) from None
 
     def _dispatch(self) -> None:
         if not self._is_running:
-            try:
-                self._await_model()
-            except (ValueError, OSError) as e:
-                if not self._stop.is_set():
-                    _LOGGER.error("notes cannot be embedded now: %s", e)
+            with suppress(EmbedderDown):
+                self._restart(is_launched=True)
         while not self._stop.is_set():
             if jobs := [job for job in self._next_jobs() if job.done.set_running_or_notify_cancel()]:
                 try:
                     self._embed(jobs)
+                except EmbedderDown as e:
+                    _fail(jobs, e)
                 except Exception as e:  # whatever it is, nobody waits for ever
                     _fail(jobs, EmbedderDown(f"the model's process failed: {e}"))
         while not self._waiting.empty():
@@ -183,9 +202,7 @@ class EmbeddingProcess:
             _fail(jobs, EmbedderDown(_ENDED))
             return
         if not self._is_running:
-            self._kill()
-            self._launch()
-            self._await_model()
+            self._restart()
         try:
             self._pipe.send([(job.note, job.image, job.inputs) for job in jobs])
             results = self._pipe.recv()

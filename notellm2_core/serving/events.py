@@ -24,7 +24,7 @@ from notellm2_core.serving.log import NoteLog
 from notellm2_core.serving.tables import EVENTS
 
 FILE_SECONDS = 600.0  # between two files
-_FILE_EVENTS = 200_000  # of a file
+_FILE_EVENTS = 20_000  # of a file: others who write wait while it is named, and while it is removed
 SCHEMA = pa.schema(
     [
         pa.field("user_id", pa.string(), nullable=False),
@@ -57,13 +57,23 @@ def keep_events(log: NoteLog, events: Sequence[Event]) -> None:
 
 
 def write_event_files(log: NoteLog, folder: Path) -> int:
-    """Write what the database has to files in `folder`, and remove it there. Returns how many events were written."""
+    """Write what the database has to files in `folder`, and remove it there. Returns how many events were written.
+
+    Whoever writes the events of one log writes them to the same folder: a batch that somebody else has left is written
+    again.
+    """
+    num_written = 0
+    while batches := _named_batches(log):
+        num_written += sum(_write_file(log, folder, batch) for batch in batches)
+    return num_written
+
+
+def _named_batches(log: NoteLog) -> list[str]:
+    """The batches that are not removed yet, with a new one of those that wait."""
+    waiting = select(EVENTS.c.number).where(EVENTS.c.batch.is_(None)).order_by(EVENTS.c.number).limit(_FILE_EVENTS)
     with log.writing() as connection:
-        waiting = select(EVENTS.c.number).where(EVENTS.c.batch.is_(None)).order_by(EVENTS.c.number).limit(_FILE_EVENTS)
-        batch = secrets.token_hex(8)
-        connection.execute(update(EVENTS).where(EVENTS.c.number.in_(waiting)).values(batch=batch))
-        batches = connection.scalars(select(EVENTS.c.batch).where(EVENTS.c.batch.is_not(None)).distinct()).all()
-    return sum(_write_file(log, folder, batch) for batch in sorted(batches))
+        connection.execute(update(EVENTS).where(EVENTS.c.number.in_(waiting)).values(batch=secrets.token_hex(8)))
+        return sorted(connection.scalars(select(EVENTS.c.batch).where(EVENTS.c.batch.is_not(None)).distinct()))
 
 
 def _write_file(log: NoteLog, folder: Path, batch: str) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 from notellm2_core.serving.live_index import Hit
 
 Kind = Literal["ab", "interleave"]
+AnswerKind = Literal["ab", "interleave", "none"]  # the experiment that an answer is part of
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,17 @@ class Experiment:
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise ValueError(f"--share is a part of the users, 0 to 1, not {self.share}")
+            raise ValueError(f"the share of an experiment is 0 to 1, not {self.share}")
 
     def includes(self, user_id: str) -> bool:
         """Whether the user is among the share."""
         digest = hashlib.sha256(f"{self.challenger} {user_id}".encode()).digest()
         return int.from_bytes(digest[:8]) / 2**64 < self.share
+
+
+def new_answer_id(kind: AnswerKind) -> str:
+    """An id for an answer. Its first letter is that of `kind`: it tells what the events about it can be used for."""
+    return kind[0] + secrets.token_hex(8)
 
 
 def team_draft(

@@ -6,7 +6,7 @@ with replacement (bootstrap) for the intervals, because the exposures of one use
 U: users, E: exposures.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,11 @@ import pyarrow.parquet as pq
 from notellm2_core.config.source import EventSettings
 from notellm2_core.runtime.files import parquet_files
 from notellm2_core.serving.events import SCHEMA
+from notellm2_core.serving.experiment import Kind
 
 NUM_DRAWS, LEVEL = 2000, 0.95
+_COVERAGE_DRAWS = 200  # each looks at all exposures
+_BLOCK = 20_000_000  # numbers of a block of draws
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Exposures:
         return int(self.users.max(initial=-1)) + 1
 
 
-def read_exposures(folder: Path, champion: str, challenger: str, events: EventSettings) -> Exposures:
-    """The exposures in the files of `serving.events` that these two releases found.
+def read_exposures(folder: Path, kind: Kind, champion: str, challenger: str, events: EventSettings) -> Exposures:
+    """The exposures in the files of `serving.events` that these two releases found, in answers of such an experiment.
 
     Raises ValueError where there are none of a release.
     """
@@ -60,6 +63,7 @@ def read_exposures(folder: Path, champion: str, challenger: str, events: EventSe
         raise ValueError(f"{folder} holds no events of a service (served-*.parquet)")
     table = pa.concat_tables(tables).filter(
         pc.field("release").isin([champion, challenger])
+        & pc.starts_with(pc.field("answer"), kind[0])
         & pc.field("event").isin([*events.view_events, *events.click_events])
     )
     clicks = pc.is_in(table["event"], pa.array(events.click_events, pa.string()))
@@ -69,11 +73,10 @@ def read_exposures(folder: Path, champion: str, challenger: str, events: EventSe
     by_challenger = pc.equal(found["release"], challenger).to_numpy()
     for release, has in {champion: (~by_challenger).any(), challenger: by_challenger.any()}.items():
         if not has:
-            raise ValueError(f"{folder} holds no exposure of release {release}")
-    answers = pc.binary_join_element_wise(found["user_id"], pc.fill_null(found["answer"], ""), "\n")
+            raise ValueError(f"{folder} holds no exposure of release {release} in an experiment of the kind {kind}")
     return Exposures(
         users=_numbers(found["user_id"]),
-        answers=_numbers(answers),
+        answers=_numbers(found["answer"]),
         notes=found["note_id"].to_numpy(),
         by_challenger=by_challenger,
         clicked=found["clicked_max"].to_numpy(),
@@ -95,76 +98,78 @@ class Comparison:
     difference: Interval
 
 
-def compare(exposures: Exposures, known: Set[str], num_notes: int, seed: int = 0) -> list[Comparison]:
-    """An A/B test: hit rate, cold-note exposure, novelty and coverage of both releases.
+def compare(exposures: Exposures, known: Set[str], seed: int = 0) -> list[Comparison]:
+    """Hit rate, cold-note exposure, novelty and coverage of both releases.
 
-    known: the notes of the champion's release; those of other notes are cold exposures. num_notes: of them.
-    Novelty is the mean of -log2(share of the note among all exposures), in bits. Coverage is the share of the notes
-    that were shown, and grows with the number of exposures: it is only comparable where both have as many.
+    known: the notes of the champion's release; others are cold. Novelty is the mean of -log2(p) in bits, with the mean
+    of both releases' shares of a note as p, so that it does not depend on how many users have which. Coverage is the
+    share of the known notes that were shown. It grows with the number of exposures: compare it only where both releases
+    have about as many.
     """
-    _, numbers, counts = np.unique(exposures.notes, return_inverse=True, return_counts=True)
-    novelty = -np.log2(counts[numbers] / len(numbers))
+    sides = (~exposures.by_challenger, exposures.by_challenger)
+    _, numbers = np.unique(exposures.notes, return_inverse=True)
+    shares = [np.bincount(numbers[side], minlength=numbers.max() + 1) / side.sum() for side in sides]
     cold = np.array([note not in known for note in exposures.notes])
-    values = {"hit rate": exposures.clicked, "cold-note exposure": cold, "novelty, bits": novelty}
-    draws = _draws(exposures.num_users, seed)
-    found = []
-    for name, value in values.items():
-        ratios = [
-            _ratio(exposures, value.astype(float), side, draws)
-            for side in (~exposures.by_challenger, exposures.by_challenger)
-        ]
-        found.append(_comparison(name, *ratios))
-    covered = [
-        _covered(exposures, numbers, side, draws) / num_notes
-        for side in (~exposures.by_challenger, exposures.by_challenger)
+    novelty = -np.log2((shares[0] + shares[1]) / 2)[numbers]
+    values = {"hit rate": exposures.clicked.astype(float), "cold-note exposure": cold.astype(float)}
+    values |= {"novelty, bits": novelty}
+    found = [
+        _comparison(name, *(_mean(exposures, value, side, seed) for side in sides)) for name, value in values.items()
     ]
+    covered = (_covered(exposures, numbers, side & ~cold, seed) / max(1, len(known)) for side in sides)
     return [*found, _comparison("coverage", *covered)]
 
 
 def preference(exposures: Exposures, seed: int = 0) -> tuple[Interval, int]:
-    """Interleaving: the share of the answers that the challenger won, ties counted half, and how many answers had a
-    click. An answer is won by the release with more clicks on its hits. 0.5: none is better.
+    """Interleaving: the share of the answers with a click that the challenger won, ties counted half, and how many
+    answers had a click. An answer is won by the release with more clicks on its hits. 0.5: none is better.
+
+    Raises ValueError where no answer had a click.
     """
     num = int(exposures.answers.max(initial=-1)) + 1
-    sign = np.where(exposures.by_challenger, 1.0, -1.0) * exposures.clicked
-    lead = np.bincount(exposures.answers, sign, num)
-    clicks = np.bincount(exposures.answers, exposures.clicked, num)
+    lead = np.bincount(exposures.answers, np.where(exposures.by_challenger, 1.0, -1.0) * exposures.clicked, num)
+    decided = np.bincount(exposures.answers, exposures.clicked, num) > 0
+    if not decided.any():
+        raise ValueError("no answer had a click: nothing can be said about who is preferred")
     user_of = np.zeros(num, dtype=np.int64)
     user_of[exposures.answers] = exposures.users
-    decided = clicks > 0
-    wins = np.where(lead > 0, 1.0, np.where(lead < 0, 0.0, 0.5))[decided]
-    won = np.bincount(user_of[decided], wins, exposures.num_users)
-    played = np.bincount(user_of[decided], minlength=exposures.num_users).astype(float)
-    draws = _draws(exposures.num_users, seed)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        sampled = np.concatenate([[won.sum() / played.sum()], (draws @ won) / (draws @ played)])
-    return _interval(sampled), int(decided.sum())
+    wins = (np.sign(lead[decided]) + 1) / 2
+    return _interval(_ratio(user_of[decided], wins, exposures.num_users, seed)), int(decided.sum())
 
 
-def _draws(num_users: int, seed: int) -> np.ndarray:
-    """How often each user is drawn: [draws, U]."""
-    chance = np.full(num_users, 1 / num_users)
-    return np.random.default_rng(seed).multinomial(num_users, chance, NUM_DRAWS).astype(np.float64)
+def _draws(num_users: int, num_draws: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each user is drawn: blocks [draws, U] that fit into memory."""
+    rng, size = np.random.default_rng(seed), max(1, _BLOCK // num_users)
+    for start in range(0, num_draws, size):
+        yield rng.multinomial(num_users, np.full(num_users, 1 / num_users), min(size, num_draws - start))
 
 
-def _ratio(exposures: Exposures, value: np.ndarray, side: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """The mean of `value` over the exposures of one side: as it is, and of each draw [1 + draws]."""
-    total = np.bincount(exposures.users[side], value[side], exposures.num_users)
-    count = np.bincount(exposures.users[side], minlength=exposures.num_users).astype(float)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        sampled = (draws @ total) / (draws @ count)
-    return np.concatenate([[total.sum() / count.sum()], sampled])
+def _mean(exposures: Exposures, value: np.ndarray, side: np.ndarray, seed: int) -> np.ndarray:
+    """The mean of `value` [E] over the exposures of one side: as it is, and of each draw [1 + draws]."""
+    return _ratio(exposures.users[side], value[side], exposures.num_users, seed)
 
 
-def _covered(exposures: Exposures, numbers: np.ndarray, side: np.ndarray, draws: np.ndarray) -> np.ndarray:
+def _ratio(users: np.ndarray, value: np.ndarray, num_users: int, seed: int) -> np.ndarray:
+    """The mean of `value`, of whose rows these are the users: as it is, and of each draw of users [1 + draws]."""
+    total, count = np.bincount(users, value, num_users), np.bincount(users, minlength=num_users).astype(float)
+    with np.errstate(invalid="ignore"):  # a draw may have nobody who saw anything
+        sampled = [(draws @ total) / (draws @ count) for draws in _draws(num_users, NUM_DRAWS, seed)]
+    return np.concatenate([[total.sum() / count.sum()], *sampled])
+
+
+def _covered(exposures: Exposures, numbers: np.ndarray, side: np.ndarray, seed: int) -> np.ndarray:
     """The number of distinct notes that one side showed: as it is, and of each draw [1 + draws].
 
     A draw has fewer distinct users than there are, and so fewer notes: the bounds are moved by the mean loss.
     """
-    pairs = np.unique(np.stack([exposures.users[side], numbers[side]]), axis=1)
-    num = len(np.unique(pairs[1]))
-    sampled = np.array([len(np.unique(pairs[1][draw[pairs[0]] > 0])) for draw in draws], dtype=float)
-    return np.concatenate([[num], sampled + num - sampled.mean()])
+    users, notes = np.unique(np.stack([exposures.users[side], numbers[side]]), axis=1)
+    sampled = [
+        len(np.unique(notes[draw[users] > 0]))
+        for draws in _draws(exposures.num_users, _COVERAGE_DRAWS, seed)
+        for draw in draws
+    ]
+    num = len(np.unique(notes))
+    return np.concatenate([[num], np.array(sampled, dtype=float) + num - np.mean(sampled)])
 
 
 def _comparison(name: str, champion: np.ndarray, challenger: np.ndarray) -> Comparison:
@@ -187,6 +192,8 @@ def to_markdown(comparisons: Sequence[Comparison], won: tuple[Interval, int] | N
         "| | champion | challenger | difference |",
         "| --- | --- | --- | --- |",
         *(f"| {c.name} | {c.champion} | {c.challenger} | {c.difference} |" for c in comparisons),
+        "",
+        "Coverage grows with the number of exposures: compare it only where both have about as many.",
     ]
     if won is not None:
         lines += [

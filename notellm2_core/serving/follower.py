@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections import Counter
 from concurrent.futures import Future
 
@@ -13,6 +14,7 @@ from notellm2_core.serving.log import Entry, NoteLog
 
 _TAIL_ENTRIES = 1000
 _TRIES = 3  # to embed a note that the embedder dies of
+_PAUSE_SECONDS = 1.0  # after the model was down
 _AT_ONCE = 32  # notes that are given to the model: callers of the service have the other places of its queue
 _LOGGER = logging.getLogger(__name__)
 
@@ -20,8 +22,10 @@ _LOGGER = logging.getLogger(__name__)
 class Follower:
     """One thread advances it. Any thread may ask what it shows."""
 
-    def __init__(self, log: NoteLog, release: LiveRelease, wake: threading.Event) -> None:
-        """wake: set when a vector is there."""
+    def __init__(
+        self, log: NoteLog, release: LiveRelease, wake: threading.Event, earlier: "Follower | None" = None
+    ) -> None:
+        """wake: set when a vector is there. earlier: the one before, of the same model, which knows the bad notes."""
         self._log, self._release, self._wake = log, release, wake
         self._read = release.base.cut_seq  # entries up to here were read
         self._waiting = release.base.waiting  # entries before it that were not read yet
@@ -29,7 +33,9 @@ class Follower:
         self._embedding: dict[int, tuple[Entry, Future[Embedded] | None]] = {}  # entries that wait for their vector
         self._changes: dict[str, np.ndarray | None] = {}  # what is to be applied
         self._unsaved: dict[int, np.ndarray] = {}  # vectors that the log does not have yet
-        self._deaths = Counter[int]()  # entries that the embedder died of, and how often
+        self._deaths: Counter[int] = Counter() if earlier is None else Counter(earlier._deaths)  # by entry
+        self._bad: dict[int, str] = {} if earlier is None else dict(earlier._bad)  # entries that cannot be embedded
+        self._not_before = 0.0  # no note is given to the model before this time, which was down
         self._shown = self._read, frozenset(self._waiting)  # applied up to here, except these
         self.unusable: dict[str, str] = {}  # notes that this model cannot embed, and why
 
@@ -42,6 +48,15 @@ class Follower:
         """Whether this entry is applied."""
         upto, without = self._shown
         return seq <= upto and seq not in without
+
+    def has_read(self, seq: int) -> bool:
+        """Whether this entry and all before it are applied, except those that wait for their vectors."""
+        return not self._waiting and self._shown[0] >= seq
+
+    @property
+    def lacking(self) -> frozenset[int]:
+        """The entries that were read and wait for their vectors."""
+        return self._shown[1]
 
     def shows_upto(self, seq: int) -> bool:
         """Whether this entry and all before it are applied."""
@@ -71,9 +86,13 @@ class Follower:
             self._waiting = ()
             return
         last = entries[-1].seq
-        seqs, vectors = self._log.vectors(self._release.weights_id, entries[0].seq - 1, last)
-        known = dict(zip(seqs, vectors, strict=True))
+        if self._waiting:
+            known = self._log.vectors_of(self._release.weights_id, [entry.seq for entry in entries])
+        else:
+            seqs, vectors = self._log.vectors(self._release.weights_id, entries[0].seq - 1, last)
+            known = dict(zip(seqs, vectors, strict=True))
         newest = {entry.note.note_id: entry.seq for entry in entries}
+        deleted = {entry.note.note_id for entry in entries if entry.deleted}
         for entry in entries:
             note_id = entry.note.note_id
             if newest[note_id] != entry.seq:
@@ -83,8 +102,12 @@ class Follower:
                 self._changes[note_id] = None
             elif entry.seq in known:
                 self._changes[note_id] = known[entry.seq]
+            elif entry.seq in self._bad:
+                self.unusable[note_id], self._changes[note_id] = self._bad[entry.seq], None
             else:
                 self._embedding[entry.seq] = entry, None
+                if note_id in deleted:  # and written again: what was before the deletion does not stay meanwhile
+                    self._changes[note_id] = None
         self._newest |= newest
         self._waiting, self._read = (), max(self._read, last)
 
@@ -106,6 +129,8 @@ class Follower:
             self._newest.clear()  # only those that wait need it
 
     def _submit(self, seq: int, entry: Entry) -> bool:
+        if time.monotonic() < self._not_before:
+            return False
         image = None if entry.image_id is None else self._log.image(entry.image_id)
         try:
             future = self._release.model.submit(entry.note, image)
@@ -121,6 +146,7 @@ class Follower:
             self._changes[note_id] = self._unsaved[seq] = future.result().vector
         except EmbedderDown:  # not the note's fault
             self._embedding[seq] = entry, None
+            self._not_before = time.monotonic() + _PAUSE_SECONDS
             return
         except EmbedderDied as e:  # it is tried again, unless it is the note that the process dies of
             self._deaths[seq] += 1
@@ -131,7 +157,8 @@ class Follower:
         except BadNote as e:
             problem = str(e)
         if problem:
-            self.unusable[note_id], self._changes[note_id] = problem, None
+            self._bad[seq] = self.unusable[note_id] = problem
+            self._changes[note_id] = None
             _LOGGER.warning("release %s: note %r is not shown: %s", self._release.id, note_id, problem)
         del self._embedding[seq]
 

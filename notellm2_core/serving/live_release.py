@@ -9,7 +9,7 @@ from notellm2_core.schema import NOTES_TABLE
 from notellm2_core.serving.base import Base, open_base
 from notellm2_core.serving.embedding import EmbeddingProcess
 from notellm2_core.serving.live_index import LiveIndex
-from notellm2_core.serving.log import NoteLog
+from notellm2_core.serving.log import LogUnavailable, NoteLog
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,21 +24,30 @@ class LiveRelease:
     model: EmbeddingProcess
     notes: Path | None  # the table of the notes that it was made of; None: it is no longer in the lake
 
-    @classmethod
-    def open(cls, lake: Lake, release: Release, log: NoteLog, waits: bool = True) -> "LiveRelease":
-        """Load a release with its newest base, start its model, and ask the golden queries.
+    @staticmethod
+    def checked_base(lake: Lake, release: Release, log: NoteLog) -> Base:
+        """The newest base of a release whose files are all whole.
 
-        waits: until the model is loaded. Raises ValueError, in one sentence, if a file is damaged or missing, if an
-        answer is not the golden one, or if the model cannot be loaded.
+        Raises ValueError, in one sentence, if a file is damaged or missing, or if an answer is not the golden one, and
+        LogUnavailable.
         """
         try:
             release.verify()
-            base = open_base(lake, release, log)
-            model = EmbeddingProcess(release.path / "model", waits)
+            return open_base(lake, release, log)
+        except LogUnavailable:
+            raise
         except OSError as e:
             raise ValueError(f"release {release.id} cannot be opened: {e}") from None
-        live = LiveIndex(base.index, base.table, base.seq)
-        return cls(release.id, release.week, base.weights_id, base, live, model, notes_of(lake, release))
+
+    @classmethod
+    def start(cls, lake: Lake, release: Release, base: Base, waits: bool = True) -> "LiveRelease":
+        """Start its model. waits: until it is loaded; raises ValueError if it cannot be."""
+        index, notes = LiveIndex(base.index, base.table, base.seq), notes_of(lake, release)
+        try:
+            model = EmbeddingProcess(release.path / "model", waits)
+        except OSError as e:
+            raise ValueError(f"the model of release {release.id} cannot be started: {e}") from None
+        return cls(release.id, release.week, base.weights_id, base, index, model, notes)
 
     def with_base(self, base: Base) -> "LiveRelease":
         """The same release, with its model, on a later base."""

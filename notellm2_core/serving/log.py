@@ -171,6 +171,16 @@ class NoteLog:
         numbers = np.frombuffer(b"".join(row.vector for row in rows), "<f4")
         return [row.seq for row in rows], numbers.reshape(len(rows), -1 if rows else 0)
 
+    def vectors_of(self, weights_id: str, seqs: Sequence[int]) -> dict[int, np.ndarray]:
+        """A model's vectors [d] of these entries, by their numbers, as far as it has embedded them."""
+        query = select(VECTORS.c.seq, VECTORS.c.vector).where(VECTORS.c.weights_id == weights_id)
+        found: dict[int, np.ndarray] = {}
+        with reading(self._engine) as connection:
+            for block in blocks(seqs):
+                rows = connection.execute(query.where(VECTORS.c.seq.in_(block)))
+                found |= {row.seq: np.frombuffer(row.vector, "<f4") for row in rows}
+        return found
+
     def mark(self, seq: int) -> str:
         """A new name for the place after entry `seq`. No other log has it, nor a copy of this one that is older."""
         mark = secrets.token_hex(8)

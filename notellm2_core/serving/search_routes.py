@@ -2,10 +2,8 @@
 
 import asyncio
 import random
-import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from notellm2_core.serving.events import Event, keep_events
-from notellm2_core.serving.experiment import team_draft
+from notellm2_core.serving.experiment import new_answer_id, team_draft
 from notellm2_core.serving.guard import needs
 from notellm2_core.serving.keys import Keys
 from notellm2_core.serving.live_index import Answer
@@ -46,14 +44,17 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
         "response_model": SearchAnswer, "dependencies": needs(keys, "read"), "responses": ERRORS, "tags": ["search"],
     }  # fmt: skip
 
-    async def release_up_to(min_seq: int, release_id: str | None = None) -> LiveRelease:
-        """The release that answers, or the one of this id, once it knows the log up to there."""
-        if not service.is_ready:
-            raise NotReady("the log of notes is still being read")
+    def in_memory(release_id: str | None) -> LiveRelease:
+        """The release of this id, or the one that answers."""
         try:
-            release = service.release(release_id)
+            return service.release(release_id)
         except KeyError:
             raise HTTPException(404, f"release {release_id!r} is not in memory") from None
+
+    async def up_to(min_seq: int, release: LiveRelease) -> LiveRelease:
+        """The release, once it knows the log up to there."""
+        if not service.is_ready:
+            raise NotReady("the log of notes is still being read")
         if min_seq > release.index.delta.view.seq and min_seq > (last := await reads.run(service.log.last_seq)):
             raise HTTPException(409, f"min_seq = {min_seq} is beyond the end of the log, {last}")
         deadline = time.monotonic() + _MIN_SEQ_SECONDS
@@ -66,7 +67,7 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
     @app.get("/notes/{note_id}/similar", **options)
     async def similar_to(note_id: PathId, k: K = 10, min_seq: MinSeq = 0, release: str | None = None) -> Response:
         """The nearest notes of a note, without itself; by one of the releases in memory."""
-        by = await release_up_to(min_seq, release)
+        by = await up_to(min_seq, in_memory(release))
         try:
             answer = await searches.run(by.index.similar_to, note_id, k)
         except KeyError:
@@ -76,7 +77,7 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
     @app.post("/similar", **options)
     async def similar(body: SimilarRequest, request: Request) -> Response:
         """The nearest notes of a text, a picture, or both."""
-        by, note = await release_up_to(body.min_seq, body.release), note_of("query", body)
+        by, note = await up_to(body.min_seq, in_memory(body.release)), note_of("query", body)
         embedding = by.model.submit(note, body.image, body.inputs)
         try:
             embedded = await _unless_left(request, asyncio.wrap_future(embedding))
@@ -89,19 +90,27 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
     async def recall(body: RecallRequest) -> Response:
         """Recommendations for a history: the neighbours of its notes, merged."""
         deadline = time.monotonic() + body.deadline_ms / 1000
-        chosen = [body.release] if body.release else service.releases_of(body.user_id)
-        by = [await release_up_to(body.min_seq, release_id) for release_id in chosen]
+        kind, chosen = service.releases_of(body.user_id)
+        if body.release:
+            kind, chosen = "none", [in_memory(body.release)]
+        by = [await up_to(body.min_seq, release) for release in chosen]
         history = {
             n if isinstance(n, str) else n.note_id: 1.0 if isinstance(n, str) else n.weight for n in body.history
         }
-        exclude, answer_id = frozenset(body.exclude), secrets.token_hex(8)
-        answers = [
-            await searches.run(release.index.recall, history, body.k, body.merge, exclude, deadline) for release in by
-        ]
+        exclude, answer_id = frozenset(body.exclude), new_answer_id(kind)
+        answers = await asyncio.gather(
+            *(searches.run(r.index.recall, history, body.k, body.merge, exclude, deadline) for r in by)
+        )
         answer, found_by = answers[0], None
         if len(answers) == 2:
             hits, is_second = team_draft(answers[0].hits, answers[1].hits, body.k, random.Random(answer_id))
-            answer, found_by = replace(answer, hits=tuple(hits)), [by[second].id for second in is_second]
+            found_by = [by[second].id for second in is_second]
+            answer = Answer(
+                hits=tuple(hits),
+                seq=min(answer.seq for answer in answers),
+                unknown=tuple(note_id for note_id in history if any(note_id in a.unknown for a in answers)),
+                is_partial=any(answer.is_partial for answer in answers),
+            )
         metrics.count(answer, len(history), body.k)
         return _answer(by[0].id, answer, answer_id, found_by)
 

@@ -19,15 +19,17 @@ import numpy as np
 
 from notellm2_core.lake.lake import Lake
 from notellm2_core.notes.note import Note
-from notellm2_core.release.release import open_release
+from notellm2_core.release.release import Release, open_release
 from notellm2_core.serving.base import marked_bases, open_base
 from notellm2_core.serving.cards import Cards
-from notellm2_core.serving.experiment import Experiment
+from notellm2_core.serving.experiment import AnswerKind, Experiment
 from notellm2_core.serving.follower import Follower
 from notellm2_core.serving.live_release import LiveRelease
 from notellm2_core.serving.log import GroupCommit, LogUnavailable, NoteLog, Receipt, Write
 
 _POLL_SECONDS = 0.2  # between two looks at the log, for entries of other processes
+_SWITCH_SECONDS = 3600.0  # that a release may take to embed what came after it
+_LAST_WRITES_SECONDS = 5.0  # that a swap waits for what was written a moment ago
 _COMMIT_SECONDS = 30.0  # that a writer waits for the disk, on top of its own patience
 _LOGGER = logging.getLogger(__name__)
 
@@ -65,10 +67,11 @@ class Service:
         """
         self.lake, self.log, self._source = lake, log, source
         at_start = log.last_seq()
-        release = LiveRelease.open(lake, open_release(lake, release_id), log, waits=False)
+        found = open_release(lake, release_id)
+        release = LiveRelease.start(lake, found, LiveRelease.checked_base(lake, found, log), waits=False)
         self._commit = GroupCommit(log)
         self._wake, self._applied, self._switching = threading.Event(), threading.Condition(), threading.Lock()
-        self._served: tuple[_Served, ...] = (self._followed(release),)
+        self._served: tuple[_Served, ...] = (_Served(release, Follower(log, release, self._wake)),)
         self._arriving: tuple[Follower, ...] = ()  # of a release that is not in memory for searches yet
         self._cards: dict[str, Cards] = {}
         self.experiment: Experiment | None = None
@@ -95,29 +98,36 @@ class Service:
                 return release
         raise KeyError(release_id)
 
-    def releases_of(self, user_id: str | None) -> list[str]:
-        """The releases that a user's answer is made from: one, or two to be interleaved, the champion first.
-
-        An experiment ends where its challenger answers for all, or is no longer in memory.
+    def releases_of(self, user_id: str | None) -> tuple[AnswerKind, list[LiveRelease]]:
+        """The releases that a user's answer is made from: one, or two to be interleaved, the champion first. And what
+        experiment the answer is part of.
         """
-        current, experiment = self.current.id, self.experiment
-        in_memory = {release.id for release in self.releases} - {current}
-        if experiment is None or user_id is None or experiment.challenger not in in_memory:
-            return [current]
-        if not experiment.includes(user_id):
-            return [current]
-        return [experiment.challenger] if experiment.kind == "ab" else [current, experiment.challenger]
+        current, experiment = self.current, self.experiment
+        challenger = None if experiment is None else self._in_memory(experiment.challenger)
+        if experiment is None or challenger is None or user_id is None:
+            return "none", [current]
+        if experiment.kind == "ab":
+            return "ab", [challenger.release if experiment.includes(user_id) else current]
+        if experiment.includes(user_id):
+            return "interleave", [current, challenger.release]
+        return "none", [current]
 
-    def begin(self, experiment: Experiment, seconds: float = 3600.0) -> None:
-        """Load the challenger beside the release that answers. Raises as `activate`."""
+    def begin(self, experiment: Experiment) -> None:
+        """Load the challenger beside the release that answers. It lasts until the challenger answers for all, or has to
+        leave the memory.
+
+        Raises ValueError if it cannot be used, or answers already.
+        """
         with self._switching:
             found = open_release(self.lake, experiment.challenger)
-            if found.id not in {release.id for release in self.releases}:
-                self._forget(self._served[1:])
-                served = self._followed(LiveRelease.open(self.lake, found, self.log))
-                self._catch_up(served, seconds)
-                self._served = (*self._served, served)
+            if found.id == self.current.id:
+                raise ValueError(f"release {found.id} answers already: an experiment needs another challenger")
+            if self._in_memory(found.id) is None:
+                self._served = (*self._served[:1], self._load(found, _SWITCH_SECONDS))
             self.experiment = replace(experiment, challenger=found.id)
+
+    def _in_memory(self, release_id: str) -> "_Served | None":
+        return next((served for served in self._served if served.release.id == release_id), None)
 
     def cards(self, release: LiveRelease) -> Cards:
         """Texts and pictures of the notes of a release, and of those in the log."""
@@ -127,9 +137,12 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether all that was in the log at the start has been shown. It stays ready where the log fails later."""
+        """Whether the log has been read up to where it was at the start. It stays ready where the log fails later.
+
+        Notes that wait for their vectors are found later.
+        """
         if not self._was_ready:
-            self._was_ready = self._follower.shows_upto(self._at_start)
+            self._was_ready = self._follower.has_read(self._at_start)
         return self._was_ready
 
     @property
@@ -180,9 +193,10 @@ class Service:
 
     def _wait(self, condition: Callable[[], bool], deadline: float) -> bool:
         with self._applied:
-            return self._applied.wait_for(condition, max(0.0, deadline - time.monotonic()))
+            seconds = max(0.0, deadline - time.monotonic())
+            return self._applied.wait_for(lambda: condition() or self._closed, seconds) and not self._closed
 
-    def activate(self, release_id: str, seconds: float = 3600.0) -> LiveRelease:
+    def activate(self, release_id: str, seconds: float = _SWITCH_SECONDS) -> LiveRelease:
         """Answer from another release: load it, embed what came after it, and swap. Returns the one that answers now.
 
         The one before stays in memory, so that going back is a swap. Raises ValueError if it cannot be used, and
@@ -192,15 +206,15 @@ class Service:
             found, before = open_release(self.lake, release_id), self._served[0]
             if found.id == before.release.id:
                 return before.release
-            served = next((other for other in self._served if other.release.id == found.id), None)
-            if served is None:
-                self._forget(self._served[1:])  # never three models in memory
-                served = self._followed(LiveRelease.open(self.lake, found, self.log))
-            self._catch_up(served, seconds)
+            if (served := self._in_memory(found.id)) is None:
+                served = self._load(found, seconds)
+            follower, target = served.follower, self.log.last_seq()
+            self._wait(lambda: follower.has_read(target), time.monotonic() + _LAST_WRITES_SECONDS)
             self._served = (served, before)
+            self._end_experiment()
             return served.release
 
-    def refresh(self, seconds: float = 3600.0) -> int:
+    def refresh(self, seconds: float = 60.0) -> int:
         """Take the newest bases of the releases in memory. Returns how many compaction has made new ones for.
 
         Raises as `activate`; the base before then stays.
@@ -211,42 +225,57 @@ class Service:
                 dataset = open_release(self.lake, before.release.id)
                 if marked_bases(self.lake, dataset, self.log)[-1][0] == before.release.base.mark:
                     continue
-                try:
-                    later = before.release.with_base(open_base(self.lake, dataset, self.log))
-                except OSError as e:
-                    raise ValueError(f"the new base of release {dataset.id} cannot be opened: {e}") from None
-                served = self._followed(later)
-                self._catch_up(served, seconds)
+                base = open_base(self.lake, dataset, self.log)
+                if base.mark == before.release.base.mark:
+                    raise ValueError(f"the newest base of release {dataset.id} is damaged")
+                later = before.release.with_base(base)
+                served = _Served(later, Follower(self.log, later, self._wake, before.follower))
+                self._catch_up(served, before.follower, seconds)
                 self._served = tuple(served if other is before else other for other in self._served)
                 num_changed += 1
         return num_changed
 
-    def _followed(self, release: LiveRelease) -> _Served:
-        return _Served(release, Follower(self.log, release, self._wake))
+    def _load(self, found: Release, seconds: float) -> _Served:
+        """A release that shows what the present one shows. What is in memory besides that one has to leave for it.
 
-    def _catch_up(self, served: _Served, seconds: float) -> None:
-        """Follow the log for a release until it shows all of it. Raises TimeoutError; a new one is closed then."""
-        self._arriving = (served.follower,) if served not in self._served else ()
+        Raises ValueError before that, where its files cannot be used.
+        """
+        base = LiveRelease.checked_base(self.lake, found, self.log)
+        others, self._served = self._served[1:], self._served[:1]  # never three models in memory
+        self._end_experiment()
+        for other in others:
+            self._cards.pop(other.release.id, None)
+            other.release.close()
+        release = LiveRelease.start(self.lake, found, base)
+        served = _Served(release, Follower(self.log, release, self._wake))
+        try:
+            self._catch_up(served, self._follower, seconds)
+        except BaseException:
+            release.close()
+            raise
+        return served
+
+    def _catch_up(self, served: _Served, present: Follower, seconds: float) -> None:
+        """Follow the log for a release until it shows what the present follower does. Raises TimeoutError."""
+        follower, target = served.follower, self.log.last_seq()
+        self._arriving = (follower,)
         try:
             self._wake.set()
-            target = self.log.last_seq()
-            if not self._wait(lambda: served.follower.shows_upto(target), time.monotonic() + seconds):
+            self._wait(
+                lambda: follower.has_read(target) and follower.lacking <= present.lacking, time.monotonic() + seconds
+            )
+            if self._closed or not (follower.has_read(target) and follower.lacking <= present.lacking):
                 raise TimeoutError(f"release {served.release.id} did not catch up with the log in {seconds:.0f} s")
-        except BaseException:
-            if served not in self._served:
-                self._forget([served])
-            raise
         finally:
             self._arriving = ()
 
-    def _forget(self, gone: Sequence[_Served]) -> None:
-        """Drop these releases, and end the models that no other release in memory has."""
-        self._served = tuple(served for served in self._served if served not in gone)
-        models = {served.release.model for served in self._served}
-        for release in {served.release for served in gone}:
-            if release.model not in models:
-                self._cards.pop(release.id, None)
-                release.close()
+    def _end_experiment(self) -> None:
+        """End an experiment whose challenger answers for all, or is no longer in memory."""
+        if self.experiment is not None:
+            ids = [served.release.id for served in self._served[1:]]
+            if self.experiment.challenger not in ids:
+                _LOGGER.warning("the experiment with %s has ended", self.experiment.challenger)
+                self.experiment = None
 
     def _follow(self) -> None:
         while not self._closed:
@@ -272,6 +301,8 @@ class Service:
         """Commit what waits, and end the models' processes."""
         self._closed = True
         self._wake.set()
+        with self._applied:
+            self._applied.notify_all()
         self._thread.join()
         self._commit.close()
         for release in self.releases:

@@ -139,7 +139,7 @@ def test_what_a_compaction_says_and_leaves(tmp_path: Path) -> None:
         kept = [path.name for path in (lake.root / "serving" / release.id).iterdir()]
         assert [seq for _, seq in log.marked(kept)] == [7, 9] and len(kept) == 2 and log.last_seq() == 9
         assert [entry.note.note_id for entry in log.tail(0)] == ["n1", "slow", "n2", "n3", "x", "n4"]
-        assert str(done) == "2 notes of the log up to 9 taken in, 5 in all; 1 notes wait for the model"
+        assert str(done) == "notes taken in up to entry 9: 2; in all: 5; waiting for the model: 1"
         assert str(Compacted(9, 5, 0, 0)) == "nothing new"
 
 
@@ -150,6 +150,28 @@ def test_a_vector_that_comes_later_makes_a_newer_base_at_the_same_place(tmp_path
         log.put_vectors(WEIGHTS, {2: unit("s")})
         assert compact(lake, release, log) == Compacted(2, NUM_NOTES + 2, 1, 0)
         assert "slow" in open_base(lake, release, log).index.rows
+
+
+def test_a_note_that_was_deleted_and_written_again_is_not_found_with_its_old_text(tmp_path: Path) -> None:
+    with opened(tmp_path) as (lake, release, log):
+        log.append([write("n1", "", deleted=True), write("n1", "new", embedded=False), write("x", "x")])
+        assert compact(lake, release, log) == Compacted(3, NUM_NOTES, 2, 1)
+        base = open_base(lake, release, log)
+        assert "n1" not in base.index.rows and base.waiting == (2,)
+        assert shown(lake, release, log)["n1"] == pytest.approx(float(unit("new") @ unit("query")), abs=1e-4)
+
+
+def test_two_compactions_at_once_are_one(tmp_path: Path) -> None:
+    (tmp_path / "serving").mkdir()
+    lake = Lake(tmp_path)
+    with (
+        compaction._alone(lake),
+        pytest.raises(ValueError, match="another compaction is running"),
+        compaction._alone(lake),
+    ):
+        pass
+    with compaction._alone(lake):
+        pass
 
 
 def test_the_base_of_one_log_is_not_that_of_another(tmp_path: Path) -> None:
@@ -196,12 +218,21 @@ def test_a_compaction_that_is_killed_leaves_the_base_before(tmp_path: Path, monk
         assert compact(lake, release, log).num_changes == 2 and shown(lake, release, log) == before
 
 
-def test_a_damaged_base_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_base_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with opened(tmp_path) as (lake, release, log):
         log.append([write("x", "x")])
+        before = shown(lake, release, log)
         compact(lake, release, log)
         file = base_folder(lake, release, marked_bases(lake, release, log)[-1][0]) / INDEX_FOLDER / "index.faiss"
         file.write_bytes(file.read_bytes()[:-4] + b"\1\2\3\4")
+        caplog.clear()
+        assert open_base(lake, release, log).cut_seq == 0 and "does not match its checksum" in caplog.text
+        assert shown(lake, release, log) == before
+        assert compact(lake, release, log).num_changes == 1 and shown(lake, release, log) == before
+        (release.path / INDEX_FOLDER / "index.faiss").unlink()
+        file.unlink()
+        for base in (lake.root / "serving" / release.id).glob("*/index/index.faiss"):
+            base.unlink()
         with pytest.raises(ValueError, match=r"index\.faiss does not match its checksum"):
             open_base(lake, release, log)
 

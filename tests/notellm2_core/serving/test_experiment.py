@@ -1,6 +1,7 @@
 """Experiments: who is in them, what an interleaved list is, and what their events say."""
 
 import random
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def test_a_share_of_the_users_is_in_an_experiment() -> None:
     assert 0.04 < len(among & other) / len(users) < 0.09  # experiments are independent
     assert not any(Experiment("ab", "x", 0.0).includes(user) for user in users)
     assert all(Experiment("ab", "x", 1.0).includes(user) for user in users)
-    with pytest.raises(ValueError, match="0 to 1, not 2"):
+    with pytest.raises(ValueError, match="is 0 to 1, not 2"):
         Experiment("ab", "x", 2)
 
 
@@ -77,44 +78,76 @@ def test_of_equal_releases_one_in_twenty_seems_different_and_a_better_one_is_see
 ) -> None:
     monkeypatch.setattr(experiment_report, "NUM_DRAWS", 200)
     rng = np.random.default_rng(0)
-    differences = [compare(exposures(rng, (0.2, 0.2)), set(), 50)[0].difference for _ in range(100)]
+    differences = [compare(exposures(rng, (0.2, 0.2)), set())[0].difference for _ in range(100)]
     assert 0 < sum(not d.low <= 0 <= d.high for d in differences) <= 11
-    differences = [compare(exposures(rng, (0.2, 0.3)), set(), 50)[0].difference for _ in range(20)]
+    differences = [compare(exposures(rng, (0.2, 0.3)), set())[0].difference for _ in range(20)]
     assert all(d.low > 0 for d in differences) and np.mean([d.value for d in differences]) == pytest.approx(
         0.1, abs=0.02
     )
 
 
-def test_the_figures_of_an_experiment_by_hand(tmp_path: Path) -> None:
-    """Champion: 4 exposures of a, b, new; 1 click. Challenger: 4 exposures of a, c; 2 clicks. Repeats do not count."""
-    log = NoteLog.open(f"sqlite:///{tmp_path / 'log.db'}")
-    shown = [
-        ("u1", "1", "a", "A"), ("u1", "1", "b", "A"), ("u2", "2", "a", "A"), ("u2", "2", "new", "A"),
-        ("u3", "3", "a", "B"), ("u3", "3", "c", "B"), ("u4", "4", "a", "B"), ("u4", "5", "a", "B"),
-    ]  # fmt: skip
-    clicks = [("u1", "1", "a", "A"), ("u3", "3", "a", "B"), ("u4", "4", "a", "B")]
-    noise = [("u9", "9", "a", "another release"), ("u9", "9", "a", None)]
+def write_events(folder: Path, shown: list[tuple[str, str, str, str]], clicks: list[tuple[str, str, str, str]]) -> None:
+    """Views and clicks: user, answer, note, release. Some are sent twice; others belong to nothing."""
+    log = NoteLog.open(f"sqlite:///{folder / 'log.db'}")
+    noise = [
+        ("u9", "a9", "a", "another release"),
+        ("u9", None, "a", "A"),
+        ("u9", "n9", "a", "A"),
+        ("u9", "n9", "b", "B"),
+    ]
     for event, rows in {"view": [*shown, *shown[:2], *noise], "click": [*clicks, clicks[0]], "share": noise}.items():
         keep_events(log, [Event(user, note, event, TIME, answer, release) for user, answer, note, release in rows])
-    write_event_files(log, tmp_path / "events")
+    write_event_files(log, folder / "events")
     log.close()
-    found = read_exposures(tmp_path / "events", "A", "B", EventSettings())
-    rates, cold, novelty, coverage = compare(found, {"a", "b", "c", "d"}, 4)
+
+
+def test_the_figures_of_an_ab_test_by_hand(tmp_path: Path) -> None:
+    """Champion: 4 exposures of a, b, new; 1 click. Challenger: 4 exposures of a, c; 2 clicks."""
+    shown = [
+        ("u1", "a1", "a", "A"), ("u1", "a1", "b", "A"), ("u2", "a2", "a", "A"), ("u2", "a2", "new", "A"),
+        ("u3", "a3", "a", "B"), ("u3", "a3", "c", "B"), ("u4", "a4", "a", "B"), ("u4", "a5", "a", "B"),
+    ]  # fmt: skip
+    write_events(tmp_path, shown, [("u1", "a1", "a", "A"), ("u3", "a3", "a", "B"), ("u4", "a4", "a", "B")])
+    found = read_exposures(tmp_path / "events", "ab", "A", "B", EventSettings())
+    rates, cold, novelty, coverage = compare(found, {"a", "b", "c", "d"})
     assert (rates.champion.value, rates.challenger.value) == (0.25, 0.5)
     assert (cold.champion.value, cold.challenger.value) == (0.25, 0)
-    bits = -np.log2(np.array([5, 1, 1, 1]) / 8)  # of a, b, c and new
-    assert novelty.champion.value == pytest.approx((2 * bits[0] + 2 * bits[1]) / 4)
-    assert novelty.challenger.value == pytest.approx((3 * bits[0] + bits[2]) / 4)
-    assert (coverage.champion.value, coverage.challenger.value) == (0.75, 0.5)
-    won, num = preference(found)
-    assert (won.value, num) == (pytest.approx(2 / 3), 3)
-    text = to_markdown([rates], (won, num), found)
+    a, b, new, c = -np.log2([(0.5 + 0.75) / 2, 0.25 / 2, 0.25 / 2, 0.25 / 2])  # means of both releases' shares
+    assert novelty.champion.value == pytest.approx((2 * a + b + new) / 4)
+    assert novelty.challenger.value == pytest.approx((3 * a + c) / 4)
+    assert (coverage.champion.value, coverage.challenger.value) == (0.5, 0.5)  # a and b; a and c; of four
+    text = to_markdown([rates], None, found)
     assert "4 users; 4 exposures of the champion, 4 of the challenger" in text and "| hit rate | 0.25 [" in text
-    assert "won 0.6667 [" in text and "of 3 answers with a click" in text
-    with pytest.raises(ValueError, match="no exposure of release C"):
-        read_exposures(tmp_path / "events", "A", "C", EventSettings())
+    for challenger, kind in (("C", "ab"), ("B", "interleave")):
+        with pytest.raises(ValueError, match=f"no exposure of release .* in an experiment of the kind {kind}"):
+            read_exposures(tmp_path / "events", kind, "A", challenger, EventSettings())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no events of a service"):
-        read_exposures(tmp_path, "A", "B", EventSettings())
+        read_exposures(tmp_path, "ab", "A", "B", EventSettings())
+
+
+def test_novelty_does_not_depend_on_the_share(tmp_path: Path) -> None:
+    """Each release shows fifty notes of its own, as often as each other; nine users in ten have the champion."""
+    rng = np.random.default_rng(0)
+    challenger = np.repeat(np.arange(1000) % 10 == 0, 50)
+    notes = np.where(challenger, 50, 0) + rng.integers(0, 50, len(challenger))
+    users = np.repeat(np.arange(1000), 50)
+    clicked = np.zeros(len(users), dtype=bool)
+    found = compare(Exposures(users, users, notes.astype(object), challenger, clicked), set())[2]
+    assert found.difference.value == pytest.approx(0, abs=0.02)
+
+
+def test_the_preference_of_interleaved_lists_by_hand(tmp_path: Path) -> None:
+    """Three answers with a click: one for each, and a tie. Lists of users who are in no experiment do not count."""
+    shown = [(f"u{n}", f"i{n}", note, release) for n in range(1, 5) for note, release in (("a", "A"), ("b", "B"))]
+    clicks = [("u1", "i1", "a", "A"), ("u2", "i2", "b", "B"), ("u3", "i3", "a", "A"), ("u3", "i3", "b", "B")]
+    others = [(f"v{n}", f"n{n}", "a", "A") for n in range(50)]
+    write_events(tmp_path, [*shown, *others], [*clicks, *others])
+    found = read_exposures(tmp_path / "events", "interleave", "A", "B", EventSettings())
+    won, num = preference(found)
+    assert (won.value, num) == (0.5, 3)
+    assert "won 0.5 [" in to_markdown([], (won, num), found)
+    with pytest.raises(ValueError, match="no answer had a click"):
+        preference(replace(found, clicked=np.zeros_like(found.clicked)))
 
 
 def test_interleaving_sees_who_is_preferred() -> None:

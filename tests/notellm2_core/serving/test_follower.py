@@ -14,6 +14,7 @@ from notellm2_core.embeddings.table import Embeddings
 from notellm2_core.notes.note import Note
 from notellm2_core.retrieval.build import make_index
 from notellm2_core.retrieval.neighbour_table import NeighbourTable, write_neighbours
+from notellm2_core.serving import follower as following
 from notellm2_core.serving.base import Base
 from notellm2_core.serving.embedding import BadNote, Embedded, EmbedderBusy, EmbedderDied, EmbedderDown
 from notellm2_core.serving.follower import Follower
@@ -75,7 +76,8 @@ def log(tmp_path: Path) -> NoteLog:
 def live_release(tmp_path: Path, model: Model, cut_seq: int = 0, waiting: tuple[int, ...] = ()) -> LiveRelease:
     vectors = np.stack([unit(100 + n) for n in range(6)])
     index = make_index(Embeddings(tuple(f"n{n}" for n in range(6)), vectors, Path("x")), IndexSettings(factory="Flat"))
-    write_neighbours(index, vectors, tmp_path / "table")
+    if not (tmp_path / "table").exists():
+        write_neighbours(index, vectors, tmp_path / "table")
     base = Base(index, NeighbourTable.load(tmp_path / "table", index), cut_seq, "mark", waiting)
     live = LiveIndex(index, base.table, base.seq)
     return LiveRelease("release", "2025-01-05", "weights", base, live, model, None)  # type: ignore[arg-type]
@@ -131,7 +133,8 @@ def test_a_newer_write_replaces_one_that_waits(log: NoteLog, tmp_path: Path) -> 
     assert "note" not in shown(release) and follower.shows_upto(2) and not model.embedded
 
 
-def test_a_model_that_is_down_costs_no_note(log: NoteLog, tmp_path: Path) -> None:
+def test_a_model_that_is_down_costs_no_note(log: NoteLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "_PAUSE_SECONDS", 0.0)
     release = live_release(tmp_path, Model([EmbedderDown("no memory")] * 10))
     log.append([write("n1", "changed")])
     follower = Follower(log, release, threading.Event())
@@ -155,6 +158,32 @@ def test_a_note_that_cannot_be_embedded_is_told(log: NoteLog, tmp_path: Path, er
     log.append([write("n1", vector=unit(3))])
     follower.advance()
     assert not follower.unusable and "n1" in shown(release)
+
+
+def test_a_note_that_was_deleted_and_written_again_is_not_found_with_its_old_text(log: NoteLog, tmp_path: Path) -> None:
+    """Both are read together, and the new text waits for the model: whoever has deleted it was told that it is gone."""
+    model = Model(busy=2)
+    release = live_release(tmp_path, model)
+    log.append([write("n1", deleted=True), write("n1", "again")])
+    follower = Follower(log, release, threading.Event())
+    follower.advance()
+    assert follower.shows(1) and "n1" not in shown(release) and follower.has_read(2) and follower.lacking == {2}
+    for _ in range(4):
+        follower.advance()
+    assert "n1" in shown(release) and not follower.lacking
+
+
+def test_a_follower_of_the_same_model_knows_the_bad_notes(log: NoteLog, tmp_path: Path) -> None:
+    log.append([write("bad", "a"), write("good", "b")])
+    model = Model([BadNote("broken")])
+    release = live_release(tmp_path, model)
+    first = Follower(log, release, threading.Event())
+    for _ in range(3):
+        first.advance()
+    again = Follower(log, live_release(tmp_path, model), threading.Event(), first)
+    for _ in range(3):
+        again.advance()
+    assert again.unusable == first.unusable == {"bad": "broken"} and model.embedded == ["good"] and not again.lacking
 
 
 def test_what_a_base_waits_for_is_taken_first(log: NoteLog, tmp_path: Path) -> None:

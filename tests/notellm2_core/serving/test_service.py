@@ -318,7 +318,7 @@ def test_large_bodies_are_refused_before_they_are_read(running: Running) -> None
 
 
 def test_notes_written_before_the_start_are_there_after_it(site: Site, tmp_path: Path) -> None:
-    """Also such without a vector, which are embedded then."""
+    """Those without a vector are embedded then; nobody waits for them."""
     log = NoteLog.open(f"sqlite:///{tmp_path / 'log.db'}")
     log.append(
         [Write(Note("kept", "note 7", ("red",), "red tea"), png(7)), Write(Note("n01", "", (), ""), deleted=True)]
@@ -331,8 +331,8 @@ def test_notes_written_before_the_start_are_there_after_it(site: Site, tmp_path:
             assert early.status_code in (404, 503), early.text
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        assert "kept" in ids(client.get("/notes/n02/similar", params={"k": 30}).json())
         assert client.get("/notes/n01/similar").status_code == 404
+        wait_for(lambda: "kept" in ids(client.get("/notes/n02/similar", params={"k": 30}).json()))
     assert log.vectors(service.current.weights_id, 0)[0] == [1]
     service.close()
     log.close()
@@ -429,18 +429,23 @@ def test_an_experiment_gives_each_user_one_release_or_lists_of_both(running: Run
             answer = client.post("/recall", json=query | {"user_id": user}).json()
             assert answer["release"] == ("bbbb2222" if experiment.includes(user) else "aaaa1111")
             assert answer["hits"] == alone[answer["release"]]
+            assert answer["answer"][0] == "a"
         assert {experiment.includes(user) for user in users} == {True, False}
-        assert client.post("/recall", json=query).json()["release"] == "aaaa1111"  # of nobody
+        of_nobody = client.post("/recall", json=query).json()
+        assert (of_nobody["release"], of_nobody["answer"][0]) == ("aaaa1111", "n")
         service.begin(Experiment("interleave", "bbbb2222", 1.0))
         answers = [client.post("/recall", json=query | {"user_id": user}).json() for user in users]
         assert len({answer["answer"] for answer in answers}) == len(users)
         for answer in answers:
             assert {hit["release"] for hit in answer["hits"]} == {"aaaa1111", "bbbb2222"}
-            assert len(set(ids(answer))) == len(answer["hits"]) == 10
+            assert len(set(ids(answer))) == len(answer["hits"]) == 10 and answer["answer"][0] == "i"
             for hit in answer["hits"]:
                 own = {key: value for key, value in hit.items() if key != "release"}
                 assert own in alone[hit["release"]]
+        with pytest.raises(ValueError, match="aaaa1111 answers already"):
+            service.begin(Experiment("ab", "aaaa1111", 0.5))
         service.activate("bbbb2222")  # the challenger has won: everybody has it, and the experiment is over
+        assert service.experiment is None
         assert {client.post("/recall", json=query | {"user_id": user}).json()["release"] for user in users} == {
             "bbbb2222"
         }

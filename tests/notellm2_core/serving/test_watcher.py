@@ -110,6 +110,35 @@ def test_a_champion_of_before_the_start_answers(
     watching.close()
 
 
+def test_what_fails_holds_up_nothing_else(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bases are taken while a champion is refused, and the other way round; each failure is tried ever more rarely."""
+    service, watching = watched(ledger, tmp_path, monkeypatch)
+    service.damaged.add("bbbb")
+    promote(ledger, "bbbb")
+    wait_for(lambda: service.num_refused >= 2)
+    before = service.num_refreshes
+    wait_for(lambda: service.num_refreshes > before + 10)
+    monkeypatch.setattr(service, "refresh", lambda: exec("raise OSError('disk')"))
+    promote(ledger, "cccc")
+    wait_for(lambda: service.current.id == "cccc")
+    watching.close()
+
+
+def test_a_ledger_that_cannot_be_read_is_told_ever_more_rarely(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, watching = watched(ledger, tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "state", lambda: exec("raise LedgerError('damaged')"))
+        wait_for(lambda: service.num_refused >= 3)
+        before, looks = service.num_refused, service.num_refreshes
+        wait_for(lambda: service.num_refreshes > looks + 10)
+        assert service.num_refused <= before + 2
+    promote(ledger, "bbbb")
+    wait_for(lambda: service.current.id == "bbbb")
+    watching.close()
+
+
 def test_a_service_of_one_release_follows_no_champion(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
