@@ -88,9 +88,11 @@ async def open_loop(port: int, requests: Sequence[Request], rate: float, server:
         except (OSError, asyncio.IncompleteReadError):
             load.errors += 1
             return
-        load.errors += status >= 300
-        load.seconds.append(time.perf_counter() - due)
         free.append(connection)
+        if status >= 300:
+            load.errors += 1
+        else:
+            load.seconds.append(time.perf_counter() - due)
 
     tasks = []
     for number, request in enumerate(requests):
@@ -111,8 +113,10 @@ async def closed_loop(port: int, requests: Sequence[Request], seconds: float, se
         connection, chance = Connection(port), random.Random(number)
         while (due := time.perf_counter()) < end:
             status, _ = await connection.ask(*chance.choice(requests))
-            load.errors += status >= 300
-            load.seconds.append(time.perf_counter() - due)
+            if status >= 300:
+                load.errors += 1
+            else:
+                load.seconds.append(time.perf_counter() - due)
 
     await asyncio.gather(*(ask(number) for number in range(NUM_CONNECTIONS)))
     return finished(load, server, before, started)

@@ -80,9 +80,11 @@ class Client(threading.Thread):
             if answer.status_code in (200, 201):
                 self.may_be[note_id] = [content]
                 return
-            self.counts[f"status {answer.status_code}"] += answer.status_code not in (202, 429, 503)
             if answer.status_code == 202:
                 self.may_be[note_id] = [content]
+                return
+            if answer.status_code not in (429, 503):
+                self.counts[f"status {answer.status_code}"] += 1
                 return
             time.sleep(0.02)
 
