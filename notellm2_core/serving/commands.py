@@ -2,7 +2,8 @@
 
 import argparse
 import ipaddress
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,23 +60,21 @@ def _serve(options: argparse.Namespace) -> None:
     if (options.experiment is None) != (options.challenger is None):
         raise ValueError("--experiment and --challenger belong together")
     require_local_or_keys(options.host, keys)
-    try:
+    with _extra():
         import uvicorn
         from threadpoolctl import threadpool_limits
 
         from notellm2_core.serving.app import make_app
+        from notellm2_core.serving.compaction import log_url
         from notellm2_core.serving.events import EventWriter
         from notellm2_core.serving.experiment import Experiment
         from notellm2_core.serving.log import NoteLog
         from notellm2_core.serving.service import Service
         from notellm2_core.serving.watcher import Watcher
-    except ImportError as e:
-        raise ValueError(f"`notellm2 serve` needs {e.name}: pip install 'notellm2[serve]'") from None
     from notellm2_core.config.load import config_in_force
     from notellm2_core.lake.catalog import Catalog
     from notellm2_core.lake.lake import Lake
     from notellm2_core.lake.ledger import Ledger
-    from notellm2_core.serving.compaction import log_url
 
     config = config_in_force(str(options.config or ""))
     lake, ledger = Lake(Path(config.lake)), Ledger(Path(config.lake), config.name)
@@ -98,10 +97,8 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _compact(options: argparse.Namespace) -> None:
-    try:
+    with _extra():
         from notellm2_core.serving.compaction import compact_served
-    except ImportError as e:
-        raise ValueError(f"`notellm2 compact` needs {e.name}: pip install 'notellm2[serve]'") from None
     from notellm2_core.config.load import config_in_force
 
     config = config_in_force(str(options.config or ""))
@@ -113,13 +110,14 @@ def _compact(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    with _extra():
+        from notellm2_core.serving.experiment_report import compare, preference, read_exposures, to_markdown
     from notellm2_core.config.load import config_in_force
     from notellm2_core.config.source import EventSettings
     from notellm2_core.lake.lake import Lake
     from notellm2_core.release.release import open_release
     from notellm2_core.retrieval.index import Index
     from notellm2_core.schema import INDEX_FOLDER
-    from notellm2_core.serving.experiment_report import compare, preference, read_exposures, to_markdown
 
     config = config_in_force(str(options.config or ""))
     if (folder := options.events or config.serving.events) is None:
@@ -130,6 +128,15 @@ def _report(options: argparse.Namespace) -> None:
     notes = Index.load(champion.path / INDEX_FOLDER).rows.keys()
     won = preference(exposures) if options.what == "interleave" else None
     print(to_markdown(compare(exposures, notes), won, exposures))
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Raises ValueError for a package that only the extra `serve` installs."""
+    try:
+        yield
+    except ImportError as e:
+        raise ValueError(f"this command needs {e.name}: pip install 'notellm2[serve]'") from None
 
 
 def require_local_or_keys(host: str, keys: Keys) -> None:

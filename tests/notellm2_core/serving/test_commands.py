@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from notellm2_core.lake.ledger import Ledger
 from notellm2_core.release.promotion import promote
 from notellm2_core.release.served import served_releases
 from notellm2_core.serving.commands import require_local_or_keys
+from notellm2_core.serving.events import Event, keep_events, write_event_files
 from notellm2_core.serving.keys import Keys, add_key
+from notellm2_core.serving.log import NoteLog
 from tests.support.cluster import free_port
 from tests.support.released import write_release
 from tests.support.served import serve_release
@@ -93,6 +96,21 @@ def test_a_killed_server_has_lost_nothing(tmp_path: Path, capsys: pytest.Capture
         wait_for(lambda: served_releases(lake) == {"aaaa1111", "bbbb2222"})
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, -signal.SIGTERM)
+    _require_a_report(config, tmp_path, capsys)
+
+
+def _require_a_report(config: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`notellm2 experiments` prints what the events of both releases say."""
+    log = NoteLog.open(f"sqlite:///{folder / 'events.db'}")
+    shown = [(f"u{n}", f"a{n}", "aaaa1111" if n % 2 else "bbbb2222") for n in range(20)]
+    keep_events(log, [Event(user, "n02", "view", datetime(2025, 1, 19), answer, by) for user, answer, by in shown])
+    write_event_files(log, folder / "events")
+    log.close()
+    command = ["experiments", "ab", "--config", str(config), "--champion", "aaaa", "--challenger", "bbbb"]
+    main([*command, "--events", str(folder / "events")])
+    text = capsys.readouterr().out
+    assert "20 users; 10 exposures of the champion, 10 of the challenger." in text
+    assert "| hit rate | 0 [0, 0] | 0 [0, 0] | 0 [0, 0] |" in text and "| coverage | 0.05 [" in text
 
 
 def test_other_machines_need_keys(tmp_path: Path) -> None:
