@@ -62,18 +62,18 @@ def open_base(lake: Lake, release: Release, log: NoteLog) -> Base:
     A compacted base that is damaged is left out, with a warning. Raises ValueError where the release itself is damaged,
     and OSError where its files are missing.
     """
-    for mark, cut in reversed(marked_bases(lake, release, log)):
+    for mark, cut in reversed(marked_bases(lake, release.id, log)):
         try:
             return _open_base(lake, release, mark, cut)
         except (ValueError, OSError) as e:
             if mark == OF_RELEASE:
                 raise
-            _LOGGER.warning("the base %s is left out: %s", base_folder(lake, release, mark), e)
+            _LOGGER.warning("the base %s is left out: %s", base_folder(lake, release.id, mark), e)
     raise AssertionError("the base of the release itself is always there")
 
 
 def _open_base(lake: Lake, release: Release, mark: str, cut: int) -> Base:
-    folder = base_folder(lake, release, mark)
+    folder = base_folder(lake, release.id, mark)
     home = release.path if mark == OF_RELEASE else folder
     index = Index.load(home / INDEX_FOLDER)
     if index.weights_id is None:
@@ -94,14 +94,14 @@ def _write_table(release: Release, index: Index, folder: Path) -> None:
         write_neighbours(index, vectors, draft)
 
 
-def marked_bases(lake: Lake, release: Release, log: NoteLog) -> list[tuple[str, int]]:
+def marked_bases(lake: Lake, release_id: str, log: NoteLog) -> list[tuple[str, int]]:
     """The bases of a release for this log: their marks, and their places in it. The newest comes last."""
-    folder = lake.root / SERVING_FOLDER / release.id
+    folder = lake.root / SERVING_FOLDER / release_id
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     marks = [name for name in names if re.fullmatch("[0-9a-f]{16}", name)]
     return [(OF_RELEASE, 0), *(log.marked(marks) if marks else ())]
 
 
-def base_folder(lake: Lake, release: Release, mark: str) -> Path:
+def base_folder(lake: Lake, release_id: str, mark: str) -> Path:
     """The folder of a base: of a compacted one, or of the table of the release itself."""
-    return lake.root / SERVING_FOLDER / release.id / mark
+    return lake.root / SERVING_FOLDER / release_id / mark

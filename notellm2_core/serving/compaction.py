@@ -106,16 +106,16 @@ def compact(lake: Lake, release: Release, log: NoteLog) -> Compacted:
     note_ids = (*base.index.note_ids[keep], *added)
     rows = np.concatenate([base.table.vectors[keep], *(vector[None] for vector in added.values())])
     _write_base(lake, release, log.mark(upto), Embeddings(note_ids, rows, weights_id=base.weights_id), waiting)
-    for mark, _ in marked_bases(lake, release, log)[:-2]:
+    for mark, _ in marked_bases(lake, release.id, log)[:-2]:
         with suppress(FileNotFoundError):  # another process was quicker, or nobody has needed the table
-            remove_folder(base_folder(lake, release, mark))
+            remove_folder(base_folder(lake, release.id, mark))
     log.forget(upto)
     return Compacted(upto, len(note_ids), num_changes, len(waiting))
 
 
 def _write_base(lake: Lake, release: Release, mark: str, embeddings: Embeddings, waiting: tuple[int, ...]) -> None:
     """Index, table and golden queries of a base."""
-    with new_folder(base_folder(lake, release, mark)) as draft:
+    with new_folder(base_folder(lake, release.id, mark)) as draft:
         save_index(embeddings, draft / INDEX_FOLDER, index_settings(release.path / INDEX_FOLDER))
         index = Index.load(draft / INDEX_FOLDER)
         write_neighbours(index, embeddings.vectors, draft / TABLE)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from notellm2_core.serving.live_index import Hit
+from notellm2_core.serving.live_index import Answer, Hit
 
 Kind = Literal["ab", "interleave"]
 AnswerKind = Literal["ab", "interleave", "none"]  # the experiment that an answer is part of
@@ -38,6 +38,18 @@ class Experiment:
 def new_answer_id(kind: AnswerKind) -> str:
     """An id for an answer. Its first letter is that of `kind`: it tells what the events about it can be used for."""
     return kind[0] + secrets.token_hex(8)
+
+
+def interleaved(champion: Answer, challenger: Answer, k: int, draw: random.Random) -> tuple[Answer, list[bool]]:
+    """One answer of two to the same history (`team_draft`), and whether each hit is the challenger's."""
+    hits, by_challenger = team_draft(champion.hits, challenger.hits, k, draw)
+    answer = Answer(
+        hits=tuple(hits),
+        seq=min(champion.seq, challenger.seq),
+        unknown=tuple(dict.fromkeys(champion.unknown + challenger.unknown)),
+        is_partial=champion.is_partial or challenger.is_partial,
+    )
+    return answer, by_challenger
 
 
 def team_draft(

@@ -122,7 +122,7 @@ def compare(exposures: Exposures, known: Set[str], seed: int = 0) -> list[Compar
 
 def preference(exposures: Exposures, seed: int = 0) -> tuple[Interval, int]:
     """Interleaving: the share of the answers with a click that the challenger won, ties counted half, and how many
-    answers had a click. An answer is won by the release with more clicks on its hits. 0.5: none is better.
+    answers had a click. An answer is won by the release with more clicks on its hits. 0.5 means that neither is better.
 
     Raises ValueError where no answer had a click.
     """

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from notellm2_core.serving.events import Event, keep_events
-from notellm2_core.serving.experiment import new_answer_id, team_draft
+from notellm2_core.serving.experiment import interleaved, new_answer_id
 from notellm2_core.serving.guard import needs
 from notellm2_core.serving.keys import Keys
 from notellm2_core.serving.live_index import Answer
@@ -43,31 +43,12 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
     options: dict[str, Any] = {
         "response_model": SearchAnswer, "dependencies": needs(keys, "read"), "responses": ERRORS, "tags": ["search"],
     }  # fmt: skip
-
-    def in_memory(release_id: str | None) -> LiveRelease:
-        """The release of this id, or the one that answers."""
-        try:
-            return service.release(release_id)
-        except KeyError:
-            raise HTTPException(404, f"release {release_id!r} is not in memory") from None
-
-    async def up_to(min_seq: int, release: LiveRelease) -> LiveRelease:
-        """The release, once it knows the log up to there."""
-        if not service.is_ready:
-            raise NotReady("the log of notes is still being read")
-        if min_seq > release.index.delta.view.seq and min_seq > (last := await reads.run(service.log.last_seq)):
-            raise HTTPException(409, f"min_seq = {min_seq} is beyond the end of the log, {last}")
-        deadline = time.monotonic() + _MIN_SEQ_SECONDS
-        while min_seq > release.index.delta.view.seq:
-            if time.monotonic() > deadline:
-                raise NotReady(f"the log is known up to {release.index.delta.view.seq}, not to {min_seq}")
-            await asyncio.sleep(0.005)
-        return release
+    reader = _Reader(service, reads)
 
     @app.get("/notes/{note_id}/similar", **options)
     async def similar_to(note_id: PathId, k: K = 10, min_seq: MinSeq = 0, release: str | None = None) -> Response:
         """The nearest notes of a note, without itself; by one of the releases in memory."""
-        by = await up_to(min_seq, in_memory(release))
+        by = await reader.up_to(min_seq, reader.in_memory(release))
         try:
             answer = await searches.run(by.index.similar_to, note_id, k)
         except KeyError:
@@ -77,7 +58,8 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
     @app.post("/similar", **options)
     async def similar(body: SimilarRequest, request: Request) -> Response:
         """The nearest notes of a text, a picture, or both."""
-        by, note = await up_to(body.min_seq, in_memory(body.release)), note_of("query", body)
+        by = await reader.up_to(body.min_seq, reader.in_memory(body.release))
+        note = note_of("query", body)
         embedding = by.model.submit(note, body.image, body.inputs)
         try:
             embedded = await _unless_left(request, asyncio.wrap_future(embedding))
@@ -92,8 +74,8 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
         deadline = time.monotonic() + body.deadline_ms / 1000
         kind, chosen = service.releases_of(body.user_id)
         if body.release:
-            kind, chosen = "none", [in_memory(body.release)]
-        by = [await up_to(body.min_seq, release) for release in chosen]
+            kind, chosen = "none", [reader.in_memory(body.release)]
+        by = [await reader.up_to(body.min_seq, release) for release in chosen]
         history = {
             n if isinstance(n, str) else n.note_id: 1.0 if isinstance(n, str) else n.weight for n in body.history
         }
@@ -103,16 +85,39 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
         )
         answer, found_by = answers[0], None
         if len(answers) == 2:
-            hits, is_second = team_draft(answers[0].hits, answers[1].hits, body.k, random.Random(answer_id))
+            answer, is_second = interleaved(answers[0], answers[1], body.k, random.Random(answer_id))
             found_by = [by[second].id for second in is_second]
-            answer = Answer(
-                hits=tuple(hits),
-                seq=min(answer.seq for answer in answers),
-                unknown=tuple(note_id for note_id in history if any(note_id in a.unknown for a in answers)),
-                is_partial=any(answer.is_partial for answer in answers),
-            )
         metrics.count(answer, len(history), body.k)
         return _answer(by[0].id, answer, answer_id, found_by)
+
+
+class _Reader:
+    """The releases that a request may be answered from."""
+
+    def __init__(self, service: Service, reads: Workers) -> None:
+        self._service, self._reads = service, reads
+
+    def in_memory(self, release_id: str | None) -> LiveRelease:
+        """The release of this id, or the one that answers."""
+        try:
+            return self._service.release(release_id)
+        except KeyError:
+            raise HTTPException(404, f"release {release_id!r} is not in memory") from None
+
+    async def up_to(self, min_seq: int, release: LiveRelease) -> LiveRelease:
+        """The release, once it knows the log up to there."""
+        if not self._service.is_ready:
+            raise NotReady("the log of notes is still being read")
+        if min_seq > release.index.delta.view.seq and min_seq > (
+            last := await self._reads.run(self._service.log.last_seq)
+        ):
+            raise HTTPException(409, f"min_seq = {min_seq} is beyond the end of the log, {last}")
+        deadline = time.monotonic() + _MIN_SEQ_SECONDS
+        while min_seq > release.index.delta.view.seq:
+            if time.monotonic() > deadline:
+                raise NotReady(f"the log is known up to {release.index.delta.view.seq}, not to {min_seq}")
+            await asyncio.sleep(0.005)
+        return release
 
 
 def add_events(app: FastAPI, service: Service, keys: Keys, takes_events: bool) -> None:

@@ -222,12 +222,12 @@ class Service:
         num_changed = 0
         with self._switching:
             for before in self._served:
-                dataset = open_release(self.lake, before.release.id)
-                if marked_bases(self.lake, dataset, self.log)[-1][0] == before.release.base.mark:
+                release_id, mark = before.release.id, before.release.base.mark
+                if marked_bases(self.lake, release_id, self.log)[-1][0] == mark:
                     continue
-                base = open_base(self.lake, dataset, self.log)
-                if base.mark == before.release.base.mark:
-                    raise ValueError(f"the newest base of release {dataset.id} is damaged")
+                base = open_base(self.lake, open_release(self.lake, release_id), self.log)
+                if base.mark == mark:
+                    raise ValueError(f"the newest base of release {release_id} is damaged")
                 later = before.release.with_base(base)
                 served = _Served(later, Follower(self.log, later, self._wake, before.follower))
                 self._catch_up(served, before.follower, seconds)
@@ -261,10 +261,8 @@ class Service:
         self._arriving = (follower,)
         try:
             self._wake.set()
-            self._wait(
-                lambda: follower.has_read(target) and follower.lacking <= present.lacking, time.monotonic() + seconds
-            )
-            if self._closed or not (follower.has_read(target) and follower.lacking <= present.lacking):
+            deadline = time.monotonic() + seconds
+            if not self._wait(lambda: follower.has_read(target) and follower.lacking <= present.lacking, deadline):
                 raise TimeoutError(f"release {served.release.id} did not catch up with the log in {seconds:.0f} s")
         finally:
             self._arriving = ()

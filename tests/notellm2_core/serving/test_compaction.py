@@ -76,7 +76,7 @@ def opened(folder: Path) -> Iterator[tuple[Lake, Release, NoteLog]]:
 
 
 def newest_cut(lake: Lake, release: Release, log: NoteLog) -> int:
-    return marked_bases(lake, release, log)[-1][1]
+    return marked_bases(lake, release.id, log)[-1][1]
 
 
 def write(note_id: str, title: str, embedded: bool = True, deleted: bool = False) -> Write:
@@ -223,7 +223,7 @@ def test_a_damaged_base_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFix
         log.append([write("x", "x")])
         before = shown(lake, release, log)
         compact(lake, release, log)
-        file = base_folder(lake, release, marked_bases(lake, release, log)[-1][0]) / INDEX_FOLDER / "index.faiss"
+        file = base_folder(lake, release.id, marked_bases(lake, release.id, log)[-1][0]) / INDEX_FOLDER / "index.faiss"
         file.write_bytes(file.read_bytes()[:-4] + b"\1\2\3\4")
         caplog.clear()
         assert open_base(lake, release, log).cut_seq == 0 and "does not match its checksum" in caplog.text

@@ -161,7 +161,7 @@ def test_a_note_that_cannot_be_embedded_is_told(log: NoteLog, tmp_path: Path, er
 
 
 def test_a_note_that_was_deleted_and_written_again_is_not_found_with_its_old_text(log: NoteLog, tmp_path: Path) -> None:
-    """Both are read together, and the new text waits for the model: whoever has deleted it was told that it is gone."""
+    """Both are read together, and the new text waits for the model. The deletion was acknowledged, so it holds."""
     model = Model(busy=2)
     release = live_release(tmp_path, model)
     log.append([write("n1", deleted=True), write("n1", "again")])

@@ -1,5 +1,6 @@
 """The watcher: what it makes a service do after each change of the ledger."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from notellm2_core.lake.lake import Lake
-from notellm2_core.lake.ledger import Ledger, Subject
+from notellm2_core.lake.ledger import Ledger, LedgerError, Subject
 from notellm2_core.release.served import served_releases
 from notellm2_core.serving import watcher
 from notellm2_core.serving.watcher import Watcher
@@ -21,7 +22,7 @@ class Named:
 
 @dataclass
 class Service:
-    """Records what it is told to do."""
+    """Records the calls that it gets."""
 
     lake: Lake
     releases: list[Named]
@@ -45,6 +46,13 @@ class Service:
 
 def promote(ledger: Ledger, release: str) -> None:
     ledger.decide("promoted", Subject(release, f"model of {release}", "2025-01-05"), "test", "It passed.")
+
+
+def failing(error: Exception) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
 
 
 @pytest.fixture
@@ -118,7 +126,7 @@ def test_what_fails_holds_up_nothing_else(ledger: Ledger, tmp_path: Path, monkey
     wait_for(lambda: service.num_refused >= 2)
     before = service.num_refreshes
     wait_for(lambda: service.num_refreshes > before + 10)
-    monkeypatch.setattr(service, "refresh", lambda: exec("raise OSError('disk')"))
+    monkeypatch.setattr(service, "refresh", failing(OSError("disk")))
     promote(ledger, "cccc")
     wait_for(lambda: service.current.id == "cccc")
     watching.close()
@@ -129,7 +137,7 @@ def test_a_ledger_that_cannot_be_read_is_told_ever_more_rarely(
 ) -> None:
     service, watching = watched(ledger, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(ledger, "state", lambda: exec("raise LedgerError('damaged')"))
+        patch.setattr(ledger, "state", failing(LedgerError("damaged")))
         wait_for(lambda: service.num_refused >= 3)
         before, looks = service.num_refused, service.num_refreshes
         wait_for(lambda: service.num_refreshes > looks + 10)
