@@ -52,7 +52,7 @@ def _add_releases(app: FastAPI, service: Service, keys: Keys) -> None:
         return {
             "releases": [
                 {"release": r.id, "week": r.week, "seq": r.index.delta.view.seq, "notes": len(r.index.index.note_ids)}
-                for r in service.releases
+                for r in service.releases.in_memory
             ]
         }
 
@@ -60,7 +60,7 @@ def _add_releases(app: FastAPI, service: Service, keys: Keys) -> None:
     async def activate(release_id: Annotated[str, Path(max_length=128)]) -> dict[str, str]:
         """Answer from another release, once it has caught up with the log. A restart begins with the champion again."""
         try:
-            release = await switches.run(service.activate, release_id)
+            release = await switches.run(service.releases.activate, release_id)
         except (ValueError, TimeoutError) as e:
             raise HTTPException(409, f"{e}; {service.current.id} stays") from None
         return {"release": release.id}

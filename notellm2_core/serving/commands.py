@@ -86,8 +86,8 @@ def _serve(options: argparse.Namespace) -> None:
         log = stack.enter_context(closing(NoteLog.open(log_url(config, ledger, options.log))))
         service = stack.enter_context(closing(Service(lake, log, release, Catalog(config).source)))
         if options.experiment is not None:
-            service.begin(Experiment(options.experiment, options.challenger, options.share))
-        stack.enter_context(closing(Watcher(service, ledger, follows_champion=options.release is None)))
+            service.releases.begin(Experiment(options.experiment, options.challenger, options.share))
+        stack.enter_context(closing(Watcher(service.releases, ledger, follows_champion=options.release is None)))
         events = config.serving.events
         if events is not None:
             stack.enter_context(closing(EventWriter(log, events)))

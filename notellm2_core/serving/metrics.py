@@ -40,20 +40,23 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The state of the service now."""
-        service, release = self._service, self._service.current
+        service, releases, release = self._service, self._service.releases, self._service.current
         view = release.index.delta.view
         values = {
             "notellm2_ready": (float(service.is_ready), "Whether the log has been read."),
             "notellm2_unusable_notes": (len(service.unusable), "Notes that the model cannot embed."),
-            "notellm2_log_failures": (service.num_failures, "Times that the log could not be followed."),
-            "notellm2_refused_switches": (service.num_refused, "Times that a champion or a base could not be taken."),
+            "notellm2_log_failures": (releases.num_failures, "Times that the log could not be followed."),
+            "notellm2_refused_switches": (
+                releases.num_refused,
+                "Times that a champion or a base could not be taken.",
+            ),
             "notellm2_log_lag_entries": (service.lag, "Entries of the log that are not shown yet."),
             "notellm2_new_notes": (int(view.living.sum()), "Living notes that are newer than the release."),
             "notellm2_new_notes_places": (len(view.vectors), "Their places, with those of notes that are gone."),
             "notellm2_gone_notes": (view.num_gone, "Notes of the release that are gone or were written again."),
             "notellm2_model_loaded": (float(release.model.is_running), "Whether new notes can be embedded."),
             "notellm2_embedding_waiting": (release.model.num_waiting, "Notes that wait for the model."),
-            "notellm2_releases": (len(service.releases), "Releases in memory."),
+            "notellm2_releases": (len(releases.in_memory), "Releases in memory."),
         }
         for name, (value, text) in values.items():
             yield GaugeMetricFamily(name, text, value)

@@ -72,7 +72,7 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
     async def recall(body: RecallRequest) -> Response:
         """Recommendations for a history: the neighbours of its notes, merged."""
         deadline = time.monotonic() + body.deadline_ms / 1000
-        kind, chosen = service.releases_of(body.user_id)
+        kind, chosen = service.releases.of_user(body.user_id)
         if body.release:
             kind, chosen = "none", [reader.in_memory(body.release)]
         by = [await reader.up_to(body.min_seq, release) for release in chosen]
@@ -100,7 +100,7 @@ class _Reader:
     def in_memory(self, release_id: str | None) -> LiveRelease:
         """The release of this id, or the one that answers."""
         try:
-            return self._service.release(release_id)
+            return self._service.releases.get(release_id)
         except KeyError:
             raise HTTPException(404, f"release {release_id!r} is not in memory") from None
 

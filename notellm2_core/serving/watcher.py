@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from notellm2_core.lake.ledger import Ledger
 from notellm2_core.release.served import LEASE_SECONDS, mark_served
-from notellm2_core.serving.service import Service
+from notellm2_core.serving.served_releases import ServedReleases
 
 _POLL_SECONDS = 0.5
 _CLOSE_SECONDS = 10.0
@@ -18,10 +18,10 @@ _LOGGER = logging.getLogger(__name__)
 class Watcher:
     """A thread that looks at the ledger, and at what compaction has made."""
 
-    def __init__(self, service: Service, ledger: Ledger, follows_champion: bool = True) -> None:
+    def __init__(self, releases: ServedReleases, ledger: Ledger, follows_champion: bool = True) -> None:
         """follows_champion: answer from each new champion. What somebody activates by hand answers until the next."""
-        self._service, self._ledger = service, ledger
-        self._champion, self._marked = service.current.id, -LEASE_SECONDS
+        self._releases, self._ledger = releases, ledger
+        self._champion, self._marked = releases.current.id, -LEASE_SECONDS
         self._looks = [_Look(self._mark), _Look(self._take_bases)]
         if follows_champion:
             self._looks.append(_Look(self._follow_champion, lambda: ledger.state().champion))
@@ -38,26 +38,26 @@ class Watcher:
         while not self._closing.wait(_POLL_SECONDS):
             for look in self._looks:
                 if (problem := look.tried()) is not None:  # the last good one stays, and a metric counts this
-                    self._service.num_refused += 1
-                    _LOGGER.error("%s; %s stays, and this is tried again", problem, self._service.current.id)
+                    self._releases.num_refused += 1
+                    _LOGGER.error("%s; %s stays, and this is tried again", problem, self._releases.current.id)
 
     def _mark(self) -> None:
         """Say which releases are in memory, so that retention keeps them."""
         if time.monotonic() - self._marked > LEASE_SECONDS / 100:
-            for release in self._service.releases:
-                mark_served(self._service.lake, release.id)
+            for release in self._releases.in_memory:
+                mark_served(self._releases.lake, release.id)
             self._marked = time.monotonic()
 
     def _follow_champion(self) -> None:
         champion = self._ledger.state().champion
         if champion is not None and champion != self._champion:
-            self._service.activate(champion)
+            self._releases.activate(champion)
             self._champion, self._marked = champion, -LEASE_SECONDS
             _LOGGER.warning("release %s answers now: it is the new champion", champion)
 
     def _take_bases(self) -> None:
-        if self._service.refresh():
-            _LOGGER.warning("release %s answers on a compacted base now", self._service.current.id)
+        if self._releases.refresh():
+            _LOGGER.warning("release %s answers on a compacted base now", self._releases.current.id)
 
 
 class _Look:

@@ -358,7 +358,7 @@ def test_compaction_changes_no_answer(running: Running, site: Site) -> None:
     before = client.post("/recall", json=query).json()
     model = running.service.current.model
     assert compact(site.lake, site.first, log).cut_seq == log.last_seq() == before["seq"]
-    assert running.service.refresh() == 1 and running.service.refresh() == 0
+    assert running.service.releases.refresh() == 1 and running.service.releases.refresh() == 0
     assert len(running.service.current.index.delta.view.vectors) == 0 and running.service.current.model is model
     after = client.post("/recall", json=query).json()
     assert [(hit["note_id"], hit["because"]) for hit in after["hits"]] == [
@@ -385,7 +385,7 @@ def test_a_switch_under_load_drops_nothing_and_going_back_loses_nothing(running:
                 continue
             body = answer.json()
             seen.add(body["release"])
-            release = next(r for r in service.releases if r.id == body["release"])
+            release = next(r for r in service.releases.in_memory if r.id == body["release"])
             for hit in body["hits"]:  # every answer is of one release: its scores are
                 vector = release.index.vector(hit["note_id"])
                 best = max(float(release.index.vector(h) @ vector) for h in hit["because"])
@@ -417,13 +417,13 @@ def test_an_experiment_gives_each_user_one_release_or_lists_of_both(running: Run
     client, service = running.client, running.service
     users = [f"user {n}" for n in range(40)]
     query = {"history": ["n02", "n08"], "k": 10}
-    service.begin(Experiment("ab", "bbbb2222", 0.5))
+    service.releases.begin(Experiment("ab", "bbbb2222", 0.5))
     alone = {
         release: client.post("/recall", json=query | {"release": release}).json()["hits"]
         for release in ("aaaa1111", "bbbb2222")
     }
     try:
-        experiment = service.experiment
+        experiment = service.releases.experiment
         assert experiment is not None
         for user in users:
             answer = client.post("/recall", json=query | {"user_id": user}).json()
@@ -433,7 +433,7 @@ def test_an_experiment_gives_each_user_one_release_or_lists_of_both(running: Run
         assert {experiment.includes(user) for user in users} == {True, False}
         of_nobody = client.post("/recall", json=query).json()
         assert (of_nobody["release"], of_nobody["answer"][0]) == ("aaaa1111", "n")
-        service.begin(Experiment("interleave", "bbbb2222", 1.0))
+        service.releases.begin(Experiment("interleave", "bbbb2222", 1.0))
         answers = [client.post("/recall", json=query | {"user_id": user}).json() for user in users]
         assert len({answer["answer"] for answer in answers}) == len(users)
         for answer in answers:
@@ -443,15 +443,15 @@ def test_an_experiment_gives_each_user_one_release_or_lists_of_both(running: Run
                 own = {key: value for key, value in hit.items() if key != "release"}
                 assert own in alone[hit["release"]]
         with pytest.raises(ValueError, match="aaaa1111 answers already"):
-            service.begin(Experiment("ab", "aaaa1111", 0.5))
-        service.activate("bbbb2222")  # the challenger has won: everybody has it, and the experiment is over
-        assert service.experiment is None
+            service.releases.begin(Experiment("ab", "aaaa1111", 0.5))
+        service.releases.activate("bbbb2222")  # the challenger has won: everybody has it, and the experiment is over
+        assert service.releases.experiment is None
         assert {client.post("/recall", json=query | {"user_id": user}).json()["release"] for user in users} == {
             "bbbb2222"
         }
     finally:
-        service.experiment = None
-        service.activate("aaaa1111")
+        service.releases.experiment = None
+        service.releases.activate("aaaa1111")
 
 
 def test_events_are_kept_and_become_files(running: Running, tmp_path: Path) -> None:

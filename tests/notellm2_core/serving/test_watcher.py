@@ -21,23 +21,23 @@ class Named:
 
 
 @dataclass
-class Service:
+class Releases:
     """Records the calls that it gets."""
 
     lake: Lake
-    releases: list[Named]
+    in_memory: list[Named]
     damaged: set[str] = field(default_factory=set)
     num_refused: int = 0
     num_refreshes: int = 0
 
     @property
     def current(self) -> Named:
-        return self.releases[0]
+        return self.in_memory[0]
 
     def activate(self, release_id: str) -> None:
         if release_id in self.damaged:
             raise ValueError(f"release {release_id} is damaged")
-        self.releases = [Named(release_id), self.releases[0]]
+        self.in_memory = [Named(release_id), self.in_memory[0]]
 
     def refresh(self) -> int:
         self.num_refreshes += 1
@@ -62,36 +62,38 @@ def ledger(tmp_path: Path) -> Ledger:
     return ledger
 
 
-def watched(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Service, Watcher]:
+def watched(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[Releases, Watcher]:
     monkeypatch.setattr(watcher, "_POLL_SECONDS", 0.01)
-    service = Service(Lake(tmp_path), [Named("aaaa")])
-    return service, Watcher(service, ledger, **options)  # type: ignore[arg-type]
+    releases = Releases(Lake(tmp_path), [Named("aaaa")])
+    return releases, Watcher(releases, ledger, **options)  # type: ignore[arg-type]
 
 
 def test_a_new_champion_answers_and_an_activation_by_hand_stays_until_then(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service, watching = watched(ledger, tmp_path, monkeypatch)
-    service.activate("by hand")
-    before = service.num_refreshes
-    wait_for(lambda: service.num_refreshes > before + 3)
-    assert service.current.id == "by hand"
+    releases, watching = watched(ledger, tmp_path, monkeypatch)
+    releases.activate("by hand")
+    before = releases.num_refreshes
+    wait_for(lambda: releases.num_refreshes > before + 3)
+    assert releases.current.id == "by hand"
     promote(ledger, "bbbb")
-    wait_for(lambda: served_releases(service.lake) >= {"bbbb", "by hand"})
-    assert service.current.id == "bbbb" and service.num_refused == 0
+    wait_for(lambda: served_releases(releases.lake) >= {"bbbb", "by hand"})
+    assert releases.current.id == "bbbb" and releases.num_refused == 0
     watching.close()
 
 
 def test_a_champion_that_cannot_be_used_is_tried_again(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service, watching = watched(ledger, tmp_path, monkeypatch)
-    service.damaged.add("bbbb")
+    releases, watching = watched(ledger, tmp_path, monkeypatch)
+    releases.damaged.add("bbbb")
     promote(ledger, "bbbb")
-    wait_for(lambda: service.num_refused >= 2)
-    assert service.current.id == "aaaa"
-    service.damaged.clear()
-    wait_for(lambda: service.current.id == "bbbb")
+    wait_for(lambda: releases.num_refused >= 2)
+    assert releases.current.id == "aaaa"
+    releases.damaged.clear()
+    wait_for(lambda: releases.current.id == "bbbb")
     watching.close()
 
 
@@ -99,12 +101,12 @@ def test_a_champion_that_cannot_be_used_holds_up_no_later_one(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watcher, "_LONGEST_PAUSE", 3600.0)
-    service, watching = watched(ledger, tmp_path, monkeypatch)
-    service.damaged.add("bbbb")
+    releases, watching = watched(ledger, tmp_path, monkeypatch)
+    releases.damaged.add("bbbb")
     promote(ledger, "bbbb")
-    wait_for(lambda: service.num_refused >= 5)  # the next try is a third of a second away, and then ever longer
+    wait_for(lambda: releases.num_refused >= 5)  # the next try is a third of a second away, and then ever longer
     promote(ledger, "cccc")
-    wait_for(lambda: service.current.id == "cccc")
+    wait_for(lambda: releases.current.id == "cccc")
     watching.close()
 
 
@@ -113,46 +115,46 @@ def test_a_champion_of_before_the_start_answers(
 ) -> None:
     """It was promoted while the service opened the one before."""
     promote(ledger, "bbbb")
-    service, watching = watched(ledger, tmp_path, monkeypatch)
-    wait_for(lambda: service.current.id == "bbbb")
+    releases, watching = watched(ledger, tmp_path, monkeypatch)
+    wait_for(lambda: releases.current.id == "bbbb")
     watching.close()
 
 
 def test_what_fails_holds_up_nothing_else(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bases are taken while a champion is refused, and the other way round; each failure is tried ever more rarely."""
-    service, watching = watched(ledger, tmp_path, monkeypatch)
-    service.damaged.add("bbbb")
+    releases, watching = watched(ledger, tmp_path, monkeypatch)
+    releases.damaged.add("bbbb")
     promote(ledger, "bbbb")
-    wait_for(lambda: service.num_refused >= 2)
-    before = service.num_refreshes
-    wait_for(lambda: service.num_refreshes > before + 10)
-    monkeypatch.setattr(service, "refresh", failing(OSError("disk")))
+    wait_for(lambda: releases.num_refused >= 2)
+    before = releases.num_refreshes
+    wait_for(lambda: releases.num_refreshes > before + 10)
+    monkeypatch.setattr(releases, "refresh", failing(OSError("disk")))
     promote(ledger, "cccc")
-    wait_for(lambda: service.current.id == "cccc")
+    wait_for(lambda: releases.current.id == "cccc")
     watching.close()
 
 
 def test_a_ledger_that_cannot_be_read_is_told_ever_more_rarely(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service, watching = watched(ledger, tmp_path, monkeypatch)
+    releases, watching = watched(ledger, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "state", failing(LedgerError("damaged")))
-        wait_for(lambda: service.num_refused >= 3)
-        before, looks = service.num_refused, service.num_refreshes
-        wait_for(lambda: service.num_refreshes > looks + 10)
-        assert service.num_refused <= before + 2
+        wait_for(lambda: releases.num_refused >= 3)
+        before, looks = releases.num_refused, releases.num_refreshes
+        wait_for(lambda: releases.num_refreshes > looks + 10)
+        assert releases.num_refused <= before + 2
     promote(ledger, "bbbb")
-    wait_for(lambda: service.current.id == "bbbb")
+    wait_for(lambda: releases.current.id == "bbbb")
     watching.close()
 
 
 def test_a_service_of_one_release_follows_no_champion(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service, watching = watched(ledger, tmp_path, monkeypatch, follows_champion=False)
+    releases, watching = watched(ledger, tmp_path, monkeypatch, follows_champion=False)
     promote(ledger, "bbbb")
-    before = service.num_refreshes
-    wait_for(lambda: service.num_refreshes > before + 3)
-    assert service.current.id == "aaaa"
+    before = releases.num_refreshes
+    wait_for(lambda: releases.num_refreshes > before + 3)
+    assert releases.current.id == "aaaa"
     watching.close()
