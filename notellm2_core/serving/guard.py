@@ -1,8 +1,8 @@
 """Who may ask what: keys, other web pages, and the size of a body, before anything of the body is read."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, Header, Security
+from fastapi import Depends, Request, Security
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Send
@@ -71,8 +71,8 @@ class Guard:
 def needs(keys: Keys, scope: Scope) -> list[Any]:
     """The dependencies of a route that needs a key of this scope."""
 
-    async def check(authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> None:
-        found = keys.scope_of(_secret(authorization))
+    async def check(request: Request) -> None:
+        found = keys.scope_of(_secret(request.headers.get("authorization")))
         if not keys.allows(found, scope):
             raise HTTPException(403, f"the key has the scope {found}, and this needs {scope}")
 
