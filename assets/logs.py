@@ -14,13 +14,14 @@ from assets.resources.incremental import LogPartition, ingestions, reduced_parti
 from assets.resources.metadata import drift_page
 from assets.resources.partitions import require_partitions
 from assets.resources.pipeline import user_errors
+from assets.resources.posted_notes import take_posted_notes
 from assets.resources.steps import LATE_TAG, SPARK, Metrics, Step, dataset
 from notellm2_core.config.drift import WEEK_GATES
 from notellm2_core.config.source import EventSettings, NoteReadingSettings
 from notellm2_core.config.unused import unused_settings
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.window import first_day_of_week, weeks_before
-from notellm2_core.schema import DAYS_FILE, NOTES_TABLE, TEST, TRAIN
+from notellm2_core.schema import DAYS_FILE, NOTES_TABLE, POSTED_FILE, TEST, TRAIN
 from notellm2_core.tables.log import UNDATED, ingestion_metrics, partition_days, partitions_between, summed_counts
 
 SPARK_KINDS = {"spark", "parquet"}
@@ -31,6 +32,7 @@ def raw_events_asset(partitions: dg.TimeWindowPartitionsDefinition) -> dg.Assets
 
     def check(context: dg.AssetExecutionContext, catalog: Catalog) -> None:
         require_partitions(partitions, catalog.config.source)
+        take_posted_notes(context, catalog)  # before the run sees what there is
         catalog.require_champion()
         for sentence in (*unused_settings(catalog.config), *catalog.warnings()):
             context.log.warning(sentence)
@@ -53,14 +55,21 @@ def raw_events(step: Step) -> Metrics:
     return ingestion_metrics(step.catalog.source, metrics)
 
 
-@dataset("logs", SPARK_KINDS, on=SPARK, before=ensure_source)
+def _sources_of_notes(context: dg.AssetExecutionContext, catalog: Catalog) -> None:
+    ensure_source(context, catalog)
+    take_posted_notes(context, catalog)
+
+
+@dataset("logs", SPARK_KINDS, on=SPARK, before=_sources_of_notes)
 def notes(step: Step) -> Metrics:
     """Usable notes; the others are in quarantine, with their reasons."""
     from spark_jobs.clean import prepare_notes
 
     import_ahead()  # for the commands that will read these notes
     with step.spark() as spark:
-        return prepare_notes(spark, step.catalog.source, step.out, NoteReadingSettings.of(step.config.source))
+        reading, posted = NoteReadingSettings.of(step.config.source), step.catalog.posted
+        file = None if posted is None else posted.path / POSTED_FILE
+        return prepare_notes(spark, step.catalog.source, step.out, reading, file)
 
 
 @dataset("logs", SPARK_KINDS, on=SPARK)

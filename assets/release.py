@@ -134,4 +134,4 @@ def release(step: Step) -> Metrics:
 
     start = step.catalog.start
     parent = None if start is None else open_release(step.catalog.lake, start)
-    return write_release(step.draft, step.inputs, step.config, step.catalog.window, parent)
+    return write_release(step.draft, step.inputs, step.config, step.catalog.window, parent, step.catalog.posted)

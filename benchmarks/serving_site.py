@@ -28,8 +28,8 @@ from notellm2_core.release.verdict import VERDICT_FILE
 from notellm2_core.retrieval.build import save_index
 from notellm2_core.retrieval.index import Index
 from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
-from notellm2_core.serving.compaction import log_url
 from notellm2_core.serving.log import NoteLog, Write
+from notellm2_core.serving.log_url import log_url
 from notellm2_core.training.state.save import save_model
 from notellm2_core.vision.encoder import load_vision_encoder
 

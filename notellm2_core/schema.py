@@ -21,6 +21,13 @@ NOTES = pa.schema(
         pa.field("image", pa.binary()),  # encoded bytes, where the source has them in the table
     ]
 )
+POSTED = pa.schema(  # the notes of the log of a service
+    [
+        NOTES.field("note_id"),
+        pa.field("deleted", pa.bool_(), nullable=False),  # then it is in no release, whatever the source says
+        *(NOTES.field(name) for name in ("title", "topics", "content", "image")),
+    ]
+)
 EVENTS = pa.schema(
     [
         pa.field("user_id", pa.string(), nullable=False),
@@ -125,6 +132,8 @@ def embeddings(dim: int) -> pa.Schema:
 
 
 # --- the files of each dataset; a table is a folder of Parquet ------------------------------------------------------
+POSTED_NOTES = "posted_notes"  # the name of a dataset that is made of the log of a service
+POSTED_FILE = "posted.parquet"  # in it: POSTED
 NOTES_TABLE = "notes"  # in notes: NOTES
 QUARANTINE_TABLE = "quarantine"  # in notes and interactions: QUARANTINE
 TRAIN, VALIDATION, TEST = "train", "validation", "test"  # tables of datasets that have windows or splits

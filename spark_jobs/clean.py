@@ -20,18 +20,27 @@ from spark_jobs.source import read_source_notes
 
 
 def prepare_notes(
-    spark: SparkSession, source: Path, out: Path, reading: NoteReadingSettings = NOTE_CONTRACT
+    spark: SparkSession,
+    source: Path,
+    out: Path,
+    reading: NoteReadingSettings = NOTE_CONTRACT,
+    posted: Path | None = None,
 ) -> dict[str, Any]:
-    """The notes of `source` -> `out/notes` (NOTES) and `out/quarantine`.
+    """The notes of `source` -> `out/notes` (NOTES) and `out/quarantine`. posted: a file of POSTED; its notes replace or
+    delete those of `source`.
 
-    Returns rows, html_rows (from whose texts HTML was cleaned), notes, with_text, with_image (a path or bytes), and
-    dropped {reason: rows}. Raises ValueError where no note is usable.
+    Returns rows, html_rows (from whose texts HTML was cleaned), notes, with_text, with_image (a path or bytes), dropped
+    {reason: rows}; with `posted`, also posted (its living notes), replaced and deleted (rows of `source`). Raises
+    ValueError where no note is usable.
     """
     with readable(source):
         raw = read_source_notes(spark, source, reading)
         rows = aggregates(raw, rows=F.count("*"), html_rows=F.count_if("html"))
         if reading.notes is not None and reading.notes.repeated == "join":
             raw = joined_notes(raw)
+        changed: dict[str, Any] = {}
+        if posted is not None:
+            raw, changed = with_posted(raw, spark.read.parquet(str(posted)))
         notes, quarantine = clean_notes(raw)
         write_table(notes, out / NOTES_TABLE, ["note_id"])
         write_table(quarantine, out / QUARANTINE_TABLE, ["reason", "row"])
@@ -41,7 +50,7 @@ def prepare_notes(
     )
     if not counts["notes"]:
         raise ValueError(f"the notes of {source} hold no usable one ({rows['rows']} rows).")
-    return {**rows, **counts, "dropped": counts_by(read_table(spark, out / QUARANTINE_TABLE), "reason")}
+    return {**rows, **changed, **counts, "dropped": counts_by(read_table(spark, out / QUARANTINE_TABLE), "reason")}
 
 
 def joined_notes(raw: DataFrame) -> DataFrame:
@@ -59,6 +68,22 @@ def joined_notes(raw: DataFrame) -> DataFrame:
         F.lit(False).alias("malformed"), F.bool_or("html").alias("html"), F.max("position").alias("position"),
     )  # fmt: skip
     return joined.select(raw.columns).union(raw.filter(~is_note))
+
+
+def with_posted(raw: DataFrame, posted: DataFrame) -> tuple[DataFrame, dict[str, int]]:
+    """Source notes with those of POSTED in place of their own ones, and without those that are deleted there.
+
+    Returns also posted (living notes), replaced and deleted (rows of `raw`).
+    """
+    decided = raw.join(posted.select("note_id", "deleted"), "note_id", "left")
+    counts = aggregates(decided, replaced=F.count_if(~F.col("deleted")), deleted=F.count_if("deleted"))
+    living = posted.filter(~F.col("deleted"))
+    rows = living.select(
+        *NOTES.names[:4], F.lit(None).cast("string").alias("image_path"), "image", F.lit(False).alias("malformed"),
+        F.lit("").alias("row"), F.lit(False).alias("html"), F.lit(0).cast("long").alias("position"),
+    )  # fmt: skip
+    kept = decided.filter("deleted IS NULL").select(raw.columns)
+    return kept.unionByName(rows), {"posted": living.count(), **counts}
 
 
 def clean_notes(raw: DataFrame) -> tuple[DataFrame, DataFrame]:

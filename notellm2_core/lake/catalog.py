@@ -19,12 +19,13 @@ from notellm2_core.config.source import EventReadingSettings, NoteReadingSetting
 from notellm2_core.lake.lake import WORK_FOLDER, Dataset, Lake, LakeError
 from notellm2_core.lake.ledger import Ledger, State
 from notellm2_core.lake.lineage import RENAMED, STAGES, WORLD_VERSION, stage_settings
+from notellm2_core.lake.posted import of_configuration
 from notellm2_core.lake.window import Days, ResolvedWindow, first_day_of_week, last_complete_week_end, resolved_window
 from notellm2_core.runtime.files import listing, sha256_of, write_atomically
 from notellm2_core.runtime.fingerprint import fingerprint
 from notellm2_core.runtime.image_formats import optional_formats
 from notellm2_core.runtime.packaged_weights import weights_version
-from notellm2_core.schema import DAYS_FILE
+from notellm2_core.schema import DAYS_FILE, POSTED_NOTES
 from notellm2_core.tables.log import missing_days, partition_days
 from notellm2_core.tables.source import used_by
 
@@ -92,6 +93,15 @@ class Catalog:
         """The decisions about releases, as this run first saw them."""
         return self.ledger.state(self._seen["decisions"])
 
+    @property
+    def posted(self) -> Dataset | None:
+        """The notes that were written to a service, as this run first saw them; None: there are none.
+
+        Raises LakeError if they are no longer in the lake.
+        """
+        fingerprint = self._seen.get("posted")  # a run of an earlier version has none
+        return None if fingerprint is None else self.lake.open(POSTED_NOTES, fingerprint)
+
     @cached_property
     def rivals(self) -> dict[str, str]:
         """The releases that the model of this configuration is compared with: role (champion, anchor) -> id.
@@ -133,11 +143,16 @@ class Catalog:
 
     @cached_property
     def _seen(self) -> dict[str, Any]:
-        """What changes while a run lasts: the source, and the number of decisions in the ledger."""
+        """What changes while a run lasts: the source, the number of decisions in the ledger, and what was posted."""
         if self._pin is not None and self._pin.exists():
             pinned: dict[str, Any] = json.loads(self._pin.read_text())
             return pinned
-        seen = {"source": self._list_source(), "decisions": self.ledger.state().number}
+        posted = of_configuration(self.lake, self.config.name)
+        seen = {
+            "source": self._list_source(),
+            "decisions": self.ledger.state().number,
+            "posted": None if posted is None else posted.manifest.fingerprint,
+        }
         if self._pin is not None:
             write_atomically(self._pin, json.dumps(seen))
         return seen
@@ -216,6 +231,8 @@ class Catalog:
             settings["image_formats"] = formats
         if name in ("raw_events", "notes"):
             settings["source"] = self.source_fingerprints[name]
+        if name == "notes" and (posted := self.posted) is not None:
+            settings["posted"] = posted.manifest.fingerprint
         if name == "checkpoint" and self.config.training.start_from == "champion":
             settings["start"] = self.start
         if name == "rival_embeddings":

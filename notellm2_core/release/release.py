@@ -66,6 +66,12 @@ class Release:
         """The first day of the last week of its window."""
         return str(self.lineage["week"])
 
+    @property
+    def posted(self) -> str | None:
+        """The mark of the log of a service up to which it holds the log's notes; None: it holds none of them."""
+        mark: str | None = self.lineage.get("posted")
+        return mark
+
     @cached_property
     def verdict(self) -> Mapping[str, Any]:
         verdict: Mapping[str, Any] = json.loads((self.path / VERDICT_FILE).read_text())
@@ -94,9 +100,15 @@ def open_release(lake: Lake, release_id: str) -> Release:
 
 
 def write_release(
-    draft: Draft, inputs: Mapping[str, Dataset], config: Config, window: ResolvedWindow, parent: Release | None = None
+    draft: Draft,
+    inputs: Mapping[str, Dataset],
+    config: Config,
+    window: ResolvedWindow,
+    parent: Release | None = None,
+    posted: Dataset | None = None,
 ) -> dict[str, Any]:
-    """Fill the draft of a release from its inputs. parent: the release that its model was trained from.
+    """Fill the draft of a release from its inputs. parent: the release that its model was trained from. posted: the
+    notes of the log of a service that it was made of.
 
     Returns its week, outcome and why of its verdict, and the number of notes that its lineage trained on.
     """
@@ -120,6 +132,7 @@ def write_release(
         "test": window.test.iso(),
         "weeks": sorted({*(parent.lineage["weeks"] if parent else ()), *map(str, weeks_of(window.train))}),
         "releases": [*(parent.lineage["releases"] if parent else ()), *([parent.id] if parent else ())],
+        "posted": None if posted is None else posted.manifest.fingerprint,
     }
     (draft.path / LINEAGE_FILE).write_text(json.dumps(lineage, indent=1))
     (draft.path / CONFIG_FILE).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

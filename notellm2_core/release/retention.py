@@ -23,8 +23,10 @@ from notellm2_core.lake.lineage import STAGES
 from notellm2_core.release.release import NAME, SERVING_FOLDER
 from notellm2_core.release.served import served_releases
 from notellm2_core.runtime.files import is_hidden, remove_folder
+from notellm2_core.schema import POSTED_NOTES
 
 _OF_THE_LOG = ("ingestion", "log_partition")
+_ALL = (*STAGES, *_OF_THE_LOG, POSTED_NOTES)
 Address = tuple[str, str]  # name and fingerprint of a dataset
 
 
@@ -47,7 +49,7 @@ def sweep_lake(
     Run it where no other run uses the lake; it is the last step of the weekly job, in its pool.
     """
     before = lake_bytes(lake)
-    datasets = {(name, d.manifest.fingerprint): d for name in (*STAGES, *_OF_THE_LOG) for d in lake.datasets(name)}
+    datasets = {(name, d.manifest.fingerprint): d for name in _ALL for d in lake.datasets(name)}
     releases = retained(Ledger(lake.root, name).state(), keep_releases, anchor_weeks) | served_releases(lake)
     for other in _other_states(lake, name):
         releases |= {decision.release for decision in other.decisions}
@@ -96,6 +98,8 @@ def _reachable(datasets: Mapping[Address, Dataset], roots: Iterable[Address]) ->
     names = {Path(file).name.partition("-")[0] for files in logs for file in files}
     checksums = {entry["sha256"] for files in logs for entry in files.values()}
     needed |= {("ingestion", name) for name in names}
+    notes = [datasets[a] for a in needed if a[0] == "notes" and a in datasets]
+    needed |= {(POSTED_NOTES, dataset.manifest.settings.get("posted", "")) for dataset in notes}
     needed |= {a for a, d in datasets.items() if a[0] == "log_partition" and _is_of(d.manifest.settings, checksums)}
     return needed
 

@@ -34,7 +34,7 @@ _LOGGER = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Base:
     """`cut_seq`: it holds the log's notes up to this entry. `waiting`: entries before it that it does not hold, because
-    the model has not embedded them yet, or cannot. `mark`: its name.
+    the model has not embedded them yet, or cannot, or because the weekly run has left them out. `mark`: its name.
     """
 
     index: Index
@@ -62,9 +62,9 @@ def open_base(lake: Lake, release: Release, log: NoteLog) -> Base:
     A compacted base that is damaged is left out, with a warning. Raises ValueError where the release itself is damaged,
     and OSError where its files are missing.
     """
-    for mark, cut in reversed(marked_bases(lake, release.id, log)):
+    for mark, cut in reversed(marked_bases(lake, release, log)):
         try:
-            return _open_base(lake, release, mark, cut)
+            return _open_base(lake, release, log, mark, cut)
         except (ValueError, OSError) as e:
             if mark == OF_RELEASE:
                 raise
@@ -72,7 +72,7 @@ def open_base(lake: Lake, release: Release, log: NoteLog) -> Base:
     raise AssertionError("the base of the release itself is always there")
 
 
-def _open_base(lake: Lake, release: Release, mark: str, cut: int) -> Base:
+def _open_base(lake: Lake, release: Release, log: NoteLog, mark: str, cut: int) -> Base:
     folder = base_folder(lake, release.id, mark)
     home = release.path if mark == OF_RELEASE else folder
     index = Index.load(home / INDEX_FOLDER)
@@ -82,7 +82,10 @@ def _open_base(lake: Lake, release: Release, mark: str, cut: int) -> Base:
         _write_table(release, index, folder)
     table = NeighbourTable.load(folder if mark == OF_RELEASE else folder / TABLE, index)
     require_golden_answers(home / GOLDEN_FILE, index, table.vectors)
-    waiting = json.loads((folder / METADATA).read_text())["waiting"] if mark != OF_RELEASE else ()
+    if mark == OF_RELEASE:  # notes that the weekly run has put in quarantine, for example
+        waiting = [seq for seq, note_id in log.living(cut) if note_id not in index.rows]
+    else:
+        waiting = json.loads((folder / METADATA).read_text())["waiting"]
     return Base(index, table, cut, mark, tuple(waiting))
 
 
@@ -94,12 +97,13 @@ def _write_table(release: Release, index: Index, folder: Path) -> None:
         write_neighbours(index, vectors, draft)
 
 
-def marked_bases(lake: Lake, release_id: str, log: NoteLog) -> list[tuple[str, int]]:
+def marked_bases(lake: Lake, release: Release, log: NoteLog) -> list[tuple[str, int]]:
     """The bases of a release for this log: their marks, and their places in it. The newest comes last."""
-    folder = lake.root / SERVING_FOLDER / release_id
+    folder = lake.root / SERVING_FOLDER / release.id
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     marks = [name for name in names if re.fullmatch("[0-9a-f]{16}", name)]
-    return [(OF_RELEASE, 0), *(log.marked(marks) if marks else ())]
+    cuts = log.marked([release.posted]) if release.posted else ()
+    return [(OF_RELEASE, cuts[0][1] if cuts else 0), *(log.marked(marks) if marks else ())]
 
 
 def base_folder(lake: Lake, release_id: str, mark: str) -> Path:

@@ -65,10 +65,10 @@ def _serve(options: argparse.Namespace) -> None:
         from threadpoolctl import threadpool_limits
 
         from notellm2_core.serving.app import make_app
-        from notellm2_core.serving.compaction import log_url
         from notellm2_core.serving.events import EventWriter
         from notellm2_core.serving.experiment import Experiment
         from notellm2_core.serving.log import NoteLog
+        from notellm2_core.serving.log_url import log_url
         from notellm2_core.serving.service import Service
         from notellm2_core.serving.watcher import Watcher
     from notellm2_core.config.load import config_in_force

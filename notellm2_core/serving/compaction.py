@@ -22,6 +22,7 @@ from notellm2_core.runtime.files import new_folder, remove_folder
 from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
 from notellm2_core.serving.base import METADATA, TABLE, Base, base_folder, marked_bases, open_base
 from notellm2_core.serving.log import NoteLog
+from notellm2_core.serving.log_url import log_url
 
 _TAIL_ENTRIES = 1000
 
@@ -81,11 +82,6 @@ def _alone(lake: Lake) -> Iterator[None]:
         yield
 
 
-def log_url(config: Config, ledger: Ledger, url: str | None = None) -> str:
-    """The URL of the log of notes: `url`, or else that of the configuration, or else of a file beside the ledger."""
-    return url or config.serving.log or f"sqlite:///{(ledger.folder / 'notes.db').absolute()}"
-
-
 def compact(lake: Lake, release: Release, log: NoteLog) -> Compacted:
     """Make a base of the newest one and of what the log has had since then; none where that is nothing.
 
@@ -106,7 +102,7 @@ def compact(lake: Lake, release: Release, log: NoteLog) -> Compacted:
     note_ids = (*base.index.note_ids[keep], *added)
     rows = np.concatenate([base.table.vectors[keep], *(vector[None] for vector in added.values())])
     _write_base(lake, release, log.mark(upto), Embeddings(note_ids, rows, weights_id=base.weights_id), waiting)
-    for mark, _ in marked_bases(lake, release.id, log)[:-2]:
+    for mark, _ in marked_bases(lake, release, log)[:-2]:
         with suppress(FileNotFoundError):  # another process was quicker, or nobody has needed the table
             remove_folder(base_folder(lake, release.id, mark))
     log.forget(upto)

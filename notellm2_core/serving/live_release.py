@@ -16,13 +16,20 @@ from notellm2_core.serving.log import LogUnavailable, NoteLog
 class LiveRelease:
     """`weights_id`: of the model that made its vectors. `base`: what it holds of the log from the start."""
 
-    id: str
-    week: str
+    release: Release
     weights_id: str
     base: Base
     index: LiveIndex
     model: EmbeddingProcess
     notes: Path | None  # the table of the notes that it was made of; None: it is no longer in the lake
+
+    @property
+    def id(self) -> str:
+        return self.release.id
+
+    @property
+    def week(self) -> str:
+        return self.release.week
 
     @staticmethod
     def checked_base(lake: Lake, release: Release, log: NoteLog) -> Base:
@@ -47,7 +54,7 @@ class LiveRelease:
             model = EmbeddingProcess(release.path / "model", waits)
         except OSError as e:
             raise ValueError(f"the model of release {release.id} cannot be started: {e}") from None
-        return cls(release.id, release.week, base.weights_id, base, index, model, notes)
+        return cls(release, base.weights_id, base, index, model, notes)
 
     def with_base(self, base: Base) -> "LiveRelease":
         """The same release, with its model, on a later base."""

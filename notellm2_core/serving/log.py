@@ -118,6 +118,12 @@ class NoteLog:
         """The entries of these numbers, in order, that are still the newest of their notes."""
         return [entry for block in blocks(sorted(seqs)) for entry in self._entries(_NEWEST_OF, seqs=block)]
 
+    def living(self, upto: int) -> list[tuple[int, str]]:
+        """The notes whose newest entry is no deletion and has a number up to `upto`: the numbers, and the ids."""
+        query = select(ENTRIES.c.seq, ENTRIES.c.note_id).where(IS_NEWEST, ~ENTRIES.c.deleted, ENTRIES.c.seq <= upto)
+        with reading(self._engine) as connection:
+            return [(row.seq, row.note_id) for row in connection.execute(query.order_by(ENTRIES.c.seq))]
+
     def last_seq(self) -> int:
         """The number of the last entry; 0: there is none."""
         with reading(self._engine) as connection:

@@ -130,12 +130,12 @@ class ServedReleases:
         num_changed = 0
         with self._switching:
             for before in self._served:
-                release_id, mark = before.release.id, before.release.base.mark
-                if marked_bases(self.lake, release_id, self._log)[-1][0] == mark:
+                found, mark = before.release.release, before.release.base.mark
+                if marked_bases(self.lake, found, self._log)[-1][0] == mark:
                     continue
-                base = open_base(self.lake, open_release(self.lake, release_id), self._log)
+                base = open_base(self.lake, found, self._log)
                 if base.mark == mark:
-                    raise ValueError(f"the newest base of release {release_id} is damaged")
+                    raise ValueError(f"the newest base of release {found.id} is damaged")
                 later = before.release.with_base(base)
                 served = _Served(later, Follower(self._log, later, self._wake, before.follower))
                 self._catch_up(served, before.follower, seconds)

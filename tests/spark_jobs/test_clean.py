@@ -75,3 +75,26 @@ def test_notes_with_whole_number_ids_lists_and_null_columns(spark: SparkSession,
 def _new(folder: Path) -> Path:
     (folder / "new").mkdir()
     return folder / "new"
+
+
+def test_notes_that_were_posted_replace_and_delete_those_of_the_source(spark: SparkSession, tmp_path: Path) -> None:
+    source = {"note_id": ["kept", "old", "gone", "old", None], "title": list("abcde"), "content": [""] * 5}
+    pq.write_table(pa.table({**source, "topics": pa.nulls(5, pa.string())}), tmp_path / "notes.parquet")
+    posted = {
+        "note_id": ["old", "gone", "fresh", "never there"],
+        "deleted": [False, True, False, True],
+        "title": ["new", "", "f", ""],
+        "topics": [["x", "y"], [], [], []],
+        "content": ["", "", "c", ""],
+        "image": [None, None, b"picture", None],
+    }
+    pq.write_table(pa.table(posted, schema=schema.POSTED), tmp_path / "posted.bin")
+    counts = prepare_notes(spark, tmp_path, tmp_path / "out", posted=tmp_path / "posted.bin")
+    assert {name: counts[name] for name in ("rows", "posted", "replaced", "deleted", "notes", "with_image")} == {
+        "rows": 5, "posted": 2, "replaced": 2, "deleted": 1, "notes": 3, "with_image": 1,
+    }  # fmt: skip
+    assert counts["dropped"] == {"null_note_id": 1}
+    notes = pq.read_table(tmp_path / "out" / "notes").to_pylist()
+    assert [(n["note_id"], n["title"], n["topics"], n["image_path"], n["image"]) for n in notes] == [
+        ("fresh", "f", [], None, b"picture"), ("kept", "a", [], None, None), ("old", "new", ["x", "y"], None, None),
+    ]  # fmt: skip

@@ -105,3 +105,11 @@ def test_a_file_that_is_open_stays_readable(lake: Lake) -> None:
         sweep_lake(lake, "demo", 1, 2, NOW)
         assert not lake.path("checkpoint", "c0").exists() and mapped[:3] == b"000"
         mapped.close()
+
+
+def test_what_was_posted_stays_as_long_as_notes_that_were_made_of_it(lake: Lake) -> None:
+    for mark, made in (("m0", "n0"), ("m1", "n1")):
+        _publish(lake, "posted_notes", mark, {}, {"posted.txt": mark})
+        _publish(lake, "notes", made, {}, {"notes.txt": made}, posted=mark)
+    sweep_lake(lake, "demo", keep_releases=1, anchor_weeks=2, grace=NOW, present=[("notes", "n1")])
+    assert _left(lake, "notes") == ["n1"] and _left(lake, "posted_notes") == ["m1"]

@@ -54,16 +54,24 @@ class Model:
 
 
 def publish(lake: Lake, factory: str = "Flat") -> Release:
-    ids = [f"n{n}" for n in range(NUM_NOTES)]
-    with lake.publish(NAME, "aaaa1111", {}, {}) as draft:
-        vectors = np.stack([unit(note_id) for note_id in ids])
+    return publish_release(lake, "aaaa1111", {f"n{n}": f"n{n}" for n in range(NUM_NOTES)}, factory)
+
+
+def publish_release(
+    lake: Lake, release_id: str, titles: dict[str, str], factory: str = "Flat", posted: str | None = None
+) -> Release:
+    """A release of the notes of these titles. posted: the mark of the log that it holds the notes of."""
+    ids = [*titles]
+    with lake.publish(NAME, release_id, {}, {}) as draft:
+        vectors = np.stack([unit(title) for title in titles.values()])
         (draft.path / "embeddings").mkdir()
         write_shard(draft.path / "embeddings" / "part.parquet", ids, vectors, {"weights": WEIGHTS})
         build_index(draft.path / "embeddings", draft.path / INDEX_FOLDER, IndexSettings(factory=factory))
         golden = golden_queries(Index.load(draft.path / INDEX_FOLDER), ids[:2], vectors[:2])
         (draft.path / GOLDEN_FILE).write_text(json.dumps(golden))
-        (draft.path / LINEAGE_FILE).write_text(json.dumps({"week": "2025-01-05", "weeks": [], "releases": []}))
-    return open_release(lake, "aaaa1111")
+        lineage = {"week": "2025-01-05", "weeks": [], "releases": [], "posted": posted}
+        (draft.path / LINEAGE_FILE).write_text(json.dumps(lineage))
+    return open_release(lake, release_id)
 
 
 @contextmanager
@@ -76,7 +84,7 @@ def opened(folder: Path) -> Iterator[tuple[Lake, Release, NoteLog]]:
 
 
 def newest_cut(lake: Lake, release: Release, log: NoteLog) -> int:
-    return marked_bases(lake, release.id, log)[-1][1]
+    return marked_bases(lake, release, log)[-1][1]
 
 
 def write(note_id: str, title: str, embedded: bool = True, deleted: bool = False) -> Write:
@@ -88,7 +96,7 @@ def shown(lake: Lake, release: Release, log: NoteLog) -> dict[str, float]:
     """What a service that starts now shows: the score of each note beside a query."""
     base = open_base(lake, release, log)
     live = LiveIndex(base.index, base.table, base.seq)
-    opened = LiveRelease(release.id, release.week, WEIGHTS, base, live, Model(), None)  # type: ignore[arg-type]
+    opened = LiveRelease(release, WEIGHTS, base, live, Model(), None)  # type: ignore[arg-type]
     follower = Follower(log, opened, threading.Event())
     for _ in range(20):
         follower.advance()
@@ -223,7 +231,7 @@ def test_a_damaged_base_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFix
         log.append([write("x", "x")])
         before = shown(lake, release, log)
         compact(lake, release, log)
-        file = base_folder(lake, release.id, marked_bases(lake, release.id, log)[-1][0]) / INDEX_FOLDER / "index.faiss"
+        file = base_folder(lake, release.id, marked_bases(lake, release, log)[-1][0]) / INDEX_FOLDER / "index.faiss"
         file.write_bytes(file.read_bytes()[:-4] + b"\1\2\3\4")
         caplog.clear()
         assert open_base(lake, release, log).cut_seq == 0 and "does not match its checksum" in caplog.text

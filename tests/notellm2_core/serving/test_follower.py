@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,8 @@ def live_release(tmp_path: Path, model: Model, cut_seq: int = 0, waiting: tuple[
         write_neighbours(index, vectors, tmp_path / "table")
     base = Base(index, NeighbourTable.load(tmp_path / "table", index), cut_seq, "mark", waiting)
     live = LiveIndex(index, base.table, base.seq)
-    return LiveRelease("release", "2025-01-05", "weights", base, live, model, None)  # type: ignore[arg-type]
+    release = SimpleNamespace(id="release", week="2025-01-05")
+    return LiveRelease(release, "weights", base, live, model, None)  # type: ignore[arg-type]
 
 
 def write(note_id: str, title: str = "", vector: np.ndarray | None = None, deleted: bool = False) -> Write:
