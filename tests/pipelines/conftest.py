@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,14 @@ import yaml
 from notellm2_core.config.load import load_config
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.lineage import STAGES
+from notellm2_core.notes.note import Note
 from notellm2_core.runtime.files import sha256_of
+from notellm2_core.serving.log import NoteLog, Write
+from notellm2_core.serving.log_url import log_url
 from tests.support.jvm import UNCOMPILED, quick_jvm
+from tests.support.world import png_of
 
+POSTED, DELETED = Note("posted", "written to a service", ("new",), "since the source was exported"), "n000159"
 ROOT = Path(__file__).parents[2]
 RECALL = (sys.executable, "-W", "ignore", "-m", "pipelines.recall")  # make recall
 
@@ -130,10 +136,12 @@ def make_workplace(home: Path, changes: Mapping[str, object] | None = None) -> W
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A workplace where the whole graph was made without a kill. Its settings/ lists the settings that each stage read
-    (tests/support/recorder).
+    """A workplace where the whole graph was made without a kill, of the demo world and of what was written to a
+    service. Its settings/ lists the settings that each stage read (tests/support/recorder).
     """
     workplace = make_workplace(tmp_path_factory.mktemp("finished"), {"export.num_ranks": 1})
+    with closing(NoteLog.open(log_url(workplace.catalog.config, workplace.catalog.ledger))) as log:
+        log.append([Write(POSTED, png_of(seed=3)), Write(Note(DELETED, "", (), ""), deleted=True)])
     recorder = {"PYTHONPATH": str(ROOT / "tests/support/recorder"), "RECORD_SETTINGS": str(workplace.home / "settings")}
     code, output = workplace.recall(**recorder)
     assert code == 0, output[-6000:]

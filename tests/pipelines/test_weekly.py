@@ -5,7 +5,7 @@ import re
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import dagster as dg
@@ -14,7 +14,12 @@ import pytest
 
 from notellm2_core.config.drift import DATA_GATES
 from notellm2_core.release.release import Release
-from tests.pipelines.conftest import RECALL, Workplace, make_workplace
+from notellm2_core.retrieval.index import Index
+from notellm2_core.schema import INDEX_FOLDER
+from notellm2_core.serving.base import open_base
+from notellm2_core.serving.log import NoteLog
+from notellm2_core.serving.log_url import log_url
+from tests.pipelines.conftest import DELETED, POSTED, RECALL, Workplace, make_workplace
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.slow
@@ -46,6 +51,18 @@ def test_a_first_release_is_promoted_and_a_second_run_decides_nothing_again(fini
     assert {gate["outcome"] for gate in verdict["gates"]} == {"passed"}
     assert len(json.loads((release.path / "golden.json").read_text())) >= 10
     Release(release).verify()
+
+
+def test_what_was_written_to_a_service_is_in_the_release_and_what_was_deleted_is_not(finished: Workplace) -> None:
+    catalog = finished.catalog
+    counts = catalog.dataset("notes").manifest.metrics
+    assert (counts["posted"], counts["deleted"]) == (1, 1)
+    release = Release(catalog.dataset("release"))
+    ids = set(Index.load(release.path / INDEX_FOLDER).note_ids)
+    assert POSTED.note_id in ids and DELETED not in ids
+    with closing(NoteLog.open(log_url(catalog.config, catalog.ledger))) as log:
+        base = open_base(catalog.lake, release, log)
+    assert (base.cut_seq, base.waiting) == (2, ())
 
 
 def test_a_model_that_fails_a_gate_is_refused_and_the_run_succeeds_with_its_table(copy_of_finished: Workplace) -> None:

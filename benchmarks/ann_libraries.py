@@ -1,0 +1,161 @@
+"""FAISS beside hnswlib and usearch: the CPU time of one search at a recall of 0.95, on one thread.
+
+    .venv/bin/pip install usearch hnswlib           hnswlib needs a C++ compiler; what is missing is left out
+    .venv/bin/python benchmarks/ann_libraries.py    100,000 notes; a quarter of an hour on two cores
+
+Data sets as in benchmarks/index.py; queries are held out. Each library builds HNSW with 16 and with 32 links per note
+and the same efConstruction. Of each graph, the smallest ef is searched for by which recall@k reaches the target. Then
+all contenders take turns, query by query alone, and the median of the rounds counts. The libraries return ids and
+similarities; all vectors are of unit length, so that inner product is cosine.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before FAISS is imported
+
+import faiss
+import numpy as np
+from index import DATA_SETS, in_turns, seconds
+
+RESULTS = Path(__file__).parent / "results"
+Search = Callable[[np.ndarray, int], np.ndarray]  # queries [Q, d] and ef -> rows [Q, k]
+
+
+class Graph(NamedTuple):
+    library: str
+    links: int
+    search: Search
+
+
+def of_faiss(vectors: np.ndarray, links: int, ef: int, k: int) -> Search:
+    index = faiss.IndexHNSWFlat(vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = ef
+    index.add(vectors)
+    parameters = cache(lambda ef: faiss.SearchParametersHNSW(efSearch=ef))
+    return lambda queries, ef: index.search(queries, k, params=parameters(ef))[1]
+
+
+def of_hnswlib(vectors: np.ndarray, links: int, ef: int, k: int) -> Search:
+    index = importlib.import_module("hnswlib").Index(space="ip", dim=vectors.shape[1])
+    index.init_index(max_elements=len(vectors), ef_construction=ef, M=links)
+    index.add_items(vectors, num_threads=1)
+
+    def search(queries: np.ndarray, ef: int) -> np.ndarray:
+        index.set_ef(ef)
+        rows: np.ndarray = index.knn_query(queries, k, num_threads=1)[0]
+        return rows
+
+    return search
+
+
+def of_usearch(vectors: np.ndarray, links: int, ef: int, k: int) -> Search:
+    index = importlib.import_module("usearch.index").Index(
+        ndim=vectors.shape[1], metric="ip", dtype="f32", connectivity=links, expansion_add=ef
+    )
+    index.add(np.arange(len(vectors)), vectors, threads=1)
+
+    def search(queries: np.ndarray, ef: int) -> np.ndarray:
+        index.expansion_search = ef
+        rows: np.ndarray = index.search(queries, k, threads=1).keys
+        return rows.reshape(len(queries), -1)
+
+    return search
+
+
+LIBRARIES = {"faiss": of_faiss, "hnswlib": of_hnswlib, "usearch": of_usearch}
+
+
+def recall(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)]))
+
+
+def smallest_ef(search: Search, queries: np.ndarray, exact: np.ndarray, target: float) -> tuple[int, float]:
+    """The smallest ef of at least k, up to 3 %, by which recall reaches `target`; and the recall."""
+    low, high = exact.shape[1], exact.shape[1]
+    while (reached := recall(search(queries, high), exact)) < target:
+        low, high = high, 2 * high
+    while high - low > max(1, high // 32):
+        middle = (low + high) // 2
+        if (found := recall(search(queries, middle), exact)) >= target:
+            high, reached = middle, found
+        else:
+            low = middle
+    return high, reached
+
+
+def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    vectors = DATA_SETS[name](options.notes + options.queries, options.dim, rng)
+    vectors, queries = vectors[: options.notes], vectors[options.notes :]
+    exact = faiss.knn(queries, vectors, options.k, metric=faiss.METRIC_INNER_PRODUCT)[1]
+    rows, runs = [], {}
+    for library, build in LIBRARIES.items():
+        for links in options.links:
+            try:
+                search, built = seconds(lambda build=build, links=links: build(vectors, links, options.ef, options.k))
+            except ImportError as e:
+                print(f"{library} is left out: {e}")
+                break
+            ef, reached = smallest_ef(search, queries, exact, options.target)
+            key = f"{library} {links}"
+            runs[key] = lambda search=search, ef=ef: [search(query[None], ef) for query in queries]
+            rows.append({"data": name, "graph": key, "build_s": built, "ef": ef, "recall": reached})
+            print(rows[-1], flush=True)
+    times = in_turns(runs, options.rounds)
+    return [row | {"search_ms": 1000 * times[row["graph"]] / len(queries)} for row in rows]
+
+
+def best(rows: list[dict[str, Any]], library: str) -> float:
+    return min((row["search_ms"] for row in rows if row["graph"].startswith(library)), default=float("nan"))
+
+
+def to_markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    lines = [
+        f"# FAISS beside hnswlib and usearch ({date.today()})", "",
+        f"`.venv/bin/python benchmarks/ann_libraries.py --notes {options.notes} --dim {options.dim}`, "
+        f"{platform.machine()}, {os.cpu_count()} cores; k = {options.k}, efConstruction {options.ef}, one thread, "
+        f"{options.queries} held-out queries one by one, {options.rounds} rounds in turns; CPU times.", "",
+        "| data | graph | build s | ef | recall | ms a search |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        figures = f"{row['build_s']:.0f} | {row['ef']} | {row['recall']:.3f} | {row['search_ms']:.3f}"
+        lines.append(f"| {row['data']} | {row['graph']} | {figures} |")
+    for name in options.data:
+        own = [row for row in rows if row["data"] == name]
+        others = [best(own, library) for library in LIBRARIES if library != "faiss"]
+        ratio = best(own, "faiss") / np.nanmin(others) if not np.isnan(others).all() else float("nan")
+        lines += ["", f"On {name}, the best of FAISS takes {ratio:.2f} of the time of the best of the others."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--notes", type=int, default=100_000)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--data", nargs="+", choices=DATA_SETS, default=[*DATA_SETS])
+    parser.add_argument("--k", type=int, default=100)
+    parser.add_argument("--target", type=float, default=0.95)
+    parser.add_argument("--links", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--ef", type=int, default=80, help="efConstruction")
+    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows = [row for name in options.data for row in measure(name, options)]
+    text = to_markdown(rows, options)
+    (options.out / "ann_libraries.md").write_text(text)
+    (options.out / "ann_libraries.json").write_text(json.dumps(rows, indent=1))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
