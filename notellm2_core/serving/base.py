@@ -109,7 +109,7 @@ def base_folder(lake: Lake, release_id: str, mark: str) -> Path:
 
 
 def recent_bases(lake: Lake) -> set[tuple[str, str]]:
-    """The releases that a service has in memory, with the marks of their last two bases: one may be opening the other."""
+    """The releases that a service has in memory, with the marks of their last two bases."""
     recent = set()
     for release_id in served_releases(lake):
         folders = [p for p in (lake.root / SERVING_FOLDER / release_id).iterdir() if _MARK.fullmatch(p.name)]

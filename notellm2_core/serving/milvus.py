@@ -63,8 +63,7 @@ class MilvusEngine:
                 self._fill(name, notes, table.vectors, has_graph)
                 if not self._is_whole(name, len(notes.note_ids)):
                     raise EngineDown(f"the Milvus {self._url} has not kept all notes of the collection {name}")
-        index = MilvusIndex(self._connection, name, notes, table.vectors, 0 if has_graph else None)
-        return index.tuned(table), table
+        return MilvusIndex(self._connection, name, notes, table.vectors).tuned(table, has_graph), table
 
     def serve(self, indexes: Sequence[BaseIndex]) -> None:
         """Point the alias to the collection that answers first, and drop those that nobody needs. A failure is logged:

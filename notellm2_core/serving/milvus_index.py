@@ -5,6 +5,7 @@ The collection never changes, so reads are `Bounded`: they wait for nothing. Wha
 N: notes, Q: queries, d: width.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,9 @@ _CANDIDATES = (256, 512, 1024, 2048, 4096)  # of the walk through a graph (`ef`)
 _MOST_CANDIDATES = 32_768
 _TARGET_RECALL = 0.95
 _NUM_SAMPLES, _SAMPLE_SECONDS = 20, 60.0
-_TOLERANCE = 1e-4  # of an inner product, between two libraries
+_TOLERANCE = 1e-5  # of an inner product, between two libraries
+_LOGGER = logging.getLogger(__name__)
+logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it would log what it raises, with 60 lines of traceback
 
 
 class Connection:
@@ -65,7 +68,9 @@ class Connection:
         try:
             with self.errors():
                 yield
-        except EngineDown:
+        except EngineDown as e:
+            if not self._failed:
+                _LOGGER.warning("%s; only the table of neighbours answers", e)
             self._failed, self._not_before = True, time.monotonic() + _PAUSE_SECONDS
             raise
         self._failed, self._not_before = False, 0.0
@@ -73,13 +78,13 @@ class Connection:
 
 @dataclass(frozen=True)
 class MilvusIndex:
-    """A whole collection, in Milvus's memory. `candidates`: of a search; None: it compares with all."""
+    """A whole collection, in Milvus's memory. `candidates`: of a walk through its graph; None: it has none."""
 
     connection: Connection
     collection: str
     notes: IndexedNotes
     vectors: np.ndarray  # [N, d]
-    candidates: int | None
+    candidates: int | None = None
 
     @property
     def note_ids(self) -> np.ndarray:
@@ -105,8 +110,10 @@ class MilvusIndex:
         if k < 1:
             raise ValueError(f"k = {k} must be 1 or more.")
         num = min(k, len(self.note_ids))
-        with self.connection.guarded():
-            found = self._search(queries, num, ANSWER_SECONDS) if num <= _MOST else None
+        found = None
+        if num <= _MOST:
+            with self.connection.guarded():
+                found = self._search(queries, num, ANSWER_SECONDS)
         if found is None or (found[0] < 0).any():
             # So many are gone that Milvus cannot find enough others, or its graph has lost some: rare, and slow.
             scores, rows = faiss.knn(queries, self.vectors, num, faiss.METRIC_INNER_PRODUCT)
@@ -114,15 +121,15 @@ class MilvusIndex:
         rest = ((0, 0), (0, k - num))
         return np.pad(found[0], rest, constant_values=-1), np.pad(found[1], rest, constant_values=-np.inf)
 
-    def tuned(self, table: NeighbourTable) -> "MilvusIndex":
-        """The same index with candidates that find enough of what the table knows.
+    def tuned(self, table: NeighbourTable, has_graph: bool) -> "MilvusIndex":
+        """The same index, with as many candidates as find enough of what the table knows.
 
         Raises ValueError where it finds too few, or other vectors than those of the table.
         """
         num_others = min(table.rows.shape[1], len(self.note_ids) - 1)
         samples = np.unique(np.linspace(0, len(self.note_ids) - 1, _NUM_SAMPLES).astype(int))
         floors = table.scores[samples, num_others - 1] if num_others else np.full(len(samples), -np.inf)
-        for candidates in (None,) if self.candidates is None else _CANDIDATES:
+        for candidates in _CANDIDATES if has_graph else (None,):
             index = replace(self, candidates=candidates)
             with self.connection.errors():
                 rows, scores = index._search(self.vectors[samples], num_others + 1, _SAMPLE_SECONDS)

@@ -41,7 +41,7 @@ class EngineSite:
 
 
 def notes_of(name: str) -> dict[str, np.ndarray]:
-    """The notes of a base. main: NUM notes, the first NUM_EQUAL of them equal; one: one note; equal: seven equal ones."""
+    """The notes of a base. main: NUM, the first NUM_EQUAL of them equal; one: a single one; equal: seven equal ones."""
     if name == "one":
         return {"only": unit_vectors(1, 1)[0]}
     if name == "equal":

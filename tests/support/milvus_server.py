@@ -92,7 +92,7 @@ class MilvusServer:
             "mq": {"type": "rocksmq"}, "log": {"level": "warn"},
             "common": {
                 "storageType": "local", "security": {"authorizationEnabled": True},
-                "session": {"ttl": 3},  # seconds until a killed server's successor may take its place
+                "session": {"ttl": 6},  # seconds until a killed server's successor may take its place
             },
             **ports, "proxy": {"port": self.port, "http": {"enabled": False}},
             "queryCoord": ports["queryCoord"] | intervals,
