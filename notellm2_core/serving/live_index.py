@@ -58,10 +58,7 @@ class LiveIndex:
         return None if number is None else self._vectors(self.delta.view, np.array([number]))[0]
 
     def similar(self, vector: np.ndarray, k: int, exclude: Set[str] = frozenset()) -> Answer:
-        """The k nearest living notes of a unit vector [d], without those of `exclude`.
-
-        Raises ValueError for another vector, and EngineDown.
-        """
+        """The k nearest living notes of a unit vector [d], without `exclude`. Raises ValueError, and EngineDown."""
         require_unit_vectors(vector[None], source="queries: ")
         view, numbers = self._snapshot(exclude)
         question = _Question(view, vector[None], k, np.array([*numbers.values()], dtype=np.int64))
@@ -69,9 +66,7 @@ class LiveIndex:
         return self._answer(question, [found], np.ones(1))
 
     def similar_to(self, note_id: str, k: int) -> Answer:
-        """The k nearest living notes of a note, without itself. Raises KeyError if it is not there, and
-        EngineDown.
-        """
+        """The k nearest living notes of a note, without itself. Raises KeyError if there is none, and EngineDown."""
         answer = self.recall({note_id: 1.0}, k)
         if answer.unknown:
             raise KeyError(note_id)
@@ -87,8 +82,8 @@ class LiveIndex:
     ) -> Answer:
         """The neighbours of history notes, by their weights, merged; without the history and `exclude`.
 
-        deadline: of `time.monotonic`; history notes whose index search would begin after it are left out. So are those
-        that the table does not know, where the engine is down. Raises EngineDown where that is all of them.
+        deadline: of `time.monotonic`. History notes whose search would begin after it are left out, as are those that
+        need one while the engine is down. Raises EngineDown where these are all of them.
         """
         view, numbers = self._snapshot({*history, *exclude})
         names = tuple(note_id for note_id in history if note_id in numbers)
@@ -97,11 +92,9 @@ class LiveIndex:
         question = _Question(view, self._vectors(view, queries), k, without)
         known, rest = self._look_up(question, queries)
         searched, is_partial = self._search_rest(question, rest, deadline)
-        found = [known, *searched]
         weights = np.array([history[name] for name in names], dtype=np.float64)
-        answer = self._answer(question, found, weights, how, names)
-        unknown = tuple(note_id for note_id in history if note_id not in numbers)
-        return replace(answer, unknown=unknown, is_partial=is_partial)
+        answer = self._answer(question, [known, *searched], weights, how, names)
+        return replace(answer, unknown=tuple(i for i in history if i not in numbers), is_partial=is_partial)
 
     def _snapshot(self, note_ids: Set[str]) -> tuple[View, dict[str, int]]:
         """A view, and the numbers that those of these notes that are there have in it."""

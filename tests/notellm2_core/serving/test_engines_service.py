@@ -85,7 +85,7 @@ def test_from_a_write_to_a_rollback(lake: Lake, tmp_path: Path) -> None:
             assert {*found(client)} == {*before, "later"} and current(engine).startswith("notes_aaaa1111_release_")
             after = found(client)
             assert compact(lake, open_release(lake, "aaaa1111"), log).num_changes == 3
-            assert service.refresh() == 1
+            assert service.releases.refresh() == 1
             assert found(client) == after and not service.current.index.delta.view.note_ids
             mark = marked_bases(lake, "aaaa1111", log)[-1][0]
             assert current(engine).startswith(f"notes_aaaa1111_{mark}_")
