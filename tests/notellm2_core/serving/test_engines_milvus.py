@@ -90,6 +90,8 @@ def test_a_half_filled_collection_is_filled_again(milvus: EngineSite, monkeypatc
         assert index.search_rows(unit_vectors(5, 60)[[59]], 60)[0].min() == 0
         client.delete(collection(index), ids=[3, 4])
         again, _ = milvus.engine.open(files)
+        (counted,) = client.query(collection(again), output_fields=["count(*)"], consistency_level="Strong")
+        assert counted["count(*)"] == 60
         assert (np.sort(again.search_rows(QUERIES[:1], 60)[0]) == np.arange(60)).all()
 
 
@@ -158,7 +160,14 @@ def test_a_graph_that_finds_too_little_is_refused(milvus: EngineSite, monkeypatc
 
 def test_more_neighbours_than_milvus_gives(milvus: EngineSite, monkeypatch: pytest.MonkeyPatch) -> None:
     """All are compared, in the process."""
+    search = MilvusClient.search
+
+    def limited(client: MilvusClient, *arguments: object, limit: int, **options: object) -> object:
+        assert limit <= 20
+        return search(client, *arguments, limit=limit, **options)  # type: ignore[arg-type]
+
     monkeypatch.setattr(milvus_index, "_MOST", 20)
+    monkeypatch.setattr(MilvusClient, "search", limited)
     live, notes = milvus.live()
     gone = [note_id for note_id, _ in nearest(notes, QUERIES[0])[:100]]
     live.apply(dict.fromkeys(gone), 1)
