@@ -5,8 +5,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from fastapi.testclient import TestClient
 
+from notellm2_core.cli import main
 from notellm2_core.lake.lake import Lake
 from notellm2_core.notes.note import Note
 from notellm2_core.release.release import open_release
@@ -27,6 +29,7 @@ from tests.support.served import serve_release
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[3]
 RED_TEA = {"title": "note 7", "topics": ["red"], "content": "red tea"}
 
 
@@ -120,6 +123,25 @@ def test_a_server_is_killed_and_comes_back(lake: Lake, server: MilvusServer, tmp
             server.start()
             wait_for(lambda: client.get("/notes/new/similar?k=9").status_code == 200)
             assert {path: client.get(path).json() for path in before} == before
+
+
+def test_the_command_takes_the_engine_of_the_configuration_or_another(
+    lake: Lake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends with a sentence where that cannot be used."""
+    config = tmp_path / "tiny.yaml"
+    settings = yaml.safe_load((ROOT / "pipelines/configs/tiny.yaml").read_text())
+    changed = {"name": "tiny", "lake": str(lake.root), "serving": {"engine": "milvus://127.0.0.1:1"}}
+    config.write_text(yaml.safe_dump(settings | changed))
+    command = ["serve", "--config", str(config), "--release", "aaaa1111"]
+    for options, said in (
+        ([], "error: the Milvus 127.0.0.1:1 cannot be used now"),
+        (["--engine", "milvus://127.0.0.1:2"], "error: the Milvus 127.0.0.1:2 cannot be used now"),
+        (["--engine", "faiss://here"], "error: an engine is milvus://HOST:PORT for a server"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, *options])
+        assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 def model_of(lake: Lake) -> str:
