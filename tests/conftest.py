@@ -26,6 +26,7 @@ UNITS = {
     "tests/notellm2_core/training/engine/test_ranks.py": "ranks",
     "tests/spark_jobs/": "spark",
     "tests/assets/resources/test_incremental.py": "spark",
+    "tests/notellm2_core/serving/test_engines": "engines",  # one Milvus for all of these files
     "tests/notellm2_core/training/test_training.py": "training",
     "tests/notellm2_core/training/test_overfit.py": "overfit",
     "tests/notellm2_core/training/state/test_checkpoints.py": "checkpoints",

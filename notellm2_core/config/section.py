@@ -12,7 +12,7 @@ class Section(BaseModel):
     and its row in `lake/lineage.py` lists it. In YAML a group is not visible.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
 
     @classmethod
     def of(cls, section: Self) -> Self:

@@ -8,12 +8,13 @@ docs/settings.md from the declarations.
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
 from notellm2_core.config.baselines import BASELINES, require_baseline
 from notellm2_core.config.data import CheckSettings, PairSettings, SplitSettings, TextSettings, WindowSettings
 from notellm2_core.config.messages import MessageSettings
 from notellm2_core.config.methods import get_method
+from notellm2_core.config.milvus import require_milvus_url, without_password
 from notellm2_core.config.model import ModelSettings
 from notellm2_core.config.promotion import PromotionSettings, RetentionSettings
 from notellm2_core.config.section import Section, no_address
@@ -63,6 +64,16 @@ class ServingSettings(Section):
         "[contract](own_data.md); with `events` of the source folder, the next week is trained on them. null: events "
         "are not taken.",
     )
+    engine: Annotated[str | None, AfterValidator(require_milvus_url)] = Field(
+        None,
+        repr=False,
+        description="URL of a Milvus that searches the release, `milvus://USER@HOST:PORT` or `milvus://./FILE.db` "
+        "(milvus-lite); a password comes from MILVUS_PASSWORD. null: FAISS, in the service's process.",
+    )
+
+    @field_serializer("engine")
+    def _shown(self, engine: str | None) -> str | None:
+        return without_password(engine)
 
 
 class ReportSettings(Section):

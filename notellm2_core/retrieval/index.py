@@ -123,21 +123,15 @@ class Index:
         """note_id -> row."""
         return {note_id: row for row, note_id in enumerate(self.note_ids)}
 
+    @property
+    def dim(self) -> int:
+        """The width of its vectors."""
+        return int(self.faiss_index.d)
+
     @staticmethod
     def load(folder: Path) -> "Index":
         """Load an index. Raises ValueError if the folder is no index, is damaged, or has another format version."""
-        metadata_file = folder / "index.json"
-        if not metadata_file.is_file():
-            raise ValueError(f"{folder} is no index (no index.json): run `notellm2 index build` with --out {folder}.")
-        metadata = json.loads(metadata_file.read_text())
-        if metadata["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{folder} has index format {metadata['format_version']}, this code reads {FORMAT_VERSION}: build the "
-                "index again."
-            )
-        for name, checksum in metadata["sha256"].items():
-            if not (folder / name).is_file() or sha256_of(folder / name) != checksum:
-                raise ValueError(f"{folder / name} does not match its checksum: build the index again.")
+        metadata = _checked_metadata(folder, FILES[:2])
         ids = pq.read_table(folder / "ids.parquet")
         points = Points(ids["position"].to_numpy())
         index = faiss.read_index(str(folder / "index.faiss"))
@@ -151,3 +145,36 @@ class Index:
         )
         note_ids = np.array(ids["note_id"].to_pylist(), dtype=object)
         return Index(index, note_ids, points, metadata["factory"], tuned, metadata["weights_id"], str(folder))
+
+
+@dataclass(frozen=True)
+class IndexedNotes:
+    """The notes of an index without its vectors, for those who search them elsewhere."""
+
+    note_ids: np.ndarray  # [N] object
+    dim: int
+    weights_id: str | None
+
+    @staticmethod
+    def load(folder: Path) -> "IndexedNotes":
+        """Raises ValueError as `Index.load`; index.faiss is not read."""
+        metadata = _checked_metadata(folder, FILES[1:2])
+        note_ids = pq.read_table(folder / "ids.parquet", columns=["note_id"])["note_id"].to_pylist()
+        return IndexedNotes(np.array(note_ids, dtype=object), metadata["dim"], metadata["weights_id"])
+
+
+def _checked_metadata(folder: Path, files: Sequence[str]) -> dict[str, Any]:
+    """The content of index.json. Raises ValueError where one of `files` does not match its checksum."""
+    metadata_file = folder / "index.json"
+    if not metadata_file.is_file():
+        raise ValueError(f"{folder} is no index (no index.json): run `notellm2 index build` with --out {folder}.")
+    metadata: dict[str, Any] = json.loads(metadata_file.read_text())
+    if metadata["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has index format {metadata['format_version']}, this code reads {FORMAT_VERSION}: build the "
+            "index again."
+        )
+    for name in files:
+        if not (folder / name).is_file() or sha256_of(folder / name) != metadata["sha256"][name]:
+            raise ValueError(f"{folder / name} does not match its checksum: build the index again.")
+    return metadata

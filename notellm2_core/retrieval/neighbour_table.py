@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from notellm2_core.retrieval.index import Index
+from notellm2_core.retrieval.index import Index, IndexedNotes
 from notellm2_core.retrieval.tuning import Samples, tune
 from notellm2_core.runtime.progress import ProgressBar
 
@@ -33,11 +33,11 @@ class NeighbourTable:
     vectors: np.ndarray  # [N, d]
 
     @classmethod
-    def load(cls, folder: Path, index: Index) -> "NeighbourTable":
+    def load(cls, folder: Path, index: Index | IndexedNotes) -> "NeighbourTable":
         """Raises ValueError if the arrays are not those of `index`."""
         arrays = [np.load(folder / name, mmap_mode="r") for name in (ROWS, SCORES, VECTORS)]
         table = cls(*arrays)
-        num, dim = len(index.note_ids), index.faiss_index.d
+        num, dim = len(index.note_ids), index.dim
         if table.rows.shape != table.scores.shape or len(table.rows) != num or table.vectors.shape != (num, dim):
             shapes = ", ".join(str(array.shape) for array in arrays)
             raise ValueError(f"{folder} (arrays {shapes}) is not the table of an index of {num} notes of width {dim}.")

@@ -18,16 +18,18 @@ from pathlib import Path
 
 from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.lake.lake import Lake
-from notellm2_core.release.golden import require_golden_answers
 from notellm2_core.release.release import SERVING_FOLDER, Release
+from notellm2_core.release.served import served_releases
 from notellm2_core.retrieval.index import Index
 from notellm2_core.retrieval.neighbour_table import NeighbourTable, write_neighbours
 from notellm2_core.runtime.files import new_folder
 from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
+from notellm2_core.serving.engine import BaseFiles, BaseIndex, Engine, EngineDown, FaissEngine
 from notellm2_core.serving.log import NoteLog
 
 TABLE, METADATA = "table", "base.json"
 OF_RELEASE = "release"  # in place of a mark
+_MARK = re.compile(f"{OF_RELEASE}|[0-9a-f]{{16}}")
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -37,7 +39,7 @@ class Base:
     the model has not embedded them yet, or cannot, or because the weekly run has left them out. `mark`: its name.
     """
 
-    index: Index
+    index: BaseIndex
     table: NeighbourTable
     cut_seq: int
     mark: str
@@ -55,41 +57,41 @@ class Base:
         return min(self.waiting, default=self.cut_seq + 1) - 1
 
 
-def open_base(lake: Lake, release: Release, log: NoteLog) -> Base:
-    """The newest base of a release that can be opened and answers its golden queries. The table of a release is made
-    when it is first asked for, which takes minutes for a million notes.
+def open_base(lake: Lake, release: Release, log: NoteLog, engine: Engine | None = None) -> Base:
+    """The newest base of a release that can be opened and answers as it should. The table of a release is made when it
+    is first asked for, which takes minutes for a million notes.
 
-    A compacted base that is damaged is left out, with a warning. Raises ValueError where the release itself is damaged,
-    and OSError where its files are missing.
+    engine: where it is searched; None: FAISS. A compacted base that is damaged is left out, with a warning. Raises
+    ValueError where the release itself is damaged, OSError where its files are missing, and EngineDown.
     """
     for mark, cut in reversed(marked_bases(lake, release, log)):
         try:
-            return _open_base(lake, release, log, mark, cut)
+            return _open_base(lake, release, log, mark, cut, engine or FaissEngine())
         except (ValueError, OSError) as e:
-            if mark == OF_RELEASE:
+            if mark == OF_RELEASE or isinstance(e, EngineDown):
                 raise
             _LOGGER.warning("the base %s is left out: %s", base_folder(lake, release.id, mark), e)
     raise AssertionError("the base of the release itself is always there")
 
 
-def _open_base(lake: Lake, release: Release, log: NoteLog, mark: str, cut: int) -> Base:
+def _open_base(lake: Lake, release: Release, log: NoteLog, mark: str, cut: int, engine: Engine) -> Base:
     folder = base_folder(lake, release.id, mark)
-    home = release.path if mark == OF_RELEASE else folder
-    index = Index.load(home / INDEX_FOLDER)
-    if index.weights_id is None:
-        raise ValueError(f"release {release.id} does not say which model made its vectors")
+    home, table = (release.path, folder) if mark == OF_RELEASE else (folder, folder / TABLE)
     if not folder.exists():
-        _write_table(release, index, folder)
-    table = NeighbourTable.load(folder if mark == OF_RELEASE else folder / TABLE, index)
-    require_golden_answers(home / GOLDEN_FILE, index, table.vectors)
+        _write_table(release, folder)
+    files = BaseFiles(release.id, mark, home / INDEX_FOLDER, table, home / GOLDEN_FILE)
+    index, neighbours = engine.open(files)
     if mark == OF_RELEASE:  # notes that the weekly run has put in quarantine, for example
         waiting = [seq for seq, note_id in log.living(cut) if note_id not in index.rows]
     else:
         waiting = json.loads((folder / METADATA).read_text())["waiting"]
-    return Base(index, table, cut, mark, tuple(waiting))
+    return Base(index, neighbours, cut, mark, tuple(waiting))
 
 
-def _write_table(release: Release, index: Index, folder: Path) -> None:
+def _write_table(release: Release, folder: Path) -> None:
+    index = Index.load(release.path / INDEX_FOLDER)
+    if index.weights_id is None:
+        raise ValueError(f"release {release.id} does not say which model made its vectors")
     embeddings = read_embeddings(release.path / "embeddings")
     vectors = embeddings.vectors[embeddings.rows(list(index.note_ids))]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,7 @@ def marked_bases(lake: Lake, release: Release, log: NoteLog) -> list[tuple[str, 
     """The bases of a release for this log: their marks, and their places in it. The newest comes last."""
     folder = lake.root / SERVING_FOLDER / release.id
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    marks = [name for name in names if re.fullmatch("[0-9a-f]{16}", name)]
+    marks = [name for name in names if _MARK.fullmatch(name) and name != OF_RELEASE]
     cuts = log.marked([release.posted]) if release.posted else ()
     return [(OF_RELEASE, cuts[0][1] if cuts else 0), *(log.marked(marks) if marks else ())]
 
@@ -109,3 +111,12 @@ def marked_bases(lake: Lake, release: Release, log: NoteLog) -> list[tuple[str, 
 def base_folder(lake: Lake, release_id: str, mark: str) -> Path:
     """The folder of a base: of a compacted one, or of the table of the release itself."""
     return lake.root / SERVING_FOLDER / release_id / mark
+
+
+def recent_bases(lake: Lake) -> set[tuple[str, str]]:
+    """The releases that a service has in memory, with the marks of their last two bases."""
+    recent = set()
+    for release_id in served_releases(lake):
+        folders = [p for p in (lake.root / SERVING_FOLDER / release_id).iterdir() if _MARK.fullmatch(p.name)]
+        recent |= {(release_id, path.name) for path in sorted(folders, key=lambda path: path.stat().st_mtime)[-2:]}
+    return recent

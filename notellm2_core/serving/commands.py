@@ -22,6 +22,8 @@ def add_serving_commands(commands: Any) -> None:
     serve.add_argument("--release", help=release)
     log = "URL of the log of notes, sqlite:///FILE or postgresql://HOST/DATABASE; default: serving.log"
     serve.add_argument("--log", help=log)
+    engine = "URL of a Milvus that searches the release, as in serving.engine; default: serving.engine, or FAISS"
+    serve.add_argument("--engine", help=engine)
     serve.add_argument("--keys", type=Path, help="file of keys; without one, only this machine is listened to")
     serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     serve.add_argument("--port", type=int, default=PORT, help="default: %(default)s")
@@ -65,6 +67,7 @@ def _serve(options: argparse.Namespace) -> None:
         from threadpoolctl import threadpool_limits
 
         from notellm2_core.serving.app import make_app
+        from notellm2_core.serving.engine import open_engine
         from notellm2_core.serving.events import EventWriter
         from notellm2_core.serving.experiment import Experiment
         from notellm2_core.serving.log import NoteLog
@@ -84,7 +87,8 @@ def _serve(options: argparse.Namespace) -> None:
     ledger.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         log = stack.enter_context(closing(NoteLog.open(log_url(config, ledger, options.log))))
-        service = stack.enter_context(closing(Service(lake, log, release, Catalog(config).source)))
+        engine = stack.enter_context(closing(open_engine(options.engine or config.serving.engine, lake)))
+        service = stack.enter_context(closing(Service(lake, log, release, Catalog(config).source, engine)))
         if options.experiment is not None:
             service.releases.begin(Experiment(options.experiment, options.challenger, options.share))
         stack.enter_context(closing(Watcher(service.releases, ledger, follows_champion=options.release is None)))

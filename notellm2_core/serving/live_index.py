@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from notellm2_core.retrieval.index import Index
+from notellm2_core.embeddings.unit_vectors import require_unit_vectors
 from notellm2_core.retrieval.neighbour_table import NeighbourTable
 from notellm2_core.serving.delta import Delta, View
+from notellm2_core.serving.engine import BaseIndex, EngineDown
 from notellm2_core.serving.merge import Merge, merge
 
 _SPARE = 3.0  # standard deviations of the number of gone notes among the nearest, that a search allows for
@@ -42,10 +43,10 @@ class Answer:
 class LiveIndex:
     """Any number of threads search; one applies changes."""
 
-    def __init__(self, index: Index, table: NeighbourTable, seq: int = 0) -> None:
+    def __init__(self, index: BaseIndex, table: NeighbourTable, seq: int = 0) -> None:
         """seq: the last entry of the log that the release holds."""
         self.index, self.table = index, table
-        self.delta = Delta(index.rows, index.faiss_index.d, seq)
+        self.delta = Delta(index.rows, index.dim, seq)
 
     def apply(self, changes: Mapping[str, np.ndarray | None], seq: int) -> None:
         """`Delta.apply`."""
@@ -57,14 +58,15 @@ class LiveIndex:
         return None if number is None else self._vectors(self.delta.view, np.array([number]))[0]
 
     def similar(self, vector: np.ndarray, k: int, exclude: Set[str] = frozenset()) -> Answer:
-        """The k nearest living notes of a unit vector [d], without those of `exclude`."""
+        """The k nearest living notes of a unit vector [d], without `exclude`. Raises ValueError, and EngineDown."""
+        require_unit_vectors(vector[None], source="queries: ")
         view, numbers = self._snapshot(exclude)
         question = _Question(view, vector[None], k, np.array([*numbers.values()], dtype=np.int64))
         found = self._search(question, np.zeros(1, np.int64))
         return self._answer(question, [found], np.ones(1))
 
     def similar_to(self, note_id: str, k: int) -> Answer:
-        """The k nearest living notes of a note, without itself. Raises KeyError if it is not there."""
+        """The k nearest living notes of a note, without itself. Raises KeyError if there is none, and EngineDown."""
         answer = self.recall({note_id: 1.0}, k)
         if answer.unknown:
             raise KeyError(note_id)
@@ -80,7 +82,8 @@ class LiveIndex:
     ) -> Answer:
         """The neighbours of history notes, by their weights, merged; without the history and `exclude`.
 
-        deadline: of `time.monotonic`; history notes whose index search would begin after it are left out.
+        deadline: of `time.monotonic`. History notes whose search would begin after it are left out, as are those that
+        need one while the engine is down. Raises EngineDown where these are all of them.
         """
         view, numbers = self._snapshot({*history, *exclude})
         names = tuple(note_id for note_id in history if note_id in numbers)
@@ -88,15 +91,10 @@ class LiveIndex:
         without = np.array([*numbers.values()], dtype=np.int64)
         question = _Question(view, self._vectors(view, queries), k, without)
         known, rest = self._look_up(question, queries)
-        found, is_partial = [known], False
-        for start in range(0, len(rest), _SEARCHED_AT_ONCE):
-            if is_partial := deadline is not None and time.monotonic() > deadline:
-                break
-            found.append(self._search(question, rest[start : start + _SEARCHED_AT_ONCE]))
+        searched, is_partial = self._search_rest(question, rest, deadline)
         weights = np.array([history[name] for name in names], dtype=np.float64)
-        answer = self._answer(question, found, weights, how, names)
-        unknown = tuple(note_id for note_id in history if note_id not in numbers)
-        return replace(answer, unknown=unknown, is_partial=is_partial)
+        answer = self._answer(question, [known, *searched], weights, how, names)
+        return replace(answer, unknown=tuple(i for i in history if i not in numbers), is_partial=is_partial)
 
     def _snapshot(self, note_ids: Set[str]) -> tuple[View, dict[str, int]]:
         """A view, and the numbers that those of these notes that are there have in it."""
@@ -109,7 +107,7 @@ class LiveIndex:
 
     def _vectors(self, view: View, numbers: np.ndarray) -> np.ndarray:
         """[H, d] of the notes `numbers`."""
-        vectors = np.empty((len(numbers), self.index.faiss_index.d), np.float32)
+        vectors = np.empty((len(numbers), self.index.dim), np.float32)
         in_base = numbers < view.num_base
         vectors[in_base] = self.table.vectors[numbers[in_base]]
         vectors[~in_base] = view.vectors[numbers[~in_base] - view.num_base]
@@ -127,6 +125,22 @@ class LiveIndex:
         if not is_enough.all():
             in_table, numbers, scores, usable = (part[is_enough] for part in (in_table, numbers, scores, usable))
         return _first(in_table, numbers, scores, usable, k), rest
+
+    def _search_rest(
+        self, question: "_Question", rest: np.ndarray, deadline: float | None
+    ) -> tuple[list["_Found"], bool]:
+        """What the index finds for the queries at the places `rest` [R], and whether some of them were left out."""
+        found: list[_Found] = []
+        for start in range(0, len(rest), _SEARCHED_AT_ONCE):
+            if deadline is not None and time.monotonic() > deadline:
+                return found, True
+            try:
+                found.append(self._search(question, rest[start : start + _SEARCHED_AT_ONCE]))
+            except EngineDown:
+                if len(rest) == len(question.vectors) and not found:
+                    raise
+                return found, True
+        return found, False
 
     def _search(self, question: "_Question", places: np.ndarray) -> "_Found":
         """The k nearest usable notes of the release for the queries at these places, by the index.

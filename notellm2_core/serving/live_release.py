@@ -5,9 +5,11 @@ from pathlib import Path
 
 from notellm2_core.lake.lake import Lake
 from notellm2_core.release.release import Release
+from notellm2_core.release.served import mark_served
 from notellm2_core.schema import NOTES_TABLE
 from notellm2_core.serving.base import Base, open_base
 from notellm2_core.serving.embedding import EmbeddingProcess
+from notellm2_core.serving.engine import Engine, EngineDown
 from notellm2_core.serving.live_index import LiveIndex
 from notellm2_core.serving.log import LogUnavailable, NoteLog
 
@@ -32,16 +34,17 @@ class LiveRelease:
         return self.release.week
 
     @staticmethod
-    def checked_base(lake: Lake, release: Release, log: NoteLog) -> Base:
-        """The newest base of a release whose files are all whole.
+    def checked_base(lake: Lake, release: Release, log: NoteLog, engine: Engine | None = None) -> Base:
+        """The newest base of a release whose files are all whole. engine: where it is searched; None: FAISS.
 
-        Raises ValueError, in one sentence, if a file is damaged or missing, or if an answer is not the golden one, and
-        LogUnavailable.
+        Raises ValueError, in one sentence, if a file is damaged or missing, or if an answer is not the golden one,
+        LogUnavailable, and EngineDown.
         """
         try:
             release.verify()
-            return open_base(lake, release, log)
-        except LogUnavailable:
+            mark_served(lake, release.id)  # opening may take long, and nobody is to remove it meanwhile
+            return open_base(lake, release, log, engine)
+        except (LogUnavailable, EngineDown):
             raise
         except OSError as e:
             raise ValueError(f"release {release.id} cannot be opened: {e}") from None

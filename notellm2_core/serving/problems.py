@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from notellm2_core.serving.embedding import BadNote, EmbedderBusy, EmbedderDied, EmbedderDown
+from notellm2_core.serving.engine import EngineDown
 from notellm2_core.serving.log import LogBusy, LogFull, LogUnavailable, VersionConflict
 from notellm2_core.serving.requests import Problem
 from notellm2_core.serving.service import NotReady
@@ -19,13 +20,14 @@ _RETRY_SECONDS = "1"
 _TITLES = {401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 409: "Conflict", 413: "Too Large", 429: "Busy"}
 _STATUS: dict[type[Exception], int] = {
     BadNote: 422, VersionConflict: 409, EmbedderBusy: 429, LogBusy: 429, Busy: 429, LogFull: 507, LogUnavailable: 503,
-    EmbedderDied: 503, EmbedderDown: 503, NotReady: 503,
+    EmbedderDied: 503, EmbedderDown: 503, EngineDown: 503, NotReady: 503,
 }  # fmt: skip
 # What a database or an operating system says names hosts, users and folders.
 _SENTENCES: dict[type[Exception], str] = {
     LogUnavailable: "the log of notes cannot be reached now; a write may be there or not: repeat it",
     LogFull: "the disk of the log of notes is full; reads still work",
     EmbedderDown: "the model's process cannot be used now",
+    EngineDown: "the search engine cannot be reached now; notes whose neighbours are in the table are answered",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "content": {"application/problem+json": {}}}

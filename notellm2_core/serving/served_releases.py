@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from notellm2_core.lake.lake import Lake
 from notellm2_core.release.release import Release, open_release
 from notellm2_core.serving.base import marked_bases, open_base
+from notellm2_core.serving.engine import Engine, FaissEngine
 from notellm2_core.serving.experiment import AnswerKind, Experiment
 from notellm2_core.serving.follower import Follower
 from notellm2_core.serving.live_release import LiveRelease
@@ -35,14 +36,17 @@ class _Served:
 class ServedReleases:
     """At most two. Any number of threads use it."""
 
-    def __init__(self, lake: Lake, log: NoteLog, release_id: str) -> None:
-        """Open the release that answers first, and begin to follow the log.
+    def __init__(self, lake: Lake, log: NoteLog, release_id: str, engine: Engine | None = None) -> None:
+        """Open the release that answers first, and begin to follow the log. engine: where releases are searched, not
+        closed here; None: FAISS.
 
-        Answers do not wait for the model to be loaded; new notes do. Raises ValueError if the release cannot be used.
+        Answers do not wait for the model to be loaded; new notes do. Raises ValueError if the release cannot be used,
+        and EngineDown.
         """
-        self.lake, self._log = lake, log
+        self.lake, self._log, self._engine = lake, log, engine or FaissEngine()
         found = open_release(lake, release_id)
-        release = LiveRelease.start(lake, found, LiveRelease.checked_base(lake, found, log), waits=False)
+        base = LiveRelease.checked_base(lake, found, log, self._engine)
+        release = LiveRelease.start(lake, found, base, waits=False)
         self._wake, self._applied, self._switching = threading.Event(), threading.Condition(), threading.Lock()
         self._served: tuple[_Served, ...] = (_Served(release, Follower(log, release, self._wake)),)
         self._arriving: tuple[Follower, ...] = ()  # of a release that is not in memory for searches yet
@@ -50,6 +54,7 @@ class ServedReleases:
         self.experiment: Experiment | None = None
         self.num_failures = 0  # times that the log could not be followed
         self.num_refused = 0  # times that a champion, or a new base, could not be taken
+        self._tell_engine()
         self._thread = threading.Thread(target=self._follow, name="follow the log", daemon=True)
         self._thread.start()
 
@@ -102,6 +107,7 @@ class ServedReleases:
                 raise ValueError(f"release {found.id} answers already: an experiment needs another challenger")
             if self._find(found.id) is None:
                 self._served = (*self._served[:1], self._load(found, _SWITCH_SECONDS))
+                self._tell_engine()
             self.experiment = replace(experiment, challenger=found.id)
 
     def activate(self, release_id: str, seconds: float = _SWITCH_SECONDS) -> LiveRelease:
@@ -119,6 +125,7 @@ class ServedReleases:
             follower, target = served.follower, self._log.last_seq()
             self.wait_for(lambda: follower.has_read(target), time.monotonic() + _LAST_WRITES_SECONDS)
             self._served = (served, before)
+            self._tell_engine()
             self._end_experiment()
             return served.release
 
@@ -133,13 +140,14 @@ class ServedReleases:
                 found, mark = before.release.release, before.release.base.mark
                 if marked_bases(self.lake, found, self._log)[-1][0] == mark:
                     continue
-                base = open_base(self.lake, found, self._log)
+                base = open_base(self.lake, found, self._log, self._engine)
                 if base.mark == mark:
                     raise ValueError(f"the newest base of release {found.id} is damaged")
                 later = before.release.with_base(base)
                 served = _Served(later, Follower(self._log, later, self._wake, before.follower))
                 self._catch_up(served, before.follower, seconds)
                 self._served = tuple(served if other is before else other for other in self._served)
+                self._tell_engine()
                 num_changed += 1
         return num_changed
 
@@ -171,7 +179,7 @@ class ServedReleases:
 
         Raises ValueError before that, where its files cannot be used.
         """
-        base = LiveRelease.checked_base(self.lake, found, self._log)
+        base = LiveRelease.checked_base(self.lake, found, self._log, self._engine)
         others, self._served = self._served[1:], self._served[:1]  # never three models in memory
         self._end_experiment()
         for other in others:
@@ -196,6 +204,9 @@ class ServedReleases:
                 raise TimeoutError(f"release {served.release.id} did not catch up with the log in {seconds:.0f} s")
         finally:
             self._arriving = ()
+
+    def _tell_engine(self) -> None:
+        self._engine.serve([release.base.index for release in self.in_memory])
 
     def _end_experiment(self) -> None:
         """End an experiment whose challenger answers for all, or is no longer in memory."""

@@ -17,6 +17,7 @@ import numpy as np
 from notellm2_core.lake.lake import Lake
 from notellm2_core.notes.note import Note
 from notellm2_core.serving.cards import Cards
+from notellm2_core.serving.engine import Engine
 from notellm2_core.serving.live_release import LiveRelease
 from notellm2_core.serving.log import GroupCommit, LogUnavailable, NoteLog, Receipt, Write
 from notellm2_core.serving.served_releases import ServedReleases
@@ -40,11 +41,15 @@ class NotReady(RuntimeError):
 class Service:
     """Any number of threads use it."""
 
-    def __init__(self, lake: Lake, log: NoteLog, release_id: str, source: Path | None = None) -> None:
-        """source: the folder of the notes' pictures; None: not here. Raises as `ServedReleases`."""
+    def __init__(
+        self, lake: Lake, log: NoteLog, release_id: str, source: Path | None = None, engine: Engine | None = None
+    ) -> None:
+        """source: the folder of the notes' pictures; None: not here. engine: as of `ServedReleases`, which raises the
+        same.
+        """
         self.lake, self.log, self._source = lake, log, source
         self._at_start, self._was_ready = log.last_seq(), False
-        self.releases = ServedReleases(lake, log, release_id)
+        self.releases = ServedReleases(lake, log, release_id, engine)
         self._commit = GroupCommit(log)
         self._cards: dict[str, Cards] = {}
 

@@ -1,4 +1,4 @@
-"""Logs in both databases. The PostgreSQL is a real one, from a wheel, and started once."""
+"""Logs in both databases, and the engines. PostgreSQL and Milvus are real ones, from wheels, and started once."""
 
 import shutil
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import psycopg
 import pytest
 
 from tests.notellm2_core.serving.writers import Writers
+from tests.support.engines import KINDS, EngineSite, engine_site
+from tests.support.milvus_server import MilvusServer, milvus_server
 
 NewUrl = Callable[[], str]
 _NUMBERS = count()
@@ -77,3 +80,42 @@ def writers() -> Iterator[Writers]:
         yield Writers(process)
         assert process.stdin is not None
         process.stdin.close()  # it ends
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> Iterator[MilvusServer]:
+    """A Milvus. Its binaries, 250 MB, stay in pytest's cache."""
+    assert request.config.cache is not None
+    folder = Path(tempfile.mkdtemp(prefix="notellm2-milvus-"))
+    with milvus_server(request.config.cache.mkdir("milvus") / "2.3.5", folder) as running:
+        yield running
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def sites(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], EngineSite]]:
+    """Opens an engine of a kind, once."""
+    opened: dict[str, EngineSite] = {}
+    with ExitStack() as stack:
+
+        def site_of(kind: str) -> EngineSite:
+            if kind not in opened:
+                url = request.getfixturevalue("server").url if kind == "milvus" else ""
+                opened[kind] = stack.enter_context(engine_site(kind, tmp_path_factory.mktemp(kind), url))
+            return opened[kind]
+
+        yield site_of
+
+
+@pytest.fixture(params=KINDS)
+def site(request: pytest.FixtureRequest, sites: Callable[[str], EngineSite]) -> EngineSite:
+    """Each of the engines."""
+    return sites(request.param)
+
+
+@pytest.fixture(params=KINDS[1:])
+def milvus(request: pytest.FixtureRequest, sites: Callable[[str], EngineSite]) -> EngineSite:
+    """milvus-lite, and the server."""
+    return sites(request.param)
