@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from notellm2_core import __version__
 from notellm2_core.serving.guard import Guard, needs
 from notellm2_core.serving.keys import Keys
+from notellm2_core.serving.live_release import LiveRelease
 from notellm2_core.serving.metrics import Metrics, Timed
 from notellm2_core.serving.note_routes import add_reads, add_writes
 from notellm2_core.serving.problems import ERRORS, add_handlers
@@ -21,8 +22,15 @@ from notellm2_core.serving.service import NotReady, Service
 from notellm2_core.serving.workers import Workers
 
 _PAGE = FilePath(__file__).parent / "page"
-_PAGE_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
-_POLICY = "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+_PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_PAGE_HEADERS = {
+    # Nothing from elsewhere, and no text that becomes markup: a note's title is what anybody has written.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
+}  # fmt: skip
+_NUM_EXAMPLES = 12
 
 
 def make_app(service: Service, keys: Keys, takes_events: bool = False) -> FastAPI:
@@ -48,13 +56,16 @@ def _add_releases(app: FastAPI, service: Service, keys: Keys) -> None:
 
     @app.get("/releases", dependencies=needs(keys, "read"), responses=ERRORS, tags=["releases"])
     async def releases() -> dict[str, Any]:
-        """The releases in memory, the one that answers first."""
+        """The releases in memory, the one that answers first. `examples`: a dozen notes to begin with."""
         return {
             "releases": [
-                {"release": r.id, "week": r.week, "seq": r.index.delta.view.seq, "notes": len(r.index.index.note_ids)}
+                {
+                    "release": r.id, "week": r.week, "seq": r.index.delta.view.seq,
+                    "notes": len(r.index.index.note_ids), "examples": _examples(r),
+                }
                 for r in service.releases.in_memory
             ]
-        }
+        }  # fmt: skip
 
     @app.post("/releases/{release_id}:activate", dependencies=needs(keys, "admin"), responses=ERRORS, tags=["releases"])
     async def activate(release_id: Annotated[str, Path(max_length=128)]) -> dict[str, str]:
@@ -64,6 +75,13 @@ def _add_releases(app: FastAPI, service: Service, keys: Keys) -> None:
         except (ValueError, TimeoutError) as e:
             raise HTTPException(409, f"{e}; {service.current.id} stays") from None
         return {"release": release.id}
+
+
+def _examples(release: LiveRelease) -> list[str]:
+    """Some notes of the release that are there, from all over it: a person begins with them."""
+    ids = release.index.index.note_ids
+    some = [ids[row] for row in range(0, len(ids), max(1, len(ids) // _NUM_EXAMPLES))]
+    return [str(note_id) for note_id in some if release.index.delta.number(note_id) is not None][:_NUM_EXAMPLES]
 
 
 def _add_state(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, reads: Workers) -> None:
@@ -88,16 +106,14 @@ def _add_state(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, rea
 
 
 def _add_page(app: FastAPI) -> None:
-    def file(name: str) -> Response:
-        headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
-        return Response((_PAGE / name).read_bytes(), media_type=_PAGE_TYPES[name], headers=headers)
+    files = {file.name: file for file in _PAGE.iterdir() if file.suffix in _PAGE_TYPES}
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return file("index.html")
+        return await page_file("index.html")
 
     @app.get("/page/{name}", include_in_schema=False)
     async def page_file(name: str) -> Response:
-        if name not in _PAGE_TYPES:
+        if (file := files.get(name)) is None:
             raise HTTPException(404, "there is no such page")
-        return file(name)
+        return Response(file.read_bytes(), media_type=_PAGE_TYPES[file.suffix], headers=_PAGE_HEADERS)

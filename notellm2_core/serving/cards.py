@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from PIL import Image
 
 from notellm2_core.config.source import SourceSettings
 from notellm2_core.notes.lake_reader import TEXT_COLUMNS
 from notellm2_core.notes.note import Note
 from notellm2_core.serving.embedding import decoded
 from notellm2_core.serving.log import Entry, NoteLog
-from notellm2_core.vision.images import read_image
+from notellm2_core.vision import images
 
 THUMBNAIL_SIDE = 320  # pixels
 _NUM_THUMBNAILS = 1024  # in memory
@@ -34,6 +33,13 @@ class Cards:
         row = self._row(note_id, TEXT_COLUMNS)
         return None if row is None else (Note(note_id, row["title"], tuple(row["topics"]), row["content"]), None)
 
+    def image(self, note_id: str) -> bytes | None:
+        """Its picture as it was given, even if it cannot be used; None: it has none, or its file is gone."""
+        entry = self._log.get(note_id)
+        if entry is not None and entry.image_id is None:
+            return None
+        return self._encoded(note_id, None if entry is None else entry.image_id)
+
     def thumbnail(self, note_id: str) -> bytes | None:
         """Its picture as a small JPEG; None: it has none that can be used."""
         entry = self._log.get(note_id)
@@ -41,15 +47,18 @@ class Cards:
             return None
         return self._thumbnail(note_id, None if entry is None else entry.image_id)
 
-    def _make_thumbnail(self, note_id: str, image_id: str | None) -> bytes | None:
-        """Of the image of an entry of the log, or of the release's note."""
-        picture: Image.Image | None = None
+    def _encoded(self, note_id: str, image_id: str | None) -> bytes | None:
+        """The image of an entry of the log, or of the release's note."""
         if image_id is not None:
-            data = self._log.image(image_id)
-            picture = None if data is None else decoded(data)[1]
-        elif self._source is not None and (row := self._row(note_id, ("image_path", "image"))) is not None:
-            max_pixels = SourceSettings().max_image_pixels
-            picture = read_image(self._source, row["image_path"], row["image"], max_pixels)[2]
+            return self._log.image(image_id)
+        if self._source is None or (row := self._row(note_id, ("image_path", "image"))) is None:
+            return None
+        max_pixels = SourceSettings().max_image_pixels
+        return images.fetch(self._source, row["image_path"], row["image"], max_pixels).data or None
+
+    def _make_thumbnail(self, note_id: str, image_id: str | None) -> bytes | None:
+        data = self._encoded(note_id, image_id)
+        picture = None if data is None else decoded(data)[1]
         if picture is None:
             return None
         picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))

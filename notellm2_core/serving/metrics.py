@@ -44,7 +44,7 @@ class Metrics:
         view = release.index.delta.view
         values = {
             "notellm2_ready": (float(service.is_ready), "Whether the log has been read."),
-            "notellm2_unusable_notes": (len(service.unusable), "Notes that the model cannot embed."),
+            "notellm2_unusable_notes": (len(releases.unusable(release)), "Notes that the model cannot embed."),
             "notellm2_log_failures": (releases.num_failures, "Times that the log could not be followed."),
             "notellm2_refused_switches": (
                 releases.num_refused,

@@ -12,9 +12,10 @@ from notellm2_core.notes.note import Note
 from notellm2_core.serving.embedding import BadNote
 from notellm2_core.serving.guard import needs
 from notellm2_core.serving.keys import Keys
+from notellm2_core.serving.live_release import LiveRelease
 from notellm2_core.serving.log import VersionConflict
 from notellm2_core.serving.problems import ERRORS
-from notellm2_core.serving.requests import NewNote, NoteAnswer, NoteId, NoteText, WriteAnswer, WrittenId
+from notellm2_core.serving.requests import NewNote, NoteAnswer, NoteId, NoteText, ReleaseId, WriteAnswer, WrittenId
 from notellm2_core.serving.service import Service, Written
 from notellm2_core.serving.workers import Workers
 
@@ -71,22 +72,22 @@ def add_reads(app: FastAPI, service: Service, keys: Keys, reads: Workers) -> Non
     options: dict[str, Any] = {"dependencies": needs(keys, "read"), "tags": ["notes"]}
 
     @app.get("/notes/{note_id}", response_model=NoteAnswer, responses=ERRORS, **options)
-    async def read_note(note_id: PathId) -> NoteAnswer:
+    async def read_note(note_id: PathId, release: ReleaseId = None) -> NoteAnswer:
         """A note: one that was written here, or one of the release."""
-        release = service.current
-        if (found := await reads.run(service.cards(release).note, note_id)) is None:
+        by = in_memory(service, release)
+        if (found := await reads.run(service.cards(by).note, note_id)) is None:
             raise HTTPException(404, f"there is no note {note_id!r}")
         note, entry = found
         return NoteAnswer(
-            note_id=note_id, release=release.id, title=note.title, topics=list(note.topics), content=note.content,
+            note_id=note_id, release=by.id, title=note.title, topics=list(note.topics), content=note.content,
             seq=None if entry is None else entry.seq, version=None if entry is None else entry.version,
-            not_found_because=service.unusable.get(note_id),
+            not_found_because=service.releases.unusable(by).get(note_id),
         )  # fmt: skip
 
     @app.get("/notes/{note_id}/image", responses=ERRORS | _IMAGE, **options)
-    async def read_image(note_id: PathId) -> Response:
+    async def read_image(note_id: PathId, release: ReleaseId = None) -> Response:
         """Its picture, made small. 204: it has none that can be used."""
-        cards = service.cards(service.current)
+        cards = service.cards(in_memory(service, release))
         if (data := await reads.run(cards.thumbnail, note_id)) is None:
             if await reads.run(cards.note, note_id) is None:
                 raise HTTPException(404, f"there is no note {note_id!r}")
@@ -94,12 +95,25 @@ def add_reads(app: FastAPI, service: Service, keys: Keys, reads: Workers) -> Non
         return Response(data, media_type="image/jpeg", headers={"X-Content-Type-Options": "nosniff"})
 
 
+def in_memory(service: Service, release_id: str | None) -> LiveRelease:
+    """The release of this id, or the one that answers."""
+    try:
+        return service.releases.get(release_id)
+    except KeyError:
+        raise HTTPException(404, f"release {release_id!r} is not in memory") from None
+
+
 def note_of(note_id: str, body: NoteText) -> Note:
     """Raises BadNote for a note without text and picture."""
-    topics = tuple(topic.strip() for topic in body.topics if topic.strip())
-    if body.image is None and not any(text.strip() for text in (body.title, body.content, *topics)):
+    note = Note(note_id, body.title, tuple(t.strip() for t in body.topics if t.strip()), body.content)
+    if body.image is None and not has_text(note):
         raise BadNote("the note is empty: it has neither text nor picture")
-    return Note(note_id, body.title, topics, body.content)
+    return note
+
+
+def has_text(note: Note) -> bool:
+    """Whether there is a text to read."""
+    return any(text.strip() for text in (note.title, note.content, *note.topics))
 
 
 def _written(service: Service, note_id: str, written: Written, status: int) -> Response:

@@ -41,6 +41,10 @@ NoteId = Annotated[
 ]
 WrittenId = Annotated[NoteId, Field(json_schema_extra=_OF_A_PATH), AfterValidator(_id_of_a_path)]
 K = Annotated[int, Field(ge=1, le=MAX_K, description="Number of hits."), WHOLE]
+Inputs = Annotated[InputKind, Field(description="What the model reads of the query.")]
+ReleaseId = Annotated[
+    str | None, Field(max_length=MAX_ID, description="One of those in memory; by default the one that answers.")
+]
 MinSeq = Annotated[int, Field(ge=0, description="Answer only once the log is known up to this place."), WHOLE]
 
 
@@ -49,20 +53,27 @@ class Body(BaseModel):
 
 
 _TEXT: JsonDict = {"type": "string", "pattern": r"\S"}
-_NOT_EMPTY: JsonDict = {  # for readers of the schema; `app` refuses a note that is empty
-    "anyOf": [
-        {"required": ["title"], "properties": {"title": _TEXT}},
-        {"required": ["content"], "properties": {"content": _TEXT}},
-        {"required": ["topics"], "properties": {"topics": {"minItems": 1, "items": _TEXT}}},
-        {"required": ["image"], "properties": {"image": {"type": "string"}}},
-    ]
-}
+
+
+def _not_empty(text: JsonDict, image: JsonDict) -> JsonDict:
+    """The schema of a note with a text or a picture, for readers: the routes refuse others.
+
+    text, image: schemas of the other fields that a text, or a picture, is enough for.
+    """
+    return {
+        "anyOf": [
+            {"required": ["title"], "properties": {"title": _TEXT, **text}},
+            {"required": ["content"], "properties": {"content": _TEXT, **text}},
+            {"required": ["topics"], "properties": {"topics": {"minItems": 1, "items": _TEXT}, **text}},
+            {"required": ["image"], "properties": {"image": {"type": "string"}, **image}},
+        ]
+    }
 
 
 class NoteText(Body):
     """The text and the picture of a note; at least one of them."""
 
-    model_config = ConfigDict(json_schema_extra=_NOT_EMPTY)
+    model_config = ConfigDict(json_schema_extra=_not_empty({}, {}))
 
     title: Annotated[str, Field(max_length=MAX_TEXT, json_schema_extra=_NO_NUL)] = ""
     topics: Annotated[
@@ -86,11 +97,17 @@ class NewNote(NoteText):
 class SimilarRequest(NoteText):
     """A note that is not stored."""
 
+    model_config = ConfigDict(
+        json_schema_extra=_not_empty(
+            {"inputs": {"enum": ["multimodal", "text"]}}, {"inputs": {"enum": ["multimodal", "image"]}}
+        )
+    )
+
     k: K = 10
-    inputs: Annotated[InputKind, Field(description="What the model reads of it.")] = "multimodal"
+    inputs: Inputs = "multimodal"
     exclude: Annotated[list[NoteId], Field(max_length=MAX_EXCLUDED)] = []
     min_seq: MinSeq = 0
-    release: Annotated[str | None, Field(description="One of those in memory; by default the one that answers.")] = None
+    release: ReleaseId = None
 
 
 class HistoryNote(Body):
@@ -107,7 +124,7 @@ class RecallRequest(Body):
     merge: Literal["max", "sum", "rrf"] = "max"
     exclude: Annotated[list[NoteId], Field(max_length=MAX_EXCLUDED)] = []
     min_seq: MinSeq = 0
-    release: Annotated[str | None, Field(description="One of those in memory; by default the one that answers.")] = None
+    release: ReleaseId = None
     deadline_ms: Annotated[int, Field(ge=1, le=60_000, description="After it, the answer is partial."), WHOLE] = 1000
 
 

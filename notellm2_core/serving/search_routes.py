@@ -9,9 +9,14 @@ from typing import Any
 
 import faiss
 import msgspec
+import numpy as np
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from notellm2_core.config.methods import InputKind
+from notellm2_core.notes.note import Note
+from notellm2_core.serving.cards import Cards
+from notellm2_core.serving.embedding import BadNote, Embedded
 from notellm2_core.serving.events import Event, keep_events
 from notellm2_core.serving.experiment import interleaved, new_answer_id
 from notellm2_core.serving.guard import needs
@@ -19,14 +24,16 @@ from notellm2_core.serving.keys import Keys
 from notellm2_core.serving.live_index import Answer
 from notellm2_core.serving.live_release import LiveRelease
 from notellm2_core.serving.metrics import Metrics
-from notellm2_core.serving.note_routes import PathId, note_of
+from notellm2_core.serving.note_routes import PathId, has_text, in_memory, note_of
 from notellm2_core.serving.problems import ERRORS
 from notellm2_core.serving.requests import (
     EventsAnswer,
+    Inputs,
     K,
     MinSeq,
     NewEvents,
     RecallRequest,
+    ReleaseId,
     SearchAnswer,
     SimilarRequest,
 )
@@ -46,27 +53,29 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
     reader = _Reader(service, reads)
 
     @app.get("/notes/{note_id}/similar", **options)
-    async def similar_to(note_id: PathId, k: K = 10, min_seq: MinSeq = 0, release: str | None = None) -> Response:
-        """The nearest notes of a note, without itself; by one of the releases in memory."""
-        by = await reader.up_to(min_seq, reader.in_memory(release))
+    async def similar_to(
+        request: Request, note_id: PathId, k: K = 10, inputs: Inputs = "multimodal", min_seq: MinSeq = 0,
+        release: ReleaseId = None,
+    ) -> Response:  # fmt: skip
+        """The nearest notes of a note, without itself; by all of it, or by its text or picture alone."""
+        by = await reader.up_to(min_seq, in_memory(service, release))
         try:
-            answer = await searches.run(by.index.similar_to, note_id, k)
+            if inputs == "multimodal":
+                return _answer(by.id, await searches.run(by.index.similar_to, note_id, k))
+            note, image = await reads.run(_stored, service.cards(by), note_id)
+            vector = await _embedded(request, by, note, image, inputs)
         except KeyError:
             raise HTTPException(404, f"there is no note {note_id!r}") from None
-        return _answer(by.id, answer)
+        except BadNote as e:
+            raise HTTPException(404, f"note {note_id!r}: {e}") from None
+        return _answer(by.id, await searches.run(by.index.similar, vector, k, frozenset([note_id])))
 
     @app.post("/similar", **options)
     async def similar(body: SimilarRequest, request: Request) -> Response:
         """The nearest notes of a text, a picture, or both."""
-        by = await reader.up_to(body.min_seq, reader.in_memory(body.release))
-        note = note_of("query", body)
-        embedding = by.model.submit(note, body.image, body.inputs)
-        try:
-            embedded = await _unless_left(request, asyncio.wrap_future(embedding))
-        finally:
-            embedding.cancel()
-        answer = await searches.run(by.index.similar, embedded.vector, body.k, frozenset(body.exclude))
-        return _answer(by.id, answer)
+        by = await reader.up_to(body.min_seq, in_memory(service, body.release))
+        vector = await _embedded(request, by, note_of("query", body), body.image, body.inputs)
+        return _answer(by.id, await searches.run(by.index.similar, vector, body.k, frozenset(body.exclude)))
 
     @app.post("/recall", **options)
     async def recall(body: RecallRequest) -> Response:
@@ -74,7 +83,7 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
         deadline = time.monotonic() + body.deadline_ms / 1000
         kind, chosen = service.releases.of_user(body.user_id)
         if body.release:
-            kind, chosen = "none", [reader.in_memory(body.release)]
+            kind, chosen = "none", [in_memory(service, body.release)]
         by = [await reader.up_to(body.min_seq, release) for release in chosen]
         history = {
             n if isinstance(n, str) else n.note_id: 1.0 if isinstance(n, str) else n.weight for n in body.history
@@ -92,17 +101,10 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
 
 
 class _Reader:
-    """The releases that a request may be answered from."""
+    """Has a request wait for what it wants to see."""
 
     def __init__(self, service: Service, reads: Workers) -> None:
         self._service, self._reads = service, reads
-
-    def in_memory(self, release_id: str | None) -> LiveRelease:
-        """The release of this id, or the one that answers."""
-        try:
-            return self._service.releases.get(release_id)
-        except KeyError:
-            raise HTTPException(404, f"release {release_id!r} is not in memory") from None
 
     async def up_to(self, min_seq: int, release: LiveRelease) -> LiveRelease:
         """The release, once it knows the log up to there."""
@@ -158,6 +160,29 @@ def _answer(
         "partial": answer.is_partial,
     }  # fmt: skip
     return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+def _stored(cards: Cards, note_id: str) -> tuple[Note, bytes | None]:
+    """A note and its picture. Raises KeyError if it is not there."""
+    if (found := cards.note(note_id)) is None:
+        raise KeyError(note_id)
+    return found[0], cards.image(note_id)
+
+
+async def _embedded(
+    request: Request, by: LiveRelease, note: Note, image: bytes | None, inputs: InputKind
+) -> np.ndarray:
+    """The unit vector [d] of what the model reads of a note. Raises BadNote where there is nothing of it."""
+    if inputs == "image" and image is None:
+        raise BadNote("there is no picture, and inputs = image reads nothing else")
+    if inputs == "text" and not has_text(note):
+        raise BadNote("there is no text, and inputs = text reads nothing else")
+    embedding = by.model.submit(note, None if inputs == "text" else image, inputs)
+    try:
+        embedded: Embedded = await _unless_left(request, asyncio.wrap_future(embedding))
+    finally:
+        embedding.cancel()
+    return embedded.vector
 
 
 async def _unless_left(request: Request, result: "asyncio.Future[Any]") -> Any:

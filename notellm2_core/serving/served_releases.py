@@ -7,7 +7,7 @@ before it, so that going back loses nothing.
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from notellm2_core.lake.lake import Lake
@@ -80,6 +80,11 @@ class ServedReleases:
         if (served := self._find(release_id)) is None:
             raise KeyError(release_id)
         return served.release
+
+    def unusable(self, release: LiveRelease) -> Mapping[str, str]:
+        """Notes of the log that the model of one of them cannot embed, and why."""
+        served = self._find(release.id)
+        return {} if served is None else served.follower.unusable
 
     def of_user(self, user_id: str | None) -> tuple[AnswerKind, list[LiveRelease]]:
         """The releases that a user's answer is made from: one, or two to be interleaved, the champion first. And what

@@ -73,11 +73,6 @@ class Service:
         """How many of the entries that were read the current release does not show yet."""
         return self.releases.follower.num_read - self.current.index.delta.view.seq
 
-    @property
-    def unusable(self) -> Mapping[str, str]:
-        """Notes of the log that the current release's model cannot embed, and why."""
-        return self.releases.follower.unusable
-
     def cards(self, release: LiveRelease) -> Cards:
         """Texts and pictures of the notes of a release, and of those in the log."""
         if (cards := self._cards.get(release.id)) is None:

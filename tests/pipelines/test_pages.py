@@ -5,7 +5,8 @@ from collections.abc import Collection
 
 import pytest
 
-from docs.screenshots import BROWSERS, GRAPH_SIZE, GROUPS, browse, dagster_webserver
+from docs.browser import BROWSERS
+from docs.screenshots import GRAPH_SIZE, GROUPS, browse, dagster_webserver
 from notellm2_core.lake.lineage import STAGES
 from tests.pipelines.conftest import Workplace
 

@@ -1,161 +1,133 @@
-"use strict";
-// The page keeps its state in its address: ?q=words or id, &history=a,b. So an address shows what its sender saw.
+// What a person does on the page.
+
+import { read, shown, write } from "./address.js";
+import { add, remove, showFeed } from "./feed.js";
+import { search, stop } from "./search.js";
+import { forgetKey, keepKey, key } from "./service.js";
 
 const $ = (id) => document.getElementById(id);
-const history_ = new Map(); // note_id -> nothing; the order in which the notes were added
-const notes = new Map(); // note_id -> what GET /notes/{id} says
-const K = 12;
-
-async function ask(path, body) {
-  const headers = { Accept: "application/json" };
-  if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
-  if (body) headers["Content-Type"] = "application/json";
-  const answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body) });
-  const content = await answer.json();
-  if (!answer.ok) throw Object.assign(new Error(content.detail || answer.statusText), { status: answer.status });
-  return content;
-}
-
-function tell(error) {
-  $("problem").hidden = !error;
-  $("problem").textContent = error ? error.message : "";
-}
-
-function make(tag, properties, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
-
-async function picture(noteId) { // with the key, which an <img> would not send
-  const headers = $("key").value ? { Authorization: `Bearer ${$("key").value}` } : {};
-  const answer = await fetch(`/notes/${encodeURIComponent(noteId)}/image`, { headers });
-  return answer.status === 200 ? URL.createObjectURL(await answer.blob()) : null;
-}
-
-function card(noteId, about, action) {
-  const title = make("div", { className: "title", textContent: noteId });
-  const text = make("div", { className: "text" }, title);
-  if (about) text.append(make("p", { className: "meta", textContent: about }));
-  const item = make("li", { className: "card" }, text);
-  if (action) item.append(action);
-  const known = notes.get(noteId) || ask(`/notes/${encodeURIComponent(noteId)}`).catch(() => null);
-  notes.set(noteId, known);
-  Promise.resolve(known).then(async (note) => {
-    if (!note) return;
-    title.textContent = note.title || noteId;
-    text.append(make("p", { className: "meta", textContent: [note.topics.join(", "), noteId].filter(Boolean).join(" · ") }));
-    const source = await picture(noteId);
-    if (source) {
-      item.prepend(make("img", { src: source, alt: `picture of ${note.title || noteId}`, loading: "lazy" }));
-    }
-  });
-  return item;
-}
-
-function adder(noteId) {
-  const button = make("button", { type: "button", textContent: "+", title: "Add to the history" });
-  button.setAttribute("aria-label", `Add ${noteId} to the history`);
-  button.onclick = () => { history_.set(noteId, 1); showHistory(); };
-  return button;
-}
-
-function remover(noteId) {
-  const button = make("button", { type: "button", textContent: "×", title: "Remove" });
-  button.setAttribute("aria-label", `Remove ${noteId} from the history`);
-  button.onclick = () => { history_.delete(noteId); showHistory(); };
-  return button;
-}
-
-function hits(answer) {
-  const list = make("ul", { className: "cards" });
-  for (const hit of answer.hits) list.append(card(hit.note_id, hit.score.toFixed(3), adder(hit.note_id)));
-  if (!answer.hits.length) list.append(make("li", { className: "meta", textContent: "Nothing is near." }));
-  return list;
-}
-
-function remember() {
-  const query = new URLSearchParams();
-  if ($("words").value) query.set("q", $("words").value);
-  if (history_.size) query.set("history", [...history_.keys()].join(","));
-  window.history.replaceState(null, "", query.size ? `?${query}` : "/");
-}
-
-async function base64(file) {
-  const bytes = new Uint8Array(await file.arrayBuffer());
-  let text = "";
-  for (let i = 0; i < bytes.length; i += 0x8000) text += String.fromCharCode(...bytes.subarray(i, i + 0x8000));
-  return btoa(text);
-}
-
-async function search() {
-  tell(null);
-  remember();
-  const words = $("words").value.trim(), file = $("picture").files[0], out = $("results");
-  out.replaceChildren();
-  if (!words && !file) return;
-  const { releases } = await ask("/releases");
-  const compared = $("releases").checked ? releases.map((r) => r.release) : [releases[0].release];
-  if (!file && words && !/\s/.test(words)) {
-    let found = 0;
-    for (const release of compared) {
-      try {
-        const answer = await ask(`/notes/${encodeURIComponent(words)}/similar?k=${K}&release=${release}`);
-        out.append(make("div", {}, make("h2", { textContent: `Like ${words}, release ${answer.release}` }), hits(answer)));
-        found += 1;
-      } catch (error) { if (error.status !== 404) throw error; } // not an id: a word
-    }
-    if (found) return;
-  }
-  const image = file ? await base64(file) : undefined;
-  const kinds = [...document.querySelectorAll("input[name=inputs]:checked")].map((box) => box.value);
-  for (const release of compared) {
-    for (const inputs of kinds.length ? kinds : ["multimodal"]) {
-      if (inputs === "image" && !image) continue;
-      const answer = await ask("/similar", { title: words, ...(image && { image }), k: K, inputs, release });
-      const name = { multimodal: image ? "text and picture" : "text", text: "text alone", image: "picture alone" }[inputs];
-      out.append(make("div", {}, make("h2", { textContent: `${name}, release ${answer.release}` }), hits(answer)));
-    }
-  }
-}
-
-async function showHistory() {
-  remember();
-  $("history").replaceChildren(...[...history_.keys()].map((id) => card(id, "", remover(id))));
-  $("feed-title").hidden = !history_.size;
-  $("feed").replaceChildren();
-  if (!history_.size) return;
-  try {
-    const answer = await ask("/recall", { history: [...history_.keys()], k: K });
-    const items = answer.hits.map((hit) => card(hit.note_id, `${hit.score.toFixed(3)}, because of ${hit.because.join(", ")}`, adder(hit.note_id)));
-    $("feed").replaceChildren(...items);
-    tell(answer.unknown.length ? new Error(`not there: ${answer.unknown.join(", ")}`) : null);
-  } catch (error) { tell(error); }
-}
+let picture = null; // the file that is searched by
 
 async function start() {
-  const query = new URLSearchParams(location.search);
-  $("words").value = query.get("q") || "";
-  for (const id of (query.get("history") || "").split(",").filter(Boolean)) history_.set(id, 1);
-  try {
-    const { releases } = await ask("/releases");
-    const r = releases[0];
-    $("state").textContent = `Release ${r.release}, week ${r.week}: ${r.notes.toLocaleString("en")} notes; log up to ${r.seq}`;
-    await search();
-    await showHistory();
-  } catch (error) { tell(error); }
+  read();
+  $("words").value = shown.id || shown.words;
+  for (const box of $("inputs").querySelectorAll("input")) {
+    box.checked = (shown.inputs.length ? shown.inputs : ["multimodal"]).includes(box.value);
+  }
+  $("forget-key").hidden = !key();
+  await search(picture);
+  if ($("key-form").hidden) await showFeed(); // else it would fail for the same reason
 }
 
-$("search").onsubmit = (event) => { event.preventDefault(); search().catch(tell); };
-$("picture").onchange = () => { $("picture-name").textContent = $("picture").files[0]?.name || "choose or drop one"; };
-$("key").onchange = start;
-for (const kind of ["dragover", "drop"]) document.addEventListener(kind, (event) => event.preventDefault());
-$("drop").addEventListener("dragenter", () => $("drop").classList.add("over"));
-$("drop").addEventListener("dragleave", () => $("drop").classList.remove("over"));
+$("search").onsubmit = (event) => {
+  event.preventDefault();
+  const words = $("words").value.trim();
+  if (words !== shown.id) Object.assign(shown, { id: "", words });
+  write(true);
+  search(picture);
+};
+
+for (const group of ["inputs", "releases"]) {
+  $(group).onchange = () => {
+    shown[group] = [...$(group).querySelectorAll("input:checked")].map((box) => box.value);
+    write();
+    search(picture).then(() => group === "releases" && showFeed());
+  };
+}
+
+// Another note: its neighbours, without leaving the page. A link is still one, for another tab.
+document.addEventListener("click", (event) => {
+  const link = event.target.closest("a[data-note]");
+  if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+  event.preventDefault();
+  take(null);
+  Object.assign(shown, { id: link.dataset.note, words: "" });
+  $("words").value = shown.id;
+  write(true);
+  search(null).then(() => $("results-title").focus());
+});
+window.addEventListener("popstate", () => {
+  take(null);
+  start();
+});
+document.addEventListener("try-again", start);
+document.addEventListener("keydown", (event) => event.key === "Escape" && stop());
+
+// Pictures: chosen, dropped anywhere, or pasted.
+function take(file) {
+  picture = file;
+  $("picture").value = "";
+  $("picture-name").textContent = file?.name ?? "Choose, drop or paste one";
+  $("preview").hidden = $("no-picture").hidden = !file;
+  URL.revokeObjectURL($("preview").src);
+  if (file) $("preview").src = URL.createObjectURL(file);
+}
+
+function searchBy(file) {
+  take(file);
+  if (shown.id) $("words").value = ""; // it names the note that was searched by
+  Object.assign(shown, { id: "", words: $("words").value.trim() });
+  write(true);
+  search(file);
+}
+
+$("picture").onchange = () => $("picture").files.length && searchBy($("picture").files[0]);
+$("no-picture").onclick = () => {
+  searchBy(null);
+  $("picture").focus();
+};
+$("preview").onerror = () => ($("preview").hidden = true);
+document.addEventListener("paste", ({ clipboardData: { files, types } }) => {
+  if (files.length && !types.includes("text/plain")) searchBy(files[0]); // programs add a picture to a text
+});
+document.addEventListener("dragover", (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return;
+  event.preventDefault();
+  $("drop").classList.add("over");
+});
+document.addEventListener("dragleave", ({ relatedTarget }) => {
+  if (!relatedTarget) $("drop").classList.remove("over"); // it has left the window
+});
 document.addEventListener("drop", (event) => {
   $("drop").classList.remove("over");
   if (!event.dataTransfer.files.length) return;
-  $("picture").files = event.dataTransfer.files;
-  $("picture").onchange();
+  event.preventDefault();
+  searchBy(event.dataTransfer.files[0]);
 });
+
+// The history. On a narrow screen it is far below.
+$("jump").onclick = (event) => {
+  event.preventDefault();
+  $("user-title").focus();
+};
+$("add").onsubmit = (event) => {
+  event.preventDefault();
+  const ids = $("add-id").value.split(",").map((id) => id.trim()).filter(Boolean);
+  $("add-id").value = "";
+  add(ids);
+};
+$("clear").onclick = () => {
+  remove(shown.history);
+  $("add-id").focus();
+};
+
+// The key.
+document.addEventListener("key-needed", () => {
+  forgetKey();
+  $("forget-key").hidden = true;
+  $("key-form").hidden = false;
+  $("key").focus();
+});
+$("key-form").onsubmit = (event) => {
+  event.preventDefault();
+  keepKey($("key").value);
+  $("key").value = "";
+  $("key-form").hidden = true;
+  start();
+};
+$("forget-key").onclick = () => {
+  forgetKey();
+  location.reload();
+};
+
 start();

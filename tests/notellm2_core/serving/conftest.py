@@ -1,4 +1,7 @@
-"""Logs in both databases, and the engines. PostgreSQL and Milvus are real ones, from wheels, and started once."""
+"""Logs in both databases, the engines, a lake of two releases, a browser: each real, and started once.
+
+PostgreSQL and Milvus are from wheels.
+"""
 
 import shutil
 import subprocess
@@ -13,9 +16,13 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from docs.browser import Browser
+from notellm2_core.lake.lake import Lake
 from tests.notellm2_core.serving.writers import Writers
 from tests.support.engines import KINDS, EngineSite, engine_site
 from tests.support.milvus_server import MilvusServer, milvus_server
+from tests.support.released import write_release
+from tests.support.served import TwoReleases, serve_release
 
 NewUrl = Callable[[], str]
 _NUMBERS = count()
@@ -119,3 +126,18 @@ def site(request: pytest.FixtureRequest, sites: Callable[[str], EngineSite]) -> 
 def milvus(request: pytest.FixtureRequest, sites: Callable[[str], EngineSite]) -> EngineSite:
     """milvus-lite, and the server."""
     return sites(request.param)
+
+
+@pytest.fixture(scope="session")
+def two_releases(tmp_path_factory: pytest.TempPathFactory) -> TwoReleases:
+    """Releases aaaa1111 and bbbb2222 of the notes n00, n01, ..., of width 32 and 16."""
+    root = tmp_path_factory.mktemp("two_releases")
+    source, lake = write_release(root / "small").source, Lake(root / "lake")
+    first = serve_release(lake, "aaaa1111", source, seed=0, dim=32)
+    return TwoReleases(lake, source, first, serve_release(lake, "bbbb2222", source, seed=1, dim=16))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with Browser() as browser:
+        yield browser

@@ -2,27 +2,21 @@
 
 import base64
 import io
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from docs.screenshots import BROWSERS, browse
-from notellm2_core.lake.lake import Lake
 from notellm2_core.notes.note import Note
-from notellm2_core.release.release import Release
 from notellm2_core.serving.app import make_app
 from notellm2_core.serving.compaction import compact
 from notellm2_core.serving.events import write_event_files
@@ -30,9 +24,8 @@ from notellm2_core.serving.experiment import Experiment
 from notellm2_core.serving.keys import Keys, Scope, add_key
 from notellm2_core.serving.log import NoteLog, Write
 from notellm2_core.serving.service import Service
-from tests.support.cluster import free_port
-from tests.support.released import png, write_release
-from tests.support.served import serve_release
+from tests.support.released import png
+from tests.support.served import TwoReleases, listening
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.slow
@@ -40,36 +33,21 @@ URL = "http://127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Site:
-    lake: Lake
-    source: Path
-    first: Release
-    second: Release
-
-
-@dataclass(frozen=True)
 class Running:
     service: Service
     client: TestClient
     log: NoteLog
+    source: Path
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    root = tmp_path_factory.mktemp("site")
-    source, lake = write_release(root / "small").source, Lake(root / "lake")
-    first = serve_release(lake, "aaaa1111", source, seed=0, dim=32)
-    return Site(lake, source, first, serve_release(lake, "bbbb2222", source, seed=1, dim=16))
-
-
-@pytest.fixture(scope="module")
-def running(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def running(two_releases: TwoReleases, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One service for all tests: each starts a process with a model. A test writes notes of names of its own."""
     log = NoteLog.open(f"sqlite:///{tmp_path_factory.mktemp('log') / 'log.db'}")
-    service = Service(site.lake, log, site.first.id, site.source)
+    service = Service(two_releases.lake, log, two_releases.first.id, two_releases.source)
     wait_for(lambda: service.current.model.is_running)
     with TestClient(make_app(service, Keys()), base_url=URL) as client:
-        yield Running(service, client, log)
+        yield Running(service, client, log, two_releases.source)
     service.close()
     log.close()
 
@@ -83,15 +61,6 @@ def vector_of(running: Running, note_id: str) -> np.ndarray:
     vector = running.service.current.index.vector(note_id)
     assert vector is not None
     return vector
-
-
-def missing_texts(url: str, size: str, texts: set[str]) -> set[str]:
-    """Those of `texts` that the page does not show in three attempts; the machine may be busy."""
-    for _ in range(3):
-        page = browse(url, f"--window-size={size}", "--dump-dom")
-        if not (missing := {text for text in texts if text not in page}):
-            break
-    return missing
 
 
 def ids(answer: dict) -> list[str]:
@@ -165,6 +134,32 @@ def test_the_same_query_by_its_text_or_its_picture_alone(running: Running) -> No
     assert running.client.post("/similar", json=query | {"release": "zzzz"}).status_code == 404
 
 
+def test_a_stored_note_by_its_text_or_its_picture_alone(running: Running) -> None:
+    client, content = running.client, note("parts", seed=7)
+    client.post("/notes", json=content)
+    query = {key: value for key, value in content.items() if key != "note_id"} | {"k": 30, "exclude": ["parts"]}
+    for inputs in ("text", "image"):
+        stored = client.get("/notes/parts/similar", params={"k": 30, "inputs": inputs}).json()
+        assert stored["hits"] == client.post("/similar", json=query | {"inputs": inputs}).json()["hits"]
+    picture = (running.source / "1.png").read_bytes()  # of a note of the release
+    of_file = {"image": base64.b64encode(picture).decode(), "inputs": "image", "exclude": ["n01"]}
+    for note_id, reason in {"n03": "there is no picture", "n04": "the picture cannot be used"}.items():
+        refused = client.get(f"/notes/{note_id}/similar?inputs=image")
+        assert refused.status_code == 404 and reason in refused.json()["detail"]
+    hits = client.get("/notes/n01/similar?inputs=image").json()["hits"]
+    assert hits and hits == client.post("/similar", json=of_file).json()["hits"]
+
+
+def test_each_release_in_memory_has_examples(running: Running) -> None:
+    client = running.client
+    client.delete("/notes/n19")
+    for release in client.get("/releases").json()["releases"]:
+        assert len(release["examples"]) == len(set(release["examples"])) == 12 and "n19" not in release["examples"]
+        for note_id in release["examples"]:
+            found = client.get(f"/notes/{note_id}", params={"release": release["release"]}).json()
+            assert found["note_id"] == note_id and found["release"] == release["release"]
+
+
 def test_metrics_by_route(running: Running) -> None:
     client = running.client
     client.post("/recall", json={"history": ["n01", "nobody"], "k": 500})
@@ -176,43 +171,6 @@ def test_metrics_by_route(running: Running) -> None:
     assert 'notellm2_release_info{release="aaaa1111",week="2025-01-05"}' in found
     assert found["notellm2_log_lag_entries"] == 0
     assert not any("/notes/n01" in name for name in found)  # a series per route, not per note
-
-
-def test_the_page_loads_nothing_from_elsewhere(running: Running) -> None:
-    page = running.client.get("/")
-    assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
-    for name in ("page.css", "page.js"):
-        assert f'"/page/{name}"' in page.text
-        text = running.client.get(f"/page/{name}").text
-        assert text and "http://" not in text and "https://" not in text
-    assert running.client.get("/page/..%2Fapp.py").status_code == 404
-
-
-@contextmanager
-def listening(service: Service, keys: Keys, takes_events: bool = False) -> Iterator[str]:
-    """The address of a server of the service."""
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(make_app(service, keys, takes_events), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        wait_for(lambda: server.started)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"none of {', '.join(BROWSERS)} on PATH")
-def test_the_page_in_a_browser(running: Running) -> None:
-    """A search, and the feed of a history, from the page's address; also on a narrow screen."""
-    with listening(running.service, Keys()) as address:
-        for size in ("1200,900", "360,800"):
-            url = f"{address}/?q=n01&history=n02,n08,nobody"
-            texts = {"Like n01, release aaaa1111", "note 2<", "because of n0", "not there: nobody", "<img"}
-            assert missing_texts(url, size, texts) == set()
-        assert missing_texts(f"{address}/?q=red%20tea", "360,800", {"text, release aaaa1111"}) == set()
 
 
 @pytest.mark.parametrize(
@@ -266,6 +224,11 @@ def test_versions_and_repeated_writes(running: Running) -> None:
         ("POST", "/recall", {"history": ["n01"], "k": 0}, 422, "k"),
         ("POST", "/recall", {"history": ["n01"], "merge": "mean"}, 422, "merge"),
         ("POST", "/similar", {}, 422, "neither text nor picture"),
+        ("POST", "/similar", {"title": "tea", "inputs": "image"}, 422, "there is no picture"),
+        ("POST", "/similar", {"image": base64.b64encode(png(7)).decode(), "inputs": "text"}, 422, "there is no text"),
+        ("GET", "/notes/nobody/similar?inputs=text", None, 404, "nobody"),
+        ("GET", "/notes/n01?release=zzzz", None, 404, "not in memory"),
+        ("GET", "/notes/n01/image?release=zzzz", None, 404, "not in memory"),
         ("GET", "/notes/nobody/similar", None, 404, "nobody"),
         ("GET", "/notes/nobody/image", None, 404, "nobody"),
         ("PATCH", "/notes/n01", {}, 405, "Not Allowed"),
@@ -317,13 +280,13 @@ def test_large_bodies_are_refused_before_they_are_read(running: Running) -> None
             assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_notes_written_before_the_start_are_there_after_it(site: Site, tmp_path: Path) -> None:
+def test_notes_written_before_the_start_are_there_after_it(two_releases: TwoReleases, tmp_path: Path) -> None:
     """Those without a vector are embedded then; nobody waits for them."""
     log = NoteLog.open(f"sqlite:///{tmp_path / 'log.db'}")
     log.append(
         [Write(Note("kept", "note 7", ("red",), "red tea"), png(7)), Write(Note("n01", "", (), ""), deleted=True)]
     )
-    service = Service(site.lake, log, site.first.id)
+    service = Service(two_releases.lake, log, two_releases.first.id)
     with TestClient(make_app(service, Keys()), base_url=URL) as client:
         deadline = time.monotonic() + 60
         while client.get("/readyz").status_code != 200:
@@ -338,8 +301,8 @@ def test_notes_written_before_the_start_are_there_after_it(site: Site, tmp_path:
     log.close()
 
 
-def test_a_damaged_release_is_refused_and_the_present_one_stays(running: Running, site: Site) -> None:
-    file = site.second.path / "index" / "index.faiss"
+def test_a_damaged_release_is_refused_and_the_present_one_stays(running: Running, two_releases: TwoReleases) -> None:
+    file = two_releases.second.path / "index" / "index.faiss"
     content = file.read_bytes()
     file.write_bytes(content[:-4] + b"\1\2\3\4")
     try:
@@ -350,14 +313,14 @@ def test_a_damaged_release_is_refused_and_the_present_one_stays(running: Running
     assert running.client.get("/releases").json()["releases"][0]["release"] == "aaaa1111"
 
 
-def test_compaction_changes_no_answer(running: Running, site: Site) -> None:
+def test_compaction_changes_no_answer(running: Running, two_releases: TwoReleases) -> None:
     client, log = running.client, running.log
     client.post("/notes", json=note("compacted", seed=5))
     client.delete("/notes/n09")
     query = {"history": ["n01", "compacted"], "k": 50}
     before = client.post("/recall", json=query).json()
     model = running.service.current.model
-    assert compact(site.lake, site.first, log).cut_seq == log.last_seq() == before["seq"]
+    assert compact(two_releases.lake, two_releases.first, log).cut_seq == log.last_seq() == before["seq"]
     assert running.service.releases.refresh() == 1 and running.service.releases.refresh() == 0
     assert len(running.service.current.index.delta.view.vectors) == 0 and running.service.current.model is model
     after = client.post("/recall", json=query).json()
@@ -413,7 +376,9 @@ def test_a_switch_under_load_drops_nothing_and_going_back_loses_nothing(running:
     assert {"before", "between"} <= set(ids(client.get("/notes/n01/similar", params={"k": 30}).json()))
 
 
-def test_an_experiment_gives_each_user_one_release_or_lists_of_both(running: Running, site: Site) -> None:
+def test_an_experiment_gives_each_user_one_release_or_lists_of_both(
+    running: Running, two_releases: TwoReleases
+) -> None:
     client, service = running.client, running.service
     users = [f"user {n}" for n in range(40)]
     query = {"history": ["n02", "n08"], "k": 10}
