@@ -5,7 +5,7 @@ import sys
 from assets.resources.export import INPUTS, MULTIMODAL, export, export_metrics
 from assets.resources.steps import GPU, PROCESS, Metrics, Step, dataset
 from notellm2_core.config.baselines import encoders
-from notellm2_core.schema import INDEX_FOLDER, NOTES_TABLE, POOL_TABLE
+from notellm2_core.schema import INDEX_FOLDER, NEIGHBOURS_FOLDER, NOTES_TABLE, POOL_TABLE
 
 
 @dataset("retrieval", {"pytorch", "parquet"}, on=GPU)
@@ -35,7 +35,13 @@ def baseline_embeddings(step: Step) -> Metrics:
 
 @dataset("retrieval", {"faiss"}, on=PROCESS)
 def faiss_index(step: Step) -> Metrics:
-    """The ANN index of all notes' multimodal embeddings, with its recall against exact search."""
+    """The ANN index of all notes' multimodal embeddings, with its recall against exact search, and the table of each
+    note's nearest neighbours.
+    """
     from notellm2_core.retrieval.build import build_index
+    from notellm2_core.retrieval.neighbour_table import write_neighbours_of
 
-    return build_index(step.path("note_embeddings", MULTIMODAL), step.out / INDEX_FOLDER, step.config.index)
+    embeddings, index = step.path("note_embeddings", MULTIMODAL), step.out / INDEX_FOLDER
+    built = build_index(embeddings, index, step.config.index)
+    table = write_neighbours_of(index, embeddings, step.out / NEIGHBOURS_FOLDER)
+    return built | {"neighbours": table["width"], "neighbours_recall": table["recall"]}

@@ -27,7 +27,8 @@ from notellm2_core.release.release import LINEAGE_FILE, NAME, open_release
 from notellm2_core.release.verdict import VERDICT_FILE
 from notellm2_core.retrieval.build import save_index
 from notellm2_core.retrieval.index import Index
-from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
+from notellm2_core.retrieval.neighbour_table import write_neighbours_of
+from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER, NEIGHBOURS_FOLDER
 from notellm2_core.serving.log import NoteLog, Write
 from notellm2_core.serving.log_url import log_url
 from notellm2_core.training.state.save import save_model
@@ -115,6 +116,7 @@ def make_site(folder: Path, vectors: np.ndarray, factory: str) -> Site:
         (draft.path / "embeddings").mkdir()
         write_shard(draft.path / "embeddings" / "part.parquet", ids, vectors, {"weights": "of the site"})
         save_index(embeddings, draft.path / INDEX_FOLDER, IndexSettings(factory=factory, search_k=100), 2)
+        write_neighbours_of(draft.path / INDEX_FOLDER, draft.path / "embeddings", draft.path / NEIGHBOURS_FOLDER)
         rows = np.linspace(0, len(ids) - 1, NUM_QUERIES).astype(int)
         index = Index.load(draft.path / INDEX_FOLDER)
         files = {

@@ -119,7 +119,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "baseline_embeddings": Stage(("notes", "pair_datasets"), ("evaluation.baselines",)),
     "note_embeddings": Stage(("checkpoint", "note_tokens", "vision_features", "pair_datasets"), _EXPORT),
-    "faiss_index": Stage(("note_embeddings",), ("index",), version=3),
+    "faiss_index": Stage(("note_embeddings",), ("index",), version=4),
     "saliency": Stage(
         ("checkpoint", "note_tokens", "vision_features", "pair_datasets"),
         settings_of("evaluation", SaliencySettings), version=2,
@@ -140,7 +140,8 @@ STAGES: Mapping[str, Stage] = {
         version=3,
     ),
     "release": Stage(
-        ("checkpoint", "note_embeddings", "faiss_index", "eval_recall", "pair_datasets", "verdict", "canary"), ()
+        ("checkpoint", "note_embeddings", "faiss_index", "eval_recall", "pair_datasets", "verdict", "canary"), (),
+        version=2,
     ),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """A release: everything that goes live together, in one immutable dataset of the lake.
 
     model/  embeddings/  index/     the model, the multimodal vectors of all notes, their index with its table of ids
+    neighbours/                     the nearest notes of each note, and the vectors, as mapped arrays
     report/                         the recall report
     verdict.json, .md, .png         how it was judged; golden.json: queries with their answers
     neighbours_*.jpg                the nearest notes of test queries, before by the champion, and after by this model
@@ -28,10 +29,10 @@ from notellm2_core.lake.window import ResolvedWindow, weeks_of
 from notellm2_core.release.measure import trained_note_ids
 from notellm2_core.release.verdict import VERDICT_FILE, VERDICT_FILES
 from notellm2_core.runtime.files import sha256_of
-from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
+from notellm2_core.schema import GOLDEN_FILE
 
 NAME = "release"  # of the dataset
-SERVING_FOLDER = "serving"  # of the lake: what a service makes of a release when it is first served, by its id
+SERVING_FOLDER = "serving"  # of the lake: what compaction makes of releases, by their ids
 CONFIG_FILE, LINEAGE_FILE, TRAINED_FILE = "config.yaml", "lineage.json", "trained_notes.parquet"
 _SHORT = 4  # fewest letters of an id that a person types
 
@@ -120,7 +121,7 @@ def write_release(
         if (inner := Path(file)).parts[0] == "multimodal":
             draft.link(f"embeddings/{inner.relative_to('multimodal')}", inputs["note_embeddings"], file)
     for file in inputs["faiss_index"].manifest.files:
-        draft.link(f"index/{Path(file).relative_to(INDEX_FOLDER)}", inputs["faiss_index"], file)
+        draft.link(file, inputs["faiss_index"], file)
     for name, files in {"verdict": VERDICT_FILES, "canary": (GOLDEN_FILE,)}.items():
         for file in files:
             if file in inputs[name].manifest.files:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.retrieval.index import Index, IndexedNotes
 from notellm2_core.retrieval.tuning import Samples, tune
 from notellm2_core.runtime.progress import ProgressBar
@@ -42,6 +43,12 @@ class NeighbourTable:
             shapes = ", ".join(str(array.shape) for array in arrays)
             raise ValueError(f"{folder} (arrays {shapes}) is not the table of an index of {num} notes of width {dim}.")
         return table
+
+
+def write_neighbours_of(index: Path, embeddings: Path, out: Path) -> dict[str, float | int]:
+    """`write_neighbours` of the folder of an index, and of the embeddings that it was built of."""
+    loaded, table = Index.load(index), read_embeddings(embeddings)
+    return write_neighbours(loaded, table.vectors[table.rows(list(loaded.note_ids))], out)
 
 
 def write_neighbours(

@@ -1,10 +1,9 @@
 """The base of a live index: the notes of a release as they were at a place in the log, with their neighbours.
 
-At first it is the release itself, and only its table of neighbours is made. Compaction makes a later one, with what was
-written since then, so that a service compares its queries with fewer new notes, and starts sooner.
+At first it is the release itself. Compaction makes a later one, with what was written since then, so that a service
+compares its queries with fewer new notes, and starts sooner.
 
-    LAKE/serving/RELEASE/release/      the table of the release's own index
-    LAKE/serving/RELEASE/MARK/         index/, table/, golden.json and base.json: the notes of the log up to its mark
+    LAKE/serving/RELEASE/MARK/    index/, neighbours/, golden.json and base.json: the notes of the log up to its mark
 
 A mark is set in the log. So a base is never taken for one of another log, nor of a log that was restored from a backup
 and has gone another way since.
@@ -16,20 +15,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.lake.lake import Lake
 from notellm2_core.release.release import SERVING_FOLDER, Release
 from notellm2_core.release.served import served_releases
-from notellm2_core.retrieval.index import Index
-from notellm2_core.retrieval.neighbour_table import NeighbourTable, write_neighbours
-from notellm2_core.runtime.files import new_folder
-from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
+from notellm2_core.retrieval.neighbour_table import NeighbourTable
+from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER, NEIGHBOURS_FOLDER
 from notellm2_core.serving.engine import BaseFiles, BaseIndex, Engine, EngineDown, FaissEngine
 from notellm2_core.serving.log import NoteLog
 
-TABLE, METADATA = "table", "base.json"
+METADATA = "base.json"
 OF_RELEASE = "release"  # in place of a mark
-_MARK = re.compile(f"{OF_RELEASE}|[0-9a-f]{{16}}")
+_MARK = re.compile("[0-9a-f]{16}")
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -58,8 +54,7 @@ class Base:
 
 
 def open_base(lake: Lake, release: Release, log: NoteLog, engine: Engine | None = None) -> Base:
-    """The newest base of a release that can be opened and answers as it should. The table of a release is made when it
-    is first asked for, which takes minutes for a million notes.
+    """The newest base of a release that can be opened and answers as it should.
 
     engine: where it is searched; None: FAISS. A compacted base that is damaged is left out, with a warning. Raises
     ValueError where the release itself is damaged, OSError where its files are missing, and EngineDown.
@@ -75,12 +70,11 @@ def open_base(lake: Lake, release: Release, log: NoteLog, engine: Engine | None 
 
 
 def _open_base(lake: Lake, release: Release, log: NoteLog, mark: str, cut: int, engine: Engine) -> Base:
-    folder = base_folder(lake, release.id, mark)
-    home, table = (release.path, folder) if mark == OF_RELEASE else (folder, folder / TABLE)
-    if not folder.exists():
-        _write_table(release, folder)
-    files = BaseFiles(release.id, mark, home / INDEX_FOLDER, table, home / GOLDEN_FILE)
+    folder = release.path if mark == OF_RELEASE else base_folder(lake, release.id, mark)
+    files = BaseFiles(release.id, mark, folder / INDEX_FOLDER, folder / NEIGHBOURS_FOLDER, folder / GOLDEN_FILE)
     index, neighbours = engine.open(files)
+    if index.weights_id is None:
+        raise ValueError(f"release {release.id} does not say which model made its vectors")
     if mark == OF_RELEASE:  # notes that the weekly run has put in quarantine, for example
         waiting = [seq for seq, note_id in log.living(cut) if note_id not in index.rows]
     else:
@@ -88,28 +82,15 @@ def _open_base(lake: Lake, release: Release, log: NoteLog, mark: str, cut: int, 
     return Base(index, neighbours, cut, mark, tuple(waiting))
 
 
-def _write_table(release: Release, folder: Path) -> None:
-    index = Index.load(release.path / INDEX_FOLDER)
-    if index.weights_id is None:
-        raise ValueError(f"release {release.id} does not say which model made its vectors")
-    embeddings = read_embeddings(release.path / "embeddings")
-    vectors = embeddings.vectors[embeddings.rows(list(index.note_ids))]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(folder) as draft:
-        write_neighbours(index, vectors, draft)
-
-
 def marked_bases(lake: Lake, release: Release, log: NoteLog) -> list[tuple[str, int]]:
     """The bases of a release for this log: their marks, and their places in it. The newest comes last."""
-    folder = lake.root / SERVING_FOLDER / release.id
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    marks = [name for name in names if _MARK.fullmatch(name) and name != OF_RELEASE]
+    marks = [folder.name for folder in _compacted(lake, release.id)]
     cuts = log.marked([release.posted]) if release.posted else ()
     return [(OF_RELEASE, cuts[0][1] if cuts else 0), *(log.marked(marks) if marks else ())]
 
 
 def base_folder(lake: Lake, release_id: str, mark: str) -> Path:
-    """The folder of a base: of a compacted one, or of the table of the release itself."""
+    """The folder of a compacted base."""
     return lake.root / SERVING_FOLDER / release_id / mark
 
 
@@ -117,6 +98,12 @@ def recent_bases(lake: Lake) -> set[tuple[str, str]]:
     """The releases that a service has in memory, with the marks of their last two bases."""
     recent = set()
     for release_id in served_releases(lake):
-        folders = [p for p in (lake.root / SERVING_FOLDER / release_id).iterdir() if _MARK.fullmatch(p.name)]
-        recent |= {(release_id, path.name) for path in sorted(folders, key=lambda path: path.stat().st_mtime)[-2:]}
+        folders = sorted(_compacted(lake, release_id), key=lambda path: path.stat().st_mtime)
+        recent |= {(release_id, mark) for mark in [OF_RELEASE, *(path.name for path in folders)][-2:]}
     return recent
+
+
+def _compacted(lake: Lake, release_id: str) -> list[Path]:
+    """The folders of the compacted bases of a release, for whatever log."""
+    folder = lake.root / SERVING_FOLDER / release_id
+    return [path for path in folder.iterdir() if _MARK.fullmatch(path.name)] if folder.is_dir() else []

@@ -19,10 +19,10 @@ from notellm2_core.retrieval.build import index_settings, save_index
 from notellm2_core.retrieval.index import Index
 from notellm2_core.retrieval.neighbour_table import write_neighbours
 from notellm2_core.runtime.files import new_folder, remove_folder
-from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
-from notellm2_core.serving.base import METADATA, TABLE, Base, base_folder, marked_bases, open_base
+from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER, NEIGHBOURS_FOLDER
+from notellm2_core.serving.base import METADATA, Base, base_folder, marked_bases, open_base
 from notellm2_core.serving.log import NoteLog
-from notellm2_core.serving.log_url import log_url
+from notellm2_core.serving.log_url import log_url, may_exist
 
 _TAIL_ENTRIES = 1000
 
@@ -44,10 +44,11 @@ class Compacted:
 
 
 def compact_served(config: Config, url: str | None = None) -> dict[str, Compacted]:
-    """Compact the releases of a configuration that services have opened: those in memory, the champion, and the one
+    """Compact the releases of a configuration that services have in memory or may need next: the champion, and the one
     before it.
 
-    url: of the log; None: that of the configuration. Returns what became of each, by its id. Raises ValueError where
+    url: of the log; None: that of the configuration. Returns what became of each, by its id; nothing where there is no
+    log. Raises ValueError where
     one cannot be compacted, after the others were, and where another compaction is running.
     """
     lake = Lake(config.lake.resolve())
@@ -55,13 +56,13 @@ def compact_served(config: Config, url: str | None = None) -> dict[str, Compacte
     state = ledger.state()
     in_use = served_releases(lake) | {state.champion, state.previous}
     ours = {decision.release for decision in state.decisions if decision.release in in_use}
-    opened = sorted(release_id for release_id in ours if (lake.root / SERVING_FOLDER / release_id).is_dir())
-    if not opened:
+    url = log_url(config, ledger, url)
+    if not ours or not may_exist(url):
         return {}
     compacted: dict[str, Compacted] = {}
     problems = []
-    with _alone(lake), closing(NoteLog.open(log_url(config, ledger, url))) as log:
-        for release_id in opened:
+    with _alone(lake), closing(NoteLog.open(url)) as log:
+        for release_id in sorted(ours):
             try:
                 compacted[release_id] = compact(lake, open_release(lake, release_id), log)
             except (ValueError, OSError) as e:
@@ -74,7 +75,9 @@ def compact_served(config: Config, url: str | None = None) -> dict[str, Compacte
 @contextmanager
 def _alone(lake: Lake) -> Iterator[None]:
     """Raises ValueError where another process of this machine compacts releases of the lake."""
-    with (lake.root / SERVING_FOLDER / ".compaction").open("w") as file:
+    folder = lake.root / SERVING_FOLDER
+    folder.mkdir(exist_ok=True)
+    with (folder / ".compaction").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -114,7 +117,7 @@ def _write_base(lake: Lake, release: Release, mark: str, embeddings: Embeddings,
     with new_folder(base_folder(lake, release.id, mark)) as draft:
         save_index(embeddings, draft / INDEX_FOLDER, index_settings(release.path / INDEX_FOLDER))
         index = Index.load(draft / INDEX_FOLDER)
-        write_neighbours(index, embeddings.vectors, draft / TABLE)
+        write_neighbours(index, embeddings.vectors, draft / NEIGHBOURS_FOLDER)
         rows = np.unique(np.linspace(0, len(index.note_ids) - 1, NUM_QUERIES).astype(int))
         golden = golden_queries(index, index.note_ids[rows].tolist(), embeddings.vectors[rows])
         (draft / GOLDEN_FILE).write_text(json.dumps(golden))

@@ -8,7 +8,6 @@ A mark is set in the log. So the release that is made of these notes tells a ser
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import date, datetime
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +20,10 @@ from notellm2_core.lake.posted import of_configuration
 from notellm2_core.lake.window import first_day_of_week
 from notellm2_core.schema import POSTED, POSTED_FILE, POSTED_NOTES
 from notellm2_core.serving.log import NoteLog
-from notellm2_core.serving.log_url import log_url
+from notellm2_core.serving.log_url import log_url, may_exist
 from notellm2_core.serving.rows import IS_NEWEST
 from notellm2_core.serving.tables import ENTRIES, IMAGES
 
-_FILE_OF_SQLITE = "sqlite:///"
 _BLOCK = 256  # notes, with their pictures, that are in memory
 _NEWEST = (
     select(*(ENTRIES.c[name] for name in ("seq", "note_id", "deleted", "title", "topics", "content")), IMAGES.c.data)
@@ -44,7 +42,7 @@ def publish_posted_notes(config: Config, today: date) -> Dataset | None:
     """
     lake = Lake(config.lake.resolve())
     url = log_url(config, Ledger(lake.root, config.name))
-    if url.startswith(_FILE_OF_SQLITE) and not Path(url.removeprefix(_FILE_OF_SQLITE)).exists():
+    if not may_exist(url):
         return None
     with closing(NoteLog.open(url)) as log:
         last = of_configuration(lake, config.name)

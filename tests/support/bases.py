@@ -14,8 +14,8 @@ from notellm2_core.release.served import mark_served
 from notellm2_core.retrieval.build import save_index
 from notellm2_core.retrieval.index import Index
 from notellm2_core.retrieval.neighbour_table import write_neighbours
-from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
-from notellm2_core.serving.base import OF_RELEASE, TABLE
+from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER, NEIGHBOURS_FOLDER
+from notellm2_core.serving.base import OF_RELEASE
 from notellm2_core.serving.engine import BaseFiles
 
 WIDTH = 16  # of the table: searches for more neighbours need the engine
@@ -30,11 +30,11 @@ def write_base(
         Embeddings(tuple(note_ids), vectors, weights_id="weights"), folder / INDEX_FOLDER, IndexSettings(factory="Flat")
     )
     index = Index.load(folder / INDEX_FOLDER)
-    write_neighbours(index, vectors, folder / TABLE, width=WIDTH)
+    write_neighbours(index, vectors, folder / NEIGHBOURS_FOLDER, width=WIDTH)
     golden = golden_queries(index, note_ids[:3], vectors[:3])
     (folder / GOLDEN_FILE).write_text(json.dumps(golden))
     mark_served(lake, release_id)
-    return BaseFiles(release_id, mark, folder / INDEX_FOLDER, folder / TABLE, folder / GOLDEN_FILE)
+    return BaseFiles(release_id, mark, folder / INDEX_FOLDER, folder / NEIGHBOURS_FOLDER, folder / GOLDEN_FILE)
 
 
 def unit_vectors(seed: int, num: int, dim: int = 8) -> np.ndarray:

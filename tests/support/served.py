@@ -20,7 +20,8 @@ from notellm2_core.release.release import LINEAGE_FILE, NAME, Release, open_rele
 from notellm2_core.release.verdict import VERDICT_FILE
 from notellm2_core.retrieval.build import build_index
 from notellm2_core.retrieval.index import Index
-from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER, NOTES_TABLE
+from notellm2_core.retrieval.neighbour_table import write_neighbours_of
+from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER, NEIGHBOURS_FOLDER, NOTES_TABLE
 from notellm2_core.serving.app import make_app
 from notellm2_core.serving.keys import Keys
 from notellm2_core.serving.service import Service
@@ -80,6 +81,7 @@ def serve_release(lake: Lake, release_id: str, source: Path, seed: int = 0, dim:
         )
         embed_notes(work, read_note_table(source, source), draft.path / "embeddings", "multimodal", None, 16)
         build_index(draft.path / "embeddings", draft.path / INDEX_FOLDER, IndexSettings(factory="Flat"))
+        write_neighbours_of(draft.path / INDEX_FOLDER, draft.path / "embeddings", draft.path / NEIGHBOURS_FOLDER)
         vectors, index = read_embeddings(draft.path / "embeddings").vectors, Index.load(draft.path / INDEX_FOLDER)
         golden = list(index.note_ids[:NUM_GOLDEN])
         found, _ = index.search(vectors[:NUM_GOLDEN], NUM_NEIGHBOURS, leave_out=golden)

@@ -23,7 +23,8 @@ from notellm2_core.release.release import LINEAGE_FILE, NAME, Release, open_rele
 from notellm2_core.release.served import LEASE_SECONDS, mark_served, served_releases
 from notellm2_core.retrieval.build import build_index
 from notellm2_core.retrieval.index import Index
-from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
+from notellm2_core.retrieval.neighbour_table import write_neighbours_of
+from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER, NEIGHBOURS_FOLDER
 from notellm2_core.serving import compaction
 from notellm2_core.serving.base import base_folder, marked_bases, open_base
 from notellm2_core.serving.compaction import Compacted, compact
@@ -67,6 +68,7 @@ def publish_release(
         (draft.path / "embeddings").mkdir()
         write_shard(draft.path / "embeddings" / "part.parquet", ids, vectors, {"weights": WEIGHTS})
         build_index(draft.path / "embeddings", draft.path / INDEX_FOLDER, IndexSettings(factory=factory))
+        write_neighbours_of(draft.path / INDEX_FOLDER, draft.path / "embeddings", draft.path / NEIGHBOURS_FOLDER)
         golden = golden_queries(Index.load(draft.path / INDEX_FOLDER), ids[:2], vectors[:2])
         (draft.path / GOLDEN_FILE).write_text(json.dumps(golden))
         lineage = {"week": "2025-01-05", "weeks": [], "releases": [], "posted": posted}
@@ -170,7 +172,7 @@ def test_a_note_that_was_deleted_and_written_again_is_not_found_with_its_old_tex
 
 
 def test_two_compactions_at_once_are_one(tmp_path: Path) -> None:
-    (tmp_path / "serving").mkdir()
+
     lake = Lake(tmp_path)
     with (
         compaction._alone(lake),
