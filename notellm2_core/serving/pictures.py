@@ -6,6 +6,7 @@ may loop for ever where an object cannot be allocated. So whoever waits for the 
 
 import io
 import multiprocessing
+import os
 import threading
 import time
 import warnings
@@ -25,7 +26,7 @@ _BYTES_PER_PIXEL = 24  # of memory that decoding may take; OpenJPEG takes nearly
 _LONGEST = 60.0  # seconds for a picture
 _TRIES = 2  # with a picture that the process dies of
 _LOOK_SECONDS = 0.005
-_PAGE_BYTES = 4096
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class PictureProcess:
@@ -97,8 +98,9 @@ class PictureProcess:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), name="pictures", daemon=True)
-        self._process.start()
+        process = context.Process(target=_serve, args=(theirs,), name="pictures", daemon=True)
+        process.start()
+        self._process = process
         theirs.close()
         try:
             self._pipe.recv()  # it has imported what it needs
