@@ -71,6 +71,13 @@ class ServingSettings(Section):
         "(milvus-lite); a password comes from MILVUS_PASSWORD. null: FAISS, in the service's process.",
     )
 
+    embedder: str | None = Field(
+        None,
+        pattern="^https?://[^/@]+(/|$)",
+        description="URL of an embedder (`notellm2 embedder`), which has the models; its key comes from "
+        "NOTELLM2_EMBEDDER_KEY. null: the models run in processes of the service's machine.",
+    )
+
     @field_serializer("engine")
     def _shown(self, engine: str | None) -> str | None:
         return without_password(engine)

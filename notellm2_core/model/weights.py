@@ -1,11 +1,13 @@
 """What identifies a model: the files that determine its vectors. Imports no torch."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from notellm2_core.lake import lake
 from notellm2_core.runtime.files import sha256_of
 from notellm2_core.runtime.fingerprint import fingerprint
+from notellm2_core.schema import VISION_FOLDER
 
 
 def weight_files(model_dir: Path) -> dict[str, str]:
@@ -20,3 +22,12 @@ def weights_id(weights: Mapping[str, str], encoder_id: str) -> str:
     return fingerprint(
         [sorted(checksum for name, checksum in weights.items() if name.endswith(".safetensors")), encoder_id]
     )
+
+
+def saved_weights_id(model_dir: Path) -> str:
+    """The `weights_id` of a model's folder, from the bytes of its files. Raises ValueError where it holds no model."""
+    try:
+        encoder_id = json.loads((model_dir / VISION_FOLDER / "config.json").read_text())["encoder_id"]
+        return weights_id(weight_files(model_dir), str(encoder_id))
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{model_dir} holds no model ({e!r})") from None

@@ -56,6 +56,12 @@ class Release:
         """The fingerprint of its checkpoint."""
         return self.dataset.manifest.inputs["checkpoint"]
 
+    @property
+    def weights_id(self) -> str | None:
+        """Identifies the model that made its vectors (`model.weights`); None: its index does not say."""
+        weights_id: str | None = json.loads((self.path / INDEX_FOLDER / "index.json").read_text())["weights_id"]
+        return weights_id
+
     @cached_property
     def lineage(self) -> Mapping[str, Any]:
         """week, train and test (days), weeks (all that it and its predecessors trained on), releases (these)."""

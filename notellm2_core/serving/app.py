@@ -11,6 +11,7 @@ from fastapi import FastAPI, Path, Response
 from starlette.exceptions import HTTPException
 
 from notellm2_core import __version__
+from notellm2_core.serving.forms import Forms
 from notellm2_core.serving.guard import Guard, needs
 from notellm2_core.serving.keys import Keys
 from notellm2_core.serving.live_release import LiveRelease
@@ -37,6 +38,7 @@ def make_app(service: Service, keys: Keys, takes_events: bool = False) -> FastAP
     """The application. It does not close the service. takes_events: somebody writes them to files."""
     app = FastAPI(title="NoteLLM-2", version=__version__, summary="Multimodal item-to-item recall.")
     metrics = Metrics(service)
+    app.add_middleware(Forms)
     app.add_middleware(Guard, keys=keys)
     app.add_middleware(Timed, metrics=metrics)
     add_handlers(app)

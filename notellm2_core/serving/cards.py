@@ -1,6 +1,5 @@
 """The text and the picture of a note, for people: from the log, or from the notes that a release was made of."""
 
-import io
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,19 @@ import pyarrow.parquet as pq
 from notellm2_core.config.source import SourceSettings
 from notellm2_core.notes.lake_reader import TEXT_COLUMNS
 from notellm2_core.notes.note import Note
-from notellm2_core.serving.embedding import decoded
 from notellm2_core.serving.log import Entry, NoteLog
+from notellm2_core.serving.pictures import PictureProcess
 from notellm2_core.vision import images
 
-THUMBNAIL_SIDE = 320  # pixels
 _NUM_THUMBNAILS = 1024  # in memory
 
 
 class Cards:
     """Reads notes and pictures. Threads may share it."""
 
-    def __init__(self, log: NoteLog, notes: Path | None, source: Path | None) -> None:
+    def __init__(self, log: NoteLog, notes: Path | None, source: Path | None, pictures: PictureProcess) -> None:
         """notes: the table of the release's notes. source: the folder of their pictures. None: they are not here."""
-        self._log, self._notes, self._source = log, notes, source
+        self._log, self._notes, self._source, self._pictures = log, notes, source, pictures
         self._thumbnail = lru_cache(_NUM_THUMBNAILS)(self._make_thumbnail)
 
     def note(self, note_id: str) -> tuple[Note, Entry | None] | None:
@@ -58,13 +56,7 @@ class Cards:
 
     def _make_thumbnail(self, note_id: str, image_id: str | None) -> bytes | None:
         data = self._encoded(note_id, image_id)
-        picture = None if data is None else decoded(data)[1]
-        if picture is None:
-            return None
-        picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        out = io.BytesIO()
-        picture.save(out, "JPEG", quality=85)
-        return out.getvalue()
+        return None if data is None else self._pictures.thumbnail(data)
 
     def _row(self, note_id: str, columns: tuple[str, ...]) -> dict[str, Any] | None:
         """Of the release's notes. Their table is sorted, so that one group of its rows is read."""

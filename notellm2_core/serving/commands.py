@@ -9,7 +9,7 @@ from typing import Any
 
 from notellm2_core.serving.keys import SCOPES, Keys, add_key
 
-PORT = 8080
+PORT, EMBEDDER_PORT = 8080, 8090
 KINDS = ("ab", "interleave")  # of experiments; here, because the parser imports no more than it needs
 
 
@@ -24,13 +24,20 @@ def add_serving_commands(commands: Any) -> None:
     serve.add_argument("--log", help=log)
     engine = "URL of a Milvus that searches the release, as in serving.engine; default: serving.engine, or FAISS"
     serve.add_argument("--engine", help=engine)
-    serve.add_argument("--keys", type=Path, help="file of keys; without one, only this machine is listened to")
-    serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-    serve.add_argument("--port", type=int, default=PORT, help="default: %(default)s")
+    _add_address(serve, PORT)
     serve.add_argument("--experiment", choices=KINDS, help="two releases beside each other, on a share of the users")
     serve.add_argument("--challenger", help="id of the second release of an experiment")
     serve.add_argument("--share", type=float, default=0.5, help="of the users; default: %(default)s")
     serve.set_defaults(run=_serve)
+
+    embedder = commands.add_parser("embedder", help="embed the notes of services, on a machine with a GPU")
+    lake = "configuration in whose lake the models are; default: NOTELLM2_CONFIG"
+    embedder.add_argument("--config", type=Path, help=lake)
+    first = "id of a release whose model is loaded at once; the others are when a service asks for them"
+    embedder.add_argument("--release", help=first)
+    embedder.add_argument("--model", type=Path, help="folder of a model: then there is no other, and no lake is needed")
+    _add_address(embedder, EMBEDDER_PORT)
+    embedder.set_defaults(run=_embedder)
 
     compact = commands.add_parser("compact", help="make the notes of the log part of the releases that are served")
     compact.add_argument("--config", type=Path, help="their configuration; default: NOTELLM2_CONFIG")
@@ -53,15 +60,20 @@ def add_serving_commands(commands: Any) -> None:
     keys.set_defaults(run=_add_key)
 
 
+def _add_address(parser: argparse.ArgumentParser, port: int) -> None:
+    parser.add_argument("--keys", type=Path, help="file of keys; without one, only this machine is listened to")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=port, help="default: %(default)s")
+
+
 def _add_key(options: argparse.Namespace) -> None:
     print(add_key(options.keys, options.name, options.scope))
 
 
 def _serve(options: argparse.Namespace) -> None:
-    keys = Keys() if options.keys is None else Keys.load(options.keys)
+    keys = _keys(options)
     if (options.experiment is None) != (options.challenger is None):
         raise ValueError("--experiment and --challenger belong together")
-    require_local_or_keys(options.host, keys)
     with _extra():
         import uvicorn
         from threadpoolctl import threadpool_limits
@@ -88,7 +100,8 @@ def _serve(options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         log = stack.enter_context(closing(NoteLog.open(log_url(config, ledger, options.log))))
         engine = stack.enter_context(closing(open_engine(options.engine or config.serving.engine, lake)))
-        service = stack.enter_context(closing(Service(lake, log, release, Catalog(config).source, engine)))
+        embedder = config.serving.embedder
+        service = stack.enter_context(closing(Service(lake, log, release, Catalog(config).source, engine, embedder)))
         if options.experiment is not None:
             service.releases.begin(Experiment(options.experiment, options.challenger, options.share))
         stack.enter_context(closing(Watcher(service.releases, ledger, follows_champion=options.release is None)))
@@ -98,6 +111,37 @@ def _serve(options: argparse.Namespace) -> None:
         threadpool_limits(1, "blas")  # products of small matrices, on the threads that search
         app = make_app(service, keys, takes_events=events is not None)
         uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+
+
+def _embedder(options: argparse.Namespace) -> None:
+    keys = _keys(options)
+    if options.model is not None and (options.config or options.release):
+        raise ValueError("--model takes the place of --config and --release")
+    with _extra():
+        import uvicorn
+
+        from notellm2_core.serving.embedder import Models, make_embedder_app, models_in, only_model
+    from notellm2_core.config.load import config_in_force
+    from notellm2_core.lake.lake import Lake
+    from notellm2_core.release.release import open_release
+
+    first: str | None
+    if options.model is not None:
+        find, first = only_model(options.model)
+    else:
+        lake = Lake(Path(config_in_force(str(options.config or "")).lake))
+        find, first = models_in(lake), options.release and open_release(lake, options.release).weights_id
+    with closing(Models(find)) as models:
+        if first:
+            models.get(first)
+        uvicorn.run(make_embedder_app(models, keys), host=options.host, port=options.port, log_level="warning")
+
+
+def _keys(options: argparse.Namespace) -> Keys:
+    """Raises ValueError for an address that other machines reach, without keys."""
+    keys = Keys() if options.keys is None else Keys.load(options.keys)
+    require_local_or_keys(options.host, keys)
+    return keys
 
 
 def _compact(options: argparse.Namespace) -> None:

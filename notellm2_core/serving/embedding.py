@@ -1,41 +1,17 @@
-"""A model in a process of its own: notes go in, vectors come out, in batches across callers.
+"""Who embeds the notes of a service: a process of this machine, or an embedder on another one. Both look the same."""
 
-torch shares neither the interpreter nor the caches of the processor with the searches. What waits while a batch is
-embedded makes the next batch, so a single caller never waits for others, and many callers share the model's time.
-"""
-
-import logging
-import multiprocessing
-import queue
-import threading
-import time
-from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from notellm2_core.config.methods import InputKind
-from notellm2_core.config.source import SourceSettings
-from notellm2_core.notes.note import Note, NoteWithImage
-from notellm2_core.runtime.processes import die_with_parent
-from notellm2_core.vision import images
-from notellm2_core.vision.image_status import MEANINGS, UNUSABLE, Status
+from notellm2_core.notes.note import Note
+from notellm2_core.vision.image_status import Status
 
-if TYPE_CHECKING:
-    from notellm2_core.inference.embedder import Embedder
-
-_START_SECONDS = 300.0  # for the model to load
-_ENDED = "the model's process was ended"
-_LONGEST_PAUSE = 300.0  # between two starts of a process that fail; it doubles until then
-_IDLE_SECONDS = 0.5  # between two looks whether it is to end
-_LOGGER = logging.getLogger(__name__)
+MAX_WAITING = 256  # notes
+DIED = "urn:notellm2:embedder-died"  # EmbedderDied as the type of a problem; other problems are no note's fault
 
 
 class EmbedderBusy(RuntimeError):
@@ -47,7 +23,7 @@ class EmbedderDied(RuntimeError):
 
 
 class EmbedderDown(RuntimeError):
-    """The model's process cannot be started, or was ended. It is not this note's fault."""
+    """The model cannot be used now, or was closed. It is not this note's fault."""
 
 
 class BadNote(ValueError):
@@ -62,220 +38,23 @@ class Embedded:
     image: Status
 
 
-@dataclass(frozen=True)
-class _Job:
-    note: Note
-    image: bytes | None
-    inputs: InputKind
-    done: "Future[Embedded]"
-
-
-class EmbeddingProcess:
-    """Any number of threads submit notes."""
-
-    def __init__(self, model: Path, waits: bool = True, max_waiting: int = 256, batch_notes: int = 16) -> None:
-        """Loads the model's folder. waits: until it is loaded; raises ValueError then if it cannot be used.
-
-        Otherwise notes wait until it is; if it cannot be used, they have EmbedderDown, and it is tried again.
-        """
-        self._model, self._batch_notes = model, batch_notes
-        self._waiting: queue.Queue[_Job] = queue.Queue(max_waiting)
-        self._closing, self._closed, self._stop = threading.Lock(), False, threading.Event()
-        self._process: BaseProcess | None = None
-        self._is_running = False
-        self._pause, self._not_before, self._problem = 0.0, 0.0, _ENDED  # after a start that failed
-        self._launch()
-        if waits:
-            try:
-                self._await_model()
-            except (ValueError, OSError):
-                self._kill()
-                raise
-        self._thread = threading.Thread(target=self._dispatch, name="embedding", daemon=True)
-        self._thread.start()
+class Embedding(Protocol):
+    """Embeds notes by one model. Any number of threads submit notes."""
 
     @property
     def num_waiting(self) -> int:
-        return self._waiting.qsize()
+        """Notes that wait to be embedded."""
 
     @property
     def is_running(self) -> bool:
         """Whether the model is loaded."""
-        return self._is_running
 
     def submit(self, note: Note, image: bytes | None = None, inputs: InputKind = "multimodal") -> "Future[Embedded]":
-        """Embed a note by these inputs. The result has BadNote for one that cannot be embedded.
+        """Embed a note by these inputs. The result has BadNote for one that cannot be embedded, and EmbedderBusy,
+        EmbedderDied or EmbedderDown.
 
         One that is cancelled while it waits is not embedded. Raises EmbedderBusy, and EmbedderDown after `close`.
         """
-        job = _Job(note, image, inputs, Future())
-        with self._closing:
-            if self._closed:
-                raise EmbedderDown(_ENDED)
-            try:
-                self._waiting.put_nowait(job)
-            except queue.Full:
-                raise EmbedderBusy(f"{self._waiting.maxsize} notes wait to be embedded") from None
-        return job.done
 
     def close(self) -> None:
-        """End the process. Notes that wait fail with EmbedderDown."""
-        with self._closing:
-            self._closed = True
-        self._stop.set()
-        self._kill()  # a batch that is being embedded fails at once
-        self._thread.join()
-        self._kill()
-
-    def _kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-
-    def _launch(self) -> None:
-        """Start the process, which then loads the model."""
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self._model), name="embedder", daemon=True)
-        process.start()
-        self._process = process
-        theirs.close()
-
-    def _await_model(self) -> None:
-        """Wait until the process has loaded the model. Raises ValueError or OSError if it cannot."""
-        if not self._pipe.poll(_START_SECONDS):
-            raise ValueError(f"the model {self._model} did not load in {_START_SECONDS:.0f} s")
-        try:
-            problem = self._pipe.recv()
-        except EOFError:
-            raise ValueError(f"the process that loads the model {self._model} ended") from None
-        if problem is not None:
-            raise ValueError(problem)
-        self._is_running, self._pause = True, 0.0
-
-    def _restart(self, is_launched: bool = False) -> None:
-        """Wait for the model, of a new process. Raises EmbedderDown if it cannot be used, and soon after that."""
-        if time.monotonic() < self._not_before:
-            raise EmbedderDown(self._problem)
-        try:
-            if not is_launched:
-                self._kill()
-                self._launch()
-            self._await_model()
-        except (ValueError, OSError) as e:
-            self._problem = f"the model's process failed: {e}"
-            self._pause = min(_LONGEST_PAUSE, max(1.0, 2 * self._pause))
-            self._not_before = time.monotonic() + self._pause
-            if not self._stop.is_set():
-                _LOGGER.error("notes cannot be embedded now: %s; it is tried again in %.0f s", e, self._pause)
-            raise EmbedderDown(self._problem) from None
-
-    def _dispatch(self) -> None:
-        if not self._is_running:
-            with suppress(EmbedderDown):
-                self._restart(is_launched=True)
-        while not self._stop.is_set():
-            if jobs := [job for job in self._next_jobs() if job.done.set_running_or_notify_cancel()]:
-                try:
-                    self._embed(jobs)
-                except EmbedderDown as e:
-                    _fail(jobs, e)
-                except Exception as e:  # whatever it is, nobody waits for ever
-                    _fail(jobs, EmbedderDown(f"the model's process failed: {e}"))
-        while not self._waiting.empty():
-            job = self._waiting.get()
-            if job.done.set_running_or_notify_cancel():
-                _fail([job], EmbedderDown(_ENDED))
-
-    def _next_jobs(self) -> list[_Job]:
-        """What waits by now, up to a batch; after a moment without any, none."""
-        jobs: list[_Job] = []
-        with suppress(queue.Empty):
-            jobs.append(self._waiting.get(timeout=_IDLE_SECONDS))
-            while len(jobs) < self._batch_notes:
-                jobs.append(self._waiting.get_nowait())
-        return jobs
-
-    def _embed(self, jobs: Sequence[_Job]) -> None:
-        """Set the results of the jobs. Where the process ends, each is tried alone: one of them may be the cause."""
-        if self._stop.is_set():
-            _fail(jobs, EmbedderDown(_ENDED))
-            return
-        if not self._is_running:
-            self._restart()
-        try:
-            self._pipe.send([(job.note, job.image, job.inputs) for job in jobs])
-            results = self._pipe.recv()
-        except (EOFError, OSError):
-            self._is_running = False
-            if len(jobs) > 1:
-                for job in jobs:
-                    self._embed([job])
-            elif self._stop.is_set():
-                _fail(jobs, EmbedderDown(_ENDED))
-            else:
-                _fail(jobs, EmbedderDied("the embedder died of this note"))
-            return
-        for job, result in zip(jobs, results, strict=True):
-            if isinstance(result, Embedded):
-                job.done.set_result(result)
-            else:
-                job.done.set_exception(BadNote(result))
-
-
-def _fail(jobs: Sequence[_Job], error: Exception) -> None:
-    for job in jobs:
-        if not job.done.done():
-            job.done.set_exception(error)
-
-
-def _serve(pipe: Connection, model: Path) -> None:
-    """The process: load the model, then answer each list of notes with a list of Embedded or sentences."""
-    die_with_parent()
-    from notellm2_core.inference.embedder import Embedder
-
-    try:
-        embedder = Embedder.from_pretrained(model)
-    except (ValueError, OSError, RuntimeError) as e:
-        pipe.send(f"the model {model} cannot be loaded: {e}")
-        return
-    pipe.send(None)
-    while True:
-        try:
-            notes = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(embed_each(embedder, notes))
-
-
-Asked = tuple[Note, bytes | None, InputKind]
-
-
-def embed_each(embedder: "Embedder", notes: Sequence[Asked]) -> list[Embedded | str]:
-    """Embed notes together. Of those that cannot be, or whose picture is unusable, a sentence that says why."""
-    results: list[Embedded | str] = []
-    good: dict[InputKind, list[tuple[int, NoteWithImage, Status]]] = {}
-    for place, (note, data, inputs) in enumerate(notes):
-        # Each picture is decoded twice, here and with its batch: so only few are in memory at a time.
-        status: Status = "missing" if data is None else decoded(data)[0]
-        results.append(f"the picture cannot be used: {MEANINGS[status]}" if status in UNUSABLE else "")
-        if status not in UNUSABLE:
-            good.setdefault(inputs, []).append((place, NoteWithImage(note, data), status))
-    for inputs, group in good.items():
-        try:
-            vectors = embedder.embed([note for _, note, _ in group], inputs)
-        except (ValueError, RuntimeError) as e:
-            reason = f"the note cannot be embedded: {e}"
-            for place, _, _ in group:
-                results[place] = reason if len(group) == 1 else embed_each(embedder, [notes[place]])[0]
-            continue
-        for (place, _, status), vector in zip(group, vectors, strict=True):
-            results[place] = Embedded(vector, status)
-    return results
-
-
-def decoded(data: bytes) -> tuple[Status, Image.Image | None]:
-    """The picture in these bytes; without one, why."""
-    max_pixels = SourceSettings().max_image_pixels
-    encoded = images.fetch(Path(), None, data, max_pixels)
-    return images.decode(encoded.data, max_pixels) if encoded.status == "ok" else (encoded.status, None)
+        """Notes that wait fail with EmbedderDown."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 
 from notellm2_core.runtime.files import written_whole
 from notellm2_core.serving.log import NoteLog
@@ -54,6 +54,12 @@ def keep_events(log: NoteLog, events: Sequence[Event]) -> None:
     """Write events to the database. They are on the disk when this returns."""
     with log.writing() as connection:
         connection.execute(insert(EVENTS), [asdict(event) for event in events])
+
+
+def num_waiting(log: NoteLog) -> int:
+    """Events that are in the database, and not yet, as far as it knows, in a file."""
+    with log.reading() as connection:
+        return connection.scalar(select(func.count()).select_from(EVENTS)) or 0
 
 
 def write_event_files(log: NoteLog, folder: Path) -> int:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import Future
+from datetime import datetime
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Follower:
         self._not_before = 0.0  # no note is given to the model before this time, which was down
         self._shown = self._read, frozenset(self._waiting)  # applied up to here, except these
         self.unusable: dict[str, str] = {}  # notes that this model cannot embed, and why
+        self.waits_since: datetime | None = None  # when the oldest note that waits for its vector was written (UTC)
 
     @property
     def num_read(self) -> int:
@@ -70,6 +72,7 @@ class Follower:
         self._read_entries()
         self._collect()
         upto = min(self._embedding, default=self._read + 1) - 1
+        self.waits_since = self._embedding[upto + 1][0].time if self._embedding else None
         shown = self._read, frozenset(self._embedding)
         if not self._changes and shown == self._shown:
             self._save()
@@ -144,7 +147,7 @@ class Follower:
         note_id, problem = entry.note.note_id, ""
         try:
             self._changes[note_id] = self._unsaved[seq] = future.result().vector
-        except EmbedderDown:  # not the note's fault
+        except (EmbedderBusy, EmbedderDown):  # not the note's fault
             self._embedding[seq] = entry, None
             self._not_before = time.monotonic() + _PAUSE_SECONDS
             return

@@ -13,7 +13,9 @@ from notellm2_core.serving.problems import problem
 
 MAX_BODY_BYTES = 24 << 20  # with a picture
 MAX_SMALL_BODY_BYTES = 1 << 20
-_WITH_PICTURES = ("/notes", "/similar")
+_MAX_NOTE_BYTES = 36 << 20  # of the embedder, which has every note of a service, with its picture in base64
+_MAX_HELD_BYTES = 128 << 20  # of large bodies in memory; decoding them takes several times as much
+_LIMITS = {"/notes": MAX_BODY_BYTES, "/similar": MAX_BODY_BYTES, "/models": _MAX_NOTE_BYTES}  # by beginnings of paths
 OPEN = ("/", "/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")  # without a key
 OPEN_BELOW = "/page/"
 _BEARER = HTTPBearer(auto_error=False, description="`notellm2 keys add` prints a key.")
@@ -29,6 +31,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app, self._keys = app, keys
+        self._held = 0  # bytes of large bodies in memory, as far as they may still come; only the event loop counts
 
     async def __call__(self, scope: Asked, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,6 +42,17 @@ class Guard:
             status, detail = refused
             await problem(status, detail)(scope, receive, send)
             return
+        held = _large_body(scope["path"], headers)
+        if held and self._held + held > _MAX_HELD_BYTES:
+            await problem(429, "too many large bodies are in memory")(scope, receive, send)
+            return
+        self._held += held
+        try:
+            await self._counted(scope, receive, send)
+        finally:
+            self._held -= held
+
+    async def _counted(self, scope: Asked, receive: Receive, send: Send) -> None:
         limit, size = _limit(scope["path"]), 0
 
         async def counted() -> Message:
@@ -82,7 +96,14 @@ def needs(keys: Keys, scope: Scope) -> list[Any]:
 
 def _limit(path: str) -> int:
     """Bytes that a body may have."""
-    return MAX_BODY_BYTES if path.startswith(_WITH_PICTURES) else MAX_SMALL_BODY_BYTES
+    return next((limit for start, limit in _LIMITS.items() if path.startswith(start)), MAX_SMALL_BODY_BYTES)
+
+
+def _large_body(path: str, headers: dict[bytes, str]) -> int:
+    """Bytes that a large body may have; 0 for a small one, which is never refused because of others."""
+    limit = _limit(path)
+    size = limit if b"transfer-encoding" in headers else int(headers.get(b"content-length", "0"))
+    return size if size > MAX_SMALL_BODY_BYTES else 0
 
 
 def _is_open(path: str) -> bool:

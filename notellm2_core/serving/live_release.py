@@ -1,4 +1,4 @@
-"""A release as the service uses it: its index with all that was written after it, and its model in a process."""
+"""A release as the service uses it: its index with all that was written after it, and its model."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +8,9 @@ from notellm2_core.release.release import Release
 from notellm2_core.release.served import mark_served
 from notellm2_core.schema import NOTES_TABLE
 from notellm2_core.serving.base import Base, open_base
-from notellm2_core.serving.embedding import EmbeddingProcess
+from notellm2_core.serving.embedder_client import EmbedderClient
+from notellm2_core.serving.embedding import Embedding
+from notellm2_core.serving.embedding_process import EmbeddingProcess
 from notellm2_core.serving.engine import Engine, EngineDown
 from notellm2_core.serving.live_index import LiveIndex
 from notellm2_core.serving.log import LogUnavailable, NoteLog
@@ -22,7 +24,7 @@ class LiveRelease:
     weights_id: str
     base: Base
     index: LiveIndex
-    model: EmbeddingProcess
+    model: Embedding
     notes: Path | None  # the table of the notes that it was made of; None: it is no longer in the lake
 
     @property
@@ -50,11 +52,19 @@ class LiveRelease:
             raise ValueError(f"release {release.id} cannot be opened: {e}") from None
 
     @classmethod
-    def start(cls, lake: Lake, release: Release, base: Base, waits: bool = True) -> "LiveRelease":
-        """Start its model. waits: until it is loaded; raises ValueError if it cannot be."""
+    def start(
+        cls, lake: Lake, release: Release, base: Base, waits: bool = True, embedder: str | None = None
+    ) -> "LiveRelease":
+        """Start its model, or have that of the `embedder` at this URL. waits: until it is loaded; raises ValueError if
+        it cannot be.
+        """
         index, notes = LiveIndex(base.index, base.table, base.seq), notes_of(lake, release)
+        model: Embedding
         try:
-            model = EmbeddingProcess(release.path / "model", waits)
+            if embedder is None:
+                model = EmbeddingProcess(release.path / "model", waits)
+            else:
+                model = EmbedderClient(embedder, base.weights_id, base.table.vectors.shape[1], waits)
         except OSError as e:
             raise ValueError(f"the model of release {release.id} cannot be started: {e}") from None
         return cls(release, base.weights_id, base, index, model, notes)
@@ -64,7 +74,7 @@ class LiveRelease:
         return replace(self, base=base, index=LiveIndex(base.index, base.table, base.seq))
 
     def close(self) -> None:
-        """End its model's process."""
+        """Its model is not needed any more."""
         self.model.close()
 
 

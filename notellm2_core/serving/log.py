@@ -51,6 +51,7 @@ _TAIL = select(ENTRIES).where(ENTRIES.c.seq > bindparam("after")).order_by(ENTRI
 _NEWEST_OF = (
     select(ENTRIES).where(ENTRIES.c.seq.in_(bindparam("seqs", expanding=True)), IS_NEWEST).order_by(ENTRIES.c.seq)
 )
+_FIRST_AFTER = select(ENTRIES).where(ENTRIES.c.seq > bindparam("after"), IS_NEWEST).order_by(ENTRIES.c.seq).limit(1)
 _OF_NOTE = select(ENTRIES).where(ENTRIES.c.note_id == bindparam("note_id"), IS_NEWEST)
 
 
@@ -123,6 +124,11 @@ class NoteLog:
         query = select(ENTRIES.c.seq, ENTRIES.c.note_id).where(IS_NEWEST, ~ENTRIES.c.deleted, ENTRIES.c.seq <= upto)
         with reading(self._engine) as connection:
             return [(row.seq, row.note_id) for row in connection.execute(query.order_by(ENTRIES.c.seq))]
+
+    def first_after(self, seq: int) -> Entry | None:
+        """The first entry above this number that is still the newest of its note; None: there is none."""
+        entries = self._entries(_FIRST_AFTER, after=seq)
+        return entries[0] if entries else None
 
     def last_seq(self) -> int:
         """The number of the last entry; 0: there is none."""

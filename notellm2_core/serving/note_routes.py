@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from notellm2_core.notes.note import Note
 from notellm2_core.serving.embedding import BadNote
+from notellm2_core.serving.forms import form_of
 from notellm2_core.serving.guard import needs
 from notellm2_core.serving.keys import Keys
 from notellm2_core.serving.live_release import LiveRelease
@@ -50,13 +51,13 @@ def add_writes(app: FastAPI, service: Service, keys: Keys, writes: Workers) -> N
             raise HTTPException(409, f"note {note_id!r} has a newer version, {written.receipt.version}, which stays")
         return _written(service, note_id, written, status if written.receipt.applied else 200)
 
-    @app.post("/notes", status_code=201, **options)
+    @app.post("/notes", status_code=201, openapi_extra=form_of(NewNote), **options)
     async def write_note(note: NewNote) -> Response:
         """Write a note. 201: it is found from now on; 200: it was there already; 202: it is kept, and will be found."""
         own = note_of(note.note_id, note)
         return await write(201, note.note_id, note.version, service.write, own, note.image)
 
-    @app.put("/notes/{note_id}", status_code=201, **options)
+    @app.put("/notes/{note_id}", status_code=201, openapi_extra=form_of(NoteText), **options)
     async def replace_note(note_id: Annotated[WrittenId, Path()], note: NoteText, version: Version = None) -> Response:
         """Write a note under this id."""
         return await write(201, note_id, version, service.write, note_of(note_id, note), note.image)

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from notellm2_core.serving.embedding import BadNote, EmbedderBusy, EmbedderDied, EmbedderDown
+from notellm2_core.serving.embedding import DIED, BadNote, EmbedderBusy, EmbedderDied, EmbedderDown
 from notellm2_core.serving.engine import EngineDown
 from notellm2_core.serving.log import LogBusy, LogFull, LogUnavailable, VersionConflict
 from notellm2_core.serving.requests import Problem
@@ -35,10 +35,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
-    """The answer."""
+def problem(status: int, detail: str, headers: dict[str, str] | None = None, kind: str = "about:blank") -> Response:
+    """The answer. kind: its type (RFC 9457), an address that nobody has to look up."""
     detail = detail.encode(errors="replace").decode()  # JSON carries no lone surrogates
-    body = {"type": "about:blank", "title": _TITLES.get(status, "Refused"), "status": status, "detail": detail}
+    body = {"type": kind, "title": _TITLES.get(status, "Refused"), "status": status, "detail": detail}
     more = {"Retry-After": _RETRY_SECONDS} if status in (429, 503) else {}
     if status == 401:
         more = {"WWW-Authenticate": "Bearer"}
@@ -63,7 +63,8 @@ def add_handlers(app: FastAPI) -> None:
 
     async def of_service(request: Request, error: Exception) -> Response:
         kind = next(kind for kind in _STATUS if isinstance(error, kind))
-        return problem(_STATUS[kind], _SENTENCES.get(kind, str(error)))
+        name = DIED if kind is EmbedderDied else "about:blank"
+        return problem(_STATUS[kind], _SENTENCES.get(kind, str(error)), kind=name)
 
     for kind in _STATUS:
         app.exception_handler(kind)(of_service)

@@ -19,6 +19,7 @@ from notellm2_core.serving.cards import Cards
 from notellm2_core.serving.embedding import BadNote, Embedded
 from notellm2_core.serving.events import Event, keep_events
 from notellm2_core.serving.experiment import interleaved, new_answer_id
+from notellm2_core.serving.forms import form_of
 from notellm2_core.serving.guard import needs
 from notellm2_core.serving.keys import Keys
 from notellm2_core.serving.live_index import Answer
@@ -38,7 +39,7 @@ from notellm2_core.serving.requests import (
     SimilarRequest,
 )
 from notellm2_core.serving.service import NotReady, Service
-from notellm2_core.serving.workers import Workers
+from notellm2_core.serving.workers import Workers, unless_left
 
 _MIN_SEQ_SECONDS = 2.0  # that a reader waits for `min_seq`
 
@@ -46,7 +47,7 @@ _MIN_SEQ_SECONDS = 2.0  # that a reader waits for `min_seq`
 def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, reads: Workers) -> None:
     """`GET /notes/{id}/similar`, `POST /similar` and `POST /recall`."""
     # Each thread of FAISS has a number of threads of its own.
-    searches = Workers("search", 2, 256, lambda: faiss.omp_set_num_threads(1))
+    searches = Workers("search", 2, 256, lambda: faiss.omp_set_num_threads(1), metrics.observe_search)
     options: dict[str, Any] = {
         "response_model": SearchAnswer, "dependencies": needs(keys, "read"), "responses": ERRORS, "tags": ["search"],
     }  # fmt: skip
@@ -70,7 +71,7 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
             raise HTTPException(404, f"note {note_id!r}: {e}") from None
         return _answer(by.id, await searches.run(by.index.similar, vector, k, frozenset([note_id])))
 
-    @app.post("/similar", **options)
+    @app.post("/similar", openapi_extra=form_of(SimilarRequest), **options)
     async def similar(body: SimilarRequest, request: Request) -> Response:
         """The nearest notes of a text, a picture, or both."""
         by = await reader.up_to(body.min_seq, in_memory(service, body.release))
@@ -179,17 +180,7 @@ async def _embedded(
         raise BadNote("there is no text, and inputs = text reads nothing else")
     embedding = by.model.submit(note, None if inputs == "text" else image, inputs)
     try:
-        embedded: Embedded = await _unless_left(request, asyncio.wrap_future(embedding))
+        embedded: Embedded = await unless_left(request, asyncio.wrap_future(embedding))
     finally:
         embedding.cancel()
     return embedded.vector
-
-
-async def _unless_left(request: Request, result: "asyncio.Future[Any]") -> Any:
-    """The result, unless the caller has hung up meanwhile."""
-    while not result.done():
-        await asyncio.wait([result], timeout=0.1)
-        if not result.done() and await request.is_disconnected():
-            result.cancel()
-            raise HTTPException(499, "the caller has left")
-    return result.result()

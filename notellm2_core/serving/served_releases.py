@@ -36,17 +36,19 @@ class _Served:
 class ServedReleases:
     """At most two. Any number of threads use it."""
 
-    def __init__(self, lake: Lake, log: NoteLog, release_id: str, engine: Engine | None = None) -> None:
+    def __init__(
+        self, lake: Lake, log: NoteLog, release_id: str, engine: Engine | None = None, embedder: str | None = None
+    ) -> None:
         """Open the release that answers first, and begin to follow the log. engine: where releases are searched, not
-        closed here; None: FAISS.
+        closed here; None: FAISS. embedder: the URL of one; None: the models run in processes of this machine.
 
         Answers do not wait for the model to be loaded; new notes do. Raises ValueError if the release cannot be used,
         and EngineDown.
         """
-        self.lake, self._log, self._engine = lake, log, engine or FaissEngine()
+        self.lake, self._log, self._engine, self._embedder = lake, log, engine or FaissEngine(), embedder
         found = open_release(lake, release_id)
         base = LiveRelease.checked_base(lake, found, log, self._engine)
-        release = LiveRelease.start(lake, found, base, waits=False)
+        release = LiveRelease.start(lake, found, base, False, embedder)
         self._wake, self._applied, self._switching = threading.Event(), threading.Condition(), threading.Lock()
         self._served: tuple[_Served, ...] = (_Served(release, Follower(log, release, self._wake)),)
         self._arriving: tuple[Follower, ...] = ()  # of a release that is not in memory for searches yet
@@ -189,7 +191,7 @@ class ServedReleases:
         self._end_experiment()
         for other in others:
             other.release.close()
-        release = LiveRelease.start(self.lake, found, base)
+        release = LiveRelease.start(self.lake, found, base, embedder=self._embedder)
         served = _Served(release, Follower(self._log, release, self._wake))
         try:
             self._catch_up(served, self.follower, seconds)

@@ -20,6 +20,7 @@ from notellm2_core.serving.cards import Cards
 from notellm2_core.serving.engine import Engine
 from notellm2_core.serving.live_release import LiveRelease
 from notellm2_core.serving.log import GroupCommit, LogUnavailable, NoteLog, Receipt, Write
+from notellm2_core.serving.pictures import PictureProcess
 from notellm2_core.serving.served_releases import ServedReleases
 
 _COMMIT_SECONDS = 30.0  # that a writer waits for the disk, on top of its own patience
@@ -42,16 +43,23 @@ class Service:
     """Any number of threads use it."""
 
     def __init__(
-        self, lake: Lake, log: NoteLog, release_id: str, source: Path | None = None, engine: Engine | None = None
+        self,
+        lake: Lake,
+        log: NoteLog,
+        release_id: str,
+        source: Path | None = None,
+        engine: Engine | None = None,
+        embedder: str | None = None,
     ) -> None:
-        """source: the folder of the notes' pictures; None: not here. engine: as of `ServedReleases`, which raises the
-        same.
+        """source: the folder of the notes' pictures; None: not here. engine, embedder: as of `ServedReleases`, which
+        raises the same.
         """
         self.lake, self.log, self._source = lake, log, source
         self._at_start, self._was_ready = log.last_seq(), False
-        self.releases = ServedReleases(lake, log, release_id, engine)
+        self.releases = ServedReleases(lake, log, release_id, engine, embedder)
         self._commit = GroupCommit(log)
         self._cards: dict[str, Cards] = {}
+        self._pictures = PictureProcess()
 
     @property
     def current(self) -> LiveRelease:
@@ -77,7 +85,7 @@ class Service:
         """Texts and pictures of the notes of a release, and of those in the log."""
         if (cards := self._cards.get(release.id)) is None:
             in_memory = {other.id for other in self.releases.in_memory}
-            cards = Cards(self.log, release.notes, self._source)
+            cards = Cards(self.log, release.notes, self._source, self._pictures)
             self._cards = {i: c for i, c in self._cards.items() if i in in_memory} | {release.id: cards}
         return cards
 
@@ -119,3 +127,4 @@ class Service:
         """Commit what waits, and end the models' processes."""
         self._commit.close()
         self.releases.close()
+        self._pictures.close()

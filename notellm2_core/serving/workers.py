@@ -1,9 +1,13 @@
-"""Threads beside the event loop, with a bound on what waits for them."""
+"""Threads beside the event loop, with a bound on what waits for them, and callers who do not wait."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
 
 T = TypeVar("T")
 
@@ -15,8 +19,16 @@ class Busy(RuntimeError):
 class Workers:
     """`num` threads; at most `max_waiting` calls wait for one."""
 
-    def __init__(self, name: str, num: int, max_waiting: int, initializer: Callable[[], None] | None = None) -> None:
-        self._name, self._most = name, num + max_waiting
+    def __init__(
+        self,
+        name: str,
+        num: int,
+        max_waiting: int,
+        initializer: Callable[[], None] | None = None,
+        observe: Callable[[float, float], None] | None = None,
+    ) -> None:
+        """observe: is told the seconds that a call has waited, and taken."""
+        self._name, self._most, self._observe = name, num + max_waiting, observe
         self._pool = ThreadPoolExecutor(num, name, initializer)
         self._num = 0  # calls that wait or run; only the event loop's thread counts
 
@@ -25,10 +37,30 @@ class Workers:
         if self._num >= self._most:
             raise Busy(f"too many requests wait ({self._name})")
         self._num += 1
+        if self._observe is not None:
+            call, arguments = self._timed, (self._observe, time.perf_counter(), call, *arguments)
         future = self._pool.submit(call, *arguments)
         loop = asyncio.get_running_loop()
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._end))
         return await asyncio.wrap_future(future)
 
+    @staticmethod
+    def _timed(observe: Callable[[float, float], None], submitted: float, call: Callable[..., T], *arguments: Any) -> T:
+        started = time.perf_counter()
+        try:
+            return call(*arguments)
+        finally:
+            observe(started - submitted, time.perf_counter() - started)
+
     def _end(self) -> None:
         self._num -= 1
+
+
+async def unless_left(request: Request, result: "asyncio.Future[Any]") -> Any:
+    """The result, unless the caller has hung up meanwhile."""
+    while not result.done():
+        await asyncio.wait([result], timeout=0.1)
+        if not result.done() and await request.is_disconnected():
+            result.cancel()
+            raise HTTPException(499, "the caller has left")
+    return result.result()

@@ -12,7 +12,7 @@ MEANINGS: Mapping[Status, str] = {
     "not_found": "no such file in the images' folder",
     "broken": "no image, or a damaged one",
     "unsupported": "HEIC, which needs pip install pillow-heif",
-    "too_large": "more pixels than source.max_image_pixels",
+    "too_large": "more pixels than source.max_image_pixels, or a longer side than 65,535",
     "escapes": "a path that leads out of the images' folder",
 }
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import imagehash
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from notellm2_core.runtime.image_formats import optional_formats
 from notellm2_core.vision import jpeg
 from notellm2_core.vision.image_status import Status
+from notellm2_core.vision.rgb import rgb_of
 
 Image.init()
 if "HEIF" in optional_formats():
@@ -35,6 +36,7 @@ FORMATS = tuple(  # MPO opens as JPEG; AVIF is not in every build of Pillow
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _MAX_BYTES_PER_PIXEL = 8  # 16 bits x 4 channels, uncompressed: the largest file of an image, except for a margin
 _MARGIN_BYTES = 1 << 20
+_MAX_SIDE = 65_535  # of a JPEG or a GIF; Pillow needs more memory for the lines of a longer image than for its pixels
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _MIN_CONTRAST = 8  # of 255 greys; below it, the hash would be a hash of noise
 
@@ -116,7 +118,7 @@ def _max_bytes(max_pixels: int) -> int:
 
 def check(data: bytes, max_pixels: int) -> Status:
     """The status that `decode` gives for an image that it has decoded before, mostly without decoding it again."""
-    status, image = _open(data, max_pixels)
+    status, image = open_image(data, max_pixels)
     if isinstance(image, jpeg.JpegImageFile) and not data.endswith(jpeg.END):  # truncated, or with trailing bytes
         return to_rgb(image, max_pixels)[0]
     return status
@@ -129,7 +131,7 @@ def decode(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
     animation gives its first frame. The EXIF orientation is applied, transparency is composited on white, and greys of
     more than 8 bits are scaled to 8.
     """
-    status, image = _open(data, max_pixels)
+    status, image = open_image(data, max_pixels)
     return (status, None) if image is None else to_rgb(image, max_pixels)
 
 
@@ -140,7 +142,7 @@ def to_rgb(image: Image.Image, max_pixels: int) -> tuple[Status, Image.Image | N
     try:
         status = jpeg.load(image) if isinstance(image, jpeg.JpegImageFile) else "ok"
         image.load()
-        return status, None if status == "broken" else _to_rgb(ImageOps.exif_transpose(image))
+        return status, None if status == "broken" else rgb_of(image)
     except MemoryError:
         raise
     except Exception:  # on damaged bytes, Pillow's decoders raise errors of nearly any type; the caller counts them
@@ -156,7 +158,8 @@ def perceptual_hash(image: Image.Image) -> str | None:
     return str(imagehash.phash(small)) if np.ptp(np.asarray(small)) >= _MIN_CONTRAST else None
 
 
-def _open(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
+def open_image(data: bytes, max_pixels: int) -> tuple[Status, Image.Image | None]:
+    """("ok", an image whose header was read, for `to_rgb`), or as `decode`."""
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:  # Pillow's own bound, where `allow_pixels` was not called
@@ -175,7 +178,7 @@ def _is_heic(data: bytes) -> bool:
 
 def _check_size(image: Image.Image, max_pixels: int) -> Status:
     width, height = image.size
-    if width * height > max_pixels:
+    if width * height > max_pixels or max(width, height) > _MAX_SIDE:
         return "too_large"
     return "ok" if width and height else "broken"
 
@@ -184,21 +187,3 @@ def allow_pixels(max_pixels: int) -> None:
     """Raise Pillow's process-wide bound to at least `max_pixels`, so that only the check of this module counts."""
     bound = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None if bound is None else max(bound, max_pixels)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bits(image)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Greys in 8 bits. 16 bits have a range (65535 is white); 32 bits and floats have none and are stretched to it."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (values.min(), values.max())
-    scaled = (values - low) / max(high - low, 1e-12) * 255
-    return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))

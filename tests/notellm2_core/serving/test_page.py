@@ -14,7 +14,8 @@ from PIL import Image
 from docs.browser import BROWSERS, Browser
 from docs.screenshots import SETTLED
 from notellm2_core.serving import guard
-from notellm2_core.serving.embedding import EmbedderBusy, EmbeddingProcess
+from notellm2_core.serving.embedding import EmbedderBusy
+from notellm2_core.serving.embedding_process import EmbeddingProcess
 from notellm2_core.serving.keys import Keys, add_key
 from notellm2_core.serving.live_index import Answer, LiveIndex
 from notellm2_core.serving.log import NoteLog

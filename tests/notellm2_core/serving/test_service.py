@@ -2,28 +2,38 @@
 
 import base64
 import io
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from notellm2_core.notes.note import Note
+from notellm2_core.serving import guard
 from notellm2_core.serving.app import make_app
 from notellm2_core.serving.compaction import compact
-from notellm2_core.serving.events import write_event_files
+from notellm2_core.serving.embedding_process import EmbeddingProcess
+from notellm2_core.serving.events import Event, keep_events, write_event_files
 from notellm2_core.serving.experiment import Experiment
 from notellm2_core.serving.keys import Keys, Scope, add_key
-from notellm2_core.serving.log import NoteLog, Write
+from notellm2_core.serving.log import LogUnavailable, NoteLog, Write
 from notellm2_core.serving.service import Service
+from tests.notellm2_core.serving.test_pictures import MOST_MB, forget_peak, peak_mb
+from tests.support.bombs import refused
 from tests.support.released import png
 from tests.support.served import TwoReleases, listening
 from tests.support.waiting import wait_for
@@ -55,6 +65,21 @@ def running(two_releases: TwoReleases, tmp_path_factory: pytest.TempPathFactory)
 def note(note_id: str, seed: int | None = None, **more: object) -> dict[str, object]:
     image = {} if seed is None else {"image": base64.b64encode(png(seed)).decode()}
     return {"note_id": note_id, "title": "note 7", "topics": ["red"], "content": "red tea", **image, **more}
+
+
+def model_process(running: Running) -> psutil.Process:
+    model = running.service.current.model
+    assert isinstance(model, EmbeddingProcess) and model._process is not None
+    return psutil.Process(model._process.pid)
+
+
+@contextmanager
+def suspended(process: psutil.Process) -> Iterator[None]:
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
 
 
 def vector_of(running: Running, note_id: str) -> np.ndarray:
@@ -92,6 +117,24 @@ def test_a_note_is_found_by_the_next_request_and_gone_after_its_deletion(running
     assert "twin" not in ids(client.get("/notes/new/similar", params={"k": 30}).json())
     assert client.get("/notes/twin").status_code == 404
     assert client.get("/notes/new").json()["title"] == "note 7"
+
+
+def test_a_note_may_be_a_form(running: Running) -> None:
+    """It has the vector of the same note in JSON, and refuses a bad picture as that does."""
+    client, texts = running.client, {"title": "note 7", "topics": ["red"], "content": "red tea"}
+    for method, path, own in (("POST", "/notes", {"note_id": "form"}), ("PUT", "/notes/form-2", {})):
+        answer = client.request(method, path, data=texts | own, files={"image": png(7)})
+        assert answer.status_code == 201 and answer.json()["image"] == "ok", answer.text
+    client.post("/notes", json=note("json", seed=7))
+    for note_id in ("form", "form-2"):
+        np.testing.assert_allclose(vector_of(running, note_id), vector_of(running, "json"), atol=1e-5)
+    found = client.post("/similar", data=texts | {"k": "3"}, files={"image": png(7)})
+    assert len(ids(found.json())) == 3 and found.json()["hits"][0]["score"] == pytest.approx(1, abs=1e-4)
+    for wrong, said in ((texts, "note_id"), (texts | {"note_id": "x", "colour": "red"}, "colour")):
+        assert said in client.post("/notes", data=wrong, files={"image": png(7)}).json()["detail"]
+    refused = client.put("/notes/x", data=texts, files={"image": b"no picture"})
+    assert refused.status_code == 422 and "picture cannot be used" in refused.json()["detail"]
+    assert client.put("/notes/x", data={"title": "a\0b"}, files={"image": png(7)}).status_code == 422
 
 
 def test_a_note_of_the_release_is_replaced_and_deleted(running: Running) -> None:
@@ -160,17 +203,61 @@ def test_each_release_in_memory_has_examples(running: Running) -> None:
             assert found["note_id"] == note_id and found["release"] == release["release"]
 
 
+def metrics(client: TestClient) -> dict[str, float]:
+    lines = [line.rpartition(" ") for line in client.get("/metrics").text.splitlines() if line[:1] != "#"]
+    return {name: float(value) for name, _, value in lines}
+
+
 def test_metrics_by_route(running: Running) -> None:
     client = running.client
     client.post("/recall", json={"history": ["n01", "nobody"], "k": 500})
-    text = client.get("/metrics").text
-    found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[:1] != "#"}
+    found = metrics(client)
     asked = 'notellm2_request_seconds_count{method="POST",route="/recall",status="200"}'
     assert found[asked] >= 1 and found["notellm2_unknown_history_notes_total"] >= 1
+    for stage in ("wait", "run"):  # one search per recall, and parts of its time
+        assert found[f"notellm2_search_{stage}_seconds_count"] >= found[asked]
+    assert 0 < found["notellm2_search_run_seconds_sum"] < sum(v for k, v in found.items() if "request_seconds_sum" in k)
     assert found["notellm2_short_answers_total"] >= 1 and found["notellm2_ready"] == 1
     assert 'notellm2_release_info{release="aaaa1111",week="2025-01-05"}' in found
     assert found["notellm2_log_lag_entries"] == 0
     assert not any("/notes/n01" in name for name in found)  # a series per route, not per note
+
+
+def test_metrics_of_what_waits(running: Running, two_releases: TwoReleases, tmp_path: Path) -> None:
+    """Each has the value that it says: nothing after a compaction, then what was written since, and when."""
+    client, log = running.client, running.log
+    client.delete("/notes/n19")
+    compact(two_releases.lake, two_releases.first, log)
+    running.service.releases.refresh()
+    write_event_files(log, tmp_path)
+    names = ("oldest_new_note_seconds", "oldest_waiting_note_seconds", "events_waiting", "new_notes", "gone_share")
+    assert [metrics(client)[f"notellm2_{name}"] for name in names] == [0.0] * 5
+    started = time.time()
+    keep_events(log, [Event(f"u{n}", "n01", "view", datetime(2025, 1, 19)) for n in range(3)])
+    client.delete("/notes/n18")
+    with suspended(model_process(running)):
+        (receipt,) = log.append([Write(Note("waits", "note 7", ("red",), "red tea"))])
+        running.service.releases.read_on()
+        wait_for(lambda: running.service.releases.follower.lacking == {receipt.seq})
+        time.sleep(0.2)
+        found, elapsed = metrics(client), time.time() - started
+        assert 0.2 <= found["notellm2_oldest_waiting_note_seconds"] <= found["notellm2_oldest_new_note_seconds"]
+        assert found["notellm2_oldest_new_note_seconds"] <= elapsed and found["notellm2_events_waiting"] == 3
+        assert found["notellm2_gone_share"] == 1 / len(running.service.current.index.index.note_ids)
+    wait_for(lambda: metrics(client)["notellm2_oldest_waiting_note_seconds"] == 0)
+    found = metrics(client)
+    assert found["notellm2_new_notes"] == 1 and found["notellm2_oldest_new_note_seconds"] >= 0.2
+
+
+def test_metrics_while_the_log_is_away(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are asked of the database are missing; the others are what an operator needs then."""
+
+    def fail(*_: object) -> None:
+        raise LogUnavailable("gone")
+
+    monkeypatch.setattr(running.log, "first_after", fail)
+    found = metrics(running.client)
+    assert "notellm2_log_failures" in found and "notellm2_events_waiting" not in found
 
 
 @pytest.mark.parametrize(
@@ -278,6 +365,36 @@ def test_large_bodies_are_refused_before_they_are_read(running: Running) -> None
             answer = running.client.post(path, content=content, headers={"Content-Type": "application/json"})
             assert answer.status_code == 413, answer.text
             assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_large_bodies_in_memory_have_a_bound(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come while others are being read are refused; small ones are not."""
+    monkeypatch.setattr(guard, "_MAX_HELD_BYTES", 5 << 20)
+    large = b'{"title": "' + b" " * (3 << 20) + b'"}'
+    with listening(running.service, Keys()) as address:
+        host, port = address.removeprefix("http://").split(":")
+        head = f"PUT /notes/x HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(f"{head}Content-Length: {len(large)}\r\n\r\n".encode() + large[:1000])
+            options: dict[str, Any] = {"content": large, "headers": {"Content-Type": "application/json"}}
+            wait_for(lambda: httpx.put(f"{address}/notes/y", **options, timeout=60).status_code == 429)
+            assert httpx.get(f"{address}/releases", timeout=60).status_code == 200
+            slow.sendall(large[1000:])
+            assert slow.recv(100).startswith(b"HTTP/1.1 422")  # its title is too long
+        assert httpx.put(f"{address}/notes/y", **options, timeout=60).status_code == 422
+
+
+def test_bombs_are_refused_and_take_little_memory(running: Running) -> None:
+    """Neither the service nor the model takes 100 MB more, at any time; the third process is in test_pictures."""
+    client, bombs = running.client, refused()
+    assert client.post("/notes", json=note("pictured", seed=3)).status_code == 201
+    processes = [psutil.Process(), model_process(running)]
+    before = [forget_peak(process) for process in processes]
+    for name, data in bombs.items():
+        answer = client.put("/notes/bomb", json={"title": name, "image": base64.b64encode(data).decode()})
+        assert answer.status_code == 422 and "the picture cannot be used" in answer.json()["detail"], name
+    assert max(peak_mb(process) - mb for process, mb in zip(processes, before, strict=True)) < MOST_MB
+    assert client.post("/recall", json={"history": ["n01", "pictured"]}).status_code == 200
 
 
 def test_notes_written_before_the_start_are_there_after_it(two_releases: TwoReleases, tmp_path: Path) -> None:

@@ -333,7 +333,10 @@ def test_a_file_too_long_for_its_pixels_is_not_read(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged TIFFs and of bombs
 @settings(max_examples=150, deadline=None)
-@given(fmt=st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"]), seed=st.integers(0, 10**6))
+@given(
+    fmt=st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "TGA"]),
+    seed=st.integers(0, 10**6),
+)
 def test_damaged_bytes_never_raise(fmt, seed):
     """A file with any overwritten bytes gives an RGB image or a reason."""
     rng = np.random.default_rng(seed)
@@ -343,6 +346,22 @@ def test_damaged_bytes_never_raise(fmt, seed):
     status, image = decode(bytes(data), MAX)
     assert status in ("ok", "truncated", "broken", "too_large")
     assert (image is not None and image.mode == "RGB") == (status in ("ok", "truncated"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt != "HEIF"])
+def test_every_sixteenth_of_a_file(fmt):
+    """A file that ends anywhere gives an RGB image or a reason."""
+    data = encode(noise(), fmt)
+    found = [decode(data[: len(data) * n // 16], MAX)[0] for n in range(17)]
+    assert found[0] == "broken" and found[-1] == "ok" and set(found) <= {"ok", "truncated", "broken", "too_large"}
+
+
+def test_a_longer_side_than_any_camera_has_is_too_large():
+    """Pillow takes 70 bytes a pixel for an image of one column."""
+    assert decode(encode(Image.new("1", (1, 65_535)), "PNG"), MAX)[0] == "ok"
+    for size in ((1, 65_536), (65_536, 1)):
+        assert decode(encode(Image.new("1", size), "PNG"), MAX) == ("too_large", None)
 
 
 def test_perceptual_hash():

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from notellm2_core.notes.note import Note
-from notellm2_core.serving.embedding import EmbedderDown, EmbeddingProcess
+from notellm2_core.serving.embedding import EmbedderDown
+from notellm2_core.serving.embedding_process import EmbeddingProcess
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,63 @@
+"""The process of a model. What it imports has to be imported there: the process that starts it needs no torch."""
+
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from notellm2_core.config.methods import InputKind
+from notellm2_core.model.weights import saved_weights_id
+from notellm2_core.notes.note import Note, NoteWithImage
+from notellm2_core.runtime.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from notellm2_core.inference.embedder import Embedder
+
+Asked = tuple[Note, bytes | None, InputKind]  # a note, its picture, and what the model reads of it
+
+
+def embed_notes(pipe: Connection, model: Path, weights_id: str | None) -> None:
+    """Load the model, and send None, or why it cannot be loaded. Then answer each list of notes as `embed_each` does.
+
+    weights_id: a model with other weights is not loaded; None: any is.
+    """
+    die_with_parent()
+    from notellm2_core.inference.embedder import Embedder
+
+    try:
+        if weights_id is not None and (found := saved_weights_id(model)) != weights_id:
+            raise ValueError(f"its weights are {found}, not {weights_id}")
+        embedder = Embedder.from_pretrained(model)
+    except (ValueError, OSError, RuntimeError) as e:
+        pipe.send(f"the model {model} cannot be loaded: {e}")
+        return
+    pipe.send(None)
+    while True:
+        try:
+            notes = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(embed_each(embedder, notes))
+
+
+def embed_each(embedder: "Embedder", notes: Sequence[Asked]) -> list[np.ndarray | str]:
+    """Embed notes together: unit vectors [d]. Of those that cannot be embedded, a sentence that says why."""
+    results: list[np.ndarray | str] = [""] * len(notes)
+    places: dict[InputKind, list[int]] = {}
+    for place, (_, _, inputs) in enumerate(notes):
+        places.setdefault(inputs, []).append(place)
+    for inputs, group in places.items():
+        try:
+            vectors = embedder.embed([NoteWithImage(*notes[place][:2]) for place in group], inputs)
+        except (ValueError, RuntimeError, MemoryError) as e:
+            for place in group:
+                alone = len(group) == 1
+                results[place] = (
+                    f"the note cannot be embedded: {e}" if alone else embed_each(embedder, [notes[place]])[0]
+                )
+            continue
+        for place, vector in zip(group, vectors, strict=True):
+            results[place] = vector
+    return results
