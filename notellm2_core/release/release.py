@@ -29,7 +29,7 @@ from notellm2_core.lake.window import ResolvedWindow, weeks_of
 from notellm2_core.release.measure import trained_note_ids
 from notellm2_core.release.verdict import VERDICT_FILE, VERDICT_FILES
 from notellm2_core.runtime.files import sha256_of
-from notellm2_core.schema import GOLDEN_FILE
+from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
 
 NAME = "release"  # of the dataset
 SERVING_FOLDER = "serving"  # of the lake: what compaction makes of releases, by their ids
