@@ -100,7 +100,7 @@ class MilvusServer:
                 "storageType": "local", "security": {"authorizationEnabled": True},
                 "session": {"ttl": 6},  # seconds until a killed server's successor may take its place
             },
-            **ports, "proxy": {"port": self.port, "http": {"enabled": False}},
+            **ports, "proxy": {"port": self.port, "internalPort": free_port(), "http": {"enabled": False}},
             "queryCoord": ports["queryCoord"] | intervals,
             "dataCoord": ports["dataCoord"] | {"segment": {"assignmentExpiration": 200}},
         }  # fmt: skip

@@ -93,10 +93,12 @@ def writers() -> Iterator[Writers]:
 def server(request: pytest.FixtureRequest) -> Iterator[MilvusServer]:
     """A Milvus. Its binaries, 250 MB, stay in pytest's cache."""
     assert request.config.cache is not None
-    folder = Path(tempfile.mkdtemp(prefix="notellm2-milvus-"))
-    with milvus_server(request.config.cache.mkdir("milvus") / "2.3.5", folder) as running:
-        yield running
-    shutil.rmtree(folder, ignore_errors=True)
+    binaries, folder = request.config.cache.mkdir("milvus") / "2.3.5", Path(tempfile.mkdtemp(prefix="notellm2-milvus-"))
+    try:
+        with milvus_server(binaries, folder) as running:
+            yield running
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
