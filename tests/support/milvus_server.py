@@ -117,7 +117,7 @@ def milvus_server(binaries: Path, folder: Path) -> Iterator[MilvusServer]:
 
 
 def _started(binaries: Path, folder: Path) -> MilvusServer:
-    """A server of this version may panic while it starts on a busy machine: then there is another one."""
+    """A server panics where somebody has taken one of its ports since it was found free: then there is another one."""
     for attempts_left in range(_ATTEMPTS - 1, -1, -1):
         server = MilvusServer(binaries, folder / str(attempts_left))
         try:
