@@ -1,6 +1,7 @@
 """A section of the settings: a frozen model in which each field declares one setting."""
 
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
@@ -31,6 +32,15 @@ def is_null(value: Any) -> bool:
 def is_pretrained(value: Any) -> bool:
     """Likewise, for a setting that is `pretrained` by default."""
     return value == "pretrained"
+
+
+def http_address(value: str | None) -> str | None:
+    """`value`, unchanged. Raises ValueError for what is no address of a server, and for one with a password."""
+    parts = urlsplit(value or "http://-")
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        shown = (value or "").rpartition("@")[2]
+        raise ValueError(f"{shown} is no address like http://HOST:PORT, without a user or a password")
+    return value
 
 
 def no_address(value: Any) -> Any:

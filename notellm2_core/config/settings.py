@@ -17,7 +17,7 @@ from notellm2_core.config.methods import get_method
 from notellm2_core.config.milvus import require_milvus_url, without_password
 from notellm2_core.config.model import ModelSettings
 from notellm2_core.config.promotion import PromotionSettings, RetentionSettings
-from notellm2_core.config.section import Section, no_address
+from notellm2_core.config.section import Section, http_address, no_address
 from notellm2_core.config.source import SourceSettings
 from notellm2_core.config.training import PARTS, Part, TrainingSettings
 
@@ -70,10 +70,8 @@ class ServingSettings(Section):
         description="URL of a Milvus that searches the release, `milvus://USER@HOST:PORT` or `milvus://./FILE.db` "
         "(milvus-lite); a password comes from MILVUS_PASSWORD. null: FAISS, in the service's process.",
     )
-
-    embedder: str | None = Field(
+    embedder: Annotated[str | None, AfterValidator(http_address)] = Field(
         None,
-        pattern="^https?://[^/@]+(/|$)",
         description="URL of an embedder (`notellm2 embedder`), which has the models; its key comes from "
         "NOTELLM2_EMBEDDER_KEY. null: the models run in processes of the service's machine.",
     )

@@ -24,11 +24,11 @@ def embed_notes(pipe: Connection, model: Path, weights_id: str | None) -> None:
     weights_id: a model with other weights is not loaded; None: any is.
     """
     die_with_parent()
-    from notellm2_core.inference.embedder import Embedder
-
     try:
         if weights_id is not None and (found := saved_weights_id(model)) != weights_id:
             raise ValueError(f"its weights are {found}, not {weights_id}")
+        from notellm2_core.inference.embedder import Embedder
+
         embedder = Embedder.from_pretrained(model)
     except (ValueError, OSError, RuntimeError) as e:
         pipe.send(f"the model {model} cannot be loaded: {e}")

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from notellm2_core.cli import main
+from notellm2_core.config.section import http_address
+from notellm2_core.config.settings import ServingSettings
 from notellm2_core.lake.lake import Lake
 from notellm2_core.lake.ledger import Ledger
 from notellm2_core.release.promotion import promote
@@ -121,6 +123,32 @@ def test_other_machines_need_keys(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="needs --keys"):
             require_local_or_keys(host, Keys())
         require_local_or_keys(host, Keys.load(tmp_path / "keys.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "0.0.0.0"], "needs --keys"),
+        (["--model", "folder", "--release", "aaaa"], "takes the place of --config and --release"),
+        (["--model", "folder"], "folder holds no model"),
+    ],
+)
+def test_an_embedder_that_cannot_be_started_says_why(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["embedder", *options])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["gpu-box:8090", "ftp://gpu-box", "http://", "http://me:secret@gpu-box:8090"])
+def test_the_address_of_an_embedder(url: str) -> None:
+    assert ServingSettings(embedder="https://gpu-box:8090/v1").embedder == "https://gpu-box:8090/v1"
+    with pytest.raises(ValueError, match="is no address like http://HOST:PORT"):
+        ServingSettings(embedder=url)
+    with pytest.raises(ValueError, match="gpu-box:8090 is no address") as error:
+        http_address("http://me:secret@gpu-box:8090")
+    assert "secret" not in str(error.value)
 
 
 def test_keys_are_printed_once_and_kept_as_hashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
