@@ -60,7 +60,7 @@ function questions({ noteId, words, image }, signal) {
   const kinds = isWhole && shown.inputs.length ? shown.inputs : ["multimodal"];
   const question = (release, inputs) => {
     const options = { k: K, inputs, release };
-    const name = [headingOf(release), kinds.length > 1 ? INPUTS[inputs] : ""].filter(Boolean).join(", ");
+    const name = [kinds.length > 1 ? INPUTS[inputs] : "", headingOf(release)].filter(Boolean).join(" · ");
     if (noteId !== undefined) return { name, get: () => ask(path(noteId, release, "/similar", options), { signal }) };
     return { name, get: () => ask("/similar", { body: { title: words, image, ...options }, signal }) };
   };
