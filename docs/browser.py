@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ def browser_path() -> str:
     if browser is None:
         raise ValueError(f"none of {', '.join(BROWSERS)} is on PATH; install a Chromium browser.")
     return browser
+
+
+class PageLeft(RuntimeError):
+    """The page that was asked has been left for another."""
 
 
 class Browser:
@@ -89,7 +94,8 @@ class Browser:
         while (answer := self._read()).get("id") != self._number:
             self.events.append(answer)
         if "error" in answer:
-            raise RuntimeError(f"{method}: {answer['error']['message']}")
+            said = answer["error"]["message"]
+            raise (PageLeft if "navigated" in said else RuntimeError)(f"{method}: {said}")
         result: dict[str, Any] = answer["result"]
         return result
 
@@ -121,6 +127,12 @@ class Browser:
             raise RuntimeError(f"{url}: {problem}")
         self.wait(f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url.split('?')[0])})")
 
+    def reload(self) -> None:
+        """Load the page again, as `open` does."""
+        self.run("window.isBefore = true")
+        self.call("Page.reload")
+        self.wait("!window.isBefore && document.readyState === 'complete'")
+
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited. Raises RuntimeError with what it throws."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
@@ -131,10 +143,12 @@ class Browser:
     def wait(self, condition: str) -> Any:
         """The first true value of a JavaScript expression. Raises AssertionError, with what the page shows."""
         deadline = time.monotonic() + self._seconds
-        while not (value := self.run(condition)):
+        while True:
+            with suppress(PageLeft):
+                if value := self.run(condition):
+                    return value
             assert time.monotonic() < deadline, f"{condition}\nis not so:\n{self.run('document.body.innerText')}"
             time.sleep(0.02)
-        return value
 
     def press(self, key: str, is_shifted: bool = False) -> None:
         """Press and release a key: one of Tab, Enter, Escape, and the space."""

@@ -24,7 +24,8 @@ export function columnsOf(columns, isNarrow, more, button) {
     const aboutOf = (hit) => [...more(hit), ...(isMarked(hit) ? [tag("only here")] : [])];
     if (name) column.append(head(name, alone.length));
     if (error) column.append(make("p", { className: "problem", role: "alert", textContent: error.message }));
-    else column.append(list(answer, isNarrow, aboutOf, button));
+    else if (answer.hits.length) column.append(list(answer, isNarrow, aboutOf, button));
+    else column.append(make("p", { className: "soft", textContent: "Nothing is near." }));
     return column;
   });
 }

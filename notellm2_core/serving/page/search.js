@@ -47,7 +47,7 @@ async function meaning(file, signal) {
   const { id, words } = shown;
   if (id) return { noteId: id };
   if (!words && !file) return null;
-  if (file) return { words, image: await base64(file) };
+  if (file) return { words, image: file };
   if (!/^(?!\.{1,2}$)[^\s/]{1,128}$/u.test(words)) return { words };
   const found = await note(words, compared()[0]);
   signal.throwIfAborted();
@@ -60,11 +60,18 @@ function questions({ noteId, words, image }, signal) {
   const kinds = isWhole && shown.inputs.length ? shown.inputs : ["multimodal"];
   const question = (release, inputs) => {
     const options = { k: K, inputs, release };
-    const name = [headingOf(release), kinds.length > 1 ? INPUTS[inputs] : ""].filter(Boolean).join(", ");
+    const name = [kinds.length > 1 ? INPUTS[inputs] : "", headingOf(release)].filter(Boolean).join(" · ");
     if (noteId !== undefined) return { name, get: () => ask(path(noteId, release, "/similar", options), { signal }) };
-    return { name, get: () => ask("/similar", { body: { title: words, image, ...options }, signal }) };
+    const body = { title: words, ...options };
+    return { name, get: () => ask("/similar", { body: image ? form({ ...body, image }) : body, signal }) };
   };
   return compared().flatMap((release) => kinds.map((inputs) => question(release, inputs)));
+}
+
+function form(fields) {
+  const data = new FormData();
+  for (const [name, value] of Object.entries(fields)) data.append(name, value);
+  return data;
 }
 
 function examples() {
@@ -96,14 +103,4 @@ function queryCard(noteId) {
   const content = make("span", { className: "content", dir: "auto" });
   note(noteId, release).then((found) => (content.textContent = found?.content ?? ""), () => {});
   return make("ul", { className: "list" }, card(noteId, release, { details: [content], button: adder(noteId) }));
-}
-
-async function base64(file) {
-  const url = await new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error(`The file ${file.name} cannot be read.`));
-    reader.readAsDataURL(file);
-  });
-  return url.slice(url.indexOf(",") + 1);
 }

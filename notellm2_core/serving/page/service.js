@@ -13,7 +13,7 @@ export class Refused extends Error {
   }
 }
 
-/** The JSON that a route answers with. Throws Refused, and what `signal` is aborted with. */
+/** The JSON that a route answers with. body: an object or a form. Throws Refused, and what `signal` is aborted with. */
 export async function ask(path, { body, signal } = {}) {
   const answer = await send(path, body, signal);
   return json(answer, signal);
@@ -28,13 +28,16 @@ export async function askPicture(path) {
 async function send(path, body, signal) {
   const headers = { Accept: "application/json" };
   if (key()) headers.Authorization = `Bearer ${key()}`;
-  if (body) headers["Content-Type"] = "application/json";
+  if (body && !(body instanceof FormData)) {
+    headers["Content-Type"] = "application/json";
+    body = JSON.stringify(body);
+  }
   let answer;
   try {
-    answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+    answer = await fetch(path, { method: body ? "POST" : "GET", headers, body, signal });
   } catch {
     signal?.throwIfAborted();
-    throw new Refused("The service does not answer. Perhaps it is not running, or the picture is too large for it.");
+    throw new Refused("The service does not answer. Perhaps it is not running, or the picture cannot be read.");
   }
   if (!answer.ok) throw await refusal(answer, signal);
   return answer;

@@ -117,7 +117,7 @@ def test_the_same_query_under_two_releases_side_by_side(page: Page) -> None:
     page.browser.wait(SETTLED + " && document.querySelectorAll('#feed h3').length === 2")
     feeds = [page.ids(f"#feed > :nth-child({n})") for n in (1, 2)]
     assert feeds == [page.ask("/recall", history=["n02"], k=12, release=release) for release in (FIRST, SECOND)]
-    page.browser.call("Page.reload")  # the address says all of it
+    page.browser.reload()  # the address says all of it
     page.browser.wait(SETTLED + " && document.querySelectorAll('#columns h3').length === 2")
     page.open(id="n01", release=[FIRST, "cccc3333"])
     assert "Release 'cccc3333' is not in memory." in page.text("#columns > :nth-child(2)")
@@ -271,7 +271,7 @@ def test_what_goes_wrong_is_told_in_a_sentence(page: Page, monkeypatch: pytest.M
     page.click("#problem button")
     assert page.ids("#columns") and page.ids("#feed")
     assert not page.browser.run("document.querySelector('#problem').checkVisibility()")
-    monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1 << 20)
+    monkeypatch.setitem(guard._LIMITS, "/similar", 1 << 20)
     Image.new("RGB", (1200, 1200)).save(tmp_path / "large.bmp")  # the answer comes before all of it has been sent
     page.browser.drop(tmp_path / "large.bmp", "#drop")
     page.browser.wait(f"document.querySelector('#problem').checkVisibility() && {SETTLED}")
@@ -297,7 +297,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(page: Page, tmp_path: Path
         assert not browser.run("document.querySelector('#key-form').checkVisibility()")
         kept = "[localStorage.length, document.cookie, location.href, document.documentElement.outerHTML].join()"
         assert secret not in browser.run(kept) and browser.run(kept).startswith("0,,")
-        browser.call("Page.reload")
+        browser.reload()
         browser.wait("document.querySelectorAll('#feed .card').length")
         browser.run("document.querySelector('#forget-key').click()")
         browser.wait("document.querySelector('#problem')?.innerText.includes('asks for a key')")
