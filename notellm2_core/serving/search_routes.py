@@ -136,12 +136,12 @@ def add_events(app: FastAPI, service: Service, keys: Keys, takes_events: bool) -
             Event(
                 event.user_id, event.note_id, event.event,
                 datetime.fromtimestamp(now if event.timestamp is None else event.timestamp, UTC).replace(tzinfo=None),
-                event.answer, event.release,
+                event.answer, event.release, event.event_id,
             )
             for event in body.events
         ]  # fmt: skip
-        await writes.run(keep_events, service.log, events)
-        return EventsAnswer(kept=len(events))
+        repeated = await writes.run(keep_events, service.log, events)
+        return EventsAnswer(kept=len(events), repeated=repeated)
 
 
 def _answer(

@@ -459,7 +459,9 @@ def test_events_are_kept_and_become_files(running: Running, tmp_path: Path) -> N
     refused = running.client.post("/events", json=body)
     assert refused.status_code == 409 and "serving.events" in refused.json()["detail"]
     with TestClient(make_app(running.service, Keys(), takes_events=True), base_url=URL) as client:
-        assert client.post("/events", json=body).json() == {"kept": 1}
+        assert client.post("/events", json=body).json() == {"kept": 1, "repeated": 0}
+        own = {"events": [{**body["events"][0], "user_id": "other", "event_id": "e1"}]}
+        assert [client.post("/events", json=own).json()["repeated"] for _ in range(2)] == [0, 1]
         body["events"][0] |= {"timestamp": None, "answer": "a", "release": "aaaa1111"}
         assert client.post("/events", json=body).status_code == 200
         for wrong in (
