@@ -4,10 +4,16 @@ import argparse
 import ipaddress
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from notellm2_core.serving.keys import SCOPES, Keys, add_key
+
+if TYPE_CHECKING:
+    from notellm2_core.lake.ledger import State
+    from notellm2_core.serving.experiment import Experiment
+    from notellm2_core.serving.service import Service
 
 PORT = 8080
 KINDS = ("ab", "interleave")  # of experiments; here, because the parser imports no more than it needs
@@ -26,7 +32,8 @@ def add_serving_commands(commands: Any) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     serve.add_argument("--port", type=int, default=PORT, help="default: %(default)s")
     serve.add_argument("--experiment", choices=KINDS, help="two releases beside each other, on a share of the users")
-    serve.add_argument("--challenger", help="id of the second release of an experiment")
+    challenger = "id of the second release of an experiment; previous: with each new champion, the one before it"
+    serve.add_argument("--challenger", help=challenger)
     serve.add_argument("--share", type=float, default=0.5, help="of the users; default: %(default)s")
     serve.set_defaults(run=_serve)
 
@@ -86,7 +93,7 @@ def _serve(options: argparse.Namespace) -> None:
         log = stack.enter_context(closing(NoteLog.open(log_url(config, ledger, options.log))))
         service = stack.enter_context(closing(Service(lake, log, release, Catalog(config).source)))
         if options.experiment is not None:
-            service.begin(Experiment(options.experiment, options.challenger, options.share))
+            _begin(service, Experiment(options.experiment, options.challenger, options.share), ledger.state())
         stack.enter_context(closing(Watcher(service, ledger, follows_champion=options.release is None)))
         events = config.serving.events
         if events is not None:
@@ -94,6 +101,19 @@ def _serve(options: argparse.Namespace) -> None:
         threadpool_limits(1, "blas")  # products of small matrices, on the threads that search
         app = make_app(service, keys, takes_events=events is not None)
         uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+
+
+def _begin(service: "Service", experiment: "Experiment", state: "State") -> None:
+    """Begin an experiment; with PREVIOUS, now if the champion was promoted, and with each new one."""
+    from notellm2_core.serving.experiment import PREVIOUS
+
+    challenger: str | None = experiment.challenger
+    if challenger == PREVIOUS:
+        service.after_switch = experiment
+        was_promoted = bool(state.reigns) and state.reigns[-1].action == "promoted"
+        challenger = state.previous if was_promoted else None
+    if challenger is not None:
+        service.begin(replace(experiment, challenger=challenger))
 
 
 def _compact(options: argparse.Namespace) -> None:
@@ -111,7 +131,8 @@ def _compact(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     with _extra():
-        from notellm2_core.serving.experiment_report import compare, preference, read_exposures, to_markdown
+        from notellm2_core.serving.experiment_report import read_exposures, to_markdown
+        from notellm2_core.serving.exposures import compare, preference
     from notellm2_core.config.load import config_in_force
     from notellm2_core.config.source import EventSettings
     from notellm2_core.lake.lake import Lake

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from notellm2_core.serving.events import Event, keep_events
-from notellm2_core.serving.experiment import interleaved, new_answer_id
+from notellm2_core.serving.experiment import NO_EXPERIMENT, interleaved, new_answer_id
 from notellm2_core.serving.guard import needs
 from notellm2_core.serving.keys import Keys
 from notellm2_core.serving.live_index import Answer
@@ -72,14 +72,14 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
     async def recall(body: RecallRequest) -> Response:
         """Recommendations for a history: the neighbours of its notes, merged."""
         deadline = time.monotonic() + body.deadline_ms / 1000
-        kind, chosen = service.releases_of(body.user_id)
+        prefix, chosen = service.releases_of(body.user_id)
         if body.release:
-            kind, chosen = "none", [reader.in_memory(body.release)]
+            prefix, chosen = NO_EXPERIMENT, [reader.in_memory(body.release)]
         by = [await reader.up_to(body.min_seq, release) for release in chosen]
         history = {
             n if isinstance(n, str) else n.note_id: 1.0 if isinstance(n, str) else n.weight for n in body.history
         }
-        exclude, answer_id = frozenset(body.exclude), new_answer_id(kind)
+        exclude, answer_id = frozenset(body.exclude), new_answer_id(prefix)
         answers = await asyncio.gather(
             *(searches.run(r.index.recall, history, body.k, body.merge, exclude, deadline) for r in by)
         )

@@ -70,9 +70,7 @@ def test_an_event_is_in_one_file_wherever_the_writer_is_killed(
     assert written(tmp_path) == [f"u{n}" for n in range(8)]
 
 
-def test_an_event_that_is_sent_again_counts_once(
-    log: NoteLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_event_that_is_sent_again_counts_once(log: NoteLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within one call, in a later one, and after the first is in a file; those without an id count each time."""
     assert keep_events(log, [event(1, event_id="a"), event(2), event(3, event_id="a")]) == 1
     assert keep_events(log, [event(4, event_id="a"), event(5, event_id="b"), event(2)]) == 1

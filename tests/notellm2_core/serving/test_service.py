@@ -26,7 +26,7 @@ from notellm2_core.release.release import Release
 from notellm2_core.serving.app import make_app
 from notellm2_core.serving.compaction import compact
 from notellm2_core.serving.events import write_event_files
-from notellm2_core.serving.experiment import Experiment
+from notellm2_core.serving.experiment import NO_EXPERIMENT, PREVIOUS, Experiment, answer_prefix
 from notellm2_core.serving.keys import Keys, Scope, add_key
 from notellm2_core.serving.log import NoteLog, Write
 from notellm2_core.serving.service import Service
@@ -451,6 +451,27 @@ def test_an_experiment_gives_each_user_one_release_or_lists_of_both(running: Run
         }
     finally:
         service.experiment = None
+        service.activate("aaaa1111")
+
+
+def test_each_new_release_is_compared_with_the_one_before(running: Running) -> None:
+    """Until somebody goes back: then nobody gets what was left."""
+    service = running.service
+    service.after_switch = Experiment("interleave", PREVIOUS, 1.0)
+    try:
+        with service._switching:  # the other release leaves the memory, as it does before a new one
+            for served in service._served[1:]:
+                served.release.close()
+            service._served = service._served[:1]
+        service.activate("bbbb2222")
+        assert service.experiment == Experiment("interleave", "aaaa1111", 1.0)
+        prefix, chosen = service.releases_of("somebody")
+        assert [release.id for release in chosen] == ["bbbb2222", "aaaa1111"]
+        assert prefix == answer_prefix("interleave", "bbbb2222", "aaaa1111")
+        service.activate("aaaa1111")
+        assert service.experiment is None and service.releases_of("somebody")[0] == NO_EXPERIMENT
+    finally:
+        service.after_switch = None
         service.activate("aaaa1111")
 
 
