@@ -15,6 +15,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from notellm2_core.embeddings.table import read_embeddings
 from notellm2_core.lake.lake import Lake
@@ -24,7 +25,9 @@ from notellm2_core.retrieval.index import Index
 from notellm2_core.retrieval.neighbour_table import NeighbourTable, write_neighbours
 from notellm2_core.runtime.files import new_folder
 from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER
-from notellm2_core.serving.log import NoteLog
+
+if TYPE_CHECKING:  # who only opens a release needs no database
+    from notellm2_core.serving.log import NoteLog
 
 TABLE, METADATA = "table", "base.json"
 OF_RELEASE = "release"  # in place of a mark
@@ -55,7 +58,7 @@ class Base:
         return min(self.waiting, default=self.cut_seq + 1) - 1
 
 
-def open_base(lake: Lake, release: Release, log: NoteLog) -> Base:
+def open_base(lake: Lake, release: Release, log: "NoteLog") -> Base:
     """The newest base of a release that can be opened and answers its golden queries. The table of a release is made
     when it is first asked for, which takes minutes for a million notes.
 
@@ -70,6 +73,11 @@ def open_base(lake: Lake, release: Release, log: NoteLog) -> Base:
                 raise
             _LOGGER.warning("the base %s is left out: %s", base_folder(lake, release.id, mark), e)
     raise AssertionError("the base of the release itself is always there")
+
+
+def open_release_base(lake: Lake, release: Release) -> Base:
+    """The release itself, without what was written after it. Raises as `open_base`."""
+    return _open_base(lake, release, OF_RELEASE, 0)
 
 
 def _open_base(lake: Lake, release: Release, mark: str, cut: int) -> Base:
@@ -94,7 +102,7 @@ def _write_table(release: Release, index: Index, folder: Path) -> None:
         write_neighbours(index, vectors, draft)
 
 
-def marked_bases(lake: Lake, release_id: str, log: NoteLog) -> list[tuple[str, int]]:
+def marked_bases(lake: Lake, release_id: str, log: "NoteLog") -> list[tuple[str, int]]:
     """The bases of a release for this log: their marks, and their places in it. The newest comes last."""
     folder = lake.root / SERVING_FOLDER / release_id
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []

@@ -42,13 +42,9 @@ def add_serving_commands(commands: Any) -> None:
     compact.add_argument("--log", help=log)
     compact.set_defaults(run=_compact)
 
-    experiments = commands.add_parser("experiments", help="what an experiment of the service says")
-    experiments.add_argument("what", choices=KINDS, help="ab: a release per user; interleave: lists of both")
-    experiments.add_argument("--config", type=Path, help="that of the service; default: NOTELLM2_CONFIG")
-    experiments.add_argument("--champion", required=True, help="id of the release that most users had")
-    experiments.add_argument("--challenger", required=True, help="id of the other release")
-    experiments.add_argument("--events", type=Path, help="folder of the events; default: serving.events")
-    experiments.set_defaults(run=_report)
+    _add_experiments(
+        commands.add_parser("experiments", help="two releases beside each other: what users did, or would")
+    )
 
     keys = commands.add_parser("keys", help="add a key of the service, and print it once")
     keys.add_argument("action", choices=["add"])
@@ -56,6 +52,23 @@ def add_serving_commands(commands: Any) -> None:
     keys.add_argument("--name", required=True, help="whose key it is")
     keys.add_argument("--scope", choices=SCOPES, default="read", help="default: %(default)s")
     keys.set_defaults(run=_add_key)
+
+
+def _add_experiments(experiments: argparse.ArgumentParser) -> None:
+    kinds = experiments.add_subparsers(required=True, metavar="|".join((*KINDS, "replay")))
+    config = "that of the service; default: NOTELLM2_CONFIG"
+    for kind, what in zip(KINDS, ("a release per user", "lists of both"), strict=True):
+        report = kinds.add_parser(kind, help=f"what an experiment of the service says: {what}")
+        report.add_argument("--config", type=Path, help=config)
+        report.add_argument("--champion", required=True, help="id of the release that most users had")
+        report.add_argument("--challenger", required=True, help="id of the other release")
+        report.add_argument("--events", type=Path, help="folder of the events; default: serving.events")
+        report.set_defaults(run=_report, what=kind)
+    offline = kinds.add_parser("replay", help="the held-out clicks of the challenger's week, asked of both")
+    offline.add_argument("champion", help="id of the release that was live")
+    offline.add_argument("challenger", help="id of the other release")
+    offline.add_argument("--config", type=Path, help=config)
+    offline.set_defaults(run=_replay)
 
 
 def _add_key(options: argparse.Namespace) -> None:
@@ -149,6 +162,17 @@ def _report(options: argparse.Namespace) -> None:
     notes = Index.load(champion.path / INDEX_FOLDER).rows.keys()
     won = preference(exposures) if options.what == "interleave" else None
     print(to_markdown(compare(exposures, notes), won, exposures))
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from notellm2_core.config.load import config_in_force
+    from notellm2_core.config.settings import ReplaySettings
+    from notellm2_core.lake.lake import Lake
+    from notellm2_core.serving.replay import replay, to_markdown
+
+    config = config_in_force(str(options.config or ""))
+    settings = ReplaySettings.of(config.evaluation)
+    print(to_markdown(replay(Lake(config.lake), options.champion, options.challenger, settings)))
 
 
 @contextmanager
