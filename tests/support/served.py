@@ -2,7 +2,12 @@
 
 import json
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import uvicorn
 
 from notellm2_core.config.settings import IndexSettings
 from notellm2_core.embeddings.table import read_embeddings
@@ -15,10 +20,15 @@ from notellm2_core.release.verdict import VERDICT_FILE
 from notellm2_core.retrieval.build import build_index
 from notellm2_core.retrieval.index import Index
 from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER, NOTES_TABLE
+from notellm2_core.serving.app import make_app
+from notellm2_core.serving.keys import Keys
+from notellm2_core.serving.service import Service
 from notellm2_core.training.state.save import save_model
 from notellm2_core.vision.encoder import load_vision_encoder
+from tests.support.cluster import free_port
 from tests.support.released import TRAINING_SUMMARY
 from tests.support.tiny_model import tiny_config
+from tests.support.waiting import wait_for
 
 NUM_GOLDEN, NUM_NEIGHBOURS = 5, 3
 
@@ -55,3 +65,18 @@ def serve_release(lake: Lake, release_id: str, source: Path, seed: int = 0, dim:
         for name, content in files.items():
             (draft.path / name).write_text(json.dumps(content))
     return open_release(lake, release_id)
+
+
+@contextmanager
+def listening(service: Service, keys: Keys, takes_events: bool = False) -> Iterator[str]:
+    """The address of a server of the service."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(make_app(service, keys, takes_events), port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()

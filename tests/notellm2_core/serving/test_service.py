@@ -8,14 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -30,9 +28,8 @@ from notellm2_core.serving.experiment import NO_EXPERIMENT, PREVIOUS, Experiment
 from notellm2_core.serving.keys import Keys, Scope, add_key
 from notellm2_core.serving.log import NoteLog, Write
 from notellm2_core.serving.service import Service
-from tests.support.cluster import free_port
 from tests.support.released import png, write_release
-from tests.support.served import serve_release
+from tests.support.served import listening, serve_release
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.slow
@@ -186,21 +183,6 @@ def test_the_page_loads_nothing_from_elsewhere(running: Running) -> None:
         text = running.client.get(f"/page/{name}").text
         assert text and "http://" not in text and "https://" not in text
     assert running.client.get("/page/..%2Fapp.py").status_code == 404
-
-
-@contextmanager
-def listening(service: Service, keys: Keys, takes_events: bool = False) -> Iterator[str]:
-    """The address of a server of the service."""
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(make_app(service, keys, takes_events), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        wait_for(lambda: server.started)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.mark.browser
