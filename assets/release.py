@@ -14,7 +14,7 @@ from assets.resources.history import sweep_history
 from assets.resources.metadata import image_markdown, table
 from assets.resources.pipeline import user_errors
 from assets.resources.steps import GPU, PROCESS, Machine, Metrics, Step, dataset
-from notellm2_core.lake.catalog import IMAGE_LIFT, NOTES_PROFILE, Catalog
+from notellm2_core.lake.catalog import CHAMPION, IMAGE_LIFT, NOTES_PROFILE, Catalog
 from notellm2_core.lake.ledger import State
 from notellm2_core.lake.lineage import STAGES
 from notellm2_core.lake.window import first_day_of_week
@@ -135,3 +135,13 @@ def release(step: Step) -> Metrics:
     start = step.catalog.start
     parent = None if start is None else open_release(step.catalog.lake, start)
     return write_release(step.draft, step.inputs, step.config, step.catalog.window, parent, step.catalog.posted)
+
+
+@dataset("release", {"faiss"}, on=PROCESS, show={"replay": ["replay.md"]})
+def offline_replay(step: Step) -> Metrics:
+    """The held-out clicks of the week, asked of the new release and of the one that was live; it stops nothing."""
+    champion = step.catalog.rivals.get(CHAMPION)
+    step.command([sys.executable, "-m", "notellm2_core.serving.replay", "--config", write_config(step.catalog),
+                  *(["--champion", champion] if champion is not None else []),
+                  "--challenger", step.inputs["release"].manifest.fingerprint, "--out", step.out])  # fmt: skip
+    return json.loads((step.out / "replay.json").read_text())

@@ -5,18 +5,19 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
 from notellm2_core.config.load import load_config
-from notellm2_core.config.settings import IndexSettings
+from notellm2_core.config.settings import Config, IndexSettings
 from notellm2_core.embeddings.shards import write_shard
-from notellm2_core.embeddings.table import Embeddings
+from notellm2_core.embeddings.table import WEIGHTS_ID, Embeddings
 from notellm2_core.lake.lake import Lake
 from notellm2_core.lake.ledger import Ledger
 from notellm2_core.model.build import build_model
@@ -36,7 +37,8 @@ from notellm2_core.vision.encoder import load_vision_encoder
 
 ROOT = Path(__file__).parents[1]
 RELEASE = "0123456789abcdef"
-_SUMMARY = {"steps": 0, "num_train_pairs": 0, "num_train_notes": 0, "num_validation_pairs": 0,
+TRAIN_DAYS = ("2025-01-05", "2025-01-19")
+SUMMARY = {"steps": 0, "num_train_pairs": 0, "num_train_notes": 0, "num_validation_pairs": 0,
             "validation_recall_at_10": 0.0}  # fmt: skip
 _WRITES = 1000  # of a transaction
 
@@ -51,6 +53,16 @@ class Site:
     def config_file(self) -> Path:
         return self.folder / "site.yaml"
 
+    def configure(self, events: Path | None = None, **model: Any) -> Config:
+        """Write its configuration: the tiny one with these settings of the model. events: see `serving.events`."""
+        settings = yaml.safe_load((ROOT / "pipelines/configs/tiny.yaml").read_text())
+        settings |= {"name": "site", "lake": str(self.folder / "lake")}
+        settings |= {"serving": {"events": None if events is None else str(events)}}
+        settings["model"] |= model
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config_file.write_text(yaml.safe_dump(settings))
+        return load_config(self.config_file)
+
     @property
     def log(self) -> str:
         """The URL of its log."""
@@ -63,18 +75,10 @@ class Site:
         return str(Index.load(open_release(lake, RELEASE).path / INDEX_FOLDER).weights_id)
 
     @contextmanager
-    def serving(self, port: int, output: Path) -> Iterator[subprocess.Popen[bytes]]:
+    def serving(self, port: int, output: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
         """`notellm2 serve`, ready; killed at the end."""
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "notellm2_core.cli",
-            "serve",
-            "--config",
-            str(self.config_file),
-        ]
+        command = [sys.executable, "-W", "ignore", "-m", "notellm2_core.cli", "serve"]
+        command += ["--config", str(self.config_file), *options]
         with output.open("ab") as out:
             process = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=out, cwd=ROOT)
         try:
@@ -99,22 +103,31 @@ def is_ready(port: int) -> bool:
 
 def make_site(folder: Path, vectors: np.ndarray, factory: str) -> Site:
     """A release of these vectors [N, d], whose notes are n0000000, n0000001, ..., by a tiny model of width d."""
-    settings = yaml.safe_load((ROOT / "pipelines/configs/tiny.yaml").read_text())
-    settings |= {"name": "site", "lake": str(folder / "lake")}
-    settings["model"]["projection_dim"] = vectors.shape[1]
     site = Site(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    site.config_file.write_text(yaml.safe_dump(settings))
-    config = load_config(site.config_file)
-    lake, ids = Lake(config.lake), [f"n{n:07d}" for n in range(len(vectors))]
-    with lake.publish(NAME, RELEASE, {"checkpoint": "none"}, {}) as draft:
-        load_vision_encoder(config.model.vision).save_pretrained(draft.path / "vision")
+    config = site.configure(projection_dim=vectors.shape[1])
+
+    def save(out: Path) -> None:
+        load_vision_encoder(config.model.vision).save_pretrained(out.parent / "vision")
         model, processor = build_model(config, folder / "cache")
-        days = ("2025-01-05", "2025-01-19")
-        save_model(model, processor, draft.path / "vision", draft.path / "model", config, days, _SUMMARY)
-        embeddings = Embeddings(tuple(ids), vectors, weights_id="of the site")
+        save_model(model, processor, out.parent / "vision", out, config, TRAIN_DAYS, SUMMARY)
+
+    lake = Lake(config.lake)
+    embeddings = Embeddings(tuple(f"n{n:07d}" for n in range(len(vectors))), vectors, weights_id="of the site")
+    write_release(lake, RELEASE, embeddings, save, factory)
+    promote(lake, Ledger(lake.root, config.name), RELEASE)
+    return site
+
+
+def write_release(
+    lake: Lake, release_id: str, embeddings: Embeddings, save: Callable[[Path], None], factory: str = "Flat"
+) -> None:
+    """A release of these vectors, whose model `save` writes into the folder that it is given."""
+    ids, vectors = list(embeddings.note_ids), embeddings.vectors
+    with lake.publish(NAME, release_id, {"checkpoint": f"of {release_id}"}, {}) as draft:
+        save(draft.path / "model")
         (draft.path / "embeddings").mkdir()
-        write_shard(draft.path / "embeddings" / "part.parquet", ids, vectors, {"weights": "of the site"})
+        metadata = {WEIGHTS_ID.decode(): str(embeddings.weights_id)}
+        write_shard(draft.path / "embeddings" / "part.parquet", ids, vectors, metadata)
         save_index(embeddings, draft.path / INDEX_FOLDER, IndexSettings(factory=factory, search_k=100), 2)
         write_neighbours_of(draft.path / INDEX_FOLDER, draft.path / "embeddings", draft.path / NEIGHBOURS_FOLDER)
         rows = np.linspace(0, len(ids) - 1, NUM_QUERIES).astype(int)
@@ -126,8 +139,6 @@ def make_site(folder: Path, vectors: np.ndarray, factory: str) -> Site:
         }
         for name, content in files.items():
             (draft.path / name).write_text(json.dumps(content))
-    promote(lake, Ledger(lake.root, "site"), RELEASE)
-    return site
 
 
 def write_log(site: Site, fresh: np.ndarray, deleted: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from notellm2_core.config.options import add_options, settings_from
 from notellm2_core.config.settings import IndexSettings, ReportSettings
-from notellm2_core.config.source import DemoSettings, NoteReadingSettings, SourceSettings
+from notellm2_core.config.source import NoteReadingSettings, SourceSettings
+from notellm2_core.demo.commands import add_demo_commands
 from notellm2_core.release.commands import add_release_commands
 from notellm2_core.runtime.errors import user_errors
 from notellm2_core.serving.commands import add_serving_commands
@@ -69,12 +70,6 @@ def _check(options: argparse.Namespace) -> None:
     sys.exit(1 if report["stops"] else 0)
 
 
-def _demo(options: argparse.Namespace) -> None:
-    from notellm2_core.demo import generate
-
-    print(json.dumps(generate(options.out, settings_from(options, DemoSettings))))
-
-
 def _describe(options: argparse.Namespace) -> None:
     from notellm2_core.config.load import load_config
     from notellm2_core.model.describe import describe
@@ -128,10 +123,7 @@ def _index_build(options: argparse.Namespace) -> None:
 
 
 def _add_model_commands(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="write the demo world: notes, images and behaviour logs")
-    demo.add_argument("--out", type=Path, required=True)
-    add_options(demo, DemoSettings, *DemoSettings.model_fields)
-    demo.set_defaults(run=_demo)
+    add_demo_commands(commands.add_parser("demo", help="write the demo world: notes, images and behaviour logs"))
 
     describe = commands.add_parser("describe", help="print the parameter counts of a model, as JSON; reads no weights")
     describe.add_argument("--config", type=Path, required=True)

@@ -9,7 +9,7 @@ def ensure_source(context: dg.AssetExecutionContext, catalog: Catalog) -> None:
     """Generate the demo world, unless source.path is set or it exists. Raises ValueError if source.demo is null too."""
     if catalog.config.source.path is not None or catalog.lake.find("demo_world", catalog.source.name):
         return
-    from notellm2_core.demo import generate
+    from notellm2_core.demo.world import generate
 
     world = catalog.config.source.demo
     assert world is not None  # catalog.source raises without it

@@ -111,7 +111,17 @@ class SaliencySettings(Section):
         return self
 
 
-class EvaluationSettings(SaliencySettings, ReportSettings):
+class ReplaySettings(Section):
+    """What `offline_replay` asks the new release and the champion."""
+
+    replay_clicks: int = Field(
+        2000, ge=0, description="Held-out clicks, about: of random users, all of each one's. 0: nothing is asked."
+    )
+    replay_history: int = Field(50, gt=0, le=500, description="Newest clicked notes before a click that are sent.")
+    replay_k: int = Field(100, gt=0, le=1000, description="Notes of an answer.")
+
+
+class EvaluationSettings(SaliencySettings, ReportSettings, ReplaySettings):
     """How a trained model is measured."""
 
 

@@ -15,7 +15,7 @@ from notellm2_core.config.data import (
 from notellm2_core.config.model import ModelSettings
 from notellm2_core.config.promotion import GateSettings
 from notellm2_core.config.section import Section
-from notellm2_core.config.settings import Config, ExportSettings, ReportSettings, SaliencySettings
+from notellm2_core.config.settings import Config, ExportSettings, ReplaySettings, ReportSettings, SaliencySettings
 from notellm2_core.config.source import EventReadingSettings, EventSettings, NoteReadingSettings
 from notellm2_core.config.training import MiningSettings, RunSettings, SelectionSettings, TrainingSettings
 from notellm2_core.runtime.nested import get_settings
@@ -142,6 +142,9 @@ STAGES: Mapping[str, Stage] = {
     "release": Stage(
         ("checkpoint", "note_embeddings", "faiss_index", "eval_recall", "pair_datasets", "verdict", "canary"), (),
         version=2,
+    ),
+    "offline_replay": Stage(
+        ("release", "rival_embeddings", "interactions"), settings_of("evaluation", ReplaySettings)
     ),
 }  # fmt: skip
 

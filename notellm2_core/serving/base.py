@@ -12,8 +12,9 @@ and has gone another way since.
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from notellm2_core.lake.lake import Lake
 from notellm2_core.release.release import SERVING_FOLDER, Release
@@ -21,7 +22,9 @@ from notellm2_core.release.served import served_releases
 from notellm2_core.retrieval.neighbour_table import NeighbourTable
 from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER, NEIGHBOURS_FOLDER
 from notellm2_core.serving.engine import BaseFiles, BaseIndex, Engine, EngineDown, FaissEngine
-from notellm2_core.serving.log import NoteLog
+
+if TYPE_CHECKING:  # who only opens a release needs no database
+    from notellm2_core.serving.log import NoteLog
 
 METADATA = "base.json"
 OF_RELEASE = "release"  # in place of a mark
@@ -53,7 +56,7 @@ class Base:
         return min(self.waiting, default=self.cut_seq + 1) - 1
 
 
-def open_base(lake: Lake, release: Release, log: NoteLog, engine: Engine | None = None) -> Base:
+def open_base(lake: Lake, release: Release, log: "NoteLog", engine: Engine | None = None) -> Base:
     """The newest base of a release that can be opened and answers as it should.
 
     engine: where it is searched; None: FAISS. A compacted base that is damaged is left out, with a warning. Raises
@@ -61,28 +64,35 @@ def open_base(lake: Lake, release: Release, log: NoteLog, engine: Engine | None 
     """
     for mark, cut in reversed(marked_bases(lake, release, log)):
         try:
-            return _open_base(lake, release, log, mark, cut, engine or FaissEngine())
+            base = _open_base(lake, release, mark, cut, engine or FaissEngine())
         except (ValueError, OSError) as e:
             if mark == OF_RELEASE or isinstance(e, EngineDown):
                 raise
             _LOGGER.warning("the base %s is left out: %s", base_folder(lake, release.id, mark), e)
+            continue
+        if mark == OF_RELEASE:  # it lacks notes that the weekly run has put in quarantine, for example
+            lacking = [seq for seq, note_id in log.living(cut) if note_id not in base.index.rows]
+            base = replace(base, waiting=tuple(lacking))
+        return base
     raise AssertionError("the base of the release itself is always there")
 
 
-def _open_base(lake: Lake, release: Release, log: NoteLog, mark: str, cut: int, engine: Engine) -> Base:
+def open_release_base(lake: Lake, release: Release) -> Base:
+    """The release itself, without what was written after it. Raises as `open_base`."""
+    return _open_base(lake, release, OF_RELEASE, 0, FaissEngine())
+
+
+def _open_base(lake: Lake, release: Release, mark: str, cut: int, engine: Engine) -> Base:
     folder = release.path if mark == OF_RELEASE else base_folder(lake, release.id, mark)
     files = BaseFiles(release.id, mark, folder / INDEX_FOLDER, folder / NEIGHBOURS_FOLDER, folder / GOLDEN_FILE)
     index, neighbours = engine.open(files)
     if index.weights_id is None:
         raise ValueError(f"release {release.id} does not say which model made its vectors")
-    if mark == OF_RELEASE:  # notes that the weekly run has put in quarantine, for example
-        waiting = [seq for seq, note_id in log.living(cut) if note_id not in index.rows]
-    else:
-        waiting = json.loads((folder / METADATA).read_text())["waiting"]
+    waiting = () if mark == OF_RELEASE else json.loads((folder / METADATA).read_text())["waiting"]
     return Base(index, neighbours, cut, mark, tuple(waiting))
 
 
-def marked_bases(lake: Lake, release: Release, log: NoteLog) -> list[tuple[str, int]]:
+def marked_bases(lake: Lake, release: Release, log: "NoteLog") -> list[tuple[str, int]]:
     """The bases of a release for this log: their marks, and their places in it. The newest comes last."""
     marks = [folder.name for folder in _compacted(lake, release.id)]
     cuts = log.marked([release.posted]) if release.posted else ()

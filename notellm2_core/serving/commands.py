@@ -4,10 +4,16 @@ import argparse
 import ipaddress
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from notellm2_core.serving.keys import SCOPES, Keys, add_key
+
+if TYPE_CHECKING:
+    from notellm2_core.lake.ledger import State
+    from notellm2_core.serving.experiment import Experiment
+    from notellm2_core.serving.served_releases import ServedReleases
 
 PORT, EMBEDDER_PORT = 8080, 8090
 KINDS = ("ab", "interleave")  # of experiments; here, because the parser imports no more than it needs
@@ -26,7 +32,8 @@ def add_serving_commands(commands: Any) -> None:
     serve.add_argument("--engine", help=engine)
     _add_address(serve, PORT)
     serve.add_argument("--experiment", choices=KINDS, help="two releases beside each other, on a share of the users")
-    serve.add_argument("--challenger", help="id of the second release of an experiment")
+    challenger = "id of the second release of an experiment; previous: with each new champion, the one before it"
+    serve.add_argument("--challenger", help=challenger)
     serve.add_argument("--share", type=float, default=0.5, help="of the users; default: %(default)s")
     serve.set_defaults(run=_serve)
 
@@ -44,13 +51,9 @@ def add_serving_commands(commands: Any) -> None:
     compact.add_argument("--log", help=log)
     compact.set_defaults(run=_compact)
 
-    experiments = commands.add_parser("experiments", help="what an experiment of the service says")
-    experiments.add_argument("what", choices=KINDS, help="ab: a release per user; interleave: lists of both")
-    experiments.add_argument("--config", type=Path, help="that of the service; default: NOTELLM2_CONFIG")
-    experiments.add_argument("--champion", required=True, help="id of the release that most users had")
-    experiments.add_argument("--challenger", required=True, help="id of the other release")
-    experiments.add_argument("--events", type=Path, help="folder of the events; default: serving.events")
-    experiments.set_defaults(run=_report)
+    _add_experiments(
+        commands.add_parser("experiments", help="two releases beside each other: what users did, or would")
+    )
 
     keys = commands.add_parser("keys", help="add a key of the service, and print it once")
     keys.add_argument("action", choices=["add"])
@@ -64,6 +67,23 @@ def _add_address(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument("--keys", type=Path, help="file of keys; without one, only this machine is listened to")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument("--port", type=int, default=port, help="default: %(default)s")
+
+
+def _add_experiments(experiments: argparse.ArgumentParser) -> None:
+    kinds = experiments.add_subparsers(required=True, metavar="|".join((*KINDS, "replay")))
+    config = "that of the service; default: NOTELLM2_CONFIG"
+    for kind, what in zip(KINDS, ("a release per user", "lists of both"), strict=True):
+        report = kinds.add_parser(kind, help=f"what an experiment of the service says: {what}")
+        report.add_argument("--config", type=Path, help=config)
+        report.add_argument("--champion", required=True, help="id of the release that most users had")
+        report.add_argument("--challenger", required=True, help="id of the other release")
+        report.add_argument("--events", type=Path, help="folder of the events; default: serving.events")
+        report.set_defaults(run=_report, what=kind)
+    offline = kinds.add_parser("replay", help="the held-out clicks of the challenger's week, asked of both")
+    offline.add_argument("champion", help="id of the release that was live")
+    offline.add_argument("challenger", help="id of the other release")
+    offline.add_argument("--config", type=Path, help=config)
+    offline.set_defaults(run=_replay)
 
 
 def _add_key(options: argparse.Namespace) -> None:
@@ -103,7 +123,7 @@ def _serve(options: argparse.Namespace) -> None:
         embedder = config.serving.embedder
         service = stack.enter_context(closing(Service(lake, log, release, Catalog(config).source, engine, embedder)))
         if options.experiment is not None:
-            service.releases.begin(Experiment(options.experiment, options.challenger, options.share))
+            _begin(service.releases, Experiment(options.experiment, options.challenger, options.share), ledger.state())
         stack.enter_context(closing(Watcher(service.releases, ledger, follows_champion=options.release is None)))
         events = config.serving.events
         if events is not None:
@@ -144,6 +164,19 @@ def _keys(options: argparse.Namespace) -> Keys:
     return keys
 
 
+def _begin(releases: "ServedReleases", experiment: "Experiment", state: "State") -> None:
+    """Begin an experiment; with PREVIOUS, now if the champion was promoted, and with each new one."""
+    from notellm2_core.serving.experiment import PREVIOUS
+
+    challenger: str | None = experiment.challenger
+    if challenger == PREVIOUS:
+        releases.after_switch = experiment
+        was_promoted = bool(state.reigns) and state.reigns[-1].action == "promoted"
+        challenger = state.previous if was_promoted else None
+    if challenger is not None:
+        releases.begin(replace(experiment, challenger=challenger))
+
+
 def _compact(options: argparse.Namespace) -> None:
     with _extra():
         from notellm2_core.serving.compaction import compact_served
@@ -159,7 +192,8 @@ def _compact(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     with _extra():
-        from notellm2_core.serving.experiment_report import compare, preference, read_exposures, to_markdown
+        from notellm2_core.serving.experiment_report import read_exposures, to_markdown
+        from notellm2_core.serving.exposures import compare, preference
     from notellm2_core.config.load import config_in_force
     from notellm2_core.config.source import EventSettings
     from notellm2_core.lake.lake import Lake
@@ -176,6 +210,17 @@ def _report(options: argparse.Namespace) -> None:
     notes = Index.load(champion.path / INDEX_FOLDER).rows.keys()
     won = preference(exposures) if options.what == "interleave" else None
     print(to_markdown(compare(exposures, notes), won, exposures))
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from notellm2_core.config.load import config_in_force
+    from notellm2_core.config.settings import ReplaySettings
+    from notellm2_core.lake.lake import Lake
+    from notellm2_core.serving.replay import replay, to_markdown
+
+    config = config_in_force(str(options.config or ""))
+    settings = ReplaySettings.of(config.evaluation)
+    print(to_markdown(replay(Lake(config.lake), options.champion, options.challenger, settings)))
 
 
 @contextmanager

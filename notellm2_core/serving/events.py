@@ -12,18 +12,20 @@ import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from notellm2_core.runtime.files import written_whole
 from notellm2_core.serving.log import NoteLog
-from notellm2_core.serving.tables import EVENTS
+from notellm2_core.serving.rows import blocks
+from notellm2_core.serving.tables import EVENT_IDS, EVENTS
 
 FILE_SECONDS = 600.0  # between two files
+ID_DAYS = 30  # that the id of an event is known: whoever sends one again does it sooner
 _FILE_EVENTS = 20_000  # of a file: others who write wait while it is named, and while it is removed
 SCHEMA = pa.schema(
     [
@@ -40,7 +42,9 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Event:
-    """A user saw a note, or did something with it. answer, release: what showed it; None: not an answer of ours."""
+    """A user saw a note, or did something with it. answer, release: what showed it; None: not an answer of ours.
+    event_id: the sender's; None: the event counts as often as it is sent.
+    """
 
     user_id: str
     note_id: str
@@ -48,12 +52,41 @@ class Event:
     timestamp: datetime  # UTC, without a time zone
     answer: str | None = None
     release: str | None = None
+    event_id: str | None = None
 
 
-def keep_events(log: NoteLog, events: Sequence[Event]) -> None:
-    """Write events to the database. They are on the disk when this returns."""
+def keep_events(log: NoteLog, events: Sequence[Event]) -> int:
+    """Write events to the database, but those whose ids were taken in the last ID_DAYS days. They are on the disk when
+    this returns. Returns how many of them were there already.
+    """
+    by_id: dict[str | int, Event] = {}
+    for number, event in enumerate(events):
+        by_id.setdefault(event.event_id or number, event)
     with log.writing() as connection:
-        connection.execute(insert(EVENTS), [asdict(event) for event in events])
+        known = _known_ids(connection, [event_id for event_id in by_id if isinstance(event_id, str)])
+        new = [event for event in by_id.values() if event.event_id not in known]
+        rows = [asdict(event) for event in new]
+        ids = [event_id for row in rows if (event_id := row.pop("event_id")) is not None]
+        if rows:
+            connection.execute(insert(EVENTS), rows)
+        if ids:
+            connection.execute(insert(EVENT_IDS), [{"event_id": event_id, "time": _now()} for event_id in ids])
+    return len(events) - len(new)
+
+
+def _known_ids(connection: Connection, ids: Sequence[str]) -> set[str]:
+    """Those of `ids` that were taken before."""
+    of_block = (select(EVENT_IDS.c.event_id).where(EVENT_IDS.c.event_id.in_(block)) for block in blocks(ids))
+    return {event_id for statement in of_block for event_id in connection.scalars(statement)}
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+def _forget_ids(log: NoteLog) -> None:
+    with log.writing() as connection:
+        connection.execute(delete(EVENT_IDS).where(EVENT_IDS.c.time < _now() - timedelta(days=ID_DAYS)))
 
 
 def num_waiting(log: NoteLog) -> int:
@@ -71,6 +104,7 @@ def write_event_files(log: NoteLog, folder: Path) -> int:
     num_written = 0
     while batches := _named_batches(log):
         num_written += sum(_write_file(log, folder, batch) for batch in batches)
+    _forget_ids(log)
     return num_written
 
 

@@ -10,7 +10,8 @@ from typing import Literal
 from notellm2_core.serving.live_index import Answer, Hit
 
 Kind = Literal["ab", "interleave"]
-AnswerKind = Literal["ab", "interleave", "none"]  # the experiment that an answer is part of
+NO_EXPERIMENT = "n"  # begins the ids of answers that are part of none
+PREVIOUS = "previous"  # in place of a challenger: of each new release, the one before it
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,14 @@ class Experiment:
         return int.from_bytes(digest[:8]) / 2**64 < self.share
 
 
-def new_answer_id(kind: AnswerKind) -> str:
-    """An id for an answer. Its first letter is that of `kind`: it tells what the events about it can be used for."""
-    return kind[0] + secrets.token_hex(8)
+def answer_prefix(kind: Kind, champion: str, challenger: str) -> str:
+    """What the ids of an experiment's answers begin with: they tell what the events about them can be used for."""
+    return kind[0] + hashlib.sha256(f"{champion} {challenger}".encode()).hexdigest()[:8]
+
+
+def new_answer_id(prefix: str) -> str:
+    """An id for an answer."""
+    return prefix + secrets.token_hex(8)
 
 
 def interleaved(champion: Answer, challenger: Answer, k: int, draw: random.Random) -> tuple[Answer, list[bool]]:

@@ -1,13 +1,9 @@
-"""What an experiment says: two releases by the events of their users, with intervals.
+"""What an experiment says: two releases by the events of their users.
 
-A note that an answer showed is one exposure, and clicked or not, however often its events were sent. Users are drawn
-with replacement (bootstrap) for the intervals, because the exposures of one user depend on each other.
-
-U: users, E: exposures.
+A note that an answer showed is one exposure, and clicked or not, however often its events were sent.
 """
 
-from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,42 +14,12 @@ import pyarrow.parquet as pq
 from notellm2_core.config.source import EventSettings
 from notellm2_core.runtime.files import parquet_files
 from notellm2_core.serving.events import SCHEMA
-from notellm2_core.serving.experiment import Kind
-
-NUM_DRAWS, LEVEL = 2000, 0.95
-_COVERAGE_DRAWS = 200  # each looks at all exposures
-_BLOCK = 20_000_000  # numbers of a block of draws
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate, with the bounds that hold it in 95 % of the experiments."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
-
-
-@dataclass(frozen=True)
-class Exposures:
-    """The exposures of two releases, one row each."""
-
-    users: np.ndarray  # [E] int: which user
-    answers: np.ndarray  # [E] int: which answer
-    notes: np.ndarray  # [E] object: note ids
-    by_challenger: np.ndarray  # [E] bool
-    clicked: np.ndarray  # [E] bool
-
-    @property
-    def num_users(self) -> int:
-        return int(self.users.max(initial=-1)) + 1
+from notellm2_core.serving.experiment import Kind, answer_prefix
+from notellm2_core.serving.exposures import Comparison, Exposures, Interval, to_rows
 
 
 def read_exposures(folder: Path, kind: Kind, champion: str, challenger: str, events: EventSettings) -> Exposures:
-    """The exposures in the files of `serving.events` that these two releases found, in answers of such an experiment.
+    """The exposures in the files of `serving.events` that these two releases found, in answers of this experiment.
 
     Raises ValueError where there are none of a release.
     """
@@ -63,7 +29,7 @@ def read_exposures(folder: Path, kind: Kind, champion: str, challenger: str, eve
         raise ValueError(f"{folder} holds no events of a service (served-*.parquet)")
     table = pa.concat_tables(tables).filter(
         pc.field("release").isin([champion, challenger])
-        & pc.starts_with(pc.field("answer"), kind[0])
+        & pc.starts_with(pc.field("answer"), answer_prefix(kind, champion, challenger))
         & pc.field("event").isin([*events.view_events, *events.click_events])
     )
     clicks = pc.is_in(table["event"], pa.array(events.click_events, pa.string()))
@@ -73,7 +39,10 @@ def read_exposures(folder: Path, kind: Kind, champion: str, challenger: str, eve
     by_challenger = pc.equal(found["release"], challenger).to_numpy()
     for release, has in {champion: (~by_challenger).any(), challenger: by_challenger.any()}.items():
         if not has:
-            raise ValueError(f"{folder} holds no exposure of release {release} in an experiment of the kind {kind}")
+            raise ValueError(
+                f"{folder} holds no exposure of release {release} in an experiment of the kind {kind} with "
+                f"{challenger} as the challenger of {champion}"
+            )
     return Exposures(
         users=_numbers(found["user_id"]),
         answers=_numbers(found["answer"]),
@@ -88,100 +57,6 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return np.unique(column.to_numpy(), return_inverse=True)[1]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One figure of both releases, and their difference (challenger - champion)."""
-
-    name: str
-    champion: Interval
-    challenger: Interval
-    difference: Interval
-
-
-def compare(exposures: Exposures, known: Set[str], seed: int = 0) -> list[Comparison]:
-    """Hit rate, cold-note exposure, novelty and coverage of both releases.
-
-    known: the notes of the champion's release; others are cold. Novelty is the mean of -log2(p) in bits, with the mean
-    of both releases' shares of a note as p, so that it does not depend on how many users have which. Coverage is the
-    share of the known notes that were shown. It grows with the number of exposures: compare it only where both releases
-    have about as many.
-    """
-    sides = (~exposures.by_challenger, exposures.by_challenger)
-    _, numbers = np.unique(exposures.notes, return_inverse=True)
-    shares = [np.bincount(numbers[side], minlength=numbers.max() + 1) / side.sum() for side in sides]
-    cold = np.array([note not in known for note in exposures.notes])
-    novelty = -np.log2((shares[0] + shares[1]) / 2)[numbers]
-    values = {"hit rate": exposures.clicked.astype(float), "cold-note exposure": cold.astype(float)}
-    values |= {"novelty, bits": novelty}
-    found = [
-        _comparison(name, *(_mean(exposures, value, side, seed) for side in sides)) for name, value in values.items()
-    ]
-    covered = (_covered(exposures, numbers, side & ~cold, seed) / max(1, len(known)) for side in sides)
-    return [*found, _comparison("coverage", *covered)]
-
-
-def preference(exposures: Exposures, seed: int = 0) -> tuple[Interval, int]:
-    """Interleaving: the share of the answers with a click that the challenger won, ties counted half, and how many
-    answers had a click. An answer is won by the release with more clicks on its hits. 0.5 means that neither is better.
-
-    Raises ValueError where no answer had a click.
-    """
-    num = int(exposures.answers.max(initial=-1)) + 1
-    lead = np.bincount(exposures.answers, np.where(exposures.by_challenger, 1.0, -1.0) * exposures.clicked, num)
-    decided = np.bincount(exposures.answers, exposures.clicked, num) > 0
-    if not decided.any():
-        raise ValueError("no answer had a click: nothing can be said about who is preferred")
-    user_of = np.zeros(num, dtype=np.int64)
-    user_of[exposures.answers] = exposures.users
-    wins = (np.sign(lead[decided]) + 1) / 2
-    return _interval(_ratio(user_of[decided], wins, exposures.num_users, seed)), int(decided.sum())
-
-
-def _draws(num_users: int, num_draws: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each user is drawn: blocks [draws, U] that fit into memory."""
-    rng, size = np.random.default_rng(seed), max(1, _BLOCK // num_users)
-    for start in range(0, num_draws, size):
-        yield rng.multinomial(num_users, np.full(num_users, 1 / num_users), min(size, num_draws - start))
-
-
-def _mean(exposures: Exposures, value: np.ndarray, side: np.ndarray, seed: int) -> np.ndarray:
-    """The mean of `value` [E] over the exposures of one side: as it is, and of each draw [1 + draws]."""
-    return _ratio(exposures.users[side], value[side], exposures.num_users, seed)
-
-
-def _ratio(users: np.ndarray, value: np.ndarray, num_users: int, seed: int) -> np.ndarray:
-    """The mean of `value`, of whose rows these are the users: as it is, and of each draw of users [1 + draws]."""
-    total, count = np.bincount(users, value, num_users), np.bincount(users, minlength=num_users).astype(float)
-    with np.errstate(invalid="ignore"):  # a draw may have nobody who saw anything
-        sampled = [(draws @ total) / (draws @ count) for draws in _draws(num_users, NUM_DRAWS, seed)]
-    return np.concatenate([[total.sum() / count.sum()], *sampled])
-
-
-def _covered(exposures: Exposures, numbers: np.ndarray, side: np.ndarray, seed: int) -> np.ndarray:
-    """The number of distinct notes that one side showed: as it is, and of each draw [1 + draws].
-
-    A draw has fewer distinct users than there are, and so fewer notes: the bounds are moved by the mean loss.
-    """
-    users, notes = np.unique(np.stack([exposures.users[side], numbers[side]]), axis=1)
-    sampled = [
-        len(np.unique(notes[draw[users] > 0]))
-        for draws in _draws(exposures.num_users, _COVERAGE_DRAWS, seed)
-        for draw in draws
-    ]
-    num = len(np.unique(notes))
-    return np.concatenate([[num], np.array(sampled, dtype=float) + num - np.mean(sampled)])
-
-
-def _comparison(name: str, champion: np.ndarray, challenger: np.ndarray) -> Comparison:
-    return Comparison(name, _interval(champion), _interval(challenger), _interval(challenger - champion))
-
-
-def _interval(sampled: np.ndarray) -> Interval:
-    """Of an estimate, which comes first, and its draws."""
-    low, high = np.nanquantile(sampled[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(sampled[0]), float(low), float(high))
-
-
 def to_markdown(comparisons: Sequence[Comparison], won: tuple[Interval, int] | None, exposures: Exposures) -> str:
     """A table for people. won: of interleaving."""
     num = int(exposures.by_challenger.sum())
@@ -189,9 +64,7 @@ def to_markdown(comparisons: Sequence[Comparison], won: tuple[Interval, int] | N
         f"{exposures.num_users:,} users; {len(exposures.users) - num:,} exposures of the champion, {num:,} of the "
         "challenger.",
         "",
-        "| | champion | challenger | difference |",
-        "| --- | --- | --- | --- |",
-        *(f"| {c.name} | {c.champion} | {c.challenger} | {c.difference} |" for c in comparisons),
+        *to_rows(comparisons),
         "",
         "Coverage grows with the number of exposures: compare it only where both have about as many.",
     ]

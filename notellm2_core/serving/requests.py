@@ -147,6 +147,16 @@ class NewEvent(Body):
         Field(max_length=MAX_ID, description="`release` of the hit, or of the answer.", json_schema_extra=_NO_NUL),
         _PRINTABLE_OR_NULL,
     ] = None
+    event_id: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=64,
+            description="Yours. An event that is sent again with it within a month counts once.",
+            json_schema_extra=_NO_NUL,
+        ),
+        _PRINTABLE_OR_NULL,
+    ] = None
 
 
 class NewEvents(Body):
@@ -157,6 +167,7 @@ class NewEvents(Body):
 
 class EventsAnswer(Body):
     kept: int = Field(description="Events that are on the disk now.")
+    repeated: int = Field(description="Those of them that were there already, by their ids.")
 
 
 class HitAnswer(Body):

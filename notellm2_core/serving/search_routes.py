@@ -18,7 +18,7 @@ from notellm2_core.notes.note import Note
 from notellm2_core.serving.cards import Cards
 from notellm2_core.serving.embedding import BadNote, Embedded
 from notellm2_core.serving.events import Event, keep_events
-from notellm2_core.serving.experiment import interleaved, new_answer_id
+from notellm2_core.serving.experiment import NO_EXPERIMENT, interleaved, new_answer_id
 from notellm2_core.serving.forms import form_of
 from notellm2_core.serving.guard import needs
 from notellm2_core.serving.keys import Keys
@@ -82,14 +82,14 @@ def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, r
     async def recall(body: RecallRequest) -> Response:
         """Recommendations for a history: the neighbours of its notes, merged."""
         deadline = time.monotonic() + body.deadline_ms / 1000
-        kind, chosen = service.releases.of_user(body.user_id)
+        prefix, chosen = service.releases.of_user(body.user_id)
         if body.release:
-            kind, chosen = "none", [in_memory(service, body.release)]
+            prefix, chosen = NO_EXPERIMENT, [in_memory(service, body.release)]
         by = [await reader.up_to(body.min_seq, release) for release in chosen]
         history = {
             n if isinstance(n, str) else n.note_id: 1.0 if isinstance(n, str) else n.weight for n in body.history
         }
-        exclude, answer_id = frozenset(body.exclude), new_answer_id(kind)
+        exclude, answer_id = frozenset(body.exclude), new_answer_id(prefix)
         answers = await asyncio.gather(
             *(searches.run(r.index.recall, history, body.k, body.merge, exclude, deadline) for r in by)
         )
@@ -139,12 +139,12 @@ def add_events(app: FastAPI, service: Service, keys: Keys, takes_events: bool) -
             Event(
                 event.user_id, event.note_id, event.event,
                 datetime.fromtimestamp(now if event.timestamp is None else event.timestamp, UTC).replace(tzinfo=None),
-                event.answer, event.release,
+                event.answer, event.release, event.event_id,
             )
             for event in body.events
         ]  # fmt: skip
-        await writes.run(keep_events, service.log, events)
-        return EventsAnswer(kept=len(events))
+        repeated = await writes.run(keep_events, service.log, events)
+        return EventsAnswer(kept=len(events), repeated=repeated)
 
 
 def _answer(

@@ -14,7 +14,7 @@ from notellm2_core.lake.lake import Lake
 from notellm2_core.release.release import Release, open_release
 from notellm2_core.serving.base import marked_bases, open_base
 from notellm2_core.serving.engine import Engine, FaissEngine
-from notellm2_core.serving.experiment import AnswerKind, Experiment
+from notellm2_core.serving.experiment import NO_EXPERIMENT, Experiment, answer_prefix
 from notellm2_core.serving.follower import Follower
 from notellm2_core.serving.live_release import LiveRelease
 from notellm2_core.serving.log import NoteLog
@@ -54,6 +54,7 @@ class ServedReleases:
         self._arriving: tuple[Follower, ...] = ()  # of a release that is not in memory for searches yet
         self._closed = False
         self.experiment: Experiment | None = None
+        self.after_switch: Experiment | None = None  # begins with each new release, the one before as its challenger
         self.num_failures = 0  # times that the log could not be followed
         self.num_refused = 0  # times that a champion, or a new base, could not be taken
         self._tell_engine()
@@ -88,19 +89,20 @@ class ServedReleases:
         served = self._find(release.id)
         return {} if served is None else served.follower.unusable
 
-    def of_user(self, user_id: str | None) -> tuple[AnswerKind, list[LiveRelease]]:
+    def of_user(self, user_id: str | None) -> tuple[str, list[LiveRelease]]:
         """The releases that a user's answer is made from: one, or two to be interleaved, the champion first. And what
-        experiment the answer is part of.
+        its id begins with: it names the experiment.
         """
         current, experiment = self.current, self.experiment
         challenger = None if experiment is None else self._find(experiment.challenger)
         if experiment is None or challenger is None or user_id is None:
-            return "none", [current]
+            return NO_EXPERIMENT, [current]
+        prefix = answer_prefix(experiment.kind, current.id, challenger.release.id)
         if experiment.kind == "ab":
-            return "ab", [challenger.release if experiment.includes(user_id) else current]
+            return prefix, [challenger.release if experiment.includes(user_id) else current]
         if experiment.includes(user_id):
-            return "interleave", [current, challenger.release]
-        return "none", [current]
+            return prefix, [current, challenger.release]
+        return NO_EXPERIMENT, [current]
 
     def begin(self, experiment: Experiment) -> None:
         """Load the challenger beside the release that answers. It lasts until the challenger answers for all, or has to
@@ -127,11 +129,13 @@ class ServedReleases:
             found, before = open_release(self.lake, release_id), self._served[0]
             if found.id == before.release.id:
                 return before.release
-            if (served := self._find(found.id)) is None:
-                served = self._load(found, seconds)
+            was_here = self._find(found.id)
+            served = was_here or self._load(found, seconds)
             follower, target = served.follower, self._log.last_seq()
             self.wait_for(lambda: follower.has_read(target), time.monotonic() + _LAST_WRITES_SECONDS)
             self._served = (served, before)
+            if self.after_switch is not None and was_here is None:  # not where somebody goes back
+                self.experiment = replace(self.after_switch, challenger=before.release.id)
             self._tell_engine()
             self._end_experiment()
             return served.release

@@ -82,3 +82,11 @@ EVENTS = Table(
     Column("batch", String(16)),  # the file that it is written to; NULL: it waits for one
     Index("log_event_batches", "batch"),
 )
+
+EVENT_IDS = Table(
+    "log_event_ids",
+    METADATA,
+    Column("event_id", String(64), primary_key=True),
+    Column("time", DateTime, nullable=False),  # UTC, when the event was taken
+    Index("log_event_id_times", "time"),
+)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from notellm2_core.config.load import load_config
 from notellm2_core.config.settings import Config
 from notellm2_core.embeddings.shards import write_shard
-from notellm2_core.embeddings.table import read_embeddings, read_note_ids
+from notellm2_core.embeddings.table import WEIGHTS_ID, read_embeddings, read_note_ids
 from notellm2_core.evaluation.pairs import read_pairs
 from notellm2_core.model.card import CARD_FIELDS, Architecture, card_fields
 from notellm2_core.retrieval.index import Index
@@ -110,7 +110,8 @@ def _save(out: Path, config: Config, skill: Mapping[str, Any], seed: int) -> Non
 def export(arguments: Sequence[str]) -> None:
     """Vectors of the notes, by each kind of input."""
     options = _options(arguments, "config", "model", "images", "inputs", "out", "note-ids", "single-modality-note-ids")
-    model = json.loads((options.model / _MODEL).read_text())
+    content = (options.model / _MODEL).read_bytes()
+    model, weights = json.loads(content), {WEIGHTS_ID.decode(): hashlib.sha256(content).hexdigest()}
     truth = pq.read_table(_world(load_config(options.config)) / TRUTH)
     themes = dict(zip(truth["note_id"].to_pylist(), truth["theme"].to_pylist(), strict=True))
     images = pq.read_table(options.images / NOTE_IMAGES_FILE, columns=["note_id", "image_id"])
@@ -123,7 +124,7 @@ def export(arguments: Sequence[str]) -> None:
         (options.out / kind).mkdir(parents=True, exist_ok=True)
         for number, start in enumerate(range(0, len(ids), _SHARD_NOTES)):
             part = slice(start, start + _SHARD_NOTES)
-            write_shard(options.out / kind / f"part-{number:05d}.parquet", ids[part], vectors[part], {})
+            write_shard(options.out / kind / f"part-{number:05d}.parquet", ids[part], vectors[part], weights)
 
 
 def stand_in_vectors(

@@ -51,6 +51,7 @@ GRAPH = {
     "release": {
         "checkpoint", "note_embeddings", "faiss_index", "eval_recall", "pair_datasets", "verdict", "canary",
     },
+    "offline_replay": {"release", "rival_embeddings", "interactions"},
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from notellm2_core.release.promotion import promote
 from notellm2_core.release.served import served_releases
 from notellm2_core.serving.commands import require_local_or_keys
 from notellm2_core.serving.events import Event, keep_events, write_event_files
+from notellm2_core.serving.experiment import answer_prefix
 from notellm2_core.serving.keys import Keys, add_key
 from notellm2_core.serving.log import NoteLog
 from tests.support.cluster import free_port
@@ -104,7 +105,8 @@ def test_a_killed_server_has_lost_nothing(tmp_path: Path, capsys: pytest.Capture
 def _require_a_report(config: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`notellm2 experiments` prints what the events of both releases say."""
     log = NoteLog.open(f"sqlite:///{folder / 'events.db'}")
-    shown = [(f"u{n}", f"a{n}", "aaaa1111" if n % 2 else "bbbb2222") for n in range(20)]
+    prefix = answer_prefix("ab", "aaaa1111", "bbbb2222")
+    shown = [(f"u{n}", f"{prefix}{n}", "aaaa1111" if n % 2 else "bbbb2222") for n in range(20)]
     keep_events(log, [Event(user, "n02", "view", datetime(2025, 1, 19), answer, by) for user, answer, by in shown])
     write_event_files(log, folder / "events")
     log.close()

@@ -70,6 +70,18 @@ def test_an_event_is_in_one_file_wherever_the_writer_is_killed(
     assert written(tmp_path) == [f"u{n}" for n in range(8)]
 
 
+def test_an_event_that_is_sent_again_counts_once(log: NoteLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within one call, in a later one, and after the first is in a file; those without an id count each time."""
+    assert keep_events(log, [event(1, event_id="a"), event(2), event(3, event_id="a")]) == 1
+    assert keep_events(log, [event(4, event_id="a"), event(5, event_id="b"), event(2)]) == 1
+    assert write_event_files(log, tmp_path) == 4
+    assert keep_events(log, [event(6, event_id="b")]) == 1 and write_event_files(log, tmp_path) == 0
+    assert written(tmp_path) == ["u1", "u2", "u2", "u5"]
+    monkeypatch.setattr(events, "ID_DAYS", -1)  # a month later
+    write_event_files(log, tmp_path)
+    assert keep_events(log, [event(6, event_id="b")]) == 0 and write_event_files(log, tmp_path) == 1
+
+
 def test_many_events_are_several_files(log: NoteLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "_FILE_EVENTS", 3)
     keep_events(log, [event(n) for n in range(7)])

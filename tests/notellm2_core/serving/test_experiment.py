@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from notellm2_core.config.source import EventSettings
-from notellm2_core.serving import experiment_report
+from notellm2_core.serving import exposures as of_exposures
 from notellm2_core.serving.events import Event, keep_events, write_event_files
-from notellm2_core.serving.experiment import Experiment, team_draft
-from notellm2_core.serving.experiment_report import Exposures, compare, preference, read_exposures, to_markdown
+from notellm2_core.serving.experiment import Experiment, Kind, answer_prefix, team_draft
+from notellm2_core.serving.experiment_report import read_exposures, to_markdown
+from notellm2_core.serving.exposures import Exposures, compare, preference
 from notellm2_core.serving.live_index import Hit
 from notellm2_core.serving.log import NoteLog
 
@@ -76,7 +77,7 @@ def exposures(rng: np.random.Generator, rates: tuple[float, float], num_users: i
 def test_of_equal_releases_one_in_twenty_seems_different_and_a_better_one_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(experiment_report, "NUM_DRAWS", 200)
+    monkeypatch.setattr(of_exposures, "NUM_DRAWS", 200)
     rng = np.random.default_rng(0)
     differences = [compare(exposures(rng, (0.2, 0.2)), set())[0].difference for _ in range(100)]
     assert 0 < sum(not d.low <= 0 <= d.high for d in differences) <= 11
@@ -87,7 +88,19 @@ def test_of_equal_releases_one_in_twenty_seems_different_and_a_better_one_is_see
 
 
 def write_events(folder: Path, shown: list[tuple[str, str, str, str]], clicks: list[tuple[str, str, str, str]]) -> None:
-    """Views and clicks: user, answer, note, release. Some are sent twice; others belong to nothing."""
+    """Views and clicks: user, answer, note, release. Some are sent twice; others belong to nothing, or to an experiment
+    of A with another release.
+
+    The first letter of an answer is that of the kind of its experiment, of the champion A and the challenger B; n: of
+    none.
+    """
+    kinds: dict[str, Kind] = {"a": "ab", "i": "interleave"}
+
+    def with_prefix(answer: str | None, challenger: str = "B") -> str | None:
+        if answer is None or answer[0] not in kinds:
+            return answer
+        return answer_prefix(kinds[answer[0]], "A", challenger) + answer
+
     log = NoteLog.open(f"sqlite:///{folder / 'log.db'}")
     noise = [
         ("u9", "a9", "a", "another release"),
@@ -96,7 +109,9 @@ def write_events(folder: Path, shown: list[tuple[str, str, str, str]], clicks: l
         ("u9", "n9", "b", "B"),
     ]
     for event, rows in {"view": [*shown, *shown[:2], *noise], "click": [*clicks, clicks[0]], "share": noise}.items():
-        keep_events(log, [Event(user, note, event, TIME, answer, release) for user, answer, note, release in rows])
+        events = [Event(user, note, event, TIME, with_prefix(answer), release) for user, answer, note, release in rows]
+        others = [Event("u9", "a", event, TIME, with_prefix(answer, "C"), "A") for answer in ("a9", "i9")]
+        keep_events(log, [*events, *others])
     write_event_files(log, folder / "events")
     log.close()
 

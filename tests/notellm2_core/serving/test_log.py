@@ -601,7 +601,7 @@ def test_a_new_log_has_the_tables_of_the_code(log_url: str) -> None:
         with reading(log._engine) as connection:
             context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
             assert compare_metadata(context, METADATA) == []
-            assert context.get_current_revision() == "0003"
+            assert context.get_current_revision() == "0004"
     with _opened(log_url) as log:
         assert log.last_seq() == 1
 
@@ -609,7 +609,7 @@ def test_a_new_log_has_the_tables_of_the_code(log_url: str) -> None:
 def test_a_log_of_a_newer_version_is_refused(log_url: str) -> None:
     with _opened(log_url) as log, writing(log._engine) as connection:
         connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
-    with pytest.raises(ValueError, match="has tables of version 9999, and this notellm2 knows those up to 0003"):
+    with pytest.raises(ValueError, match="has tables of version 9999, and this notellm2 knows those up to 0004"):
         NoteLog.open(log_url)
 
 

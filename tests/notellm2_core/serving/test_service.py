@@ -28,7 +28,7 @@ from notellm2_core.serving.app import make_app
 from notellm2_core.serving.compaction import compact
 from notellm2_core.serving.embedding_process import EmbeddingProcess
 from notellm2_core.serving.events import Event, keep_events, write_event_files
-from notellm2_core.serving.experiment import Experiment
+from notellm2_core.serving.experiment import NO_EXPERIMENT, PREVIOUS, Experiment, answer_prefix
 from notellm2_core.serving.keys import Keys, Scope, add_key
 from notellm2_core.serving.log import LogUnavailable, NoteLog, Write
 from notellm2_core.serving.service import Service
@@ -537,12 +537,35 @@ def test_an_experiment_gives_each_user_one_release_or_lists_of_both(
         service.releases.activate("aaaa1111")
 
 
+def test_each_new_release_is_compared_with_the_one_before(running: Running) -> None:
+    """Until somebody goes back: then nobody gets what was left."""
+    releases = running.service.releases
+    releases.after_switch = Experiment("interleave", PREVIOUS, 1.0)
+    try:
+        with releases._switching:  # the other release leaves the memory, as it does before a new one
+            for served in releases._served[1:]:
+                served.release.close()
+            releases._served = releases._served[:1]
+        releases.activate("bbbb2222")
+        assert releases.experiment == Experiment("interleave", "aaaa1111", 1.0)
+        prefix, chosen = releases.of_user("somebody")
+        assert [release.id for release in chosen] == ["bbbb2222", "aaaa1111"]
+        assert prefix == answer_prefix("interleave", "bbbb2222", "aaaa1111")
+        releases.activate("aaaa1111")
+        assert releases.experiment is None and releases.of_user("somebody")[0] == NO_EXPERIMENT
+    finally:
+        releases.after_switch = None
+        releases.activate("aaaa1111")
+
+
 def test_events_are_kept_and_become_files(running: Running, tmp_path: Path) -> None:
     body = {"events": [{"user_id": "of this test", "note_id": "n01", "event": "view", "timestamp": 1737289800.5}]}
     refused = running.client.post("/events", json=body)
     assert refused.status_code == 409 and "serving.events" in refused.json()["detail"]
     with TestClient(make_app(running.service, Keys(), takes_events=True), base_url=URL) as client:
-        assert client.post("/events", json=body).json() == {"kept": 1}
+        assert client.post("/events", json=body).json() == {"kept": 1, "repeated": 0}
+        own = {"events": [{**body["events"][0], "user_id": "other", "event_id": "e1"}]}
+        assert [client.post("/events", json=own).json()["repeated"] for _ in range(2)] == [0, 1]
         body["events"][0] |= {"timestamp": None, "answer": "a", "release": "aaaa1111"}
         assert client.post("/events", json=body).status_code == 200
         for wrong in (

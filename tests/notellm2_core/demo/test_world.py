@@ -11,12 +11,11 @@ import pytest
 
 from notellm2_core.cli import main
 from notellm2_core.config.source import DemoSettings
-from notellm2_core.demo import generate
 from notellm2_core.demo.images import SIZE, STYLES, draw_image
 from notellm2_core.demo.logs import DAY, simulate
 from notellm2_core.demo.texts import poor_titles, write_note
 from notellm2_core.demo.words import SENTENCES, THEMES, TITLES
-from notellm2_core.demo.world import lay_out
+from notellm2_core.demo.world import generate, lay_out
 from notellm2_core.tables.source import EVENT_COLUMNS, NOTE_COLUMNS
 from notellm2_core.vision.images import decode
 
