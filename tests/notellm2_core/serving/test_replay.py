@@ -21,7 +21,8 @@ from notellm2_core.release.golden import golden_queries
 from notellm2_core.release.release import LINEAGE_FILE, NAME, open_release
 from notellm2_core.retrieval.build import save_index
 from notellm2_core.retrieval.index import Index
-from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER, INTERACTIONS, TEST, TRAIN
+from notellm2_core.retrieval.neighbour_table import write_neighbours_of
+from notellm2_core.schema import GOLDEN_FILE, INDEX_FOLDER, INTERACTIONS, NEIGHBOURS_FOLDER, TEST, TRAIN
 from notellm2_core.serving.held_out import HeldOut, held_out_clicks
 from notellm2_core.serving.replay import NothingToReplay, compare_hits, main, open_contest, replay, to_markdown
 
@@ -82,6 +83,7 @@ def publish(lake: Lake, release_id: str, ids: Sequence[str], vectors: np.ndarray
         write_shard(draft.path / "embeddings" / "part.parquet", ids, vectors, {"weights": weights})
         embeddings = Embeddings(tuple(ids), vectors, weights_id=weights)
         save_index(embeddings, draft.path / INDEX_FOLDER, IndexSettings(factory="Flat"), 2)
+        write_neighbours_of(draft.path / INDEX_FOLDER, draft.path / "embeddings", draft.path / NEIGHBOURS_FOLDER)
         golden = golden_queries(Index.load(draft.path / INDEX_FOLDER), ids[:2], vectors[:2])
         (draft.path / GOLDEN_FILE).write_text(json.dumps(golden))
         (draft.path / LINEAGE_FILE).write_text(json.dumps({"week": "2025-01-19"}))
