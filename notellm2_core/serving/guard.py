@@ -15,7 +15,7 @@ MAX_BODY_BYTES = 24 << 20  # with a picture
 MAX_SMALL_BODY_BYTES = 1 << 20
 _MAX_NOTE_BYTES = 36 << 20  # of the embedder, which has every note of a service, with its picture in base64
 _MAX_HELD_BYTES = 128 << 20  # of large bodies in memory; decoding them takes several times as much
-_LIMITS = {"/notes": MAX_BODY_BYTES, "/similar": MAX_BODY_BYTES, "/models": _MAX_NOTE_BYTES}  # by beginnings of paths
+_WITH_PICTURES, _OF_EMBEDDER = ("/notes", "/similar"), "/models"
 OPEN = ("/", "/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")  # without a key
 OPEN_BELOW = "/page/"
 _BEARER = HTTPBearer(auto_error=False, description="`notellm2 keys add` prints a key.")
@@ -96,7 +96,9 @@ def needs(keys: Keys, scope: Scope) -> list[Any]:
 
 def _limit(path: str) -> int:
     """Bytes that a body may have."""
-    return next((limit for start, limit in _LIMITS.items() if path.startswith(start)), MAX_SMALL_BODY_BYTES)
+    if path.startswith(_OF_EMBEDDER):
+        return _MAX_NOTE_BYTES
+    return MAX_BODY_BYTES if path.startswith(_WITH_PICTURES) else MAX_SMALL_BODY_BYTES
 
 
 def _large_body(path: str, headers: dict[bytes, str]) -> int:
