@@ -22,7 +22,7 @@ class ServiceClient:
 
     def __init__(self, url: str, key: str | None = None, patience: float = PATIENCE_SECONDS) -> None:
         """key: of the scope `write`. patience: seconds."""
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http, self._patience = httpx.Client(base_url=url, timeout=60, headers=headers), patience
         self.faults: Counter[str] = Counter()
 

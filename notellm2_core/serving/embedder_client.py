@@ -114,7 +114,7 @@ class EmbedderClient:
     async def _watch(self) -> None:
         """Keep `_is_running` and `_problem` up to date."""
         key = os.environ.get(KEY_VARIABLE)
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(keepalive_expiry=2.0)  # less than the server's, which would close it while we send
         async with httpx.AsyncClient(headers=headers, timeout=_TIMEOUT, limits=limits) as self._http:
             while True:
