@@ -414,7 +414,7 @@ def test_notes_written_before_the_start_are_there_after_it(two_releases: TwoRele
             time.sleep(0.1)
         assert client.get("/notes/n01/similar").status_code == 404
         wait_for(lambda: "kept" in ids(client.get("/notes/n02/similar", params={"k": 30}).json()))
-    assert log.vectors(service.current.weights_id, 0)[0] == [1]
+    wait_for(lambda: log.vectors(service.current.weights_id, 0)[0] == [1])  # it is shown first, and saved then
     service.close()
     log.close()
 
