@@ -121,7 +121,8 @@ def best(rows: list[dict[str, Any]], library: str) -> float:
 def to_markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     lines = [
         f"# FAISS beside hnswlib and usearch ({date.today()})", "",
-        f"`.venv/bin/python benchmarks/ann_libraries.py --notes {options.notes} --dim {options.dim}`, "
+        f"`.venv/bin/python benchmarks/ann_libraries.py --notes {options.notes} --queries {options.queries} "
+        f"--rounds {options.rounds}`, "
         f"{platform.machine()}, {os.cpu_count()} cores; k = {options.k}, efConstruction {options.ef}, one thread, "
         f"{options.queries} held-out queries one by one, {options.rounds} rounds in turns; CPU times.", "",
         "| data | graph | build s | ef | recall | ms a search |", "|---|---|---|---|---|---|",
