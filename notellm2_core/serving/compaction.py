@@ -48,8 +48,8 @@ def compact_served(config: Config, url: str | None = None) -> dict[str, Compacte
     before it.
 
     url: of the log; None: that of the configuration. Returns what became of each, by its id; nothing where there is no
-    log. Raises ValueError where
-    one cannot be compacted, after the others were, and where another compaction is running.
+    log. Raises ValueError where one cannot be compacted, after the others were, and where another compaction is
+    running.
     """
     lake = Lake(config.lake.resolve())
     ledger = Ledger(lake.root, config.name)

@@ -15,6 +15,8 @@ from notellm2_core.config.load import load_config
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.release.promotion import decide
 from notellm2_core.release.served import mark_served
+from notellm2_core.serving.log import NoteLog
+from notellm2_core.serving.log_url import log_url
 from pipelines.definitions import defs
 from pipelines.messages import send_messages
 from pipelines.mirror import mirror_releases
@@ -137,5 +139,9 @@ def test_the_job_that_compacts_takes_in_what_the_log_has(catalog: Catalog, monke
         "notellm2_core.serving.compaction.compact", lambda lake, release, log: seen.append((release.id, log.last_seq()))
     )
     mark_served(catalog.lake, "bbbb")
-    assert defs.resolve_job_def("compact_notes").execute_in_process(instance=dg.DagsterInstance.ephemeral()).success
-    assert seen == [("bbbb", 0)] and (catalog.ledger.folder / "notes.db").exists()
+    compact_notes = defs.resolve_job_def("compact_notes")
+    assert compact_notes.execute_in_process(instance=dg.DagsterInstance.ephemeral()).success
+    assert seen == [] and not (catalog.ledger.folder / "notes.db").exists()  # a job that has nothing to read
+    NoteLog.open(log_url(catalog.config, catalog.ledger)).close()
+    assert compact_notes.execute_in_process(instance=dg.DagsterInstance.ephemeral()).success
+    assert seen == [("bbbb", 0)]

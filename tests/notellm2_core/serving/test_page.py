@@ -271,7 +271,7 @@ def test_what_goes_wrong_is_told_in_a_sentence(page: Page, monkeypatch: pytest.M
     page.click("#problem button")
     assert page.ids("#columns") and page.ids("#feed")
     assert not page.browser.run("document.querySelector('#problem').checkVisibility()")
-    monkeypatch.setitem(guard._LIMITS, "/similar", 1 << 20)
+    monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1 << 20)
     Image.new("RGB", (1200, 1200)).save(tmp_path / "large.bmp")  # the answer comes before all of it has been sent
     page.browser.drop(tmp_path / "large.bmp", "#drop")
     page.browser.wait(f"document.querySelector('#problem').checkVisibility() && {SETTLED}")
