@@ -15,7 +15,7 @@ def compact_releases(context: dg.OpExecutionContext, pipeline: Pipeline) -> None
     for release_id, result in compacted.items():
         context.log.info(f"release {release_id}: {result}")
     if not compacted:
-        context.log.info("no release is served yet, or nothing was ever posted to a service")
+        context.log.info("nothing to do: there is no release, or nothing was ever posted to a service")
 
 
 @dg.job(description="Make new, changed and deleted notes part of the indexes that services search; they take them.")

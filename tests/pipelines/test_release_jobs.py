@@ -14,7 +14,6 @@ import yaml
 from notellm2_core.config.load import load_config
 from notellm2_core.lake.catalog import Catalog
 from notellm2_core.release.promotion import decide
-from notellm2_core.release.served import mark_served
 from notellm2_core.serving.log import NoteLog
 from notellm2_core.serving.log_url import log_url
 from pipelines.definitions import defs
@@ -128,20 +127,14 @@ def test_the_mirror_follows_and_a_dead_server_makes_the_tick_fail(
     assert _tick(mirror_releases, instance, done.cursor).skip_message == "MLflow names the releases that are live"
 
 
-def test_the_job_that_compacts_has_nothing_to_do_before_a_release_is_served(catalog: Catalog) -> None:
-    done = defs.resolve_job_def("compact_notes").execute_in_process(instance=dg.DagsterInstance.ephemeral())
-    assert done.success and not (catalog.ledger.folder / "notes.db").exists()
-
-
 def test_the_job_that_compacts_takes_in_what_the_log_has(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
         "notellm2_core.serving.compaction.compact", lambda lake, release, log: seen.append((release.id, log.last_seq()))
     )
-    mark_served(catalog.lake, "bbbb")
     compact_notes = defs.resolve_job_def("compact_notes")
     assert compact_notes.execute_in_process(instance=dg.DagsterInstance.ephemeral()).success
-    assert seen == [] and not (catalog.ledger.folder / "notes.db").exists()  # a job that has nothing to read
+    assert seen == [] and not (catalog.ledger.folder / "notes.db").exists()  # without a log, there is nothing to do
     NoteLog.open(log_url(catalog.config, catalog.ledger)).close()
     assert compact_notes.execute_in_process(instance=dg.DagsterInstance.ephemeral()).success
-    assert seen == [("bbbb", 0)]
+    assert seen == [("aaaa", 0), ("bbbb", 0)]  # the champion, and the one to roll back to
