@@ -121,8 +121,14 @@ def views_of_day(rng: np.random.Generator, offer: Offer, crowd: Crowd, day: int)
     index = np.minimum(np.searchsorted(cumulative, weight, side="right") - 1, len(offer.by_topic) - 1)
     clicked_after = clicks(rng, fits)
     is_shown = high > low  # there is a published note of this topic
-    columns = (session, offer.by_topic[index], day * DAY + second, clicked_after)
-    return Views(*(column[is_shown] for column in columns), session_user, day * DAY + start)
+    return Views(
+        session=session[is_shown],
+        note=offer.by_topic[index][is_shown],
+        second=day * DAY + second[is_shown],
+        clicked_after=clicked_after[is_shown],
+        user=session_user,
+        start=day * DAY + start,
+    )
 
 
 def clicks(rng: np.random.Generator, fits: np.ndarray) -> np.ndarray:
