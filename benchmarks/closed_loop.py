@@ -1,8 +1,8 @@
 """A platform whose model learns: simulated users, the service, and a weekly training on what they click.
 
-After each week, a model is trained on all clicks since the log's last week and promoted; the service takes it from the
-ledger. Before the week SAME, the same model is promoted twice. The release of the week WORSE is the first one again, as
-if the job had read an old log.
+After each week, the newest model is trained a little further, on all clicks since the log's last week, and promoted;
+the service takes it from the ledger. Before the week SAME, the same model is promoted twice. The release of the week
+WORSE is the first one again, as if the job had read an old log.
 """
 
 import socket
@@ -19,7 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from frozen_features import DIM, FrozenFeatures, related_pairs, train_projector, vectors_of, write_decoder
+from frozen_features import (
+    DIM,
+    FrozenFeatures,
+    new_projector,
+    related_pairs,
+    train_projector,
+    vectors_of,
+    write_decoder,
+)
 from serving_site import Site, write_release
 
 from notellm2_core.config.source import DemoSettings
@@ -44,7 +52,7 @@ from notellm2_core.serving.log import NoteLog
 from notellm2_core.serving.replay import Contest, Replay, compare_hits
 
 SAME, WORSE = 6, 8
-FEED = FeedSettings(size=6, history=30, k=200, shelf_days=14)
+FEED = FeedSettings(size=12, history=30, k=200, shelf_days=14)
 
 
 class Click(NamedTuple):
@@ -77,7 +85,9 @@ class Loop:
             for second, note, clicked in looks
             if clicked and second >= last_week
         ]
-        self._first = train_projector(self._features, self._pairs(self._log))
+        untrained = new_projector(self._features)
+        self._first = train_projector(untrained, self._features, self._pairs(self._log), seed=0)
+        self._newest = self._first  # a later training starts from it
         self._projectors: dict[str, torch.nn.Linear] = {}
         self.champions = [(self._release("r0", self._first), "")]
         self.counts: list[WeekCounts] = []
@@ -112,11 +122,12 @@ class Loop:
         self._features = torch.cat([self._features, self._model.of(new)])
         if week.number == num_weeks:
             return
-        projector = train_projector(self._features, self._pairs([*self._log, *self.clicks()]))
+        pairs = self._pairs([*self._log, *self.clicks()])
+        self._newest = train_projector(self._newest, self._features, pairs, week.number)
         names = [f"r{week.number}", f"r{week.number}again"]
         for name in names if week.number + 1 == SAME else names[:1]:
             before = self._ledger.state().champion
-            release = self._release(name, self._first if week.number + 1 == WORSE else projector)
+            release = self._release(name, self._first if week.number + 1 == WORSE else self._newest)
             wait_until_served(url, release)
         self.champions.append((release, str(before)))
 

@@ -7,6 +7,7 @@ of themes and styles, it has from clicks alone. It is saved, and served, like an
 N: notes, h: width of the features, d: of the vectors, P: pairs.
 """
 
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from notellm2_core.training.state.save import save_model
 from notellm2_core.vision.encoder import load_vision_encoder
 
 WIDTH, DIM = 256, 32  # h, d
-_BATCH_NOTES, _BATCH_PAIRS, _STEPS, _LEARNING_RATE, _TAU = 32, 64, 1000, 3e-3, 2.5
+_BATCH_NOTES, _BATCH_PAIRS, _STEPS, _LEARNING_RATE, _TAU = 32, 64, 100, 3e-3, 2.5
 _TARGETS = 10  # related notes of a note
 
 
@@ -124,11 +125,17 @@ def related_pairs(clicks: Mapping[str, Sequence[int]]) -> np.ndarray:
     return np.array([(query, target) for query, found in targets.items() for _, target in sorted(found)[:_TARGETS]])
 
 
-def train_projector(features: Tensor, pairs: np.ndarray, seed: int = 0) -> nn.Linear:
-    """From the principal directions of the notes' features, by Eq. 1. features [N, h], pairs [P, 2]."""
-    torch.manual_seed(seed)
-    rng, projector = np.random.default_rng(seed), nn.Linear(features.shape[1], DIM)
-    set_pca(projector, features[np.unique(pairs)])
+def new_projector(features: Tensor) -> nn.Linear:
+    """Onto the principal directions of these features [N, h]: what is known before any click."""
+    torch.manual_seed(0)
+    projector = nn.Linear(features.shape[1], DIM)
+    set_pca(projector, features)
+    return projector
+
+
+def train_projector(start: nn.Linear, features: Tensor, pairs: np.ndarray, seed: int) -> nn.Linear:
+    """A few steps of Eq. 1 from `start`, which stays as it is. features [N, h], pairs [P, 2]."""
+    rng, projector = np.random.default_rng(seed), copy.deepcopy(start).requires_grad_()
     tau = torch.full((1,), _TAU)
     optimizer = torch.optim.AdamW(projector.parameters(), _LEARNING_RATE)
     for _ in range(_STEPS):

@@ -4,9 +4,10 @@
     .venv/bin/python benchmarks/simulated_weeks.py --weeks 3 --notes 200 --no-frozen
 
 The users of a demo world live with `notellm2 serve` (`notellm2 demo simulate`). The first release is trained on the
-log's last week. After each week, a model is trained on all clicks since then and promoted; the service takes it from
-the ledger. The model is that of `frozen_features.py`: it learns from clicks in seconds. Half of the users get lists
-that the new release and the one before have drafted in turns (`--experiment interleave --challenger previous`).
+log's last week. After each week, the newest model is trained a little further, on all clicks since then, and promoted;
+the service takes it from the ledger. The model is that of `frozen_features.py`: it learns from clicks in seconds. Half
+of the users get lists that the new release and the one before have drafted in turns (`--experiment interleave
+--challenger previous`).
 
 Of three weeks it is known what the interleaving should say: before week 6, the same model is promoted twice (A/A); in
 week 8, the release is the first one again, as if the job had read an old log; in week 9, a good one follows it. Each
@@ -148,13 +149,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weeks", type=int, default=10)
     parser.add_argument("--notes", type=int, default=600, help="of the log")
-    parser.add_argument("--users", type=int, default=120)
+    parser.add_argument("--users", type=int, default=200)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--no-frozen", action="store_true", help="leave out the run with the first release alone")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)  # its products are small
-    settings = DemoSettings(num_notes=options.notes, num_users=options.users, num_days=28, seed=options.seed)
+    settings = DemoSettings(num_notes=options.notes, num_users=options.users, num_days=14, seed=options.seed)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         loops = [Loop(Path(folder) / name, settings, name == "learns") for name in ("learns", "frozen")]

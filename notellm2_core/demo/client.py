@@ -64,6 +64,8 @@ class ServiceClient:
                 problem = f"it answers {answer.status_code}"
                 if answer.status_code not in _BUSY:
                     break
+            except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as e:  # nothing that could be sent
+                raise ValueError(f"the service cannot be asked at {self._http.base_url}: {e}") from e
             except httpx.TransportError as e:
                 problem = str(e) or type(e).__name__
             if time.monotonic() > deadline:

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +39,8 @@ def add_demo_commands(demo: argparse.ArgumentParser) -> None:
     simulate.add_argument("--k", type=int, default=200, help="hits that a feed is made of; default: %(default)s")
     simulate.add_argument("--shelf-days", type=int, default=14, help="older notes are not shown; default: %(default)s")
     after = "shell command after each week, with WEEK (its first day) and WEEK_NUMBER: the weekly run, for example"
+    table = "folder `notes` of a source, where each week's notes are written too: the platform's own table"
+    simulate.add_argument("--notes-table", type=Path, metavar="DIR", help=table)
     simulate.add_argument("--after-week", metavar="COMMAND", help=after)
     simulate.add_argument(
         "--journal", type=Path, default=Path("simulated_weeks.jsonl"),
@@ -73,7 +74,7 @@ def _simulate(options: argparse.Namespace) -> None:
     feed = FeedSettings(options.feed, options.history, options.k, options.shelf_days)
     if options.weeks < 1 or min(vars(feed).values()) < 1:
         raise ValueError("--weeks, --feed, --history, --k and --shelf-days are 1 or more")
-    command, errors = options.after_week, 0
+    errors = 0
     with (
         closing(ServiceClient(options.url, _key(options.api_key_file))) as client,
         closing(Journal(options.journal, {**settings.model_dump(), **vars(feed)})) as journal,
@@ -81,7 +82,7 @@ def _simulate(options: argparse.Namespace) -> None:
         client.wait()
         simulation = Simulation(LaterWeeks(settings), client, journal, feed)
         print(f"| {' | '.join(_COLUMNS)} |\n|{' --- |' * len(_COLUMNS)}", flush=True)
-        for counts in simulation.run(options.weeks, None if command is None else _shell(command)):
+        for counts in simulation.run(options.weeks, lambda week: _end(week, options.notes_table, options.after_week)):
             print(to_row(counts), flush=True)
             errors += counts.errors
         for fault, num in client.faults.items():
@@ -94,8 +95,9 @@ def to_row(counts: "WeekCounts") -> str:
     in_feed, shown = int(counts.in_feed.sum()), max(1, counts.shown)
     percent = (counts.fresh_shown / shown, in_feed / shown, counts.foreseen_share, counts.foreseen_of_all)
     fresh, hit_rate, foreseen, of_all = (f"{100 * share:.1f}" for share in percent)
+    new_notes = f"{counts.new_notes} ({counts.late_notes} late)" if counts.late_notes else counts.new_notes
     cells = (
-        counts.number, counts.first_day, " ".join(release[:8] for release in counts.releases), counts.new_notes,
+        counts.number, counts.first_day, " ".join(release[:8] for release in counts.releases), new_notes,
         counts.requests, counts.shown, fresh, in_feed, hit_rate, int(counts.elsewhere.sum()), foreseen, of_all,
         counts.errors,
     )  # fmt: skip
@@ -103,15 +105,17 @@ def to_row(counts: "WeekCounts") -> str:
 
 
 def _key(file: Path | None) -> str | None:
-    return os.environ.get(KEY_VARIABLE) if file is None else file.read_text().strip()
+    return os.environ.get(KEY_VARIABLE) or None if file is None else file.read_text().strip()
 
 
-def _shell(command: str) -> "Callable[[Week], None]":
-    def run(week: "Week") -> None:
-        env = os.environ | {"WEEK": str(week.date), "WEEK_NUMBER": str(week.number)}
-        if code := subprocess.run(command, shell=True, env=env).returncode:
-            raise ValueError(
-                f"the command after week {week.number} ended with {code}; run the same simulation again to repeat it"
-            )
+def _end(week: "Week", table: Path | None, command: str | None) -> None:
+    """What the platform does after a week: its table of notes, and the command. Raises ValueError if that fails."""
+    from notellm2_core.demo.weeks import write_notes
 
-    return run
+    if table is not None:
+        write_notes(week.notes, table / f"week-{week.number:03d}.parquet")
+    env = os.environ | {"WEEK": str(week.date), "WEEK_NUMBER": str(week.number)}
+    if command is not None and (code := subprocess.run(command, shell=True, env=env).returncode):
+        raise ValueError(
+            f"the command after week {week.number} ended with {code}; run the same simulation again to repeat it"
+        )

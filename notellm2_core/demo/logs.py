@@ -124,7 +124,7 @@ def views_of_day(rng: np.random.Generator, offer: Offer, crowd: Crowd, day: int)
     return Views(
         session=session[is_shown],
         note=offer.by_topic[index][is_shown],
-        second=(day * DAY + second)[is_shown],
+        second=day * DAY + second[is_shown],
         clicked_after=clicked_after[is_shown],
         user=session_user,
         start=day * DAY + start,

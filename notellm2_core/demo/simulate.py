@@ -12,7 +12,7 @@ U: users.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from datetime import date
 from typing import Any
 
@@ -40,35 +40,28 @@ class WeekCounts:
 
     number: int
     first_day: date
-    elsewhere: np.ndarray  # [U] clicks of each user outside of the feed
-    foreseen: np.ndarray  # [U] those of them whose note a feed of the week had shown before
-    again: np.ndarray  # [U] those of them that the user had made in the feed already
-    in_feed: np.ndarray  # [U] clicks in the feed
-    new_notes: int = 0
+    num_users: InitVar[int]
+    new_notes: int
+    elsewhere: np.ndarray = field(init=False)  # [U] clicks of each user outside of the feed
+    foreseen: np.ndarray = field(init=False)  # [U] those of them whose note a feed of the week had shown before
+    again: np.ndarray = field(init=False)  # [U] those of them that the user had made in the feed already
+    in_feed: np.ndarray = field(init=False)  # [U] clicks in the feed
     late_notes: int = 0  # kept, but not found at once
     requests: int = 0
     shown: int = 0
     fresh_shown: int = 0  # notes of this week
-    fresh_clicked: int = 0
-    fresh_elsewhere: int = 0
     errors: int = 0
     releases: dict[str, None] = field(default_factory=dict)  # those that answered, in order
 
-    def add_shown(self, user: int, look: Look, is_fresh: bool) -> None:
-        """A note of a feed."""
-        is_click = look.clicked_after > 0
-        self.shown += 1
-        self.fresh_shown += is_fresh
-        self.in_feed[user] += is_click
-        self.fresh_clicked += is_fresh and is_click
+    def __post_init__(self, num_users: int) -> None:
+        self.elsewhere, self.foreseen, self.again, self.in_feed = np.zeros((4, num_users), dtype=np.int64)
 
-    def add_elsewhere(self, user: int, look: Look, is_fresh: bool, was_shown: bool, is_again: bool) -> None:
+    def add_elsewhere(self, user: int, look: Look, was_shown: bool, is_again: bool) -> None:
         """A note that was found outside of the feed. was_shown: in a feed of the week; is_again: and clicked there."""
         if look.clicked_after:
             self.elsewhere[user] += 1
             self.foreseen[user] += was_shown
             self.again[user] += is_again
-            self.fresh_elsewhere += is_fresh
 
     @property
     def foreseen_share(self) -> float:
@@ -107,8 +100,7 @@ class Simulation:
                 self._journal.add(True, "after", number)
 
     def _week(self, week: Week) -> WeekCounts:
-        elsewhere, foreseen, again, in_feed = np.zeros((4, len(self._world.crowd.activity)), dtype=np.int64)
-        counts = WeekCounts(week.number, week.date, elsewhere, foreseen, again, in_feed, new_notes=len(week.notes))
+        counts = WeekCounts(week.number, week.date, len(self._world.crowd.activity), len(week.notes))
         shown: dict[int, set[str]] = {}  # of each user, in the feeds of this week
         for day in range(week.first_day, week.first_day + DAYS):
             counts.late_notes += self._publish(day, [note for note in week.notes if note.day == day])
@@ -139,22 +131,24 @@ class Simulation:
         counts.requests += bool(answer)
         counts.errors += "error" in answer
         counts.releases |= dict.fromkeys(release_of.values())
+        counts.shown += len(release_of)
+        counts.fresh_shown += sum(self._is_fresh(week, note) for note in release_of)
         shown |= release_of.keys()
         events: list[dict[str, Any]] = []
         for look in self._world.look_at_feed(week.number, visit, [*release_of]):
-            counts.add_shown(visit.user, look, self._is_fresh(week, look))
+            counts.in_feed[visit.user] += look.clicked_after > 0
             events += self._events(visit, look, answer=answer["answer"], release=release_of[look.note_id])
         for look in visit.elsewhere:
             is_again = look.note_id in clicked  # the user has read it in the feed already
-            counts.add_elsewhere(visit.user, look, self._is_fresh(week, look), look.note_id in shown, is_again)
+            counts.add_elsewhere(visit.user, look, look.note_id in shown, is_again)
             if not is_again:
                 events += self._events(visit, look)
         for number, event in enumerate(events):
             event["event_id"] = f"{self._journal.run}-{week.number}-{visit.number}-{number}"
         return events
 
-    def _is_fresh(self, week: Week, look: Look) -> bool:
-        return self._world.published(look.note_id) >= week.first_day
+    def _is_fresh(self, week: Week, note_id: str) -> bool:
+        return self._world.published(note_id) >= week.first_day
 
     def _events(self, visit: Visit, look: Look, **shown_by: str) -> list[dict[str, Any]]:
         """The view, and the click if there is one; they become part of what is known of the user."""

@@ -11,15 +11,20 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from notellm2_core.config.source import DemoSettings
 from notellm2_core.demo.images import STYLES, draw_image
-from notellm2_core.demo.logs import Offer, Views, clicks, draw_appeal, draw_crowd, log_of, views_of_day
+from notellm2_core.demo.logs import TASTE_SHARE, Offer, Views, clicks, draw_appeal, draw_crowd, log_of, views_of_day
 from notellm2_core.demo.texts import poor_titles, write_note
 from notellm2_core.demo.words import THEMES
 from notellm2_core.demo.world import BACKLOG_SHARE, FIRST_DAY, NO_IMAGE_SHARE, TEXT_POOR_SHARE, lay_out, note_id
+from notellm2_core.runtime.files import written_whole
+from notellm2_core.schema import NOTES
 
 DAYS = 7  # of a week
 _SECOND_0 = int(FIRST_DAY.astype("datetime64[s]").astype(np.int64))  # of the world's first midnight, in Unix time
@@ -167,13 +172,28 @@ class LaterWeeks:
         return list(zip(users, views.start.tolist(), map(tuple, found), strict=True))
 
     def look_at_feed(self, week: int, visit: Visit, feed: Sequence[str]) -> list[Look]:
-        """What the user does with the notes of a feed, from top to bottom: views, and clicks by taste."""
+        """What the user looks at of a feed, from top to bottom, and clicks on.
+
+        The user looks at all notes that fit the tastes, and at as large a share of the others as in the log.
+        """
         rng = np.random.default_rng([self._seed, _CLICKS, week, visit.number])
         topics = self._topic[[self._rows[note] for note in feed]]
         fits = np.array([self.crowd.likes(visit.user, topic) for topic in topics], dtype=bool)
+        is_seen = fits | (rng.random(len(feed)) >= TASTE_SHARE)
         seconds = visit.second + np.cumsum(rng.integers(3, 10, len(feed)))
-        columns = (seconds.tolist(), clicks(rng, fits).tolist())
-        return [Look(note, second, after) for note, second, after in zip(feed, *columns, strict=True)]
+        columns = (seconds.tolist(), clicks(rng, fits).tolist(), is_seen.tolist())
+        return [Look(note, second, after) for note, second, after, seen in zip(feed, *columns, strict=True) if seen]
+
+
+def write_notes(notes: Sequence[NewNote], path: Path) -> None:
+    """A file of the source's table of notes."""
+    rows = [
+        {"note_id": n.note_id, "title": n.title, "topics": n.topics, "content": n.content, "image": n.image}
+        for n in notes
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as draft:
+        pq.write_table(pa.Table.from_pylist(rows, schema=NOTES), draft)
 
 
 def unix_time(second: int) -> int:

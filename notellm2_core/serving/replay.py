@@ -125,11 +125,11 @@ def compare_hits(contest: Contest, clicks: HeldOut, k: int) -> Replay:
             "have, and the other users had clicked none of them before"
         )
     found = [hits_of(index, asked, k) for index in (contest.champion, contest.challenger)]
-    hit = [
+    ours, theirs = (
         np.array([note in notes for note, notes in zip(asked.notes, of_clicks, strict=True)], float)
         for of_clicks in found
-    ]
-    hit_rate = compare_means(f"hit rate@{k}", asked.users, hit[0], hit[1])
+    )
+    hit_rate = compare_means(f"hit rate@{k}", asked.users, ours, theirs)
     return Replay(
         k=k,
         num_clicks=len(asked.notes),

@@ -7,7 +7,7 @@ import pytest
 
 from notellm2_core.config.source import DemoSettings
 from notellm2_core.demo.images import SIZE
-from notellm2_core.demo.logs import CLICK_ON_ANYTHING, CLICK_ON_TASTE, DAY, simulate
+from notellm2_core.demo.logs import CLICK_ON_ANYTHING, CLICK_ON_TASTE, DAY, TASTE_SHARE, simulate
 from notellm2_core.demo.weeks import LaterWeeks, Visit, Week, unix_time
 from notellm2_core.demo.world import lay_out
 from notellm2_core.vision.images import decode
@@ -78,20 +78,26 @@ def test_nobody_finds_a_note_twice_or_before_its_day(lived: tuple[LaterWeeks, li
         assert 0.4 < np.mean([look.clicked_after > 0 for _, look in found]) < 0.65
 
 
-def test_users_click_in_a_feed_by_their_tastes(lived: tuple[LaterWeeks, list[Week]]) -> None:
-    """From top to bottom, the same notes in the same visit always alike."""
+def test_users_look_at_a_feed_and_click_by_their_tastes(lived: tuple[LaterWeeks, list[Week]]) -> None:
+    """From top to bottom; at all notes that fit, and at 15 % of the others. The same visit is always alike."""
     world, weeks = lived
-    liked: dict[bool, list[bool]] = {True: [], False: []}
+    looked: dict[bool, list[bool]] = {True: [], False: []}
+    clicked: dict[bool, list[bool]] = {True: [], False: []}
     notes = world.note_ids[:600:3]
     for visit in weeks[0].visits:
         looks = world.look_at_feed(1, visit, notes)
-        assert [look.note_id for look in looks] == notes and looks == world.look_at_feed(1, visit, notes)
+        assert looks == world.look_at_feed(1, visit, notes)
         assert visit.second < looks[0].second and (np.diff([look.second for look in looks]) > 0).all()
-        for look in looks:
-            topic = world._topic[world.note_ids.index(look.note_id)]
-            liked[world.crowd.likes(visit.user, topic)].append(look.clicked_after > 0)
-    assert np.mean(liked[True]) == pytest.approx(CLICK_ON_TASTE, abs=0.03)
-    assert np.mean(liked[False]) == pytest.approx(CLICK_ON_ANYTHING, abs=0.01)
+        found = {look.note_id: look.clicked_after > 0 for look in looks}
+        assert [*found] == [note for note in notes if note in found]
+        for note in notes:
+            fits = world.crowd.likes(visit.user, world._topic[world.note_ids.index(note)])
+            looked[fits].append(note in found)
+            if note in found:
+                clicked[fits].append(found[note])
+    assert all(looked[True]) and np.mean(looked[False]) == pytest.approx(1 - TASTE_SHARE, abs=0.01)
+    assert np.mean(clicked[True]) == pytest.approx(CLICK_ON_TASTE, abs=0.03)
+    assert np.mean(clicked[False]) == pytest.approx(CLICK_ON_ANYTHING, abs=0.02)
     other: Visit = replace(weeks[0].visits[0], number=1)
     assert world.look_at_feed(1, other, notes) != world.look_at_feed(1, weeks[0].visits[0], notes)
     assert world.look_at_feed(1, other, []) == []
