@@ -74,8 +74,11 @@ class FrozenFeatures:
         self._model.config.encoder_id = encoder.encoder_id
         self._embedder = Embedder(self._model, self._processor, encoder, "cpu")
         states, branch = self._states(first)
-        assert self._model.fusion is not None
-        scale_branch(self._model.fusion, branch, states.std(0).mean() / branch.std(0).mean())
+        fusion = self._model.fusion
+        assert fusion is not None
+        scale_branch(fusion, branch, states.std(0).mean() / branch.std(0).mean())
+        for weight in fusion.gate.parameters():  # the mean of text and picture
+            nn.init.zeros_(weight)
 
     @torch.inference_mode()
     def of(self, notes: Sequence[NoteWithImage]) -> Tensor:

@@ -92,7 +92,7 @@ def open_contest(lake: Lake, champion: Release, challenger: Release) -> Contest:
 def _embedded_by(lake: Lake, challenger: Release, champion: Release, weights_id: str) -> Mapping[str, np.ndarray]:
     """The vectors of the challenger's pool by the champion's model; none where they were not compared."""
     try:
-        folder = _upstream(lake, challenger, "verdict", "rival_embeddings").path / champion.id
+        folder = _upstream(lake, challenger, "verdict", "rival_embeddings").path / champion.id / "multimodal"
     except ValueError:
         return {}
     if not folder.exists():

@@ -37,12 +37,12 @@ CLI = [sys.executable, "-W", "ignore", "-c", "from notellm2_core.cli import main
 
 
 @contextmanager
-def serving(config: Path, log: Path) -> Iterator[tuple[subprocess.Popen, httpx.Client]]:
+def serving(config: Path, log: Path, *options: str) -> Iterator[tuple[subprocess.Popen, httpx.Client]]:
     """A server that has read its log, and a client. It is killed at the end."""
     port = free_port()
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [*CLI, "serve", "--config", str(config), "--port", str(port)],
+            [*CLI, "serve", "--config", str(config), "--port", str(port), *options],
             stdout=out,
             stderr=out,
             start_new_session=True,
@@ -71,7 +71,9 @@ def _if_ok(answer: httpx.Response) -> dict[str, Any] | None:
 
 @pytest.mark.slow
 def test_a_killed_server_has_lost_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nor has one whose log is compacted, and that follows the ledger to another release."""
+    """Nor has one whose log is compacted, and that follows the ledger to another release, which is then compared with
+    the one before; so it is after a start, too.
+    """
     lake, source = Lake(tmp_path / "lake"), write_release(tmp_path / "small").source
     release = serve_release(lake, "aaaa1111", source)
     serve_release(lake, "bbbb2222", source, seed=1, dim=16)
@@ -85,7 +87,10 @@ def test_a_killed_server_has_lost_nothing(tmp_path: Path, capsys: pytest.Capture
             assert client.put(f"/notes/new{n}", json=note).status_code in (201, 202)  # the model may still load
         assert client.delete("/notes/n01").status_code == 200
         process.kill()
-    with serving(config, tmp_path / "serve.log") as (process, client):
+    experiment = ("--experiment", "interleave", "--challenger", "previous", "--share", "1")
+    query = {"history": ["n02"], "user_id": "somebody", "k": 10}
+    with serving(config, tmp_path / "serve.log", *experiment) as (process, client):
+        assert client.post("/recall", json=query).json()["answer"][0] == "n"  # there is none before it
         answer = client.get("/notes/new0/similar", params={"k": 100}).json()
         found = {hit["note_id"] for hit in answer["hits"]}
         assert {f"new{n}" for n in range(1, 5)} <= found and "n01" not in found and answer["release"] == release.id
@@ -97,9 +102,17 @@ def test_a_killed_server_has_lost_nothing(tmp_path: Path, capsys: pytest.Capture
         promote(lake, Ledger(lake.root, "tiny"), "bbbb2222")
         wait_for(lambda: client.get("/readyz").json()["release"] == "bbbb2222")
         wait_for(lambda: served_releases(lake) == {"aaaa1111", "bbbb2222"})
+        _require_both(client.post("/recall", json=query).json())
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, -signal.SIGTERM)
+    with serving(config, tmp_path / "serve.log", *experiment) as (_, client):
+        _require_both(client.post("/recall", json=query).json())
     _require_a_report(config, tmp_path, capsys)
+
+
+def _require_both(answer: dict[str, Any]) -> None:
+    assert answer["answer"].startswith(answer_prefix("interleave", "bbbb2222", "aaaa1111"))
+    assert {hit["release"] for hit in answer["hits"]} == {"aaaa1111", "bbbb2222"}
 
 
 def _require_a_report(config: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,10 +99,11 @@ def publish_week(
         pass
     with lake.publish("rival_embeddings", "rivals", {}, {}) as draft:
         if by_champion is not None:
-            (draft.path / "aaaa1111").mkdir()
+            folder = draft.path / "aaaa1111" / "multimodal"  # as the export writes them
+            folder.mkdir(parents=True)
             vectors = unit([*by_champion.values()])
             metadata = {"weights": "weights of aaaa1111"}
-            write_shard(draft.path / "aaaa1111" / "part.parquet", [*by_champion], vectors, metadata)
+            write_shard(folder / "part.parquet", [*by_champion], vectors, metadata)
     with lake.publish("verdict", "verdict", {"weekly_activity": "activity", "rival_embeddings": "rivals"}, {}):
         pass
     return "verdict"
