@@ -29,10 +29,7 @@ recall: $(READY)  ## run everything up to eval_recall and print the table  [CONF
 	@$(BIN)/python -W ignore -m pipelines.recall
 
 test: $(READY)  ## run the tests, with coverage
-	@rm -f .coverage .coverage.*
-	@env -u SOURCE -u WEEK NOTELLM2_CONFIG=pipelines/configs/tiny.yaml $(BIN)/python -m coverage run -m pytest; code=$$?; \
-	$(BIN)/python -m coverage combine -q && $(BIN)/python -m coverage report > .pytest_cache/coverage.txt; covered=$$?; \
-	tail -n 3 .pytest_cache/coverage.txt; exit $$(( code != 0 ? code : covered ))
+	@env -u SOURCE -u WEEK NOTELLM2_CONFIG=pipelines/configs/tiny.yaml $(BIN)/python -m pytest --cov --cov-report=
 
 quick: $(READY)  ## run the tests that need no process and no Spark
 	@env -u SOURCE -u WEEK NOTELLM2_CONFIG=pipelines/configs/tiny.yaml \
@@ -60,7 +57,7 @@ dev: $(READY)  ## Dagster UI on :3000 and MLflow UI on :5000
 	@PATH="$(BIN):$$PATH" $(BIN)/python -W ignore -m pipelines.dev
 
 clean:  ## remove the lake, Dagster's storage and MLflow's (not the virtual environment)
-	rm -rf .dagster site .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .dagster site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 setup: $(READY)  ## build the virtual environment
 

@@ -52,11 +52,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sets the environment of the tests and of the processes that they start: no GPU, no coverage in subprocesses."""
+    """Sets the environment of the tests and of the processes that they start: no GPU."""
     if config.option.markexpr != "gpu":  # several ranks share this machine's cores, not its one GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if hasattr(config, "workerinput"):  # measuring the processes that tests start would slow their start by half
-        os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
