@@ -57,7 +57,7 @@ dev: $(READY)  ## Dagster UI on :3000 and MLflow UI on :5000
 	@PATH="$(BIN):$$PATH" $(BIN)/python -W ignore -m pipelines.dev
 
 clean:  ## remove the lake, Dagster's storage and MLflow's (not the virtual environment)
-	rm -rf .dagster site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .dagster site .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 setup: $(READY)  ## build the virtual environment
 
