@@ -11,7 +11,8 @@ from starlette.routing import Match, Route
 
 from notellm2_core.serving.embedding import DIED, BadNote, EmbedderBusy, EmbedderDied, EmbedderDown
 from notellm2_core.serving.engine import EngineDown
-from notellm2_core.serving.log import LogBusy, LogFull, LogUnavailable, VersionConflict
+from notellm2_core.serving.group_commit import LogBusy
+from notellm2_core.serving.log import LogFull, LogUnavailable, VersionConflict
 from notellm2_core.serving.requests import Problem
 from notellm2_core.serving.service import NotReady
 from notellm2_core.serving.workers import Busy

@@ -18,8 +18,9 @@ from notellm2_core.lake.lake import Lake
 from notellm2_core.notes.note import Note
 from notellm2_core.serving.cards import Cards
 from notellm2_core.serving.engine import Engine
+from notellm2_core.serving.group_commit import GroupCommit
 from notellm2_core.serving.live_release import LiveRelease
-from notellm2_core.serving.log import GroupCommit, LogUnavailable, NoteLog, Receipt, Write
+from notellm2_core.serving.log import LogUnavailable, NoteLog, Receipt, Write
 from notellm2_core.serving.pictures import PictureProcess
 from notellm2_core.serving.served_releases import ServedReleases
 

@@ -30,7 +30,8 @@ from sqlalchemy import event, text
 from notellm2_core.notes.note import Note
 from notellm2_core.serving import database, rows
 from notellm2_core.serving.database import reading, writing
-from notellm2_core.serving.log import Entry, GroupCommit, LogBusy, LogFull, LogUnavailable, NoteLog, Receipt, Write
+from notellm2_core.serving.group_commit import GroupCommit, LogBusy
+from notellm2_core.serving.log import Entry, LogFull, LogUnavailable, NoteLog, Receipt, Write
 from notellm2_core.serving.tables import METADATA, VERSION_TABLE
 from tests.notellm2_core.serving.writers import NOTES_OF_A_WRITE, Writers, notes
 from tests.support.waiting import wait_for
