@@ -1,0 +1,49 @@
+"""What became of the weeks of a simulated year, as a table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_QUARTER = 6  # weeks; a shorter simulation says nothing about the growth of Dagster's database
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a week."""
+
+    week: str
+    logs: str
+    decision: str
+    why: str
+    recall: float | None
+    live: str  # the champion after it
+    releases: int  # on the disk
+    lake_mb: float
+    history_mb: float  # of Dagster's database
+    seconds: float
+
+
+def to_line(number: int, row: Row) -> str:
+    """A row of the table."""
+    recall = "" if row.recall is None else f"{row.recall:.1f}"
+    cells = (number, row.week, row.logs, row.decision, recall, row.live, row.releases, f"{row.lake_mb:.0f}",
+             f"{row.history_mb:.0f}", f"{row.seconds:.0f}")  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def disk_faults(rows: Sequence[Row], keep: int) -> list[str]:
+    """What took more of the disk than it may, in sentences. keep: releases that retention keeps.
+
+    There may be three releases more (the champion, the one before it, and the newest), and the lake may be a fifth
+    larger than as many of its first weeks.
+    """
+    faults = []
+    if (most := max(row.releases for row in rows)) > keep + 3:
+        faults.append(f"{most} releases lay on the disk")
+    largest, first = max(row.lake_mb for row in rows), rows[0].lake_mb
+    if largest > 1.2 * (keep + 3) * first:
+        faults.append(f"the lake had {largest:.0f} MB; after the first week it had {first:.0f} MB")
+    quarter = len(rows) // 4
+    second, last = (max((row.history_mb for row in rows[quarter * n : quarter * (n + 1)]), default=0.0) for n in (1, 3))
+    if quarter >= _QUARTER and last > 1.5 * second:
+        faults.append(f"Dagster's database has grown from {second:.0f} MB in the second quarter to {last:.0f} MB")
+    return faults
