@@ -7,7 +7,8 @@ A release of each data set of benchmarks/index.py, with a tiny model; one per ce
 notes of the same distribution are in the log. A recall has 20 history notes and k = 100. The load comes from this
 process, over loopback, at a given rate whatever the answers take (open loop): a latency is counted from the time at
 which the request was due, so waiting for a slow answer counts, too. CPU is that of the server's process, without the
-model's, and is what to compare where others use the machine. Saturation: eight connections that ask again at once.
+model's, and is what to compare where others use the machine. Saturation: eight connections that ask again at once; then
+three times as many requests a second as that answered, of which the service refuses what it has no place for.
 Recall: of the answers, against exact search over all living notes. Writes: notes with a text, which the tiny model
 embeds, at a rate, while recalls go on.
 
@@ -18,133 +19,21 @@ import argparse
 import asyncio
 import json
 import platform
-import random
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 from index import DATA_SETS
+from serving_load import K, Load, Request, closed_loop, model_loaded, open_loop, recall_of
 from serving_site import make_site, write_log
 
 RESULT = Path(__file__).parent / "results" / "serving.md"
-HISTORY, K, DELETED, NUM_CONNECTIONS, NUM_CHECKED = 20, 100, 0.01, 8, 30
-
-
-@dataclass
-class Load:
-    """What happened to the requests of a phase."""
-
-    seconds: list[float] = field(default_factory=list)  # from the time at which each was due
-    errors: int = 0
-    cpu_seconds: float = 0.0  # of the server
-    wall_seconds: float = 0.0
-
-    def __str__(self) -> str:
-        p50, p99 = (1000 * np.quantile(self.seconds or [np.nan], q) for q in (0.5, 0.99))
-        rate = len(self.seconds) / self.wall_seconds
-        cpu = 1000 * self.cpu_seconds / max(1, len(self.seconds))
-        return f"{rate:.0f} | {p50:.1f} | {p99:.1f} | {cpu:.2f} | {self.errors}"
-
-
-class Connection:
-    """HTTP/1.1 with as little of its own work as possible: the server has the same two cores."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-
-    async def ask(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        """Status and body of the answer."""
-        if self.streams is None:
-            self.streams = await asyncio.open_connection("127.0.0.1", self.port)
-        reader, writer = self.streams
-        head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nContent-Type: application/json\r\n"
-        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        lines = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
-        length = next(int(line.partition(b":")[2]) for line in lines if line.startswith(b"content-length:"))
-        return int(lines[0].split()[1]), await reader.readexactly(length)
-
-
-Request = tuple[str, str, bytes]
-
-
-async def open_loop(port: int, requests: Sequence[Request], rate: float, server: psutil.Process) -> Load:
-    """Send the requests at a rate, each at its time, on as many connections as that takes."""
-    load, free = Load(), [Connection(port) for _ in range(NUM_CONNECTIONS)]
-    before, started = server.cpu_times(), time.perf_counter()
-
-    async def send(request: Request, due: float) -> None:
-        connection = free.pop() if free else Connection(port)
-        try:
-            status, _ = await connection.ask(*request)
-        except (OSError, asyncio.IncompleteReadError):
-            load.errors += 1
-            return
-        free.append(connection)
-        if status >= 300:
-            load.errors += 1
-        else:
-            load.seconds.append(time.perf_counter() - due)
-
-    tasks = []
-    for number, request in enumerate(requests):
-        due = started + number / rate
-        if (wait := due - time.perf_counter()) > 0:
-            await asyncio.sleep(wait)
-        tasks.append(asyncio.create_task(send(request, due)))
-    await asyncio.gather(*tasks)
-    return finished(load, server, before, started)
-
-
-async def closed_loop(port: int, requests: Sequence[Request], seconds: float, server: psutil.Process) -> Load:
-    """Ask as fast as NUM_CONNECTIONS connections can."""
-    load, end = Load(), time.perf_counter() + seconds
-    before, started = server.cpu_times(), time.perf_counter()
-
-    async def ask(number: int) -> None:
-        connection, chance = Connection(port), random.Random(number)
-        while (due := time.perf_counter()) < end:
-            status, _ = await connection.ask(*chance.choice(requests))
-            if status >= 300:
-                load.errors += 1
-            else:
-                load.seconds.append(time.perf_counter() - due)
-
-    await asyncio.gather(*(ask(number) for number in range(NUM_CONNECTIONS)))
-    return finished(load, server, before, started)
-
-
-def finished(load: Load, server: psutil.Process, before: Any, started: float) -> Load:
-    after = server.cpu_times()
-    load.cpu_seconds = after.user + after.system - before.user - before.system
-    load.wall_seconds = time.perf_counter() - started
-    return load
-
-
-def recall_of(port: int, requests: Sequence[Request], alive: dict[str, np.ndarray]) -> float:
-    """Share of the exact best K in the answers, in percent."""
-    names, found = np.array([*alive]), []
-    vectors = np.stack([*alive.values()])
-
-    async def ask() -> list[bytes]:
-        connection = Connection(port)
-        return [(await connection.ask(*request))[1] for request in requests]
-
-    for request, answer in zip(requests, asyncio.run(ask()), strict=True):
-        history = json.loads(request[2])["history"]
-        scores = (np.stack([alive[name] for name in history]) @ vectors.T).max(axis=0)
-        scores[np.isin(names, history)] = -np.inf
-        best = set(names[np.argpartition(-scores, K)[:K]])
-        found.append(len(best & {hit["note_id"] for hit in json.loads(answer)["hits"]}) / K)
-    return 100 * float(np.mean(found))
+HISTORY, DELETED, NUM_CHECKED = 20, 0.01, 30
 
 
 def measure(name: str, num_fresh: int, options: argparse.Namespace, folder: Path) -> list[str]:
@@ -178,8 +67,13 @@ def measure(name: str, num_fresh: int, options: argparse.Namespace, folder: Path
             requests = [recalls[n % len(recalls)] for n in range(num)]
             rows.append(f"{label} {rate} a second | {asyncio.run(open_loop(port, requests, rate, server))} |")
             print(rows[-1], flush=True)
-        rows.append(f"{label} saturation | {asyncio.run(closed_loop(port, recalls, options.seconds, server))} |")
-        print(rows[-1], flush=True)
+        most = asyncio.run(closed_loop(port, recalls, options.seconds, server))
+        overload = 3 * len(most.seconds) / most.wall_seconds
+        requests = [recalls[n % len(recalls)] for n in range(int(overload * options.seconds))]
+        refusing = asyncio.run(open_loop(port, requests, overload, server))
+        rows.append(f"{label} saturation | {most} |")
+        rows.append(f"{label} three times that: {overload:.0f} a second | {refusing} |")
+        print("\n".join(rows[-2:]), flush=True)
         notes = [
             ("POST", "/notes", json.dumps({"note_id": f"w{n}", "title": f"note {n}"}).encode())
             for n in range(int(options.write_rate * options.seconds))
@@ -191,13 +85,12 @@ def measure(name: str, num_fresh: int, options: argparse.Namespace, folder: Path
                 open_loop(port, requests, options.rates[0], server), open_loop(port, notes, options.write_rate, server)
             )
 
-        while "notellm2_model_loaded 1.0" not in asyncio.run(Connection(port).ask("GET", "/metrics", b""))[1].decode():
-            time.sleep(0.2)
+        asyncio.run(model_loaded(port))
         of_recalls, of_writes = asyncio.run(both())
         rows.append(f"{label} {options.rates[0]} a second, with writes | {of_recalls} |")
         rows.append(f"{label} writes, {options.write_rate} a second | {of_writes} |")
         print("\n".join(rows[-2:]), flush=True)
-    rows.append(f"{label} ready after {ready:.1f} s; recall@{K} {quality:.2f} % | | | | | |")
+    rows.append(f"{label} ready after {ready:.1f} s; recall@{K} {quality:.2f} % | | | | | | |")
     print(rows[-1], flush=True)
     return rows
 
@@ -229,8 +122,8 @@ def main() -> None:
         f"history notes and k = {K}. Milliseconds; CPU is that of the server, a request. While notes are written, the "
         "CPU of both kinds is counted in both rows.",
         "",
-        "| data | new notes | load | a second | p50 | p99 | CPU | errors |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| data | new notes | load | a second | p50 | p99 | CPU | refused | errors |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         *rows,
     ]
     options.out.write_text("\n".join(lines) + "\n")

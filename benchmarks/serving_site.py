@@ -24,7 +24,7 @@ from notellm2_core.model.build import build_model
 from notellm2_core.notes.note import Note
 from notellm2_core.release.golden import NUM_QUERIES, golden_queries
 from notellm2_core.release.promotion import promote
-from notellm2_core.release.release import LINEAGE_FILE, NAME, open_release
+from notellm2_core.release.release import LINEAGE_FILE, NAME
 from notellm2_core.release.verdict import VERDICT_FILE
 from notellm2_core.retrieval.build import save_index
 from notellm2_core.retrieval.index import Index
@@ -37,6 +37,7 @@ from notellm2_core.vision.encoder import load_vision_encoder
 
 ROOT = Path(__file__).parents[1]
 RELEASE = "0123456789abcdef"
+WEIGHTS = f"of {RELEASE}"  # the name of its model
 TRAIN_DAYS = ("2025-01-05", "2025-01-19")
 SUMMARY = {"steps": 0, "num_train_pairs": 0, "num_train_notes": 0, "num_validation_pairs": 0,
             "validation_recall_at_10": 0.0}  # fmt: skip
@@ -69,11 +70,6 @@ class Site:
         config = load_config(self.config_file)
         return log_url(config, Ledger(config.lake, config.name))
 
-    @property
-    def weights_id(self) -> str:
-        lake = Lake(load_config(self.config_file).lake)
-        return str(Index.load(open_release(lake, RELEASE).path / INDEX_FOLDER).weights_id)
-
     @contextmanager
     def serving(self, port: int, output: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
         """`notellm2 serve`, ready; killed at the end."""
@@ -104,18 +100,23 @@ def is_ready(port: int) -> bool:
 def make_site(folder: Path, vectors: np.ndarray, factory: str) -> Site:
     """A release of these vectors [N, d], whose notes are n0000000, n0000001, ..., by a tiny model of width d."""
     site = Site(folder)
+    add_release(site, RELEASE, vectors, factory)
+    lake = Lake(load_config(site.config_file).lake)
+    promote(lake, Ledger(lake.root, "site"), RELEASE)
+    return site
+
+
+def add_release(site: Site, release_id: str, vectors: np.ndarray, factory: str) -> None:
+    """The same notes by another tiny model, of the width of these vectors."""
     config = site.configure(projection_dim=vectors.shape[1])
 
     def save(out: Path) -> None:
         load_vision_encoder(config.model.vision).save_pretrained(out.parent / "vision")
-        model, processor = build_model(config, folder / "cache")
+        model, processor = build_model(config, site.folder / "cache")
         save_model(model, processor, out.parent / "vision", out, config, TRAIN_DAYS, SUMMARY)
 
-    lake = Lake(config.lake)
-    embeddings = Embeddings(tuple(f"n{n:07d}" for n in range(len(vectors))), vectors, weights_id="of the site")
-    write_release(lake, RELEASE, embeddings, save, factory)
-    promote(lake, Ledger(lake.root, config.name), RELEASE)
-    return site
+    ids = tuple(f"n{n:07d}" for n in range(len(vectors)))
+    write_release(Lake(config.lake), release_id, Embeddings(ids, vectors, weights_id=f"of {release_id}"), save, factory)
 
 
 def write_release(
@@ -143,7 +144,7 @@ def write_release(
 
 def write_log(site: Site, fresh: np.ndarray, deleted: Sequence[str]) -> None:
     """Write new notes f000000, f000001, ... with these vectors, and deletions."""
-    weights_id, log = site.weights_id, NoteLog.open(site.log)
+    weights_id, log = WEIGHTS, NoteLog.open(site.log)
     writes = [Write(Note(f"f{n:06d}", "x", (), ""), None, False, 1, {weights_id: v}) for n, v in enumerate(fresh)]
     writes += [Write(Note(note_id, "", (), ""), None, True, 1) for note_id in deleted]
     for start in range(0, len(writes), _WRITES):
