@@ -1,5 +1,6 @@
 """The process of a model. What it imports has to be imported there: the process that starts it needs no torch."""
 
+import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +25,8 @@ def embed_notes(pipe: Connection, model: Path, weights_id: str | None) -> None:
     weights_id: a model with other weights is not loaded; None: any is.
     """
     die_with_parent()
+    # Before torch is imported. On a busy machine, threads that spin while they wait take ten times a note's own work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if weights_id is not None and (found := saved_weights_id(model)) != weights_id:
             raise ValueError(f"its weights are {found}, not {weights_id}")
