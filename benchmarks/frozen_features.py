@@ -34,7 +34,7 @@ from notellm2_core.training.state.save import save_model
 from notellm2_core.vision.encoder import load_vision_encoder
 
 WIDTH, DIM = 256, 32  # h, d
-_BATCH_NOTES, _BATCH_PAIRS, _STEPS, _LEARNING_RATE, _TAU = 32, 64, 100, 3e-3, 2.5
+_BATCH_NOTES, _BATCH_PAIRS, _STEPS, _LEARNING_RATE, _TAU = 32, 64, 100, 1e-2, 2.5
 _TARGETS = 10  # related notes of a note
 
 

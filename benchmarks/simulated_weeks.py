@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weeks", type=int, default=10)
     parser.add_argument("--notes", type=int, default=600, help="of the log")
-    parser.add_argument("--users", type=int, default=200)
+    parser.add_argument("--users", type=int, default=300)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--no-frozen", action="store_true", help="leave out the run with the first release alone")
     parser.add_argument("--out", type=Path, default=RESULT)
