@@ -5,7 +5,6 @@ the service takes it from the ledger. Before the week SAME, the same model is pr
 WORSE is the first one again, as if the job had read an old log.
 """
 
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -28,7 +27,7 @@ from frozen_features import (
     vectors_of,
     write_decoder,
 )
-from serving_site import Site, write_release
+from serving_site import Site, free_port, write_release
 
 from notellm2_core.config.source import DemoSettings
 from notellm2_core.demo.client import ServiceClient
@@ -94,9 +93,7 @@ class Loop:
 
     def run(self, num_weeks: int) -> None:
         """Raises RuntimeError where an answer is an error."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         options = ("--experiment", "interleave", "--challenger", "previous") if self._learns else ()
         url = f"http://127.0.0.1:{port}"
         with (

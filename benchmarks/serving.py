@@ -18,19 +18,15 @@ The result is written to benchmarks/results/serving.md.
 import argparse
 import asyncio
 import json
-import platform
-import socket
-import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import psutil
 from index import DATA_SETS
-from serving_load import K, Load, Request, closed_loop, model_loaded, open_loop, recall_of
-from serving_site import make_site, write_log
+from serving_load import K, Load, closed_loop, model_loaded, open_loop, recall_of, recall_request, write_result
+from serving_site import free_port, make_site, write_log
 
 RESULT = Path(__file__).parent / "results" / "serving.md"
 HISTORY, DELETED, NUM_CHECKED = 20, 0.01, 30
@@ -49,12 +45,8 @@ def measure(name: str, num_fresh: int, options: argparse.Namespace, folder: Path
         del alive[note_id]
     known = np.array([note_id for note_id in ids if note_id in alive])
     histories = [rng.choice(known, HISTORY, replace=False).tolist() for _ in range(2000)]
-    recalls: list[Request] = [
-        ("POST", "/recall", json.dumps({"history": history, "k": K}).encode()) for history in histories
-    ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    recalls = [recall_request(history) for history in histories]
+    port = free_port()
     rows = []
     started = time.perf_counter()
     with site.serving(port, folder / "serve.log") as process:
@@ -112,21 +104,21 @@ def main() -> None:
         for num_fresh in options.fresh:
             with tempfile.TemporaryDirectory() as folder:
                 rows += measure(name, num_fresh, options, Path(folder))
-    machine = f"{platform.machine()}, {psutil.cpu_count()} cores, Python {platform.python_version()}"
-    lines = [
-        "# The service under load",
-        "",
-        f"{date.today()}, {machine}. Command: `python {' '.join(sys.argv)}`",
-        "",
+    about = (
         f"{options.notes:,} notes x {options.dim}, {options.factory}; {DELETED:.0%} deleted; a recall has {HISTORY} "
         f"history notes and k = {K}. Milliseconds; CPU is that of the server, a request. While notes are written, the "
-        "CPU of both kinds is counted in both rows.",
-        "",
-        "| data | new notes | load | a second | p50 | p99 | CPU | refused | errors |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        *rows,
-    ]
-    options.out.write_text("\n".join(lines) + "\n")
+        "CPU of both kinds is counted in both rows."
+    )
+    write_result(
+        options.out,
+        "The service under load",
+        about,
+        [
+            "| data | new notes | load | a second | p50 | p99 | CPU | refused | errors |",
+            "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+            *rows,
+        ],
+    )
 
 
 if __name__ == "__main__":

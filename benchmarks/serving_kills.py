@@ -15,7 +15,6 @@ benchmarks/results/serving_kills.md.
 import argparse
 import platform
 import random
-import socket
 import sys
 import tempfile
 import threading
@@ -28,7 +27,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import psutil
-from serving_site import Site, make_site
+from serving_site import Site, free_port, make_site
 
 RESULT = Path(__file__).parent / "results" / "serving_kills.md"
 NUM_NOTES, DIM, NUM_CLIENTS, NOTES_PER_CLIENT = 2000, 64, 8, 60
@@ -123,9 +122,7 @@ def check(clients: Sequence[Client], port: int, counts: Counter[str]) -> None:
 def drill(site: Site, num_kills: int, num_requests: int, seed: int, output: Path) -> tuple[Counter[str], list[float]]:
     """The counts, and the seconds from each start to readiness."""
     counts, chance = Counter[str](), random.Random(seed)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     clients = [
         Client(number, port, num_requests // (num_kills + 1) // NUM_CLIENTS + 1, counts, seed)
         for number in range(NUM_CLIENTS)

@@ -6,12 +6,16 @@ model's, and is what to compare where others use the machine.
 
 import asyncio
 import json
+import platform
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,6 +132,18 @@ def finished(load: Load, server: psutil.Process, before: Any, started: float) ->
     load.cpu_seconds = after.user + after.system - before.user - before.system
     load.wall_seconds = time.perf_counter() - started
     return load
+
+
+def recall_request(history: Sequence[str]) -> Request:
+    """`POST /recall` of these notes."""
+    return "POST", "/recall", json.dumps({"history": [*history], "k": K}).encode()
+
+
+def write_result(out: Path, title: str, about: str, lines: Sequence[str]) -> None:
+    """A page of results: date, machine and command, a paragraph about the run, and its tables."""
+    machine = f"{platform.machine()}, {psutil.cpu_count()} cores, Python {platform.python_version()}"
+    head = [f"# {title}", "", f"{date.today()}, {machine}. Command: `python {' '.join(sys.argv)}`", "", about, ""]
+    out.write_text("\n".join([*head, *lines]) + "\n")
 
 
 async def metric(port: int, name: str) -> float:

@@ -1,6 +1,7 @@
 """What the benchmarks of the service share: a release of given vectors with a tiny model, and a server of it."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -87,6 +88,13 @@ class Site:
             if process.poll() is None:
                 process.kill()
             process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def is_ready(port: int) -> bool:

@@ -13,10 +13,7 @@ benchmarks/results/serving_soak.md.
 
 import argparse
 import asyncio
-import json
-import platform
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,14 +21,23 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import psutil
 from index import DATA_SETS
-from serving_load import NUM_CONNECTIONS, Connection, K, Memory, Request, metric, model_loaded, recall_of
-from serving_site import WEIGHTS, make_site
+from serving_load import (
+    NUM_CONNECTIONS,
+    Connection,
+    Memory,
+    Request,
+    metric,
+    model_loaded,
+    recall_of,
+    recall_request,
+    write_result,
+)
+from serving_site import WEIGHTS, free_port, make_site
 
 from notellm2_core.notes.note import Note
 from notellm2_core.serving.group_commit import GroupCommit
@@ -43,7 +49,7 @@ UPSERTS, DELETIONS, DIM = 0.1, 0.05, 64
 
 
 class Living:
-    """The notes that are there now, of which any can be drawn."""
+    """The notes that exist now, for random draws."""
 
     def __init__(self, vectors: Mapping[str, np.ndarray]) -> None:
         self.vectors = dict(vectors)
@@ -77,14 +83,14 @@ class Part:
 
 
 class Soak:
-    """The requests, and what is there after each."""
+    """Sends the requests, and knows which notes exist after each."""
 
     def __init__(self, port: int, commit: GroupCommit, living: Living, fresh: np.ndarray) -> None:
         self._port, self._commit, self.living, self._fresh = port, commit, living, iter(fresh)
         self._chance, self._busy, self._num_new = random.Random(0), set[str](), 0
 
     async def part(self, num: int) -> Part:
-        """As many requests."""
+        """Sends `num` requests."""
         part, left = Part(), iter(range(num))
 
         async def ask() -> None:
@@ -106,8 +112,7 @@ class Soak:
 
     def recall(self) -> Request:
         """Of a random history."""
-        history = {self.living.draw(self._chance): None for _ in range(HISTORY)}
-        return "POST", "/recall", json.dumps({"history": [*history], "k": K}).encode()
+        return recall_request(list(dict.fromkeys(self.living.draw(self._chance) for _ in range(HISTORY))))
 
     def _free(self) -> str:
         """A note that no other request is changing."""
@@ -153,9 +158,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[str]:
     base, fresh = vectors[: options.notes], vectors[options.notes :]
     site = make_site(folder, base, options.factory)
     living = Living({f"n{n:07d}": vector for n, vector in enumerate(base)})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     rows, memories, recalls, errors = [], [], [], 0
     compact = [sys.executable, "-W", "ignore", "-m", "notellm2_core.cli", "compact", "--config", str(site.config_file)]
     with (
@@ -205,18 +208,18 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         table = measure(options, Path(folder))
-    machine = f"{platform.machine()}, {psutil.cpu_count()} cores, Python {platform.python_version()}"
-    lines = [
-        "# A soak of the service",
-        "",
-        f"{date.today()}, {machine}. Command: `python {' '.join(sys.argv)}`",
-        "",
+    about = (
         f"{options.requests:,} requests to a release of {options.notes:,} notes x {DIM}, {options.factory}, "
-        f"{options.data}. Latencies: median / 99th percentile. Memory: of the service and its processes.",
-        "",
-        *table,
-    ]
-    options.out.write_text("\n".join(lines) + "\n")
+        f"{options.data}. Latencies: median / 99th percentile. Memory: of the service and its processes."
+    )
+    write_result(
+        options.out,
+        "A soak of the service",
+        about,
+        [
+            *table,
+        ],
+    )
 
 
 if __name__ == "__main__":

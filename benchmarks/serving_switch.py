@@ -14,23 +14,19 @@ The result is written to benchmarks/results/serving_switch.md.
 import argparse
 import asyncio
 import json
-import platform
-import socket
-import sys
 import tempfile
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 from index import DATA_SETS
-from serving_load import Connection, K, Load, Memory, Request, model_loaded, open_loop
-from serving_site import RELEASE, add_release, make_site, write_log
+from serving_load import Connection, K, Load, Memory, Request, model_loaded, open_loop, recall_request, write_result
+from serving_site import RELEASE, add_release, free_port, make_site, write_log
 
 from notellm2_core.serving.log import NoteLog
 
@@ -41,7 +37,7 @@ HISTORY, DIMS = 20, (64, 32)
 
 @dataclass
 class Answers:
-    """What came back, and when which deletion was acknowledged."""
+    """The answers, and when each deletion was acknowledged."""
 
     answers: list[tuple[float, Request, bytes]] = field(default_factory=list)  # when each was due
     deleted: dict[str, float] = field(default_factory=dict)
@@ -126,12 +122,8 @@ def measure(options: argparse.Namespace, folder: Path) -> list[str]:
     ids = [f"n{n:07d}" for n in range(num)]
     asked, to_delete = np.split(rng.permutation(ids), [num // 2])
     histories = [rng.choice(asked, HISTORY, replace=False).tolist() for _ in range(1000)]
-    requests: list[Request] = [
-        ("POST", "/recall", json.dumps({"history": history, "k": K}).encode()) for history in histories
-    ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    requests = [recall_request(history) for history in histories]
+    port = free_port()
     with site.serving(port, folder / "serve.log") as process:
         server = psutil.Process(process.pid)
         drill, memory = Drill(port, server, requests, options.rate), Memory(server)
@@ -172,19 +164,19 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         table = measure(options, Path(folder))
-    machine = f"{platform.machine()}, {psutil.cpu_count()} cores, Python {platform.python_version()}"
-    lines = [
-        "# A switch under load",
-        "",
-        f"{date.today()}, {machine}. Command: `python {' '.join(sys.argv)}`",
-        "",
+    about = (
         f"{options.notes:,} notes, {options.factory}, {options.data}, of widths {DIMS[0]} and {DIMS[1]}; "
-        f"{options.fresh:,} new ones, which the second model embeds before it answers; a recall has {HISTORY} history "
-        f"notes and k = {K}. Milliseconds, but for the switch; CPU is that of the server, a request.",
-        "",
-        *table,
-    ]
-    options.out.write_text("\n".join(lines) + "\n")
+        f"{options.fresh:,} new ones, which the second model embeds before the switch; a recall has {HISTORY} history "
+        f"notes and k = {K}. Latencies in milliseconds; CPU of the server in milliseconds a request."
+    )
+    write_result(
+        options.out,
+        "A switch under load",
+        about,
+        [
+            *table,
+        ],
+    )
 
 
 if __name__ == "__main__":

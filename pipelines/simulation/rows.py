@@ -33,8 +33,8 @@ def to_line(number: int, row: Row) -> str:
 def disk_faults(rows: Sequence[Row], keep: int) -> list[str]:
     """What took more of the disk than it may, in sentences. keep: releases that retention keeps.
 
-    There may be three releases more (the champion, the one before it, and the newest), and the lake may be a fifth
-    larger than as many of its first weeks.
+    Allowed are three more (the champion, the one before it, and the newest), and a lake of 1.2 (keep + 3) times its
+    size after the first week.
     """
     faults = []
     if (most := max(row.releases for row in rows)) > keep + 3:

@@ -61,6 +61,7 @@ class MilvusServer:
         if self.process is not None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
+            # Milvus itself writes it there, whatever its folders are, and removes it only where it ends by itself.
             Path(f"/tmp/milvus/server_id_{self.process.pid}").unlink(missing_ok=True)
 
     def _answers(self, health: int) -> bool:
