@@ -7,6 +7,7 @@ threads beside the event loop, which only reads and writes; the model has a proc
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
+import faiss
 from fastapi import FastAPI, Path, Response
 from starlette.exceptions import HTTPException
 
@@ -39,13 +40,15 @@ def make_app(service: Service, keys: Keys, takes_events: bool = False) -> FastAP
     app = FastAPI(title="NoteLLM-2", version=__version__, summary="Multimodal item-to-item recall.")
     metrics = Metrics(service)
     app.add_middleware(Forms)
-    app.add_middleware(Guard, keys=keys)
+    # Each thread of FAISS has a number of threads of its own. What waits for longer than a feed does is of no use.
+    searches = Workers("search", 2, 32, lambda: faiss.omp_set_num_threads(1), metrics.observe_search)
+    app.add_middleware(Guard, keys=keys, searches=searches)
     app.add_middleware(Timed, metrics=metrics)
     add_handlers(app)
     reads = Workers("read", 2, 256)  # of texts and pictures: few pictures are decoded at a time
     add_writes(app, service, keys, Workers("write", 64, 256))
     add_reads(app, service, keys, reads)
-    add_searches(app, service, keys, metrics, reads)
+    add_searches(app, service, keys, metrics, reads, searches)
     add_events(app, service, keys, takes_events)
     _add_releases(app, service, keys)
     _add_state(app, service, keys, metrics, reads)

@@ -1,7 +1,9 @@
 """The process of a model. What it imports has to be imported there: the process that starts it needs no torch."""
 
 import os
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from notellm2_core.runtime.processes import die_with_parent
 if TYPE_CHECKING:
     from notellm2_core.inference.embedder import Embedder
 
+_LOADING_NICE = 10  # a tenth of the processor's time of those who answer
 Asked = tuple[Note, bytes | None, InputKind]  # a note, its picture, and what the model reads of it
 
 
@@ -28,11 +31,8 @@ def embed_notes(pipe: Connection, model: Path, weights_id: str | None) -> None:
     # Before torch is imported. On a busy machine, threads that spin while they wait take ten times a note's own work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        if weights_id is not None and (found := saved_weights_id(model)) != weights_id:
-            raise ValueError(f"its weights are {found}, not {weights_id}")
-        from notellm2_core.inference.embedder import Embedder
-
-        embedder = Embedder.from_pretrained(model)
+        with ThreadPoolExecutor(1, "load", _give_way) as loading:
+            embedder = loading.submit(_load, model, weights_id).result()
     except (ValueError, OSError, RuntimeError) as e:
         pipe.send(f"the model {model} cannot be loaded: {e}")
         return
@@ -43,6 +43,20 @@ def embed_notes(pipe: Connection, model: Path, weights_id: str | None) -> None:
         except EOFError:
             return
         pipe.send(embed_each(embedder, notes))
+
+
+def _give_way() -> None:
+    """Let others go first where the processor is busy: another model may be answering meanwhile."""
+    if sys.platform == "linux":  # elsewhere it would be of the whole process, for good
+        os.nice(_LOADING_NICE)
+
+
+def _load(model: Path, weights_id: str | None) -> "Embedder":
+    if weights_id is not None and (found := saved_weights_id(model)) != weights_id:
+        raise ValueError(f"its weights are {found}, not {weights_id}")
+    from notellm2_core.inference.embedder import Embedder
+
+    return Embedder.from_pretrained(model)
 
 
 def embed_each(embedder: "Embedder", notes: Sequence[Asked]) -> list[np.ndarray | str]:

@@ -1,4 +1,6 @@
-"""Who may ask what: keys, other web pages, and the size of a body, before anything of the body is read."""
+"""Who may ask what, and when: keys, other web pages, the size of a body, and a place for a search, before anything of
+the body is read.
+"""
 
 from typing import Any
 
@@ -10,11 +12,13 @@ from starlette.types import Scope as Asked
 
 from notellm2_core.serving.keys import Keys, Scope
 from notellm2_core.serving.problems import problem
+from notellm2_core.serving.workers import Busy, Workers
 
 MAX_BODY_BYTES = 24 << 20  # with a picture
 MAX_SMALL_BODY_BYTES = 1 << 20
 _MAX_NOTE_BYTES = 36 << 20  # of the embedder, which has every note of a service, with its picture in base64
 _MAX_HELD_BYTES = 128 << 20  # of large bodies in memory; decoding them takes several times as much
+_SEARCHES = ("/recall", "/similar")  # how their paths end
 _WITH_PICTURES, _OF_EMBEDDER = ("/notes", "/similar"), "/models"
 OPEN = ("/", "/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")  # without a key
 OPEN_BELOW = "/page/"
@@ -26,11 +30,12 @@ class Guard:
     """An ASGI application that only sees requests with a key, of a size that is allowed.
 
     Without keys, only requests to this machine by its own names are answered, and none that a page from elsewhere
-    sends.
+    sends. A search that would find no place is refused here, where that costs little: under more load than the machine
+    can answer, its time goes to the answers.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: ASGIApp, keys: Keys, searches: Workers | None = None) -> None:
+        self._app, self._keys, self._searches = app, keys, searches
         self._held = 0  # bytes of large bodies in memory, as far as they may still come; only the event loop counts
 
     async def __call__(self, scope: Asked, receive: Receive, send: Send) -> None:
@@ -42,6 +47,12 @@ class Guard:
             status, detail = refused
             await problem(status, detail)(scope, receive, send)
             return
+        if self._searches is not None and scope["path"].endswith(_SEARCHES):
+            try:
+                self._searches.require_place()
+            except Busy as e:
+                await problem(429, str(e))(scope, receive, send)
+                return
         held = _large_body(scope["path"], headers)
         if held and self._held + held > _MAX_HELD_BYTES:
             await problem(429, "too many large bodies are in memory")(scope, receive, send)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import faiss
 import msgspec
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -44,10 +43,10 @@ from notellm2_core.serving.workers import Workers, unless_left
 _MIN_SEQ_SECONDS = 2.0  # that a reader waits for `min_seq`
 
 
-def add_searches(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, reads: Workers) -> None:
+def add_searches(
+    app: FastAPI, service: Service, keys: Keys, metrics: Metrics, reads: Workers, searches: Workers
+) -> None:
     """`GET /notes/{id}/similar`, `POST /similar` and `POST /recall`."""
-    # Each thread of FAISS has a number of threads of its own.
-    searches = Workers("search", 2, 256, lambda: faiss.omp_set_num_threads(1), metrics.observe_search)
     options: dict[str, Any] = {
         "response_model": SearchAnswer, "dependencies": needs(keys, "read"), "responses": ERRORS, "tags": ["search"],
     }  # fmt: skip

@@ -32,10 +32,14 @@ class Workers:
         self._pool = ThreadPoolExecutor(num, name, initializer)
         self._num = 0  # calls that wait or run; only the event loop's thread counts
 
-    async def run(self, call: Callable[..., T], *arguments: Any) -> T:
-        """The call's result. Raises Busy."""
+    def require_place(self) -> None:
+        """Raise Busy if no call is taken now."""
         if self._num >= self._most:
             raise Busy(f"too many requests wait ({self._name})")
+
+    async def run(self, call: Callable[..., T], *arguments: Any) -> T:
+        """The call's result. Raises Busy."""
+        self.require_place()
         self._num += 1
         if self._observe is not None:
             call, arguments = self._timed, (self._observe, time.perf_counter(), call, *arguments)

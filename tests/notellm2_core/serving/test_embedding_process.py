@@ -1,5 +1,8 @@
-"""The process of the model: one that cannot be loaded, and how its threads wait."""
+"""The process of the model: one that cannot be loaded, how its threads wait, and that loading gives way to others."""
 
+import os
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,8 @@ import pytest
 from notellm2_core.notes.note import Note
 from notellm2_core.serving.embedding import EmbedderDown
 from notellm2_core.serving.embedding_process import EmbeddingProcess
+from tests.support.served import TwoReleases
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -24,3 +29,28 @@ def test_a_model_that_cannot_be_loaded_is_told(
         model.submit(Note("x", "title", (), "")).result(300)
     assert not model.is_running
     model.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a priority is of the whole process")
+def test_loading_gives_way_to_others_and_embedding_does_not(two_releases: TwoReleases) -> None:
+    """What threads of each priority do, in ticks of the processor, while the model loads and after that."""
+    model, own = EmbeddingProcess(two_releases.first.path / "model", waits=False), os.getpriority(os.PRIO_PROCESS, 0)
+    assert model._process is not None
+    threads = Path(f"/proc/{model._process.pid}/task")
+
+    def ticks() -> Counter[int]:
+        """By the difference to this process's priority."""
+        work: Counter[int] = Counter()
+        for thread in threads.iterdir():
+            fields = (thread / "stat").read_text().rpartition(")")[2].split()  # see proc(5), from its third field on
+            work[int(fields[16]) - own] += int(fields[11]) + int(fields[12])
+        return work
+
+    wait_for(lambda: ticks().keys() == {0, 10})
+    model.submit(Note("x", "title", (), "")).result(300)
+    loaded = ticks()
+    for number in range(100):
+        model.submit(Note("x", f"title {number}", (), "")).result(300)
+    after = ticks()
+    model.close()
+    assert after[0] - loaded[0] > 10 and after[10] - loaded[10] <= 1

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,6 +31,7 @@ from notellm2_core.serving.embedding_process import EmbeddingProcess
 from notellm2_core.serving.events import Event, keep_events, write_event_files
 from notellm2_core.serving.experiment import NO_EXPERIMENT, PREVIOUS, Experiment, answer_prefix
 from notellm2_core.serving.keys import Keys, Scope, add_key
+from notellm2_core.serving.live_index import Answer, LiveIndex
 from notellm2_core.serving.log import LogUnavailable, NoteLog, Write
 from notellm2_core.serving.service import Service
 from tests.notellm2_core.serving.test_pictures import MOST_MB, forget_peak, peak_mb
@@ -383,6 +385,46 @@ def test_large_bodies_in_memory_have_a_bound(running: Running, monkeypatch: pyte
             slow.sendall(large[1000:])
             assert slow.recv(100).startswith(b"HTTP/1.1 422")  # its title is too long
         assert httpx.put(f"{address}/notes/y", **options, timeout=60).status_code == 422
+
+
+def test_searches_without_a_place_are_refused_before_their_body_is_read(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two searches run, 32 wait, and the next one is refused at its head; what does not search goes on."""
+    free = threading.Event()
+
+    def slow(*_: object) -> Answer:
+        free.wait(60)
+        return Answer((), 0)
+
+    monkeypatch.setattr(LiveIndex, "recall", slow)
+    with listening(running.service, Keys()) as address, ThreadPoolExecutor(34) as callers:
+        recall: dict[str, Any] = {"url": f"{address}/recall", "json": {"history": ["n00001"]}, "timeout": 60}
+        answers = [callers.submit(httpx.post, **recall) for _ in range(34)]
+        try:
+            wait_for(lambda: refused_at_head(address, "/recall"))
+            assert refused_at_head(address, "/similar")
+            answer = httpx.get(f"{address}/notes/n00001/similar", timeout=60)
+            assert answer.status_code == 429 and answer.json()["detail"] == "too many requests wait (search)"
+            assert httpx.get(f"{address}/releases", timeout=60).status_code == 200
+        finally:
+            free.set()
+        assert {answer.result().status_code for answer in answers} == {200}
+        assert httpx.post(**recall).status_code == 200
+
+
+def refused_at_head(address: str, path: str) -> bool:
+    """Whether a request of which only the head comes is refused; if not, its body is waited for."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as caller:
+        caller.settimeout(1)
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        caller.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode())
+        try:
+            answer = caller.recv(4096)
+        except TimeoutError:
+            return False
+    return answer.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in answer.lower()
 
 
 def test_bombs_are_refused_and_take_little_memory(running: Running) -> None:
