@@ -4,9 +4,11 @@
     .venv/bin/python benchmarks/ann_libraries.py    100,000 notes; a quarter of an hour on two cores
 
 Data sets as in benchmarks/index.py; queries are held out. Each library builds HNSW with 16 and with 32 links per note
-and the same efConstruction. Of each graph, the smallest ef is searched for by which recall@k reaches the target. Then
-all contenders take turns, query by query alone, and the median of the rounds counts. The libraries return ids and
-similarities; all vectors are of unit length, so that inner product is cosine.
+and the same efConstruction; FAISS also builds inverted lists, which the others do not have: with the vectors, and with
+4-bit codes whose best candidates are compared exactly. Of each index, the smallest effort (ef of a graph, nprobe of
+lists) is searched for by which recall@k reaches the target. Then all contenders take turns, query by query alone, and
+the median of the rounds counts. The libraries return ids and similarities; all vectors are of unit length, so that
+inner product is cosine.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import os
 import platform
 from collections.abc import Callable
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +29,16 @@ import numpy as np
 from index import DATA_SETS, in_turns, seconds
 
 RESULTS = Path(__file__).parent / "results"
-Search = Callable[[np.ndarray, int], np.ndarray]  # queries [Q, d] and ef -> rows [Q, k]
+Search = Callable[[np.ndarray, int], np.ndarray]  # queries [Q, d] and effort -> rows [Q, k]
+_MOST_EFFORT = 4096
+_CANDIDATES = 3  # of 4-bit codes, as a multiple of k
 
 
-class Graph(NamedTuple):
+class Contender(NamedTuple):
     library: str
-    links: int
-    search: Search
+    name: str
+    build: Callable[[], Search]
+    least: int  # effort
 
 
 def of_faiss(vectors: np.ndarray, links: int, ef: int, k: int) -> Search:
@@ -42,6 +47,22 @@ def of_faiss(vectors: np.ndarray, links: int, ef: int, k: int) -> Search:
     index.add(vectors)
     parameters = cache(lambda ef: faiss.SearchParametersHNSW(efSearch=ef))
     return lambda queries, ef: index.search(queries, k, params=parameters(ef))[1]
+
+
+def of_lists(vectors: np.ndarray, factory: str, k: int) -> Search:
+    index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    lists = faiss.extract_index_ivf(index)
+    if isinstance(index, faiss.IndexRefineFlat):
+        index.k_factor = _CANDIDATES
+
+    def search(queries: np.ndarray, num_lists: int) -> np.ndarray:
+        lists.nprobe = num_lists
+        rows: np.ndarray = index.search(queries, k)[1]
+        return rows
+
+    return search
 
 
 def of_hnswlib(vectors: np.ndarray, links: int, ef: int, k: int) -> Search:
@@ -71,17 +92,37 @@ def of_usearch(vectors: np.ndarray, links: int, ef: int, k: int) -> Search:
     return search
 
 
-LIBRARIES = {"faiss": of_faiss, "hnswlib": of_hnswlib, "usearch": of_usearch}
+GRAPHS = {"faiss": of_faiss, "hnswlib": of_hnswlib, "usearch": of_usearch}
+
+
+def contenders(vectors: np.ndarray, options: argparse.Namespace) -> list[Contender]:
+    graphs = [
+        Contender(library, f"{library} HNSW{links}", partial(build, vectors, links, options.ef, options.k), options.k)
+        for library, build in GRAPHS.items()
+        for links in options.links
+    ]
+    lists = [
+        Contender("faiss", f"faiss {factory}", partial(of_lists, vectors, factory, options.k), 1)
+        for factory in (f"IVF{options.lists},Flat", f"IVF{options.lists},PQ{options.dim // 2}x4fsr,RFlat")
+    ]
+    return graphs + lists
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)]))
 
 
-def smallest_ef(search: Search, queries: np.ndarray, exact: np.ndarray, target: float) -> tuple[int, float]:
-    """The smallest ef of at least k, up to 3 %, by which recall reaches `target`; and the recall."""
-    low, high = exact.shape[1], exact.shape[1]
+def smallest_effort(
+    search: Search, least: int, queries: np.ndarray, exact: np.ndarray, target: float
+) -> tuple[int, float]:
+    """The smallest effort of at least `least`, up to 3 %, by which recall reaches `target`, and the recall.
+
+    Raises ValueError where no effort is enough.
+    """
+    low = high = least
     while (reached := recall(search(queries, high), exact)) < target:
+        if high > _MOST_EFFORT:
+            raise ValueError(f"its recall is {reached:.3f} at most")
         low, high = high, 2 * high
     while high - low > max(1, high // 32):
         middle = (low + high) // 2
@@ -98,24 +139,23 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     vectors, queries = vectors[: options.notes], vectors[options.notes :]
     exact = faiss.knn(queries, vectors, options.k, metric=faiss.METRIC_INNER_PRODUCT)[1]
     rows, runs = [], {}
-    for library, build in LIBRARIES.items():
-        for links in options.links:
-            try:
-                search, built = seconds(lambda build=build, links=links: build(vectors, links, options.ef, options.k))
-            except ImportError as e:
-                print(f"{library} is left out: {e}")
-                break
-            ef, reached = smallest_ef(search, queries, exact, options.target)
-            key = f"{library} {links}"
-            runs[key] = lambda search=search, ef=ef: [search(query[None], ef) for query in queries]
-            rows.append({"data": name, "graph": key, "build_s": built, "ef": ef, "recall": reached})
-            print(rows[-1], flush=True)
+    for contender in contenders(vectors, options):
+        try:
+            search, built = seconds(contender.build)
+            effort, reached = smallest_effort(search, contender.least, queries, exact, options.target)
+        except (ImportError, ValueError) as e:
+            print(f"{contender.name} is left out: {e}")
+            continue
+        runs[contender.name] = lambda search=search, effort=effort: [search(query[None], effort) for query in queries]
+        rows.append({"data": name, "library": contender.library, "index": contender.name, "build_s": built,
+                     "effort": effort, "recall": reached})  # fmt: skip
+        print(rows[-1], flush=True)
     times = in_turns(runs, options.rounds)
-    return [row | {"search_ms": 1000 * times[row["graph"]] / len(queries)} for row in rows]
+    return [row | {"search_ms": 1000 * times[row["index"]] / len(queries)} for row in rows]
 
 
 def best(rows: list[dict[str, Any]], library: str) -> float:
-    return min((row["search_ms"] for row in rows if row["graph"].startswith(library)), default=float("nan"))
+    return min((row["search_ms"] for row in rows if row["library"] == library), default=float("nan"))
 
 
 def to_markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
@@ -125,14 +165,14 @@ def to_markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"--rounds {options.rounds}`, "
         f"{platform.machine()}, {os.cpu_count()} cores; k = {options.k}, efConstruction {options.ef}, one thread, "
         f"{options.queries} held-out queries one by one, {options.rounds} rounds in turns; CPU times.", "",
-        "| data | graph | build s | ef | recall | ms a search |", "|---|---|---|---|---|---|",
+        "| data | index | build s | ef or nprobe | recall | ms a search |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
-        figures = f"{row['build_s']:.0f} | {row['ef']} | {row['recall']:.3f} | {row['search_ms']:.3f}"
-        lines.append(f"| {row['data']} | {row['graph']} | {figures} |")
+        figures = f"{row['build_s']:.0f} | {row['effort']} | {row['recall']:.3f} | {row['search_ms']:.3f}"
+        lines.append(f"| {row['data']} | {row['index']} | {figures} |")
     for name in options.data:
         own = [row for row in rows if row["data"] == name]
-        others = [best(own, library) for library in LIBRARIES if library != "faiss"]
+        others = [best(own, library) for library in GRAPHS if library != "faiss"]
         ratio = best(own, "faiss") / np.nanmin(others) if not np.isnan(others).all() else float("nan")
         lines += ["", f"On {name}, the best of FAISS takes {ratio:.2f} of the time of the best of the others."]
     return "\n".join(lines) + "\n"
@@ -146,6 +186,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=100)
     parser.add_argument("--target", type=float, default=0.95)
     parser.add_argument("--links", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--lists", type=int, default=1024)
     parser.add_argument("--ef", type=int, default=80, help="efConstruction")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=7)

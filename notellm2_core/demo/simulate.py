@@ -1,9 +1,9 @@
 """The demo world's users on a running service: the weeks after the log, as a platform lives them.
 
 Every day, the notes of the day are written (`POST /notes`). A user who comes is asked for with the own history
-(`POST /recall`); the newest notes among the hits, which the user has not seen yet, are the feed. The user looks at it
-and clicks by taste, then finds other notes elsewhere, as in the log. All of it is sent as events (`POST /events`), with
-the simulated times.
+(`POST /recall`); the newest notes among the hits, which the user has not seen yet, are the feed, of two releases in
+turns. The user looks at it and clicks by taste, then finds other notes elsewhere, as in the log. All of it is sent as
+events (`POST /events`), with the simulated times.
 
 How good the feed is, is measured by clicks that do not depend on it: those that users make elsewhere, by their tastes
 alone. A click is foreseen if a feed of its week has shown the note before.
@@ -11,7 +11,8 @@ alone. A click is foreseen if a feed of its week has shown the note before.
 U: users.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import date
 from typing import Any
@@ -181,5 +182,19 @@ class Simulation:
             and self._world.published(hit["note_id"]) > first_day
             and hit["note_id"] not in seen
         ]
-        record = {"answer": answer["answer"], "feed": feed[: self._settings.size]}
+        record = {"answer": answer["answer"], "feed": in_turns(feed)[: self._settings.size]}
         return dict(self._journal.add(record, "visit", week.number, visit.number))
+
+
+def in_turns(hits: Sequence[list[str]]) -> list[list[str]]:
+    """Hits of one or two releases, [note, release] each: one of each release in turns, each in its order.
+
+    Releases that have drafted an answer in turns no longer do so in what is left of it: the one with more fresh notes
+    would be shown more often, and win more clicks by that alone.
+    """
+    num_before: Counter[str] = Counter()
+    turns = []
+    for _, release in hits:
+        turns.append(num_before[release])
+        num_before[release] += 1
+    return [hits[place] for place in sorted(range(len(hits)), key=lambda place: turns[place])]

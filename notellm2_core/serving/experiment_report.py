@@ -17,6 +17,8 @@ from notellm2_core.serving.events import SCHEMA
 from notellm2_core.serving.experiment import Kind, answer_prefix
 from notellm2_core.serving.exposures import Comparison, Exposures, Interval, to_rows
 
+_FAIR = 0.05  # that the challenger's share of the exposures may differ from a half
+
 
 def read_exposures(folder: Path, kind: Kind, champion: str, challenger: str, events: EventSettings) -> Exposures:
     """The exposures in the files of `serving.events` that these two releases found, in answers of this experiment.
@@ -73,4 +75,11 @@ def to_markdown(comparisons: Sequence[Comparison], won: tuple[Interval, int] | N
             "",
             f"Interleaved: the challenger won {won[0]} of {won[1]:,} answers with a click (0.5: no difference).",
         ]
+        if abs(num / len(exposures.users) - 0.5) > _FAIR:
+            lines += [
+                "",
+                "The challenger was not shown as often as the champion, so the share of answers that it won says "
+                "little: compare the hit rates. What leaves hits out of an answer has to take those of both releases "
+                "in turns again.",
+            ]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from notellm2_core.demo.client import ServiceClient
 from notellm2_core.demo.commands import KEY_VARIABLE
 from notellm2_core.demo.journal import Journal
 from notellm2_core.demo.logs import DAY
-from notellm2_core.demo.simulate import FeedSettings, Simulation
+from notellm2_core.demo.simulate import FeedSettings, Simulation, in_turns
 from notellm2_core.demo.weeks import LaterWeeks, Look, NewNote, Visit, Week
 from notellm2_core.demo.world import generate
 from notellm2_core.lake.lake import Lake
@@ -125,6 +125,13 @@ def test_the_figures_of_a_week_by_hand(tmp_path: Path) -> None:
         (again,) = Simulation(SmallWorld(), idle, journal, FEED).run(1)  # type: ignore[arg-type]
     assert (again.foreseen == counts.foreseen).all() and again.releases == counts.releases
     assert (idle.asked, idle.events, idle.written) == ([], [], [])
+
+
+def test_a_feed_shows_as_many_notes_of_one_release_as_of_the_other() -> None:
+    hits = [["a", "r1"], ["b", "r1"], ["c", "r1"], ["d", "r2"], ["e", "r1"], ["f", "r2"]]
+    assert [note for note, _ in in_turns(hits)] == ["a", "d", "b", "f", "c", "e"]
+    of_one = [["b", "r1"], ["a", "r1"]]
+    assert in_turns(of_one) == of_one and in_turns([]) == []
 
 
 def test_an_error_is_a_visit_without_a_feed(tmp_path: Path) -> None:

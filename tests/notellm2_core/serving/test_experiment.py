@@ -160,7 +160,12 @@ def test_the_preference_of_interleaved_lists_by_hand(tmp_path: Path) -> None:
     found = read_exposures(tmp_path / "events", "interleave", "A", "B", EventSettings())
     won, num = preference(found)
     assert (won.value, num) == (0.5, 3)
-    assert "won 0.5 [" in to_markdown([], (won, num), found)
+    text = to_markdown([], (won, num), found)
+    assert "won 0.5 [" in text and "not shown as often" not in text
+    less = found.by_challenger & (np.cumsum(found.by_challenger) > 3)  # 1 of 5 exposures is the challenger's
+    fewer = replace(found, **{n: getattr(found, n)[~found.by_challenger | less] for n in vars(found)})
+    assert "not shown as often" in to_markdown([], (won, num), fewer)
+    assert "not shown as often" not in to_markdown([], None, fewer)  # an A/B test has the shares that it was given
     with pytest.raises(ValueError, match="no answer had a click"):
         preference(replace(found, clicked=np.zeros_like(found.clicked)))
 
