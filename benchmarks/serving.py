@@ -10,7 +10,8 @@ which the request was due, so waiting for a slow answer counts, too. CPU is that
 model's, and is what to compare where others use the machine. Saturation: eight connections that ask again at once; then
 three times as many requests a second as that answered, of which the service refuses what it has no place for.
 Recall: of the answers, against exact search over all living notes. Writes: notes with a text, which the tiny model
-embeds, at a rate, while recalls go on.
+embeds, at a rate, while recalls go on. Upserts: notes with their vectors, half of them new, which this process writes
+to the log as another service would; each is there once it is on the disk. The last one then has to be found.
 
 The result is written to benchmarks/results/serving.md.
 """
@@ -20,13 +21,32 @@ import asyncio
 import json
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-import psutil
 from index import DATA_SETS
-from serving_load import K, Load, closed_loop, model_loaded, open_loop, recall_of, recall_request, write_result
-from serving_site import free_port, make_site, write_log
+from psutil import Process
+from serving_load import (
+    Connection,
+    K,
+    Load,
+    Request,
+    closed_loop,
+    finished,
+    model_loaded,
+    open_loop,
+    recall_of,
+    recall_request,
+    write_result,
+)
+from serving_site import WEIGHTS, Site, free_port, make_site, write_log
+
+from notellm2_core.notes.note import Note
+from notellm2_core.serving.group_commit import GroupCommit
+from notellm2_core.serving.log import NoteLog, Receipt, Write
 
 RESULT = Path(__file__).parent / "results" / "serving.md"
 HISTORY, DELETED, NUM_CHECKED = 20, 0.01, 30
@@ -50,7 +70,7 @@ def measure(name: str, num_fresh: int, options: argparse.Namespace, folder: Path
     rows = []
     started = time.perf_counter()
     with site.serving(port, folder / "serve.log") as process:
-        ready, server = time.perf_counter() - started, psutil.Process(process.pid)
+        ready, server = time.perf_counter() - started, Process(process.pid)
         quality = recall_of(port, recalls[:NUM_CHECKED], alive)
         asyncio.run(closed_loop(port, recalls, 3, server))  # warm
         label = f"| {name} | {num_fresh:,} |"
@@ -82,9 +102,51 @@ def measure(name: str, num_fresh: int, options: argparse.Namespace, folder: Path
         rows.append(f"{label} {options.rates[0]} a second, with writes | {of_recalls} |")
         rows.append(f"{label} writes, {options.write_rate} a second | {of_writes} |")
         print("\n".join(rows[-2:]), flush=True)
+        of_recalls, of_upserts, seconds = measure_upserts(site, port, recalls, fresh, options, server)
+        rows.append(f"{label} {options.rates[0]} a second, with upserts | {of_recalls} |")
+        found = f"the last one found after {1000 * seconds:.0f} ms"
+        rows.append(f"{label} upserts, {options.upsert_rate} a second; {found} | {of_upserts} |")
+        print("\n".join(rows[-2:]), flush=True)
     rows.append(f"{label} ready after {ready:.1f} s; recall@{K} {quality:.2f} % | | | | | | |")
     print(rows[-1], flush=True)
     return rows
+
+
+def measure_upserts(
+    site: Site, port: int, recalls: list[Request], vectors: np.ndarray, options: argparse.Namespace, server: Process
+) -> tuple[Load, Load, float]:
+    """Recalls and upserts at their rates, and the seconds after which the service shows the last upsert."""
+    num, num_names = int(options.upsert_rate * options.seconds), max(1, int(options.upsert_rate * options.seconds) // 2)
+    written = Load()
+
+    async def write(commit: GroupCommit) -> None:
+        before, started = server.cpu_times(), time.perf_counter()
+
+        def done(due: float) -> Callable[[Future[Receipt]], None]:
+            return lambda receipt: written.add(500 if receipt.exception() else 200, time.perf_counter() - due)
+
+        for number in range(num):
+            due = started + number / options.upsert_rate
+            if (wait := due - time.perf_counter()) > 0:
+                await asyncio.sleep(wait)
+            note = Note(f"u{number % num_names:06d}", "x", (), "")
+            vector = {WEIGHTS: vectors[number % len(vectors)]}
+            commit.submit(Write(note, None, False, 1 + number // num_names, vector)).add_done_callback(done(due))
+        commit.close()
+        finished(written, server, before, started)
+
+    async def both(commit: GroupCommit) -> Load:
+        requests = recalls[: int(options.rates[0] * options.seconds)]
+        return (await asyncio.gather(open_loop(port, requests, options.rates[0], server), write(commit)))[0]
+
+    with closing(NoteLog.open(site.log)) as log:
+        of_recalls = asyncio.run(both(GroupCommit(log)))
+        started = time.perf_counter()
+        request = {**json.loads(recalls[0][2]), "min_seq": log.last_seq()}
+        status, answer = asyncio.run(Connection(port).ask("POST", "/recall", json.dumps(request).encode()))
+    if status != 200:
+        raise RuntimeError(f"the last upsert is not found: {answer.decode()}")
+    return of_recalls, written, time.perf_counter() - started
 
 
 def main() -> None:
@@ -96,6 +158,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
     parser.add_argument("--rates", type=int, nargs="+", default=[100, 300])
     parser.add_argument("--write-rate", type=int, default=20)
+    parser.add_argument("--upsert-rate", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()

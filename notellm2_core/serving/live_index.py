@@ -10,6 +10,7 @@ H: queries, k: hits, N: notes of the release, W: width of the table.
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -188,11 +189,11 @@ class LiveIndex:
 
     def _note_ids(self, view: View, numbers: np.ndarray) -> list[str]:
         in_base = numbers < view.num_base
-        if in_base.all():
-            ids: list[str] = self.index.note_ids[numbers].tolist()
-            return ids
-        own, base = view.note_ids, self.index.note_ids
-        return [base[n] if n < view.num_base else own[n - view.num_base] for n in numbers.tolist()]
+        ids = np.empty(len(numbers), dtype=object)
+        ids[in_base] = self.index.note_ids[numbers[in_base]]
+        ids[~in_base] = [view.note_ids[number - view.num_base] for number in numbers[~in_base].tolist()]
+        found: list[str] = ids.tolist()
+        return found
 
 
 class _Found(NamedTuple):
@@ -218,7 +219,13 @@ class _Question:
 
     def usable(self, numbers: np.ndarray) -> np.ndarray:
         """Whether each note is there and may be an answer."""
-        return self.view.lives(numbers) & np.isin(numbers, self.without, invert=True)
+        places = np.searchsorted(self._sorted, numbers)
+        return self.view.lives(numbers) & (self._sorted[places] != numbers)
+
+    @cached_property
+    def _sorted(self) -> np.ndarray:
+        """`without`, and a number that no note has."""
+        return np.append(np.sort(self.without), np.iinfo(np.int64).max)
 
 
 def _first(places: np.ndarray, numbers: np.ndarray, scores: np.ndarray, usable: np.ndarray, k: int) -> _Found:

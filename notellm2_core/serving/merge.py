@@ -31,13 +31,15 @@ def merge(
     weighted inner product (max), the sum of the weighted inner products (sum), or the weighted sum of reciprocal ranks
     (rrf).
     """
-    order = np.argsort(candidates * len(weights) + history)  # by candidate, and of each by history note
+    order = _argsort(candidates * len(weights) + history)  # by candidate, and of each by history note
     history, candidates, scores = history[order], candidates[order], scores[order]
-    ranks = _ranks(history, scores)
+    ranks = _ranks(history, scores, len(weights))
     if not (is_best := ranks < k).all():
         history, candidates, scores, ranks = (part[is_best] for part in (history, candidates, scores, ranks))
     gains = weights[history] / (_RRF + 1 + ranks) if how == "rrf" else weights[history] * scores
-    starts = np.flatnonzero(np.diff(candidates, prepend=-1))  # of the candidates
+    is_first = np.ones(len(candidates), dtype=bool)
+    is_first[1:] = candidates[1:] != candidates[:-1]
+    starts = np.flatnonzero(is_first)  # of the candidates
     distinct = candidates[starts]
     merged = (np.maximum if how == "max" else np.add).reduceat(gains, starts) if len(starts) else np.empty(0)
     kth = np.partition(merged, -k)[-k] if len(merged) > k else -np.inf
@@ -48,10 +50,27 @@ def merge(
     return Merged(distinct[best], merged[best].astype(np.float32), tuple(by[a:b] for a, b in spans))
 
 
-def _ranks(history: np.ndarray, scores: np.ndarray) -> np.ndarray:
+def _ranks(history: np.ndarray, scores: np.ndarray, num_history: int) -> np.ndarray:
     """Of each found note [M], its rank among those of the same history note, from 0."""
-    order = np.argsort(4.0 * history - scores, kind="stable")  # inner products of unit vectors differ by less than 4
+    order = _argsort(history << 32 | _descending(scores))
     ordered = history[order]
     ranks = np.empty(len(history), np.int64)
-    ranks[order] = np.arange(len(history)) - np.searchsorted(ordered, ordered)
+    ranks[order] = np.arange(len(history)) - np.searchsorted(ordered, np.arange(num_history))[ordered]
     return ranks
+
+
+def _descending(scores: np.ndarray) -> np.ndarray:
+    """Whole numbers of 32 bits that are in the reverse order of float32 numbers [M]."""
+    bits = (scores.astype(np.float32) + 0).view(np.int32).astype(np.int64)  # + 0: of two zeros, none is less
+    return 0x7FFFFFFF - np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _argsort(keys: np.ndarray) -> np.ndarray:
+    """The stable order of whole numbers from 0 on [M].
+
+    numpy sorts numbers in half the time that it takes to order them, so the place of each is put behind it.
+    """
+    bits = len(keys).bit_length()
+    if int(keys.max(initial=0)) >> (63 - bits):
+        return np.argsort(keys, kind="stable")
+    return np.sort(keys << bits | np.arange(len(keys))) & ((1 << bits) - 1)

@@ -150,8 +150,10 @@ def _answer(
     release: str, answer: Answer, answer_id: str | None = None, found_by: Sequence[str] | None = None
 ) -> Response:
     """found_by: the release of each hit, where two are interleaved."""
+    scores = np.round([hit.score for hit in answer.hits], 6).tolist()
     hits: list[dict[str, Any]] = [
-        {"note_id": hit.note_id, "score": round(hit.score, 6), "because": hit.because} for hit in answer.hits
+        {"note_id": hit.note_id, "score": score, "because": hit.because}
+        for hit, score in zip(answer.hits, scores, strict=True)
     ]
     for hit, by in zip(hits, found_by or (), strict=False):
         hit["release"] = by
