@@ -187,7 +187,8 @@ class Simulation:
 
 
 def in_turns(hits: Sequence[list[str]]) -> list[list[str]]:
-    """Hits of one or two releases, [note, release] each: one of each release in turns, each in its order.
+    """Hits of one or two releases, [note, release] each: one of each release in turns, each in its order; then those
+    of which only one has more.
 
     Releases that have drafted an answer in turns no longer do so in what is left of it: the one with more fresh notes
     would be shown more often, and win more clicks by that alone.

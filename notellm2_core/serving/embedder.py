@@ -62,7 +62,9 @@ class Models:
             if weights_id not in self._models:
                 folder = self._find(weights_id)
                 self._make_room()
-                self._models[weights_id] = EmbeddingProcess(folder, waits=False, weights_id=weights_id)
+                self._models[weights_id] = EmbeddingProcess(
+                    folder, waits=False, weights_id=weights_id, gives_way=bool(self._models)
+                )
             self._asked[weights_id] = time.monotonic()
             return self._models[weights_id]
 

@@ -23,7 +23,7 @@ from notellm2_core.serving.embedding_worker import embed_notes
 from notellm2_core.serving.pictures import PictureProcess
 from notellm2_core.vision.image_status import MEANINGS, UNUSABLE, Status
 
-_START_SECONDS = 300.0  # for the model to load
+_START_SECONDS = 3600.0  # for the model to load; where loading gives way, it may take ten times as long as usual
 _LONGEST_BATCH = 600.0  # seconds; a process that takes longer hangs
 _ENDED = "the model's process was ended"
 _LONGEST_PAUSE = 300.0  # between two starts of a process that fail; it doubles until then
@@ -45,12 +45,13 @@ class EmbeddingProcess:
 
     def __init__(
         self, model: Path, waits: bool = True, weights_id: str | None = None, max_waiting: int = MAX_WAITING,
-        batch_notes: int = 16,
+        batch_notes: int = 16, gives_way: bool = False,
     ) -> None:  # fmt: skip
         """Loads the model's folder. waits: until it is loaded; raises ValueError then if it cannot be used.
 
         Otherwise notes wait until it is; if it cannot be used, they have EmbedderDown, and it is tried again.
-        weights_id: a model with other weights is not used; None: whatever the folder holds is.
+        weights_id: a model with other weights is not used; None: whatever the folder holds is. gives_way: it is loaded
+        at a lower priority; not where it has to be loaded again.
         """
         self._model, self._weights_id, self._batch_notes = model, weights_id, batch_notes
         self._waiting: queue.Queue[_Job] = queue.Queue(max_waiting)
@@ -60,7 +61,7 @@ class EmbeddingProcess:
         self._is_running = False
         self._pause, self._not_before = 0.0, 0.0  # after a start that failed
         self.problem: str | None = None  # why the last start failed; None: it did not, or goes on
-        self._launch()
+        self._launch(gives_way)
         if waits:
             try:
                 self._await_model()
@@ -109,11 +110,11 @@ class EmbeddingProcess:
             self._process.kill()
             self._process.join()
 
-    def _launch(self) -> None:
+    def _launch(self, gives_way: bool = False) -> None:
         """Start the process, which then loads the model."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        arguments = (theirs, self._model, self._weights_id)
+        arguments = (theirs, self._model, self._weights_id, gives_way)
         process = context.Process(target=embed_notes, args=arguments, name="embedder", daemon=True)
         process.start()
         self._process = process

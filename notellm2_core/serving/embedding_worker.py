@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,16 +23,17 @@ _LOADING_NICE = 10  # a tenth of the processor's time of those who answer
 Asked = tuple[Note, bytes | None, InputKind]  # a note, its picture, and what the model reads of it
 
 
-def embed_notes(pipe: Connection, model: Path, weights_id: str | None) -> None:
+def embed_notes(pipe: Connection, model: Path, weights_id: str | None, gives_way: bool) -> None:
     """Load the model, and send None, or why it cannot be loaded. Then answer each list of notes as `embed_each` does.
 
-    weights_id: a model with other weights is not loaded; None: any is.
+    weights_id: a model with other weights is not loaded; None: any is. gives_way: loading lets others go first where
+    the processor is busy, because another model answers meanwhile; embedding does not.
     """
     die_with_parent()
     # Before torch is imported. On a busy machine, threads that spin while they wait take ten times a note's own work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        with ThreadPoolExecutor(1, "load", _give_way) as loading:
+        with ThreadPoolExecutor(1, "load", _give_way if gives_way else None) as loading:
             embedder = loading.submit(_load, model, weights_id).result()
     except (ValueError, OSError, RuntimeError) as e:
         pipe.send(f"the model {model} cannot be loaded: {e}")
@@ -46,9 +48,10 @@ def embed_notes(pipe: Connection, model: Path, weights_id: str | None) -> None:
 
 
 def _give_way() -> None:
-    """Let others go first where the processor is busy: another model may be answering meanwhile."""
-    if sys.platform == "linux":  # elsewhere it would be of the whole process, for good
-        os.nice(_LOADING_NICE)
+    """Lower the priority of this thread."""
+    if sys.platform == "linux":  # elsewhere it would be that of the whole process, for good
+        with suppress(OSError):  # where it is forbidden, loading takes its share
+            os.nice(_LOADING_NICE)
 
 
 def _load(model: Path, weights_id: str | None) -> "Embedder":

@@ -15,9 +15,9 @@ from notellm2_core.config.source import EventSettings
 from notellm2_core.runtime.files import parquet_files
 from notellm2_core.serving.events import SCHEMA
 from notellm2_core.serving.experiment import Kind, answer_prefix
-from notellm2_core.serving.exposures import Comparison, Exposures, Interval, to_rows
+from notellm2_core.serving.exposures import Comparison, Exposures, Interval, shown_share, to_rows
 
-_FAIR = 0.05  # that the challenger's share of the exposures may differ from a half
+_MOST_IMBALANCE = 0.02  # of the exposures of interleaved lists: how far the challenger's share may be from a half
 
 
 def read_exposures(folder: Path, kind: Kind, champion: str, challenger: str, events: EventSettings) -> Exposures:
@@ -75,11 +75,12 @@ def to_markdown(comparisons: Sequence[Comparison], won: tuple[Interval, int] | N
             "",
             f"Interleaved: the challenger won {won[0]} of {won[1]:,} answers with a click (0.5: no difference).",
         ]
-        if abs(num / len(exposures.users) - 0.5) > _FAIR:
+        share = shown_share(exposures)
+        if not share.low <= 0.5 <= share.high and abs(share.value - 0.5) > _MOST_IMBALANCE:
             lines += [
                 "",
-                "The challenger was not shown as often as the champion, so the share of answers that it won says "
-                "little: compare the hit rates. What leaves hits out of an answer has to take those of both releases "
-                "in turns again.",
+                f"The challenger had {share} of the exposures, and the release that is shown more often wins more "
+                "answers by that alone. Who leaves hits out of an answer has to take those of both releases in turns "
+                "again.",
             ]
     return "\n".join(lines)

@@ -106,6 +106,11 @@ def preference(exposures: Exposures, seed: int = 0) -> tuple[Interval, int]:
     return _interval(_ratio(user_of[decided], wins, exposures.num_users, seed)), int(decided.sum())
 
 
+def shown_share(exposures: Exposures, seed: int = 0) -> Interval:
+    """The challenger's share of the exposures. Interleaved lists that are shown as they are have 0.5."""
+    return _interval(_ratio(exposures.users, exposures.by_challenger.astype(float), exposures.num_users, seed))
+
+
 def _draws(num_users: int, num_draws: int, seed: int) -> Iterator[np.ndarray]:
     """How often each user is drawn: blocks [draws, U] that fit into memory."""
     rng, size = np.random.default_rng(seed), max(1, _BLOCK // num_users)

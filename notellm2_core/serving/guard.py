@@ -2,6 +2,7 @@
 the body is read.
 """
 
+import re
 from typing import Any
 
 from fastapi import Depends, Request, Security
@@ -18,7 +19,7 @@ MAX_BODY_BYTES = 24 << 20  # with a picture
 MAX_SMALL_BODY_BYTES = 1 << 20
 _MAX_NOTE_BYTES = 36 << 20  # of the embedder, which has every note of a service, with its picture in base64
 _MAX_HELD_BYTES = 128 << 20  # of large bodies in memory; decoding them takes several times as much
-_SEARCHES = ("/recall", "/similar")  # how their paths end
+_SEARCH = re.compile("/recall|/similar|/notes/[^/]+/similar")
 _WITH_PICTURES, _OF_EMBEDDER = ("/notes", "/similar"), "/models"
 OPEN = ("/", "/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")  # without a key
 OPEN_BELOW = "/page/"
@@ -47,9 +48,9 @@ class Guard:
             status, detail = refused
             await problem(status, detail)(scope, receive, send)
             return
-        if self._searches is not None and scope["path"].endswith(_SEARCHES):
+        if self._searches is not None and _SEARCH.fullmatch(scope["path"]):
             try:
-                self._searches.require_place()
+                self._searches.require()
             except Busy as e:
                 await problem(429, str(e))(scope, receive, send)
                 return

@@ -192,8 +192,8 @@ class LiveIndex:
         ids = np.empty(len(numbers), dtype=object)
         ids[in_base] = self.index.note_ids[numbers[in_base]]
         ids[~in_base] = [view.note_ids[number - view.num_base] for number in numbers[~in_base].tolist()]
-        found: list[str] = ids.tolist()
-        return found
+        names: list[str] = ids.tolist()
+        return names
 
 
 class _Found(NamedTuple):
@@ -219,11 +219,11 @@ class _Question:
 
     def usable(self, numbers: np.ndarray) -> np.ndarray:
         """Whether each note is there and may be an answer."""
-        places = np.searchsorted(self._sorted, numbers)
-        return self.view.lives(numbers) & (self._sorted[places] != numbers)
+        places = np.searchsorted(self._sorted_without, numbers)
+        return self.view.lives(numbers) & (self._sorted_without[places] != numbers)
 
     @cached_property
-    def _sorted(self) -> np.ndarray:
+    def _sorted_without(self) -> np.ndarray:
         """`without`, and a number that no note has."""
         return np.append(np.sort(self.without), np.iinfo(np.int64).max)
 

@@ -55,14 +55,14 @@ class LiveRelease:
     def start(
         cls, lake: Lake, release: Release, base: Base, waits: bool = True, embedder: str | None = None
     ) -> "LiveRelease":
-        """Start its model, or have that of the `embedder` at this URL. waits: until it is loaded; raises ValueError if
-        it cannot be.
+        """Start its model, or have that of the `embedder` at this URL. waits: until it is loaded, because another
+        release answers meanwhile, to which loading gives way; raises ValueError if it cannot be loaded.
         """
         index, notes = LiveIndex(base.index, base.table, base.seq), notes_of(lake, release)
         model: Embedding
         try:
             if embedder is None:
-                model = EmbeddingProcess(release.path / "model", waits)
+                model = EmbeddingProcess(release.path / "model", waits, gives_way=waits)
             else:
                 model = EmbedderClient(embedder, base.weights_id, base.table.vectors.shape[1], waits)
         except OSError as e:

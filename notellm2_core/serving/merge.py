@@ -42,12 +42,13 @@ def merge(
     starts = np.flatnonzero(is_first)  # of the candidates
     distinct = candidates[starts]
     merged = (np.maximum if how == "max" else np.add).reduceat(gains, starts) if len(starts) else np.empty(0)
+    merged = merged.astype(np.float32)  # before the cut, so that candidates of equal scores stay together
     kth = np.partition(merged, -k)[-k] if len(merged) > k else -np.inf
     best = np.flatnonzero(merged >= kth)
     best = best[np.argsort(-merged[best], kind="stable")]  # the candidates ascend
     by, ends = history.tolist(), np.append(starts[1:], len(history))
     spans = zip(starts[best].tolist(), ends[best].tolist(), strict=True)
-    return Merged(distinct[best], merged[best].astype(np.float32), tuple(by[a:b] for a, b in spans))
+    return Merged(distinct[best], merged[best], tuple(by[a:b] for a, b in spans))
 
 
 def _ranks(history: np.ndarray, scores: np.ndarray, num_history: int) -> np.ndarray:

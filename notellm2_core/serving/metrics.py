@@ -34,6 +34,9 @@ class Metrics:
             Histogram(f"notellm2_search_{name}_seconds", text, buckets=_SECONDS, registry=self._registry)
             for name, text in {"wait": "That a search waits for a thread.", "run": "That it takes then."}.items()
         )
+        self.refused_searches = Counter(
+            "notellm2_refused_searches", "For which there was no place (429).", registry=self._registry
+        )
         self._history = Counter("notellm2_history_notes", "Of recalls.", registry=self._registry)
         self._unknown = Counter("notellm2_unknown_history_notes", "Those that are not there.", registry=self._registry)
         self._short = Counter("notellm2_short_answers", "With fewer hits than asked for.", registry=self._registry)

@@ -89,6 +89,7 @@ def add_searches(
             n if isinstance(n, str) else n.note_id: 1.0 if isinstance(n, str) else n.weight for n in body.history
         }
         exclude, answer_id = frozenset(body.exclude), new_answer_id(prefix)
+        searches.require(len(by))  # both or none: a search for nobody takes time from others
         answers = await asyncio.gather(
             *(searches.run(r.index.recall, history, body.k, body.merge, exclude, deadline) for r in by)
         )

@@ -26,20 +26,22 @@ class Workers:
         max_waiting: int,
         initializer: Callable[[], None] | None = None,
         observe: Callable[[float, float], None] | None = None,
+        refused: Callable[[], None] = lambda: None,
     ) -> None:
-        """observe: is told the seconds that a call has waited, and taken."""
-        self._name, self._most, self._observe = name, num + max_waiting, observe
+        """observe: is told the seconds that a call has waited, and taken. refused: is called when one is not taken."""
+        self._name, self._most, self._observe, self._refused = name, num + max_waiting, observe, refused
         self._pool = ThreadPoolExecutor(num, name, initializer)
         self._num = 0  # calls that wait or run; only the event loop's thread counts
 
-    def require_place(self) -> None:
-        """Raise Busy if no call is taken now."""
-        if self._num >= self._most:
+    def require(self, num: int = 1) -> None:
+        """Raise Busy if so many calls are not taken now."""
+        if self._num + num > self._most:
+            self._refused()
             raise Busy(f"too many requests wait ({self._name})")
 
     async def run(self, call: Callable[..., T], *arguments: Any) -> T:
         """The call's result. Raises Busy."""
-        self.require_place()
+        self.require()
         self._num += 1
         if self._observe is not None:
             call, arguments = self._timed, (self._observe, time.perf_counter(), call, *arguments)

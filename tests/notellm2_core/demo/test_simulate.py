@@ -127,7 +127,7 @@ def test_the_figures_of_a_week_by_hand(tmp_path: Path) -> None:
     assert (idle.asked, idle.events, idle.written) == ([], [], [])
 
 
-def test_a_feed_shows_as_many_notes_of_one_release_as_of_the_other() -> None:
+def test_a_feed_takes_hits_of_both_releases_in_turns() -> None:
     hits = [["a", "r1"], ["b", "r1"], ["c", "r1"], ["d", "r2"], ["e", "r1"], ["f", "r2"]]
     assert [note for note, _ in in_turns(hits)] == ["a", "d", "b", "f", "c", "e"]
     of_one = [["b", "r1"], ["a", "r1"]]

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,12 @@ def test_a_model_that_cannot_be_loaded_is_told(
     model.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a priority is of the whole process")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a priority is that of a whole process")
+@pytest.mark.skipif(os.getpriority(os.PRIO_PROCESS, 0) > 9, reason="no priority is so much lower than this one")
 def test_loading_gives_way_to_others_and_embedding_does_not(two_releases: TwoReleases) -> None:
     """What threads of each priority do, in ticks of the processor, while the model loads and after that."""
-    model, own = EmbeddingProcess(two_releases.first.path / "model", waits=False), os.getpriority(os.PRIO_PROCESS, 0)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    model = EmbeddingProcess(two_releases.first.path / "model", waits=False, gives_way=True)
     assert model._process is not None
     threads = Path(f"/proc/{model._process.pid}/task")
 
@@ -42,15 +45,17 @@ def test_loading_gives_way_to_others_and_embedding_does_not(two_releases: TwoRel
         """By the difference to this process's priority."""
         work: Counter[int] = Counter()
         for thread in threads.iterdir():
-            fields = (thread / "stat").read_text().rpartition(")")[2].split()  # see proc(5), from its third field on
-            work[int(fields[16]) - own] += int(fields[11]) + int(fields[12])
+            with suppress(OSError):  # it has ended meanwhile
+                fields = (thread / "stat").read_text().rpartition(")")[2].split()  # proc(5), from its third field on
+                work[int(fields[16]) - own] += int(fields[11]) + int(fields[12])
         return work
 
-    wait_for(lambda: ticks().keys() == {0, 10})
-    model.submit(Note("x", "title", (), "")).result(300)
-    loaded = ticks()
-    for number in range(100):
-        model.submit(Note("x", f"title {number}", (), "")).result(300)
-    after = ticks()
-    model.close()
-    assert after[0] - loaded[0] > 10 and after[10] - loaded[10] <= 1
+    try:
+        wait_for(lambda: ticks().keys() == {0, 10})
+        model.submit(Note("x", "title", (), "")).result(300)
+        loaded = ticks()
+        while (now := ticks())[0] - loaded[0] < 20:
+            model.submit(Note("x", "title", (), "")).result(300)
+    finally:
+        model.close()
+    assert now[10] - loaded[10] <= 1

@@ -34,6 +34,7 @@ from notellm2_core.serving.keys import Keys, Scope, add_key
 from notellm2_core.serving.live_index import Answer, LiveIndex
 from notellm2_core.serving.log import LogUnavailable, NoteLog, Write
 from notellm2_core.serving.service import Service
+from notellm2_core.serving.workers import Busy, Workers
 from tests.notellm2_core.serving.test_pictures import MOST_MB, forget_peak, peak_mb
 from tests.support.bombs import refused
 from tests.support.released import png
@@ -406,7 +407,10 @@ def test_searches_without_a_place_are_refused_before_their_body_is_read(
             assert refused_at_head(address, "/similar")
             answer = httpx.get(f"{address}/notes/n00001/similar", timeout=60)
             assert answer.status_code == 429 and answer.json()["detail"] == "too many requests wait (search)"
-            assert httpx.get(f"{address}/releases", timeout=60).status_code == 200
+            for path, status in {"/releases": 200, "/notes/similar": 404, "/notes/recall": 404}.items():
+                assert httpx.get(f"{address}{path}", timeout=60).status_code == status
+            text = httpx.get(f"{address}/metrics", timeout=60).text
+            assert "\nnotellm2_refused_searches_total 3.0\n" in text
         finally:
             free.set()
         assert {answer.result().status_code for answer in answers} == {200}
@@ -414,7 +418,10 @@ def test_searches_without_a_place_are_refused_before_their_body_is_read(
 
 
 def refused_at_head(address: str, path: str) -> bool:
-    """Whether a request of which only the head comes is refused; if not, its body is waited for."""
+    """Whether a request of which only the head comes is refused; if not, its body is waited for.
+
+    A refused one may go on: its body is skipped, and the connection takes the next request.
+    """
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as caller:
         caller.settimeout(1)
@@ -424,7 +431,19 @@ def refused_at_head(address: str, path: str) -> bool:
             answer = caller.recv(4096)
         except TimeoutError:
             return False
+        caller.settimeout(60)
+        caller.sendall(b"x" * 1000 + f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert caller.recv(4096).startswith(b"HTTP/1.1 200")
     return answer.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in answer.lower()
+
+
+def test_a_place_for_two_is_for_both_or_none() -> None:
+    refused: list[None] = []
+    workers = Workers("search", 1, 1, refused=lambda: refused.append(None))
+    workers.require(2)
+    with pytest.raises(Busy, match=r"too many requests wait \(search\)"):
+        workers.require(3)
+    assert len(refused) == 1
 
 
 def test_bombs_are_refused_and_take_little_memory(running: Running) -> None:
