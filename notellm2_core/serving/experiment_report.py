@@ -17,7 +17,7 @@ from notellm2_core.serving.events import SCHEMA
 from notellm2_core.serving.experiment import Kind, answer_prefix
 from notellm2_core.serving.exposures import Comparison, Exposures, Interval, shown_share, to_rows
 
-_MOST_IMBALANCE = 0.02  # of the exposures of interleaved lists: how far the challenger's share may be from a half
+_MOST_IMBALANCE = 0.05  # of the exposures of interleaved lists: how far the challenger's share may be from a half
 
 
 def read_exposures(folder: Path, kind: Kind, champion: str, challenger: str, events: EventSettings) -> Exposures:
@@ -79,8 +79,8 @@ def to_markdown(comparisons: Sequence[Comparison], won: tuple[Interval, int] | N
         if not share.low <= 0.5 <= share.high and abs(share.value - 0.5) > _MOST_IMBALANCE:
             lines += [
                 "",
-                f"The challenger had {share} of the exposures, and the release that is shown more often wins more "
-                "answers by that alone. Who leaves hits out of an answer has to take those of both releases in turns "
-                "again.",
+                f"The challenger had {share} of the exposures, not half of them. Users may have looked more at the "
+                "better hits. But where hits were left out of answers, and those of both releases were not taken in turns "
+                "again, the release that lost fewer wins more answers by that alone.",
             ]
     return "\n".join(lines)
