@@ -80,7 +80,7 @@ def to_markdown(comparisons: Sequence[Comparison], won: tuple[Interval, int] | N
             lines += [
                 "",
                 f"The challenger had {share} of the exposures, not half of them. Users may have looked more at the "
-                "better hits. But where hits were left out of answers, and those of both releases were not taken in turns "
-                "again, the release that lost fewer wins more answers by that alone.",
+                "better hits. But where hits were left out of answers, and those of both releases were not taken in "
+                "turns again, the release that lost fewer wins more answers by that alone.",
             ]
     return "\n".join(lines)
