@@ -130,7 +130,7 @@ def _serve(options: argparse.Namespace) -> None:
             stack.enter_context(closing(EventWriter(log, events)))
         threadpool_limits(1, "blas")  # products of small matrices, on the threads that search
         app = make_app(service, keys, takes_events=events is not None)
-        uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+        uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False)
 
 
 def _embedder(options: argparse.Namespace) -> None:
@@ -154,7 +154,9 @@ def _embedder(options: argparse.Namespace) -> None:
     with closing(Models(find)) as models:
         if first:
             models.get(first)
-        uvicorn.run(make_embedder_app(models, keys), host=options.host, port=options.port, log_level="warning")
+        uvicorn.run(
+            make_embedder_app(models, keys), host=options.host, port=options.port, log_level="warning", access_log=False
+        )
 
 
 def _keys(options: argparse.Namespace) -> Keys:
