@@ -69,7 +69,7 @@ class Connection:
 
     async def ask(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
         """Status and body of the answer."""
-        if self.streams is None:
+        if self.streams is None or self.streams[0].at_eof():  # a server closes idle ones
             self.streams = await asyncio.open_connection("127.0.0.1", self.port)
         reader, writer = self.streams
         head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nContent-Type: application/json\r\n"
