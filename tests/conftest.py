@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from coverage import Coverage
+from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from tests.support.cluster import Cluster
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, two cores
+settings.register_profile("any machine", deadline=None)  # an example may take as long as it takes
+settings.load_profile("any machine")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # so that no test waits for an unreachable hub
 
 # One worker runs a unit as a whole, in this order: the finished graph, the cluster and the Spark session are made once.

@@ -132,7 +132,7 @@ def test_equals_the_sql_of_the_module_docstring(
         assert scores[pair] == (pytest.approx(score_, rel=1e-12), num_users)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=4, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(logs=st.lists(st.lists(event, max_size=14), min_size=25, max_size=25), simultaneous=st.booleans())
 def test_equals_the_definition(frame: Frame, scores_of: Scores, logs: list[Log], simultaneous: bool) -> None:
     """Many small logs are scored at once. A prefix separates their users and notes, and U and N_u never mix users."""
@@ -219,7 +219,7 @@ minute = st.tuples(
 )
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=6, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(logs=st.lists(st.lists(minute, max_size=16), min_size=25, max_size=25), options=times_and_weights)
 def test_times_and_weights_equal_the_definition(
     frame: Frame, scores_of: Scores, logs: list[Log], options: dict[str, Any]

@@ -85,7 +85,7 @@ _ROW = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(_ROW, min_size=1, max_size=40), cut=st.integers(0, 40), num_weeks=st.integers(2, 6))
 def test_figures_equal_plain_ones(
     spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, rows: list[Row], cut: int, num_weeks: int

@@ -63,7 +63,7 @@ def reference(rows: list[Row], ignored: tuple[str, ...], weighted: bool) -> tupl
     return +reasons, len(robots), clicks
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=ROWS, size=st.integers(1, 15), ignore_all=st.booleans(), one_window=st.booleans(), weighted=st.booleans())
 def test_labels(rows: list[Row], size: int, ignore_all: bool, one_window: bool, weighted: bool, tmp_path: Path) -> None:
     events = EventSettings(**SETTINGS, ignored_events=None if ignore_all else ("skip",))  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ def test_worked_example() -> None:
 
 
 @given(n=st.integers(1, 4), width=st.integers(1, 5), seed=st.integers(0, 10_000), scale=st.floats(0, 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_equals_a_loop_over_the_dimensions(n: int, width: int, seed: int, scale: float) -> None:
     """The reference is Eq. 7 per note and dimension in plain Python. Large weights, up to 30, saturate gates too."""
     torch.manual_seed(seed)

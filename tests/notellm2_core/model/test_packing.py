@@ -33,7 +33,7 @@ def decoder(kind: str, attention: str) -> PreTrainedModel:
     return AutoModel.from_config(architecture(kind), attn_implementation=attention).eval()  # no dropout
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12), left=st.booleans())
 def test_packing_and_unpacking(lengths: list[int], left: bool) -> None:
     words, mask = padded_words(lengths, 3, left)

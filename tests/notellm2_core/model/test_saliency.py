@@ -79,7 +79,7 @@ def loop_scores(attention: np.ndarray, gradient: np.ndarray, visual: set[int], r
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), left=st.booleans(), num_heads=st.integers(1, 3),
     visual_share=st.floats(0, 1), seed=st.integers(0, 10_000),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equals_the_loop(lengths: list[int], left: bool, num_heads: int, visual_share: float, seed: int) -> None:
     """Lengths and positions are arbitrary. Values on padding, and NaN above the diagonal, are never read."""
     rng = np.random.default_rng(seed)

@@ -73,7 +73,7 @@ def test_the_words_survive(tokenizer: str) -> None:
 
 
 @given(st.text(max_size=200))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_any_unicode_is_read_in_full_by_the_tiny_tokenizer(text: str) -> None:
     p = processor("tiny")
     text = text.encode("utf-8", "replace").decode()

@@ -1,7 +1,7 @@
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from notellm2_core.config.data import TextSettings
@@ -51,7 +51,6 @@ def test_first_two_words(text: str, unit: str, expected: str) -> None:
 
 
 @given(st.text(max_size=60), st.integers(1, 10))
-@settings(deadline=None)
 def test_a_truncated_text_is_a_piece_of_the_text_and_is_not_cut_again(text: str, limit: int) -> None:
     once = truncate_words(text, limit)
     assert once in text
@@ -66,7 +65,6 @@ def test_escape_keeps_one_line_and_closes_no_quote() -> None:
 
 
 @given(st.text())
-@settings(deadline=None)
 def test_escaped_text_has_no_bare_quote(text: str) -> None:
     bare = escape(text).replace("\\\\", "").replace("\\'", "").replace('\\"', "")
     assert "'" not in bare and '"' not in bare and len(escape(text).splitlines()) <= 1

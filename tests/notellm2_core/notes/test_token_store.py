@@ -37,7 +37,7 @@ def notes_of(fields: list[tuple[str, list[str], str]]) -> list[Note]:
     return [Note(f"n{i}", title, tuple(topics), content) for i, (title, topics, content) in enumerate(fields)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(fields=st.lists(st.tuples(texts, st.lists(texts, max_size=3), texts), min_size=1, max_size=9))
 def test_stored_tokens_are_those_of_each_note(
     fields: list[tuple[str, list[str], str]], tmp_path_factory: pytest.TempPathFactory

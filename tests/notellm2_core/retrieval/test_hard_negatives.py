@@ -121,7 +121,7 @@ def worlds(draw: st.DrawFn) -> tuple[dict[str, Any], list[Pair], list[Pair], dic
     return vectors, train, validation, groups, first, first + draw(st.integers(0, 14))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(worlds(), st.booleans(), st.sampled_from([1, 3, 4096]))
 def test_equals_a_loop_over_all_notes(
     world: tuple[dict[str, Any], list[Pair], list[Pair], dict[str, str], int, int], grouped: bool, block: int

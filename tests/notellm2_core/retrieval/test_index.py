@@ -105,7 +105,7 @@ def test_equal_vectors_cost_no_recall(share: float, group: int) -> None:
 DIRECTIONS = np.concatenate([np.eye(4), -np.eye(4), np.array(list(product([0.5, -0.5], repeat=4)))])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 23), min_size=1, max_size=60),
     st.sampled_from(["Flat", "HNSW8", "IVF1,Flat"]),

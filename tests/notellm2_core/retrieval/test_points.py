@@ -20,7 +20,7 @@ def slow_expand(points: Points, found: list[int], scores: list[float], k: int, o
     return sorted(notes, key=lambda note: (-note[1], note[0]))[:k]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.booleans(), st.booleans())
 def test_expansion_equals_a_sort(seed: int, k: int, leaves_out: bool, has_equal: bool) -> None:
     """Random points with groups, ties, missing points and rows that are left out, with few points per block."""

@@ -264,7 +264,7 @@ def test_drafts_of_the_dead_are_swept(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted(p.name for p in (*alive, elsewhere, *others, tmp_path / "b"))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=30).filter(
         lambda n: n.strip(".")

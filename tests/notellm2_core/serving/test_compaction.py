@@ -110,7 +110,7 @@ def expected(titles: dict[str, str]) -> dict[str, float]:
     return {i: round(float(unit(title) @ unit("query")), 5) for i, title in titles.items() if "bad" not in title}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_compacted_release_answers_as_before(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Notes are written with a vector, without one, or with a text that cannot be embedded; they are deleted; the

@@ -350,7 +350,7 @@ def test_searches_while_changes_are_applied(site: EngineSite) -> None:
     assert not wrong
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000), num_steps=st.integers(1, 6))
 def test_answers_are_those_of_comparing_all(site: EngineSite, seed: int, num_steps: int) -> None:
     live, notes = site.live()

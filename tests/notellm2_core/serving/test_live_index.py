@@ -43,7 +43,7 @@ def make_live(tmp_path_factory: pytest.TempPathFactory) -> MakeIndex:
     return make
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), num=st.sampled_from([1, 2, 5, 40, 200]), seed=st.integers(0, 10_000))
 def test_answers_are_those_of_comparing_all(make_live: MakeIndex, data: st.DataObject, num: int, seed: int) -> None:
     live, notes = make_live(num)

@@ -394,7 +394,6 @@ def test_any_interleaving_of_writes_leaves_what_a_list_would_hold(
         settings=settings(
             max_examples=15 if is_sqlite else 4,
             stateful_step_count=12,
-            deadline=None,
             database=None,
             suppress_health_check=[*HealthCheck],
         ),

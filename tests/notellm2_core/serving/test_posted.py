@@ -107,7 +107,7 @@ def test_a_run_keeps_the_notes_that_it_saw_first(config: Config, log: NoteLog, t
     assert Catalog(other).posted is None
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_release_of_posted_notes_shows_the_same_as_the_whole_log(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

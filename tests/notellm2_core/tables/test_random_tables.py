@@ -35,7 +35,6 @@ from notellm2_core.tables.table import MALFORMED, Table
 
 random_tables = settings(
     max_examples=int(os.environ.get("RANDOM_TABLES", "60")),
-    deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
 )

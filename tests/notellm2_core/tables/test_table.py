@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from notellm2_core.tables.source import find_table, open_events, open_notes
@@ -213,7 +213,6 @@ EVENT_ROWS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(data=EVENT_ROWS, seed=st.integers(0, 2**32))
 def test_any_rows_are_equal_in_all_formats(data: list[tuple[Any, ...]], seed: int) -> None:
     """Random rows, cut at random into parts of random formats, with columns in random order."""

@@ -283,7 +283,7 @@ def test_the_id_depends_on_the_weights_and_not_on_their_path(small_clip, tmp_pat
     assert len(ids) == 1 and len(ids.pop()) == 16
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     width=st.integers(1, 260), height=st.integers(1, 260), crop=st.sampled_from([1.0, 0.875, 0.9]), squash=st.booleans()
 )

@@ -213,7 +213,7 @@ def test_sizes_of_real_architectures(tmp_path: Path) -> None:
     assert sum(p.numel() for p in tower.parameters()) == 85_799_424
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(width=st.integers(4, 200), height=st.integers(4, 200), resized=st.integers(32, 60), resample=st.integers(2, 3))
 def test_pixels_are_those_of_the_library(width: int, height: int, resized: int, resample: int) -> None:
     """For shapes up to 8:1 our pixels equal those of the library's Pillow processors.

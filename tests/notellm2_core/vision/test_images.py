@@ -332,7 +332,7 @@ def test_a_file_too_long_for_its_pixels_is_not_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged TIFFs and of bombs
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     fmt=st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "TGA"]),
     seed=st.integers(0, 10**6),

@@ -12,7 +12,7 @@ from tests.spark_jobs.conftest import NOTES, Frame, rows_of
 graph = st.lists(st.tuples(st.integers(10, 40), st.integers(10, 40)), max_size=25)
 
 
-@settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=1, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.lists(graph, min_size=40, max_size=40))
 def test_components_equal_union_find(frame: Frame, graphs: list[list[tuple[int, int]]]) -> None:
     """Forty graphs are solved at once; a prefix separates their nodes."""

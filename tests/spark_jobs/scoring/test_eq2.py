@@ -48,7 +48,7 @@ def by_definition(rows: Rows, simultaneous: bool, max_notes: int | None = None) 
 row = st.tuples(st.integers(0, 4), st.integers(0, 6), st.integers(0, 5), st.none() | st.integers(0, 5))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     rows=st.lists(row, min_size=1, max_size=60),
     simultaneous=st.booleans(),
@@ -68,7 +68,7 @@ def test_equals_the_definition(
         assert scores[pair][0] == float(score)  # rounded once
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows=st.lists(row, min_size=1, max_size=60), max_notes=st.integers(1, 3))
 def test_no_score_loses_more_than_the_bound(rows: Rows, max_notes: int) -> None:
     scores, capped = scored(rows, max_notes=max_notes)
@@ -93,7 +93,7 @@ def test_worked_example_of_a_cap() -> None:
     assert capped.note_loss == pytest.approx([1 / 3] * 5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=60))
 def test_a_score_is_the_exact_sum_rounded_once(sizes: list[int]) -> None:
     """There is a user for each size N_u. It views note 0, and then clicks N_u notes, the first of which is note 1."""
@@ -103,7 +103,7 @@ def test_a_score_is_the_exact_sum_rounded_once(sizes: list[int]) -> None:
     assert scored(rows)[0][0, 1] == (float(exact), len(sizes))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000))
 def test_the_last_digit_does_not_depend_on_order_or_blocks(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -126,7 +126,7 @@ def test_chunks_hold_whole_queries_or_part_of_a_long_one() -> None:
     assert chunks == [(0, 2), (2, 4), (4, 6), (6, 7), (7, 9)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=6),
     at_a_time=st.integers(1, 20),

@@ -58,7 +58,7 @@ ids = st.sampled_from(["a", "B", "ä", "zz", "z", "7"])
 rows = st.dictionaries(st.tuples(ids, ids), st.tuples(st.integers(1, 4), st.integers(1, 3)), max_size=30)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     pairs=rows, row_group_size=st.integers(1, 9), low=st.integers(0, 3), more=st.integers(0, 3), top_t=st.integers(1, 3)
 )

@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_jobs.scoring.arrays import Floats, Ints
@@ -12,7 +12,6 @@ numbers = st.floats(-1e300, 1e300) | st.sampled_from([-1.0, -0.0, 0.0, 0.5, 0.50
 parts = st.lists(st.lists(numbers, max_size=20), min_size=1, max_size=4).filter(any)
 
 
-@settings(deadline=None)
 @given(parts=parts, shares=st.lists(st.floats(0, 1), min_size=1, max_size=4))
 def test_quantiles_are_those_of_numpy(parts: list[list[float]], shares: list[float]) -> None:
     arrays = [np.array(part) for part in parts]

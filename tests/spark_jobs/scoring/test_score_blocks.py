@@ -104,7 +104,7 @@ def test_a_cap_is_counted(note_ids: Path, tmp_path: Path) -> None:
 scores = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=60)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(blocks=st.lists(scores, min_size=1, max_size=4))
 def test_merged_metrics(blocks: list[list[float]]) -> None:
     """In any split into blocks, quantiles are real scores rounded down to 1 %, and the histogram counts every pair."""

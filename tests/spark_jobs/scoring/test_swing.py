@@ -55,7 +55,7 @@ def test_worked_example() -> None:
     assert scores == {(1, 2): value, (2, 1): value, (1, 3): value, (3, 1): value}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     clicks=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), min_size=1, max_size=40),
     alpha=st.floats(0.1, 10),

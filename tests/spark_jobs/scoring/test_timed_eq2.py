@@ -80,7 +80,7 @@ timings = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows=rows, timing=timings, num_blocks=st.integers(1, 4), at_a_time=st.integers(1, 20))
 def test_equals_the_definition(rows: list[Row], timing: Timing, num_blocks: int, at_a_time: int) -> None:
     """The rows, ties, cap, number of blocks and size of the chunks are arbitrary; a query may span several chunks."""
@@ -90,7 +90,7 @@ def test_equals_the_definition(rows: list[Row], timing: Timing, num_blocks: int,
     assert [scores[pair][0] for pair in expected] == pytest.approx([score for score, _ in expected.values()], rel=1e-14)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows=rows, timing=timings, max_notes=st.integers(1, 3))
 def test_no_score_loses_more_than_the_bound(rows: list[Row], timing: Timing, max_notes: int) -> None:
     limits = timing.max_gap, timing.half_life, timing.end, timing.simultaneous
@@ -125,7 +125,7 @@ def test_without_a_limit_a_click_that_a_later_one_outweighs_is_left_out() -> Non
     assert scored(rows, Timing(None, None, 0))[0] == {(0, 1): (3.0, 1), (2, 1): (1.0, 1)}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), max_gap=st.none() | st.just(9), largest=st.sampled_from([2, 1e9]))
 def test_the_last_digit_does_not_depend_on_order_or_blocks(seed: int, max_gap: int | None, largest: float) -> None:
     rng = np.random.default_rng(seed)

@@ -45,7 +45,7 @@ def test_the_steps_of_an_epoch_are_rounded_up() -> None:
 
 
 @given(st.integers(1, 60), st.integers(3, 80), st.integers(2, 8), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_schedule_is_fair_and_a_prefix_of_itself(num_pairs: int, num_notes: int, batch: int, seed: int) -> None:
     pairs = random_pairs(num_pairs, num_notes, seed)
     long = batch_schedule(pairs, batch, 12, seed)
@@ -158,7 +158,7 @@ def test_a_batch_of_several_inputs(small: PairDataset) -> None:
 
 
 @given(st.integers(1, 12), st.integers(0, 1000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_related_in_either_direction_equals_a_loop(num_pairs: int, seed: int) -> None:
     pairs = [(str(a), str(b)) for a, b in random_pairs(num_pairs, 9, seed)]
     tokens = {str(i): FieldTokens(*(np.array([i], np.int32),) * 3) for i in range(9)}

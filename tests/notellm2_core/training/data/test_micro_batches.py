@@ -23,7 +23,7 @@ def test_worked_example() -> None:
         plan(np.ones(3), 2)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(num_tokens=tokens, num_ranks=st.integers(1, 4), max_tokens=st.none() | st.integers(1, 300))
 def test_plan(num_tokens: list[int], num_ranks: int, max_tokens: int | None) -> None:
     costs = np.array(num_tokens * num_ranks)

@@ -98,7 +98,7 @@ def test_info_nce_worked_example() -> None:
     known_share=st.floats(0, 1), valid_share=st.floats(0, 1), repeats=st.integers(1, 4), more=st.integers(0, 5),
     count=st.booleans(), other=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_equals_the_loop(
     num_pairs: int, dim: int, seed: int, tau: float, known_share: float, valid_share: float, repeats: int, more: int,
     count: bool, other: bool,
@@ -188,7 +188,7 @@ def test_eq_8_and_9_worked_example() -> None:
     num_pairs=st.integers(1, 5), seed=st.integers(0, 10_000), share=st.floats(0, 1), repeats=st.integers(1, 3),
     alpha=st.floats(0, 20), count=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_eq_8_and_9_equal_the_loop(
     num_pairs: int, seed: int, share: float, repeats: int, alpha: float, count: bool
 ) -> None:
@@ -212,7 +212,7 @@ def test_eq_8_and_9_equal_the_loop(
     num_pairs=st.integers(1, 5), seed=st.integers(0, 10_000), share=st.floats(0, 1), repeats=st.integers(1, 3),
     count=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_omni_retrieval_equals_nine_loops(num_pairs: int, seed: int, share: float, repeats: int, count: bool) -> None:
     """The loss is the mean of the nine directed losses. `repeats` rows share a vector, so scores tie."""
     generator = torch.Generator().manual_seed(seed)
@@ -253,7 +253,7 @@ def test_omni_retrieval_worked_example() -> None:
 
 
 @given(num_pairs=st.integers(1, 6), seed=st.integers(0, 10_000), method=st.sampled_from(sorted(METHODS)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_order_of_the_pairs_does_not_matter(num_pairs: int, seed: int, method: str) -> None:
     """The loss of every method stays if pairs, and the two notes of a pair, change places."""
     generator = torch.Generator().manual_seed(seed)

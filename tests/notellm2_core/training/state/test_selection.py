@@ -49,7 +49,7 @@ def validated(selection: Selection, module: Module, recalls: list[float], steps:
         selection.add(step, recalls[step - 1], module.at(step), checkpoints)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     recalls=st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=12),
     every=st.integers(1, 4),
