@@ -352,6 +352,7 @@ class Process:
     model: Path
     waits: bool
     weights_id: str
+    gives_way: bool
     closed: list[str] = field(default_factory=list)
 
     def close(self) -> None:
@@ -362,6 +363,7 @@ def test_two_models_are_in_memory_and_one_in_use_stays(monkeypatch: pytest.Monke
     monkeypatch.setattr(embedder, "EmbeddingProcess", Process)
     models = Models({name: Path(name) for name in "abc"}.__getitem__)
     first, second = models.get("a"), models.get("b")
+    assert (first.gives_way, second.gives_way) == (False, True)  # type: ignore[attr-defined]
     assert models.get("a") is first  # asked for again, so that b is the one that may leave
     with pytest.raises(EmbedderBusy, match="2 other models are in use"):
         models.get("c")
