@@ -123,7 +123,7 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
 def smallest_effort(
     search: Search, least: int, most: int, queries: np.ndarray, exact: np.ndarray, target: float
 ) -> tuple[int, float]:
-    """The smallest effort, up to 3 %, by which recall reaches `target`, and the recall; `most` if none is enough."""
+    """The smallest effort (within 3 %) whose recall reaches `target`, and that recall; `most` where none does."""
     low = high = least
     while (reached := recall(search(queries, high), exact)) < target:
         if high == most:

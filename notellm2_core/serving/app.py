@@ -33,7 +33,7 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
 }  # fmt: skip
 _NUM_EXAMPLES = 12
-_MOST_WAITING = 32  # searches: at 3 ms each, the last one waits for 50 ms
+_MOST_WAITING = 32  # searches: at 3 ms each, the last one waits for 0.1 s
 
 
 def make_app(service: Service, keys: Keys, takes_events: bool = False) -> FastAPI:

@@ -23,7 +23,8 @@ from notellm2_core.serving.embedding_worker import embed_notes
 from notellm2_core.serving.pictures import PictureProcess
 from notellm2_core.vision.image_status import MEANINGS, UNUSABLE, Status
 
-_START_SECONDS = 3600.0  # for the model to load; where loading gives way, it may take ten times as long as usual
+_START_SECONDS = 300.0  # for the model to load
+_LONGEST_START = 3600.0  # where loading gives way to other work, which may take nearly all of the processor
 _LONGEST_BATCH = 600.0  # seconds; a process that takes longer hangs
 _ENDED = "the model's process was ended"
 _LONGEST_PAUSE = 300.0  # between two starts of a process that fail; it doubles until then
@@ -112,6 +113,7 @@ class EmbeddingProcess:
 
     def _launch(self, gives_way: bool = False) -> None:
         """Start the process, which then loads the model."""
+        self._start_seconds = _LONGEST_START if gives_way else _START_SECONDS
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, self._model, self._weights_id, gives_way)
@@ -122,8 +124,8 @@ class EmbeddingProcess:
 
     def _await_model(self) -> None:
         """Wait until the process has loaded the model. Raises ValueError or OSError if it cannot."""
-        if not self._pipe.poll(_START_SECONDS):
-            raise ValueError(f"the model {self._model} did not load in {_START_SECONDS:.0f} s")
+        if not self._pipe.poll(self._start_seconds):
+            raise ValueError(f"the model {self._model} did not load in {self._start_seconds:.0f} s")
         try:
             problem = self._pipe.recv()
         except EOFError:

@@ -107,7 +107,7 @@ def preference(exposures: Exposures, seed: int = 0) -> tuple[Interval, int]:
 
 
 def shown_share(exposures: Exposures, seed: int = 0) -> Interval:
-    """The challenger's share of the exposures. Interleaved lists that are shown as they are have 0.5."""
+    """The challenger's share of the exposures: a half where interleaved lists are shown unchanged."""
     return _interval(_ratio(exposures.users, exposures.by_challenger.astype(float), exposures.num_users, seed))
 
 

@@ -62,7 +62,7 @@ def _ranks(history: np.ndarray, scores: np.ndarray, num_history: int) -> np.ndar
 
 def _descending(scores: np.ndarray) -> np.ndarray:
     """Whole numbers of 32 bits that are in the reverse order of float32 numbers [M]."""
-    bits = (scores.astype(np.float32) + 0).view(np.int32).astype(np.int64)  # + 0: of two zeros, none is less
+    bits = (scores.astype(np.float32) + 0).view(np.int32).astype(np.int64)  # + 0 turns -0.0 into 0.0
     return 0x7FFFFFFF - np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 

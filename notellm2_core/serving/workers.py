@@ -28,7 +28,7 @@ class Workers:
         observe: Callable[[float, float], None] | None = None,
         refused: Callable[[], None] = lambda: None,
     ) -> None:
-        """observe: is told the seconds that a call has waited, and taken. refused: is called when one is not taken."""
+        """observe: called with the seconds that a call waited, and took. refused: called where a call is refused."""
         self._name, self._most, self._observe, self._refused = name, num + max_waiting, observe, refused
         self._pool = ThreadPoolExecutor(num, name, initializer)
         self._num = 0  # calls that wait or run; only the event loop's thread counts
