@@ -1,7 +1,7 @@
 """Exact Recall@k by counting: a pair's rank is 1 + the number of candidates that score higher than its target.
 
-The candidates are the notes of the pool without the query. numpy only; no sort and no top-k search: a target is
-compared with every candidate, in chunks of queries.
+The candidates are the notes of the pool without the query. No sort and no top-k search: a target is compared with every
+candidate, in chunks of queries.
 
 Ties. In a random order of the ties, a target that ties with t other notes has each of the ranks h+1 .. h+t+1 with the
 same probability (h: notes that score strictly higher). The recall is the expectation over that order: it neither
@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from notellm2_core.embeddings.table import Embeddings
+from notellm2_core.evaluation.cosine_ranks import count_by_cosine, exact_scores
 from notellm2_core.evaluation.pairs import Pairs
 
 # Scores [Q, M] of queries against the whole pool, in the pool's order.
@@ -140,12 +141,10 @@ def cosine_rows(queries: Embeddings, pool: Embeddings) -> ScoreRows:
     return rows
 
 
-def target_ranks(
-    queries: Embeddings, pool: Embeddings, pairs: Pairs, chunk: int | None = None, queries_are_notes: bool = True
-) -> Ranks:
-    """The ranks of the targets by cosine (see `count_ranks`).
+def target_ranks(queries: Embeddings, pool: Embeddings, pairs: Pairs, queries_are_notes: bool = True) -> Ranks:
+    """The ranks of the targets by cosine: those of `count_ranks` by `cosine_rows`, several times as fast.
 
-    Raises ValueError with the number of pairs whose notes lack an embedding.
+    Raises ValueError with the number of pairs whose notes lack an embedding, and as `count_ranks`.
     """
     missing = [
         t if q in queries.positions else q
@@ -157,7 +156,21 @@ def target_ranks(
             f"{queries.prefix}{len(missing)} of {len(pairs)} pairs have a note without embedding (the first is "
             f"{missing[0]!r}): export the embeddings of all their notes."
         )
-    return count_ranks(cosine_rows(queries, pool), pool.note_ids, pairs, chunk, queries_are_notes)
+    column = _columns(pool.note_ids, pairs, queries_are_notes)
+    rows, targets = queries.rows(pairs.query_ids), pool.rows(pairs.target_ids)
+    higher, ties = count_by_cosine(queries.vectors, pool.vectors, rows, targets)
+    ties -= 1  # the target itself
+    candidates = np.full(len(pairs), len(pool.note_ids))
+    own = np.array([column.get(query, -1) if queries_are_notes else -1 for query in pairs.query_ids], dtype=np.int64)
+    in_pool = np.flatnonzero(own >= 0)  # the query is no candidate: subtract it
+    left = queries.vectors[rows[in_pool]]
+    scores, target_scores = (exact_scores(left, pool.vectors[of[in_pool]]) for of in (own, targets))
+    higher[in_pool] -= scores > target_scores
+    ties[in_pool] -= scores == target_scores
+    candidates[in_pool] -= 1
+    numbers = {query: number for number, query in enumerate(dict.fromkeys(pairs.query_ids))}
+    query_of = np.array([numbers[query] for query in pairs.query_ids], dtype=np.int64)
+    return Ranks(higher, ties, candidates, query_of, np.array(pairs.relevance or [1.0] * len(pairs)))
 
 
 def recall_at(ranks: Ranks, ks: Sequence[int]) -> list[Recall]:

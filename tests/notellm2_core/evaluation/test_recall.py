@@ -78,7 +78,7 @@ def test_equals_argsort_for_every_chunk(seed: int, n: int, chunk: int | None) ->
     pairs = list(dict.fromkeys((int(a), int(b)) for a, b in rng.integers(0, n, (12, 2)) if a != b))
     embeddings = table(vectors)
     ranks = target_ranks(
-        embeddings, embeddings, Pairs(tuple(f"n{a}" for a, _ in pairs), tuple(f"n{b}" for _, b in pairs)), chunk
+        embeddings, embeddings, Pairs(tuple(f"n{a}" for a, _ in pairs), tuple(f"n{b}" for _, b in pairs))
     )
     for p, (a, b) in enumerate(pairs):
         others = [i for i in range(n) if i != a]
