@@ -16,7 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 _QUERIES, _NOTES = 64, 8192  # of a block: 2 MB of scores
-_FEW = 64  # near candidates of a pair in a block that are gathered; of more, the whole row is computed
+_FEW = 64  # near notes of a pair in a block that are settled alone; of more, its row is computed once more
 _UNIT_ROUNDOFF = 2.0**-24  # of fp32
 
 
@@ -42,6 +42,11 @@ def count_by_cosine(
 def exact_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Scores [P] of rows [P, d] with rows [P, d]: summed in fp64, rounded to fp32 once."""
     return np.einsum("pd,pd->p", left.astype(np.float64), right.astype(np.float64)).astype(np.float32)
+
+
+def _exact_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Such scores [q, m] of all rows [q, d] with all rows [m, d]."""
+    return (left.astype(np.float64) @ right.T.astype(np.float64)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -88,15 +93,15 @@ def _count(pairs: _Pairs, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         above = _row_counts(rows > high[:, None])
         near = _row_counts(rows >= low[:, None]) - above
         higher += above
-        for pair in np.flatnonzero(near):
-            columns = np.arange(len(right))
-            if near[pair] <= _FEW:
-                columns = np.flatnonzero((rows[pair] >= low[pair]) & (rows[pair] <= high[pair]))
-            own = exact_scores(left[place[pair]][None].repeat(len(columns), axis=0), right[columns])
-            if near[pair] > _FEW:  # also those that were counted already
-                higher[pair] -= above[pair]
-            higher[pair] += np.count_nonzero(own > scores[pair])
-            equal[pair] += np.count_nonzero(own == scores[pair])
+        for pair in np.flatnonzero((near > 0) & (near <= _FEW)):
+            columns = np.flatnonzero((rows[pair] >= low[pair]) & (rows[pair] <= high[pair]))
+            exact = _exact_products(left[place[pair]][None], right[columns])[0]
+            higher[pair] += np.count_nonzero(exact > scores[pair])
+            equal[pair] += np.count_nonzero(exact == scores[pair])
+        if (many := np.flatnonzero(near > _FEW)).size:  # of a model that has collapsed, say
+            exact = _exact_products(left[place[many]], right)
+            higher[many] += _row_counts(exact > scores[many, None]) - above[many]
+            equal[many] += _row_counts(exact == scores[many, None])
     return higher, equal
 
 
