@@ -1,11 +1,14 @@
 """Take the images of the pages from what `make recall` made: the asset graph, assets' pages, neighbours, the service.
 
     make recall && .venv/bin/python -m docs.screenshots
+    notellm2 simulate year --weeks 6 --out FOLDER && .venv/bin/python -m docs.screenshots --year FOLDER
 
-If the lake has another release than the live one, the service's page also shows both side by side.
+The second command takes those of several weeks: the page of the release, and a gate beside its past. If the lake has
+another release than the live one, the service's page also shows both side by side.
 Needs a Chromium browser (`chromium`, `chromium-browser` or `google-chrome` on PATH).
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -53,9 +56,9 @@ def screenshot(url: str, out: Path, width: int = 1600, height: int = 900) -> Non
 
 
 @contextmanager
-def dagster_webserver(**env: str) -> Iterator[str]:
+def dagster_webserver(module: str = "pipelines.definitions", **env: str) -> Iterator[str]:
     """The address of a Dagster UI on this repository's definitions, for as long as the block runs."""
-    with server(["dagster-webserver", "-m", "pipelines.definitions", "-p"], "server_info", **env) as address:
+    with server(["dagster-webserver", "-m", module, "-p"], "server_info", **env) as address:
         yield address
 
 
@@ -123,15 +126,41 @@ def second_release() -> str | None:
 
 
 def main() -> None:
-    os.environ.setdefault("DAGSTER_HOME", str(ROOT))
+    parser = argparse.ArgumentParser(prog="python -m docs.screenshots")
+    parser.add_argument("--year", type=Path, metavar="FOLDER", help="of `notellm2 simulate year --out FOLDER`")
+    year = parser.parse_args().year
     IMAGES.mkdir(parents=True, exist_ok=True)
+    if year is None:
+        take_pages()
+    else:
+        take_weeks(year.resolve())
+
+
+def take_pages() -> None:
+    """What `make recall` made."""
+    os.environ.setdefault("DAGSTER_HOME", str(ROOT))
     report = Catalog(config_in_force()).dataset("eval_recall")
     shutil.copy(report.path / "neighbours.jpg", IMAGES / "neighbours.jpg")
     with dagster_webserver() as dagster:
         screenshot(f"{dagster}/asset-groups?expanded={GROUPS}", IMAGES / "asset_graph.png", *GRAPH_SIZE)
         screenshot(f"{dagster}/assets/eval_recall?view=overview", IMAGES / "eval_recall.png", 1600, 1400)
-        screenshot(f"{dagster}/assets/release?view=overview", IMAGES / "release.png", 1600, 1255)  # above its path
     take_service_page()
+
+
+def take_weeks(year: Path) -> None:
+    """The release after the weeks of a simulated year, and a gate beside its past."""
+    env = {"DAGSTER_HOME": str(year / "home"), "NOTELLM2_CONFIG": str(year / "site" / "config.yaml")}
+    pages = {
+        "release_weeks.webp": ("release?view=overview", "decisions"),
+        "gates.webp": ("verdict?view=checks", "Plots"),
+    }
+    with dagster_webserver("pipelines.simulation.definitions", **env) as dagster, Browser(120) as browser:
+        browser.look(1600, 1400)
+        for name, (page, last) in pages.items():
+            browser.open(f"{dagster}/assets/{page}")
+            browser.wait(f"document.body.innerText.includes({json.dumps(last)})")
+            time.sleep(5)  # Dagster draws its plots
+            browser.screenshot(IMAGES / name)
 
 
 def take_service_page() -> None:

@@ -31,13 +31,13 @@ def history(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
     """The last decisions as rows of a table, the newest first."""
     return [
         {
-            "time": d.time[:16].replace("T", " "),
             "week": d.week,
-            "release": d.release,
             "decision": d.action,
             **{name: _rounded(d.figures.get("recalls", {}).get(name)) for name in ("challenger", "champion")},
+            "why": d.why,  # a narrow window cuts off the columns after it
             "by": d.by,
-            "why": d.why,
+            "time": d.time[:16].replace("T", " "),
+            "release": d.release,
         }
         for d in reversed(decisions[-NUM_DECISIONS:])
     ]
