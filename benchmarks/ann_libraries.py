@@ -138,12 +138,19 @@ def smallest_effort(
     return high, reached
 
 
+def search_each(search: Search, queries: np.ndarray, effort: int) -> None:
+    """One query at a time."""
+    for query in queries:
+        search(query[None], effort)
+
+
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     vectors = DATA_SETS[name](options.notes + options.queries, options.dim, rng)
     vectors, queries = vectors[: options.notes], vectors[options.notes :]
     exact = faiss.knn(queries, vectors, options.k, metric=faiss.METRIC_INNER_PRODUCT)[1]
-    rows, runs = [], {}
+    rows: list[dict[str, Any]] = []
+    runs: dict[str, Callable[[], Any]] = {}
     for contender in contenders(vectors, options):
         try:
             search, built = seconds(contender.build)
@@ -151,7 +158,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"{contender.name} is left out: {e}")
             continue
         effort, reached = smallest_effort(search, contender.least, contender.most, queries, exact, options.target)
-        runs[contender.name] = lambda search=search, effort=effort: [search(query[None], effort) for query in queries]
+        runs[contender.name] = partial(search_each, search, queries, effort)
         rows.append({"data": name, "library": contender.library, "index": contender.name, "build_s": built,
                      "effort": effort, "recall": reached})  # fmt: skip
         print(rows[-1], flush=True)

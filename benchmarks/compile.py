@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,8 +32,9 @@ WARM_UP = 3  # steps, in which graphs are compiled
 
 def compile_layer(layer: nn.Module, part: str) -> None:
     """Compile this part of a decoder layer in place."""
-    for module in [layer] if part == "layer" else [layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]:
-        module.compile(dynamic=True)
+    names = [""] if part == "layer" else ["mlp", "input_layernorm", "post_attention_layernorm"]
+    for name in names:
+        layer.get_submodule(name).compile(dynamic=True)
 
 
 def contender(config: Config, cache: Path, part: str | None) -> tuple[Any, MLRMProcessor]:
@@ -41,7 +42,7 @@ def contender(config: Config, cache: Path, part: str | None) -> tuple[Any, MLRMP
     model, processor = build_model(config, cache)
     set_trained(model, config)
     if part is not None:
-        for layer in model.llm.layers:
+        for layer in cast(nn.ModuleList, model.llm.layers):
             compile_layer(layer, part)
     return engines.make_engine(model.train(), config, "bf16"), processor
 

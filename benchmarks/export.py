@@ -13,11 +13,11 @@ in its own process; medians are reported.
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch.nn import functional
 from training import NUM_IMAGES, RESULTS, heading, medians, notes, settings, timed
@@ -45,7 +45,7 @@ class InMemoryFeatures:
 
 
 def embedder(cache: Path, num_notes: int) -> BatchEmbedder:
-    torch.set_num_threads(psutil.cpu_count())
+    torch.set_num_threads(os.cpu_count() or 1)
     model, processor = build_model(settings(BATCH, cache), cache)
     all_notes = notes(num_notes)
     tokens = dict(zip((note.note_id for note in all_notes), processor.note_tokenizer.tokenize(all_notes), strict=True))
@@ -92,7 +92,7 @@ def plain(cache: Path, num_notes: int) -> dict[str, float]:
     def run(_: int) -> int:
         for start in range(0, num_notes, BATCH):
             note_ids = ids[start : start + BATCH]
-            features = ours.features.load([ours.images[i] for i in note_ids])  # type: ignore[list-item]
+            features = ours.features.load([str(ours.images[i]) for i in note_ids])
             encoded = [ours.processor.lay_out(ours.notes[i]) for i in note_ids]
             has_image = np.ones(len(encoded), bool)
             batch = ours.processor.collate(encoded, features.patches, features.global_feature, has_image)

@@ -129,11 +129,11 @@ def syllables(rng: np.random.Generator, number: int) -> str:
 
 
 def picture(rng: np.random.Generator, colours: Sequence[str]) -> Image.Image:
-    image = Image.new("RGB", (128, 128), colours[rng.integers(len(colours))])
+    image = Image.new("RGB", (128, 128), colours[int(rng.integers(len(colours)))])
     draw = ImageDraw.Draw(image)
     for _ in range(4):
         x, y, size = (int(v) for v in rng.integers((0, 0, 12), (110, 110, 50)))
-        draw.rectangle((x, y, x + size, y + size), fill=colours[rng.integers(len(colours))])
+        draw.rectangle((x, y, x + size, y + size), fill=colours[int(rng.integers(len(colours)))])
     return image
 
 

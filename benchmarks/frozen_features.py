@@ -8,7 +8,7 @@ N: notes, h: width of the features, d: of the vectors, P: pairs.
 """
 
 import copy
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -100,7 +100,8 @@ class FrozenFeatures:
             batch = slice(start, start + _BATCH_NOTES)
             read = features.patches[rows[batch]], features.global_feature[rows[batch]], has_image[batch]
             parts.append(self._model.states(self._processor.collate(encoded[batch], *read)))
-        return torch.cat([p.llm_multimodal for p in parts]), torch.cat([p.global_branch for p in parts])
+        multimodal = [p.llm_multimodal for p in parts if p.llm_multimodal is not None]
+        return torch.cat(multimodal), torch.cat([p.global_branch for p in parts if p.global_branch is not None])
 
     def save(self, projector: nn.Linear, out: Path) -> None:
         """Write the model with this projector as the training command does."""
@@ -117,7 +118,7 @@ def related_pairs(clicks: Mapping[str, Sequence[int]]) -> np.ndarray:
     """[P, 2] rows of notes: of each note the related ones with the highest scores of Eq. 2. clicks: of each user, by
     time.
     """
-    scores: Counter[tuple[int, int]] = Counter()
+    scores: defaultdict[tuple[int, int], float] = defaultdict(float)
     for notes in clicks.values():
         for place, query in enumerate(notes):
             for target in notes[place + 1 :]:

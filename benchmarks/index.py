@@ -25,7 +25,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -103,6 +103,11 @@ def recall(scores: np.ndarray, exact: np.ndarray) -> float:
     return 100 * float((scores >= exact[:, -1:] - TIE).mean())
 
 
+def one_by_one(run: Callable[[np.ndarray], Any], queries: Iterable[np.ndarray]) -> None:
+    for query in queries:
+        run(query)
+
+
 def measure_k(index: Index, plain: Any, vectors: np.ndarray, held_out: np.ndarray, k: int) -> dict[str, Any]:
     parameters = index.parameters(k)
     notes = np.random.default_rng(k).permutation(len(vectors))[: len(held_out)]
@@ -115,10 +120,14 @@ def measure_k(index: Index, plain: Any, vectors: np.ndarray, held_out: np.ndarra
         own = np.stack([vectors[r] @ q for q, r in zip(queries, rows, strict=True)])
         return np.where(rows >= 0, own, -np.inf)
 
-    search = {"ours": partial(index.search_rows, k=k), "plain": partial(searcher(plain, parameters), k=k)}
+    plain_search = searcher(plain, parameters)
+    search: dict[str, Callable[[np.ndarray], Any]] = {
+        "ours": lambda queries: index.search_rows(queries, k),
+        "plain": lambda queries: plain_search(queries, k),
+    }
     single = [query[None] for query in held_out[:50]]
-    batch = in_turns({name: lambda run=run: run(held_out) for name, run in search.items()}, SEARCH_ROUNDS)
-    alone = in_turns({name: lambda run=run: [run(q) for q in single] for name, run in search.items()}, SEARCH_ROUNDS)
+    batch = in_turns({name: partial(run, held_out) for name, run in search.items()}, SEARCH_ROUNDS)
+    alone = in_turns({name: partial(one_by_one, run, single) for name, run in search.items()}, SEARCH_ROUNDS)
     return {
         "k": k,
         "parameters": format_parameters(parameters),

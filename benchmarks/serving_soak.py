@@ -212,14 +212,7 @@ def main() -> None:
         f"{options.requests:,} requests to a release of {options.notes:,} notes x {DIM}, {options.factory}, "
         f"{options.data}. Latencies: median / 99th percentile. Memory: of the service and its processes."
     )
-    write_result(
-        options.out,
-        "A soak of the service",
-        about,
-        [
-            *table,
-        ],
-    )
+    write_result(options.out, "A soak of the service", about, table)
 
 
 if __name__ == "__main__":

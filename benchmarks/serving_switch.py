@@ -169,14 +169,7 @@ def main() -> None:
         f"{options.fresh:,} new ones, which the second model embeds before the switch; a recall has {HISTORY} history "
         f"notes and k = {K}. Latencies in milliseconds; CPU of the server in milliseconds a request."
     )
-    write_result(
-        options.out,
-        "A switch under load",
-        about,
-        [
-            *table,
-        ],
-    )
+    write_result(options.out, "A switch under load", about, table)
 
 
 if __name__ == "__main__":

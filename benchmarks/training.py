@@ -96,7 +96,7 @@ def notes(num: int, words: Sequence[str] | None = None) -> list[Note]:
         return " ".join(rng.choice(words, max(1, int(num_words))))
 
     lengths = np.clip(rng.lognormal(3.0, 0.9, num), 5, 80)
-    return [Note(f"n{i:06d}", text(rng.integers(3, 12)), (text(2),), text(n)) for i, n in enumerate(lengths)]
+    return [Note(f"n{i:06d}", text(float(rng.integers(3, 12))), (text(2),), text(n)) for i, n in enumerate(lengths)]
 
 
 def pair_dataset(
@@ -213,7 +213,7 @@ def texts(processor: MLRMProcessor, num_pairs: int, words: Sequence[str] | None 
     """The notes as the prompts of our model, for other tokenizers."""
     data = pair_dataset(processor, num_pairs, False, words)
     ids = [data.note_batch(np.array([i])).input_ids[0] for i in range(2 * num_pairs)]
-    return [processor.tokenizer.decode(i) for i in ids]
+    return [str(processor.tokenizer.decode(i)) for i in ids]
 
 
 def text(cache: Path, steps: int) -> dict[str, dict[str, float]]:

@@ -237,9 +237,9 @@ def report(out: Path) -> None:
             continue
         y = np.array([table[cell] for cell in CELLS]).reshape(2, 2, 2, len(seeds))  # method, initialisation, rate, seed
         lines += ["", "| effect | mean difference | sd | t | p |", "|" + " --- |" * 5]
-        for name, by_seed in effects(y).items():
-            t, p = stats.ttest_1samp(by_seed, 0)
-            lines.append(f"| {name} | {by_seed.mean():+.3g} | {by_seed.std(ddof=1):.2g} | {t:.1f} | {p:.2g} |")
+        for name, effect in effects(y).items():
+            t, p = stats.ttest_1samp(effect, 0)
+            lines.append(f"| {name} | {effect.mean():+.3g} | {effect.std(ddof=1):.2g} | {t:.1f} | {p:.2g} |")
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "visual_neglect.md").write_text("\n".join(lines) + "\n")
     (RESULTS / "visual_neglect.json").write_text(json.dumps(results, indent=1))

@@ -38,7 +38,7 @@ _CONFIG = {
                             "intermediate_size": 64}, "projection_dim": 32},
     "training": {"num_steps": 1, "batch_pairs": 8},
     "evaluation": {"ks": [10, 50, 100], "baselines": ["random", "popularity", "bm25"], "num_sheet_queries": 1,
-                   "saliency_pairs": 0},
+                   "saliency_pairs": 0, "replay_clicks": 200},
     "spark": {"driver_memory": "1g", "shuffle_partitions": 2},
 }  # fmt: skip
 
