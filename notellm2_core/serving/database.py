@@ -2,6 +2,7 @@
 
 import errno
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from notellm2_core.serving.tables import VERSION_TABLE
 
 _BUSY_SECONDS = 30.0  # how long a writer to SQLite waits for the others
+_RETRY_SECONDS = 0.01
 _DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg"}
 # The first statement of every transaction that writes. There is one writer at a time, in all processes: what it commits
 # is visible before the next one reads the last number, so numbers are committed in their order. PostgreSQL's lock is
@@ -123,5 +125,13 @@ def log_errors() -> Iterator[None]:
 
 def _make_durable(connection: Any, _: object) -> None:
     """Of SQLite: a commit is on the disk when it returns, and readers wait for no writer."""
-    connection.execute("PRAGMA journal_mode = WAL")
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError as e:  # SQLite does not always wait here while another process writes
+            if e.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(_RETRY_SECONDS)
     connection.execute("PRAGMA synchronous = FULL")

@@ -426,6 +426,26 @@ def test_a_reader_sees_every_entry_once_and_in_order_while_processes_write(log_u
     assert len({entry.note.note_id for entry in seen[0]}) == num_entries
 
 
+def test_a_new_log_is_opened_while_another_process_makes_it(tmp_path: Path) -> None:
+    """SQLite refuses at once to change the journal of a file in which a transaction that writes has begun."""
+    path, opened = tmp_path / "log.db", []
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("CREATE TABLE theirs (x)")
+        other.execute("BEGIN IMMEDIATE")
+
+        def open_log() -> None:
+            with _opened(f"sqlite:///{path}") as log:
+                opened.append(log.last_seq())
+
+        opening = threading.Thread(target=open_log)
+        opening.start()
+        opening.join(0.3)
+        assert opening.is_alive() and not opened
+        other.execute("COMMIT")
+        opening.join(60)
+    assert opened == [0]
+
+
 def test_what_was_acknowledged_survives_twenty_kills(tmp_path: Path, writers: Writers) -> None:
     url, num_kills, rng = f"sqlite:///{tmp_path}/log.db", 20, random.Random(0)
     acknowledged: list[int] = []
