@@ -23,6 +23,7 @@ print(gpu.to_markdown(results, options))
 """
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_with_tiny_models() -> None:
     config = ["--config", str(ROOT / "pipelines/configs/tiny.yaml"), "--gradient-checkpointing"]
     sizes = ["--pairs", "2", "3", "--steps", "1", "--batch-notes", "2", "--micro-batch-tokens", "300"]
@@ -36,6 +37,7 @@ def test_gpu_benchmark_with_tiny_models() -> None:
     assert all(float(row[1].replace(",", "")) > 0 for row in rows[2:])
 
 
+@pytest.mark.slow
 def test_index_benchmark_with_few_notes(tmp_path: Path) -> None:
     """k hits for every k, at the target recall, with and without equal vectors."""
     sizes = ["--notes", "2000", "--dim", "16", "--queries", "20", "--ks", "1", "50", "1500", "--factories", "HNSW16",

@@ -95,6 +95,7 @@ def test_checks_of_data_block_and_the_gates_of_a_release_do_not() -> None:
     }
 
 
+@pytest.mark.slow
 def test_definitions_load_fast_without_torch_or_spark() -> None:
     """Loading takes under three seconds on an idle machine. The test asserts the modules and only prints the time."""
     heavy = "('torch', 'pyspark', 'mlflow', 'pandas')"
@@ -105,6 +106,7 @@ def test_definitions_load_fast_without_torch_or_spark() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_graph_loads_with_a_wrong_configuration_and_every_asset_names_the_error(tmp_path: Path) -> None:
     """A page that does not load could not show which setting to correct."""
     config = tmp_path / "wrong.yaml"

@@ -31,6 +31,7 @@ def _failure(result: dg.ExecuteInProcessResult) -> dg.Failure | None:
     return data.user_failure_data  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone"]])
 def test_a_users_error_is_the_description_of_the_failure(tmp_path: Path, launcher: list[str]) -> None:
     """A launcher between the step and the command, which ends with another message and exit code, changes nothing."""
@@ -42,12 +43,14 @@ def test_a_users_error_is_the_description_of_the_failure(tmp_path: Path, launche
     assert failure is not None and failure.description == "set x"
 
 
+@pytest.mark.slow
 def test_a_crash_shows_its_traceback(tmp_path: Path) -> None:
     failure = _failure(_step(tmp_path, [sys.executable, "-c", "1 / 0"]))
     assert failure is not None and "exit code 1" in str(failure.description)
     assert "ZeroDivisionError" in str(failure.metadata)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_fork(), reason="a machine with a GPU forks no commands")
 def test_commands_are_forked_and_start_by_themselves_where_the_server_has_died(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -70,6 +73,7 @@ def test_commands_are_forked_and_start_by_themselves_where_the_server_has_died(
     assert isinstance(started[1], subprocess.Popen)
 
 
+@pytest.mark.slow
 def test_a_command_never_takes_itself_for_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An export would then write its share of the notes, and no other rank the rest."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -78,6 +82,7 @@ def test_a_command_never_takes_itself_for_a_rank(tmp_path: Path, monkeypatch: py
     assert _step(tmp_path, [sys.executable, "-c", code]).success
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_killed_step(tmp_path: Path) -> None:
     """The step's process is killed; its command and the command's child end with it."""
     inner = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)"

@@ -256,6 +256,7 @@ def test_a_column_of_images_without_bytes_stops(tmp_path: Path) -> None:
     assert report["notes"]["notes"] == 1 and "1 usable notes" in text_of(report, DataSettings().source)
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_spark_is_imported() -> None:
     code = "import sys, notellm2_core.check.check; print({'torch', 'pyspark'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -78,6 +78,7 @@ def test_new_tokens_get_the_mean_of_the_other_embeddings() -> None:
     torch.testing.assert_close(decoder.embed_tokens.weight[12], before[:7].mean(0))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_computes_the_same_bits(tmp_path: Path) -> None:
     """The model of every method is saved by this process and loaded by another."""
     outputs = {}

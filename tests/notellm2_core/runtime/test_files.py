@@ -145,6 +145,7 @@ def test_a_file_whose_writer_is_killed_is_the_old_or_the_new(tmp_path: Path) -> 
     assert contents == sorted(contents, reverse=True)  # first the old, then the new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_removed", [False, True])
 def test_a_folder_whose_writer_is_killed_is_the_old_or_the_new(is_removed: bool, tmp_path: Path) -> None:
     """A writer is killed at each of its file accesses in turn. Between its two renames the folder is absent, until a

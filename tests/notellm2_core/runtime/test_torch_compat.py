@@ -27,6 +27,7 @@ def left_behind(**variables: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True, env=env | variables).stdout)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
     """Each product has a new shape, like the batches of a training run, whose numbers of tokens differ."""
     uncapped = left_behind(ONEDNN_PRIMITIVE_CACHE_CAPACITY="4096", LRU_CACHE_CAPACITY="4096")
@@ -35,6 +36,7 @@ def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
     assert left_behind() < uncapped / 3
 
 
+@pytest.mark.slow
 def test_objects_are_frozen_before_the_exit() -> None:
     """gc.freeze, which spares the search for cycles at exit, runs first: exit handlers run in reverse order."""
     code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))"

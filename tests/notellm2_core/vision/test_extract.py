@@ -289,6 +289,7 @@ def test_a_truncated_jpeg_is_used_and_counted_in_every_run(world, tmp_path):
     np.testing.assert_allclose(store.load([image_id(whole[:-400])]).patches, patches.numpy(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(world, tmp_path):
     """After kill -9 behind at least two parts of four images, the next run computes only the rest, and the store then
     holds the same bits as that of an uninterrupted run.
