@@ -130,8 +130,8 @@ def _make_durable(connection: Any, _: object) -> None:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             break
-        except sqlite3.OperationalError as e:  # SQLite does not always wait here while another process writes
-            if e.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+        except sqlite3.OperationalError as e:  # while another process writes, SQLite may refuse this at once
+            if e.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
         time.sleep(_RETRY_SECONDS)
     connection.execute("PRAGMA synchronous = FULL")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from notellm2_core.embeddings.table import Embeddings
 from notellm2_core.evaluation.pairs import Pairs
-from notellm2_core.evaluation.recall import Ranks, count_ranks, recall_at, target_ranks
+from notellm2_core.evaluation.recall import Ranks, cosine_rows, count_ranks, recall_at, target_ranks
 
 
 def table(vectors: np.ndarray, prefix: str = "n") -> Embeddings:
@@ -77,9 +77,11 @@ def test_equals_argsort_for_every_chunk(seed: int, n: int, chunk: int | None) ->
     vectors = unit(rng, n, 8)[rng.integers(0, n, n)]
     pairs = list(dict.fromkeys((int(a), int(b)) for a, b in rng.integers(0, n, (12, 2)) if a != b))
     embeddings = table(vectors)
-    ranks = target_ranks(
-        embeddings, embeddings, Pairs(tuple(f"n{a}" for a, _ in pairs), tuple(f"n{b}" for _, b in pairs))
-    )
+    named = Pairs(tuple(f"n{a}" for a, _ in pairs), tuple(f"n{b}" for _, b in pairs))
+    ranks = target_ranks(embeddings, embeddings, named)
+    counted = count_ranks(cosine_rows(embeddings, embeddings), embeddings.note_ids, named, chunk)
+    for field in ("higher", "ties", "candidates", "queries", "relevance"):
+        np.testing.assert_array_equal(getattr(ranks, field), getattr(counted, field))
     for p, (a, b) in enumerate(pairs):
         others = [i for i in range(n) if i != a]
         scores = np.array([np.float32(vectors[a].astype(float) @ vectors[i].astype(float)) for i in others])
