@@ -139,7 +139,9 @@ def measure_k(index: Index, plain: Any, vectors: np.ndarray, held_out: np.ndarra
     }
 
 
-def build(vectors: np.ndarray, factory: str, options: argparse.Namespace) -> tuple[Index, Any, dict[str, float]]:
+def build(
+    vectors: np.ndarray, held_out: np.ndarray, factory: str, options: argparse.Namespace
+) -> tuple[Index, Any, dict[str, float]]:
     """Our index, the plain one, and the seconds of each; of ours, those for equal vectors and for tuning."""
     table = Embeddings(tuple(map(str, range(len(vectors)))), vectors)
     settings = IndexSettings(factory=factory)
@@ -154,7 +156,8 @@ def build(vectors: np.ndarray, factory: str, options: argparse.Namespace) -> tup
             times[name].append(build_s)
         index = made["ours"]
         times["equal"].append(seconds(partial(distinct_points, vectors))[1])
-        again = partial(tune, Samples(index, vectors), settings.search_k, settings.target_recall)
+        samples = Samples(index, vectors[index.points.first_rows], held_out)
+        again = partial(tune, samples, settings.search_k, settings.target_recall)
         times["tuning"].append(seconds(again)[1])
     has_equal = len(index.points.sizes) < len(vectors)
     plain = made["plain"] if options.rounds and has_equal else index.faiss_index
@@ -170,7 +173,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for share in dict.fromkeys((0.0, options.equal)):
             vectors = with_equal(generated[: options.notes], share, rng)
             for factory in options.factories:
-                index, plain, build_s = build(vectors, factory, options)
+                index, plain, build_s = build(vectors, held_out, factory, options)
                 ks = [k for k in options.ks if k < len(vectors)]
                 rows = [measure_k(index, plain, vectors, held_out, k) for k in ks]
                 yield {"data": name, "equal": share, "factory": factory, "build_s": build_s, "by_k": rows}

@@ -119,7 +119,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "baseline_embeddings": Stage(("notes", "pair_datasets"), ("evaluation.baselines",)),
     "note_embeddings": Stage(("checkpoint", "note_tokens", "vision_features", "pair_datasets"), _EXPORT),
-    "faiss_index": Stage(("note_embeddings",), ("index",), version=4),
+    "faiss_index": Stage(("note_embeddings",), ("index",), version=5),
     "saliency": Stage(
         ("checkpoint", "note_tokens", "vision_features", "pair_datasets"),
         settings_of("evaluation", SaliencySettings), version=2,

@@ -1,6 +1,7 @@
 """Builds an index of note embeddings, with search parameters that keep a target recall."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ import pyarrow.parquet as pq
 
 from notellm2_core.config.settings import IndexSettings
 from notellm2_core.embeddings.table import Embeddings, read_embeddings
-from notellm2_core.retrieval.factory import filled_index
+from notellm2_core.retrieval.factory import add_vectors, can_grow, filled_index, trained_index
 from notellm2_core.retrieval.index import FILES, FORMAT_VERSION, IDS, Index
 from notellm2_core.retrieval.parameters import format_parameters
-from notellm2_core.retrieval.points import distinct_points
+from notellm2_core.retrieval.points import distinct_points, moved_to_the_end
 from notellm2_core.retrieval.tuning import Samples, measure, tune
 from notellm2_core.runtime.files import replaced_folder, sha256_of
 
 REPORTED_KS = (1, 10, 100)
+_MOST_HELD_OUT, _HELD_OUT_SHARE = 250, 10  # vectors; at most one in ten
 
 
 def make_index(embeddings: Embeddings, settings: IndexSettings, num_threads: int = 1) -> Index:
@@ -28,19 +30,37 @@ def make_index(embeddings: Embeddings, settings: IndexSettings, num_threads: int
     One thread by default, for reproducible indexes: the graph of HNSW depends on the order in which threads insert.
     Raises ValueError for no notes, and naming index.factory if FAISS cannot build it from these vectors.
     """
-    return _make(embeddings, settings, num_threads)[0]
+    return _make(embeddings, settings, num_threads, ())[0]
 
 
-def _make(embeddings: Embeddings, settings: IndexSettings, num_threads: int) -> tuple[Index, Samples]:
-    """`make_index`, and the samples that it was tuned with."""
+def _make(
+    embeddings: Embeddings, settings: IndexSettings, num_threads: int, ks: Sequence[int]
+) -> tuple[Index, dict[str, dict[str, float]]]:
+    """`make_index`, and what it measures for k of `ks` (`tuning.measure`).
+
+    Some vectors are held out until the search parameters are chosen and measured, and are added then.
+    """
     if not embeddings.note_ids:
         raise ValueError(f"{embeddings.prefix}there are no notes to build an index of.")
     vectors, points = distinct_points(embeddings.vectors)
-    faiss_index = filled_index(vectors, settings.factory, num_threads)
+    num_held_out = min(_MOST_HELD_OUT, len(vectors) // _HELD_OUT_SHARE)
+    order = np.random.default_rng(0).permutation(len(vectors))
+    points = moved_to_the_end(vectors, points, order[:num_held_out])
+    if points.sizes[: len(vectors) - num_held_out].sum() <= max((*ks, settings.search_k)):
+        num_held_out = 0  # the others are too few for so large a k
+    kept, held_out = np.split(vectors, [len(vectors) - num_held_out])
+    faiss_index = trained_index(vectors, settings.factory, num_threads)
+    add_vectors(faiss_index, kept, settings.factory, num_threads)
     note_ids = np.array(embeddings.note_ids, dtype=object)
     index = Index(faiss_index, note_ids, points, settings.factory, weights_id=embeddings.weights_id)
-    samples = Samples(index, embeddings.vectors)
-    return replace(index, tuned=tune(samples, settings.search_k, settings.target_recall)), samples
+    samples = Samples(index, kept, held_out)
+    index = replace(index, tuned=tune(samples, settings.search_k, settings.target_recall))
+    measured = measure(index, samples, ks)
+    if num_held_out and can_grow(faiss_index):
+        add_vectors(faiss_index, held_out, settings.factory, num_threads)
+    elif num_held_out:
+        index = replace(index, faiss_index=filled_index(vectors, settings.factory, num_threads))
+    return index, measured
 
 
 def build_index(embeddings_dir: Path, out: Path, settings: IndexSettings, num_threads: int = 1) -> dict[str, Any]:
@@ -62,9 +82,8 @@ def save_index(embeddings: Embeddings, out: Path, settings: IndexSettings, num_t
     """
     if out.exists() and not (out.is_dir() and {f.name for f in out.iterdir()} <= {*FILES}):
         raise ValueError(f"{out} holds files that are no index; give --out a new folder.")
-    index, samples = _make(embeddings, settings, num_threads)
     ks = [k for k in sorted({*REPORTED_KS, settings.search_k}) if k < len(embeddings.note_ids)]
-    measured = measure(index, samples, ks)
+    index, measured = _make(embeddings, settings, num_threads, ks)
     with replaced_folder(out) as draft:
         faiss.write_index(index.faiss_index, str(draft / FILES[0]))
         columns = [pa.array(index.points.of_row), pa.array(embeddings.note_ids, pa.string())]

@@ -1,13 +1,15 @@
 """Factory strings: which FAISS builds, for inner products, and which it answers with an abort."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import faiss
 import numpy as np
 
 _MAX_LINKS = 512  # of a vector in a graph: 4 kB
-_FEWEST_LINKS = {"HNSW": 2, "NSG": 8}  # FAISS crashes below, or never ends
+_FEWEST_LINKS = {"HNSW": 2, "NSG": 16}  # FAISS crashes below, or never ends: NSG8 with one data set in four
 _LARGEST_NUMBER = 1 << 24  # clusters, bits and widths are smaller; FAISS allocates memory for what it reads
 
 
@@ -45,25 +47,52 @@ def require_harmless(factory: str) -> None:
 
 def filled_index(vectors: np.ndarray, factory: str, num_threads: int) -> Any:
     """A trained FAISS index of `vectors` [P, d], at their rows. Raises ValueError if FAISS cannot build it."""
-    num_vectors, dim = vectors.shape
-    index = empty_index(dim, factory)
+    index = trained_index(vectors, factory, num_threads)
+    add_vectors(index, vectors, factory, num_threads)
+    return index
+
+
+def trained_index(vectors: np.ndarray, factory: str, num_threads: int) -> Any:
+    """A FAISS index that holds nothing yet, trained with `vectors` [P, d] if need be. Raises as `filled_index`."""
+    index = empty_index(vectors.shape[1], factory)
+    if not index.is_trained:
+        with _building(vectors, factory, num_threads):
+            index.train(vectors)
+    return index
+
+
+def add_vectors(index: Any, vectors: np.ndarray, factory: str, num_threads: int) -> None:
+    """Add `vectors` [P, d] at the next positions of a trained index. Raises as `filled_index`."""
+    with _building(vectors, factory, num_threads):
+        if isinstance(index, faiss.IndexIDMap):
+            index.add_with_ids(vectors, index.ntotal + np.arange(len(vectors)))
+        else:
+            index.add(vectors)
+
+
+def can_grow(index: Any) -> bool:
+    """Whether vectors can be added to an index that holds some: NSG makes its graph of all at once."""
+    while isinstance(index, faiss.IndexIDMap | faiss.IndexPreTransform | faiss.IndexRefine):
+        inner = index.base_index if isinstance(index, faiss.IndexRefine) else index.index
+        index = faiss.downcast_index(inner)
+    return not isinstance(index, faiss.IndexNSG)
+
+
+@contextmanager
+def _building(vectors: np.ndarray, factory: str, num_threads: int) -> Iterator[None]:
+    """FAISS works with `num_threads`; its errors are ValueErrors that name the setting."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(num_threads)
     try:
-        if not index.is_trained:
-            index.train(vectors)
-        if isinstance(index, faiss.IndexIDMap):
-            index.add_with_ids(vectors, np.arange(num_vectors))
-        else:
-            index.add(vectors)
+        yield
     except (RuntimeError, MemoryError) as e:
+        num_vectors, dim = vectors.shape
         raise ValueError(
             f"index.factory = {factory!r} cannot be built from {num_vectors} distinct vectors of width {dim}: "
             f"{_reason(e)}. Use fewer clusters or codes, or Flat or HNSW32, which need no training."
         ) from e
     finally:
         faiss.omp_set_num_threads(threads)
-    return index
 
 
 def _reason(error: Exception) -> str:

@@ -67,7 +67,7 @@ def write_neighbours(
     params: str | None = "exhaustive"
     recall = 100.0
     if num > exact_notes:
-        samples = Samples(index, vectors)
+        samples = Samples(index, vectors[index.points.first_rows])
         index = replace(index, tuned=tune(samples, width, TARGET_RECALL))
         params, recall = None, 100 * float(samples.at(width).recalls(width, index.parameters(width))[0].mean())
     out.mkdir(parents=True, exist_ok=True)

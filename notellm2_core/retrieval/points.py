@@ -19,7 +19,7 @@ _BLOCK_POINTS = 1 << 13  # that are expanded together: their arrays stay in the 
 class Points:
     """Which note is at which point. A row is a note's place in the table of embeddings."""
 
-    of_row: np.ndarray  # [N] int64: the point of each note; points are numbered as they first occur
+    of_row: np.ndarray  # [N] int64: the point of each note
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -35,6 +35,11 @@ class Points:
     def starts(self) -> np.ndarray:
         """[P] where the notes of each point begin in `rows`."""
         return np.cumsum(self.sizes) - self.sizes
+
+    @cached_property
+    def first_rows(self) -> np.ndarray:
+        """[P] the first note at each point."""
+        return self.rows[self.starts]
 
     def counts(self, points: np.ndarray, own: np.ndarray | None) -> np.ndarray:
         """The number of notes at `points` [Q, K] (-1: none), without the rows `own` [Q] (-1: none) -> [Q, K]."""
@@ -123,4 +128,14 @@ def distinct_points(vectors: np.ndarray) -> tuple[np.ndarray, Points]:
     points = Points(encoded.indices.to_numpy().astype(np.int64))
     if len(encoded.dictionary) == num_notes:
         return vectors, points
-    return vectors[points.rows[points.starts]], points
+    return vectors[points.first_rows], points
+
+
+def moved_to_the_end(vectors: np.ndarray, points: Points, moved: np.ndarray) -> Points:
+    """The points, where `moved` [M] change places with the last M ones; so do their `vectors` [P, d], in place."""
+    last = np.arange(len(vectors) - len(moved), len(vectors))
+    here, there = np.setdiff1d(moved, last), np.setdiff1d(last, moved)
+    vectors[here], vectors[there] = vectors[there], vectors[here]
+    number = np.arange(len(vectors))
+    number[here], number[there] = there, here
+    return Points(number[points.of_row])

@@ -1,14 +1,16 @@
 """Chooses the search parameters of an index for a target recall, and measures recall and latency.
 
-Recall is measured against exact search over the vectors themselves, with two kinds of queries, half each: notes of the
-index, which are left out of their own neighbours, and held-out vectors, a note's moved in a random direction by the
-distance to its nearest neighbour. The lower of the two counts.
+Recall is measured against exact search over the vectors themselves, with two kinds of queries: notes of the index,
+which are left out of their own neighbours, and held-out vectors, which the index does not have yet. The kind with the
+lower recall counts. (A note's vector, moved at random, is no such query: it leaves the manifold on which the vectors
+lie, and is found more easily than theirs.)
 
 The parameters are raised until the target is reached, then each is lowered as far as recall allows. Both steps expect
 that the missed share falls with a power of the parameter. The choice depends on counts alone, not on measured time, so
 it is the same on every machine.
 
-N: notes, Q: queries of each kind, K: points of the exact search, k: neighbours, d: width.
+N: notes, P: points of the index, Q: queries, H: held-out vectors, K: points of the exact search, k: neighbours,
+d: width.
 """
 
 import math
@@ -30,7 +32,7 @@ from notellm2_core.retrieval.parameters import (
 
 TUNED_KS = (10, 100, 1000, 10_000)  # between two of them, the parameters of the larger one hold
 EXHAUSTIVE_SHARE = 32  # above 1/32 of the points as neighbours, comparing all is as fast
-_NUM_QUERIES = ((100, 250), (1000, 50), (10_000, 10))  # largest k, Q: with more neighbours, queries differ less
+_NUM_QUERIES = ((100, 250), (1000, 50), (10_000, 10))  # largest k, queries of a kind: with more k, they differ less
 _STANDARD_ERRORS = 1.64  # by which recall has to lie above the target: then 95 % of samples would have reached it
 _TIE = 2e-6  # scores that are equal up to the rounding of fp32
 _STEPS = (1.05, 2.0)  # factors of the shortest and the longest step upwards
@@ -44,74 +46,77 @@ class Sample:
     """Queries with their exact neighbours among the notes of an index."""
 
     index: Index
-    vectors: np.ndarray  # [N, d] of the index's notes
-    queries: np.ndarray  # [2Q, d]: notes of the index, then held-out vectors
-    own: np.ndarray  # [2Q] row of the note itself; -1: held out
-    scores: np.ndarray  # [2Q, K] of the nearest points
-    counts: np.ndarray  # [2Q, K] notes at these points and the nearer ones
-    known: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)  # the recalls that were measured
+    vectors: np.ndarray  # [P, d] at the points of the index
+    queries: np.ndarray  # [Q, d]: notes of the index, then held-out vectors
+    own: np.ndarray  # [Q] row of the note itself; -1: held out
+    scores: np.ndarray  # [Q, K] of the nearest points
+    counts: np.ndarray  # [Q, K] notes at these points and the nearer ones
+    known: dict[tuple[int, str], list[np.ndarray]] = field(default_factory=dict)  # the recalls that were measured
 
     @staticmethod
-    def draw(index: Index, vectors: np.ndarray, max_k: int, num_queries: int, seed: int = 0) -> "Sample":
-        """Queries for recall@k up to `max_k`. Each distinct one of the `vectors` [N, d] is drawn with equal chance."""
-        points = index.points
-        first_rows = points.rows[points.starts]
-        num_points = len(first_rows)
-        database = vectors if num_points == len(vectors) else vectors[first_rows]
-        rng = np.random.default_rng(seed)
-        rows = first_rows[rng.permutation(num_points)[:num_queries]]
-        num_nearest = min(max_k + 1, num_points)
-        scores, found = faiss.knn(vectors[rows], database, num_nearest, metric=faiss.METRIC_INNER_PRODUCT)
-        moves = rng.standard_normal((len(rows), vectors.shape[1]))
-        distances = np.sqrt(np.maximum(0, 2 - 2 * scores[:, [min(1, num_nearest - 1)]]))  # to the nearest other point
-        moved = vectors[rows] + distances * moves / np.linalg.norm(moves, axis=1, keepdims=True)
-        moved = (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
-        its_scores, its_found = faiss.knn(moved, database, num_nearest, metric=faiss.METRIC_INNER_PRODUCT)
-        own = np.concatenate([rows, np.full(len(rows), -1)])
-        counts = np.cumsum(points.counts(np.concatenate([found, its_found]), own), axis=1)
-        return Sample(
-            index, vectors, np.concatenate([vectors[rows], moved]), own, np.concatenate([scores, its_scores]), counts
-        )
+    def draw(
+        index: Index,
+        vectors: np.ndarray,
+        max_k: int,
+        num_queries: int,
+        held_out: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> "Sample":
+        """Queries for recall@k up to `max_k`, `num_queries` of each kind.
 
-    def recalls(self, k: int, parameters: Parameters | None) -> np.ndarray:
-        """[2, Q]: the share of each query's exact k nearest notes that are found. A tie with the k-th counts.
+        vectors [P, d]: those at the points of the index; each is drawn with equal chance. held_out [H, d]: vectors that
+        the index does not have; the first are taken; None: there are none.
+        """  # fmt: skip
+        drawn = np.random.default_rng(seed).permutation(len(vectors))[:num_queries]
+        queries, own = vectors[drawn], index.points.first_rows[drawn]
+        if held_out is not None:
+            queries = np.concatenate([queries, held_out[:num_queries]])
+            own = np.concatenate([own, np.full(len(queries) - len(own), -1)])
+        num_nearest = min(max_k + 1, len(vectors))
+        scores, found = faiss.knn(queries, vectors, num_nearest, metric=faiss.METRIC_INNER_PRODUCT)
+        return Sample(index, vectors, queries, own, scores, np.cumsum(index.points.counts(found, own), axis=1))
 
-        The parameters alone are measured, without the comparison with all where they find fewer than k notes.
+    def recalls(self, k: int, parameters: Parameters | None) -> list[np.ndarray]:
+        """For each kind of query, the share of each one's exact k nearest notes that are found: notes, then held out.
+
+        A tie with the k-th counts. The parameters alone are measured, without the comparison with all where they find
+        fewer than k notes.
         """
         key = k, format_parameters(parameters)
         if key not in self.known:
             self.known[key] = self._recalls(k, parameters)
         return self.known[key]
 
-    def _recalls(self, k: int, parameters: Parameters | None) -> np.ndarray:
+    def _recalls(self, k: int, parameters: Parameters | None) -> list[np.ndarray]:
         kth = np.take_along_axis(self.scores, (self.counts >= k).argmax(axis=1)[:, None], axis=1)
         num_points = min(k + 1, self.index.faiss_index.ntotal)
         scores, points = searcher(self.index.faiss_index, parameters)(self.queries, num_points)
         rows, _ = self.index.points.expand(points, scores, k, self.own)
         hits = [
-            np.count_nonzero(self.vectors[found[found >= 0]] @ query >= score - _TIE)
+            np.count_nonzero(self.vectors[self.index.points.of_row[found[found >= 0]]] @ query >= score - _TIE)
             for found, query, score in zip(rows, self.queries, kth, strict=True)
         ]
-        return np.minimum(1, np.array(hits) / k).reshape(2, -1)
+        recalls, is_held_out = np.minimum(1, np.array(hits) / k), self.own < 0
+        return [kind for kind in (recalls[~is_held_out], recalls[is_held_out]) if len(kind)]
 
     def recall(self, k: int, parameters: Parameters | None) -> float:
         """Recall@k of the kind of queries that has the lower one."""
-        return float(self.recalls(k, parameters).mean(axis=1).min())
+        return min(float(recalls.mean()) for recalls in self.recalls(k, parameters))
 
 
 class Samples:
-    """The samples of an index of `vectors` [N, d], each drawn once, when it is needed."""
+    """The samples of an index, each drawn once, when it is needed. `vectors` [P, d], `held_out` as in `Sample.draw`."""
 
-    def __init__(self, index: Index, vectors: np.ndarray) -> None:
+    def __init__(self, index: Index, vectors: np.ndarray, held_out: np.ndarray | None = None) -> None:
         self.index = index
-        self._vectors = vectors
+        self._vectors, self._held_out = vectors, held_out
         self._drawn: dict[int, Sample] = {}
 
     def at(self, k: int) -> Sample:
         """The sample for recall@k."""
         largest, num_queries = next(((n, q) for n, q in _NUM_QUERIES if k <= n), (k, _NUM_QUERIES[-1][1]))
         if largest not in self._drawn:
-            self._drawn[largest] = Sample.draw(self.index, self._vectors, largest, num_queries)
+            self._drawn[largest] = Sample.draw(self.index, self._vectors, largest, num_queries, self._held_out)
         return self._drawn[largest]
 
 
@@ -160,12 +165,12 @@ def _latency_ms(index: Index, sample: Sample, k: int) -> float:
 def ann_recall(index: Index, vectors: np.ndarray, k: int, num_queries: int = 1000, seed: int = 0) -> float:
     """ANN recall: the share, in percent, of the exact k nearest notes that notes of the index find, without themselves.
 
-    Raises ValueError for fewer than two notes.
+    vectors [N, d]: of all notes. Raises ValueError for fewer than two notes.
     """
     k = min(k, len(vectors) - 1)
     if k < 1:
         raise ValueError(f"the index recall needs at least two notes, got {len(vectors)}.")
-    sample = Sample.draw(index, vectors, k, num_queries, seed)
+    sample = Sample.draw(index, vectors[index.points.first_rows], k, num_queries, seed=seed)
     return 100 * float(sample.recalls(k, index.parameters(k))[0].mean())
 
 
@@ -185,9 +190,11 @@ def _shortfall(sample: Sample, k: int, target: float, standard_errors: float) ->
     """parameters -> the missed share of neighbours, as a multiple of what `target` allows: at most 1 reaches it."""
 
     def shortfall(parameters: Parameters) -> float:
-        recalls = sample.recalls(k, parameters)
-        errors = standard_errors * recalls.std(axis=1) / math.sqrt(recalls.shape[1])
-        return float((1 - (recalls.mean(axis=1) - errors).min()) / max(1 - target, 1e-9))
+        lowest = min(
+            float(recalls.mean() - standard_errors * recalls.std() / math.sqrt(len(recalls)))
+            for recalls in sample.recalls(k, parameters)
+        )
+        return (1 - lowest) / max(1 - target, 1e-9)
 
     return shortfall
 

@@ -88,20 +88,20 @@ def test_the_parameters_of_a_factory(name: str) -> None:
 
 def test_a_longer_search_through_a_graph_finds_more() -> None:
     """FAISS takes no search_L per search: more points are asked for."""
-    table, queries = random_embeddings(1500, 64), np.arange(200)
-    index = make_index(table, factory("NSG8"))
+    table, queries = random_embeddings(3000, 128), np.arange(200)
+    index = make_index(table, factory("NSG16"))
     recalls = []
     for length in (10, 20, 100):
         rows, _ = index.search_rows(table.vectors[queries], 10, queries, f"search_L={length}")
         recalls.append(recall(rows, table.vectors, queries, queries, 10))
-    assert recalls[0] + 4 < recalls[1] < recalls[2] - 4
-    assert index_of("NSG16").tuned[0].parameters == {"search_L": 10}
+    assert recalls[0] < recalls[1] < recalls[2]
+    assert index_of("NSG16").tuned[0].parameters == {"search_L": 20}
 
 
 @pytest.mark.parametrize(
     "name",
     ["HNSW0", "HNSW1", "HNSW01,Flat", "HNSW1,SQ8", "IVF8_HNSW0,Flat", "IVF8(HNSW1),Flat", "IDMap,HNSW1", "PCA8,HNSW1",
-     "Flat,Refine(HNSW0)", "HNSW100000000", "NSG1", "NSG4", "PQ4x0", "IVF8,PQ4x0", "PQ4x4fs_0", "OPQ4_0,PQ4",
+     "Flat,Refine(HNSW0)", "HNSW100000000", "NSG1", "NSG8", "PQ4x0", "IVF8,PQ4x0", "PQ4x4fs_0", "OPQ4_0,PQ4",
      "RR0,Flat", "PCAR0,Flat", "RQ0x4", "LSQ2x0", "PRQ2x0x4", "ZnLattice0x10_4", "HNSW32_0+PQ4", "IVF0,Flat"],
 )  # fmt: skip
 def test_factories_on_which_faiss_aborts(name: str) -> None:

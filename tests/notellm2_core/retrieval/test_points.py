@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from notellm2_core.retrieval import points as module
-from notellm2_core.retrieval.points import Points, distinct_points
+from notellm2_core.retrieval.points import Points, distinct_points, moved_to_the_end
 
 
 def slow_expand(points: Points, found: list[int], scores: list[float], k: int, own: int) -> list[tuple[int, float]]:
@@ -51,3 +51,16 @@ def test_distinct_vectors() -> None:
     np.testing.assert_array_equal(distinct, vectors[[0, 1, 3]])
     assert points.of_row.tolist() == [0, 1, 0, 2, 1]
     assert points.sizes.tolist() == [2, 2, 1] and points.rows.tolist() == [0, 2, 1, 4, 3]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 9))
+def test_points_that_are_moved_to_the_end(seed: int, num_moved: int) -> None:
+    """Every note keeps its vector; the last points are those that were moved."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.integers(0, 3, (30, 2)).astype(np.float32)
+    distinct, points = distinct_points(vectors)
+    moved = rng.permutation(len(distinct))[: min(num_moved, len(distinct))]
+    before = {*map(bytes, distinct[moved])}
+    points = moved_to_the_end(distinct, points, moved)
+    np.testing.assert_array_equal(distinct[points.of_row], vectors)
+    assert {*map(bytes, distinct[len(distinct) - len(moved) :])} == before

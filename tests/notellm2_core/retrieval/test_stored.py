@@ -21,10 +21,10 @@ def index_of(name: str) -> Index:
 def test_an_index_of_vectors_gives_them_back(name: str) -> None:
     """Those of a rotation up to its rounding; a search by the stored vector equals that by the table's."""
     table, index = random_embeddings(300), index_of(name)
-    for position in (0, 7, 299):
-        vector = stored_vector(index.faiss_index, position)
+    for row in (0, 7, 299):
+        vector = stored_vector(index.faiss_index, int(index.points.of_row[row]))
         assert vector is not None
-        np.testing.assert_allclose(vector, table.vectors[position], atol=1e-6)
+        np.testing.assert_allclose(vector, table.vectors[row], atol=1e-6)
     stored = stored_note(index, "note7")
     ((_, hits),) = find_neighbours(index, stored, 5)
     expected, _ = index.search(table.vectors[7:8], 5, leave_out=["note7"])
