@@ -58,6 +58,7 @@ def test_a_slice_with_too_few_pairs_is_not_judged() -> None:
     assert gate.outcome == "passed" and "short_query" not in gate.figures
 
 
+@pytest.mark.slow
 def test_error_rates() -> None:
     """Of 200 equal models at most 5 % are refused, and of 200 that lost 5 points at least 90 %, at 2,340 pairs."""
     equal = [_gate(_week(2340, 0, seed)).outcome for seed in range(200)]

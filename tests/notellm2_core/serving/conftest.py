@@ -64,7 +64,7 @@ def postgresql_url(new_postgresql_url: NewUrl) -> str:
     return new_postgresql_url()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def new_log_url(request: pytest.FixtureRequest, tmp_path: Path) -> NewUrl:
     """Makes the URL of a log that does not exist yet: once in files, once in PostgreSQL."""
     if request.param == "sqlite":
@@ -118,13 +118,13 @@ def sites(
         yield site_of
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS[:-1], pytest.param(KINDS[-1], marks=pytest.mark.slow)])
 def site(request: pytest.FixtureRequest, sites: Callable[[str], EngineSite]) -> EngineSite:
     """Each of the engines."""
     return sites(request.param)
 
 
-@pytest.fixture(params=KINDS[1:])
+@pytest.fixture(params=[*KINDS[1:-1], pytest.param(KINDS[-1], marks=pytest.mark.slow)])
 def milvus(request: pytest.FixtureRequest, sites: Callable[[str], EngineSite]) -> EngineSite:
     """milvus-lite, and the server."""
     return sites(request.param)

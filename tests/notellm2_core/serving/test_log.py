@@ -446,6 +446,7 @@ def test_a_new_log_is_opened_while_another_process_makes_it(tmp_path: Path) -> N
     assert opened == [0]
 
 
+@pytest.mark.slow
 def test_what_was_acknowledged_survives_twenty_kills(tmp_path: Path, writers: Writers) -> None:
     url, num_kills, rng = f"sqlite:///{tmp_path}/log.db", 20, random.Random(0)
     acknowledged: list[int] = []
@@ -539,6 +540,7 @@ def test_a_full_disk_takes_nothing_and_leaves_the_log_readable(tmp_path: Path) -
         assert log.tail(0)[:1] == before and log.last_seq() == full_at + 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_postgresql_takes_nothing(postgresql_url: str) -> None:
     with _opened(postgresql_url) as log:
         log.append([Write(_note("a"))])
@@ -566,6 +568,7 @@ def test_a_folder_on_a_full_disk_is_a_full_log(tmp_path: Path, monkeypatch: pyte
         NoteLog.open(f"sqlite:///{tmp_path}/new/log.db")
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_an_unavailable_log_that_comes_back(postgresql_url: str) -> None:
     url = postgresql_url
     with _opened(url) as log, closing(GroupCommit(log)) as commit, psycopg.connect(url, autocommit=True) as other:
@@ -605,6 +608,7 @@ def test_a_commit_to_a_file_is_durable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "expected"), [("off", "on"), ("remote_apply", "remote_apply")])
+@pytest.mark.slow
 def test_a_commit_to_a_server_is_durable_whatever_its_default(postgresql_url: str, given: str, expected: str) -> None:
     url = f"{postgresql_url}%20-csynchronous_commit%3D{given}%20-cdefault_transaction_isolation%3Dserializable"
     with _opened(url) as log, writing(log._engine) as transaction:
