@@ -16,11 +16,12 @@ from notellm2_core.serving.forms import Forms
 from notellm2_core.serving.guard import Guard, needs
 from notellm2_core.serving.keys import Keys
 from notellm2_core.serving.live_release import LiveRelease
-from notellm2_core.serving.metrics import Metrics, Timed
+from notellm2_core.serving.metrics import Metrics
 from notellm2_core.serving.note_routes import add_reads, add_writes
 from notellm2_core.serving.problems import ERRORS, add_handlers
 from notellm2_core.serving.search_routes import add_events, add_searches
 from notellm2_core.serving.service import NotReady, Service
+from notellm2_core.serving.timed import PROMETHEUS, TEXT, Timed
 from notellm2_core.serving.workers import Workers
 
 _PAGE = FilePath(__file__).parent / "page"
@@ -45,7 +46,7 @@ def make_app(service: Service, keys: Keys, takes_events: bool = False) -> FastAP
         "search", 2, _MOST_WAITING, _one_thread_of_faiss, metrics.observe_search, metrics.refused_searches.inc
     )
     app.add_middleware(Guard, keys=keys, searches=searches)
-    app.add_middleware(Timed, metrics=metrics)
+    app.add_middleware(Timed, seconds=metrics.request_seconds)
     add_handlers(app)
     reads = Workers("read", 2, 256)  # of texts and pictures: few pictures are decoded at a time
     add_writes(app, service, keys, Workers("write", 64, 256))
@@ -97,12 +98,10 @@ def _examples(release: LiveRelease) -> list[str]:
 
 
 def _add_state(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, reads: Workers) -> None:
-    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
-
-    @app.get("/metrics", dependencies=needs(keys, "read"), responses=ERRORS | text, tags=["state"])
+    @app.get("/metrics", dependencies=needs(keys, "read"), responses=ERRORS | TEXT, tags=["state"])
     async def show_metrics() -> Response:
         """For Prometheus."""
-        return Response(await reads.run(metrics.show), media_type="text/plain; version=0.0.4")
+        return Response(await reads.run(metrics.show), media_type=PROMETHEUS)
 
     @app.get("/healthz", tags=["state"])
     async def healthz() -> dict[str, str]:

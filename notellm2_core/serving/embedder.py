@@ -1,7 +1,9 @@
 """An embedder for several services: models on a machine with a GPU, behind HTTP.
 
+    GET  /models                      the models in memory
     GET  /models/{weights_id}         whether the model is loaded; it begins to load where it is not in memory
     POST /models/{weights_id}/embed   a note: its text, its picture, or both -> its vector
+    GET  /metrics, /healthz           for Prometheus; the process answers
 
 A model is named by its weights, so a vector is never that of another model. Notes of all callers that wait together
 are one batch.
@@ -10,12 +12,14 @@ are one batch.
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi import Path as PathParameter
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
@@ -32,6 +36,7 @@ from notellm2_core.serving.note_routes import note_of
 from notellm2_core.serving.problems import ERRORS, add_handlers
 from notellm2_core.serving.requests import Body, NoteText
 from notellm2_core.serving.search_routes import unless_left
+from notellm2_core.serving.timed import PROMETHEUS, TEXT, Timed, request_seconds
 from notellm2_core.serving.workers import Workers
 
 _MOST = 2  # models in memory: that of the release that answers, and of the one before it or of a challenger
@@ -76,6 +81,15 @@ class Models:
             raise EmbedderBusy(f"{_MOST} other models are in use here")
         del self._asked[oldest]
         self._models.pop(oldest).close()
+
+    def collect(self) -> Iterator[Metric]:
+        """The state of the models in memory, for Prometheus."""
+        loaded = GaugeMetricFamily("notellm2_model_loaded", "Whether notes can be embedded.", labels=["weights_id"])
+        waiting = GaugeMetricFamily("notellm2_embedding_waiting", "Notes that wait for it.", labels=["weights_id"])
+        for weights_id, model in self.loaded.items():
+            loaded.add_metric([weights_id], float(model.is_running))
+            waiting.add_metric([weights_id], model.num_waiting)
+        yield from (loaded, waiting)
 
     def close(self) -> None:
         """End the processes."""
@@ -124,7 +138,10 @@ class VectorAnswer(Body):
 def make_embedder_app(models: Models, keys: Keys) -> FastAPI:
     """The application. It does not close the models."""
     app = FastAPI(title="NoteLLM-2 embedder", version=__version__, summary="Notes to vectors.")
+    registry = CollectorRegistry()
+    registry.register(models)
     app.add_middleware(Guard, keys=keys)
+    app.add_middleware(Timed, seconds=request_seconds(registry))
     add_handlers(app)
     calls = Workers("models", 2, 1024)
     options: dict[str, Any] = {"dependencies": needs(keys, "read"), "responses": ERRORS}
@@ -155,6 +172,11 @@ def make_embedder_app(models: Models, keys: Keys) -> FastAPI:
         finally:
             embedding.cancel()
         return VectorAnswer(weights_id=weights_id, vector=embedded.vector.tolist(), image=embedded.image)
+
+    @app.get("/metrics", dependencies=needs(keys, "read"), responses=ERRORS | TEXT)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(generate_latest(registry), media_type=PROMETHEUS)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

@@ -1,24 +1,18 @@
-"""What the service shows of itself, for Prometheus.
+"""What the service shows of itself, for Prometheus."""
 
-Latencies are measured by route, not by path: ids would make a series each.
-"""
-
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from notellm2_core.serving.database import LogUnavailable
 from notellm2_core.serving.events import num_waiting
 from notellm2_core.serving.live_index import Answer
 from notellm2_core.serving.live_release import LiveRelease
 from notellm2_core.serving.service import Service
-
-_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+from notellm2_core.serving.timed import SECONDS, request_seconds
 
 
 class Metrics:
@@ -26,12 +20,9 @@ class Metrics:
 
     def __init__(self, service: Service) -> None:
         self._service, self._registry = service, CollectorRegistry()
-        self.seconds = Histogram(
-            "notellm2_request_seconds", "Of a request, from its first byte to the last of its answer.",
-            ("method", "route", "status"), buckets=_SECONDS, registry=self._registry,
-        )  # fmt: skip
+        self.request_seconds = request_seconds(self._registry)
         self._waited, self._took = (
-            Histogram(f"notellm2_search_{name}_seconds", text, buckets=_SECONDS, registry=self._registry)
+            Histogram(f"notellm2_search_{name}_seconds", text, buckets=SECONDS, registry=self._registry)
             for name, text in {"wait": "That a search waits for a thread.", "run": "That it takes then."}.items()
         )
         self.refused_searches = Counter(
@@ -108,28 +99,3 @@ class Metrics:
 def _age(time: datetime | None) -> float:
     """Seconds since then; 0 for None. Another machine's clock may be ahead."""
     return 0.0 if time is None else max(0.0, (datetime.now(UTC) - time).total_seconds())
-
-
-class Timed:
-    """An ASGI application whose requests are measured."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started, status = time.perf_counter(), 500
-
-        async def observed(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, observed)
-        finally:
-            route = getattr(scope.get("route"), "path", "none")
-            self._metrics.seconds.labels(scope["method"], route, status).observe(time.perf_counter() - started)

@@ -28,6 +28,10 @@ from pipelines.definitions import definitions
 
 NOISE = 1.0  # of an ordinary model
 FIRST_WEEK = 4  # the first that is run: it has a window, and weeks to be compared with
+_FEW_ROWS = {  # a week of few rows is over before code that is compiled for them has paid off
+    "spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.driver.defaultJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+}  # fmt: skip
 _CONFIG = {
     "name": "simulation",
     "source": {"first_day": str(first_day(0)), "last_day": None},
@@ -39,7 +43,7 @@ _CONFIG = {
     "training": {"num_steps": 1, "batch_pairs": 8},
     "evaluation": {"ks": [10, 50, 100], "baselines": ["random", "popularity", "bm25"], "num_sheet_queries": 1,
                    "saliency_pairs": 0, "replay_clicks": 200},
-    "spark": {"driver_memory": "1g", "shuffle_partitions": 2},
+    "spark": {"driver_memory": "1g", "shuffle_partitions": 2, "extra": _FEW_ROWS},
 }  # fmt: skip
 
 

@@ -131,6 +131,13 @@ def test_the_vectors_are_those_of_a_process_of_its_own(site: Site, client: Embed
     assert len({answer.result().vector.tobytes() for answer in theirs}) == len(asked)
     own.close()
     wait_for(lambda: client.num_waiting == 0)
+    headers = {"Authorization": f"Bearer {os.environ[KEY_VARIABLE]}"}
+    assert httpx.get(f"{site.server.url}/metrics").status_code == 401
+    shown = httpx.get(f"{site.server.url}/metrics", headers=headers).text
+    assert f'notellm2_model_loaded{{weights_id="{site.first.weights_id}"}} 1.0' in shown
+    assert f'notellm2_embedding_waiting{{weights_id="{site.first.weights_id}"}} 0.0' in shown
+    counted = 'notellm2_request_seconds_count{method="POST",route="/models/{weights_id}/embed",status="200"} 8.0'
+    assert counted in shown
 
 
 @pytest.mark.slow
