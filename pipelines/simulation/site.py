@@ -28,10 +28,7 @@ from pipelines.definitions import definitions
 
 NOISE = 1.0  # of an ordinary model
 FIRST_WEEK = 4  # the first that is run: it has a window, and weeks to be compared with
-_FEW_ROWS = {  # a week of few rows is over before code that is compiled for them has paid off
-    "spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN",
-    "spark.driver.defaultJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
-}  # fmt: skip
+_FEW_ROWS = {"spark.sql.adaptive.enabled": "false"}  # an adaptive plan has a job more for each shuffle
 _CONFIG = {
     "name": "simulation",
     "source": {"first_day": str(first_day(0)), "last_day": None},
