@@ -107,7 +107,7 @@ STAGES: Mapping[str, Stage] = {
     "initial_model": Stage(("note_tokens", "vision_features", "pair_datasets"), _MODEL, version=5),
     "hard_negatives": Stage(
         ("initial_model", "note_tokens", "vision_features", "pair_datasets", "note_split"),
-        (*_MINING, "training.hard_negatives.file"), version=3, when=_HARD_NEGATIVES,
+        (*_MINING, "training.hard_negatives.file"), version=4, when=_HARD_NEGATIVES,
     ),
     "checkpoint": Stage(
         ("note_tokens", "vision_features", "pair_datasets", "hard_negatives"),

@@ -17,18 +17,18 @@ from notellm2_core.retrieval.factory import add_vectors, can_grow, filled_index,
 from notellm2_core.retrieval.index import FILES, FORMAT_VERSION, IDS, Index
 from notellm2_core.retrieval.parameters import format_parameters
 from notellm2_core.retrieval.points import distinct_points, moved_to_the_end
-from notellm2_core.retrieval.tuning import Samples, measure, tune
+from notellm2_core.retrieval.tuning import EXHAUSTIVE_SHARE, MAX_HELD_OUT, TUNED_KS, Samples, measure, tune
 from notellm2_core.runtime.files import replaced_folder, sha256_of
 
 REPORTED_KS = (1, 10, 100)
-_MOST_HELD_OUT, _HELD_OUT_SHARE = 250, 10  # vectors; at most one in ten
 
 
 def make_index(embeddings: Embeddings, settings: IndexSettings, num_threads: int = 1) -> Index:
     """Train (if the factory needs it), fill and tune an index.
 
-    One thread by default, for reproducible indexes: the graph of HNSW depends on the order in which threads insert.
-    Raises ValueError for no notes, and naming index.factory if FAISS cannot build it from these vectors.
+    One thread by default, for reproducible indexes: the graph of HNSW depends on the order in which threads insert. A
+    graph of NSG, which takes no vector afterwards, is built twice. Raises ValueError for no notes, and naming
+    index.factory if FAISS cannot build it from these vectors.
     """
     return _make(embeddings, settings, num_threads, ())[0]
 
@@ -43,24 +43,28 @@ def _make(
     if not embeddings.note_ids:
         raise ValueError(f"{embeddings.prefix}there are no notes to build an index of.")
     vectors, points = distinct_points(embeddings.vectors)
-    num_held_out = min(_MOST_HELD_OUT, len(vectors) // _HELD_OUT_SHARE)
-    order = np.random.default_rng(0).permutation(len(vectors))
-    points = moved_to_the_end(vectors, points, order[:num_held_out])
-    if points.sizes[: len(vectors) - num_held_out].sum() <= max((*ks, settings.search_k)):
-        num_held_out = 0  # the others are too few for so large a k
-    kept, held_out = np.split(vectors, [len(vectors) - num_held_out])
+    held_out = _held_out(len(vectors))
+    points = moved_to_the_end(vectors, points, held_out)
+    kept, rest = np.split(vectors, [len(vectors) - len(held_out)])
     faiss_index = trained_index(vectors, settings.factory, num_threads)
     add_vectors(faiss_index, kept, settings.factory, num_threads)
     note_ids = np.array(embeddings.note_ids, dtype=object)
     index = Index(faiss_index, note_ids, points, settings.factory, weights_id=embeddings.weights_id)
-    samples = Samples(index, kept, held_out)
+    samples = Samples(index, kept, rest)
     index = replace(index, tuned=tune(samples, settings.search_k, settings.target_recall))
     measured = measure(index, samples, ks)
-    if num_held_out and can_grow(faiss_index):
-        add_vectors(faiss_index, held_out, settings.factory, num_threads)
-    elif num_held_out:
-        index = replace(index, faiss_index=filled_index(vectors, settings.factory, num_threads))
-    return index, measured
+    if not len(rest):
+        return index, measured
+    if can_grow(faiss_index):
+        add_vectors(faiss_index, rest, settings.factory, num_threads)
+        return index, measured
+    return replace(index, faiss_index=filled_index(vectors, settings.factory, num_threads)), measured
+
+
+def _held_out(num_points: int) -> np.ndarray:
+    """The points that are held out: one in ten, up to MAX_HELD_OUT. None where nothing depends on so few."""
+    num = min(MAX_HELD_OUT, num_points // 10) if num_points >= EXHAUSTIVE_SHARE * TUNED_KS[0] else 0
+    return np.random.default_rng(0).permutation(num_points)[:num]
 
 
 def build_index(embeddings_dir: Path, out: Path, settings: IndexSettings, num_threads: int = 1) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def require_harmless(factory: str) -> None:
             raise ValueError(
                 f"index.factory = {factory!r}: FAISS cannot build with {digits}; use 1 to {_LARGEST_NUMBER}."
             )
+    if "Refine(NSG" in factory:
+        raise ValueError(f"index.factory = {factory!r}: FAISS cannot rank again with a graph of NSG; use RFlat.")
     for graph, links in re.findall(r"(HNSW|NSG)(\d+)", factory):
         if not _FEWEST_LINKS[graph] <= int(links) <= _MAX_LINKS:
             raise ValueError(
@@ -56,14 +58,14 @@ def trained_index(vectors: np.ndarray, factory: str, num_threads: int) -> Any:
     """A FAISS index that holds nothing yet, trained with `vectors` [P, d] if need be. Raises as `filled_index`."""
     index = empty_index(vectors.shape[1], factory)
     if not index.is_trained:
-        with _building(vectors, factory, num_threads):
+        with _building(*vectors.shape, factory, num_threads):
             index.train(vectors)
     return index
 
 
 def add_vectors(index: Any, vectors: np.ndarray, factory: str, num_threads: int) -> None:
     """Add `vectors` [P, d] at the next positions of a trained index. Raises as `filled_index`."""
-    with _building(vectors, factory, num_threads):
+    with _building(index.ntotal + len(vectors), index.d, factory, num_threads):
         if isinstance(index, faiss.IndexIDMap):
             index.add_with_ids(vectors, index.ntotal + np.arange(len(vectors)))
         else:
@@ -79,14 +81,13 @@ def can_grow(index: Any) -> bool:
 
 
 @contextmanager
-def _building(vectors: np.ndarray, factory: str, num_threads: int) -> Iterator[None]:
+def _building(num_vectors: int, dim: int, factory: str, num_threads: int) -> Iterator[None]:
     """FAISS works with `num_threads`; its errors are ValueErrors that name the setting."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(num_threads)
     try:
         yield
     except (RuntimeError, MemoryError) as e:
-        num_vectors, dim = vectors.shape
         raise ValueError(
             f"index.factory = {factory!r} cannot be built from {num_vectors} distinct vectors of width {dim}: "
             f"{_reason(e)}. Use fewer clusters or codes, or Flat or HNSW32, which need no training."

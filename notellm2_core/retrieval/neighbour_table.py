@@ -67,9 +67,8 @@ def write_neighbours(
     params: str | None = "exhaustive"
     recall = 100.0
     if num > exact_notes:
-        samples = Samples(index, vectors[index.points.first_rows])
-        index = replace(index, tuned=tune(samples, width, TARGET_RECALL))
-        params, recall = None, 100 * float(samples.at(width).recalls(width, index.parameters(width))[0].mean())
+        index, recall = _tuned(index, vectors, width)
+        params = None
     out.mkdir(parents=True, exist_ok=True)
     rows = np.lib.format.open_memmap(out / ROWS, "w+", np.int32, (num, width))
     scores = np.lib.format.open_memmap(out / SCORES, "w+", np.float32, (num, width))
@@ -82,3 +81,10 @@ def write_neighbours(
     scores.flush()
     np.save(out / VECTORS, np.ascontiguousarray(vectors, dtype=np.float32))
     return {"width": width, "recall": round(recall, 3)}
+
+
+def _tuned(index: Index, vectors: np.ndarray, width: int) -> tuple[Index, float]:
+    """The index with parameters that find TARGET_RECALL of its notes' neighbours, and what they find in percent."""
+    samples = Samples(index, vectors[index.points.first_rows])
+    index = replace(index, tuned=tune(samples, width, TARGET_RECALL))
+    return index, 100 * samples.at(width).recall(width, index.parameters(width))

@@ -1,9 +1,9 @@
 """Chooses the search parameters of an index for a target recall, and measures recall and latency.
 
 Recall is measured against exact search over the vectors themselves, with two kinds of queries: notes of the index,
-which are left out of their own neighbours, and held-out vectors, which the index does not have yet. The kind with the
-lower recall counts. (A note's vector, moved at random, is no such query: it leaves the manifold on which the vectors
-lie, and is found more easily than theirs.)
+which are left out of their own neighbours, and held-out vectors, which the index does not have yet (its clusters and
+codes were trained with them). The kind with the lower recall counts. (A note's vector, moved at random, is no such
+query: it leaves the manifold on which the vectors lie, and is found more easily than theirs.)
 
 The parameters are raised until the target is reached, then each is lowered as far as recall allows. Both steps expect
 that the missed share falls with a power of the parameter. The choice depends on counts alone, not on measured time, so
@@ -33,6 +33,7 @@ from notellm2_core.retrieval.parameters import (
 TUNED_KS = (10, 100, 1000, 10_000)  # between two of them, the parameters of the larger one hold
 EXHAUSTIVE_SHARE = 32  # above 1/32 of the points as neighbours, comparing all is as fast
 _NUM_QUERIES = ((100, 250), (1000, 50), (10_000, 10))  # largest k, queries of a kind: with more k, they differ less
+MAX_HELD_OUT = _NUM_QUERIES[0][1]  # more would not be drawn
 _STANDARD_ERRORS = 1.64  # by which recall has to lie above the target: then 95 % of samples would have reached it
 _TIE = 2e-6  # scores that are equal up to the rounding of fp32
 _STEPS = (1.05, 2.0)  # factors of the shortest and the longest step upwards
@@ -62,16 +63,16 @@ class Sample:
         held_out: np.ndarray | None = None,
         seed: int = 0,
     ) -> "Sample":
-        """Queries for recall@k up to `max_k`, `num_queries` of each kind.
+        """Queries for recall@k up to `max_k`, at most `num_queries` of each kind, each drawn with equal chance.
 
-        vectors [P, d]: those at the points of the index; each is drawn with equal chance. held_out [H, d]: vectors that
-        the index does not have; the first are taken; None: there are none.
-        """  # fmt: skip
-        drawn = np.random.default_rng(seed).permutation(len(vectors))[:num_queries]
+        vectors [P, d]: those at the points of the index. held_out [H, d]: vectors that it does not have; None: none.
+        """
+        rng = np.random.default_rng(seed)
+        drawn = rng.permutation(len(vectors))[:num_queries]
         queries, own = vectors[drawn], index.points.first_rows[drawn]
         if held_out is not None:
-            queries = np.concatenate([queries, held_out[:num_queries]])
-            own = np.concatenate([own, np.full(len(queries) - len(own), -1)])
+            new = held_out[rng.permutation(len(held_out))[:num_queries]]
+            queries, own = np.concatenate([queries, new]), np.concatenate([own, np.full(len(new), -1)])
         num_nearest = min(max_k + 1, len(vectors))
         scores, found = faiss.knn(queries, vectors, num_nearest, metric=faiss.METRIC_INNER_PRODUCT)
         return Sample(index, vectors, queries, own, scores, np.cumsum(index.points.counts(found, own), axis=1))
@@ -80,7 +81,7 @@ class Sample:
         """For each kind of query, the share of each one's exact k nearest notes that are found: notes, then held out.
 
         A tie with the k-th counts. The parameters alone are measured, without the comparison with all where they find
-        fewer than k notes.
+        fewer than k notes. Of an index that has fewer than k notes for a query as yet, all of them.
         """
         key = k, format_parameters(parameters)
         if key not in self.known:
@@ -88,6 +89,7 @@ class Sample:
         return self.known[key]
 
     def _recalls(self, k: int, parameters: Parameters | None) -> list[np.ndarray]:
+        k = min(k, int(self.counts[:, -1].min()))
         kth = np.take_along_axis(self.scores, (self.counts >= k).argmax(axis=1)[:, None], axis=1)
         num_points = min(k + 1, self.index.faiss_index.ntotal)
         scores, points = searcher(self.index.faiss_index, parameters)(self.queries, num_points)

@@ -21,7 +21,7 @@ from notellm2_core.serving.note_routes import add_reads, add_writes
 from notellm2_core.serving.problems import ERRORS, add_handlers
 from notellm2_core.serving.search_routes import add_events, add_searches
 from notellm2_core.serving.service import NotReady, Service
-from notellm2_core.serving.timed import PROMETHEUS, TEXT, Timed
+from notellm2_core.serving.timed import PROMETHEUS, TEXT_ANSWER, Timed
 from notellm2_core.serving.workers import Workers
 
 _PAGE = FilePath(__file__).parent / "page"
@@ -98,7 +98,7 @@ def _examples(release: LiveRelease) -> list[str]:
 
 
 def _add_state(app: FastAPI, service: Service, keys: Keys, metrics: Metrics, reads: Workers) -> None:
-    @app.get("/metrics", dependencies=needs(keys, "read"), responses=ERRORS | TEXT, tags=["state"])
+    @app.get("/metrics", dependencies=needs(keys, "read"), responses=ERRORS | TEXT_ANSWER, tags=["state"])
     async def show_metrics() -> Response:
         """For Prometheus."""
         return Response(await reads.run(metrics.show), media_type=PROMETHEUS)

@@ -36,7 +36,7 @@ from notellm2_core.serving.note_routes import note_of
 from notellm2_core.serving.problems import ERRORS, add_handlers
 from notellm2_core.serving.requests import Body, NoteText
 from notellm2_core.serving.search_routes import unless_left
-from notellm2_core.serving.timed import PROMETHEUS, TEXT, Timed, request_seconds
+from notellm2_core.serving.timed import PROMETHEUS, TEXT_ANSWER, Timed, request_seconds
 from notellm2_core.serving.workers import Workers
 
 _MOST = 2  # models in memory: that of the release that answers, and of the one before it or of a challenger
@@ -173,7 +173,7 @@ def make_embedder_app(models: Models, keys: Keys) -> FastAPI:
             embedding.cancel()
         return VectorAnswer(weights_id=weights_id, vector=embedded.vector.tolist(), image=embedded.image)
 
-    @app.get("/metrics", dependencies=needs(keys, "read"), responses=ERRORS | TEXT)
+    @app.get("/metrics", dependencies=needs(keys, "read"), responses=ERRORS | TEXT_ANSWER)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(generate_latest(registry), media_type=PROMETHEUS)

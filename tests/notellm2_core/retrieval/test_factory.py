@@ -94,7 +94,7 @@ def test_a_longer_search_through_a_graph_finds_more() -> None:
     for length in (10, 20, 100):
         rows, _ = index.search_rows(table.vectors[queries], 10, queries, f"search_L={length}")
         recalls.append(recall(rows, table.vectors, queries, queries, 10))
-    assert recalls[0] < recalls[1] < recalls[2]
+    assert recalls[0] + 0.4 < recalls[1] < recalls[2] - 0.2
     assert index_of("NSG16").tuned[0].parameters == {"search_L": 20}
 
 
@@ -102,10 +102,11 @@ def test_a_longer_search_through_a_graph_finds_more() -> None:
     "name",
     ["HNSW0", "HNSW1", "HNSW01,Flat", "HNSW1,SQ8", "IVF8_HNSW0,Flat", "IVF8(HNSW1),Flat", "IDMap,HNSW1", "PCA8,HNSW1",
      "Flat,Refine(HNSW0)", "HNSW100000000", "NSG1", "NSG8", "PQ4x0", "IVF8,PQ4x0", "PQ4x4fs_0", "OPQ4_0,PQ4",
-     "RR0,Flat", "PCAR0,Flat", "RQ0x4", "LSQ2x0", "PRQ2x0x4", "ZnLattice0x10_4", "HNSW32_0+PQ4", "IVF0,Flat"],
+     "Flat,Refine(NSG16)", "RR0,Flat", "PCAR0,Flat", "RQ0x4", "LSQ2x0", "PRQ2x0x4", "ZnLattice0x10_4",
+     "HNSW32_0+PQ4", "IVF0,Flat"],
 )  # fmt: skip
 def test_factories_on_which_faiss_aborts(name: str) -> None:
-    with pytest.raises(ValueError, match=r"index.factory = .*: FAISS cannot build"):
+    with pytest.raises(ValueError, match=r"index.factory = .*: FAISS cannot (build|rank)"):
         make_index(random_embeddings(600), factory(name))
 
 

@@ -1,11 +1,14 @@
 """Recall as the build measures it, against brute force; and the parameters that it chooses."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from notellm2_core.config.settings import IndexSettings
 from notellm2_core.embeddings.table import Embeddings
-from notellm2_core.retrieval.build import make_index
+from notellm2_core.retrieval import build
+from notellm2_core.retrieval.build import make_index, save_index
 from notellm2_core.retrieval.index import Index
 from notellm2_core.retrieval.parameters import format_parameters, parse_parameters, searcher
 from notellm2_core.retrieval.tuning import Sample, Samples, ann_recall, measure, tune
@@ -44,7 +47,45 @@ def test_recall_is_the_share_of_the_exact_neighbours(embeddings: Embeddings) -> 
 
     assert sorted(sample.own[:600]) == list(range(600)) and (sample.own[600:] == -1).all()
     np.testing.assert_array_equal(sample.queries[:600], embeddings.vectors[sample.own[:600]])
-    np.testing.assert_array_equal(sample.queries[600:], held_out)
+    np.testing.assert_array_equal(np.sort(sample.queries[600:], axis=0), np.sort(held_out, axis=0))
+
+
+def test_held_out_queries_are_drawn_from_all(embeddings: Embeddings) -> None:
+    """A table in the order of time: few queries, for a large k, are not those of its beginning."""
+    index = make_index(embeddings, factory("Flat"))
+    held_out = np.eye(250, 16, dtype=np.float32)
+    held_out[:, 0] = np.arange(250)
+    drawn = Sample.draw(index, at_points(index, embeddings), 10_000, 10, held_out).queries[10:, 0]
+    assert len({*drawn}) == 10 and drawn.min() < 60 and drawn.max() > 190
+
+
+@pytest.mark.parametrize("count", [319, 320, 3000])
+def test_what_is_held_out(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One vector in ten, from all over the table, up to 250; where the parameters depend on it."""
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    class Recorded(Samples):
+        def __init__(self, index: Index, vectors: np.ndarray, held_out: np.ndarray) -> None:
+            super().__init__(index, vectors, held_out)
+            seen.append((vectors, held_out))
+
+    monkeypatch.setattr(build, "Samples", Recorded)
+    table = random_embeddings(count)
+    index = make_index(table, factory("HNSW8", search_k=count))
+    ((kept, held_out),) = seen
+    num = {319: 0, 320: 32, 3000: 250}[count]
+    assert held_out.shape == (num, 16) and index.faiss_index.ntotal == count
+    assert {*map(bytes, kept)} | {*map(bytes, held_out)} == {*map(bytes, table.vectors)}
+    rows = sorted(index.points.first_rows[count - num :])
+    np.testing.assert_array_equal(np.sort(held_out, axis=0), np.sort(table.vectors[rows], axis=0))
+    assert not num or (rows[0] < 0.1 * count and rows[-1] > 0.9 * count)
+
+
+def test_all_notes_but_one_are_asked_for(tmp_path: Path) -> None:
+    """Also where some are held out: of the others, all count."""
+    table = random_embeddings(400)
+    metadata = save_index(table, tmp_path / "index", factory("HNSW8", search_k=399))
+    assert metadata["recall"] == {"1": 100, "10": metadata["recall"]["10"], "100": 100, "399": 100}
 
 
 @pytest.mark.parametrize("name", ["HNSW8", "IVF64,Flat", "NSG16"])
@@ -68,10 +109,11 @@ def test_what_was_held_out_is_in_the_index(name: str) -> None:
     vectors[500:] = vectors[:100]
     index = make_index(Embeddings(tuple(map(str, range(600))), vectors), factory(name))
     assert index.faiss_index.ntotal == 500
-    rows, scores = index.search_rows(vectors, 2, params="exhaustive")
-    np.testing.assert_array_equal(rows[:100], np.stack([np.arange(100), np.arange(500, 600)], axis=1))
-    np.testing.assert_array_equal(rows[100:500, 0], np.arange(100, 500))
-    np.testing.assert_allclose(scores[:, 0], 1, atol=1e-6)
+    for params in ("exhaustive", None):
+        rows, scores = index.search_rows(vectors, 2, params=params)
+        np.testing.assert_array_equal(rows[:100], np.stack([np.arange(100), np.arange(500, 600)], axis=1))
+        np.testing.assert_array_equal(rows[100:500, 0], np.arange(100, 500))
+        np.testing.assert_allclose(scores[:, 0], 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 10, 500])
