@@ -65,7 +65,7 @@ def _simulate(options: argparse.Namespace) -> None:
     try:
         from notellm2_core.demo.client import ServiceClient
     except ImportError as e:
-        raise ValueError(f"this command needs {e.name}: pip install 'notellm2[serve]'") from None
+        raise ValueError(f"this command needs {e.name}: pip install -e '.[serve]', in the repository") from None
     from notellm2_core.demo.journal import Journal
     from notellm2_core.demo.simulate import FeedSettings, Simulation
     from notellm2_core.demo.weeks import LaterWeeks

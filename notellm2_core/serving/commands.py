@@ -231,7 +231,7 @@ def _extra() -> Iterator[None]:
     try:
         yield
     except ImportError as e:
-        raise ValueError(f"this command needs {e.name}: pip install 'notellm2[serve]'") from None
+        raise ValueError(f"this command needs {e.name}: pip install -e '.[serve]', in the repository") from None
 
 
 def require_local_or_keys(host: str, keys: Keys) -> None:

@@ -99,5 +99,5 @@ def open_engine(url: str | None, lake: Lake) -> Engine:
     try:
         from notellm2_core.serving.milvus import MilvusEngine
     except ImportError as e:
-        raise ValueError(f"an engine milvus:// needs {e.name}: pip install 'notellm2[milvus]'") from None
+        raise ValueError(f"an engine milvus:// needs {e.name}: pip install -e '.[milvus]', in the repository") from None
     return MilvusEngine(parsed, lake)
