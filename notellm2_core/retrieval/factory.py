@@ -58,7 +58,7 @@ def trained_index(vectors: np.ndarray, factory: str, num_threads: int) -> Any:
     """A FAISS index that holds nothing yet, trained with `vectors` [P, d] if need be. Raises as `filled_index`."""
     index = empty_index(vectors.shape[1], factory)
     if not index.is_trained:
-        with _building(*vectors.shape, factory, num_threads):
+        with _building(len(vectors), index.d, factory, num_threads):
             index.train(vectors)
     return index
 
