@@ -49,7 +49,7 @@ def sweep_lake(
     Run it where no other run uses the lake; it is the last step of the weekly job, in its pool.
     """
     before = lake_bytes(lake)
-    datasets = {(name, d.manifest.fingerprint): d for name in _ALL for d in lake.datasets(name)}
+    datasets = _datasets(lake)
     releases = retained(Ledger(lake.root, name).state(), keep_releases, anchor_weeks) | served_releases(lake)
     for other in _other_states(lake, name):
         releases |= {decision.release for decision in other.decisions}
@@ -126,12 +126,25 @@ def _last_change(folder: Path) -> float:
 
 def lake_bytes(lake: Lake) -> int:
     """Bytes on the disk of everything in the lake; a file with several names counts once."""
+    return _bytes([lake.root])
+
+
+def release_bytes(lake: Lake, release: str) -> int:
+    """Bytes on the disk of a release and of everything that it was made from, counted as in `lake_bytes`."""
+    datasets = _datasets(lake)
+    return _bytes(datasets[address].path for address in _reachable(datasets, [(NAME, release)]) if address in datasets)
+
+
+def _datasets(lake: Lake) -> dict[Address, Dataset]:
+    return {(name, d.manifest.fingerprint): d for name in _ALL for d in lake.datasets(name)}
+
+
+def _bytes(folders: Iterable[Path]) -> int:
     seen: dict[tuple[int, int], int] = {}
-    for root, _, names in os.walk(lake.root):
-        for name in names:
-            try:
-                stat = os.lstat(os.path.join(root, name))
-            except FileNotFoundError:  # removed meanwhile
-                continue
-            seen[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
+    for root, name in ((root, name) for folder in folders for root, _, names in os.walk(folder) for name in names):
+        try:
+            stat = os.lstat(os.path.join(root, name))
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        seen[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
     return sum(seen.values())

@@ -59,7 +59,19 @@ def _longest(seconds: list[float]) -> str:
     return f"{max(seconds):.2f} s" if seconds else "none"
 
 
-COLUMNS = ("number", "week", "logs", "decisions", "recall", "live", "releases", "lake, MB", "history, MB", "seconds")
+COLUMNS = (
+    "number",
+    "week",
+    "logs",
+    "decisions",
+    "recall",
+    "live",
+    "releases",
+    "lake, MB",
+    "a release, MB",
+    "history, MB",
+    "seconds",
+)
 
 
 def year(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.ledger import REIGNS, Decision
 from notellm2_core.release.promotion import rollback
 from notellm2_core.release.release import open_release
-from notellm2_core.release.retention import lake_bytes
+from notellm2_core.release.retention import lake_bytes, release_bytes
 from notellm2_core.simulation import year as plan
 from notellm2_core.simulation.stand_ins import write_skill
 from notellm2_core.simulation.world import DAY, WEEK, World, deliver, first_day
@@ -213,7 +213,8 @@ class Year:
         releases = sum(1 for _ in lake.datasets("release"))
         recall = decision.figures["recalls"].get("challenger") if decision else None
         live = state.reigns[-1].week if state.reigns else ""
-        sizes = lake_bytes(lake) / 1e6, self.servers.history_bytes() / 1e6
+        newest = release_bytes(lake, self.decisions[-1].release) / 1e6
+        sizes = lake_bytes(lake) / 1e6, newest, self.servers.history_bytes() / 1e6
         row = Row(week, logs, actions, decision.why if decision else "", recall, live, releases, *sizes, seconds)
         self.rows.append(row)
         print(to_line(number, row), flush=True)

@@ -25,15 +25,18 @@ def test_the_year_holds_what_a_loop_has_to_stand() -> None:
 
 def _rows(releases: list[int], lake_mb: list[float], history_mb: list[float]) -> list[Row]:
     weeks = zip(releases, lake_mb, history_mb, strict=True)
-    return [Row("2025-02-02", "in time", "promoted", "", 60.0, "2025-02-02", *week, seconds=1.0) for week in weeks]
+    return [
+        Row("2025-02-02", "in time", "promoted", "", 60.0, "2025-02-02", num, lake, 30.0, history, seconds=1.0)
+        for num, lake, history in weeks
+    ]
 
 
 def test_what_took_too_much_of_the_disk_is_said() -> None:
     good = [4] * 52, [30.0, *[250.0] * 51], [3.0, *[40.0] * 51]
     assert disk_faults(_rows(*good), keep=4) == []
     assert disk_faults(_rows([*[4] * 51, 8], *good[1:]), keep=4) == ["8 releases lay on the disk"]
-    (lake,) = disk_faults(_rows(good[0], [30.0, *[253.0] * 51], good[2]), keep=4)  # 1.2 * 7 * 30 = 252
-    assert lake == "the lake had 253 MB; after the first week it had 30 MB"
+    (lake,) = disk_faults(_rows(good[0], [*[30.0] * 51, 253.0], good[2]), keep=4)  # 1.2 * 7 * 30 = 252
+    assert lake == "after 2025-02-02 the lake had 253 MB, and a release 30 MB"
     growing = [float(number) for number in range(52)]  # 25 MB in week 25, 51 MB in the last
     (history,) = disk_faults(_rows(*good[:2], growing), keep=4)
     assert history == "Dagster's database has grown from 25 MB in the second quarter to 51 MB"

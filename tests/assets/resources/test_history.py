@@ -35,6 +35,8 @@ def test_runs_of_the_configuration_go_and_their_partitions_stay_green(tmp_path: 
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         own = _materialize(instance, "2025-01-05", config.name)
         other = _materialize(instance, "2025-01-12", "another")
+        files = {run_id: [p for p in tmp_path.rglob(f"{run_id}*") if "db-" not in p.name] for run_id in (own, other)}
+        assert all(files.values())
         kept = {}
 
         @dg.asset
@@ -46,6 +48,7 @@ def test_runs_of_the_configuration_go_and_their_partitions_stay_green(tmp_path: 
         assert run.success and kept["young"]["removed_runs"] == 0 and kept["old"]["removed_runs"] == 1
         assert {r.run_id for r in instance.get_runs()} == {other, run.run_id} and not instance.has_run(own)
         assert instance.get_materialized_partitions(LOG) == {"2025-01-05", "2025-01-12"}
+        assert not [*tmp_path.rglob(f"{own}*")] and all(path.exists() for path in files[other])
 
 
 @pytest.mark.slow
