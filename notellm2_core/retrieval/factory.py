@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 
 _MAX_LINKS = 512  # of a vector in a graph: 4 kB
-_FEWEST_LINKS = {"HNSW": 2, "NSG": 16}  # FAISS crashes below, or never ends: NSG8 with one data set in four
+_FEWEST_LINKS = {"HNSW": 2, "NSG": 16}  # FAISS crashes below, or never ends: NSG8 with one data set in five
 _LARGEST_NUMBER = 1 << 24  # clusters, bits and widths are smaller; FAISS allocates memory for what it reads
 
 
