@@ -130,9 +130,16 @@ def lake_bytes(lake: Lake) -> int:
 
 
 def release_bytes(lake: Lake, release: str) -> int:
-    """Bytes on the disk of a release and of everything that it was made from, counted as in `lake_bytes`."""
+    """Bytes on the disk of a release and of what it was made from, without the log, which all releases share."""
     datasets = _datasets(lake)
-    return _bytes(datasets[address].path for address in _reachable(datasets, [(NAME, release)]) if address in datasets)
+    reached = [a for a in _reachable(datasets, [(NAME, release)]) if a in datasets]
+    log = [a for a in reached if a[0] in _OF_THE_LOG]  # whose files its other datasets link to
+    return _bytes(datasets[a].path for a in reached) - _bytes(datasets[a].path for a in log)
+
+
+def log_bytes(lake: Lake) -> int:
+    """Bytes on the disk of the copies of the log's files and of its partitions, counted as in `lake_bytes`."""
+    return _bytes(dataset.path for name in _OF_THE_LOG for dataset in lake.datasets(name))
 
 
 def _datasets(lake: Lake) -> dict[Address, Dataset]:

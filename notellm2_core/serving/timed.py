@@ -11,9 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # limits of the histograms
 PROMETHEUS = "text/plain; version=0.0.4"
-TEXT_ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/plain": {}}}
-}  # the answer, for the documentation
+TEXT_ANSWER: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}  # for /docs
 
 
 def request_seconds(registry: CollectorRegistry) -> Histogram:

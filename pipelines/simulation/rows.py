@@ -17,8 +17,8 @@ class Row:
     recall: float | None
     live: str  # the champion after it
     releases: int  # on the disk
-    lake_mb: float
-    release_mb: float  # of the newest release, with all that it was made from; the catalogue grows, and so does this
+    lake_mb: float  # without the log
+    release_mb: float  # of the newest release and what it was made from, without the log; it grows with the catalogue
     history_mb: float  # of Dagster's database
     seconds: float
 

@@ -20,7 +20,7 @@ from notellm2_core.lake.catalog import Catalog
 from notellm2_core.lake.ledger import REIGNS, Decision
 from notellm2_core.release.promotion import rollback
 from notellm2_core.release.release import open_release
-from notellm2_core.release.retention import lake_bytes, release_bytes
+from notellm2_core.release.retention import lake_bytes, log_bytes, release_bytes
 from notellm2_core.simulation import year as plan
 from notellm2_core.simulation.stand_ins import write_skill
 from notellm2_core.simulation.world import DAY, WEEK, World, deliver, first_day
@@ -214,7 +214,7 @@ class Year:
         recall = decision.figures["recalls"].get("challenger") if decision else None
         live = state.reigns[-1].week if state.reigns else ""
         newest = release_bytes(lake, self.decisions[-1].release) / 1e6
-        sizes = lake_bytes(lake) / 1e6, newest, self.servers.history_bytes() / 1e6
+        sizes = (lake_bytes(lake) - log_bytes(lake)) / 1e6, newest, self.servers.history_bytes() / 1e6
         row = Row(week, logs, actions, decision.why if decision else "", recall, live, releases, *sizes, seconds)
         self.rows.append(row)
         print(to_line(number, row), flush=True)
