@@ -59,8 +59,8 @@ def _longest(seconds: list[float]) -> str:
     return f"{max(seconds):.2f} s" if seconds else "none"
 
 
-COLUMNS = ("number", "week", "logs", "decisions", "recall", "live", "releases", "lake, MB", "a release, MB", "history, MB",
-           "seconds")  # fmt: skip
+COLUMNS = ("number", "week", "logs", "decisions", "recall", "live", "releases", "lake, MB", "a release, MB",
+           "history, MB", "seconds")  # fmt: skip
 
 
 def year(arguments: list[str] | None = None) -> int:
